@@ -1,0 +1,145 @@
+"""A flat dataclass <-> command line, TOML and JSON.
+
+Precedence: defaults < `--config file.toml` < command line. Both spellings of a name (`--kd_ce`, `--kd-ce`), both ways of
+giving a value (`--lr 1e-5`, `--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted,
+so wandb's `${args}` and `${args_no_boolean_flags}` both work.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from pathlib import Path
+
+from errors import UserError
+
+
+def knob(default, help, only=None, choices=None):
+    """A config field. `only` names what must hold for a run to read it: {"mode": ("kd",), "kd_divergence": ("jsd",)}."""
+    return dataclasses.field(default=default, metadata={"help": help, "only": only or {}, "choices": choices})
+
+
+def parse(cls, argv, base=None):
+    """Build `cls` from `argv`; `base` (a dict) sits between the defaults and `--config`.
+
+    Returns (config, given): `given` holds the names that were set by a file or on the command line.
+    Raises UserError naming the key and the nearest valid one.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    from_argv, files = {}, []
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("--"):
+            raise UserError(f"{arg!r} is not an option; options are written --name value or --name=value")
+        name, has_value, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        if name == "config":
+            if not has_value and not args:
+                raise UserError("--config needs the path of a .toml or .json file")
+            files.append(value if has_value else args.pop(0))
+            continue
+        field = _field(fields, name, f"--{name}")
+        if not has_value:
+            if field.type is bool and (not args or args[0].lower() not in _BOOLS):
+                value = "true"
+            elif not args:
+                raise UserError(f"--{name} needs a value")
+            else:
+                value = args.pop(0)
+        from_argv[name] = _convert(field, value, f"--{name}")
+
+    given = {}
+    for file in files:
+        for name, value in read_file(file).items():
+            given[name] = _convert(_field(fields, name, f"{file}: {name}"), value, f"{file}: {name}")
+    given |= from_argv
+    stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
+    config = cls(**(stored | given))
+    for name, value in given.items():
+        if not _reads(config, fields[name]):
+            raise UserError(_unread(config, fields[name]))
+    return config, set(given)
+
+
+def read_file(path):
+    """A flat .toml or .json file as a dict."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as e:
+        raise UserError(f"--config {path}: {e.strerror or e}") from None
+    except (ValueError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: not valid {path.suffix[1:] or 'TOML'}: {e}") from None
+    nested = [k for k, v in values.items() if isinstance(v, (dict, list))]
+    if nested:
+        raise UserError(f"--config {path}: {nested[0]} is not a plain value; the configuration is flat")
+    return values
+
+
+def resolved(config):
+    """The knobs that this run reads, no others; valid again as a `--config` file."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _reads(config, f)}
+
+
+def usage(cls, program):
+    """The text of --help: every knob with its default."""
+    lines = [f"usage: {program} [--config file.toml] [--name value ...]", ""]
+    for f in dataclasses.fields(cls):
+        only = "".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in f.metadata["only"].items())
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        default = "" if f.default == "" else f" [{f.default}]"
+        lines.append(f"  --{f.name:<20} {f.metadata['help']}{choices}{default}{only}")
+    return "\n".join(lines)
+
+
+_BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def _field(fields, name, where):
+    if name not in fields:
+        near = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
+        raise UserError(f"{where} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    return fields[name]
+
+
+def _convert(field, value, where):
+    kind = field.type
+    try:
+        if kind is bool:
+            value = value if isinstance(value, bool) else _BOOLS[str(value).strip().lower()]
+        elif kind is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            value = int(float(value))
+        elif kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            value = float(value)
+        elif not isinstance(value, str):
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{where}: {value!r} is not {_KINDS[kind]}") from None
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+        raise UserError(f"{where}: no {value!r}; {hint}")
+    return value
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+def _reads(config, field):
+    return all(str(getattr(config, k)) in map(str, v) for k, v in field.metadata["only"].items())
+
+
+def _unread(config, field):
+    for key, values in field.metadata["only"].items():
+        if str(getattr(config, key)) not in map(str, values):
+            readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
+            near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
+            hint = f" (nearest that is: {near[0]})" if near else ""
+            return f"{field.name} is not read with {key}={getattr(config, key)}, only with {' or '.join(map(str, values))}{hint}"

@@ -1,0 +1,281 @@
+"""From files or tasks to examples to documents to a deterministic, resumable stream of batches.
+
+Public forms that are understood (one JSON object per line, a JSON list, or Parquet rows): GSM8K (`question`, `answer` with
+`####`), MATH (`problem`, `solution`, `answer`), chat (`messages`), plain (`prompt`, `completion`).
+"""
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data.batch import Batch, Document
+from data.tasks import TASKS, Example
+from errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
+
+
+# --- files -> examples ---------------------------------------------------------------------------------------------
+
+
+def find_file(name):
+    """`--data` as a file: a path, a folder with one data file or a train.*, or `org/name/path.jsonl` of a hub dataset."""
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        train = [p for p in found if p.stem.split("-")[0] == "train"]
+        if len(train or found) == 1:
+            return (train or found)[0]
+        listing = ", ".join(p.name for p in found) or "no .jsonl, .json or .parquet file"
+        raise UserError(f"--data {name}: which file of the folder? It has {listing}")
+    if path.exists():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"--data {name}: a data file ends in {', '.join(SUFFIXES)}")
+        return path
+    owner, *rest = name.split("/")
+    if len(rest) >= 2 and Path(name).suffix in SUFFIXES and owner not in ("", ".", "..", "~"):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(f"{owner}/{rest[0]}", "/".join(rest[1:]), repo_type="dataset"))
+        except Exception as e:
+            raise UserError(f"--data {name}: neither a local file nor a hub dataset file ({type(e).__name__})") from None
+    raise UserError(f"--data {name}: no such file or folder, and no task of that name ({', '.join(t for t in TASKS if TASKS[t].make)})")
+
+
+def read_rows(path):
+    """Yields (origin, row) for every row; origin is `file:line`, for errors."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowInvalid as e:
+                raise UserError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
+            yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1))
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: a .json data file holds one list of objects; use .jsonl for one object per line")
+            yield from ((f"{path}:item {i}", row) for i, row in enumerate(rows, 1))
+        else:
+            with open(path, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        try:
+                            yield f"{path}:{number}", json.loads(line)
+                        except ValueError as e:
+                            raise UserError(f"{path}:{number}: not valid JSON ({e})") from None
+    except (ValueError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}") from None
+
+
+def to_example(row, origin):
+    """A row of any public form as an Example. Raises UserError naming the row."""
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
+    keys = set(row)
+    if {"question", "answer"} <= keys:
+        _texts(row, origin, "question", "answer")
+        solution = re.sub(r"<<[^<>]*>>", "", row["answer"])  # GSM8K's calculator annotations are no part of the text
+        _, mark, gold = solution.rpartition("####")
+        return Example(_turns(row["question"], solution), gold.strip() if mark else None, "gsm8k" if mark else "", origin)
+    if {"problem", "solution"} <= keys:
+        _texts(row, origin, "problem", "solution")
+        answer = row.get("answer")
+        return Example(_turns(row["problem"], row["solution"]), None if answer is None else str(answer), "math", origin)
+    if "messages" in keys:
+        messages = row["messages"]
+        ok = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        )
+        if not ok or messages[-1]["role"] != "assistant":
+            raise UserError(f"{origin}: messages must be a list of {{role, content}} texts that ends with the assistant's")
+        return Example(tuple(messages), None, "", origin)
+    if {"prompt", "completion"} <= keys:
+        _texts(row, origin, "prompt", "completion")
+        return Example(_turns(row["prompt"], row["completion"]), row.get("answer"), "", origin)
+    raise UserError(
+        f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, messages, prompt+completion)"
+    )
+
+
+def _texts(row, origin, *keys):
+    for key in keys:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(f"{origin}: {key!r} must be a text that is not empty")
+
+
+def _turns(user, assistant):
+    return ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})
+
+
+# --- examples -> documents -----------------------------------------------------------------------------------------
+
+
+class Formatter:
+    """Examples as token ids: the chat template, or plain text. Prompt and completion are tokenised apart, as in generation."""
+
+    def __init__(self, tokenizer, template="auto", system_prompt="", prompt_suffix=""):
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "plain"
+        self.tokenizer, self.chat = tokenizer, template == "chat"
+        self.end = tokenizer.turn_end if self.chat else tokenizer.eos
+        self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
+
+    def segments(self, example):
+        """[(text, trained)]: every assistant turn and the token that ends it are trained, the rest is not."""
+        messages = [dict(m) for m in example.messages]
+        user = next((m for m in reversed(messages) if m["role"] == "user"), None)
+        if user and self.prompt_suffix:
+            user["content"] += self.prompt_suffix
+        if self.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        if not self.chat:
+            *before, last = messages
+            return [("".join(m["content"] for m in before), False), (last["content"] + self.end, True)]
+        parts, so_far = [], ""
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self.tokenizer.render(messages[:i], generate=True)
+                if not prompt.startswith(so_far):
+                    raise UserError(f"{example.origin}: the chat template rewrites earlier turns; split the conversation")
+                parts += [(prompt[len(so_far) :], False), (message["content"] + self.end, True)]
+                so_far = prompt + message["content"] + self.end
+        return parts
+
+    def prompt(self, example):
+        """Ids that a model is given to answer `example`."""
+        *before, _ = self.segments(example)
+        return [i for text, _ in before for i in self.tokenizer.encode(text)]
+
+    def documents(self, examples):
+        """Documents in the examples' order."""
+        segments = [self.segments(e) for e in examples]
+        ids = iter(self.tokenizer.encode_many([text for parts in segments for text, _ in parts]))
+        result = []
+        for parts in segments:
+            pieces = [(next(ids), trained) for _, trained in parts]
+            tokens = np.array([i for piece, _ in pieces for i in piece], np.int32)
+            weights = np.array([float(trained) for piece, trained in pieces for _ in piece], np.float32)
+            weights[:1] = 0  # nothing predicts the first token
+            result.append(Document(tokens, weights))
+        return result
+
+
+# --- documents -> batches ------------------------------------------------------------------------------------------
+
+
+class Dataset:
+    """Training documents by index, and held-out examples. Length None: endless, made on demand."""
+
+    def __init__(self, name, formatter, *, seed, max_tokens, vocab, eval_examples=0, train_examples=0, overlong="error", progress=False):
+        self.name, self.formatter, self.seed = name, formatter, seed
+        self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
+        self.task = name if name in TASKS and TASKS[name].make else None
+        self.dropped, self._documents = 0, None
+        if self.task:
+            self.label = name
+            self.held_out = [TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)]
+            if train_examples:
+                self._tokenise([TASKS[name].example(name, "train", f"{SPLIT_SEED}/{i}") for i in range(train_examples)], progress)
+        else:
+            path = find_file(name)
+            examples = [to_example(row, origin) for origin, row in read_rows(path)]
+            self.label = examples[0].task or path.parent.name if examples else ""
+            order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
+            if len(examples) <= eval_examples:
+                raise UserError(f"--data {name} has {len(examples)} examples; --eval_examples {eval_examples} leaves none to train on")
+            self.held_out = [examples[i] for i in order[:eval_examples]]
+            rest = order[eval_examples:][: train_examples or None]
+            self._tokenise([examples[i] for i in rest], progress)
+
+    def __len__(self):
+        return 0 if self._documents is None else len(self._documents)
+
+    def get(self, index):
+        if self._documents is not None:
+            return self._documents[index]
+        return self._checked([TASKS[self.task].example(self.task, "train", f"{self.seed}/{index}")])[0]
+
+    def held_out_documents(self):
+        return self._checked(self.held_out)
+
+    def _tokenise(self, examples, progress):
+        self._documents, step = [], 2000
+        for lo in range(0, len(examples), step):
+            self._documents += self._checked(examples[lo : lo + step])
+            if progress and len(examples) > 5 * step:
+                print(f"\rtokenising {min(lo + step, len(examples)):,}/{len(examples):,}", end="", file=sys.stderr, flush=True)
+        if progress and len(examples) > 5 * step:
+            print(file=sys.stderr)
+        if not self._documents:
+            raise UserError(f"--data {self.name}: no example is left to train on")
+
+    def _checked(self, examples):
+        documents = self.formatter.documents(examples)
+        kept = []
+        for example, d in zip(examples, documents):
+            if len(d) and d.tokens.max() >= self.vocab:
+                raise UserError(f"{example.origin}: token id {d.tokens.max()} is outside the {self.vocab:,} ids that the models share")
+            if len(d) <= self.max_tokens:
+                kept.append(d)
+            elif self.overlong == "error":
+                raise UserError(
+                    f"{example.origin}: {len(d):,} tokens, more than --micro_tokens {self.max_tokens:,}; raise it or set --overlong drop"
+                )
+        self.dropped += len(documents) - len(kept)
+        return kept
+
+
+class Stream:
+    """Endless global batches of `batch_size` documents; this rank gets its share. The next one is made while a step runs.
+
+    Batch k holds positions k·batch_size … of the concatenated epochs, each a permutation drawn from (seed, epoch): what a
+    step trains on depends on (seed, step) alone, not on the number of ranks. `state` counts what was consumed, not fetched.
+    """
+
+    def __init__(self, dataset, batch_size, seed, weighting, rank=0, world=1):
+        self.dataset, self.batch_size, self.seed, self.weighting = dataset, batch_size, seed, weighting
+        self.rank, self.world, self.consumed = rank, world, 0
+        self._worker, self._next = ThreadPoolExecutor(1), None
+        self._epoch = (-1, None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = (self._next or self._worker.submit(self._make, self.consumed)).result()
+        self.consumed += 1
+        self._next = self._worker.submit(self._make, self.consumed)
+        return batch
+
+    def state(self):
+        return {"consumed": self.consumed}
+
+    def load(self, state):
+        self.consumed, self._next = state["consumed"], None
+
+    def close(self):
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, k):
+        positions = range(k * self.batch_size + self.rank, (k + 1) * self.batch_size, self.world)
+        return Batch.pack(self.weighting(self.dataset.get(self._index(p))) for p in positions)
+
+    def _index(self, position):
+        if not len(self.dataset):
+            return position
+        epoch, offset = divmod(position, len(self.dataset))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+        return int(self._epoch[1][offset])

@@ -1,0 +1,86 @@
+"""Tasks that make their own problems: endless, seeded, with a held-out split by construction.
+
+A task is `make(rng) -> (question, solution, answer)` and a grader. Which split a problem belongs to is decided by a hash of
+its question, so no training problem is ever a held-out one, whatever the seed and however many are drawn.
+"""
+
+import dataclasses
+import random
+import zlib
+from collections.abc import Callable
+
+from data.grade import grade_exact, grade_number
+
+HELD_OUT_SHARE = 8  # one problem in eight is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """messages: [{"role", "content"}, …], the last one the assistant's; answer: the gold answer or None; origin: for errors."""
+
+    messages: tuple
+    answer: str | None = None
+    task: str = ""
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    make: Callable | None  # None: the problems come from a file
+    grade: Callable
+
+    def example(self, name, split, key):
+        """The problem with this key ("{seed}/{index}") in "train" or "heldout"; the same key gives the same problem."""
+        for attempt in range(10_000):
+            question, solution, answer = self.make(random.Random(f"{name}/{key}/{attempt}"))
+            if (zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0) == (split == "heldout"):
+                return _example(question, solution, answer, name, f"{name} problem {key}")
+        raise ValueError(f"task {name} makes no problem for the {split} split")
+
+
+def _example(question, solution, answer, task, origin):
+    return Example(({"role": "user", "content": question}, {"role": "assistant", "content": solution}), answer, task, origin)
+
+
+_NAMES = ("Mia", "Ben", "Ada", "Leo", "Zoe", "Sam", "Eva", "Tom")
+_ITEMS = ("apples", "coins", "books", "cards", "shells", "stamps")
+_STORY = {
+    "+": ("{n} finds {b} more {i}.", "{n} buys {b} {i}.", "A friend gives {n} {b} {i}."),
+    "-": ("{n} loses {b} {i}.", "{n} sells {b} {i}.", "{n} gives away {b} {i}."),
+    "*": ("Then {n} has {b} times as many {i}.",),
+}
+_STEPS = {
+    "+": ("{a} + {b} = {c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
+    "-": ("{a} - {b} = {c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
+    "*": ("{a} * {b} = {c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
+}
+
+
+def word_problem(rng):
+    """Two or three steps with numbers up to 12. Each step is worded in one of three ways, as people word the same step
+    differently: a sample shows one wording, a teacher's distribution knows all."""
+    name, item, total = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(1, 12)
+    story, steps = [f"{name} has {total} {item}."], []
+    for _ in range(rng.choice((2, 3))):
+        op = rng.choice("++--*" if total <= 12 else "+-")
+        if op == "-" and total < 2:
+            op = "+"
+        b = rng.randint(2, 3) if op == "*" else rng.randint(1, min(12, total - 1) if op == "-" else 12)
+        result = {"+": total + b, "-": total - b, "*": total * b}[op]
+        story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
+        steps.append(rng.choice(_STEPS[op]).format(a=total, b=b, c=result))
+        total = result
+    question = " ".join([*story, f"How many {item} does {name} have now?"])
+    return question, " ".join([*steps, f"#### {total}"]), str(total)
+
+
+TASKS = {
+    "word_problems": Task(word_problem, grade_number),
+    "gsm8k": Task(None, grade_number),
+    "math": Task(None, grade_exact),
+}
+
+
+def grade(example, text):
+    """Whether `text` answers `example` correctly, by its task's grader."""
+    return TASKS[example.task].grade(text, example.answer)

@@ -1,0 +1,110 @@
+"""What a run is read by: its environment, its metrics, a table and a picture."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def environment():
+    """Versions, git commit, device and command of this process."""
+    import torch
+
+    def git(*args):
+        here = Path(__file__).parent
+        result = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    def installed(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "command": sys.argv,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain")),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "python": platform.python_version(),
+        "packages": {p: installed(p) for p in ("torch", "triton", "safetensors", "tokenizers", "numpy", "wandb")},
+    }
+
+
+def read_metrics(run):
+    """metrics.jsonl as a list of dicts; [] if there is none."""
+    path = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def series(metrics, name):
+    points = [(m["step"], m[name]) for m in metrics if name in m]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def eval_names(metrics):
+    return sorted({name for m in metrics for name in m if name.startswith("eval/")})
+
+
+def summary(run, teacher_folder=None):
+    """The table at the end of a run: held-out measures before and after, beside the teacher's where they are known."""
+    metrics = read_metrics(run)
+    teacher = read_metrics(Path(teacher_folder).parents[1]) if teacher_folder else []
+    rows = []
+    for name in eval_names(metrics):
+        if name.endswith("/problems"):
+            continue
+        values = series(metrics, name)[1]
+        of_teacher = series(teacher, name)[1]
+        rows.append([name, _show(name, values[0]), _show(name, values[-1]), _show(name, of_teacher[-1]) if of_teacher else "-"])
+    losses = series(metrics, "train/loss")[1]
+    if losses:
+        rows.append(["train/loss", f"{losses[0]:.4f}", f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", "-"])
+    rows = [["", "before", "after", "teacher"], *rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    tokens = metrics[-1].get("train/tokens") or next((m["train/tokens"] for m in reversed(metrics) if "train/tokens" in m), 0)
+    seconds = sum(m.get("train/seconds", 0) for m in metrics)
+    steps = metrics[-1]["step"] if metrics else 0
+    lines.append(f"{steps} steps, {tokens:,} tokens in {seconds:.0f} s of training; {run}/curves.png shows the curves")
+    return "\n" + "\n".join(lines)
+
+
+def _show(name, value):
+    return f"{value:.1%}" if name.endswith(("/accuracy", "/stopped")) else f"{value:.4f}"
+
+
+def draw_curves(run):
+    """curves.png: the training loss, then every held-out measure, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_metrics(run)
+    names = ["train/loss", *(n for n in eval_names(metrics) if n.endswith(("/accuracy", "/loss")))]
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
+    for ax, name in zip(axes[0], names):
+        x, y = series(metrics, name)
+        if name == "train/loss":
+            ax.plot(x, y, color="#b9cbe6", linewidth=0.8)
+            window = max(1, len(y) // 40)
+            smooth = [sum(y[max(0, i - window) : i + 1]) / len(y[max(0, i - window) : i + 1]) for i in range(len(y))]
+            ax.plot(x, smooth, color="#2b5c9e")
+            if y and min(y) > 0:
+                ax.set_yscale("log")
+        else:
+            ax.plot(x, y, "o-", color="#c4572e")
+        if name.endswith("accuracy"):
+            ax.set_ylim(0, 1)
+        ax.set(title=name, xlabel="step")
+        ax.grid(alpha=0.3)
+    figure.suptitle(Path(run).name, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(Path(run) / "curves.png", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,156 @@
+"""Divergence between a teacher's and a student's next-token distributions, straight from their hidden rows.
+
+Teacher and student may differ in width and in padded head rows; only the first `vocab` rows of both heads take part,
+cut before the softmax. Gradients are written by hand. With d = log p_s − log p_t everything below is built from
+g = p_s − p_t = ± max(p_s, p_t) · (1 − e^{−|d|}) and sums like Σ (g − p_t d) = KL(t ‖ s), whose terms are of second
+order in d: in fp32 they keep six digits where Σ p_t (log p_t − log p_s) keeps three (teacher and student close,
+151,665 ids).
+"""
+
+import torch
+
+from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product
+
+
+def _gap(ls, lt):
+    """d = log p_s − log p_t and g = p_s − p_t without cancellation."""
+    d = ls - lt
+    g = torch.maximum(ls, lt).exp_().mul_(d.abs().neg_().expm1_())
+    return d, torch.copysign(g, d, out=g)
+
+
+def _log_ratios(d, weight_t):
+    """log(p_s/m) and log(p_t/m) for the mixture m = weight_t · p_t + (1 − weight_t) · p_s."""
+    share = torch.where(d > 0, d.new_tensor(weight_t), d.new_tensor(1 - weight_t))
+    q = d.abs().neg_().expm1_().mul_(share).log1p_()  # log(m / max(p_s, p_t))
+    return d.clamp(max=0).sub_(q), d.neg().clamp_(max=0).sub_(q)
+
+
+def _through_softmax(u, p):
+    """Gradient at log p_s (taken as free) → gradient at the logits."""
+    return u.sub_(p * u.sum(1, keepdim=True))
+
+
+def forward_kl(ls, lt, beta):
+    """KL(t ‖ s); d/dz = p_s − p_t (Hinton et al., arXiv 1503.02531)."""
+    d, g = _gap(ls, lt)
+    return torch.addcmul(g, lt.exp_(), d, value=-1, out=d).sum(1), g
+
+
+def reverse_kl(ls, lt, beta):
+    """KL(s ‖ t); d/dz = p_s (d − KL) (Gu et al., arXiv 2306.08543)."""
+    d, g = _gap(ls, lt)
+    p = ls.exp_()
+    value = torch.addcmul(g.neg_(), p, d, out=g).sum(1)
+    return value, d.sub_(value.unsqueeze(1)).mul_(p)
+
+
+def jsd(ls, lt, beta):
+    """β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β p_t + (1−β) p_s (Agarwal et al., arXiv 2306.13649).
+
+    The value and its gradient vanish at both ends; as the literature does, β = 0 is taken as KL(t ‖ s), β = 1 as KL(s ‖ t).
+    """
+    if beta in (0, 1):
+        return (reverse_kl if beta else forward_kl)(ls, lt, beta)
+    d, g = _gap(ls, lt)
+    rs, rt = _log_ratios(d, beta)
+    ps, pt = ls.exp_(), lt.exp_()
+    kl_s = torch.addcmul(g.mul_(-beta), ps, rs, out=g).sum(1, keepdim=True)  # KL(s ‖ m)
+    value = rt.mul_(pt).mul_(beta).add_(ps * rs, alpha=1 - beta).sum(1)
+    return value, rs.sub_(kl_s).mul_(ps).mul_(1 - beta)
+
+
+def skew_forward_kl(ls, lt, beta):
+    """KL(t ‖ β p_t + (1−β) p_s) (DistiLLM, Ko et al., arXiv 2402.03898, eq. 2; β is its α)."""
+    d, g = _gap(ls, lt)
+    rs, rt = _log_ratios(d, beta)
+    ps, pt = ls.exp_(), lt.exp_()
+    value = torch.addcmul(g.mul_(1 - beta), pt, rt, out=g).sum(1)
+    return value, _through_softmax(rs.exp_().mul_(pt).mul_(beta - 1), ps)
+
+
+def skew_reverse_kl(ls, lt, beta):
+    """KL(s ‖ (1−β) p_t + β p_s) (DistiLLM, Ko et al., arXiv 2402.03898, eq. 5; β is its α)."""
+    if beta == 0:
+        return reverse_kl(ls, lt, beta)
+    d, g = _gap(ls, lt)
+    rs, _ = _log_ratios(d, 1 - beta)
+    ps = ls.exp_()
+    value = torch.addcmul(g.mul_(beta - 1), ps, rs, out=g).sum(1)
+    return value, _through_softmax(rs.sub_(torch.expm1(rs), alpha=beta).mul_(ps), ps)
+
+
+def total_variation(ls, lt, beta):
+    """½ Σ |p_s − p_t| (Wen et al., arXiv 2307.15190); at ties the sub-gradient 0 is taken."""
+    d, g = _gap(ls, lt)
+    ps = ls.exp_()
+    return g.abs().sum(1).mul_(0.5), _through_softmax(d.sign_().mul_(ps).mul_(0.5), ps)
+
+
+HAND_WRITTEN = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)}
+
+
+def _by_autograd(divergence, ls, lt, want_grad):
+    """A fork's divergence(logp_s_nV, logp_t_nV) -> value_n in plain torch: slower, never wrong by hand."""
+    with torch.enable_grad():
+        leaf = ls.detach().requires_grad_(want_grad)
+        value = divergence(leaf, lt)
+        if not want_grad:
+            return value, None
+        (u,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), _through_softmax(u.clone(), ls.exp())
+
+
+def linear_kl(
+    hidden_ND, head_VD, teacher_hidden_NC, teacher_head_UC, weight_N, divergence, *,
+    beta=0.5, temperature=1.0, scale=1.0, logprob=None, vocab=None, chunk_rows=None,
+):  # fmt: skip
+    """Σ_n weight_n · scale · D(teacher_n, student_n), plus a log-prob loss on the same student logits if one is given.
+
+    divergence: a name in HAND_WRITTEN or a function (logp_s_nV, logp_t_nV) -> value_n; both distributions are softmaxes of
+    logits / temperature, in nats. scale multiplies the divergence (T² goes here). logprob: a LogprobTerm (its own weights).
+    Gradients reach hidden_ND and head_VD, never the teacher. Returns (loss_sum, {"divergence": [N]}), the latter detached.
+    """
+    vocab = vocab or min(head_VD.shape[0], teacher_head_UC.shape[0])
+    hand = HAND_WRITTEN.get(divergence) if isinstance(divergence, str) else None
+    teacher_hidden_NC = teacher_hidden_NC.detach()
+    teacher_VC = teacher_head_UC.detach()[:vocab].to(teacher_hidden_NC.dtype)
+    chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, hidden_ND.device) // 2)  # two buffers share the budget
+    rows = min(chunk_rows, hidden_ND.shape[0])
+    teacher_logits = torch.empty(rows, vocab, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    value_N = torch.zeros(hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+
+    def block_loss(student_nV, teacher_nV, rows, want_grad):
+        extra_nV = student_nV.clone() if logprob else None
+        ls, lt = (_log_softmax_(z, temperature) for z in (student_nV, teacher_nV))
+        value_n, grad_nV = hand(ls, lt, beta) if hand else _by_autograd(divergence, ls, lt, want_grad)
+        value_N[rows] = value_n
+        loss_n = value_n * weight_N[rows] * scale
+        if want_grad:
+            coefficient_n = (weight_N[rows] * (scale / temperature)).to(value_n.dtype)
+            torch.mul(grad_nV, coefficient_n.unsqueeze(1), out=student_nV)
+        if logprob:
+            loss_n = loss_n + logprob.block(extra_nV, rows, want_grad)
+            student_nV.add_(extra_nV)
+        return loss_n
+
+    def rows_loss(logits_nV, lo, want_grad):
+        n = logits_nV.shape[0]
+        teacher_nV = product(teacher_hidden_NC[lo : lo + n], teacher_VC.t(), teacher_logits[:n])
+        parts = [
+            block_loss(logits_nV[b], teacher_nV[b], slice(lo + b.start, lo + b.stop), want_grad)
+            for b in blocks(n, vocab, logits_nV.device)
+        ]
+        return torch.cat(parts)
+
+    loss_sum = chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows)
+    return loss_sum, {"divergence": value_N}
+
+
+def _log_softmax_(z_nV, temperature):
+    """In place, in z's dtype."""
+    if temperature != 1.0:
+        z_nV.div_(temperature)
+    z_nV.sub_(z_nV.amax(1, keepdim=True))
+    return z_nV.sub_(z_nV.exp().sum(1, keepdim=True).log_())
+

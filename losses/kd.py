@@ -1,0 +1,69 @@
+"""Knowledge distillation: a divergence from the teacher, mixed with cross-entropy.
+
+`DIVERGENCES` are the definitions, in plain torch: (log p_student, log p_teacher, β) -> value per row. Those that the
+kernels know by name run there with hand-written gradients; any other is differentiated chunk by chunk, as written here.
+"""
+
+import math
+
+import torch
+
+from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.linear_logprob import LogprobTerm
+from losses.sft import cross_entropy, weighted
+
+
+def forward_kl(ls, lt, beta):
+    return (lt.exp() * (lt - ls)).sum(-1)
+
+
+def reverse_kl(ls, lt, beta):
+    return (ls.exp() * (ls - lt)).sum(-1)
+
+
+def jsd(ls, lt, beta):
+    if beta in (0, 1):
+        return (reverse_kl if beta else forward_kl)(ls, lt, beta)
+    lm = mixture(lt, ls, beta)
+    return beta * forward_kl(lm, lt, beta) + (1 - beta) * forward_kl(lm, ls, beta)
+
+
+def skew_forward_kl(ls, lt, beta):
+    return forward_kl(mixture(lt, ls, beta), lt, beta)
+
+
+def skew_reverse_kl(ls, lt, beta):
+    return forward_kl(mixture(ls, lt, beta), ls, beta)
+
+
+def total_variation(ls, lt, beta):
+    return 0.5 * (ls.exp() - lt.exp()).abs().sum(-1)
+
+
+def mixture(la, lb, weight):
+    """log(weight · a + (1 − weight) · b)"""
+    if weight in (0, 1):
+        return la if weight else lb
+    return torch.logaddexp(la + math.log(weight), lb + math.log1p(-weight))
+
+
+DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)}
+WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+
+
+def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature, t_squared, ce, vocab):
+    """Σ weight · ((1−ce) · T² · D(teacher, student) + ce · CE) over the loss rows.
+
+    frozen: (teacher_hidden_NC, teacher_head_UC). Both distributions are softmaxes of logits / T over the shared first
+    `vocab` ids; T² keeps the gradient's scale (Hinton et al., arXiv 1503.02531) and is applied if t_squared. CE is taken
+    at T = 1 over the same ids. Returns (loss_sum, {metric: (sum, count)}).
+    """
+    weight_N, target_N = batch.select(batch.weight_T), batch.select(batch.target_T)
+    term = LogprobTerm(target_N, weight_N * ce, cross_entropy) if ce else None
+    name = divergence if divergence in HAND_WRITTEN else lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
+    loss_sum, rows = linear_kl(
+        batch.select(hidden_TD), head_VD, *frozen, weight_N, name,
+        beta=beta, temperature=temperature, scale=(1 - ce) * (temperature**2 if t_squared else 1.0), logprob=term, vocab=vocab,
+    )  # fmt: skip
+    values = {divergence: rows["divergence"]} | ({"ce": -term.logp_N} if ce else {})
+    return loss_sum, {"loss": (loss_sum.detach(), weight_N.sum())} | weighted(values, weight_N)

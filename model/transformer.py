@@ -1,0 +1,250 @@
+"""The Qwen2.5 / Qwen3 transformer. `forward` returns hidden states, never logits: losses take rows and the head.
+
+Parameters carry the names that Hugging Face checkpoints use (without the leading `model.`), so loading is a copy.
+Master weights are fp32 on every device; a layer casts its weight to the dtype of its input (no autocast).
+Legend: T packed tokens, D hidden, V vocabulary rows, H query heads, K key-value heads, E head dimension, I intermediate.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+
+    @property
+    def family(self):
+        return "qwen3" if self.qk_norm else "qwen2"
+
+
+def _qwen25(hidden, layers, heads, kv_heads, intermediate, vocab=151936, tie=True):
+    return ModelConfig(vocab, hidden, intermediate, layers, heads, kv_heads, hidden // heads, tie)
+
+
+# Shapes only: a preset's weights are random. Sources: the checkpoints' config.json files.
+PRESETS = {
+    "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 4864),
+    "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960),
+    "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 11008),
+    "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, vocab=152064, tie=False),
+    "qwen3-0.6b": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, qkv_bias=False, qk_norm=True, max_position_embeddings=40960),
+    # the embedded task's teacher and student, and small bodies under the full vocabulary for benchmarks and tests
+    "tiny-teacher": _qwen25(96, 3, 4, 2, 256, vocab=512),
+    "tiny": _qwen25(48, 2, 4, 2, 128, vocab=512),
+    "small-teacher": _qwen25(384, 6, 6, 2, 1024, vocab=152064, tie=False),
+    "small": _qwen25(256, 4, 4, 2, 704),
+}
+
+
+class Linear(nn.Linear):
+    """Casts its fp32 weight to the input's dtype."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
+def rope_tables(positions_T, config, dtype):
+    """cos and sin as [T, 1, E] (Su et al., arXiv 2104.09864; the half-split layout of the released checkpoints)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide) / config.head_dim
+    angle_TE = positions_T.to(wide).unsqueeze(1) * config.rope_theta**-exponent
+    angle_TE = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
+    return angle_TE.cos().to(dtype), angle_TE.sin().to(dtype)
+
+
+def rotate(x_THE, cos, sin):
+    first, second = x_THE.chunk(2, -1)
+    return x_THE * cos + torch.cat((-second, first), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.layer = config, layer
+        self.shape_q, self.shape_kv = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x_TD, rope, attend):
+        q_THE = rotate(self.q_norm(self.q_proj(x_TD).unflatten(1, self.shape_q)), *rope)
+        k_TKE = rotate(self.k_norm(self.k_proj(x_TD).unflatten(1, self.shape_kv)), *rope)
+        v_TKE = self.v_proj(x_TD).unflatten(1, self.shape_kv)
+        return self.o_proj(attend(self.layer, q_THE, k_TKE, v_TKE).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD):
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD, rope, attend):
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, attend)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Transformer(nn.Module):
+    """tokens_T, positions_T, attend -> hidden_TD after the final norm.
+
+    attend(layer, q_THE, k_TKE, v_TKE) -> o_THE says who sees whom: `kernels.attention.PackedAttention` in training,
+    a KV cache in generation. compute_dtype is that of the activations; None keeps the weights' own.
+    """
+
+    def __init__(self, config, compute_dtype=None):
+        super().__init__()
+        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_VD(self):
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_T, positions_T, attend):
+        x_TD = self.embed_tokens(tokens_T)
+        x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
+        rope = rope_tables(positions_T, self.config, x_TD.dtype)
+        for block in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = block(x_TD, rope, attend)
+        return self.norm(x_TD)
+
+    @torch.no_grad()
+    def init_weights(self, seed, std=0.02):
+        """Normal(0, std) matrices and embeddings, zero biases, unit norms; the two projections into the residual stream
+        are scaled by 1/√(2·layers) (Radford et al. 2019). The same seed gives the same weights on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = std / (2 * self.config.num_layers) ** 0.5 if residual else std
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    def flops_per_token(self, context):
+        """Forward FLOPs of the body (no head) for one token that attends to `context` others on average."""
+        matrices = sum(p.numel() for n, p in self.layers.named_parameters() if p.dim() == 2)
+        attention = 2 * self.config.num_heads * self.config.head_dim * context * self.config.num_layers
+        return 2 * (matrices + attention)
+
+
+def config_from_hf(hf, where):
+    """A checkpoint's config.json (a dict) as ModelConfig. Raises UserError for what would be computed wrongly."""
+
+    def refuse(what):
+        raise UserError(f"{where}: {what} is not supported")
+
+    family = hf.get("model_type")
+    if family not in ("qwen2", "qwen3"):
+        refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse(f"rope scaling {kind!r}")
+    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+        refuse("sliding-window attention")
+    if hf.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {hf['hidden_act']!r}")
+    try:
+        return ModelConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=hf["num_attention_heads"],
+            num_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or hf.get("attention_bias", False),
+            qk_norm=family == "qwen3",
+            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=hf.get("max_position_embeddings", 32768),
+        )
+    except KeyError as e:
+        raise UserError(f"{where}: config.json has no {e.args[0]!r}") from None
+
+
+def config_to_hf(config, eos_token_id, dtype):
+    """The config.json that `transformers` and vLLM read."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM"],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": config.qkv_bias and config.qk_norm,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": dtype,
+    }

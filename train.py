@@ -1,0 +1,542 @@
+"""Train a small reasoning language model: `torchrun train.py --mode kd`, `python train.py --mode sft`.
+
+A mode is a source of batches plus a loss; everything else is shared. Read `train()` first: it is the whole loop.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import config as configuration
+from config import knob
+from data.batch import WEIGHTINGS, Batch
+from data.dataset import Dataset, Formatter, Stream
+from data.tasks import HELD_OUT_SHARE, TASKS, grade
+from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
+from errors import RunFailed, UserError
+from eval.report import draw_curves, environment, read_metrics, summary
+from kernels.attention import PackedAttention
+from losses.kd import DIVERGENCES, WITH_BETA, kd_loss
+from losses.sft import sft_loss
+from model import parallel
+from model.checkpoint import RunFolder, build_model, locate, read_config, stop_ids_of
+from model.generate import generate
+from model.optim import build_optimizer, clip_gradients, learning_rate
+
+KD = {"mode": ("kd",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
+
+    mode: str = knob("kd", "what to train by", choices=("sft", "kd"))
+    model: str = knob("tiny", "the student: a checkpoint folder, a hub id, or a preset (random weights)")
+    tokenizer: str = knob("", "folder with tokenizer.json; empty: the model's, the teacher's, or the embedded one")
+    name: str = knob("", "the run's folder under --runs; empty: a new unique one")
+    runs: str = knob("runs", "where runs are kept")
+    resume: bool = knob(False, "continue the run --name from its newest checkpoint")
+    seed: int = knob(0, "of the data order and of random weights")
+    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
+
+    data: str = knob("word_problems", "a task, a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
+    train_examples: int = knob(0, "train on this many examples only; 0: all, or endless for a task")
+    template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
+    system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
+    prompt_suffix: str = knob("", "put behind the question")
+    overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
+    show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
+
+    steps: int = knob(400, "optimizer steps; 0: as many as --epochs asks for")
+    epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
+    batch_size: int = knob(32, "examples per step, over all ranks")
+    micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
+    weighting: str = knob("token", "every token counts the same, or every sequence", choices=tuple(WEIGHTINGS))
+    lr: float = knob(4e-3, "peak learning rate")
+    warmup: int = knob(20, "steps of linear warm-up")
+    schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
+    lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.98, "AdamW")
+    eps: float = knob(1e-8, "AdamW")
+    weight_decay: float = knob(0.01, "AdamW, on matrices only: not on norms, biases, embeddings")
+    clip: float = knob(1.0, "global gradient norm; 0: never clipped")
+    max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
+
+    teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=KD)
+    kd_divergence: str = knob("forward_kl", "from the teacher", only=KD, choices=tuple(DIVERGENCES))
+    kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
+                          only=KD | {"kd_divergence": WITH_BETA})  # fmt: skip
+    kd_temperature: float = knob(1.0, "divides both models' logits", only=KD)
+    kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
+    kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
+
+    eval_every: int = knob(200, "steps between evaluations; 0: before and after only")
+    eval_examples: int = knob(200, "held-out examples, carved from the training data; 0: no evaluation")
+    eval_tokens: int = knob(96, "new tokens at most per answer")
+    save_every: int = knob(200, "steps between checkpoints; 0: after the last step only")
+    keep: int = knob(2, "checkpoints kept")
+    log_every: int = knob(20, "steps between progress lines; metrics.jsonl gets every step")
+    checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = knob(False, "torch.compile the transformer's blocks")
+    wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
+    wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})
+
+
+# --- set-up --------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Refuse settings that cannot work, before anything is read."""
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(message)
+
+    for name in ("batch_size", "micro_tokens", "eval_tokens", "keep", "log_every", "max_skipped"):
+        need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
+    for name in ("steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch"):
+        need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
+    need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
+    need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
+    need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
+    need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
+    need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
+    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
+    need(not (cfg.mode == "kd" and skew_is_zero), f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere")
+    need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
+
+
+def open_run(cfg, given, rank):
+    """The run's folder, made or found, the same on every rank; and the step to continue from (None: a new run)."""
+
+    def choose():
+        if cfg.name and "/" not in cfg.name and not cfg.name.startswith("."):
+            path = Path(cfg.runs) / cfg.name
+        elif cfg.name:
+            return UserError(f"--name {cfg.name} must be a plain folder name")
+        else:
+            stamp = Path(cfg.runs) / f"{cfg.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+            path = next(p for n in range(1000) if not (p := stamp.with_name(stamp.name + (f"-{n}" if n else ""))).exists())
+        if path.exists() and not cfg.resume:
+            return UserError(f"run {path} exists; continue it with --resume or choose another --name")
+        if not path.exists() and cfg.resume:
+            return UserError(f"--resume: there is no run {path}")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return path
+
+    path = parallel.broadcast(choose() if rank == 0 else None)
+    if isinstance(path, UserError):
+        raise path
+    folder = RunFolder(path, cfg.keep)
+    saved = parallel.broadcast(folder.steps() if rank == 0 else None)
+    return folder, saved[-1] if cfg.resume and saved else None
+
+
+def choose_device(cfg):
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world, local = parallel.init(kind)
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    return device, getattr(torch, name), rank, world
+
+
+@functools.cache
+def embedded_tokenizer():
+    examples = [TASKS["word_problems"].example("word_problems", "train", f"tokenizer/{i}") for i in range(2000)]
+    return build_tiny("\n".join(m["role"] + "\n" + m["content"] for m in e.messages) for e in examples)
+
+
+def embedded_teacher(cfg, rank):
+    """The folder of the tiny teacher, trained on first use by this same loop in `sft` mode, kept and shared by all runs."""
+    recipe = dict(mode="sft", model="tiny-teacher", steps=TEACHER_STEPS, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
+    sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
+    key = hashlib.sha256(json.dumps(recipe).encode() + b"".join(sources)).hexdigest()[:8]
+    name = f"teacher-{key}"
+    path = Path(cfg.runs) / name
+    teacher = Config(**recipe, name=name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device)
+    if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
+        if rank == 0:
+            print(f"training the embedded teacher first (once; kept in {path})", flush=True)
+        train(teacher, set())
+        if rank == 0:
+            print("the teacher is ready; now the student", flush=True)
+    return RunFolder(path).step_folder(TEACHER_STEPS)
+
+
+TEACHER_STEPS = 800
+
+
+def choose_tokenizer(cfg, folder, teacher_folder):
+    if cfg.tokenizer:
+        return Tokenizer.load(cfg.tokenizer)
+    if folder or teacher_folder:
+        return Tokenizer.load(folder or teacher_folder)
+    return embedded_tokenizer()
+
+
+def loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape):
+    """How many head rows take part in the loss: the full head for SFT, the shared prefix of ids for a pair."""
+    if tokenizer.size > shape.vocab_size:
+        raise UserError(f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer")
+    if teacher_shape is None:
+        return shape.vocab_size
+    shared = shared_vocabulary(tokenizer, Tokenizer.load(teacher_folder)) if teacher_folder else tokenizer.size
+    return min(shared, shape.vocab_size, teacher_shape.vocab_size)
+
+
+# --- the mode: a source plus a loss --------------------------------------------------------------------------------
+
+
+def build(cfg, dataset, vocab, rank, world):
+    """The only branch on the mode. source yields Batches; loss_fn(hidden_TD, head_VD, frozen, batch) -> (sum, metrics)."""
+    source = Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
+    if cfg.mode == "sft":
+        return source, sft_loss
+    loss_fn = functools.partial(
+        kd_loss, divergence=cfg.kd_divergence, beta=cfg.kd_beta, temperature=cfg.kd_temperature,
+        t_squared=cfg.kd_t_squared, ce=cfg.kd_ce, vocab=vocab,
+    )  # fmt: skip
+    return source, loss_fn
+
+
+@torch.no_grad()
+def score(teacher, micro, attend):
+    """What the loss needs from frozen models: the teacher's hidden loss rows and its head."""
+    if teacher is None:
+        return None
+    hidden_TC = teacher(micro.tokens_T, micro.positions_T, attend)
+    return micro.select(hidden_TC), teacher.head_VD
+
+
+def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device):
+    """Gradients of the global batch's loss, micro-batch by micro-batch; returns the metrics' (sum, count) pairs."""
+    sums = {}
+    for micro in batch.split(micro_tokens, fixed=device.type == "cuda"):
+        micro = micro.to(device)
+        attend = PackedAttention(micro.lengths, device)
+        frozen = score(teacher, micro, attend)
+        loss_sum, metrics = loss_fn(model(micro.tokens_T, micro.positions_T, attend), model.head_VD, frozen, micro)
+        (loss_sum / norm).backward()
+        for name, (total, count) in metrics.items():
+            old = sums.get(name, (0, 0))
+            sums[name] = (old[0] + total.double(), old[1] + count.double())
+    return sums
+
+
+# --- evaluation in the loop ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(cfg, model, dataset, stop_ids, device, rank, world):
+    """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy. Returns (metrics, samples)."""
+    model.eval()
+    documents = dataset.held_out_documents()[rank::world]
+    total = count = 0.0
+    for micro in Batch.pack(documents).split(cfg.micro_tokens) if documents else ():
+        micro = micro.to(device)
+        hidden_TD = model(micro.tokens_T, micro.positions_T, PackedAttention(micro.lengths, device))
+        loss_sum, _ = sft_loss(hidden_TD, model.head_VD, None, micro)
+        total, count = total + float(loss_sum), count + micro.normaliser
+    formatter = dataset.formatter
+    examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][rank::world]
+    prompts = [formatter.prompt(e) for e in examples]
+    answers = generate(model, prompts, cfg.eval_tokens, stop_ids, vocab=formatter.tokenizer.size) if prompts else []
+    samples = []
+    for example, ids in zip(examples, answers):
+        text = formatter.tokenizer.decode(ids, skip_special=True)
+        samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text),
+                            tokens=len(ids), stopped=ids[-1] in stop_ids))  # fmt: skip
+    model.train()
+    correct, stopped = sum(s["correct"] for s in samples), sum(s["stopped"] for s in samples)
+    total, count, correct, stopped, n = parallel.all_reduce_sum([total, count, correct, stopped, len(samples)], device)
+    metrics = {"loss": total / count} if count else {}
+    if n:
+        metrics |= {"accuracy": correct / n, "stopped": stopped / n, "problems": int(n)}
+    return {f"eval/{dataset.label}/{name}": value for name, value in metrics.items()}, samples
+
+
+# --- what a run leaves behind --------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, samples.jsonl, wandb and the progress line; silent but on rank 0."""
+
+    def __init__(self, cfg, folder, resume_step, rank):
+        self.cfg, self.folder, self.rank, self.wandb, self.start = cfg, folder, rank, None, time.time()
+        if rank:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_back(folder / name, -1 if resume_step is None else resume_step)
+        write(folder / "config.json", json.dumps(configuration.resolved(cfg), indent=2) + "\n")
+        write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        if cfg.wandb != "off":
+            import wandb
+
+            id_file = folder / "wandb_id"
+            run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+            write(id_file, run_id)
+            self.wandb = wandb.init(project=cfg.wandb_project, name=folder.name, id=run_id, resume="allow", mode=cfg.wandb,
+                                    dir=str(folder), config=configuration.resolved(cfg))  # fmt: skip
+
+    def metrics(self, step, values):
+        if self.rank:
+            return
+        write(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n", append=True)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def samples(self, step, samples):
+        lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
+        if not self.rank and lines:
+            write(self.folder / "samples.jsonl", lines, append=True)
+
+    def say(self, text):
+        if not self.rank:
+            print(text, flush=True)
+
+    def progress(self, step, steps, values, left):
+        shown = {k.removeprefix("train/"): v for k, v in values.items()}
+        parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {shown['loss']:.4f}", f"|g| {shown['grad_norm']:.2f}"]
+        parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
+        parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
+        self.say("  ".join([*parts, f"{left / 60:.0f}m{left % 60:02.0f}s left"]))
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write(path, text, append=False):
+    try:
+        with open(path, "a" if append else "w", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
+
+
+def cut_back(path, step):
+    """Drop the lines of later steps, and a line that was cut off while written."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line + "\n")
+        draft = path.with_suffix(".draft")
+        write(draft, "".join(kept))
+        draft.rename(path)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "4090": 165e12, "3090": 71e12, "A10": 125e12}  # dense bf16; fmt: skip
+
+
+def step_flops(batch, model, teacher, vocab):
+    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward."""
+    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
+    context = sum(n * n for n in batch.lengths) / max(1, 2 * tokens)
+    forward = lambda m: tokens * m.flops_per_token(context) + 2 * rows * m.config.hidden_size * vocab
+    return 3 * forward(model) + (forward(teacher) if teacher else 0)
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+def train(cfg, given):
+    """One run from set-up to the last checkpoint; the same loop for every mode."""
+    check(cfg)
+    device, compute_dtype, rank, world = choose_device(cfg)
+
+    # Everything that can be wrong is found here, before a weight is read.
+    folder_of_student = locate(cfg.model, "--model")
+    is_kd = cfg.mode == "kd"
+    teacher_folder = None
+    if is_kd and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher") and not cfg.resume:
+        raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
+    if is_kd:
+        teacher_folder = locate(cfg.teacher, "--teacher") if cfg.teacher else embedded_teacher(cfg, rank)
+    shape = read_config(cfg.model, folder_of_student)
+    teacher_shape = read_config(cfg.teacher, teacher_folder) if is_kd else None
+    tokenizer = choose_tokenizer(cfg, folder_of_student, teacher_folder)
+    vocab = loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape)
+    formatter = Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix)
+    dataset = Dataset(
+        cfg.data, formatter, seed=cfg.seed, max_tokens=cfg.micro_tokens, vocab=vocab, eval_examples=cfg.eval_examples,
+        train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
+    )  # fmt: skip
+    source, loss_fn = build(cfg, dataset, vocab, rank, world)
+    if cfg.show_batch:
+        return show_batch(next(source), tokenizer, cfg.show_batch) if rank == 0 else None
+    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / cfg.batch_size)
+    if steps == 0:
+        raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
+    folder, start = open_run(cfg, given, rank)
+
+    torch.manual_seed(cfg.seed)
+    weight_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    model = build_model(shape, folder_of_student if start is None else folder.step_folder(start), device=device, seed=cfg.seed,
+                        weight_dtype=weight_dtype, compute_dtype=compute_dtype)  # fmt: skip
+    model.checkpointing = cfg.checkpointing
+    teacher = build_model(teacher_shape, teacher_folder, device=device, seed=cfg.seed, weight_dtype=compute_dtype) if is_kd else None
+    if teacher:
+        teacher.requires_grad_(False)
+    if cfg.compile:
+        for block in [*model.layers, *(teacher.layers if teacher else ())]:
+            block.compile(dynamic=device.type == "cpu")
+    optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
+    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder_of_student)]))
+    state = {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+    if start is not None:
+        saved = folder.load(start, model, optimizer)
+        source.load(saved["source"])
+        state = saved["counters"]
+    log = Log(cfg, folder.path, start, rank)
+    resumed, start = start is not None, start or 0
+    log.say(f"{cfg.mode}: {sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device.type}, {dataset.label}, "
+            f"{steps} steps -> {folder.path}" + (f" (resumed at step {start})" if resumed else ""))  # fmt: skip
+    peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    stop = StopSignal()
+    began, slow = time.perf_counter(), 0.0  # time spent on evaluation and saving is kept apart
+
+    for step in range(start, steps + 1):
+        stopping = parallel.all_reduce_sum([stop.received], device)[0] > 0
+        seen, aside = resumed and step == start, time.perf_counter()
+        if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
+            metrics, samples = evaluate(cfg, model, dataset, stop_ids, device, rank, world)
+            log.metrics(step, metrics)
+            log.samples(step, samples)
+            log.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items()))
+        if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
+            if rank == 0:
+                folder.save(step, model, optimizer, tokenizer, stop_ids, {"source": source.state(), "counters": state})
+            parallel.barrier()
+        slow += time.perf_counter() - aside
+        if step == steps or stopping:
+            break
+
+        clock = time.perf_counter()
+        batch = next(source)
+        (norm,) = parallel.all_reduce_sum([batch.normaliser], device)
+        sums = forward_backward(model, teacher, loss_fn, batch, norm, cfg.micro_tokens, device) if norm > 0 else {}
+        parallel.sync_gradients(model)
+        grad_norm, finite = clip_gradients(model, cfg.clip)
+        lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
+        if norm > 0 and finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            state["skipped_in_a_row"] = 0
+        else:
+            state["skipped"] += 1
+            state["skipped_in_a_row"] += 1
+        optimizer.zero_grad()
+
+        tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), step_flops(batch, model, teacher, vocab)], device)
+        state["tokens"] += int(tokens)
+        values = {f"train/{k}": total / count for k, (total, count) in reduce_metrics(sums).items() if count}
+        seconds = time.perf_counter() - clock
+        values |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": state["tokens"], "train/skipped": state["skipped"],
+                   "train/seconds": seconds, "train/tokens_per_second": tokens / seconds}  # fmt: skip
+        if peak:
+            values |= {"train/mfu": flops / seconds / peak / world, "train/memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+        log.metrics(step + 1, values)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            spent = time.perf_counter() - began - slow
+            log.progress(step + 1, steps, {"train/loss": math.nan} | values, spent / (step + 1 - start) * (steps - step - 1))
+        if state["skipped_in_a_row"] >= cfg.max_skipped:
+            raise RunFailed(f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite gradient; lower --lr or look at the data")
+
+    source.close()
+    if stopping:
+        log.say(f"stopped by a signal after step {step}; continue with --name {folder.path.name} --resume")
+    elif rank == 0:
+        draw_curves(folder.path)
+        log.say(summary(folder.path, teacher_folder))
+    log.close()
+    return folder.step_folder(step)
+
+
+def due(step, every, last):
+    """Before the first step, every `every` steps, and after the last."""
+    return step in (0, last) or bool(every) and step % every == 0
+
+
+def reduce_metrics(sums):
+    """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
+    pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+    merged = {}
+    for part in parallel.gather(pairs):
+        for name, (total, count) in part.items():
+            old = merged.get(name, (0.0, 0.0))
+            merged[name] = (old[0] + total, old[1] + count)
+    return merged
+
+
+class StopSignal:
+    """SIGTERM is noted and acted upon between steps: save, then leave."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, *_):
+        self.received = True
+
+
+def show_batch(batch, tokenizer, count):
+    """Print documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
+    on, off = ("\033[32m⟦", "⟧\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for n, d in enumerate(batch.documents[:count], 1):
+        trained = int((d.weights != 0).sum())
+        print(f"--- example {n}: {len(d)} tokens, {trained} trained on")
+        lo = 0
+        for hi in range(1, len(d) + 1):
+            if hi == len(d) or (d.weights[hi] != 0) != (d.weights[lo] != 0):
+                text = tokenizer.decode(d.tokens[lo:hi])
+                print(on + text + off if d.weights[lo] != 0 else text, end="")
+                lo = hi
+        print()
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(configuration.usage(Config, "train.py"))
+        return 0
+    try:
+        cfg, given = configuration.parse(Config, argv)
+        if cfg.resume and cfg.name and (stored := Path(cfg.runs) / cfg.name / "config.json").is_file():
+            cfg, given = configuration.parse(Config, argv, base=configuration.read_file(stored))
+        train(cfg, given)
+        return 0
+    except UserError as e:
+        code, text = 2, e
+    except RunFailed as e:
+        code, text = 1, e
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
+    print(f"train.py: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    parallel.close()
+    sys.exit(code)
