@@ -145,7 +145,7 @@ def build_tiny(texts, vocab_size=512):
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s+"), "isolated")
+    split = pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

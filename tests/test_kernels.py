@@ -1,0 +1,183 @@
+"""The chunked head against the fp64 reference written from the papers: values, gradients, extremes, close pairs."""
+
+import math
+
+import pytest
+import reference
+import torch
+
+from kernels import chunk
+from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.linear_logprob import LogprobTerm, linear_logprob
+from losses.kd import DIVERGENCES, WITH_BETA
+from losses.sft import cross_entropy
+
+N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
+CASES = [(name, beta) for name in HAND_WRITTEN for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))]
+CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
+
+
+def pair(dtype=torch.float64, scale=1.0):
+    g = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    hidden, head = make(N, D) * scale, make(ROWS, D)
+    teacher_hidden, teacher_head = make(N, C) * scale, make(ROWS + 3, C)
+    target = torch.randint(V, (N,), generator=g)
+    weight = torch.rand(N, generator=g, dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, target, weight
+
+
+def grads(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def assert_close(got, want, tolerance):
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300)
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 100])
+@pytest.mark.parametrize("temperature,t_squared,ce", [(1.0, False, 0.0), (2.5, True, 0.3), (0.7, False, 1.0)])
+@pytest.mark.parametrize("name,beta", CASES)
+def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, rows):
+    hidden, head, th, tw, target, weight = pair()
+    term = LogprobTerm(target, weight * ce, cross_entropy) if ce else None
+    scale = (1 - ce) * (temperature**2 if t_squared else 1)
+    loss, out = linear_kl(hidden, head, th, tw, weight, name, beta=beta, temperature=temperature, scale=scale, logprob=term, vocab=V, chunk_rows=rows)
+    want_N = reference.kd_row_loss(name, hidden @ head[:V].T, th @ tw[:V].T, target, beta=beta, temperature=temperature, ce_weight=ce, t_squared=t_squared)
+    want = (want_N * weight).sum()
+    assert_close(loss, want, 1e-12)
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+        assert_close(got, exact, 1e-10)
+    assert grads(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V)[0], head)[0][V:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name,beta", CASES)
+def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta):
+    hidden, head, th, tw, target, weight = pair()
+    by_name, _ = linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V, chunk_rows=4)
+    plain, _ = linear_kl(hidden, head, th, tw, weight, lambda ls, lt: DIVERGENCES[name](ls, lt, beta), vocab=V, chunk_rows=4)
+    assert_close(plain, by_name, 1e-12)
+    for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head)):
+        assert_close(got, exact, 1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_any_function_of_logprob_and_entropy(temperature, rows):
+    hidden, head, _, _, target, weight = pair()
+    old = torch.randn(N, dtype=torch.float64) - 3
+
+    def clipped(logp, entropy, fields):  # something with a kink, a field and the entropy in it
+        ratio = (logp - fields["old"]).exp()
+        return -torch.minimum(ratio, ratio.clamp(0.8, 1.2)) - 0.1 * entropy * logp
+
+    loss, out = linear_logprob(hidden, head, target, weight, clipped, {"old": old}, temperature=temperature, entropy=True, vocab=V, chunk_rows=rows)
+    logits = hidden @ head[:V].T / temperature
+    logp, entropy = -reference.cross_entropy(logits, target), reference.entropy(logits)
+    want = (clipped(logp, entropy, {"old": old}) * weight).sum()
+    assert_close(loss, want, 1e-12)
+    assert_close(out["logp"], logp, 1e-12)
+    assert_close(out["entropy"], entropy, 1e-12)
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+        assert_close(got, exact, 1e-10)
+
+
+def test_cross_entropy_without_gradients_and_without_rows():
+    hidden, head, th, tw, target, weight = pair()
+    with torch.no_grad():
+        loss, out = linear_logprob(hidden, head, target, weight, cross_entropy, chunk_rows=3)
+    assert_close(loss, (reference.cross_entropy(hidden @ head.T, target) * weight).sum(), 1e-12)
+    assert not loss.requires_grad
+    for none in (
+        linear_logprob(hidden[:0], head, target[:0], weight[:0], cross_entropy)[0],
+        linear_kl(hidden[:0], head, th[:0], tw, weight[:0], "forward_kl", vocab=V)[0],
+    ):
+        assert none == 0 and grads(none, head)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name,beta", CASES)
+def test_extreme_logits_give_finite_losses_and_right_gradients(name, beta, dtype):
+    """Logits of ±1e4, one-hot teachers on other ids than the student's, identical rows."""
+    hidden = (1e4 * torch.eye(6, 6)[[0, 1, 2, 3, 0]]).to(dtype).requires_grad_()
+    head = torch.eye(7, 6).to(dtype).requires_grad_()
+    teacher = hidden.detach().roll(1, 0)
+    teacher[4] = hidden[4].detach()
+    weight = torch.ones(5, dtype=dtype)
+    loss, out = linear_kl(hidden, head, teacher, head, weight, name, beta=beta)
+    want_N = reference.divergence(name, (hidden @ head.T).double(), (teacher @ head.T).double(), beta=beta)
+    assert_close(out["divergence"], want_N, 1e-6)
+    assert out["divergence"][4] == 0
+    for got in grads(loss, hidden, head):
+        assert torch.isfinite(got).all()
+    (got,) = grads(linear_kl(hidden, head, teacher, head, weight, name, beta=beta)[0], hidden)
+    (want,) = grads(want_N.sum(), hidden)
+    assert_close(got, want, 1e-6) if want.norm() else None
+    assert want.norm() > 0 or got.norm() < 1e-6
+
+
+@pytest.mark.parametrize("name,beta", CASES)
+def test_close_pairs_keep_their_digits_in_fp32(name, beta):
+    """Teacher and student nearly agree (KL about 1e-3) over Qwen's 151,665 ids: where naive sums keep three digits."""
+    inputs = reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3)
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        hidden, head, th, tw = (x.to(dtype) for x in inputs)
+        hidden.requires_grad_(), head.requires_grad_()
+        weight = torch.ones(len(hidden), dtype=dtype)
+        if dtype == torch.float64:
+            out = reference.divergence(name, hidden @ head.T, th @ tw.T, beta=beta)
+            results[dtype] = (out.detach(), *grads(out.sum(), hidden, head))
+        else:
+            loss, out = linear_kl(hidden, head, th, tw, weight, name, beta=beta)
+            results[dtype] = (out["divergence"], *grads(loss, hidden, head))
+    (value, *gradients), (value64, *gradients64) = results[torch.float32], results[torch.float64]
+    assert_close(value.sum(), value64.sum(), 1e-5)
+    for got, want in zip(gradients, gradients64):
+        assert_close(got, want, 1e-4)
+
+
+def test_the_naive_sum_would_fail_that_test():
+    hidden, head, th, tw = (x.float() for x in reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3))
+    ls, lt = (hidden @ head.T).log_softmax(1), (th @ tw.T).log_softmax(1)
+    exact = reference.divergence("forward_kl", hidden.double() @ head.double().T, th.double() @ tw.double().T)
+    naive = (lt.exp() * (lt - ls)).sum(1)
+    assert abs(naive.sum() - exact.sum()) / exact.sum() > 1e-5
+
+
+def test_blocks_of_any_size_give_the_same(monkeypatch):
+    hidden, head, th, tw, target, weight = pair()
+    want = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=V)[0]
+    monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 3 * V)
+    got = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=V)[0]
+    assert_close(got, want, 1e-14)
+    for a, b in zip(grads(got, hidden, head), grads(want, hidden, head)):
+        assert_close(a, b, 1e-14)
+
+
+def test_bf16_inputs_keep_fp32_logits():
+    hidden, head, th, tw, target, weight = pair(torch.bfloat16, scale=0.5)
+    loss, _ = linear_kl(hidden, head, th, tw, weight.float(), "forward_kl", vocab=V)
+    exact = reference.divergence("forward_kl", hidden.double() @ head.double()[:V].T, th.double() @ tw.double()[:V].T)
+    want = (exact * weight.double()).sum()
+    assert loss.dtype == torch.float32
+    assert_close(loss, want, 1e-5)
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+        assert got.dtype == torch.bfloat16
+        assert_close(got, exact, 2**-7)
+
+
+def test_backward_runs_once():
+    hidden, head, _, _, target, weight = pair()
+    loss, _ = linear_logprob(hidden, head, target, weight, cross_entropy)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_a_target_outside_the_vocabulary_is_named():
+    hidden, head, _, _, target, weight = pair()
+    with pytest.raises(ValueError, match="39"):
+        linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy, vocab=V)
+    assert math.isfinite(linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy)[0].item())
