@@ -62,9 +62,7 @@ def word_problem(rng):
     name, item, total = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(1, 12)
     story, steps = [f"{name} has {total} {item}."], []
     for _ in range(rng.choice((2, 3))):
-        op = rng.choice("++--*" if total <= 12 else "+-")
-        if op == "-" and total < 2:
-            op = "+"
+        op = rng.choice([o for o in "++--*" if not (o == "-" and total < 2 or o == "*" and total > 10 or o == "+" and total > 20)])
         b = rng.randint(2, 3) if op == "*" else rng.randint(1, min(12, total - 1) if op == "-" else 12)
         result = {"+": total + b, "-": total - b, "*": total * b}[op]
         story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
