@@ -49,20 +49,20 @@ class Config:
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
 
-    data: str = knob("word_problems", "a task, a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
-    train_examples: int = knob(0, "train on this many examples only; 0: all, or endless for a task")
+    data: str = knob("word_problems:1000", "a task (endless, or its first 1,000 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
+    train_examples: int = knob(0, "train on this many examples only; 0: all")
     template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
     system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
     prompt_suffix: str = knob("", "put behind the question")
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(400, "optimizer steps; 0: as many as --epochs asks for")
+    steps: int = knob(800, "optimizer steps; 0: as many as --epochs asks for")
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
     batch_size: int = knob(32, "examples per step, over all ranks")
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
     weighting: str = knob("token", "every token counts the same, or every sequence", choices=tuple(WEIGHTINGS))
-    lr: float = knob(4e-3, "peak learning rate")
+    lr: float = knob(6e-3, "peak learning rate")
     warmup: int = knob(20, "steps of linear warm-up")
     schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
     lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
@@ -82,7 +82,7 @@ class Config:
     kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
 
     eval_every: int = knob(200, "steps between evaluations; 0: before and after only")
-    eval_examples: int = knob(200, "held-out examples, carved from the training data; 0: no evaluation")
+    eval_examples: int = knob(400, "held-out examples, carved from the training data; 0: no evaluation")
     eval_tokens: int = knob(96, "new tokens at most per answer")
     save_every: int = knob(200, "steps between checkpoints; 0: after the last step only")
     keep: int = knob(2, "checkpoints kept")
@@ -162,7 +162,7 @@ def embedded_tokenizer():
 
 def embedded_teacher(cfg, rank):
     """The folder of the tiny teacher, trained on first use by this same loop in `sft` mode, kept and shared by all runs."""
-    recipe = dict(mode="sft", model="tiny-teacher", steps=TEACHER_STEPS, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
+    recipe = dict(mode="sft", model="tiny-teacher", data="word_problems", steps=TEACHER_STEPS, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     key = hashlib.sha256(json.dumps(recipe).encode() + b"".join(sources)).hexdigest()[:8]
     name = f"teacher-{key}"
@@ -177,7 +177,7 @@ def embedded_teacher(cfg, rank):
     return RunFolder(path).step_folder(TEACHER_STEPS)
 
 
-TEACHER_STEPS = 800
+TEACHER_STEPS = 600
 
 
 def choose_tokenizer(cfg, folder, teacher_folder):

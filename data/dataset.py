@@ -181,13 +181,17 @@ class Dataset:
     def __init__(self, name, formatter, *, seed, max_tokens, vocab, eval_examples=0, train_examples=0, overlong="error", progress=False):
         self.name, self.formatter, self.seed = name, formatter, seed
         self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
-        self.task = name if name in TASKS and TASKS[name].make else None
+        task, _, count = name.partition(":")
+        self.task = task if task in TASKS and TASKS[task].make else None
         self.dropped, self._documents = 0, None
         if self.task:
-            self.label = name
-            self.held_out = [TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)]
-            if train_examples:
-                self._tokenise([TASKS[name].example(name, "train", f"{SPLIT_SEED}/{i}") for i in range(train_examples)], progress)
+            self.label = task
+            if count and not (count.isdigit() and int(count)):
+                raise UserError(f"--data {name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems")
+            self.held_out = [TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)]
+            if count or train_examples:
+                n = min(int(n) for n in (count, train_examples) if n)
+                self._tokenise([TASKS[task].example(task, "train", f"{SPLIT_SEED}/{i}") for i in range(n)], progress)
         else:
             path = find_file(name)
             examples = [to_example(row, origin) for origin, row in read_rows(path)]

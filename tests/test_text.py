@@ -1,0 +1,290 @@
+"""Tokenizers, chat templates, datasets and the stream: the embedded ones here, the real Qwen2.5 tokenizer where it is at hand."""
+
+import json
+
+import pytest
+
+import train
+from data.batch import WEIGHTINGS
+from data.dataset import Dataset, Formatter, Stream, find_file, read_rows, to_example
+from data.grade import grade_exact, grade_number, marked_answer, parse_number
+from data.tasks import TASKS, Example
+from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
+from errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return train.embedded_tokenizer()
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
+    text = "Mia has 12 apples.\n  Ünïcode – “quotes” 3.14\t<|im_end|>"
+    assert tiny.decode(tiny.encode(text)) == text
+    train.embedded_tokenizer.cache_clear()
+    assert train.embedded_tokenizer().files == tiny.files
+    assert tiny.size <= 512 and tiny.stop_ids() == [tiny.encode("<|im_end|>")[0], tiny.encode("<|endoftext|>")[0]]
+
+
+def test_saved_and_loaded_tokenizers_agree(tiny, tmp_path):
+    tiny.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("Ben has 3") == tiny.encode("Ben has 3") and loaded.chat_template == tiny.chat_template
+    assert shared_vocabulary(tiny, loaded) == tiny.size
+
+
+def test_a_folder_without_or_with_a_damaged_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match="damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused(tiny):
+    def edited(change):
+        parts = json.loads(tiny.files["tokenizer.json"])
+        change(parts)
+        return Tokenizer(tiny.files | {"tokenizer.json": json.dumps(parts).encode()}, "the other")
+
+    more = edited(lambda t: t["added_tokens"].append(dict(t["added_tokens"][0], id=tiny.size, content="<new>")))
+    assert shared_vocabulary(tiny, more) == shared_vocabulary(more, tiny) == tiny.size
+
+    with pytest.raises(UserError, match="pre-tokenizer"):
+        shared_vocabulary(tiny, edited(lambda t: t.update(pre_tokenizer=None)))
+    with pytest.raises(UserError, match="normaliser"):
+        shared_vocabulary(tiny, edited(lambda t: t.update(normalizer={"type": "NFC"})))
+    with pytest.raises(UserError, match="merges"):
+        shared_vocabulary(tiny, build_tiny(["quite another text, with other merges"] * 9))
+
+
+def test_qwen_tokenizer(real_data):
+    qwen = Tokenizer.load(real_data / "qwen2.5-tokenizer")
+    assert qwen.size == 151_665 and qwen.stop_ids() == [151_645, 151_643] and qwen.turn_end == "<|im_end|>"
+    example = Example(({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}))
+    (d,) = Formatter(qwen).documents([example])
+    whole = qwen.render(example.messages)
+    assert qwen.decode(d.tokens) + "\n" == whole and "You are Qwen" in whole
+    assert qwen.decode(d.tokens[d.weights > 0]) == "4<|im_end|>"
+    assert Formatter(qwen).prompt(example) == qwen.encode(qwen.render(example.messages[:1], generate=True))
+
+
+def test_chat_template_equals_transformers(real_data):
+    from transformers import AutoTokenizer
+
+    folder = real_data / "qwen2.5-tokenizer"
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <b> \n"}, {"role": "assistant", "content": "Ünï"}]
+    for messages, generate in ((chat, False), (chat[:2], True), (chat[1:], False)):
+        text = ours.render(messages, generate)
+        assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+# --- formatting ------------------------------------------------------------------------------------------------------
+
+
+def test_every_assistant_turn_is_trained_and_nothing_else(tiny):
+    turns = [("system", "S."), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    example = Example(tuple({"role": r, "content": c} for r, c in turns))
+    formatter = Formatter(tiny)
+    (d,) = formatter.documents([example])
+    assert tiny.decode(d.tokens) + "\n" == tiny.render(example.messages)
+    assert tiny.decode(d.tokens[d.weights > 0]) == "1<|im_end|>2<|im_end|>"
+    assert tiny.decode(formatter.prompt(example)) == tiny.render(example.messages[:4], generate=True)
+
+
+def test_plain_template_system_prompt_and_suffix(tiny):
+    example = Example(({"role": "user", "content": "Q:"}, {"role": "assistant", "content": " A"}))
+    (plain,) = Formatter(tiny, "plain", prompt_suffix=" think").documents([example])
+    assert tiny.decode(plain.tokens) == "Q: think A<|endoftext|>"
+    assert tiny.decode(plain.tokens[plain.weights > 0]) == " A<|endoftext|>"
+    prompt = tiny.decode(Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example))
+    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
+    assert example.messages[0]["content"] == "Q:"  # the example itself is left alone
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
+    template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    settings = json.dumps({"eos_token": "<|endoftext|>", "chat_template": template}).encode()
+    other = Tokenizer(tiny.files | {"tokenizer_config.json": settings}, "x")
+    turns = tuple({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        Formatter(other).documents([Example(turns, origin="f:1")])
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+ROWS = [
+    {"question": "Q", "answer": "half is <<48/2=24>>24.\n#### 1,024"},
+    {"problem": "P", "solution": "S \\boxed{3}", "answer": "3"},
+    {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+    {"prompt": "p", "completion": "c"},
+]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_every_form_in_every_container(tmp_path, suffix):
+    for i, row in enumerate(ROWS):
+        ((origin, back),) = read_rows(write(tmp_path / f"{i}{suffix}", [row]))
+        example = to_example(back, origin)
+        assert str(tmp_path) in example.origin and [m["role"] for m in example.messages] == ["user", "assistant"]
+        assert (example.task, example.answer) == [("gsm8k", "1,024"), ("math", "3"), ("", None), ("", None)][i]
+    assert to_example(ROWS[0], "").messages[1]["content"] == "half is 24.\n#### 1,024"
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ('{"question": "a", "ans', "not valid JSON"),
+        ("[1]", "expected an object"),
+        ('{"question": 3, "answer": "x"}', "'question'"),
+        ('{"question": "a", "answer": ""}', "'answer'"),
+        ('{"text": "a"}', "fit no known form"),
+        ('{"messages": []}', "ends with the assistant"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "ends with the assistant"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "ends with the assistant"),
+        ('{"prompt": "\\ud800 ok"', "not valid JSON"),
+        ("\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, words, tiny):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(UserError) as e:
+        [to_example(row, origin) for origin, row in read_rows(path)]
+    assert "data.jsonl:2" in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_which_file(tmp_path):
+    with pytest.raises(UserError, match="no .jsonl"):
+        find_file(str(tmp_path))
+    test = write(tmp_path / "test.jsonl", ROWS[:1])
+    assert find_file(str(tmp_path)) == test
+    train_file = write(tmp_path / "train.jsonl", ROWS[:1])
+    assert find_file(str(tmp_path)) == train_file
+    write(tmp_path / "train-1.json", ROWS[:1])
+    with pytest.raises(UserError, match="which file"):
+        find_file(str(tmp_path))
+    with pytest.raises(UserError, match="first 1,000"):
+        dataset(None, "word_problems:many")
+    for missing in ("nowhere.jsonl", "word_problem", str(tmp_path / "x.jsonl")):
+        with pytest.raises(UserError, match="no such file"):
+            find_file(missing)
+    (tmp_path / "a.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match="not a Parquet"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+# --- dataset and stream ----------------------------------------------------------------------------------------------
+
+
+def dataset(tiny, name="word_problems", **more):
+    return Dataset(name, tiny and Formatter(tiny), **dict(seed=0, max_tokens=512, vocab=512, eval_examples=5) | more)
+
+
+def test_held_out_problems_are_never_trained_on(tiny):
+    task = TASKS["word_problems"]
+    trained = {task.example("word_problems", "train", f"{seed}/{i}").messages[0]["content"] for seed in range(3) for i in range(3000)}
+    held = {task.example("word_problems", "heldout", f"0/{i}").messages[0]["content"] for i in range(1000)}
+    assert not trained & held and len(held) > 900
+
+
+def test_gold_solutions_are_graded_correct_and_other_numbers_wrong():
+    for i in range(300):
+        e = TASKS["word_problems"].example("word_problems", "train", f"0/{i}")
+        solution = e.messages[1]["content"]
+        assert grade_number(solution, e.answer) and not grade_number(solution + "1", e.answer)
+
+
+def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
+    path = str(write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(40)]))
+    a, b = dataset(tiny, path, seed=1), dataset(tiny, path, seed=2)
+    text = lambda d: tiny.decode(d.tokens)
+    assert [e.origin for e in a.held_out] == [e.origin for e in b.held_out] and len(a) == 35
+    held, trained = {text(d) for d in a.held_out_documents()}, {text(a.get(i)) for i in range(35)}
+    assert len(held) == 5 and len(trained) == 35 and not held & trained
+    assert len(dataset(tiny, path, train_examples=7)) == 7
+    with pytest.raises(UserError, match="leaves none"):
+        dataset(tiny, path, eval_examples=40)
+
+
+def test_overlong_and_foreign_ids(tiny, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (3, 300, 5)])
+    with pytest.raises(UserError, match="d.jsonl:2.*--overlong drop"):
+        dataset(tiny, str(path), max_tokens=100, eval_examples=0)
+    kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, overlong="drop")
+    assert len(kept) == 2 and kept.dropped == 1
+    with pytest.raises(UserError, match="outside the 50 ids"):
+        dataset(tiny, str(path), vocab=50, eval_examples=0)
+
+
+def texts(batch):
+    return [tuple(d.tokens.tolist()) for d in batch.documents]
+
+
+@pytest.mark.parametrize("examples", [0, 10])
+def test_the_global_batch_does_not_depend_on_the_ranks(tiny, examples):
+    data = dataset(tiny, "word_problems:10" if examples else "word_problems")
+    make = lambda rank, world: Stream(data, 6, 0, WEIGHTINGS["token"], rank, world)
+    one, three = make(0, 1), [make(r, 3) for r in range(3)]
+    for _ in range(5):
+        assert sorted(texts(next(one))) == sorted(t for s in three for t in texts(next(s)))
+
+
+@pytest.mark.parametrize("examples", [0, 10])
+def test_the_stream_resumes_at_the_example_whatever_was_prefetched(tiny, examples):
+    data = dataset(tiny, train_examples=examples)
+    make = lambda: Stream(data, 4, 0, WEIGHTINGS["token"])
+    through, cut = make(), make()
+    want = [texts(next(through)) for _ in range(9)]
+    got = [texts(next(cut)) for _ in range(4)]
+    resumed = make()
+    resumed.load(json.loads(json.dumps(cut.state())))
+    got += [texts(next(resumed)) for _ in range(5)]
+    assert got == want
+
+
+def test_an_epoch_holds_every_example_once_and_epochs_differ(tiny):
+    stream = Stream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
+    first, second = ([t for _ in range(3) for t in texts(next(stream))] for _ in range(2))
+    assert sorted(first) == sorted(second) and first != second and len(set(first)) == len(first)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [("18.", 18), ("$18", 18), ("-3", -3), ("1,000", 1000), ("$1,234.50 dollars", 1234.5), (" .5", 0.5), ("x = 12", 12), ("€ 7", 7),
+     ("+4", 4), ("none", None), ("", None), ("-$5", -5), ("1,00", 1), ("3-2", 3), ("1,234,567", 1234567), ("..", None)],
+)  # fmt: skip
+def test_numbers(text, value):
+    got = parse_number(text)
+    assert (None if got is None else float(got)) == value
+
+
+def test_the_last_marked_answer_counts():
+    assert marked_answer("#### 3 or rather \\boxed{4}") == "4"
+    assert marked_answer("\\boxed{4} no\n#### 5 apples\nbye") == "5 apples"
+    assert marked_answer("<answer> 6 </answer>") == "6" and marked_answer("18") is None
+    assert grade_number("so\n#### $1,000.", "1000") and not grade_number("1000", "1000")
+    assert grade_exact("\\boxed{x + 1}", "x+1") and not grade_exact("\\boxed{x - 1}", "x+1")
+    assert parse_number("9" * 400) == 10**400 - 1
