@@ -76,9 +76,9 @@ class Batch:
             torch.from_numpy(_concat(position, np.int64)),
             torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
             torch.from_numpy(_concat(target, np.int64)),
-            torch.from_numpy(weight_T).float(),
+            torch.from_numpy(weight_T),
             torch.from_numpy(weight_T.nonzero()[0]),
-            {name: torch.from_numpy(_concat(f, np.float64)).float() for name, f in fields.items()},
+            {name: torch.from_numpy(_concat(f, np.float64)) for name, f in fields.items()},
             float(weight_T.sum()),
         )
 

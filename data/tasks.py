@@ -50,9 +50,9 @@ _STORY = {
     "*": ("Then {n} has {b} times as many {i}.",),
 }
 _STEPS = {
-    "+": ("{a} + {b} = {c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
-    "-": ("{a} - {b} = {c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
-    "*": ("{a} * {b} = {c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
+    "+": ("{a}+{b}={c}.", "Adding:{a}+{b}={c}.", "{a} plus {b} is {c}."),
+    "-": ("{a}-{b}={c}.", "Taking:{a}-{b}={c}.", "{a} less {b} is {c}."),
+    "*": ("{a}*{b}={c}.", "Times:{a}*{b}={c}.", "{b} times {a} is {c}."),
 }
 
 
@@ -68,7 +68,7 @@ def word_problem(rng):
         story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
         steps.append(rng.choice(_STEPS[op]).format(a=total, b=b, c=result))
         total = result
-    question = " ".join([*story, f"How many {item} does {name} have now?"])
+    question = " ".join([*story, f"How many {item} now?"])
     return question, " ".join([*steps, f"#### {total}"]), str(total)
 
 

@@ -139,13 +139,22 @@ def shared_vocabulary(a, b):
     return shared
 
 
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def build_tiny(texts, vocab_size=512):
-    """A byte-level BPE tokenizer with digits apart and a small chat template, for the embedded tasks."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    """A small tokenizer of Qwen2.5's kind (NFC, its pre-tokenizer, byte-level BPE) with a chat template of its form.
+
+    `transformers` loads it as a Qwen2Tokenizer, which brings that pre-tokenizer whatever tokenizer.json says.
+    """
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s+"), "isolated")
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -156,7 +165,7 @@ def build_tiny(texts, vocab_size=512):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": template}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
     return Tokenizer(files, "the embedded tokenizer")
 

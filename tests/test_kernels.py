@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import reference
+
 import torch
 
 from kernels import chunk
@@ -11,6 +11,7 @@ from kernels.linear_kl import HAND_WRITTEN, linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
 from losses.kd import DIVERGENCES, WITH_BETA
 from losses.sft import cross_entropy
+from tests import reference
 
 N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
 CASES = [(name, beta) for name in HAND_WRITTEN for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))]

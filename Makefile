@@ -1,0 +1,42 @@
+# The two commands of the README: `make kd` and `make test`. Each sets up what it needs in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# real data for the tests that want it; they skip with a reason where the folder is absent
+SRLM_DATA ?= $(wildcard ../shared/data)
+export SRLM_DATA
+
+.PHONY: kd sft test test-slow bench lines clean
+
+kd: $(VENV)/run
+	$(BIN)/torchrun train.py --mode kd
+
+sft: $(VENV)/run
+	$(BIN)/torchrun train.py --mode sft
+
+test: $(VENV)/dev lines
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 tests
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -q -m slow --durations=0 tests
+
+bench: $(VENV)/run
+	$(BIN)/python -m bench.kd_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
+
+lines:
+	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 4,500)"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $(VENV)/run $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache

@@ -1,0 +1,130 @@
+"""How the global batch is cut never changes the loss or the gradient: micro-batches, order, chunks, ranks (fp64, 1e-10)."""
+
+import functools
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from data.batch import WEIGHTINGS, Batch, Document
+from kernels import chunk
+from losses.kd import DIVERGENCES, kd_loss
+from losses.sft import sft_loss
+from model.checkpoint import build_model
+from model.transformer import ModelConfig
+from tests import workers
+
+VOCAB = 40
+
+
+def losses():
+    kd = functools.partial(kd_loss, beta=0.3, temperature=1.7, t_squared=True, vocab=VOCAB)
+    every = {name: functools.partial(kd, divergence=name, ce=0.0) for name in DIVERGENCES}
+    return {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every
+
+
+def build():
+    shape = ModelConfig(vocab_size=VOCAB + 4, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+    teacher_shape = ModelConfig(vocab_size=VOCAB + 9, hidden_size=24, intermediate_size=24, num_layers=1, num_heads=3, num_kv_heads=3, head_dim=8)
+    make = functools.partial(build_model, folder=None, device="cpu", weight_dtype=torch.float64)
+    return make(shape, seed=0), make(teacher_shape, seed=1).requires_grad_(False), losses()
+
+
+def documents(weighting):
+    rng = np.random.default_rng(0)
+    made = []
+    for length in (3, 9, 1, 14, 5, 5, 8, 2, 11):
+        weights = np.ones(length, np.float64)
+        weights[: rng.integers(1, length + 1)] = 0
+        made.append(WEIGHTINGS[weighting](Document(rng.integers(0, VOCAB, length).astype(np.int32), weights)))
+    made.append(Document(np.arange(6, dtype=np.int32), np.zeros(6)))  # carries no loss at all
+    return made
+
+
+def assert_same(got, want, what):
+    (metrics, grad), (metrics0, grad0) = got, want
+    grad, grad0 = torch.as_tensor(grad, dtype=torch.float64), torch.as_tensor(grad0, dtype=torch.float64)
+    assert (grad - grad0).norm() / grad0.norm() < 1e-10, what
+    assert metrics.keys() == metrics0.keys()
+    for name in metrics:
+        assert abs(metrics[name] - metrics0[name]) < 1e-10 * max(1, abs(metrics0[name])), (what, name)
+
+
+@pytest.fixture(scope="module", params=["token", "sequence"])
+def whole(request):
+    """Every loss of the uncut batch on one rank."""
+    model, teacher, every = build()
+    docs = documents(request.param)
+    return docs, {name: workers.gradient(model, teacher, fn, docs, 10_000) for name, fn in every.items()}
+
+
+@pytest.mark.parametrize("name", losses())
+def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
+    docs, want = whole
+    model, teacher, every = build()
+    for micro_tokens in (14, 20, 31):
+        assert_same(workers.gradient(model, teacher, every[name], docs, micro_tokens), want[name], f"{micro_tokens} tokens")
+    shuffled = random.Random(0).sample(docs, len(docs))
+    assert_same(workers.gradient(model, teacher, every[name], shuffled, 23), want[name], "order")
+    for rows in (1, 3, 7):
+        monkeypatch.setitem(chunk.CHUNK_ELEMENTS, "cpu", rows * 2 * (VOCAB + 4))
+        monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 2 * VOCAB)
+        assert_same(workers.gradient(model, teacher, every[name], docs, 31), want[name], f"chunks of {rows}")
+
+
+@pytest.mark.parametrize("name", ["sft", "forward_kl"])
+def test_a_mean_of_micro_batches_would_fail(whole, name):
+    """The classic bug: dividing each micro-batch by its own count. It must not pass the comparison above."""
+    docs, want = whole
+    model, teacher, every = build()
+
+    carrying = [m for m in Batch.pack(docs).split(14) if m.normaliser]
+    norm = sum(m.normaliser for m in carrying)
+
+    def mean_of_means(hidden, head, frozen, micro):
+        loss_sum, metrics = every[name](hidden, head, frozen, micro)
+        return loss_sum / (micro.normaliser or 1.0) * norm / len(carrying), metrics
+
+    assert_same(workers.gradient(model, teacher, every[name], docs, 14), want[name], "the right one")
+    with pytest.raises(AssertionError):
+        assert_same(workers.gradient(model, teacher, mean_of_means, docs, 14), want[name], "mutant")
+
+
+def test_fixed_slots_as_on_a_gpu(whole):
+    docs, want = whole
+    model, teacher, every = build()
+    batch_split = Batch.split
+    try:
+        Batch.split = lambda self, micro_tokens, fixed=False: batch_split(self, micro_tokens, fixed=True)
+        for name, loss_fn in every.items():
+            assert_same(workers.gradient(model, teacher, loss_fn, docs, 33), want[name], name)
+    finally:
+        Batch.split = batch_split
+
+
+def shares(docs, world):
+    """Named ways of dealing the documents out to ranks."""
+    deal = [docs[r::world] for r in range(world)]
+    by_loss = sorted(docs, key=lambda d: d.weights.sum())
+    no_loss = [[d for d in docs if d.weights.sum() == 0]] + [[d for d in docs if d.weights.sum()][r :: world - 1] for r in range(world - 1)]
+    return {"dealt": deal, "a rank without loss rows": no_loss, "a rank without micro-batches": [[], by_loss] + [[]] * (world - 2)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks(whole, world):
+    docs, want = whole
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    jobs = [(name, share, 20) for name, share in shares(docs, world).items()]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = mp.spawn(workers.rank_main, (world, port, build, jobs, results), nprocs=world, join=False)
+    done = results.get()
+    processes.join()
+    assert len(done) == len(jobs) * len(want)
+    for (job, name), got in done.items():
+        assert_same(got, want[name], f"{world} ranks, {job}, {name}")
