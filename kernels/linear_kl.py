@@ -131,11 +131,12 @@ def linear_kl(
     chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, hidden_ND.device) // 2)  # two buffers share the budget
     rows = min(chunk_rows, hidden_ND.shape[0])
     teacher_logits = torch.empty(rows, vocab, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    work = torch.empty(blocks(rows, vocab, hidden_ND.device)[0].stop if rows else 0, vocab, dtype=teacher_logits.dtype, device=hidden_ND.device)
     value_N = torch.zeros(hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
 
     def block_loss(student_nV, teacher_nV, rows, want_grad):
         extra_nV = student_nV.clone() if logprob else None
-        ls, lt = (_log_softmax_(z, temperature) for z in (student_nV, teacher_nV))
+        ls, lt = (_log_softmax_(z, temperature, work[: len(z)]) for z in (student_nV, teacher_nV))
         value_n, grad_nV = hand(ls, lt, beta) if hand else _by_autograd(divergence, ls, lt, want_grad)
         value_N[rows] = value_n
         loss_n = value_n * weight_N[rows] * scale
@@ -160,10 +161,10 @@ def linear_kl(
     return loss_sum, {"divergence": value_N}
 
 
-def _log_softmax_(z_nV, temperature):
-    """In place, in z's dtype."""
+def _log_softmax_(z_nV, temperature, work_nV):
+    """In place, in z's dtype; work_nV is overwritten (a fresh buffer of this size costs more than its exponentials)."""
     if temperature != 1.0:
         z_nV.div_(temperature)
     z_nV.sub_(z_nV.amax(1, keepdim=True))
-    return z_nV.sub_(z_nV.exp().sum(1, keepdim=True).log_())
+    return z_nV.sub_(torch.exp(z_nV, out=work_nV).sum(1, keepdim=True).log_())
 

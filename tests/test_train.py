@@ -1,0 +1,247 @@
+"""The command itself: runs, resumes, refuses, and leaves behind what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from eval.report import read_metrics
+from model.checkpoint import RunFolder
+from tests.conftest import ROOT
+
+SMALL = ["--steps=6", "--batch_size=4", "--eval_examples=3", "--eval_tokens=8", "--eval_every=4", "--save_every=2", "--warmup=2", "--data=word_problems:20"]
+TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gb")
+
+
+def command(*args, cwd, ranks=0):
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
+    return [sys.executable, *start, str(ROOT / "train.py"), "--device=cpu", *args], dict(cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run(*args, cwd, ranks=0, timeout=120):
+    argv, options = command(*args, cwd=cwd, ranks=ranks)
+    return subprocess.run(argv, **options, capture_output=True, text=True, timeout=timeout)
+
+
+def sft(*args, cwd, **more):
+    return run("--mode=sft", *SMALL, *args, cwd=cwd, **more)
+
+
+def timeless(folder):
+    keep = lambda m: {k: v for k, v in m.items() if not k.endswith(TIMES)}
+    return [keep(m) for m in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A checkpoint of a six-step run, and everything that run left behind."""
+    cwd = tmp_path_factory.mktemp("teacher")
+    result = sft("--name=t", "--model=tiny-teacher", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / "t", result
+
+
+def test_what_a_run_leaves_behind(teacher):
+    folder, result = teacher
+    assert {p.name for p in folder.iterdir()} == {"config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["mode"] == "sft" and config["steps"] == 6 and not any(k.startswith(("kd_", "teacher", "epochs")) for k in config)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and "--mode=sft" in environment["command"]
+    metrics = read_metrics(folder)
+    steps = [m["step"] for m in metrics if "train/loss" in m]
+    assert steps == [1, 2, 3, 4, 5, 6] and [m["step"] for m in metrics if "eval/word_problems/accuracy" in m] == [0, 4, 6]
+    assert metrics[-2]["train/tokens"] > 6 * 4 * 30 and metrics[-2]["train/loss"] < metrics[1]["train/loss"]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 9 and {"step", "question", "gold", "text", "correct", "tokens", "stopped"} == set(samples[0])
+    checkpoints = RunFolder(folder)
+    assert checkpoints.steps() == [4, 6] and not list((folder / "checkpoints").glob(".*"))
+    assert "before" in result.stdout and "accuracy" in result.stdout and "left" in result.stdout
+
+
+def test_the_checkpoint_is_a_model_for_everyone(teacher):
+    transformers = pytest.importorskip("transformers")
+    folder = teacher[0] / "checkpoints" / "step-6"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.generation_config.eos_token_id == [2, 0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Mia has 3 books."}], tokenize=False, add_generation_prompt=True)
+    assert text == train.embedded_tokenizer().render([{"role": "user", "content": "Mia has 3 books."}], generate=True)
+
+
+def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher, tmp_path):
+    args = ["--name=r", f"--teacher={teacher[0] / 'checkpoints' / 'step-6'}", "--kd_ce=0.2"]
+    whole = run("--mode=kd", *SMALL, *args, "--runs=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    argv, options = command("--mode=kd", *SMALL, *args, "--runs=cut", cwd=tmp_path)
+    process = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / "r" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 4) and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    with open(metrics, "a") as f:
+        f.write('{"step": 3, "train/lo')  # as if cut while writing
+    resumed = run("--name=r", "--runs=cut", "--resume", cwd=tmp_path)  # the run's own config.json says the rest
+    assert resumed.returncode == 0, resumed.stderr
+    assert timeless(tmp_path / "cut" / "r") == timeless(tmp_path / "whole" / "r") != []
+    assert (tmp_path / "cut/r/samples.jsonl").read_text() == (tmp_path / "whole/r/samples.jsonl").read_text()
+    for name in ("model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"):
+        a, b = (tmp_path / w / "r/checkpoints/step-6" / name for w in ("cut", "whole"))
+        assert a.read_bytes() == b.read_bytes(), name
+
+
+def test_sigterm_saves_and_exits_and_the_run_goes_on(tmp_path):
+    argv, options = command("--mode=sft", *SMALL, "--steps=300", "--save_every=0", "--eval_every=0", "--name=s", cwd=tmp_path)
+    process = subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step   0/300" not in (line := process.stdout.readline()) and "step 0/300" not in line:
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--name s --resume" in out, (out, err)
+    (step,) = RunFolder(tmp_path / "runs" / "s").steps()
+    assert step < 300 and len([m for m in read_metrics(tmp_path / "runs/s") if "train/loss" in m]) == step
+    again = run("--name=s", "--resume", f"--steps={step + 2}", cwd=tmp_path)
+    assert again.returncode == 0 and f"resumed at step {step}" in again.stdout, again.stderr
+
+
+def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
+    args = ["--mode=kd", *SMALL, "--steps=3", "--dtype=float64", "--micro_tokens=130", f"--teacher={teacher[0] / 'checkpoints/step-6'}"]
+    results = [run(*args, f"--name=w{n}", cwd=tmp_path, ranks=n) for n in (1, 2)]
+    assert all(r.returncode == 0 for r in results), results[1].stderr
+    one, two = (timeless(tmp_path / "runs" / f"w{n}") for n in (1, 2))
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a)
+    assert results[1].stdout.count("step 0/3") == 1  # rank 0 alone speaks
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
+    result = sft("--lr=1e30", "--clip=0", "--max_skipped=3", "--steps=20", "--eval_examples=0", "--name=n", cwd=tmp_path)
+    assert result.returncode == 1 and "3 steps in a row had no finite gradient" in result.stderr and "Traceback" not in result.stderr
+    train_lines = read_metrics(tmp_path / "runs/n")
+    assert train_lines[-1]["train/skipped"] == 3 and train_lines[0]["train/skipped"] == 0
+
+
+def test_show_batch_prints_the_masks_and_trains_nothing(tmp_path):
+    result = sft("--show_batch=2", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("--- example") == 2 and not (tmp_path / "runs").exists()
+    assert "⟦" in result.stdout and "####" in result.stdout.split("⟦")[1].split("⟧")[0] and "How many" in result.stdout.split("⟦")[0]
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--mod=kd"], "did you mean mode"),
+        (["--mode=sft", "--kd_beta=0.1"], "mode=sft"),
+        (["--mode=sft", "--model=nowhere"], "--model nowhere"),
+        (["--mode=kd", "--teacher=nowhere"], "--teacher nowhere"),
+        (["--mode=sft", "--data=nowhere.jsonl"], "--data nowhere.jsonl"),
+        (["--mode=sft", "--model=qwen2.5-0.5b", "--micro_tokens=9"], "--micro_tokens"),
+        (["--mode=kd", "--model=qwen2.5-0.5b"], "--teacher is needed"),
+        (["--mode=sft", "--lr=-1"], "--lr"),
+        (["--mode=sft", "--resume"], "--name"),
+        (["--mode=sft", "--resume", "--name=never"], "there is no run"),
+        (["--mode=sft", "--data=word_problems", "--steps=0"], "endless"),
+        (["--config=none.toml"], "none.toml"),
+        (["--mode=sft", "--name=../x"], "plain folder name"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(args) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("train.py: ") and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_existing_run_is_not_overwritten(teacher, capsys):
+    before = (teacher[0] / "metrics.jsonl").read_text()
+    assert train.main(["--mode=sft", *SMALL, f"--runs={teacher[0].parent}", "--name=t"]) == 2
+    assert "continue it with --resume" in capsys.readouterr().err and (teacher[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
+    from data.tokenizer import build_tiny
+
+    (tmp_path / "other").mkdir()
+    build_tiny(["some other words with other merges"] * 5).save(tmp_path / "other")
+    args = ["--mode=kd", *SMALL, f"--teacher={teacher[0] / 'checkpoints/step-6'}", f"--tokenizer={tmp_path / 'other'}", f"--runs={tmp_path}"]
+    assert train.main(args) == 2
+    assert "merges" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_saving_loses_nothing(tmp_path):
+    """The file size limit stands in for a full disk: writing fails half-way through the second checkpoint's weights."""
+    limited = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train, model.checkpoint as c; save = c.save_model\n"
+        "def fail(model, folder, *rest):\n"
+        "    if folder.name == '.draft-4': resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "    save(model, folder, *rest)\n"
+        "c.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", limited, str(ROOT), "--mode=sft", "--device=cpu", *SMALL, "--name=d"]
+    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "could not be written" in result.stderr and "step 2" in result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert RunFolder(tmp_path / "runs/d").steps() == [2] and not list((tmp_path / "runs/d/checkpoints").glob(".draft*"))
+    again = run("--name=d", "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "resumed at step 2" in again.stdout
+
+
+def test_wandb_offline_gets_the_metrics(tmp_path):
+    pytest.importorskip("wandb")
+    result = sft("--steps=2", "--wandb=offline", "--name=w", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "w"
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb")) and (folder / "wandb_id").read_text()
+
+
+def test_nothing_optional_is_imported_unasked():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; print([m for m in ('wandb', 'matplotlib', 'pyarrow', 'triton', 'transformers', 'jinja2') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "wandb" not in out and "matplotlib" not in out and "pyarrow" not in out and "transformers" not in out
+
+
+def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
+    """The real tokenizer, 151,936 head rows, a small body: the loss falls, and the first tokens of the mask are right."""
+    args = [f"--data={real_data / 'gsm8k'}", f"--tokenizer={real_data / 'qwen2.5-tokenizer'}", "--model=small", "--micro_tokens=1024"]
+    more = ["--steps=5", "--batch_size=2", "--lr=1e-3", "--warmup=1", "--eval_examples=2", "--eval_tokens=2", "--save_every=0", "--name=g"]
+    result = run("--mode=sft", *args, *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    losses = [m["train/loss"] for m in read_metrics(tmp_path / "runs/g") if "train/loss" in m]
+    assert losses[0] > 11 and losses[-1] < losses[0] - 1
+    shown = run("--mode=sft", *args, "--show_batch=1", cwd=tmp_path).stdout
+    trained = shown.split("⟦")[1].split("⟧")[0]
+    assert "####" in trained and trained.endswith("<|im_end|>") and "<<" not in trained and Path(ROOT).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sft", "kd"])
+def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
+    import random
+
+    rng = random.Random(mode)
+    extra = [f"--teacher={teacher[0] / 'checkpoints/step-6'}"] if mode == "kd" else []
+    args = [f"--mode={mode}", *SMALL, "--steps=120", "--save_every=7", "--eval_every=11", "--name=k", *extra]
+    whole = run(*args, "--runs=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    argv, options = command(*args, "--runs=cut", cwd=tmp_path)
+    for kill in range(10):
+        process = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.5, 6.0))
+        process.kill()
+        process.wait()
+        if (tmp_path / "cut/k").exists():
+            argv, options = command("--name=k", "--runs=cut", "--resume", *(["--mode=" + mode] + args[1:-1 - len(extra)] + extra if not (tmp_path / "cut/k/config.json").exists() else []), cwd=tmp_path)
+    last = run(*argv[2:], cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert timeless(tmp_path / "cut/k") == timeless(tmp_path / "whole/k")
