@@ -288,7 +288,7 @@ class Log:
             import wandb
 
             id_file = folder / "wandb_id"
-            run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
+            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             write(id_file, run_id)
             self.wandb = wandb.init(project=cfg.wandb_project, name=folder.name, id=run_id, resume="allow", mode=cfg.wandb,
                                     dir=str(folder), config=configuration.resolved(cfg))  # fmt: skip
