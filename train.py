@@ -8,11 +8,10 @@ import functools
 import hashlib
 import json
 import math
-import os
-import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,10 +20,11 @@ import config as configuration
 from config import knob
 from data.batch import WEIGHTINGS, Batch
 from data.dataset import Dataset, Formatter, Stream
-from data.tasks import HELD_OUT_SHARE, TASKS, grade
+from data.tasks import TASKS, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import RunFailed, UserError
-from eval.report import draw_curves, environment, read_metrics, summary
+from eval.log import Log, peak_flops, show_batch, step_flops
+from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
 from losses.kd import DIVERGENCES, WITH_BETA, kd_loss
 from losses.sft import sft_loss
@@ -119,7 +119,7 @@ def check(cfg):
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
 
 
-def open_run(cfg, given, rank):
+def open_run(cfg, rank):
     """The run's folder, made or found, the same on every rank; and the step to continue from (None: a new run)."""
 
     def choose():
@@ -172,9 +172,9 @@ def embedded_teacher(cfg, rank):
     if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
         if rank == 0:
             print(f"training the embedded teacher first (once; kept in {path})", flush=True)
-        train(teacher, set())
-        if rank == 0:
-            print("the teacher is ready; now the student", flush=True)
+        train(teacher)
+        if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
+            raise RunFailed("stopped before the embedded teacher was ready; the same command goes on with it")
     return RunFolder(path).step_folder(TEACHER_STEPS)
 
 
@@ -242,10 +242,10 @@ def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device)
 
 
 @torch.no_grad()
-def evaluate(cfg, model, dataset, stop_ids, device, rank, world):
+def evaluate(cfg, run):
     """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy. Returns (metrics, samples)."""
-    model.eval()
-    documents = dataset.held_out_documents()[rank::world]
+    model, dataset, device = run.model.eval(), run.dataset, run.device
+    documents = dataset.held_out_documents()[run.rank :: run.world]
     total = count = 0.0
     for micro in Batch.pack(documents).split(cfg.micro_tokens) if documents else ():
         micro = micro.to(device)
@@ -253,14 +253,14 @@ def evaluate(cfg, model, dataset, stop_ids, device, rank, world):
         loss_sum, _ = sft_loss(hidden_TD, model.head_VD, None, micro)
         total, count = total + float(loss_sum), count + micro.normaliser
     formatter = dataset.formatter
-    examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][rank::world]
+    examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][run.rank :: run.world]
     prompts = [formatter.prompt(e) for e in examples]
-    answers = generate(model, prompts, cfg.eval_tokens, stop_ids, vocab=formatter.tokenizer.size) if prompts else []
+    answers = generate(model, prompts, cfg.eval_tokens, run.stop_ids, vocab=formatter.tokenizer.size) if prompts else []
     samples = []
     for example, ids in zip(examples, answers):
         text = formatter.tokenizer.decode(ids, skip_special=True)
         samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text),
-                            tokens=len(ids), stopped=ids[-1] in stop_ids))  # fmt: skip
+                            tokens=len(ids), stopped=ids[-1] in run.stop_ids))  # fmt: skip
     model.train()
     correct, stopped = sum(s["correct"] for s in samples), sum(s["stopped"] for s in samples)
     total, count, correct, stopped, n = parallel.all_reduce_sum([total, count, correct, stopped, len(samples)], device)
@@ -270,118 +270,48 @@ def evaluate(cfg, model, dataset, stop_ids, device, rank, world):
     return {f"eval/{dataset.label}/{name}": value for name, value in metrics.items()}, samples
 
 
-# --- what a run leaves behind --------------------------------------------------------------------------------------
-
-
-class Log:
-    """metrics.jsonl, samples.jsonl, wandb and the progress line; silent but on rank 0."""
-
-    def __init__(self, cfg, folder, resume_step, rank):
-        self.cfg, self.folder, self.rank, self.wandb, self.start = cfg, folder, rank, None, time.time()
-        if rank:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_back(folder / name, -1 if resume_step is None else resume_step)
-        write(folder / "config.json", json.dumps(configuration.resolved(cfg), indent=2) + "\n")
-        write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        if cfg.wandb != "off":
-            import wandb
-
-            id_file = folder / "wandb_id"
-            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-            write(id_file, run_id)
-            self.wandb = wandb.init(project=cfg.wandb_project, name=folder.name, id=run_id, resume="allow", mode=cfg.wandb,
-                                    dir=str(folder), config=configuration.resolved(cfg))  # fmt: skip
-
-    def metrics(self, step, values):
-        if self.rank:
-            return
-        write(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n", append=True)
-        if self.wandb:
-            self.wandb.log(values, step=step)
-
-    def samples(self, step, samples):
-        lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
-        if not self.rank and lines:
-            write(self.folder / "samples.jsonl", lines, append=True)
-
-    def say(self, text):
-        if not self.rank:
-            print(text, flush=True)
-
-    def progress(self, step, steps, values, left):
-        shown = {k.removeprefix("train/"): v for k, v in values.items()}
-        parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {shown['loss']:.4f}", f"|g| {shown['grad_norm']:.2f}"]
-        parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
-        parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
-        parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
-        self.say("  ".join([*parts, f"{left / 60:.0f}m{left % 60:02.0f}s left"]))
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-
-
-def write(path, text, append=False):
-    try:
-        with open(path, "a" if append else "w", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
-
-
-def cut_back(path, step):
-    """Drop the lines of later steps, and a line that was cut off while written."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            kept.append(line + "\n")
-        draft = path.with_suffix(".draft")
-        write(draft, "".join(kept))
-        draft.rename(path)
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-              "4090": 165e12, "3090": 71e12, "A10": 125e12}  # dense bf16; fmt: skip
-
-
-def step_flops(batch, model, teacher, vocab):
-    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward."""
-    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
-    context = sum(n * n for n in batch.lengths) / max(1, 2 * tokens)
-    forward = lambda m: tokens * m.flops_per_token(context) + 2 * rows * m.config.hidden_size * vocab
-    return 3 * forward(model) + (forward(teacher) if teacher else 0)
-
-
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def train(cfg, given):
-    """One run from set-up to the last checkpoint; the same loop for every mode."""
+@dataclasses.dataclass
+class Run:
+    """What `set_up` prepares and the loop uses."""
+
+    device: torch.device
+    rank: int
+    world: int
+    folder: RunFolder
+    tokenizer: Tokenizer
+    dataset: Dataset
+    stop_ids: list
+    vocab: int
+    steps: int
+    source: Stream
+    loss_fn: Callable
+    model: torch.nn.Module
+    teacher: torch.nn.Module | None
+    teacher_folder: Path | None
+    optimizer: torch.optim.Optimizer
+    start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
+    counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
+
+
+def set_up(cfg):
+    """Everything that can be wrong is found here, before a weight is read. Returns a Run, or None after --show_batch."""
     check(cfg)
     device, compute_dtype, rank, world = choose_device(cfg)
-
-    # Everything that can be wrong is found here, before a weight is read.
-    folder_of_student = locate(cfg.model, "--model")
-    is_kd = cfg.mode == "kd"
-    teacher_folder = None
-    if is_kd and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher") and not cfg.resume:
+    is_kd, student_folder, teacher_folder = cfg.mode == "kd", locate(cfg.model, "--model"), None
+    if is_kd and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
     if is_kd:
         teacher_folder = locate(cfg.teacher, "--teacher") if cfg.teacher else embedded_teacher(cfg, rank)
-    shape = read_config(cfg.model, folder_of_student)
+    shape = read_config(cfg.model, student_folder)
     teacher_shape = read_config(cfg.teacher, teacher_folder) if is_kd else None
-    tokenizer = choose_tokenizer(cfg, folder_of_student, teacher_folder)
+    tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
     vocab = loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape)
-    formatter = Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix)
     dataset = Dataset(
-        cfg.data, formatter, seed=cfg.seed, max_tokens=cfg.micro_tokens, vocab=vocab, eval_examples=cfg.eval_examples,
-        train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
+        cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
+        vocab=vocab, eval_examples=cfg.eval_examples, train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
     )  # fmt: skip
     source, loss_fn = build(cfg, dataset, vocab, rank, world)
     if cfg.show_batch:
@@ -389,12 +319,11 @@ def train(cfg, given):
     steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / cfg.batch_size)
     if steps == 0:
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
-    folder, start = open_run(cfg, given, rank)
+    folder, start = open_run(cfg, rank)
 
-    torch.manual_seed(cfg.seed)
-    weight_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    model = build_model(shape, folder_of_student if start is None else folder.step_folder(start), device=device, seed=cfg.seed,
-                        weight_dtype=weight_dtype, compute_dtype=compute_dtype)  # fmt: skip
+    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    weights = student_folder if start is None else folder.step_folder(start)
+    model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=wide, compute_dtype=compute_dtype)
     model.checkpointing = cfg.checkpointing
     teacher = build_model(teacher_shape, teacher_folder, device=device, seed=cfg.seed, weight_dtype=compute_dtype) if is_kd else None
     if teacher:
@@ -403,76 +332,85 @@ def train(cfg, given):
         for block in [*model.layers, *(teacher.layers if teacher else ())]:
             block.compile(dynamic=device.type == "cpu")
     optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
-    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder_of_student)]))
-    state = {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
+    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, source, loss_fn, model, teacher, teacher_folder, optimizer, start)
     if start is not None:
         saved = folder.load(start, model, optimizer)
         source.load(saved["source"])
-        state = saved["counters"]
-    log = Log(cfg, folder.path, start, rank)
-    resumed, start = start is not None, start or 0
-    log.say(f"{cfg.mode}: {sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device.type}, {dataset.label}, "
-            f"{steps} steps -> {folder.path}" + (f" (resumed at step {start})" if resumed else ""))  # fmt: skip
-    peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
-    stop = StopSignal()
-    began, slow = time.perf_counter(), 0.0  # time spent on evaluation and saving is kept apart
+        run.counters = saved["counters"]
+    return run
+
+
+def train(cfg):
+    """One run from set-up to the last checkpoint; the same loop for every mode."""
+    run = set_up(cfg)
+    if run is None:
+        return
+    log = Log(run.folder.path, configuration.resolved(cfg), run.start, run.rank)
+    start, steps, counters = run.start or 0, run.steps, run.counters
+    log.say(f"{cfg.mode}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.world} x {run.device.type}, "
+            f"{run.dataset.label}, {steps} steps -> {run.folder.path}" + (f" (resumed at step {start})" if run.start else ""))  # fmt: skip
+    stop, spent = StopSignal(), 0.0
 
     for step in range(start, steps + 1):
-        stopping = parallel.all_reduce_sum([stop.received], device)[0] > 0
-        seen, aside = resumed and step == start, time.perf_counter()
+        stopping = parallel.all_reduce_sum([stop.received], run.device)[0] > 0
+        seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
-            metrics, samples = evaluate(cfg, model, dataset, stop_ids, device, rank, world)
-            log.metrics(step, metrics)
-            log.samples(step, samples)
-            log.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items()))
+            log.evaluation(step, steps, *evaluate(cfg, run))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
-            if rank == 0:
-                folder.save(step, model, optimizer, tokenizer, stop_ids, {"source": source.state(), "counters": state})
+            if run.rank == 0:
+                run.folder.save(step, run.model, run.optimizer, run.tokenizer, run.stop_ids, {"source": run.source.state(), "counters": counters})
             parallel.barrier()
-        slow += time.perf_counter() - aside
         if step == steps or stopping:
             break
 
         clock = time.perf_counter()
-        batch = next(source)
-        (norm,) = parallel.all_reduce_sum([batch.normaliser], device)
-        sums = forward_backward(model, teacher, loss_fn, batch, norm, cfg.micro_tokens, device) if norm > 0 else {}
-        parallel.sync_gradients(model)
-        grad_norm, finite = clip_gradients(model, cfg.clip)
+        batch = next(run.source)
+        (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
+        sums = forward_backward(run.model, run.teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device) if norm > 0 else {}
+        parallel.sync_gradients(run.model)
+        grad_norm, finite = clip_gradients(run.model, cfg.clip)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
         if norm > 0 and finite:
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
-            state["skipped_in_a_row"] = 0
+            run.optimizer.step()
+            counters["skipped_in_a_row"] = 0
         else:
-            state["skipped"] += 1
-            state["skipped_in_a_row"] += 1
-        optimizer.zero_grad()
+            counters["skipped"] += 1
+            counters["skipped_in_a_row"] += 1
+        run.optimizer.zero_grad()
 
-        tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), step_flops(batch, model, teacher, vocab)], device)
-        state["tokens"] += int(tokens)
-        values = {f"train/{k}": total / count for k, (total, count) in reduce_metrics(sums).items() if count}
-        seconds = time.perf_counter() - clock
-        values |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": state["tokens"], "train/skipped": state["skipped"],
-                   "train/seconds": seconds, "train/tokens_per_second": tokens / seconds}  # fmt: skip
-        if peak:
-            values |= {"train/mfu": flops / seconds / peak / world, "train/memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+        values = step_metrics(run, batch, sums, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
+        spent += values["train/seconds"]
         log.metrics(step + 1, values)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            spent = time.perf_counter() - began - slow
-            log.progress(step + 1, steps, {"train/loss": math.nan} | values, spent / (step + 1 - start) * (steps - step - 1))
-        if state["skipped_in_a_row"] >= cfg.max_skipped:
+            log.progress(step + 1, steps, values, spent / (step + 1 - start) * (steps - step - 1))
+        if counters["skipped_in_a_row"] >= cfg.max_skipped:
             raise RunFailed(f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite gradient; lower --lr or look at the data")
 
-    source.close()
+    run.source.close()
     if stopping:
-        log.say(f"stopped by a signal after step {step}; continue with --name {folder.path.name} --resume")
-    elif rank == 0:
-        draw_curves(folder.path)
-        log.say(summary(folder.path, teacher_folder))
+        log.say(f"stopped by a signal after step {step}; continue with --name {run.folder.path.name} --resume")
+    elif run.rank == 0:
+        draw_curves(run.folder.path)
+        log.say(summary(run.folder.path, run.teacher_folder))
     log.close()
-    return folder.step_folder(step)
+
+
+def step_metrics(run, batch, sums, seconds):
+    """One step's line of metrics.jsonl: losses over all ranks, speed, and on a known GPU the share of its peak."""
+    flops = step_flops(batch, run.model, run.teacher, run.vocab)
+    tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), flops], run.device)
+    run.counters["tokens"] += int(tokens)
+    values = {f"train/{k}": total / count for k, (total, count) in reduce_metrics(sums).items() if count}
+    values |= {"train/tokens": run.counters["tokens"], "train/skipped": run.counters["skipped"]}
+    values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
+    if run.device.type == "cuda":
+        values["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if peak := peak_flops(torch.cuda.get_device_name()):
+            values["train/mfu"] = flops / seconds / peak / run.world
+    return values
 
 
 def due(step, every, last):
@@ -502,30 +440,15 @@ class StopSignal:
         self.received = True
 
 
-def show_batch(batch, tokenizer, count):
-    """Print documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
-    on, off = ("\033[32m⟦", "⟧\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    for n, d in enumerate(batch.documents[:count], 1):
-        trained = int((d.weights != 0).sum())
-        print(f"--- example {n}: {len(d)} tokens, {trained} trained on")
-        lo = 0
-        for hi in range(1, len(d) + 1):
-            if hi == len(d) or (d.weights[hi] != 0) != (d.weights[lo] != 0):
-                text = tokenizer.decode(d.tokens[lo:hi])
-                print(on + text + off if d.weights[lo] != 0 else text, end="")
-                lo = hi
-        print()
-
-
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(configuration.usage(Config, "train.py"))
         return 0
     try:
-        cfg, given = configuration.parse(Config, argv)
+        cfg, _ = configuration.parse(Config, argv)
         if cfg.resume and cfg.name and (stored := Path(cfg.runs) / cfg.name / "config.json").is_file():
-            cfg, given = configuration.parse(Config, argv, base=configuration.read_file(stored))
-        train(cfg, given)
+            cfg, _ = configuration.parse(Config, argv, base=configuration.read_file(stored))
+        train(cfg)
         return 0
     except UserError as e:
         code, text = 2, e

@@ -49,7 +49,7 @@ PRESETS = {
     "qwen3-0.6b": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, qkv_bias=False, qk_norm=True, max_position_embeddings=40960),
     # the embedded task's teacher and student, and small bodies under the full vocabulary for benchmarks and tests
     "tiny-teacher": _qwen25(96, 3, 4, 2, 256, vocab=512),
-    "tiny": _qwen25(80, 2, 4, 2, 224, vocab=512),
+    "tiny": _qwen25(96, 2, 4, 2, 256, vocab=512),
     "small-teacher": _qwen25(384, 6, 6, 2, 1024, vocab=152064, tie=False),
     "small": _qwen25(256, 4, 4, 2, 704),
 }

@@ -1,0 +1,121 @@
+"""What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, wandb, the progress line. Silent but on rank 0."""
+
+import json
+import os
+import secrets
+import sys
+
+import torch
+
+from errors import RunFailed
+from eval.report import environment
+
+
+class Log:
+    """Written on rank 0 only. config: the resolved knobs, kept as config.json. resume_step: later lines are cut off (None: all)."""
+
+    def __init__(self, folder, config, resume_step, rank):
+        self.folder, self.rank, self.wandb = folder, rank, None
+        if rank:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_back(folder / name, -1 if resume_step is None else resume_step)
+        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        if config["wandb"] != "off":
+            import wandb
+
+            id_file = folder / "wandb_id"
+            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+            write(id_file, run_id)
+            self.wandb = wandb.init(project=config["wandb_project"], name=folder.name, id=run_id, resume="allow", mode=config["wandb"],
+                                    dir=str(folder), config=config)  # fmt: skip
+
+    def metrics(self, step, values):
+        if self.rank:
+            return
+        write(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n", append=True)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def samples(self, step, samples):
+        lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
+        if not self.rank and lines:
+            write(self.folder / "samples.jsonl", lines, append=True)
+
+    def evaluation(self, step, steps, metrics, samples):
+        self.metrics(step, metrics)
+        self.samples(step, samples)
+        self.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items()))
+
+    def say(self, text):
+        if not self.rank:
+            print(text, flush=True)
+
+    def progress(self, step, steps, values, left):
+        shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}
+        parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {shown['loss']:.4f}", f"|g| {shown['grad_norm']:.2f}"]
+        parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
+        parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
+        self.say("  ".join([*parts, f"{left / 60:.0f}m{left % 60:02.0f}s left"]))
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write(path, text, append=False):
+    try:
+        with open(path, "a" if append else "w", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
+
+
+def cut_back(path, step):
+    """Drop the lines of later steps, and a line that was cut off while written."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line + "\n")
+        draft = path.with_suffix(".draft")
+        write(draft, "".join(kept))
+        draft.rename(path)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "4090": 165e12, "3090": 71e12, "A10": 125e12}  # dense bf16; fmt: skip
+
+
+def peak_flops(name):
+    """Dense bf16 FLOP/s of the GPU of this name, or None."""
+    return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+
+
+def step_flops(batch, model, teacher, vocab):
+    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward."""
+    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
+    context = sum(n * n for n in batch.lengths) / max(1, 2 * tokens)
+    forward = lambda m: tokens * m.flops_per_token(context) + 2 * rows * m.config.hidden_size * vocab
+    return 3 * forward(model) + (forward(teacher) if teacher else 0)
+
+
+def show_batch(batch, tokenizer, count):
+    """Print documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
+    on, off = ("\033[32m⟦", "⟧\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for n, d in enumerate(batch.documents[:count], 1):
+        trained = int((d.weights != 0).sum())
+        print(f"--- example {n}: {len(d)} tokens, {trained} trained on")
+        lo = 0
+        for hi in range(1, len(d) + 1):
+            if hi == len(d) or (d.weights[hi] != 0) != (d.weights[lo] != 0):
+                text = tokenizer.decode(d.tokens[lo:hi])
+                print(on + text + off if d.weights[lo] != 0 else text, end="")
+                lo = hi
+        print()
