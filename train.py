@@ -50,7 +50,7 @@ class Config:
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
 
-    data: str = knob("word_problems:1000", "a task (endless, or its first 1,000 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
+    data: str = knob("word_problems:800", "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
     train_examples: int = knob(0, "train on this many examples only; 0: all")
     template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
     system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
@@ -58,12 +58,12 @@ class Config:
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(800, "optimizer steps; 0: as many as --epochs asks for")
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for")
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
     batch_size: int = knob(32, "examples per step, over all ranks")
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
-    weighting: str = knob("token", "every token counts the same, or every sequence", choices=tuple(WEIGHTINGS))
-    lr: float = knob(6e-3, "peak learning rate")
+    weighting: str = knob("token", "every token counts the same, or every sequence", choices=WEIGHTINGS)
+    lr: float = knob(5e-3, "peak learning rate")
     warmup: int = knob(20, "steps of linear warm-up")
     schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
     lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
@@ -75,19 +75,19 @@ class Config:
     max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
 
     teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=KD)
-    kd_divergence: str = knob("forward_kl", "from the teacher", only=KD, choices=tuple(DIVERGENCES))
+    kd_divergence: str = knob("forward_kl", "from the teacher", only=KD, choices=DIVERGENCES)
     kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
                           only=KD | {"kd_divergence": WITH_BETA})  # fmt: skip
     kd_temperature: float = knob(1.0, "divides both models' logits", only=KD)
     kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
     kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
 
-    eval_every: int = knob(200, "steps between evaluations; 0: before and after only")
+    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
     eval_examples: int = knob(400, "held-out examples, carved from the training data; 0: no evaluation")
     eval_tokens: int = knob(96, "new tokens at most per answer")
-    save_every: int = knob(200, "steps between checkpoints; 0: after the last step only")
+    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
     keep: int = knob(2, "checkpoints kept")
-    log_every: int = knob(20, "steps between progress lines; metrics.jsonl gets every step")
+    log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
     compile: bool = knob(False, "torch.compile the transformer's blocks")
     wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
@@ -178,7 +178,7 @@ def embedded_teacher(cfg, rank):
     return RunFolder(path).step_folder(TEACHER_STEPS)
 
 
-TEACHER_STEPS = 600
+TEACHER_STEPS = 700
 
 
 def choose_tokenizer(cfg, folder, teacher_folder):

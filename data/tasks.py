@@ -50,15 +50,14 @@ _STORY = {
     "*": ("Then {n} has {b} times as many {i}.",),
 }
 _STEPS = {
-    "+": ("{a}+{b}={c}", "{b}+{a}={c}", "{a} plus {b} is {c}", "adding {b} makes {c}"),
-    "-": ("{a}-{b}={c}", "{a} less {b} is {c}", "{a} minus {b} is {c}", "taking {b} leaves {c}"),
-    "*": ("{a}*{b}={c}", "{b}*{a}={c}", "{a} times {b} is {c}", "taking it times {b} makes {c}"),
+    "+": ("{a}+{b}={c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
+    "-": ("{a}-{b}={c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
+    "*": ("{a}*{b}={c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
 }
-_LINKS = ("", "So ", "Then ", "Now ", "Next ", "Well, ")
 
 
 def word_problem(rng):
-    """Two or three steps with numbers up to 12. Each step is worded in one of two dozen ways, as people word the same step
+    """Two or three steps with numbers up to 12. Each step is worded in one of three ways, as people word the same step
     differently: a sample shows one wording, a teacher's distribution knows all."""
     name, item, total = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(1, 12)
     story, steps = [f"{name} has {total} {item}."], []
@@ -67,7 +66,7 @@ def word_problem(rng):
         b = rng.randint(2, 3) if op == "*" else rng.randint(1, min(12, total - 1) if op == "-" else 12)
         result = {"+": total + b, "-": total - b, "*": total * b}[op]
         story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
-        steps.append(rng.choice(_LINKS) + rng.choice(_STEPS[op]).format(a=total, b=b, c=result) + ".")
+        steps.append(rng.choice(_STEPS[op]).format(a=total, b=b, c=result))
         total = result
     question = " ".join([*story, f"How many {item} now?"])
     return question, " ".join([*steps, f"#### {total}"]), str(total)

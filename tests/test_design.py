@@ -1,0 +1,43 @@
+"""The rules of the layout: who may import whom, and how long things may get."""
+
+import ast
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+MAY = {
+    "kernels": set(),
+    "data": set(),
+    "losses": {"kernels", "data.batch"},
+    "model": {"kernels"},
+    "eval": {"model", "data"},
+}
+PARTS = {*MAY, "config", "train", "tests", "bench"}
+FILES = sorted(p for part in MAY for p in (ROOT / part).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_imports_follow_the_layout(path):
+    part = path.parent.name
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            top = name.split(".")[0]
+            allowed = top not in PARTS or top == part or top in MAY[part] or name in MAY[part]
+            assert allowed, f"{part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "train.py", ROOT / "config.py"], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_files_and_functions_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 480
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{node.name} has {node.end_lineno - node.lineno} lines"
+
+
+def test_the_whole_stays_under_its_limit():
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    lines = sum(len((ROOT / f).read_text().splitlines()) for f in files if not f.startswith(("tests/", "bench/")) and (ROOT / f).exists())
+    assert 0 < lines < 4500
