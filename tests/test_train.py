@@ -245,3 +245,17 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
     last = run(*argv[2:], cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     assert timeless(tmp_path / "cut/k") == timeless(tmp_path / "whole/k")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tmp_path):
+    """On a CPU torch.compile needs a C++ compiler."""
+    import shutil
+
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler for torch.compile on a CPU")
+    plain = sft("--name=p", cwd=tmp_path)
+    compiled = sft("--name=c", "--compile", cwd=tmp_path, timeout=600)
+    assert plain.returncode == compiled.returncode == 0, compiled.stderr
+    losses = [[m["train/loss"] for m in read_metrics(tmp_path / "runs" / n) if "train/loss" in m] for n in "pc"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
