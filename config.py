@@ -78,9 +78,9 @@ def read_file(path):
     return values
 
 
-def resolved(config):
-    """The knobs that this run reads, no others; valid again as a `--config` file."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _reads(config, f)}
+def resolved(config, without=()):
+    """The knobs that this run reads, no others; valid again as a `--config` file. `without`: names to leave out."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _reads(config, f) and f.name not in without}
 
 
 def usage(cls, program):

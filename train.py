@@ -29,9 +29,10 @@ from kernels.attention import PackedAttention
 from losses.kd import DIVERGENCES, WITH_BETA, kd_loss
 from losses.sft import sft_loss
 from model import parallel
-from model.checkpoint import RunFolder, build_model, locate, read_config, stop_ids_of
+from model.checkpoint import build_model, locate, read_config, stop_ids_of
 from model.generate import generate
 from model.optim import build_optimizer, clip_gradients, learning_rate
+from model.runs import RunFolder, only_one, open_run
 
 KD = {"mode": ("kd",)}
 
@@ -109,6 +110,8 @@ def check(cfg):
     for name in ("steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch"):
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
     need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
+    need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
+    need(0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0, "--beta1 and --beta2 must be in [0, 1), --eps positive")
     need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
     need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
     need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
@@ -117,32 +120,6 @@ def check(cfg):
     need(not (cfg.mode == "kd" and skew_is_zero), f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere")
     need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
-
-
-def open_run(cfg, rank):
-    """The run's folder, made or found, the same on every rank; and the step to continue from (None: a new run)."""
-
-    def choose():
-        if cfg.name and "/" not in cfg.name and not cfg.name.startswith("."):
-            path = Path(cfg.runs) / cfg.name
-        elif cfg.name:
-            return UserError(f"--name {cfg.name} must be a plain folder name")
-        else:
-            stamp = Path(cfg.runs) / f"{cfg.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-            path = next(p for n in range(1000) if not (p := stamp.with_name(stamp.name + (f"-{n}" if n else ""))).exists())
-        if path.exists() and not cfg.resume:
-            return UserError(f"run {path} exists; continue it with --resume or choose another --name")
-        if not path.exists() and cfg.resume:
-            return UserError(f"--resume: there is no run {path}")
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return path
-
-    path = parallel.broadcast(choose() if rank == 0 else None)
-    if isinstance(path, UserError):
-        raise path
-    folder = RunFolder(path, cfg.keep)
-    saved = parallel.broadcast(folder.steps() if rank == 0 else None)
-    return folder, saved[-1] if cfg.resume and saved else None
 
 
 def choose_device(cfg):
@@ -166,15 +143,14 @@ def embedded_teacher(cfg, rank):
     recipe = dict(mode="sft", model="tiny-teacher", data="word_problems", steps=TEACHER_STEPS, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     key = hashlib.sha256(json.dumps(recipe).encode() + b"".join(sources)).hexdigest()[:8]
-    name = f"teacher-{key}"
-    path = Path(cfg.runs) / name
-    teacher = Config(**recipe, name=name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device)
-    if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
-        if rank == 0:
-            print(f"training the embedded teacher first (once; kept in {path})", flush=True)
-        train(teacher)
+    path = Path(cfg.runs) / f"teacher-{key}"
+    with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
         if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
-            raise RunFailed("stopped before the embedded teacher was ready; the same command goes on with it")
+            if rank == 0:
+                print(f"training the embedded teacher first (once; kept in {path})", flush=True)
+            train(Config(**recipe, name=path.name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device))
+    if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
+        raise RunFailed("stopped before the embedded teacher was ready; the same command goes on with it")
     return RunFolder(path).step_folder(TEACHER_STEPS)
 
 
@@ -319,7 +295,7 @@ def set_up(cfg):
     steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / cfg.batch_size)
     if steps == 0:
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
-    folder, start = open_run(cfg, rank)
+    folder, start = open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, rank)
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None else folder.step_folder(start)
@@ -346,7 +322,7 @@ def train(cfg):
     run = set_up(cfg)
     if run is None:
         return
-    log = Log(run.folder.path, configuration.resolved(cfg), run.start, run.rank)
+    log = Log(run.folder.path, configuration.resolved(cfg, without=("name", "resume")), run.start, run.rank)
     start, steps, counters = run.start or 0, run.steps, run.counters
     log.say(f"{cfg.mode}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.world} x {run.device.type}, "
             f"{run.dataset.label}, {steps} steps -> {run.folder.path}" + (f" (resumed at step {start})" if run.start else ""))  # fmt: skip
@@ -393,7 +369,10 @@ def train(cfg):
     if stopping:
         log.say(f"stopped by a signal after step {step}; continue with --name {run.folder.path.name} --resume")
     elif run.rank == 0:
-        draw_curves(run.folder.path)
+        try:
+            draw_curves(run.folder.path)
+        except OSError as e:
+            raise RunFailed(f"{run.folder.path}/curves.png could not be written ({e.strerror}); the run itself is whole") from None
         log.say(summary(run.folder.path, run.teacher_folder))
     log.close()
 

@@ -195,7 +195,7 @@ class Dataset:
         else:
             path = find_file(name)
             examples = [to_example(row, origin) for origin, row in read_rows(path)]
-            self.label = examples[0].task or path.parent.name if examples else ""
+            self.label = examples[0].task or path.stem if examples else ""
             order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
             if len(examples) <= eval_examples:
                 raise UserError(f"--data {name} has {len(examples)} examples; --eval_examples {eval_examples} leaves none to train on")

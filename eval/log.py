@@ -5,8 +5,6 @@ import os
 import secrets
 import sys
 
-import torch
-
 from errors import RunFailed
 from eval.report import environment
 
@@ -28,8 +26,13 @@ class Log:
             id_file = folder / "wandb_id"
             run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             write(id_file, run_id)
-            self.wandb = wandb.init(project=config["wandb_project"], name=folder.name, id=run_id, resume="allow", mode=config["wandb"],
-                                    dir=str(folder), config=config)  # fmt: skip
+            try:
+                self.wandb = wandb.init(
+                    project=config["wandb_project"], name=folder.name, id=run_id, resume="allow", mode=config["wandb"],
+                    dir=str(folder), config=config,
+                )  # fmt: skip
+            except Exception as e:  # not logged in, no network: wandb raises many kinds
+                raise RunFailed(f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off") from None
 
     def metrics(self, step, values):
         if self.rank:

@@ -1,20 +1,14 @@
-"""Hugging Face checkpoints <-> ours, and the saving and resuming of a run.
-
-Only safetensors and JSON are read or written; nothing is ever unpickled. A checkpoint appears whole or not at all: it is
-written beside its place, flushed to the disk and renamed.
-"""
+"""Hugging Face checkpoints <-> ours. Only safetensors and JSON are read or written; nothing is ever unpickled."""
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import RunFailed, UserError
+from errors import UserError
 from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -41,13 +35,13 @@ def locate(name, option):
 
 def read_config(name, folder):
     """The ModelConfig of a preset (folder None) or of a checkpoint folder."""
-    return PRESETS[name] if folder is None else config_from_hf(_read_json(folder / "config.json"), folder)
+    return PRESETS[name] if folder is None else config_from_hf(read_json(folder / "config.json"), folder)
 
 
 def stop_ids_of(folder):
     """The end-of-sequence ids that a checkpoint's generation_config.json names."""
     path = folder and folder / "generation_config.json"
-    ids = _read_json(path).get("eos_token_id", []) if path and path.is_file() else []
+    ids = read_json(path).get("eos_token_id", []) if path and path.is_file() else []
     return ids if isinstance(ids, list) else [ids]
 
 
@@ -92,7 +86,7 @@ def load_weights(model, folder):
 def _weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / f for f in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()})
     else:
         files = [folder / "model.safetensors"]
     for file in files:
@@ -101,7 +95,7 @@ def _weight_files(folder):
     return files
 
 
-def _read_json(path):
+def read_json(path):
     try:
         value = json.loads(path.read_text())
     except OSError as e:
@@ -119,81 +113,11 @@ def save_model(model, folder, tokenizer, stop_ids):
     tensors = {n if n.startswith("lm_head") else f"model.{n}": p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype))
+    write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype))
     eos = {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
-    _write_json(folder / "generation_config.json", eos | {"pad_token_id": stop_ids[-1], "do_sample": False})
+    write_json(folder / "generation_config.json", eos | {"pad_token_id": stop_ids[-1], "do_sample": False})
     tokenizer.save(folder)
 
 
-class RunFolder:
-    """`runs/<name>/checkpoints/step-N/`: the model in Hugging Face form beside `trainer/` (optimizer, stream, counters)."""
-
-    def __init__(self, path, keep=2):
-        self.path, self.keep = Path(path), keep
-        self.checkpoints = self.path / "checkpoints"
-
-    def steps(self):
-        """Steps of the whole checkpoints, oldest first."""
-        return sorted(int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit())
-
-    def step_folder(self, step):
-        return self.checkpoints / f"step-{step}"
-
-    def save(self, step, model, optimizer, tokenizer, stop_ids, state):
-        """Write checkpoint `step` atomically, then drop all but the newest `keep`. Raises RunFailed if the disk refuses."""
-        final, draft = self.step_folder(step), self.checkpoints / f".draft-{step}"
-        if final.exists():
-            return final
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            (draft / "trainer").mkdir(parents=True)
-            save_model(model, draft, tokenizer, stop_ids)
-            save_file(_optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors")
-            _write_json(draft / "trainer" / "state.json", state)
-            for file in draft.rglob("*"):
-                _flush(file)
-            draft.rename(final)
-            _flush(self.checkpoints)
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(draft, ignore_errors=True)
-            kept = f"; the newest whole one is step {self.steps()[-1]}" if self.steps() else ""
-            raise RunFailed(f"checkpoint {final} could not be written ({_reason(e)}){kept}") from None
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.step_folder(old), ignore_errors=True)
-        return final
-
-    def load(self, step, model, optimizer):
-        """Restore the optimizer of a model built from `step_folder(step)`; returns the state that was saved beside it."""
-        folder = self.step_folder(step)
-        try:
-            with safe_open(folder / "trainer" / "optimizer.safetensors", framework="pt", device="cpu") as tensors:
-                for name, p in model.named_parameters():
-                    keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
-                    like = {"step": torch.float32}
-                    optimizer.state[p] = {
-                        (part := k.partition(".")[0]): tensors.get_tensor(k).to(p.device, like.get(part, p.dtype)) for k in keys
-                    }
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{folder}/trainer/optimizer.safetensors: damaged or unreadable ({_reason(e)})") from None
-        return _read_json(folder / "trainer" / "state.json")
-
-
-def _optimizer_tensors(model, optimizer):
-    states = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{part}.{name}": value.detach().cpu().contiguous() for name, state in states for part, value in state.items()}
-
-
-def _write_json(path, value):
+def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _flush(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reason(error):
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -31,7 +31,7 @@ def test_imports_follow_the_layout(path):
 
 @pytest.mark.parametrize("path", [*FILES, ROOT / "train.py", ROOT / "config.py"], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_files_and_functions_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 480
+    assert len(path.read_text().splitlines()) <= 450
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{node.name} has {node.end_lineno - node.lineno} lines"
