@@ -35,6 +35,7 @@ def sft(*args, cwd, **more):
 
 
 def timeless(folder):
+    """The run's metrics without what a clock or a memory gauge says; [] before there are any."""
     keep = lambda m: {k: v for k, v in m.items() if not k.endswith(TIMES)}
     return [keep(m) for m in read_metrics(folder)]
 
@@ -231,20 +232,32 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
 
     rng = random.Random(mode)
     extra = [f"--teacher={teacher[0] / 'checkpoints/step-6'}"] if mode == "kd" else []
-    args = [f"--mode={mode}", *SMALL, "--steps=120", "--save_every=7", "--eval_every=11", "--name=k", *extra]
+    args = [f"--mode={mode}", *SMALL, "--steps=600", "--save_every=7", "--eval_every=50", "--name=k", *extra]
     whole = run(*args, "--runs=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    argv, options = command(*args, "--runs=cut", cwd=tmp_path)
+    folder = tmp_path / "cut/k"
+
+    def again():  # a run killed before its config.json was written needs its options once more
+        more = ["--resume"] if folder.exists() else []
+        return ["--name=k", *more] if (folder / "config.json").exists() else [*args, *more]
+
+    def lines():
+        return (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0
+
+    lines_at_kill = []
     for kill in range(10):
-        process = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(1.5, 6.0))
+        argv, options = command(*again(), "--runs=cut", cwd=tmp_path)
+        process, begun = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()
+        target, patience = lines() + rng.randint(1, 70), rng.uniform(0, 5) if kill % 4 == 3 else 60  # some die while starting
+        while lines() < target and process.poll() is None and time.time() - begun < patience:
+            time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.wait()
-        if (tmp_path / "cut/k").exists():
-            argv, options = command("--name=k", "--runs=cut", "--resume", *(["--mode=" + mode] + args[1:-1 - len(extra)] + extra if not (tmp_path / "cut/k/config.json").exists() else []), cwd=tmp_path)
-    last = run(*argv[2:], cwd=tmp_path)
+        lines_at_kill.append(lines())
+    last = run(*again(), "--runs=cut", cwd=tmp_path)
     assert last.returncode == 0, last.stderr
-    assert timeless(tmp_path / "cut/k") == timeless(tmp_path / "whole/k")
+    assert len(set(lines_at_kill)) > 5 and lines_at_kill[-1] < 600  # kills did land in the middle
+    assert timeless(folder) == timeless(tmp_path / "whole/k")
 
 
 @pytest.mark.slow
