@@ -59,7 +59,7 @@ class Config:
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(1500, "optimizer steps; 0: as many as --epochs asks for")
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for")
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
     batch_size: int = knob(32, "examples per step, over all ranks")
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
@@ -83,10 +83,10 @@ class Config:
     kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
     kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
 
-    eval_every: int = knob(300, "steps between evaluations; 0: before and after only")
+    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
     eval_examples: int = knob(400, "held-out examples, carved from the training data; 0: no evaluation")
     eval_tokens: int = knob(96, "new tokens at most per answer")
-    save_every: int = knob(300, "steps between checkpoints; 0: after the last step only")
+    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
     keep: int = knob(2, "checkpoints kept")
     log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
