@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # real data for the tests that want it; they skip with a reason where the folder is absent
-SRLM_DATA ?= $(wildcard ../shared/data)
+SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
 
 .PHONY: kd sft test test-slow bench lines clean

@@ -20,7 +20,10 @@ def quiet_seed():
 @pytest.fixture
 def real_data():
     """The folder with GSM8K and the Qwen2.5 tokenizer, named by SRLM_DATA."""
-    folder = Path(os.environ.get("SRLM_DATA", ""))
-    if not os.environ.get("SRLM_DATA") or not (folder / "gsm8k" / "train.jsonl").is_file():
-        pytest.skip("SRLM_DATA names no folder with gsm8k/ and qwen2.5-tokenizer/")
+    if not os.environ.get("SRLM_DATA"):
+        pytest.skip("SRLM_DATA is not set: it names the folder with the real data")
+    folder = Path(os.environ["SRLM_DATA"]).resolve()
+    for needed in ("gsm8k/train.jsonl", "qwen2.5-tokenizer/tokenizer.json"):
+        if not (folder / needed).is_file():
+            pytest.skip(f"SRLM_DATA has no {needed}")
     return folder
