@@ -79,8 +79,11 @@ def our_step(student, teacher, batch, vocab):
     return float(sums["loss"][0] / sums["loss"][1])
 
 
-def products(student, teacher, batch, vocab, chunk=138):
-    """Seconds of the four matrix products over the loss rows, in chunks, with buffers allocated once."""
+def products(student, teacher, batch, vocab):
+    """Seconds of the four matrix products over the loss rows, in the chunks of `linear_kl`, with buffers allocated once."""
+    from kernels.chunk import default_chunk_rows
+
+    chunk = default_chunk_rows(vocab, torch.device("cpu")) // 2
     n, d, c = len(batch.rows_N), student.config.hidden_size, teacher.config.hidden_size
     hidden, head = torch.randn(n, d), student.head_VD.detach()[:vocab]
     teacher_hidden, teacher_head = torch.randn(n, c), teacher.head_VD.detach()[:vocab]

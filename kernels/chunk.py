@@ -11,7 +11,7 @@ chunk, D hidden, V vocabulary (the first V rows of the head take part, padding r
 import torch
 
 CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}  # logits held at once: 441 rows of 151,936 on a CPU, 4,400 on a GPU
-BLOCK_ELEMENTS = 1 << 19  # on a CPU the element-wise work runs on blocks of rows that stay in the cache
+BLOCK_ELEMENTS = 5 << 17  # on a CPU the element-wise work runs on blocks of rows that stay in the cache
 
 
 def accumulate_dtype(tensor):

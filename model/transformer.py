@@ -155,7 +155,10 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_T, positions_T, attend):
-        x_TD = self.embed_tokens(tokens_T)
+        # a tied head brings a dense gradient of the same matrix: on a CPU the few embedded rows are added to it, not [V, D] zeros
+        # with them in it (on a GPU that sum would not be deterministic)
+        sparse = self.config.tie_word_embeddings and not tokens_T.is_cuda
+        x_TD = F.embedding(tokens_T, self.embed_tokens.weight, sparse=sparse)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
         for block in self.layers:
