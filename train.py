@@ -202,7 +202,7 @@ def score(teacher, micro, attend):
 def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device):
     """Gradients of the global batch's loss, micro-batch by micro-batch; returns the metrics' (sum, count) pairs."""
     sums = {}
-    for micro in batch.split(micro_tokens, fixed=device.type == "cuda"):
+    for micro in batch.split(micro_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
         frozen = score(teacher, micro, attend)
@@ -306,7 +306,7 @@ def set_up(cfg):
         teacher.requires_grad_(False)
     if cfg.compile:
         for block in [*model.layers, *(teacher.layers if teacher else ())]:
-            block.compile(dynamic=device.type == "cpu")
+            block.compile_halves()
     optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
     run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, source, loss_fn, model, teacher, teacher_folder, optimizer, start)

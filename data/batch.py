@@ -49,14 +49,8 @@ class Batch:
         return [len(d) for d in self.documents]
 
     @classmethod
-    def pack(cls, documents, slots=None):
-        """slots: on a GPU every micro-batch has this many tokens and this many documents at most in `cu_seqlens`, so that
-        compiled graphs are built once; the tail is one filler document of weight 0 and empty documents."""
+    def pack(cls, documents):
         documents = list(documents)
-        used = sum(len(d) for d in documents)
-        if slots and used < slots:
-            filler = np.zeros(slots - used, np.int64)
-            documents.append(Document(filler, filler.astype(np.float64), {}))
         names = {name for d in documents for name in d.fields}
         target, weight, position = [], [], []
         fields = {name: [] for name in names}
@@ -66,15 +60,12 @@ class Batch:
             position.append(np.arange(len(d)))
             for name in names:
                 fields[name].append(_shift(d.fields.get(name, np.zeros(len(d)))))
-        lengths = [len(d) for d in documents]
-        if slots:
-            lengths += [0] * (slots // 8 + 1 - len(lengths))
         weight_T = _concat(weight, np.float64)
         return cls(
             documents,
             torch.from_numpy(_concat([d.tokens for d in documents], np.int64)),
             torch.from_numpy(_concat(position, np.int64)),
-            torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+            torch.tensor([0, *np.cumsum([len(d) for d in documents])], dtype=torch.int32),
             torch.from_numpy(_concat(target, np.int64)),
             torch.from_numpy(weight_T),
             torch.from_numpy(weight_T.nonzero()[0]),
@@ -82,8 +73,8 @@ class Batch:
             float(weight_T.sum()),
         )
 
-    def split(self, micro_tokens, fixed=False):
-        """Micro-batches of whole documents, at most micro_tokens tokens each (exactly that many slots if fixed).
+    def split(self, micro_tokens):
+        """Micro-batches of whole documents, at most micro_tokens tokens each.
 
         First-fit decreasing: the fullest bins that a simple rule finds. Documents longer than micro_tokens were refused
         when the data was read; one that arrives here all the same is an error.
@@ -97,7 +88,7 @@ class Batch:
                 bins.append(home := [0, []])
             home[0] += len(d)
             home[1].append(d)
-        return [Batch.pack(documents, micro_tokens if fixed else None) for _, documents in bins]
+        return [Batch.pack(documents) for _, documents in bins]
 
     def to(self, device):
         """A copy with its tensors on `device`; asynchronous from pinned memory on a GPU."""

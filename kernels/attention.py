@@ -17,8 +17,7 @@ class PackedAttention:
     def __init__(self, lengths, device="cpu"):
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
-        self.blocks, back, lo = [], torch.empty(starts[-1], dtype=torch.long), 0
-        slots = 0
+        indices, sizes, back, lo, slots = [], [], torch.empty(starts[-1], dtype=torch.long), 0, 0
         while lo < len(order):
             longest = lengths[order[lo]]
             hi = lo + 1
@@ -31,9 +30,14 @@ class PackedAttention:
             real_BL = slot_1L < length_B1
             back[index_BL[real_BL]] = slots + real_BL.flatten().nonzero().squeeze(1)
             slots += index_BL.numel()
-            self.blocks.append((index_BL.flatten().to(device), hi - lo))
+            indices.append(index_BL.flatten())
+            sizes.append(hi - lo)
             lo = hi
-        self.back_T = back.to(device)
+        packed = torch.cat([*indices, back])
+        if torch.device(device).type != "cpu":
+            packed = packed.pin_memory().to(device, non_blocking=True)  # one copy that nobody waits for
+        *parts, self.back_T = packed.split([*map(len, indices), len(back)])
+        self.blocks = list(zip(parts, sizes, strict=True))
 
     @torch.compiler.disable
     def __call__(self, layer, q_THE, k_TKE, v_TKE):

@@ -90,9 +90,9 @@ def rotate(x_THE, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        c, self.layer = config, layer
+        c = config
         self.shape_q, self.shape_kv = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -101,11 +101,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_TD, rope, attend):
+    def project(self, x_TD, rope):
         q_THE = rotate(self.q_norm(self.q_proj(x_TD).unflatten(1, self.shape_q)), *rope)
         k_TKE = rotate(self.k_norm(self.k_proj(x_TD).unflatten(1, self.shape_kv)), *rope)
-        v_TKE = self.v_proj(x_TD).unflatten(1, self.shape_kv)
-        return self.o_proj(attend(self.layer, q_THE, k_TKE, v_TKE).flatten(1))
+        return q_THE, k_TKE, self.v_proj(x_TD).unflatten(1, self.shape_kv)
 
 
 class MLP(nn.Module):
@@ -122,16 +121,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    """before -> attend -> after: the halves compile, once for all layers; who sees whom is decided outside of them."""
+
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD, rope, attend):
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, attend)
+    def before(self, x_TD, rope):
+        return self.self_attn.project(self.input_layernorm(x_TD), rope)
+
+    def after(self, x_TD, o_THE):
+        x_TD = x_TD + self.self_attn.o_proj(o_THE.flatten(1))
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+    def forward(self, layer, x_TD, rope, attend):
+        return self.after(x_TD, attend(layer, *self.before(x_TD, rope)))
+
+    def compile_halves(self):
+        """Shapes may vary (`torch.compile` makes them symbols at the second one it sees)."""
+        self.before, self.after = torch.compile(self.before), torch.compile(self.after)
 
 
 class Transformer(nn.Module):
@@ -145,7 +156,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -161,11 +172,11 @@ class Transformer(nn.Module):
         x_TD = F.embedding(tokens_T, self.embed_tokens.weight, sparse=sparse)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
-        for block in self.layers:
+        for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False)
+                x_TD = checkpoint(block, layer, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = block(x_TD, rope, attend)
+                x_TD = block(layer, x_TD, rope, attend)
         return self.norm(x_TD)
 
     @torch.no_grad()

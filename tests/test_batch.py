@@ -41,13 +41,6 @@ def test_split_keeps_every_document_whole_and_wastes_little(micro):
     assert len(parts) <= 11 / 9 * np.ceil(sum(map(len, documents)) / micro) + 1  # the known bound of first-fit decreasing
 
 
-def test_fixed_slots_add_filler_without_weight():
-    (part,) = Batch.pack([doc(1, 2, 3), doc(4, 5)]).split(64, fixed=True)
-    assert len(part.tokens_T) == 64 and part.normaliser == 3 and part.rows_N.tolist() == [0, 1, 3]
-    assert len(part.cu_seqlens) == 64 // 8 + 2 and part.cu_seqlens[-1] == 64
-    assert part.cu_seqlens.tolist()[:4] == [0, 3, 5, 64]
-
-
 def test_sequence_mean_gives_every_sequence_the_weight_one():
     b = Batch.pack(map(WEIGHTINGS["sequence"], [doc(1, 2, 3, 4, 5), doc(6, 7), doc(8, 9, prompt=2)]))
     assert b.normaliser == pytest.approx(2)

@@ -93,18 +93,6 @@ def test_a_mean_of_micro_batches_would_fail(whole, name):
         assert_same(workers.gradient(model, teacher, mean_of_means, docs, 14), want[name], "mutant")
 
 
-def test_fixed_slots_as_on_a_gpu(whole):
-    docs, want = whole
-    model, teacher, every = build()
-    batch_split = Batch.split
-    try:
-        Batch.split = lambda self, micro_tokens, fixed=False: batch_split(self, micro_tokens, fixed=True)
-        for name, loss_fn in every.items():
-            assert_same(workers.gradient(model, teacher, loss_fn, docs, 33), want[name], name)
-    finally:
-        Batch.split = batch_split
-
-
 def shares(docs, world):
     """Named ways of dealing the documents out to ranks."""
     deal = [docs[r::world] for r in range(world)]

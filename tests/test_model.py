@@ -1,5 +1,6 @@
 """The transformer against `transformers` on the same random weights, checkpoints both ways, and what must be refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -210,3 +211,34 @@ def test_schedules():
     assert rate(99, "linear") == rate(99, "cosine") == pytest.approx(0.2)
     assert rate(10, "cosine") == 2.0 and rate(54, "linear") == pytest.approx(2 * (0.1 + 0.9 * 45 / 89))
     assert learning_rate(0, 1, 2.0, 0, "cosine", 0.1) == 2.0
+
+
+def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
+    """Twelve layers share few graphs, and packs of many sizes before training do not use up the recompile limit."""
+    compiled, calls = [], []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return lambda *args: calls.append(1) or graph(*args)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=counting))
+    torch._dynamo.reset()
+    shape = dataclasses.replace(PRESETS["tiny"], num_layers=12)
+    plain, model = (Transformer(shape).init_weights(0) for _ in range(2))
+    for block in model.layers:
+        block.compile_halves()
+
+    def forward(m, lengths):
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        return m(positions % 7 + 1, positions, PackedAttention(lengths))
+
+    with torch.no_grad():
+        for lengths in ([5], [9, 3], [17, 2, 2], [30], [31, 8]):
+            forward(model, lengths)
+        generate(model, [[1, 2, 3], [4]], 12, [0], vocab=50)
+    calls.clear()
+    for lengths in ([6, 7], [40, 3], [11]):
+        torch.testing.assert_close(forward(model, lengths), forward(plain, lengths))
+    assert len(calls) == 3 * 24 and len(compiled) <= 16
+    torch._dynamo.reset()
