@@ -71,7 +71,7 @@ class Config:
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.98, "AdamW")
     eps: float = knob(1e-8, "AdamW")
-    weight_decay: float = knob(0.01, "AdamW, on matrices only: not on norms, biases, embeddings")
+    weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings")
     clip: float = knob(1.0, "global gradient norm; 0: never clipped")
     max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
 
@@ -79,7 +79,7 @@ class Config:
     kd_divergence: str = knob("forward_kl", "from the teacher", only=KD, choices=DIVERGENCES)
     kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
                           only=KD | {"kd_divergence": WITH_BETA})  # fmt: skip
-    kd_temperature: float = knob(1.0, "divides both models' logits", only=KD)
+    kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
     kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
     kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
 

@@ -3,7 +3,7 @@
     python -m bench.kd_vs_sft --seeds 5
 
 For each seed three runs of train.py on one thread each, two at a time: KD as it is by default, SFT with the same steps (the same
-tokens), SFT with as many more steps as fit the KD run's training time (the ratio of the two runs' seconds for that seed).
+tokens), SFT with as many more steps as fit the KD run's training time (by the median, over seeds, of the ratio of median step times).
 Prints every held-out accuracy and the mean differences with 95 % intervals (paired over seeds, Student's t).
 """
 
@@ -21,7 +21,7 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 
 
 def run(name, runs, *args):
-    """(held-out accuracy, training seconds, steps) of a run of train.py; a finished one is read, not run again."""
+    """(held-out accuracy, median seconds of a step, steps) of a run of train.py; a finished one is read, not run again."""
     folder = runs / name
     if not (folder / "curves.png").exists():
         subprocess.run(["rm", "-rf", str(folder)], check=True)
@@ -29,7 +29,7 @@ def run(name, runs, *args):
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accuracy = [m[k] for m in metrics for k in m if k.endswith("/accuracy")][-1]
-    return accuracy, sum(m.get("train/seconds", 0) for m in metrics), metrics[-1]["step"]
+    return accuracy, statistics.median(m["train/seconds"] for m in metrics if "train/seconds" in m), metrics[-1]["step"]
 
 
 def main():
@@ -42,17 +42,19 @@ def main():
                    cwd=ROOT, check=not (args.runs / "teacher-probe").exists(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     tokenizer = str(next(args.runs.glob("teacher-*/checkpoints/step-*[0-9][0-9][0-9]")))
 
-    def one_seed(seed):
-        kd = run(f"kd-{seed}", args.runs, "--mode=kd", f"--seed={seed}")
-        same = ["--mode=sft", f"--seed={seed}", f"--tokenizer={tokenizer}"]
-        sft = run(f"sft-{seed}", args.runs, *same)
-        longer = run(f"sft-wall-{seed}", args.runs, *same, f"--steps={round(sft[2] * kd[1] / sft[1])}")
-        print(f"seed {seed}: KD {kd[0]:.1%} ({kd[1]:.0f} s)  SFT, equal tokens {sft[0]:.1%} ({sft[1]:.0f} s)  "
-              f"SFT, equal time {longer[0]:.1%} ({longer[2]} steps, {longer[1]:.0f} s)", flush=True)  # fmt: skip
-        return kd[0], sft[0], longer[0]
-
+    seeds = range(args.seeds)
+    same = lambda seed: ["--mode=sft", f"--seed={seed}", f"--tokenizer={tokenizer}"]
     with ThreadPoolExecutor(2) as pool:
-        kd, sft, longer = zip(*pool.map(one_seed, range(args.seeds)), strict=True)
+        kd_runs = pool.map(lambda seed: run(f"kd-{seed}", args.runs, "--mode=kd", f"--seed={seed}"), seeds)
+        sft_runs = pool.map(lambda seed: run(f"sft-{seed}", args.runs, *same(seed)), seeds)
+        kd_runs, sft_runs = list(kd_runs), list(sft_runs)
+        ratio = statistics.median(k[1] / s[1] for k, s in zip(kd_runs, sft_runs, strict=True))
+        steps = round(sft_runs[0][2] * ratio)
+        long_runs = list(pool.map(lambda seed: run(f"sft-wall-{seed}", args.runs, *same(seed), f"--steps={steps}"), seeds))
+    kd, sft, longer = ([r[0] for r in runs] for runs in (kd_runs, sft_runs, long_runs))
+    print(f"a KD step takes {ratio:.2f} times an SFT step: equal time is {steps} SFT steps")
+    for seed, values in enumerate(zip(kd, sft, longer, strict=True)):
+        print("seed {}: KD {:.1%}  SFT, equal tokens {:.1%}  SFT, equal time {:.1%}".format(seed, *values))
     for name, values in (("KD", kd), ("SFT, equal tokens", sft), ("SFT, equal time", longer)):
         print(f"{name:<20} mean {statistics.mean(values):.1%}")
     for name, other in (("equal tokens", sft), ("equal time", longer)):

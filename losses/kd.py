@@ -60,10 +60,14 @@ def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature,
     """
     weight_N, target_N = batch.select(batch.weight_T), batch.select(batch.target_T)
     term = LogprobTerm(target_N, weight_N * ce, cross_entropy) if ce else None
-    name = divergence if divergence in HAND_WRITTEN else lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
     loss_sum, rows = linear_kl(
-        batch.select(hidden_TD), head_VD, *frozen, weight_N, name,
+        batch.select(hidden_TD), head_VD, *frozen, weight_N, named_divergence(divergence, beta),
         beta=beta, temperature=temperature, scale=(1 - ce) * (temperature**2 if t_squared else 1.0), logprob=term, vocab=vocab,
     )  # fmt: skip
     values = {divergence: rows["divergence"]} | ({"ce": -term.logp_N} if ce else {})
     return loss_sum, {"loss": (loss_sum.detach(), weight_N.sum())} | weighted(values, weight_N)
+
+
+def named_divergence(name, beta):
+    """What `linear_kl` is given: a name that it has by hand, or the definition above."""
+    return name if name in HAND_WRITTEN else lambda ls, lt: DIVERGENCES[name](ls, lt, beta)

@@ -1,0 +1,91 @@
+"""What a sample earns: named parts with weights, or any Python function of yours, and a price for length."""
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from data.grade import format_reward
+from data.tasks import grade
+from errors import UserError
+
+# part -> f(text, verdict). The signed ones are the paper's (arXiv 2506.13404, section 3): +1 or −1
+PARTS = {
+    "accuracy": lambda text, verdict: float(verdict.strict),
+    "lenient": lambda text, verdict: float(verdict.lenient),
+    "signed_accuracy": lambda text, verdict: 1.0 if verdict.strict else -1.0,
+    "format": lambda text, verdict: format_reward(text),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """reward(example, text, tokens, stopped) -> (total, {part: value}, verdict). Built by `parse_reward`.
+
+    overlong: from limit − overlong tokens on, a sample loses linearly up to 1 (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
+    truncated: what a sample that never stopped loses.
+    """
+
+    parts: dict
+    function: Callable | None
+    where: str
+    limit: int
+    overlong: int = 0
+    truncated: float = 0.0
+
+    def __call__(self, example, text, tokens, stopped):
+        verdict = grade(example, text)
+        if self.function:
+            values = {"function": self._ask(example, text)}
+        else:
+            values = {name: weight * PARTS[name](text, verdict) for name, weight in self.parts.items()}
+        if self.overlong:
+            values["overlong"] = -min(1.0, max(0, tokens - (self.limit - self.overlong)) / self.overlong)
+        if self.truncated and not stopped:
+            values["truncated"] = -self.truncated
+        return sum(values.values()), values, verdict
+
+    def _ask(self, example, text):
+        try:
+            value = float(self.function(example, text))
+        except Exception as e:  # the user's code may raise anything
+            raise UserError(f"--grpo_reward {self.where} raised {type(e).__name__}: {e} on {_sample(example, text)}") from None
+        if not math.isfinite(value):
+            raise UserError(f"--grpo_reward {self.where} returned {value} on {_sample(example, text)}")
+        return value
+
+
+def parse_reward(spec, limit, overlong=0, truncated=0.0):
+    """`accuracy,format:0.5` or `path/to/file.py:function`, the latter `reward(example, completion) -> float`."""
+    path, _, name = spec.rpartition(":")
+    if path.endswith(".py"):
+        return Reward({}, load_function(path, name), spec, limit, overlong, truncated)
+    parts = {}
+    for item in spec.split(","):
+        part, _, weight = item.strip().partition(":")
+        try:
+            parts[part] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"--grpo_reward {spec}: {weight!r} is not a number") from None
+        if part not in PARTS or not math.isfinite(parts[part]):
+            raise UserError(f"--grpo_reward {spec}: no {item.strip()!r}; choose from {', '.join(PARTS)}, or write path/to/file.py:function")
+    return Reward(parts, None, spec, limit, overlong, truncated)
+
+
+def load_function(path, name):
+    if not Path(path).is_file():
+        raise UserError(f"--grpo_reward {path}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"--grpo_reward {path} could not be loaded ({type(e).__name__}: {e})") from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--grpo_reward {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def _sample(example, text):
+    return f"the sample {text[:60]!r} for {example.origin}"
