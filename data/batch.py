@@ -16,11 +16,13 @@ class Document:
     """One sequence. `weights[i]` is the weight of predicting `tokens[i]`: 0 on a prompt token; the first is never predicted.
 
     `fields` hold one float per token, aligned like `weights`: "advantage", "sampler_logp", "old_logp", "ref_logp".
+    share: what it adds to the normaliser; None: the sum of its weights.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     fields: dict = dataclasses.field(default_factory=dict)
+    share: float | None = None
 
     def __len__(self):
         return len(self.tokens)
@@ -30,8 +32,9 @@ class Document:
 class Batch:
     """Packed documents. Position t predicts target_T[t] with weight_T[t]; rows_N are the positions that carry loss.
 
-    normaliser: the sum of all weights (tokens for a token mean, sequences for a sequence mean); losses are sums and are
-    divided once, by the normaliser summed over ranks.
+    normaliser: the sum of all weights (tokens for a token mean, sequences for a sequence mean) unless documents say otherwise; losses
+    are sums and are divided once, by the normaliser summed over ranks. metrics ({name: (sum, count)}) and samples come from a source
+    that has something to tell, and are only logged.
     """
 
     documents: list
@@ -43,6 +46,8 @@ class Batch:
     rows_N: torch.Tensor
     fields: dict
     normaliser: float
+    metrics: dict = dataclasses.field(default_factory=dict)
+    samples: list = dataclasses.field(default_factory=list)
 
     @property
     def lengths(self):
@@ -70,7 +75,7 @@ class Batch:
             torch.from_numpy(weight_T),
             torch.from_numpy(weight_T.nonzero()[0]),
             {name: torch.from_numpy(_concat(f, np.float64)) for name, f in fields.items()},
-            float(weight_T.sum()),
+            float(sum(d.weights.sum(dtype=np.float64) if d.share is None else d.share for d in documents)),
         )
 
     def split(self, micro_tokens):
@@ -113,6 +118,11 @@ def sequence_mean(document):
     """Every sequence counts the same: its trained tokens share a weight of 1."""
     total = document.weights.sum()
     return dataclasses.replace(document, weights=document.weights / total) if total else document
+
+
+def constant_length(document, length):
+    """Every token weighs 1/length and every sequence counts, so that long wrong answers are not cheaper (Dr. GRPO, arXiv 2503.20783)."""
+    return dataclasses.replace(document, weights=document.weights / length, share=1.0)
 
 
 WEIGHTINGS = {"token": token_mean, "sequence": sequence_mean}
