@@ -14,9 +14,16 @@ from pathlib import Path
 from errors import UserError
 
 
-def knob(default, help, only=None, choices=None):
-    """A config field. `only` names what must hold for a run to read it: {"mode": ("kd",), "kd_divergence": ("jsd",)}."""
-    return dataclasses.field(default=default, metadata={"help": help, "only": only or {}, "choices": choices})
+def knob(default, help, only=None, choices=None, **by_mode):
+    """A config field. `only` names what must hold for a run to read it: {"mode": ("kd",), "kd_divergence": ("jsd",)}, or a list of
+    such, one of which must hold. by_mode: defaults of its own for a mode (`grpo=64`)."""
+    only = [only or {}] if isinstance(only or {}, dict) else only
+    return dataclasses.field(default=default, metadata={"help": help, "only": only, "choices": choices, "by_mode": by_mode})
+
+
+def defaults(cls, mode):
+    """The defaults of a mode's own."""
+    return {f.name: f.metadata["by_mode"][mode] for f in dataclasses.fields(cls) if mode in f.metadata["by_mode"]}
 
 
 def parse(cls, argv, base=None):
@@ -55,7 +62,7 @@ def parse(cls, argv, base=None):
             given[name] = _convert(_field(fields, name, f"{file}: {name}"), value, f"{file}: {name}")
     given |= from_argv
     stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
-    config = cls(**(stored | given))
+    config = cls(**(defaults(cls, (stored | given).get("mode", "")) | stored | given))
     for name, value in given.items():
         if not _reads(config, fields[name]):
             raise UserError(_unread(config, fields[name]))
@@ -87,9 +94,10 @@ def usage(cls, program):
     """The text of --help: every knob with its default."""
     lines = [f"usage: {program} [--config file.toml] [--name value ...]", ""]
     for f in dataclasses.fields(cls):
-        only = "".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in f.metadata["only"].items())
+        only = " or".join("".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in c.items()) for c in f.metadata["only"])
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        default = "" if f.default == "" else f" [{f.default}]"
+        values = [str(f.default), *(f"{mode}: {v}" for mode, v in f.metadata["by_mode"].items())]
+        default = "" if f.default == "" and len(values) == 1 else f" [{', '.join(values)}]"
         lines.append(f"  --{f.name:<20} {f.metadata['help']}{choices}{default}{only}")
     return "\n".join(lines)
 
@@ -132,14 +140,19 @@ def _convert(field, value, where):
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
+def _holds(config, condition):
+    return all(str(getattr(config, k)) in map(str, v) for k, v in condition.items())
+
+
 def _reads(config, field):
-    return all(str(getattr(config, k)) in map(str, v) for k, v in field.metadata["only"].items())
+    return any(_holds(config, condition) for condition in field.metadata["only"])
 
 
 def _unread(config, field):
-    for key, values in field.metadata["only"].items():
-        if str(getattr(config, key)) not in map(str, values):
-            readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
-            near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
-            hint = f" (nearest that is: {near[0]})" if near else ""
-            return f"{field.name} is not read with {key}={getattr(config, key)}, only with {' or '.join(map(str, values))}{hint}"
+    """Why this run does not read the knob, by the condition that is nearest to holding."""
+    unmet = lambda condition: {k: v for k, v in condition.items() if str(getattr(config, k)) not in map(str, v)}
+    key, values = next(iter(min(map(unmet, field.metadata["only"]), key=len).items()))
+    readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
+    near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
+    hint = f" (nearest that is: {near[0]})" if near else ""
+    return f"{field.name} is not read with {key}={getattr(config, key)}, only with {' or '.join(map(str, values))}{hint}"

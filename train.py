@@ -11,115 +11,34 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import config as configuration
-from config import knob
-from data.batch import WEIGHTINGS, Batch
-from data.dataset import Dataset, Formatter, Stream
+from data.batch import WEIGHTINGS, Batch, constant_length
+from data.dataset import Dataset, Formatter, Order, Stream
 from data.tasks import TASKS, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import RunFailed, UserError
 from eval.log import Log, peak_flops, show_batch, step_flops
 from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
-from losses.kd import DIVERGENCES, WITH_BETA, kd_loss
+from knobs import Config, check
+from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
+from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model import parallel
 from model.checkpoint import build_model, locate, read_config, stop_ids_of
 from model.generate import generate
 from model.optim import build_optimizer, clip_gradients, learning_rate
 from model.runs import RunFolder, only_one, open_run
-
-KD = {"mode": ("kd",)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
-
-    mode: str = knob("kd", "what to train by", choices=("sft", "kd"))
-    model: str = knob("tiny", "the student: a checkpoint folder, a hub id, or a preset (random weights)")
-    tokenizer: str = knob("", "folder with tokenizer.json; empty: the model's, the teacher's, or the embedded one")
-    name: str = knob("", "the run's folder under --runs; empty: a new unique one")
-    runs: str = knob("runs", "where runs are kept")
-    resume: bool = knob(False, "continue the run --name from its newest checkpoint")
-    seed: int = knob(0, "of the data order and of random weights")
-    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
-
-    data: str = knob("word_problems:800", "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset")
-    train_examples: int = knob(0, "train on this many examples only; 0: all")
-    template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
-    system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
-    prompt_suffix: str = knob("", "put behind the question")
-    overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
-    show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
-
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for")
-    epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
-    batch_size: int = knob(32, "examples per step, over all ranks")
-    micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
-    weighting: str = knob("token", "every token counts the same, or every sequence", choices=WEIGHTINGS)
-    lr: float = knob(5e-3, "peak learning rate")
-    warmup: int = knob(20, "steps of linear warm-up")
-    schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
-    lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
-    beta1: float = knob(0.9, "AdamW")
-    beta2: float = knob(0.98, "AdamW")
-    eps: float = knob(1e-8, "AdamW")
-    weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings")
-    clip: float = knob(1.0, "global gradient norm; 0: never clipped")
-    max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
-
-    teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=KD)
-    kd_divergence: str = knob("forward_kl", "from the teacher", only=KD, choices=DIVERGENCES)
-    kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
-                          only=KD | {"kd_divergence": WITH_BETA})  # fmt: skip
-    kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
-    kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
-    kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
-
-    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
-    eval_examples: int = knob(400, "held-out examples, carved from the training data; 0: no evaluation")
-    eval_tokens: int = knob(96, "new tokens at most per answer")
-    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
-    keep: int = knob(2, "checkpoints kept")
-    log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
-    checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
-    compile: bool = knob(False, "torch.compile the transformer's blocks")
-    wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
-    wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})
-
+from rl.reward import parse_reward
+from rl.rollout import Mixed, Rollouts
+from rl.score import add_correction, add_logprobs
 
 # --- set-up --------------------------------------------------------------------------------------------------------
-
-
-def check(cfg):
-    """Refuse settings that cannot work, before anything is read."""
-
-    def need(ok, message):
-        if not ok:
-            raise UserError(message)
-
-    for name in ("batch_size", "micro_tokens", "eval_tokens", "keep", "log_every", "max_skipped"):
-        need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
-    for name in ("steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch"):
-        need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
-    need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
-    need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
-    need(0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0, "--beta1 and --beta2 must be in [0, 1), --eps positive")
-    need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
-    need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
-    need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
-    need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
-    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
-    need(not (cfg.mode == "kd" and skew_is_zero), f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere")
-    need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
-    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
 
 
 def choose_device(cfg):
@@ -138,23 +57,27 @@ def embedded_tokenizer():
     return build_tiny("\n".join(m["role"] + "\n" + m["content"] for m in e.messages) for e in examples)
 
 
-def embedded_teacher(cfg, rank):
-    """The folder of the tiny teacher, trained on first use by this same loop in `sft` mode, kept and shared by all runs."""
-    recipe = dict(mode="sft", model="tiny-teacher", data="word_problems", steps=TEACHER_STEPS, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
+TEACHER = dict(mode="sft", model="tiny-teacher", data="word_problems", steps=700, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
+STUDENT = dict(mode="kd")
+
+
+def embedded(cfg, rank, what, recipe):
+    """The folder of the embedded task's teacher or distilled student, trained on first use by this same loop, kept and shared by all runs."""
+    kept = Config(**configuration.defaults(Config, recipe["mode"]) | recipe)
+    knobs = {k: v for k, v in configuration.resolved(kept).items() if k not in PASSING}
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
-    key = hashlib.sha256(json.dumps(recipe).encode() + b"".join(sources)).hexdigest()[:8]
-    path = Path(cfg.runs) / f"teacher-{key}"
+    path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
     with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
-        if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
+        if kept.steps not in parallel.broadcast(RunFolder(path).steps()):
             if rank == 0:
-                print(f"training the embedded teacher first (once; kept in {path})", flush=True)
-            train(Config(**recipe, name=path.name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device))
-    if TEACHER_STEPS not in parallel.broadcast(RunFolder(path).steps()):
-        raise RunFailed("stopped before the embedded teacher was ready; the same command goes on with it")
-    return RunFolder(path).step_folder(TEACHER_STEPS)
+                print(f"training the embedded {what} first (once; kept in {path})", flush=True)
+            train(dataclasses.replace(kept, name=path.name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device))
+    if kept.steps not in parallel.broadcast(RunFolder(path).steps()):
+        raise RunFailed(f"stopped before the embedded {what} was ready; the same command goes on with it")
+    return RunFolder(path).step_folder(kept.steps)
 
 
-TEACHER_STEPS = 700
+PASSING = ("name", "runs", "resume", "device", "keep", "log_every", "wandb")  # knobs that do not change what a run learns
 
 
 def choose_tokenizer(cfg, folder, teacher_folder):
@@ -165,12 +88,12 @@ def choose_tokenizer(cfg, folder, teacher_folder):
     return embedded_tokenizer()
 
 
-def loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape):
-    """How many head rows take part in the loss: the full head for SFT, the shared prefix of ids for a pair."""
+def loss_vocabulary(cfg, tokenizer, shape, teacher_folder, teacher_shape):
+    """How many head rows take part in the loss: the full head for SFT, the tokenizer's ids for a policy, the shared prefix for a pair."""
     if tokenizer.size > shape.vocab_size:
         raise UserError(f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer")
     if teacher_shape is None:
-        return shape.vocab_size
+        return tokenizer.size if cfg.mode == "grpo" else shape.vocab_size
     shared = shared_vocabulary(tokenizer, Tokenizer.load(teacher_folder)) if teacher_folder else tokenizer.size
     return min(shared, shape.vocab_size, teacher_shape.vocab_size)
 
@@ -178,16 +101,92 @@ def loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape):
 # --- the mode: a source plus a loss --------------------------------------------------------------------------------
 
 
-def build(cfg, dataset, vocab, rank, world):
+def build(cfg, run):
     """The only branch on the mode. source yields Batches; loss_fn(hidden_TD, head_VD, frozen, batch) -> (sum, metrics)."""
-    source = Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
+    if cfg.mode == "grpo":
+        return rewarded_rollouts(cfg, run), functools.partial(
+            grpo_loss, variant=cfg.grpo_variant, clip_low=cfg.grpo_clip_low, clip_high=cfg.grpo_clip_high, kl=cfg.grpo_kl,
+            beta=cfg.grpo_beta if cfg.grpo_kl_in == "loss" else 0.0, entropy=cfg.grpo_entropy, temperature=cfg.sample_temperature,
+            vocab=run.vocab, kd=cfg.grpo_kd, divergence=cfg.kd_divergence, kd_beta=cfg.kd_beta,
+        )  # fmt: skip
+    data = Stream(run.dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], run.rank, run.world)
     if cfg.mode == "sft":
-        return source, sft_loss
+        return data, sft_loss
+    if cfg.kd_signal == "sampled":
+        return teacher_advantages(cfg, run), functools.partial(
+            grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, temperature=cfg.sample_temperature, vocab=run.vocab
+        )
     loss_fn = functools.partial(
-        kd_loss, divergence=cfg.kd_divergence, beta=cfg.kd_beta, temperature=cfg.kd_temperature,
-        t_squared=cfg.kd_t_squared, ce=cfg.kd_ce, vocab=vocab,
+        kd_loss, divergence=cfg.kd_divergence, beta=cfg.kd_beta, temperature=cfg.kd_temperature, t_squared=cfg.kd_t_squared,
+        ce=cfg.kd_ce, topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0, vocab=run.vocab,
     )  # fmt: skip
-    return source, loss_fn
+    if cfg.kd_prefix == "data":
+        return data, loss_fn
+    written = rollouts(cfg, run, run.model if cfg.kd_prefix == "student" else run.teacher)
+    return Mixed(data, written, cfg.kd_mix, cfg.seed) if cfg.kd_mix < 1 else written, loss_fn
+
+
+def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1, **more):
+    """Batches of what `author` (a model) writes on the dataset's prompts."""
+    formatter, order = run.dataset.formatter, Order(len(run.dataset), cfg.seed)
+
+    def prompt_at(position):
+        example = run.dataset.example(order(position))
+        return example, formatter.prompt(example)
+
+    write = lambda prompts, seeds: generate(
+        author, prompts, cfg.sample_tokens, run.stop_ids, vocab=run.vocab, temperature=cfg.sample_temperature,
+        top_k=cfg.sample_top_k, top_p=cfg.sample_top_p, seeds=seeds, batch_size=cfg.sample_batch,
+    )  # fmt: skip
+    return Rollouts(
+        prompt_at, write, judge, score, per_batch=cfg.batch_size // samples, samples=samples, seed=cfg.seed,
+        weighting=weighting or WEIGHTINGS[cfg.weighting], logged=cfg.sample_log, rank=run.rank, world=run.world, **more,
+    )  # fmt: skip
+
+
+def rewarded_rollouts(cfg, run):
+    """The source of `grpo`: groups of samples with rewards, and the frozen log-probs that their loss reads."""
+    reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost)
+    run.dataset.need_answers(unless=reward.function)
+
+    def judge(example, completion):
+        text = run.tokenizer.decode(completion.tokens, skip_special=True)
+        return *reward(example, text, len(completion.tokens), completion.stopped), text
+
+    def score(documents):
+        if cfg.grpo_updates * cfg.grpo_epochs > 1 or cfg.grpo_correction != "none" or cfg.grpo_beta and cfg.grpo_kl_in == "reward":
+            log_probs(cfg, run, documents, "old_logp", run.model)
+        if run.reference:
+            log_probs(cfg, run, documents, "ref_logp", run.reference)
+        if cfg.grpo_correction != "none":
+            add_correction(documents, cfg.grpo_correction, cfg.grpo_cap)
+
+    def price(document):
+        gap = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
+        return cfg.grpo_beta * float(KL_ESTIMATES[cfg.grpo_kl](gap).sum())
+
+    weighting = functools.partial(constant_length, length=cfg.sample_tokens)
+    return rollouts(
+        cfg, run, run.model, judge, score, WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting), cfg.grpo_samples,
+        baseline=cfg.grpo_baseline, updates=cfg.grpo_updates, epochs=cfg.grpo_epochs, refills=cfg.grpo_refills,
+        mask_truncated=cfg.grpo_truncated == "mask", price=price if cfg.grpo_beta and cfg.grpo_kl_in == "reward" else None,
+    )  # fmt: skip
+
+
+def teacher_advantages(cfg, run):
+    """Samples whose advantage is log p_teacher − log p_student of each token: on average the gradient of the reverse KL."""
+
+    def score(documents):
+        log_probs(cfg, run, documents, "old_logp", run.model)
+        log_probs(cfg, run, documents, "teacher_logp", run.teacher)
+        for d in documents:
+            d.fields["advantage"] = d.fields.pop("teacher_logp") - d.fields["old_logp"]
+
+    return rollouts(cfg, run, run.model, score=score)
+
+
+def log_probs(cfg, run, documents, name, model):
+    add_logprobs(documents, name, model, temperature=cfg.sample_temperature, vocab=run.vocab, micro_tokens=cfg.micro_tokens, device=run.device)
 
 
 @torch.no_grad()
@@ -262,13 +261,14 @@ class Run:
     stop_ids: list
     vocab: int
     steps: int
-    source: Stream
-    loss_fn: Callable
     model: torch.nn.Module
     teacher: torch.nn.Module | None
     teacher_folder: Path | None
+    reference: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
+    source: Iterator = None
+    loss_fn: Callable = None
     counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
 
 
@@ -276,23 +276,25 @@ def set_up(cfg):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run, or None after --show_batch."""
     check(cfg)
     device, compute_dtype, rank, world = choose_device(cfg)
-    is_kd, student_folder, teacher_folder = cfg.mode == "kd", locate(cfg.model, "--model"), None
-    if is_kd and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
+    has_teacher, student_folder, teacher_folder = cfg.mode == "kd" or cfg.grpo_kd > 0, locate(cfg.model, "--model"), None
+    if has_teacher and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
-    if is_kd:
-        teacher_folder = locate(cfg.teacher, "--teacher") if cfg.teacher else embedded_teacher(cfg, rank)
+    if cfg.mode == "grpo" and cfg.model == "tiny":
+        student_folder = embedded(cfg, rank, "student", STUDENT)
+    if has_teacher:
+        teacher_folder = locate(cfg.teacher, "--teacher") if cfg.teacher else embedded(cfg, rank, "teacher", TEACHER)
     shape = read_config(cfg.model, student_folder)
-    teacher_shape = read_config(cfg.teacher, teacher_folder) if is_kd else None
+    teacher_shape = read_config(cfg.teacher, teacher_folder) if has_teacher else None
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
-    vocab = loss_vocabulary(tokenizer, shape, teacher_folder, teacher_shape)
+    vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_folder, teacher_shape)
     dataset = Dataset(
         cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
         vocab=vocab, eval_examples=cfg.eval_examples, train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
     )  # fmt: skip
-    source, loss_fn = build(cfg, dataset, vocab, rank, world)
     if cfg.show_batch:
-        return show_batch(next(source), tokenizer, cfg.show_batch) if rank == 0 else None
-    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / cfg.batch_size)
+        batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
+        return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
+    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / (cfg.batch_size // (cfg.grpo_samples if cfg.mode == "grpo" else 1)))
     if steps == 0:
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
     folder, start = open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, rank)
@@ -301,18 +303,20 @@ def set_up(cfg):
     weights = student_folder if start is None else folder.step_folder(start)
     model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=wide, compute_dtype=compute_dtype)
     model.checkpointing = cfg.checkpointing
-    teacher = build_model(teacher_shape, teacher_folder, device=device, seed=cfg.seed, weight_dtype=compute_dtype) if is_kd else None
-    if teacher:
-        teacher.requires_grad_(False)
+    frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
+    teacher = frozen(teacher_shape, teacher_folder) if has_teacher else None
+    origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
+    reference = frozen(read_config(cfg.reference or cfg.model, origin), origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
     if cfg.compile:
-        for block in [*model.layers, *(teacher.layers if teacher else ())]:
+        for block in (block for m in (model, teacher, reference) if m for block in m.layers):
             block.compile_halves()
     optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
-    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, source, loss_fn, model, teacher, teacher_folder, optimizer, start)
+    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, optimizer, start)
+    run.source, run.loss_fn = build(cfg, run)
     if start is not None:
         saved = folder.load(start, model, optimizer)
-        source.load(saved["source"])
+        run.source.load(saved["source"])
         run.counters = saved["counters"]
     return run
 
@@ -357,7 +361,8 @@ def train(cfg):
             counters["skipped_in_a_row"] += 1
         run.optimizer.zero_grad()
 
-        values = step_metrics(run, batch, sums, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
+        log.samples(step, batch.samples)
+        values = step_metrics(run, batch, sums | batch.metrics, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
         spent += values["train/seconds"]
         log.metrics(step + 1, values)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
@@ -382,7 +387,8 @@ def step_metrics(run, batch, sums, seconds):
     flops = step_flops(batch, run.model, run.teacher, run.vocab)
     tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), flops], run.device)
     run.counters["tokens"] += int(tokens)
-    values = {f"train/{k}": total / count for k, (total, count) in reduce_metrics(sums).items() if count}
+    name = lambda k: k if "/" in k else f"train/{k}"
+    values = {name(k): total / count for k, (total, count) in reduce_metrics(sums).items() if count}
     values |= {"train/tokens": run.counters["tokens"], "train/skipped": run.counters["skipped"]}
     values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
     if run.device.type == "cuda":

@@ -183,7 +183,7 @@ class Dataset:
         self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
         task, _, count = name.partition(":")
         self.task = task if task in TASKS and TASKS[task].make else None
-        self.dropped, self._documents = 0, None
+        self.dropped, self._documents, self._examples = 0, None, None
         if self.task:
             self.label = task
             if count and not (count.isdigit() and int(count)):
@@ -210,6 +210,18 @@ class Dataset:
         if self._documents is not None:
             return self._documents[index]
         return self._checked([TASKS[self.task].example(self.task, "train", f"{self.seed}/{index}")])[0]
+
+    def example(self, index):
+        """What `get` makes a document of; its last message is the gold answer."""
+        if self._examples is not None:
+            return self._examples[index]
+        return TASKS[self.task].example(self.task, "train", f"{self.seed}/{index}")
+
+    def need_answers(self, unless):
+        """Refuse to be rewarded for what cannot be graded (unless a function of the user's own does it)."""
+        bad = [] if unless else [e for e in self._examples or () if e.answer is None or e.task not in TASKS]
+        if bad:
+            raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such examples); give --grpo_reward path/to/file.py:function")
 
     def held_out_documents(self):
         return self._checked(self.held_out)
@@ -252,7 +264,7 @@ class Stream:
         self.dataset, self.batch_size, self.seed, self.weighting = dataset, batch_size, seed, weighting
         self.rank, self.world, self.consumed = rank, world, 0
         self._worker, self._next = ThreadPoolExecutor(1), None
-        self._epoch = (-1, None)
+        self._order = Order(len(dataset), seed)
 
     def __iter__(self):
         return self
@@ -274,12 +286,19 @@ class Stream:
 
     def _make(self, k):
         positions = range(k * self.batch_size + self.rank, (k + 1) * self.batch_size, self.world)
-        return Batch.pack(self.weighting(self.dataset.get(self._index(p))) for p in positions)
+        return Batch.pack(self.weighting(self.dataset.get(self._order(p))) for p in positions)
 
-    def _index(self, position):
-        if not len(self.dataset):
+
+class Order:
+    """position -> index: epochs of `size` examples, each a permutation drawn from (seed, epoch); size 0: endless, as they come."""
+
+    def __init__(self, size, seed):
+        self.size, self.seed, self._epoch = size, seed, (-1, None)
+
+    def __call__(self, position):
+        if not self.size:
             return position
-        epoch, offset = divmod(position, len(self.dataset))
+        epoch, offset = divmod(position, self.size)
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
         return int(self._epoch[1][offset])

@@ -10,6 +10,7 @@ import torch
 
 from kernels.linear_kl import HAND_WRITTEN, linear_kl
 from kernels.linear_logprob import LogprobTerm
+from kernels.linear_topk import linear_topk_divergence, topk_logprobs
 from losses.sft import cross_entropy, weighted
 
 
@@ -51,19 +52,23 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward
 WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 
-def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature, t_squared, ce, vocab):
+def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature, t_squared, ce, vocab, topk=0):
     """Σ weight · ((1−ce) · T² · D(teacher, student) + ce · CE) over the loss rows.
 
     frozen: (teacher_hidden_NC, teacher_head_UC). Both distributions are softmaxes of logits / T over the shared first
     `vocab` ids; T² keeps the gradient's scale (Hinton et al., arXiv 1503.02531) and is applied if t_squared. CE is taken
-    at T = 1 over the same ids. Returns (loss_sum, {metric: (sum, count)}).
+    at T = 1 over the same ids. topk: the teacher is known by its likeliest ids and one bucket for all others. Returns (loss_sum, {metric: (sum, count)}).
     """
     weight_N, target_N = batch.select(batch.weight_T), batch.select(batch.target_T)
     term = LogprobTerm(target_N, weight_N * ce, cross_entropy) if ce else None
-    loss_sum, rows = linear_kl(
-        batch.select(hidden_TD), head_VD, *frozen, weight_N, named_divergence(divergence, beta),
-        beta=beta, temperature=temperature, scale=(1 - ce) * (temperature**2 if t_squared else 1.0), logprob=term, vocab=vocab,
-    )  # fmt: skip
+    hidden_ND, scale = batch.select(hidden_TD), (1 - ce) * (temperature**2 if t_squared else 1.0)
+    shared = dict(temperature=temperature, scale=scale, logprob=term, vocab=vocab)
+    if topk:
+        listed = topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab)
+        definition = lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
+        loss_sum, rows = linear_topk_divergence(hidden_ND, head_VD, *listed, weight_N, definition, **shared)
+    else:
+        loss_sum, rows = linear_kl(hidden_ND, head_VD, *frozen, weight_N, named_divergence(divergence, beta), beta=beta, **shared)
     values = {divergence: rows["divergence"]} | ({"ce": -term.logp_N} if ce else {})
     return loss_sum, {"loss": (loss_sum.detach(), weight_N.sum())} | weighted(values, weight_N)
 

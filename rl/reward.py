@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from data.grade import format_reward
-from data.tasks import grade
+from data.grade import Verdict, format_reward
+from data.tasks import TASKS, grade
 from errors import UserError
 
 # part -> f(text, verdict). The signed ones are the paper's (arXiv 2506.13404, section 3): +1 or −1
@@ -35,7 +35,8 @@ class Reward:
     truncated: float = 0.0
 
     def __call__(self, example, text, tokens, stopped):
-        verdict = grade(example, text)
+        known = example.answer is not None and example.task in TASKS
+        verdict = grade(example, text) if known else Verdict(False, False, False)
         if self.function:
             values = {"function": self._ask(example, text)}
         else:

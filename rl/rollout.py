@@ -35,19 +35,20 @@ class Rollouts:
     """Endless batches of `per_batch` groups over all ranks.
 
     prompt_at(position) -> (example, ids); write(prompts, seeds) -> completions; judge(example, completion) -> (reward, parts, verdict,
-    text) or None; score(documents) adds their fields of trainer log-probs in place, or None. weighting: as in `data.batch`. A rollout
+    text) or None; score(documents) adds their fields of trainer log-probs in place, or None; price(document) is taken off its reward
+    (a KL to the reference, say). weighting: as in `data.batch`. A rollout
     serves `updates` batches, `epochs` times over. refills: how often at most groups without spread are replaced by fresh ones
     (dynamic sampling, DAPO, arXiv 2503.14476). mask_truncated: a sample that did not stop carries no loss.
     """
 
     def __init__(
         self, prompt_at, write, judge, score, *, per_batch, samples, seed, weighting, baseline="std", updates=1, epochs=1,
-        refills=0, mask_truncated=False, logged=8, rank=0, world=1,
+        refills=0, mask_truncated=False, price=None, logged=8, rank=0, world=1,
     ):  # fmt: skip
         self.prompt_at, self.write, self.judge, self.score = prompt_at, write, judge, score
         self.per_batch, self.samples, self.seed, self.weighting, self.baseline = per_batch, samples, seed, weighting, baseline
         self.updates, self.epochs, self.refills, self.mask_truncated = updates, epochs, refills, mask_truncated
-        self.logged, self.rank, self.world = logged, rank, world
+        self.price, self.logged, self.rank, self.world = price, logged, rank, world
         self.position, self.pending = 0, []
 
     def __iter__(self):
@@ -104,26 +105,28 @@ class Rollouts:
 
     def _batches(self, groups, order):
         """`updates` batches of whole groups, in the order in which they were drawn, whatever rank holds them."""
-        documents = [[] for _ in range(self.updates)]
-        ordinal = {position: i for i, position in enumerate(order)}
-        for group in groups:
-            documents[ordinal[group.position] // self.per_batch] += self._documents(group)
+        batches = [[] for _ in range(self.updates)]
+        made = [self._documents(g) for g in groups]
         if self.score:
-            self.score([d for part in documents for d in part])
-        return [Batch.pack(self.weighting(d) for d in part) for part in documents]
+            self.score([d for documents in made for d in documents])
+        ordinal = {position: i for i, position in enumerate(order)}
+        for group, documents in zip(groups, made):
+            if group.judged:
+                rewards = [r - (self.price(d) if self.price else 0.0) for r, d in zip(group.rewards, documents)]
+                for d, advantage in zip(documents, group_advantages(rewards, self.baseline)):
+                    d.fields["advantage"] = np.full(len(d), advantage)
+            batches[ordinal[group.position] // self.per_batch] += documents
+        return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
 
     def _documents(self, group):
-        advantages = group_advantages(group.rewards, self.baseline) if group.judged else np.zeros(len(group.completions))
         made = []
-        for completion, advantage in zip(group.completions, advantages):
+        for completion in group.completions:
             tokens = np.array([*group.prompt, *completion.tokens], np.int32)
-            masked = self.mask_truncated and not completion.stopped
-            weights = np.zeros(len(tokens))
-            weights[len(group.prompt) :] = not masked
+            generated = np.arange(len(tokens)) >= len(group.prompt)
             logp = np.zeros(len(tokens))
-            logp[len(group.prompt) :] = completion.logp
-            fields = {"sampler_logp": logp} | ({"advantage": np.full(len(tokens), advantage)} if group.judged else {})
-            made.append(Document(tokens, weights, fields))
+            logp[generated] = completion.logp
+            masked = self.mask_truncated and not completion.stopped
+            made.append(Document(tokens, generated * (0.0 if masked else 1.0), {"sampler_logp": logp}))
         return made
 
     def _audit(self, groups):

@@ -1,0 +1,156 @@
+"""Every knob of train.py, one documented line each, and what must hold between them. `config.py` makes them a command line."""
+
+import dataclasses
+import math
+
+import torch
+
+from config import knob
+from data.batch import WEIGHTINGS
+from errors import UserError
+from losses.grpo import KL_ESTIMATES, VARIANTS
+from losses.kd import DIVERGENCES, WITH_BETA
+from rl.advantage import BASELINES
+from rl.reward import PARTS
+
+KD, GRPO = {"mode": ("kd",)}, {"mode": ("grpo",)}
+WITH_TEACHER = {"mode": ("kd", "grpo")}
+ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
+
+    mode: str = knob("kd", "what to train by", choices=("sft", "kd", "grpo"))
+    model: str = knob("tiny", "the student: a checkpoint folder, a hub id, or a preset (random weights); tiny in grpo: the distilled one")
+    tokenizer: str = knob("", "folder with tokenizer.json; empty: the model's, the teacher's, or the embedded one")
+    name: str = knob("", "the run's folder under --runs; empty: a new unique one")
+    runs: str = knob("runs", "where runs are kept")
+    resume: bool = knob(False, "continue the run --name from its newest checkpoint")
+    seed: int = knob(0, "of the data order and of random weights")
+    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
+
+    data: str = knob("word_problems:800", "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset",
+                     grpo="word_problems")  # fmt: skip
+    train_examples: int = knob(0, "train on this many examples only; 0: all")
+    template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
+    system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
+    prompt_suffix: str = knob("", "put behind the question")
+    overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
+    show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
+
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=200)
+    epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
+    batch_size: int = knob(32, "examples (in grpo: samples) per step, over all ranks", grpo=128)
+    micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
+    weighting: str = knob("token", "every token counts the same, or every sequence", only={"mode": ("sft", "kd")}, choices=WEIGHTINGS)
+    lr: float = knob(5e-3, "peak learning rate", grpo=1e-3)
+    warmup: int = knob(20, "steps of linear warm-up")
+    schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"), grpo="linear")
+    lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.98, "AdamW")
+    eps: float = knob(1e-8, "AdamW")
+    weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings", grpo=0.0)
+    clip: float = knob(1.0, "global gradient norm; 0: never clipped")
+    max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
+
+    teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=WITH_TEACHER)
+    kd_divergence: str = knob("forward_kl", "from the teacher", only=WITH_TEACHER, choices=DIVERGENCES, grpo="reverse_kl")
+    kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
+                          only=WITH_TEACHER | {"kd_divergence": WITH_BETA})  # fmt: skip
+    kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
+    kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
+    kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
+    kd_prefix: str = knob("data", "who writes what the divergence is taken on", only=KD, choices=("data", "student", "teacher"))
+    kd_mix: float = knob(1.0, "share of steps on what a model wrote; the others are on the data", only=KD | {"kd_prefix": ("student", "teacher")})
+    kd_signal: str = knob("full", "all the teacher's probabilities, its likeliest and a bucket for the rest, or its log-prob of the sampled token as an advantage",
+                          only=KD, choices=("full", "topk", "sampled"))  # fmt: skip
+    kd_topk: int = knob(64, "how many of them", only=KD | {"kd_signal": ("topk",)})
+
+    sample_tokens: int = knob(64, "new tokens at most per sample", only=ON_POLICY)
+    sample_temperature: float = knob(1.0, "of sampling, and of all log-probs in grpo", only=ON_POLICY)
+    sample_top_k: int = knob(0, "sample from the k likeliest tokens only; 0: all", only=ON_POLICY)
+    sample_top_p: float = knob(1.0, "sample from the likeliest tokens with this mass only", only=ON_POLICY)
+    sample_batch: int = knob(256, "sequences generated at once, per rank", only=ON_POLICY)
+    sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=ON_POLICY)
+
+    grpo_variant: str = knob("token", "the loss; grpo: DeepSeekMath's, token: DAPO's", only=GRPO, choices=VARIANTS)
+    grpo_samples: int = knob(16, "samples per prompt", only=GRPO)
+    grpo_reward: str = knob("accuracy", f"parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or path/to/file.py:function", only=GRPO)
+    grpo_baseline: str = knob("std", "what an advantage is measured against", only=GRPO, choices=BASELINES)
+    grpo_clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this", only=GRPO)
+    grpo_clip_high: float = knob(0.2, "and above 1 plus this", only=GRPO)
+    grpo_beta: float = knob(0.0, "weight of the KL to the reference; 0: no reference is held", only=GRPO)
+    reference: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the policy as it starts", only=GRPO)
+    grpo_kl: str = knob("k3", "its estimate", only=GRPO, choices=KL_ESTIMATES)
+    grpo_kl_in: str = knob("loss", "where it goes", only=GRPO, choices=("loss", "reward"))
+    grpo_entropy: float = knob(0.0, "weight of an entropy bonus", only=GRPO)
+    grpo_updates: int = knob(1, "optimizer steps that share one rollout, each on its own part", only=GRPO)
+    grpo_epochs: int = knob(1, "passes over each rollout", only=GRPO)
+    grpo_refills: int = knob(0, "rounds in which groups without spread are replaced by fresh ones (dynamic sampling)", only=GRPO)
+    grpo_truncated: str = knob("keep", "samples that did not stop: train on them, or mask them", only=GRPO, choices=("keep", "mask"))
+    grpo_truncated_cost: float = knob(0.0, "what such a sample loses of its reward", only=GRPO)
+    grpo_overlong: int = knob(0, "over this many last tokens a sample loses up to 1 (soft length penalty)", only=GRPO)
+    grpo_correction: str = knob("none", "importance weights for the sampler's rounding: none, cut at the cap, or masked outside it",
+                                only=GRPO, choices=("none", "truncate", "mask"))  # fmt: skip
+    grpo_cap: float = knob(2.0, "that cap", only=GRPO | {"grpo_correction": ("truncate", "mask")})
+    grpo_kd: float = knob(0.0, "weight of a divergence from --teacher on the samples", only=GRPO)
+
+    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
+    eval_examples: int = knob(400, "held-out examples, carved from the training data; 0: no evaluation")
+    eval_tokens: int = knob(96, "new tokens at most per answer")
+    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
+    keep: int = knob(2, "checkpoints kept")
+    log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
+    checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = knob(False, "torch.compile the transformer's blocks")
+    wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
+    wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})
+
+
+def check(cfg):
+    """Refuse settings that cannot work, before anything is read."""
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(message)
+
+    positive = ("batch_size", "micro_tokens", "eval_tokens", "keep", "log_every", "max_skipped", "kd_topk", "sample_tokens", "sample_batch")
+    for name in (*positive, "grpo_samples", "grpo_updates", "grpo_epochs"):
+        need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
+    natural = ("steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch")
+    for name in (*natural, "sample_top_k", "sample_log", "grpo_beta", "grpo_refills", "grpo_truncated_cost", "grpo_overlong", "grpo_kd"):
+        need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
+    need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
+    need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
+    need(0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0, "--beta1 and --beta2 must be in [0, 1), --eps positive")
+    need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
+    need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
+    need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
+    need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
+    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
+    need(not (cfg.mode == "kd" and skew_is_zero), f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere")
+    need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
+    need(0 <= cfg.kd_mix <= 1, "--kd_mix must be between 0 and 1")
+    need(cfg.sample_temperature > 0, "--sample_temperature must be positive: samples of one prompt must differ")
+    need(0 < cfg.sample_top_p <= 1, "--sample_top_p must be above 0 and at most 1")
+    plain = cfg.sample_top_p == 1 and cfg.sample_top_k == 0
+    need(plain or cfg.mode != "grpo", "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole distribution")
+    if cfg.mode == "kd" and cfg.kd_signal == "sampled":
+        need(cfg.kd_prefix == "student", "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's own tokens")
+        need(cfg.kd_mix == 1 and cfg.kd_ce == 0 and plain, "--kd_signal sampled takes no --kd_mix, --kd_ce, --sample_top_k or --sample_top_p")
+        need(cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
+             "--kd_signal sampled is the reverse KL at the sampling temperature: set --kd_divergence reverse_kl and equal temperatures")  # fmt: skip
+    if cfg.mode == "grpo":
+        need(cfg.grpo_samples > 1, "--grpo_samples must be at least 2: an advantage compares the samples of a prompt")
+        need(cfg.batch_size % cfg.grpo_samples == 0, f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}")
+        need(0 < cfg.grpo_clip_low <= 1 and cfg.grpo_clip_high > 0, "--grpo_clip_low must be in (0, 1], --grpo_clip_high positive")
+        need(cfg.grpo_cap >= 1, "--grpo_cap must be at least 1")
+        need(cfg.grpo_beta > 0 or not cfg.reference, "--reference is not read without --grpo_beta")
+        need(cfg.show_batch == 0, "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)")
+        need(cfg.grpo_kd > 0 or not cfg.teacher, "--teacher is not read without --grpo_kd")
+        need(cfg.grpo_overlong <= cfg.sample_tokens, "--grpo_overlong must not exceed --sample_tokens")

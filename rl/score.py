@@ -1,0 +1,32 @@
+"""Log-probs of what was sampled, from the trainer's own forward pass, written back onto the documents."""
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+from kernels.attention import PackedAttention
+from kernels.linear_logprob import linear_logprob
+
+
+@torch.no_grad()
+def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, device):
+    """documents[i].fields[name] = log p(token) in nats under softmax(logits / temperature) over `vocab` ids; 0 where the weight is 0."""
+    for micro in Batch.pack(documents).split(micro_tokens):
+        moved = micro.to(device)
+        hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
+        target_N, weight_N = moved.select(moved.target_T), moved.select(moved.weight_T)
+        _, rows = linear_logprob(
+            moved.select(hidden_TD), model.head_VD, target_N, weight_N, lambda logp_N, *_: logp_N, temperature=temperature, vocab=vocab
+        )
+        logp_T = np.zeros(len(micro.tokens_T) + 1)
+        logp_T[micro.rows_N.numpy() + 1] = rows["logp"].double().cpu().numpy()  # position t predicts token t + 1
+        for document, start in zip(micro.documents, micro.cu_seqlens.tolist()):
+            document.fields[name] = logp_T[start : start + len(document)].copy()
+
+
+def add_correction(documents, how, cap):
+    """fields["correction"]: the ratio of the trainer's to the sampler's probability of a token, where rounding made them differ:
+    cut at `cap` ("truncate") or 0 outside [1/cap, cap] ("mask")."""
+    for d in documents:
+        ratio = np.exp(d.fields["old_logp"] - d.fields["sampler_logp"])
+        d.fields["correction"] = np.minimum(ratio, cap) if how == "truncate" else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
