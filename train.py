@@ -230,12 +230,12 @@ def evaluate(cfg, run):
     formatter = dataset.formatter
     examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][run.rank :: run.world]
     prompts = [formatter.prompt(e) for e in examples]
-    answers = generate(model, prompts, cfg.eval_tokens, run.stop_ids, vocab=formatter.tokenizer.size) if prompts else []
+    answers = generate(model, prompts, cfg.eval_tokens, run.stop_ids, vocab=formatter.tokenizer.size)
     samples = []
-    for example, ids in zip(examples, answers):
-        text = formatter.tokenizer.decode(ids, skip_special=True)
+    for example, answer in zip(examples, answers):
+        text = formatter.tokenizer.decode(answer.tokens, skip_special=True)
         samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text),
-                            tokens=len(ids), stopped=ids[-1] in run.stop_ids))  # fmt: skip
+                            tokens=len(answer.tokens), stopped=answer.stopped))  # fmt: skip
     model.train()
     correct, stopped = sum(s["correct"] for s in samples), sum(s["stopped"] for s in samples)
     total, count, correct, stopped, n = parallel.all_reduce_sum([total, count, correct, stopped, len(samples)], device)

@@ -1,105 +1,365 @@
-"""Generation on the training weights: packed prefill, a KV cache, greedy decoding.
+"""Generation on the training weights: packed prefill, a KV cache, continuous batching, sampling with log-probs.
 
-Finished sequences leave the batch as soon as enough of them are done, so a wave costs what its live rows cost.
-Legend: T packed tokens, B sequences, S cache slots, H query heads, K key-value heads, E head dimension, V vocabulary.
+The batch is the rows [0, n) of the cache. A row that finishes is overwritten by the last one, a new prompt is appended: no
+row is ever computed for nothing, and the state of a row is a handful of numbers on the host. One step feeds every row its
+newest token (a new row: the last token of its prompt), and brings the sampled tokens back in one transfer.
+
+Random numbers are counter-based: a hash of (seed of the sample, index of the token). What is sampled therefore depends on
+neither the batch, nor the order, nor the rank. Legend: T packed tokens, B rows, S cache slots, H query heads,
+K key-value heads, E head dimension, D hidden, V vocabulary, P vocabulary padded to blocks, M blocks, C ids of a block.
 """
 
+import copy
+import dataclasses
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kernels.attention import PackedAttention
-from kernels.chunk import accumulate_dtype
+from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
 
-LIVE_SHARE = 3 / 4  # rows are compacted when fewer than this share of them still runs
+REFILL_SHARE = 1 / 16  # prompts are admitted once this share of the rows is free: a prefill of one prompt has its fixed costs
+PREFILL_TOKENS = 1 << 14  # prompts are prefilled in packs of at most this many tokens
+GROW_SLOTS = 64  # the cache grows by at least this many slots per row, and by a quarter
+BLOCK = 512  # ids whose probability is summed first
+NUCLEUS = 1024  # ids that are sorted first for top-p; most often they hold its mass
+
+
+@dataclasses.dataclass
+class Completion:
+    """New ids (the stop id that ended them is the last), the log-prob of each, and whether a stop id or string ended them."""
+
+    tokens: list
+    logp: list
+    stopped: bool
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperature=0.0, top_k=0, top_p=1.0, seeds=None,
+             stop_strings=(), decode=None, batch_size=256, on_token=None):  # fmt: skip
+    """One Completion per prompt (a list of ids, not empty), of at most max_new_tokens ids below `vocab`.
+
+    temperature 0 is greedy. top_k keeps every id whose logit is among the k largest (0: all; ties at the border stay), then
+    top_p the smallest set of the likeliest ids whose mass is at least top_p (ties: lower ids first; 1: all). `seeds`: an int
+    of up to 64 bits per prompt, needed to sample. logp is of softmax(logits / temperature) over all `vocab` ids, before
+    top_k and top_p (greedy: temperature 1). stop_strings are looked for in the text that `decode` (ids -> text) makes of the
+    newest tokens. on_token(index of the prompt, id, logp) is called for every new token. Raises ValueError.
+    """
+    if any(not len(p) for p in prompts):
+        raise ValueError(f"prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty: there is nothing to continue")
+    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+        raise ValueError("temperature and top_k must not be negative, top_p in (0, 1], batch_size at least 1")
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ValueError("temperature > 0 needs one seed per prompt")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings need decode, which turns ids into text")
+    if not prompts or max_new_tokens < 1:
+        return [Completion([], [], False) for _ in prompts]
+    model = in_compute_dtype(model)
+    size = min(batch_size, len(prompts))
+    sampler = Sampler(model.head_VD, vocab or model.head_VD.shape[0], size, temperature, top_k, top_p)
+    keys = random_keys(seeds) if temperature > 0 else np.zeros(len(prompts), np.uint64)
+    batch = _Batch(model, sampler, prompts, keys, max_new_tokens, size)
+    batch.stop_ids, batch.on_token = np.array(sorted(stop_ids), dtype=np.int64), on_token
+    if stop_strings:
+        batch.ended = _StopStrings(stop_strings, decode)
+    while batch.n or batch.pending:
+        batch.admit()
+        batch.step()
+    return batch.results
+
+
+def in_compute_dtype(model):
+    """The model with weights in its compute dtype, so that no layer casts at every token: itself if they are already."""
+    dtype = model.compute_dtype
+    if dtype is None or all(p.dtype == dtype for p in model.parameters()):
+        return model
+    # deepcopy takes what `memo` holds for the copy: the weights are cast, never copied
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()})
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+def _mix(x):
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on uint64, whose products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def random_keys(seeds):
+    """One hashed uint64 per seed, so that neighbouring seeds begin far apart in the sequence that `uniform` walks."""
+    return _mix(np.array([int(s) & (1 << 64) - 1 for s in seeds], dtype=np.uint64) + np.uint64(0xA0761D6478BD642F))
+
+
+def uniform(keys, index):
+    """fp64 in (0, 1), both ends excluded, for (key, index of the token): 52 bits of splitmix64's index-th output."""
+    bits = _mix(keys + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(12)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """hidden_BD -> (token_B, logp_B). Logits are made once, in buffers that are allocated once."""
+
+    def __init__(self, head_VD, vocab, rows, temperature=0.0, top_k=0, top_p=1.0):
+        self.temperature, self.top_k, self.top_p = temperature, min(top_k, vocab), top_p
+        device, wide = head_VD.device, accumulate_dtype(head_VD)
+        # a CPU has no product of bf16 operands with an fp32 result: the head is widened here, once
+        self.head_DV, self.vocab = head_VD[:vocab].to(head_VD.dtype if head_VD.is_cuda else wide).t(), vocab
+        self.rows = min(rows, default_chunk_rows(vocab, device))
+        padded = -(-vocab // BLOCK) * BLOCK
+        self.logits_BP = torch.full((self.rows, padded), float("-inf"), dtype=wide, device=device)
+        block = max(s.stop - s.start for s in blocks(self.rows, padded, device))
+        self.probs_BP = torch.empty(block, padded, dtype=wide, device=device)
+
+    def __call__(self, hidden_BD, u_B=None):
+        pairs = []
+        for lo in range(0, len(hidden_BD), self.rows):
+            rows_BD = hidden_BD[lo : lo + self.rows].to(self.head_DV.dtype)
+            logits_BP = self.logits_BP[: len(rows_BD)]
+            product(rows_BD, self.head_DV, logits_BP[:, : self.vocab])
+            for rows in blocks(*logits_BP.shape, logits_BP.device):
+                pairs.append(self._choose(logits_BP[rows], None if u_B is None else u_B[lo + rows.start : lo + rows.stop]))
+        return [torch.cat(x) for x in zip(*pairs)]
+
+    def _choose(self, logits_BP, u_B):
+        if self.temperature not in (0.0, 1.0):
+            logits_BP[:, : self.vocab].mul_(1 / self.temperature)
+        probs_BP = torch.softmax(logits_BP, 1, out=self.probs_BP[: len(logits_BP)])
+        if self.temperature == 0.0:
+            token_B = argmax(logits_BP)
+            return token_B, probs_BP.gather(1, token_B.unsqueeze(1)).squeeze(1).log()
+        kept_BP = probs_BP
+        if 0 < self.top_k < self.vocab:
+            kept_BP = keep_top_k(logits_BP, kept_BP, self.top_k)
+        if self.top_p < 1:
+            kept_BP = keep_top_p(kept_BP, self.top_p, self.top_k + 1 if self.top_k else NUCLEUS)
+        token_B = draw(kept_BP, u_B)
+        return token_B, probs_BP.gather(1, token_B.unsqueeze(1)).squeeze(1).log()
+
+
+def argmax(x_BP):
+    """The first id of the largest value. torch.argmax is slow beside amax, so it only sees the blocks' maxima and one block."""
+    x_BMC = x_BP.unflatten(1, (-1, BLOCK))
+    block_B = x_BMC.amax(2).argmax(1)
+    return block_B * BLOCK + x_BMC[torch.arange(len(x_BP), device=x_BP.device), block_B].argmax(1)
+
+
+def draw(probs_BP, u_B):
+    """The id at which the cumulative sum passes u · total; never one of probability 0. Sums of blocks, then inside one block."""
+    probs_BMC = probs_BP.unflatten(1, (-1, BLOCK))
+    mass_BM = probs_BMC.sum(2).double()
+    block_B, rest_B = _pass(mass_BM, u_B * mass_BM.sum(1))
+    inside_BC = probs_BMC[torch.arange(len(probs_BP), device=probs_BP.device), block_B].double()
+    return block_B * BLOCK + _pass(inside_BC, rest_B)[0]
+
+
+def _pass(mass_BM, target_B):
+    """(the first m whose cumulative sum exceeds the target, what of the target is left for it). There, mass > 0: the sum rose."""
+    sum_BM = mass_BM.cumsum(1)
+    # rounding may leave the target at or beyond the end, or below the start
+    target_B = torch.minimum(target_B, torch.nextafter(sum_BM[:, -1], torch.zeros_like(target_B))).clamp_min(0)
+    at_B1 = (sum_BM <= target_B.unsqueeze(1)).sum(1, keepdim=True)
+    return at_B1.squeeze(1), target_B - (sum_BM.gather(1, at_B1) - mass_BM.gather(1, at_B1)).squeeze(1)
+
+
+def keep_top_k(logits_BP, probs_BP, k):
+    """Probabilities of the ids whose logit is at least the k-th largest, 0 elsewhere."""
+    return probs_BP.masked_fill(logits_BP < logits_BP.topk(k).values[:, -1:], 0)
+
+
+def keep_top_p(probs_BP, top_p, candidates):
+    """Probabilities of the smallest set of the likeliest ids (equal ones: lower ids first) with top_p of the mass, 0 elsewhere.
+
+    Only the likeliest `candidates` are sorted where they hold that mass; a row in which they do not is sorted whole.
+    """
+    goal_B = probs_BP.sum(1, dtype=torch.float64) * top_p
+    kept_BP = torch.zeros_like(probs_BP)
+    top = probs_BP.topk(min(candidates, probs_BP.shape[1]))
+    # of ids as likely as the last candidate some may be missing: they count only if the mass is reached before them
+    enough_B = (top.values * (top.values > top.values[:, -1:])).sum(1, dtype=torch.float64) >= goal_B
+    ids_BN = top.indices.sort(1).values
+    _nucleus(kept_BP, probs_BP.gather(1, ids_BN), ids_BN, goal_B)
+    if not bool(enough_B.all()):
+        rest = (~enough_B).nonzero().squeeze(1)
+        whole = torch.zeros_like(probs_BP[rest])
+        _nucleus(whole, probs_BP[rest], None, goal_B[rest])
+        kept_BP[rest] = whole
+    return kept_BP
+
+
+def _nucleus(kept_BP, probs_BN, ids_BN, goal_B):
+    """Write into kept_BP those of probs_BN (of ids_BN, ascending; None: all ids) before which less than the goal is reached."""
+    sorted_BN, order_BN = probs_BN.sort(1, descending=True, stable=True)
+    before_BN = sorted_BN.double().cumsum(1) - sorted_BN
+    sorted_BN[before_BN >= goal_B.unsqueeze(1)] = 0
+    kept_BP.scatter_(1, order_BN if ids_BN is None else ids_BN.gather(1, order_BN), sorted_BN)
+
+
+class _StopStrings:
+    """Whether the newest tokens complete a stop string: only the tail that can hold one is decoded."""
+
+    def __init__(self, strings, decode):
+        self.strings, self.decode = tuple(strings), decode
+        self.tail = max(len(s.encode()) for s in strings) + 4  # a token is at least a byte; a cut character needs up to 3 more
+
+    def __call__(self, ids):
+        text = self.decode(ids[-self.tail :].tolist())
+        return any(s in text for s in self.strings)
+
+
+# --- the cache and the two forms of attention ------------------------------------------------------------------------
 
 
 class _Cache:
-    """Keys and values of B sequences in slots [0, S), per layer; length_B counts the slots in use."""
+    """Per layer keys and values [2, B, K, S, E] (a head's slots side by side: the faster layout on a CPU)."""
 
-    def __init__(self, config, size, slots, dtype, device):
-        shape = (config.num_layers, 2, size, slots, config.num_kv_heads, config.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.length_B = torch.zeros(size, dtype=torch.long, device=device)
+    def __init__(self, config, rows, slots, dtype, device):
+        shape = (2, rows, config.num_kv_heads, slots, config.head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
-    def keep(self, rows):
-        self.kv, self.length_B = self.kv[:, :, rows], self.length_B[rows]
+    def reserve(self, slots):
+        have = self.layers[0].shape[3]
+        if slots > have:
+            more = max(slots - have, GROW_SLOTS, have // 4)
+            for i, kv in enumerate(self.layers):  # one layer at a time: the peak is one layer more
+                self.layers[i] = F.pad(kv, (0, 0, 0, more))
+
+    def copy_rows(self, to, source, slots):
+        for kv in self.layers:
+            kv[:, to, :, :slots] = kv[:, source, :, :slots]
 
 
 class _Prefill:
-    """Attention of packed prompts that also fills the cache."""
+    """Attention of packed prompts that also fills rows of the cache."""
 
-    def __init__(self, cache, lengths, positions_T):
-        self.cache, self.packed, self.positions_T = cache, PackedAttention(lengths, positions_T.device), positions_T
-        lengths = torch.tensor(lengths, device=positions_T.device)
-        self.row_T = torch.repeat_interleave(torch.arange(len(lengths), device=positions_T.device), lengths)
-        cache.length_B.copy_(lengths)
+    def __init__(self, cache, rows, lengths, device):
+        self.cache, self.packed = cache, PackedAttention(lengths, device)
+        self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
+        self.position_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
 
+    @torch.compiler.disable
     def __call__(self, layer, q_THE, k_TKE, v_TKE):
-        self.cache.kv[layer, 0, self.row_T, self.positions_T] = k_TKE
-        self.cache.kv[layer, 1, self.row_T, self.positions_T] = v_TKE
+        kv = self.cache.layers[layer]
+        kv[0, self.row_T, :, self.position_T], kv[1, self.row_T, :, self.position_T] = k_TKE, v_TKE
         return self.packed(layer, q_THE, k_TKE, v_TKE)
 
 
 class _Decode:
-    """Attention of one new token per sequence over its cached past and itself."""
+    """Attention of one new token per row over its cached past and itself."""
 
-    def __init__(self, cache):
-        self.cache, size = cache, cache.length_B.shape[0]
-        self.row_B, self.at_B = torch.arange(size, device=cache.length_B.device), cache.length_B.clone()
-        self.used = int(cache.length_B.max()) + 1
-        slot_S = torch.arange(self.used, device=cache.length_B.device)
-        self.mask_B11S = (slot_S <= self.at_B.unsqueeze(1))[:, None, None, :]
-        cache.length_B += 1
+    def __init__(self, cache, position_B, used):
+        self.cache, self.position_B, self.used = cache, position_B, used
+        self.row_B = torch.arange(len(position_B), device=position_B.device)
+        slot_S = torch.arange(used, device=position_B.device)
+        hidden_B11S = (slot_S > position_B.unsqueeze(1))[:, None, None, :]
+        self.mask_B11S = torch.zeros(hidden_B11S.shape, dtype=cache.layers[0].dtype, device=position_B.device)
+        self.mask_B11S.masked_fill_(hidden_B11S, float("-inf"))
 
+    @torch.compiler.disable
     def __call__(self, layer, q_BHE, k_BKE, v_BKE):
-        kv = self.cache.kv[layer]
-        kv[0, self.row_B, self.at_B], kv[1, self.row_B, self.at_B] = k_BKE, v_BKE
-        k_BKSE, v_BKSE = (x[:, : self.used].transpose(1, 2) for x in kv)
-        gqa = q_BHE.shape[1] != k_BKE.shape[1]
-        out = F.scaled_dot_product_attention(q_BHE.unsqueeze(2), k_BKSE, v_BKSE, attn_mask=self.mask_B11S, enable_gqa=gqa)
-        return out.squeeze(2)
+        kv = self.cache.layers[layer]
+        kv[0, self.row_B, :, self.position_B], kv[1, self.row_B, :, self.position_B] = k_BKE, v_BKE
+        k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
+        # the query heads of a key-value head are its queries: nothing is repeated
+        q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
+        return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S).flatten(1, 2)
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, batch_size=256):
-    """Greedy continuations. prompts: lists of ids, none empty; vocab: ids at or beyond it are never chosen.
-
-    Returns one list of new ids per prompt; the stop id that ended it is its last, if any did within max_new_tokens.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    results = [None] * len(prompts)
-    for lo in range(0, len(order), batch_size):
-        wave = order[lo : lo + batch_size]
-        for i, ids in zip(wave, _wave(model, [prompts[i] for i in wave], max_new_tokens, set(stop_ids), vocab)):
-            results[i] = ids
-    return results
+# --- the batch -------------------------------------------------------------------------------------------------------
 
 
-def _wave(model, prompts, max_new_tokens, stop_ids, vocab):
-    head_VD = model.head_VD[: vocab or model.head_VD.shape[0]]
-    device, dtype = head_VD.device, model.compute_dtype or head_VD.dtype
-    head_VD = head_VD.to(dtype)
-    lengths = [len(p) for p in prompts]
-    positions_T = torch.tensor([i for n in lengths for i in range(n)], device=device)
-    tokens_T = torch.tensor([i for p in prompts for i in p], device=device)
-    cache = _Cache(model.config, len(prompts), max(lengths) + max_new_tokens, dtype, device)
-    hidden_TD = model(tokens_T, positions_T, _Prefill(cache, lengths, positions_T))
-    hidden_BD = hidden_TD[torch.tensor(lengths, device=device).cumsum(0) - 1]
-    new = [[] for _ in prompts]
-    live = list(range(len(prompts)))  # which prompt each row of the batch continues; None once finished
-    for _ in range(max_new_tokens):
-        token_B = (hidden_BD @ head_VD.t()).to(accumulate_dtype(hidden_BD)).argmax(1)
-        for row, token in enumerate(token_B.tolist()):
-            if live[row] is not None:
-                new[live[row]].append(token)
-                if token in stop_ids:
-                    live[row] = None
-        running = [row for row, prompt in enumerate(live) if prompt is not None]
-        if not running or len(new[live[running[0]]]) == max_new_tokens:
-            break
-        if len(running) < LIVE_SHARE * len(live):
-            rows = torch.tensor(running, device=device)
-            cache.keep(rows)
-            token_B, live = token_B[rows], [live[row] for row in running]
-        hidden_BD = model(token_B, cache.length_B.clone(), _Decode(cache))
-    return new
+class _Batch:
+    """The running rows [0, n) and the prompts that wait. `rows` says of each row which prompt it continues, its newest token
+    and that token's position, how many tokens are new, and the key of its random numbers."""
+
+    def __init__(self, model, sampler, prompts, keys, limit, size):
+        self.model, self.sampler, self.prompts, self.keys, self.limit = model, sampler, prompts, keys, limit
+        self.device = model.head_VD.device
+        first = {}  # equal prompts share what they are called: the first one's index
+        self.kind = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
+        # longest first: rows that run together are of like length, and equal prompts are admitted together
+        self.pending = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -self.kind[i], -i))
+        self.rows = np.zeros(size, [("prompt", "i8"), ("token", "i8"), ("position", "i8"), ("count", "i8"), ("key", "u8")])
+        self.tokens, self.logp = np.empty((size, limit), np.int64), np.empty((size, limit))
+        self.results, self.n, self.size = [None] * len(prompts), 0, size
+        longest = len(prompts[self.pending[-1]])
+        slots = longest + min(limit, GROW_SLOTS)
+        self.cache = _Cache(model.config, size, slots, model.compute_dtype or model.head_VD.dtype, self.device)
+        self.stop_ids, self.on_token, self.ended = np.empty(0, np.int64), None, None
+
+    def admit(self):
+        """Append waiting prompts to the rows if enough of them are free. All but a prompt's last token is prefilled, or copied
+        from a row that holds the same prompt."""
+        free = self.size - self.n
+        if not self.pending or (self.n and free < REFILL_SHARE * self.size):
+            return
+        holder = {self.kind[p]: row for row, p in enumerate(self.rows["prompt"][: self.n].tolist())}
+        fresh, copies = [], []
+        for _ in range(min(free, len(self.pending))):
+            index, row = self.pending.pop(), self.n
+            prompt, kind = self.prompts[index], self.kind[index]
+            self.rows[row] = (index, prompt[-1], len(prompt) - 1, 0, self.keys[index])
+            self.n += 1
+            if kind in holder:
+                copies.append((row, holder[kind]))
+            elif len(prompt) > 1:
+                holder[kind] = row
+                fresh.append(row)
+        self._prefill(fresh)
+        if copies:
+            to, source = np.array(copies).T
+            self.cache.copy_rows(to, source, int(self.rows["position"][to].max()))
+
+    def _prefill(self, rows):
+        while rows:
+            lengths, total = [], 0
+            for row in rows:
+                total += self.rows[row]["position"]
+                if lengths and total > PREFILL_TOKENS:
+                    break
+                lengths.append(int(self.rows[row]["position"]))
+            now, rows = rows[: len(lengths)], rows[len(lengths) :]
+            attend = _Prefill(self.cache, np.array(now), lengths, self.device)
+            tokens = np.concatenate([self.prompts[self.rows[row]["prompt"]][:-1] for row in now])
+            self.model(torch.from_numpy(tokens).to(self.device), attend.position_T, attend)
+
+    def step(self):
+        """One new token for every row; finished rows are handed over and overwritten by the last ones."""
+        rows = self.rows[: self.n]
+        used = int(rows["position"].max()) + 1
+        self.cache.reserve(used)
+        token_B, position_B = torch.from_numpy(np.stack((rows["token"], rows["position"]))).to(self.device)
+        u_B = torch.from_numpy(uniform(rows["key"], rows["count"])).to(self.device) if self.sampler.temperature else None
+        hidden_BD = self.model(token_B, position_B, _Decode(self.cache, position_B, used))
+        sampled = torch.stack([x.double() for x in self.sampler(hidden_BD, u_B)]).cpu().numpy()  # the one transfer; ids are exact
+        tokens, logp = sampled[0].astype(np.int64), sampled[1]
+        at = np.arange(self.n), rows["count"]
+        self.tokens[at], self.logp[at] = tokens, logp
+        rows["token"], rows["position"], rows["count"] = tokens, rows["position"] + 1, rows["count"] + 1
+        if self.on_token:
+            for row, token, value in zip(rows, tokens.tolist(), logp.tolist()):
+                self.on_token(int(row["prompt"]), token, value)
+        stopped = np.isin(tokens, self.stop_ids)
+        if self.ended:
+            stopped |= [self.ended(self.tokens[i, : rows["count"][i]]) for i in range(self.n)]
+        finished = np.flatnonzero(stopped | (rows["count"] == self.limit))
+        for row in finished:
+            count = rows["count"][row]
+            self.results[rows["prompt"][row]] = Completion(self.tokens[row, :count].tolist(), self.logp[row, :count].tolist(), bool(stopped[row]))
+        if len(finished):
+            self._drop(finished)
+
+    def _drop(self, finished):
+        keep = self.n - len(finished)
+        holes = finished[finished < keep]
+        source = np.setdiff1d(np.arange(keep, self.n), finished)
+        self.n = keep
+        if len(holes):
+            self.rows[holes], self.tokens[holes], self.logp[holes] = self.rows[source], self.tokens[source], self.logp[source]
+            self.cache.copy_rows(holes, source, int(self.rows["position"][holes].max()))

@@ -60,7 +60,7 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, shard, tmp_path):
     prompts = [d.tolist() for d in documents]
     for prompt, new in zip(prompts, generate(model, prompts, 60, [])):
         want = reference.generate(torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False, use_cache=True)
-        assert new == want[0, len(prompt) :].tolist()
+        assert new.tokens == want[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -130,13 +130,13 @@ def test_activation_checkpointing_changes_nothing():
 def test_generation_stops_and_does_not_depend_on_the_batch():
     model = small(seed=3)
     prompts = [torch.randint(50, (n,)).tolist() for n in (4, 9, 2, 6, 6, 1, 12)]
-    free = generate(model, prompts, 40, [])
+    free = [c.tokens for c in generate(model, prompts, 40, [])]
     stops = {free[0][5], free[2][20]}
     for batch_size in (1, 3, 100):
-        for new, want in zip(generate(model, prompts, 40, stops, batch_size=batch_size), free):
+        for got, want in zip(generate(model, prompts, 40, stops, batch_size=batch_size), free):
             end = next((i + 1 for i, t in enumerate(want) if t in stops), 40)
-            assert new == want[:end]
-    assert all(t < 7 for new in generate(model, prompts, 10, [], vocab=7) for t in new)
+            assert got.tokens == want[:end] and got.stopped == (want[end - 1] in stops)
+    assert all(t < 7 for c in generate(model, prompts, 10, [], vocab=7) for t in c.tokens)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
