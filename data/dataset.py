@@ -227,9 +227,9 @@ class Dataset:
         return self._checked(self.held_out)
 
     def _tokenise(self, examples, progress):
-        self._documents, step = [], 2000
+        self._documents, self._examples, step = [], [], 2000
         for lo in range(0, len(examples), step):
-            self._documents += self._checked(examples[lo : lo + step])
+            self._documents += self._checked(examples[lo : lo + step], self._examples)
             if progress and len(examples) > 5 * step:
                 print(f"\rtokenising {min(lo + step, len(examples)):,}/{len(examples):,}", end="", file=sys.stderr, flush=True)
         if progress and len(examples) > 5 * step:
@@ -237,7 +237,8 @@ class Dataset:
         if not self._documents:
             raise UserError(f"--data {self.name}: no example is left to train on")
 
-    def _checked(self, examples):
+    def _checked(self, examples, kept_examples=None):
+        """Their documents, less those that are too long (or an error); kept_examples gets the examples that stay."""
         documents = self.formatter.documents(examples)
         kept = []
         for example, d in zip(examples, documents):
@@ -245,6 +246,8 @@ class Dataset:
                 raise UserError(f"{example.origin}: token id {d.tokens.max()} is outside the {self.vocab:,} ids that the models share")
             if len(d) <= self.max_tokens:
                 kept.append(d)
+                if kept_examples is not None:
+                    kept_examples.append(example)
             elif self.overlong == "error":
                 raise UserError(
                     f"{example.origin}: {len(d):,} tokens, more than --micro_tokens {self.max_tokens:,}; raise it or set --overlong drop"
