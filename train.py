@@ -234,7 +234,7 @@ def evaluate(cfg, run):
     samples = []
     for example, answer in zip(examples, answers):
         text = formatter.tokenizer.decode(answer.tokens, skip_special=True)
-        samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text),
+        samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text).strict,
                             tokens=len(answer.tokens), stopped=answer.stopped))  # fmt: skip
     model.train()
     correct, stopped = sum(s["correct"] for s in samples), sum(s["stopped"] for s in samples)

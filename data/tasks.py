@@ -9,7 +9,7 @@ import random
 import zlib
 from collections.abc import Callable
 
-from data.grade import grade_exact, grade_number
+from data.grade import grade_math, grade_number
 
 HELD_OUT_SHARE = 8  # one problem in eight is held out
 
@@ -27,7 +27,7 @@ class Example:
 @dataclasses.dataclass(frozen=True)
 class Task:
     make: Callable | None  # None: the problems come from a file
-    grade: Callable
+    grade: Callable  # (text, gold answer) -> Verdict
 
     def example(self, name, split, key):
         """The problem with this key ("{seed}/{index}") in "train" or "heldout"; the same key gives the same problem."""
@@ -75,10 +75,10 @@ def word_problem(rng):
 TASKS = {
     "word_problems": Task(word_problem, grade_number),
     "gsm8k": Task(None, grade_number),
-    "math": Task(None, grade_exact),
+    "math": Task(None, grade_math),
 }
 
 
 def grade(example, text):
-    """Whether `text` answers `example` correctly, by its task's grader."""
+    """The Verdict on `text` as an answer to `example`, by its task's grader."""
     return TASKS[example.task].grade(text, example.answer)
