@@ -1,7 +1,8 @@
 """From files or tasks to examples to documents to a deterministic, resumable stream of batches.
 
-Public forms that are understood (one JSON object per line, a JSON list, or Parquet rows): GSM8K (`question`, `answer` with
-`####`), MATH (`problem`, `solution`, `answer`), chat (`messages`), plain (`prompt`, `completion`).
+Public forms that are understood (one JSON object per line, a JSON list, or Parquet rows): GSM8K (`question`, `answer` whose
+last line is `#### 42`), any other `question` and `answer`, MATH (`problem`, `solution`, `answer`), chat (`messages`), plain
+(`prompt`, `completion`).
 """
 
 import json
@@ -17,6 +18,9 @@ from data.tasks import TASKS, Example
 from errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?[\d,]*\.?\d+%?\.?)\s*\Z")
+GSM8K_CALCULATION = re.compile(r"<<[\d+\-*/().% ]+=[\d+\-*/().=% ]+>>")  # annotations for a calculator, no part of the text
+REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
 
 
@@ -81,14 +85,30 @@ def read_rows(path):
 
 def to_example(row, origin):
     """A row of any public form as an Example. Raises UserError naming the row."""
+    example = _example(row, origin)
+    for text in (example.answer or "", *(part for m in example.messages for part in (m["role"], m["content"]))):
+        check_text(text, origin)
+    return example
+
+
+def check_text(text, origin):
+    """JSON and command lines can hold halves of characters, which no tokenizer takes and no file keeps."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{origin}: {text[e.start]!a} is half a character (a lone surrogate); mend or drop that text") from None
+
+
+def _example(row, origin):
     if not isinstance(row, dict):
         raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
     keys = set(row)
     if {"question", "answer"} <= keys:
         _texts(row, origin, "question", "answer")
-        solution = re.sub(r"<<[^<>]*>>", "", row["answer"])  # GSM8K's calculator annotations are no part of the text
-        _, mark, gold = solution.rpartition("####")
-        return Example(_turns(row["question"], solution), gold.strip() if mark else None, "gsm8k" if mark else "", origin)
+        gold = GSM8K_GOLD.search(row["answer"])
+        if not gold:
+            return Example(_turns(row["question"], row["answer"]), None, "", origin)
+        return Example(_turns(row["question"], GSM8K_CALCULATION.sub("", row["answer"])), gold[1], "gsm8k", origin)
     if {"problem", "solution"} <= keys:
         _texts(row, origin, "problem", "solution")
         answer = row.get("answer")
@@ -103,7 +123,8 @@ def to_example(row, origin):
         return Example(tuple(messages), None, "", origin)
     if {"prompt", "completion"} <= keys:
         _texts(row, origin, "prompt", "completion")
-        return Example(_turns(row["prompt"], row["completion"]), row.get("answer"), "", origin)
+        answer = row.get("answer")
+        return Example(_turns(row["prompt"], row["completion"]), None if answer is None else str(answer), "", origin)
     raise UserError(
         f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, messages, prompt+completion)"
     )
@@ -131,6 +152,8 @@ class Formatter:
         self.tokenizer, self.chat = tokenizer, template == "chat"
         self.end = tokenizer.turn_end if self.chat else tokenizer.eos
         self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
+        check_text(system_prompt, "--system_prompt")
+        check_text(prompt_suffix, "--prompt_suffix")
 
     def segments(self, example):
         """[(text, trained)]: every assistant turn and the token that ends it are trained, the rest is not."""
@@ -175,6 +198,12 @@ class Formatter:
 # --- documents -> batches ------------------------------------------------------------------------------------------
 
 
+def task_of(name):
+    """The task that `--data name` or `--data name:count` asks for, or None: a file."""
+    task = name.partition(":")[0]
+    return task if task in TASKS and TASKS[task].make else None
+
+
 class Dataset:
     """Training documents by index, and held-out examples. Length None: endless, made on demand."""
 
@@ -182,7 +211,7 @@ class Dataset:
         self.name, self.formatter, self.seed = name, formatter, seed
         self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
         task, _, count = name.partition(":")
-        self.task = task if task in TASKS and TASKS[task].make else None
+        self.task = task_of(name)
         self.dropped, self._documents, self._examples = 0, None, None
         if self.task:
             self.label = task
@@ -192,6 +221,8 @@ class Dataset:
             if count or train_examples:
                 n = min(int(n) for n in (count, train_examples) if n)
                 self._tokenise([TASKS[task].example(task, "train", f"{SPLIT_SEED}/{i}") for i in range(n)], progress)
+            else:
+                self.get(0)  # what is wrong with every problem is wrong with the first
         else:
             path = find_file(name)
             examples = [to_example(row, origin) for origin, row in read_rows(path)]
@@ -202,6 +233,7 @@ class Dataset:
             self.held_out = [examples[i] for i in order[:eval_examples]]
             rest = order[eval_examples:][: train_examples or None]
             self._tokenise([examples[i] for i in rest], progress)
+        self._held_out_documents = self._checked(self.held_out)
 
     def __len__(self):
         return 0 if self._documents is None else len(self._documents)
@@ -209,7 +241,10 @@ class Dataset:
     def get(self, index):
         if self._documents is not None:
             return self._documents[index]
-        return self._checked([TASKS[self.task].example(self.task, "train", f"{self.seed}/{index}")])[0]
+        for key in (f"{self.seed}/{index}", *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS))):
+            if documents := self._checked([TASKS[self.task].example(self.task, "train", key)]):
+                return documents[0]
+        raise UserError(f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it")
 
     def example(self, index):
         """What `get` makes a document of; its last message is the gold answer."""
@@ -224,7 +259,7 @@ class Dataset:
             raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such examples); give --grpo_reward path/to/file.py:function")
 
     def held_out_documents(self):
-        return self._checked(self.held_out)
+        return self._held_out_documents
 
     def _tokenise(self, examples, progress):
         self._documents, self._examples, step = [], [], 2000

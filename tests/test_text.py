@@ -150,8 +150,34 @@ def test_every_form_in_every_container(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    ["y = (x << 2) >> 1;", "#### Steps\nAdd <<3>> and 4.", "a #### 5", "cout << 1+1=2 >> x;\n#### Heading 5", "#### 5\nthat is all", "#### five"],
+)
+def test_other_questions_and_answers_are_left_as_they_are(answer):
+    example = to_example({"question": "Q", "answer": answer}, "")
+    assert (example.messages[1]["content"], example.task, example.answer) == (answer, "", None)
+
+
+@pytest.mark.parametrize("gold", ["5", "-5", "1,024", "0.5", "$3.50", "10%", ".5", "7."])
+def test_a_last_line_with_a_marked_number_is_gsm8k(gold):
+    example = to_example({"question": "Q", "answer": f"It is <<2*.5=1.0>>1 if x << 2.\n#### {gold} \n"}, "")
+    assert (example.task, example.answer) == ("gsm8k", gold) and example.messages[1]["content"].startswith("It is 1 if x << 2.\n")
+
+
+def test_every_row_of_the_real_gsm8k_is_one(real_data):
+    rows = list(read_rows(real_data / "gsm8k" / "train.jsonl"))
+    examples = [to_example(row, origin) for origin, row in rows]
+    assert len(examples) == 7473 and {e.task for e in examples} == {"gsm8k"}
+    assert all(parse_number(e.answer) is not None and "<<" not in e.messages[1]["content"] for e in examples)
+    assert sum("<<" in row["answer"] for _, row in rows) > 7000
+
+
+@pytest.mark.parametrize(
     "line,words",
     [
+        ('{"prompt": "\\ud83d ok", "completion": "b"}', "half a character"),
+        ('{"problem": "a", "solution": "b", "answer": "\\ude00"}', "half a character"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}', "half a character"),
         ('{"question": "a", "ans', "not valid JSON"),
         ("[1]", "expected an object"),
         ('{"question": 3, "answer": "x"}', "'question'"),
@@ -226,6 +252,32 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
     assert len(kept) == 2 and kept.dropped == 1
     with pytest.raises(UserError, match="outside the 50 ids"):
         dataset(tiny, str(path), vocab=50, eval_examples=0)
+
+
+def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
+    path = str(write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (300, 3, 5)]))
+    longest_is_held_out = dict(eval_examples=2, max_tokens=100)
+    assert any(len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out)
+    with pytest.raises(UserError, match="d.jsonl:1.*--overlong drop"):
+        dataset(tiny, path, **longest_is_held_out)
+    kept = dataset(tiny, path, **longest_is_held_out, overlong="drop")
+    assert len(kept.held_out_documents()) == 1 and kept.dropped == 1
+
+
+def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
+    a, b = (dataset(tiny, max_tokens=70, overlong="drop") for _ in range(2))
+    drawn = [a.get(i) for i in range(60)]
+    assert a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
+    assert all((b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn))))  # whatever was asked before
+    with pytest.raises(UserError, match="in a row are longer than --micro_tokens 9"):
+        dataset(tiny, max_tokens=9, overlong="drop")
+    with pytest.raises(UserError, match="--overlong drop"):
+        dataset(tiny, max_tokens=9, eval_examples=0)
+
+
+def test_options_that_are_no_text_are_refused(tiny):
+    with pytest.raises(UserError, match="--prompt_suffix"):
+        Formatter(tiny, prompt_suffix=b"\xff".decode("utf-8", "surrogateescape"))
 
 
 def texts(batch):
