@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +15,10 @@ def environment():
     import torch
 
     def git(*args):
-        here = Path(__file__).parent
-        result = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        try:
+            result = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return None
         return result.stdout.strip() if result.returncode == 0 else None
 
     def installed(package):
@@ -24,10 +27,11 @@ def environment():
         except PackageNotFoundError:
             return None
 
+    changes = git("status", "--porcelain")
     return {
         "command": sys.argv,
         "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
+        "git_dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
@@ -42,6 +46,12 @@ def read_metrics(run):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def run_of(checkpoint):
+    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N; None for any other folder."""
+    path = Path(checkpoint).resolve()
+    return path.parents[1] if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name) else None
+
+
 def series(metrics, name):
     points = [(m["step"], m[name]) for m in metrics if name in m]
     return [p[0] for p in points], [p[1] for p in points]
@@ -54,7 +64,8 @@ def eval_names(metrics):
 def summary(run, teacher_folder=None):
     """The table at the end of a run: held-out measures before and after, beside the teacher's where they are known."""
     metrics = read_metrics(run)
-    teacher = read_metrics(Path(teacher_folder).parents[1]) if teacher_folder else []
+    teacher_run = run_of(teacher_folder) if teacher_folder else None
+    teacher = read_metrics(teacher_run) if teacher_run else []
     rows = []
     for name in eval_names(metrics):
         if name.endswith("/problems"):
