@@ -26,9 +26,10 @@ def defaults(cls, mode):
     return {f.name: f.metadata["by_mode"][mode] for f in dataclasses.fields(cls) if mode in f.metadata["by_mode"]}
 
 
-def parse(cls, argv, base=None):
+def parse(cls, argv, base=None, kept=(), together=True):
     """Build `cls` from `argv`; `base` (a dict) sits between the defaults and `--config`.
 
+    kept: names whose value in `base` may not be changed. together=False: whether a knob is read beside the others is not asked.
     Returns (config, given): `given` holds the names that were set by a file or on the command line.
     Raises UserError naming the key and the nearest valid one.
     """
@@ -64,7 +65,9 @@ def parse(cls, argv, base=None):
     stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
     config = cls(**(defaults(cls, (stored | given).get("mode", "")) | stored | given))
     for name, value in given.items():
-        if not _reads(config, fields[name]):
+        if name in kept and value != stored.get(name, value):
+            raise UserError(f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run")
+        if together and not _reads(config, fields[name]):
             raise UserError(_unread(config, fields[name]))
     return config, set(given)
 
@@ -79,6 +82,8 @@ def read_file(path):
         raise UserError(f"--config {path}: {e.strerror or e}") from None
     except (ValueError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path}: not valid {path.suffix[1:] or 'TOML'}: {e}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected one object of names and values, found a {type(values).__name__}")
     nested = [k for k, v in values.items() if isinstance(v, (dict, list))]
     if nested:
         raise UserError(f"--config {path}: {nested[0]} is not a plain value; the configuration is flat")

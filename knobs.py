@@ -7,6 +7,7 @@ import torch
 
 from config import knob
 from data.batch import WEIGHTINGS
+from data.dataset import task_of
 from errors import UserError
 from losses.grpo import KL_ESTIMATES, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
@@ -121,9 +122,10 @@ def check(cfg):
     positive = ("batch_size", "micro_tokens", "eval_tokens", "keep", "log_every", "max_skipped", "kd_topk", "sample_tokens", "sample_batch")
     for name in (*positive, "grpo_samples", "grpo_updates", "grpo_epochs"):
         need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
-    natural = ("steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch")
+    natural = ("seed", "steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch")
     for name in (*natural, "sample_top_k", "sample_log", "grpo_beta", "grpo_refills", "grpo_truncated_cost", "grpo_overlong", "grpo_kd"):
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
+    need(cfg.seed < 2**63, "--seed must be below 2^63")
     need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
     need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
     need(0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0, "--beta1 and --beta2 must be in [0, 1), --eps positive")
@@ -154,3 +156,11 @@ def check(cfg):
         need(cfg.show_batch == 0, "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)")
         need(cfg.grpo_kd > 0 or not cfg.teacher, "--teacher is not read without --grpo_kd")
         need(cfg.grpo_overlong <= cfg.sample_tokens, "--grpo_overlong must not exceed --sample_tokens")
+
+
+def kept(stored):
+    """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
+    names = ["mode", "model", "tokenizer", "seed", "data", "train_examples", "overlong", "batch_size", "weighting"]
+    names += ["template", "system_prompt", "prompt_suffix", "kd_prefix", "kd_mix", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
+    names += ["micro_tokens"] if stored.get("overlong") == "drop" else []  # it says what is dropped
+    return names if task_of(str(stored.get("data"))) else [*names, "eval_examples"]  # held-out examples are carved from a file

@@ -3,12 +3,13 @@
 A mode is a source of batches plus a loss; everything else is shared. Read `train()` first: it is the whole loop.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ import torch
 import config as configuration
 from data.batch import WEIGHTINGS, Batch, constant_length
 from data.dataset import Dataset, Formatter, Order, Stream
-from data.tasks import TASKS, grade
+from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import RunFailed, UserError
+from eval.heldout import evaluate
 from eval.log import Log, peak_flops, show_batch, step_flops
 from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
-from knobs import Config, check
+from knobs import Config, check, kept
 from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
 from losses.kd import kd_loss
 from losses.sft import sft_loss
@@ -33,7 +35,7 @@ from model import parallel
 from model.checkpoint import build_model, locate, read_config, stop_ids_of
 from model.generate import generate
 from model.optim import build_optimizer, clip_gradients, learning_rate
-from model.runs import RunFolder, only_one, open_run
+from model.runs import RunFolder, StopSignal, only_one, open_run, stored_config
 from rl.reward import parse_reward
 from rl.rollout import Mixed, Rollouts
 from rl.score import add_correction, add_logprobs
@@ -63,18 +65,19 @@ STUDENT = dict(mode="kd")
 
 def embedded(cfg, rank, what, recipe):
     """The folder of the embedded task's teacher or distilled student, trained on first use by this same loop, kept and shared by all runs."""
-    kept = Config(**configuration.defaults(Config, recipe["mode"]) | recipe)
-    knobs = {k: v for k, v in configuration.resolved(kept).items() if k not in PASSING}
+    whole = Config(**configuration.defaults(Config, recipe["mode"]) | recipe)
+    knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
     with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
-        if kept.steps not in parallel.broadcast(RunFolder(path).steps()):
+        if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
             if rank == 0:
                 print(f"training the embedded {what} first (once; kept in {path})", flush=True)
-            train(dataclasses.replace(kept, name=path.name, runs=cfg.runs, resume=parallel.broadcast(path.exists()), device=cfg.device))
-    if kept.steps not in parallel.broadcast(RunFolder(path).steps()):
+            begun = parallel.broadcast((path / "config.json").exists())
+            launch(dataclasses.replace(whole, name=path.name, runs=cfg.runs, resume=begun, device=cfg.device))
+    if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
         raise RunFailed(f"stopped before the embedded {what} was ready; the same command goes on with it")
-    return RunFolder(path).step_folder(kept.steps)
+    return RunFolder(path).step_folder(whole.steps)
 
 
 PASSING = ("name", "runs", "resume", "device", "keep", "log_every", "wandb")  # knobs that do not change what a run learns
@@ -88,13 +91,13 @@ def choose_tokenizer(cfg, folder, teacher_folder):
     return embedded_tokenizer()
 
 
-def loss_vocabulary(cfg, tokenizer, shape, teacher_folder, teacher_shape):
+def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
     """How many head rows take part in the loss: the full head for SFT, the tokenizer's ids for a policy, the shared prefix for a pair."""
     if tokenizer.size > shape.vocab_size:
         raise UserError(f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer")
     if teacher_shape is None:
         return tokenizer.size if cfg.mode == "grpo" else shape.vocab_size
-    shared = shared_vocabulary(tokenizer, Tokenizer.load(teacher_folder)) if teacher_folder else tokenizer.size
+    shared = shared_vocabulary(tokenizer, teacher_tokenizer) if teacher_tokenizer else tokenizer.size
     return min(shared, shape.vocab_size, teacher_shape.vocab_size)
 
 
@@ -146,12 +149,9 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
 
 def rewarded_rollouts(cfg, run):
     """The source of `grpo`: groups of samples with rewards, and the frozen log-probs that their loss reads."""
-    reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost)
-    run.dataset.need_answers(unless=reward.function)
-
     def judge(example, completion):
         text = run.tokenizer.decode(completion.tokens, skip_special=True)
-        return *reward(example, text, len(completion.tokens), completion.stopped), text
+        return *run.reward(example, text, len(completion.tokens), completion.stopped), text
 
     def score(documents):
         if cfg.grpo_updates * cfg.grpo_epochs > 1 or cfg.grpo_correction != "none" or cfg.grpo_beta and cfg.grpo_kl_in == "reward":
@@ -213,38 +213,6 @@ def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device)
     return sums
 
 
-# --- evaluation in the loop ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(cfg, run):
-    """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy. Returns (metrics, samples)."""
-    model, dataset, device = run.model.eval(), run.dataset, run.device
-    documents = dataset.held_out_documents()[run.rank :: run.world]
-    total = count = 0.0
-    for micro in Batch.pack(documents).split(cfg.micro_tokens) if documents else ():
-        micro = micro.to(device)
-        hidden_TD = model(micro.tokens_T, micro.positions_T, PackedAttention(micro.lengths, device))
-        loss_sum, _ = sft_loss(hidden_TD, model.head_VD, None, micro)
-        total, count = total + float(loss_sum), count + micro.normaliser
-    formatter = dataset.formatter
-    examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][run.rank :: run.world]
-    prompts = [formatter.prompt(e) for e in examples]
-    answers = generate(model, prompts, cfg.eval_tokens, run.stop_ids, vocab=formatter.tokenizer.size)
-    samples = []
-    for example, answer in zip(examples, answers):
-        text = formatter.tokenizer.decode(answer.tokens, skip_special=True)
-        samples.append(dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=grade(example, text).strict,
-                            tokens=len(answer.tokens), stopped=answer.stopped))  # fmt: skip
-    model.train()
-    correct, stopped = sum(s["correct"] for s in samples), sum(s["stopped"] for s in samples)
-    total, count, correct, stopped, n = parallel.all_reduce_sum([total, count, correct, stopped, len(samples)], device)
-    metrics = {"loss": total / count} if count else {}
-    if n:
-        metrics |= {"accuracy": correct / n, "stopped": stopped / n, "problems": int(n)}
-    return {f"eval/{dataset.label}/{name}": value for name, value in metrics.items()}, samples
-
-
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +233,7 @@ class Run:
     teacher: torch.nn.Module | None
     teacher_folder: Path | None
     reference: torch.nn.Module | None
+    reward: Callable | None
     optimizer: torch.optim.Optimizer
     start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
     source: Iterator = None
@@ -272,32 +241,38 @@ class Run:
     counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
 
 
-def set_up(cfg):
-    """Everything that can be wrong is found here, before a weight is read. Returns a Run, or None after --show_batch."""
+def set_up(cfg, held):
+    """Everything that can be wrong is found here, before a weight is read. Returns a Run, its folder locked until `held`
+    (an ExitStack) is closed, or None after --show_batch."""
     check(cfg)
     device, compute_dtype, rank, world = choose_device(cfg)
-    has_teacher, student_folder, teacher_folder = cfg.mode == "kd" or cfg.grpo_kd > 0, locate(cfg.model, "--model"), None
-    if has_teacher and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
+    has_teacher, distilled = cfg.mode == "kd" or cfg.grpo_kd > 0, cfg.mode == "grpo" and cfg.model == "tiny"
+    own_teacher, teacher_name = has_teacher and not cfg.teacher, cfg.teacher or "tiny-teacher"
+    if own_teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
-    if cfg.mode == "grpo" and cfg.model == "tiny":
-        student_folder = embedded(cfg, rank, "student", STUDENT)
-    if has_teacher:
-        teacher_folder = locate(cfg.teacher, "--teacher") if cfg.teacher else embedded(cfg, rank, "teacher", TEACHER)
+    student_folder, teacher_folder = locate(cfg.model, "--model"), locate(teacher_name, "--teacher") if has_teacher else None
     shape = read_config(cfg.model, student_folder)
-    teacher_shape = read_config(cfg.teacher, teacher_folder) if has_teacher else None
+    teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
-    vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_folder, teacher_shape)
+    teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(teacher_folder)
+    vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
     dataset = Dataset(
         cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
         vocab=vocab, eval_examples=cfg.eval_examples, train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
     )  # fmt: skip
+    reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
+    if reward:
+        dataset.need_answers(unless=reward.function)
     if cfg.show_batch:
         batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
         return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
     steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / (cfg.batch_size // (cfg.grpo_samples if cfg.mode == "grpo" else 1)))
     if steps == 0:
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
-    folder, start = open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, rank)
+    knobs = configuration.resolved(cfg, without=("name", "resume"))
+    folder, start = held.enter_context(open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, knobs, rank))
+    if embedded:
+        teacher_folder = embedded_teacher(cfg, rank)
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None else folder.step_folder(start)
@@ -312,7 +287,7 @@ def set_up(cfg):
             block.compile_halves()
     optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
-    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, optimizer, start)
+    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, reward, optimizer, start)
     run.source, run.loss_fn = build(cfg, run)
     if start is not None:
         saved = folder.load(start, model, optimizer)
@@ -321,22 +296,26 @@ def set_up(cfg):
     return run
 
 
-def train(cfg):
-    """One run from set-up to the last checkpoint; the same loop for every mode."""
-    run = set_up(cfg)
-    if run is None:
-        return
+def launch(cfg):
+    """Set up and train; however that ends, the run's folder is free again and SIGTERM does what it did before."""
+    with contextlib.ExitStack() as held:
+        if run := set_up(cfg, held):
+            train(cfg, run, held.enter_context(StopSignal()))
+
+
+def train(cfg, run, stop):
+    """One run to its last checkpoint; the same loop for every mode."""
     log = Log(run.folder.path, configuration.resolved(cfg, without=("name", "resume")), run.start, run.rank)
     start, steps, counters = run.start or 0, run.steps, run.counters
     log.say(f"{cfg.mode}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.world} x {run.device.type}, "
             f"{run.dataset.label}, {steps} steps -> {run.folder.path}" + (f" (resumed at step {start})" if run.start else ""))  # fmt: skip
-    stop, spent = StopSignal(), 0.0
+    spent = 0.0
 
     for step in range(start, steps + 1):
         stopping = parallel.all_reduce_sum([stop.received], run.device)[0] > 0
         seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
-            log.evaluation(step, steps, *evaluate(cfg, run))
+            log.evaluation(step, steps, *evaluate(run.model, run.dataset, run.stop_ids, sft_loss, cfg.micro_tokens, cfg.eval_tokens, run.rank, run.world))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
             if run.rank == 0:
                 run.folder.save(step, run.model, run.optimizer, run.tokenizer, run.stop_ids, {"source": run.source.state(), "counters": counters})
@@ -388,7 +367,7 @@ def step_metrics(run, batch, sums, seconds):
     tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), flops], run.device)
     run.counters["tokens"] += int(tokens)
     name = lambda k: k if "/" in k else f"train/{k}"
-    values = {name(k): total / count for k, (total, count) in reduce_metrics(sums).items() if count}
+    values = {name(k): total / count for k, (total, count) in parallel.reduce_metrics(sums).items() if count}
     values |= {"train/tokens": run.counters["tokens"], "train/skipped": run.counters["skipped"]}
     values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
     if run.device.type == "cuda":
@@ -403,37 +382,15 @@ def due(step, every, last):
     return step in (0, last) or bool(every) and step % every == 0
 
 
-def reduce_metrics(sums):
-    """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
-    pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
-    merged = {}
-    for part in parallel.gather(pairs):
-        for name, (total, count) in part.items():
-            old = merged.get(name, (0.0, 0.0))
-            merged[name] = (old[0] + total, old[1] + count)
-    return merged
-
-
-class StopSignal:
-    """SIGTERM is noted and acted upon between steps: save, then leave."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self)
-
-    def __call__(self, *_):
-        self.received = True
-
-
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(configuration.usage(Config, "train.py"))
         return 0
     try:
-        cfg, _ = configuration.parse(Config, argv)
-        if cfg.resume and cfg.name and (stored := Path(cfg.runs) / cfg.name / "config.json").is_file():
-            cfg, _ = configuration.parse(Config, argv, base=configuration.read_file(stored))
-        train(cfg)
+        cfg, _ = configuration.parse(Config, argv, together=False)  # to learn which run it is
+        stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
+        cfg, _ = configuration.parse(Config, argv, stored, kept(stored))
+        launch(cfg)
         return 0
     except UserError as e:
         code, text = 2, e

@@ -7,6 +7,7 @@ import sys
 
 from errors import RunFailed
 from eval.report import environment
+from model.runs import replace_file
 
 
 class Log:
@@ -18,14 +19,14 @@ class Log:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_back(folder / name, -1 if resume_step is None else resume_step)
-        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        replace_file(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
         if config["wandb"] != "off":
             import wandb
 
             id_file = folder / "wandb_id"
             run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-            write(id_file, run_id)
+            replace_file(id_file, run_id)
             try:
                 self.wandb = wandb.init(
                     project=config["wandb_project"], name=folder.name, id=run_id, resume="allow", mode=config["wandb"],
@@ -37,14 +38,14 @@ class Log:
     def metrics(self, step, values):
         if self.rank:
             return
-        write(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n", append=True)
+        append(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def samples(self, step, samples):
         lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
         if not self.rank and lines:
-            write(self.folder / "samples.jsonl", lines, append=True)
+            append(self.folder / "samples.jsonl", lines)
 
     def evaluation(self, step, steps, metrics, samples):
         self.metrics(step, metrics)
@@ -68,9 +69,9 @@ class Log:
             self.wandb.finish()
 
 
-def write(path, text, append=False):
+def append(path, text):
     try:
-        with open(path, "a" if append else "w", encoding="utf-8") as f:
+        with open(path, "a", encoding="utf-8") as f:
             f.write(text)
     except OSError as e:
         raise RunFailed(f"{path} could not be written ({e.strerror})") from None
@@ -80,16 +81,14 @@ def cut_back(path, step):
     """Drop the lines of later steps, and a line that was cut off while written."""
     if path.exists():
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts hold other line separators raw
             try:
                 if json.loads(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
                 break
             kept.append(line + "\n")
-        draft = path.with_suffix(".draft")
-        write(draft, "".join(kept))
-        draft.rename(path)
+        replace_file(path, "".join(kept))
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,

@@ -47,6 +47,17 @@ def gather(value):
     return box
 
 
+def reduce_metrics(sums):
+    """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
+    pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+    merged = {}
+    for part in gather(pairs):
+        for name, (total, count) in part.items():
+            old = merged.get(name, (0.0, 0.0))
+            merged[name] = (old[0] + total, old[1] + count)
+    return merged
+
+
 @torch.no_grad()
 def sync_gradients(model):
     """Sum the gradients over ranks: the losses were divided by a global normaliser already. A rank without micro-batches

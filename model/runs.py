@@ -1,12 +1,14 @@
-"""The folder of a run: made or found, locked, its checkpoints saved and resumed.
+"""The folder of a run: made or found, locked, its checkpoints saved and resumed; and the signal that ends it early.
 
 A checkpoint appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -78,32 +80,91 @@ def _optimizer_tensors(model, optimizer):
     return {f"{part}.{name}": value.detach().cpu().contiguous() for name, state in states for part, value in state.items()}
 
 
-def open_run(runs, name, mode, resume, keep, rank):
-    """The run's folder, made or found, the same on every rank; and the step to continue from (None: a new run)."""
+@contextlib.contextmanager
+def open_run(runs, name, mode, resume, keep, config, rank):
+    """Yields the run's folder, made or found, the same on every rank; and the step to continue from (None: the beginning).
 
-    def choose():
-        if name and ("/" in name or name.startswith(".")):
-            return UserError(f"--name {name} must be a plain folder name")
-        stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
-        for path in (Path(runs) / n for n in names):
-            if resume:
-                return path if path.exists() else UserError(f"--resume: there is no run {path}")
-            try:
-                (path / "checkpoints").mkdir(parents=True)  # fails if another process was first
-                return path
-            except FileExistsError:
-                continue
-            except OSError as e:
-                return UserError(f"--runs {runs}: {path} cannot be made ({e.strerror})")
-        return UserError(f"run {path} exists; continue it with --resume or choose another --name")
+    Rank 0 locks the folder meanwhile. config: the resolved knobs, in the folder from the start, so that a run killed at any
+    moment can be resumed. A folder in which nothing was trained yet is as good as a new one.
+    """
+    with contextlib.ExitStack() as held:
+        path = parallel.broadcast(_choose(runs, name, mode, resume, config, held) if rank == 0 else None)
+        if isinstance(path, Exception):
+            raise path
+        folder = RunFolder(path, keep)
+        saved = parallel.broadcast(folder.steps() if rank == 0 else None)
+        yield folder, saved[-1] if resume and saved else None
 
-    path = parallel.broadcast(choose() if rank == 0 else None)
-    if isinstance(path, UserError):
-        raise path
-    folder = RunFolder(path, keep)
-    saved = parallel.broadcast(folder.steps() if rank == 0 else None)
-    return folder, saved[-1] if resume and saved else None
+
+def _choose(runs, name, mode, resume, config, held):
+    """The path of the run, locked until `held` is closed; or what is wrong with it."""
+    if name and ("/" in name or name.startswith(".")):
+        return UserError(f"--name {name} must be a plain folder name")
+    stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
+    for path in (Path(runs) / n for n in names):
+        try:
+            if resume and not path.exists():
+                return UserError(f"--resume: there is no run {path}")
+            if not resume:
+                if _begun(path):
+                    continue
+                (path / "checkpoints").mkdir(parents=True, exist_ok=bool(name))  # a unique name: fails if another process was first
+            lock = held.enter_context(open(path / ".lock", "w"))
+            if not _lock(lock):
+                return UserError(f"run {path} is in use by another process; wait for its end or choose another --name")
+            if not resume:
+                replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+            return path
+        except FileExistsError:
+            continue
+        except OSError as e:
+            return UserError(f"--runs {runs}: {path} cannot be made or opened ({e.strerror})")
+        except RunFailed as e:
+            return e
+    return UserError(f"run {path} exists; continue it with --resume or choose another --name")
+
+
+def _begun(path):
+    """Whether a folder holds more than what a run has before it trains."""
+    found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
+    return bool(found - {".lock", "config.json", "config.json.draft", "checkpoints"})
+
+
+def _lock(file):
+    """Whether this process now is the only one to hold the file's lock; closing the file, or dying, gives it back."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def stored_config(runs, name):
+    """The config.json of the run that is to be resumed. Raises UserError."""
+    path = Path(runs) / name
+    if not path.exists():
+        raise UserError(f"--resume: there is no run {path}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"--resume: {path} has no config.json to go on with; if nothing was trained there, begin again without --resume")
+    return read_json(path / "config.json") | {"runs": str(runs)}  # it may have been moved
+
+
+class StopSignal:
+    """Inside `with`, SIGTERM is only noted: the loop acts upon it between steps, saves and leaves."""
+
+    def __enter__(self):
+        self.received = False
+        self.before = signal.signal(signal.SIGTERM, self)
+        return self
+
+    def __call__(self, *_):
+        self.received = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.before)
 
 
 @contextlib.contextmanager
@@ -120,6 +181,17 @@ def only_one(path, rank):
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def replace_file(path, text):
+    """Write a file that appears whole or not at all. Raises RunFailed if the disk refuses."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _flush(draft)
+        draft.rename(path)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
 
 
 def _flush(path):

@@ -92,6 +92,23 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, text):
     assert "bad.toml" in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_json_file_that_is_no_object_is_one_line_that_names_it(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('["lr", 1]')
+    with pytest.raises(UserError, match="list.json.*list"):
+        parse("--config", str(path))
+
+
+def test_a_resumed_run_is_judged_by_its_own_knobs_and_keeps_some():
+    base = {"kd_divergence": "forward_kl", "steps": 5, "data": "x"}
+    assert config.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[0].kd_beta == 0.3
+    with pytest.raises(UserError, match="kd_beta is not read"):
+        parse("--kd_beta=0.3", base=base)
+    assert config.parse(Example, ["--steps=6", "--data=x"], base, kept=["data"])[0].steps == 6
+    with pytest.raises(UserError, match="--steps 6: the run was begun with 5"):
+        config.parse(Example, ["--steps=6"], base, kept=["data", "steps"])
+
+
 def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
     got = parse("--mode=sft", "--lr=5")
     values = config.resolved(got)

@@ -51,7 +51,8 @@ def teacher(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(teacher):
     folder, result = teacher
-    assert {p.name for p in folder.iterdir()} == {"config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
+    files = {".lock", "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
+    assert {p.name for p in folder.iterdir()} == files
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((folder / "config.json").read_text())
     assert config["mode"] == "sft" and config["steps"] == 6 and not any(k.startswith(("kd_", "teacher", "epochs")) for k in config)
@@ -123,6 +124,8 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a)
     assert results[1].stdout.count("step 0/3") == 1  # rank 0 alone speaks
+    samples = [(tmp_path / "runs" / f"w{n}" / "samples.jsonl").read_text() for n in (1, 2)]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 6
 
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
@@ -149,6 +152,9 @@ def test_show_batch_prints_the_masks_and_trains_nothing(tmp_path):
         (["--mode=sft", "--model=qwen2.5-0.5b", "--micro_tokens=9"], "--micro_tokens"),
         (["--mode=kd", "--model=qwen2.5-0.5b"], "--teacher is needed"),
         (["--mode=sft", "--lr=-1"], "--lr"),
+        (["--mode=sft", "--seed=-1"], "--seed"),
+        (["--mode=sft", "--seed=1e30"], "--seed"),
+        (["--mode=sft", "--data=word_problems", "--overlong=drop", "--micro_tokens=9"], "--micro_tokens"),
         (["--mode=sft", "--resume"], "--name"),
         (["--mode=sft", "--resume", "--name=never"], "there is no run"),
         (["--mode=sft", "--data=word_problems", "--steps=0"], "endless"),
@@ -207,9 +213,12 @@ def test_wandb_offline_gets_the_metrics(tmp_path):
 
 
 def test_nothing_optional_is_imported_unasked():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; print([m for m in ('wandb', 'matplotlib', 'pyarrow', 'triton', 'transformers', 'jinja2') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "wandb" not in out and "matplotlib" not in out and "pyarrow" not in out and "transformers" not in out
+    """triton is hidden, as on a machine without it: PyTorch's own compiler loads it where it is."""
+    optional = ("wandb", "matplotlib", "pyarrow", "transformers", "jinja2", "huggingface_hub")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['triton'] = None; import train; print([m for m in {optional} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[]\n"
 
 
 def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
@@ -238,8 +247,7 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
     folder = tmp_path / "cut/k"
 
     def again():  # a run killed before its config.json was written needs its options once more
-        more = ["--resume"] if folder.exists() else []
-        return ["--name=k", *more] if (folder / "config.json").exists() else [*args, *more]
+        return ["--name=k", "--resume"] if (folder / "config.json").exists() else args
 
     def lines():
         return (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0

@@ -22,7 +22,7 @@ def gradient(model, teacher, loss_fn, documents, micro_tokens):
     model.zero_grad()
     sums = train.forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, torch.device("cpu"))
     parallel.sync_gradients(model)
-    metrics = {name: total / count for name, (total, count) in train.reduce_metrics(sums).items() if count}
+    metrics = {name: total / count for name, (total, count) in parallel.reduce_metrics(sums).items() if count}
     return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

@@ -1,0 +1,204 @@
+"""A run's folder from the outside: who may have it, what of it survives a kill, what may change when it is resumed."""
+
+import fcntl
+import json
+import signal
+
+import pytest
+
+import train
+from errors import RunFailed, UserError
+from eval.log import cut_back
+from eval.report import environment, read_metrics, run_of, summary
+from model.checkpoint import build_model
+from model.runs import RunFolder, open_run, replace_file
+from tests.test_train import SMALL
+
+SFT = ["--mode=sft", "--device=cpu", *SMALL, "--steps=2", "--name=r"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The configurations that would have been run."""
+    configs = []
+    monkeypatch.setattr(train, "launch", configs.append)
+    return configs
+
+
+def refused(capsys, *args):
+    assert train.main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1
+    return err
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+# --- killed early, locked ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [["--name=r", "--resume"], SFT], ids=["resumed", "the same command"])
+def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settings(again, tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(train, "build_model", interrupted)
+        assert train.main(SFT) == 130
+    config = json.loads((tmp_path / "runs/r/config.json").read_text())
+    assert config["mode"] == "sft" and config["steps"] == 2 and "resume" not in config
+    assert train.main(again) == 0  # the lock is free again
+    assert json.loads((tmp_path / "runs/r/config.json").read_text()) == config and RunFolder(tmp_path / "runs/r").steps() == [2]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    capsys.readouterr()
+    assert "exists" in refused(capsys, *SFT)
+
+
+def test_a_run_without_its_config_is_not_resumed_with_the_defaults(tmp_path, capsys, started):
+    (tmp_path / "runs/r/checkpoints").mkdir(parents=True)
+    assert "runs/r has no config.json" in refused(capsys, "--name=r", "--resume")
+    (tmp_path / "runs/r/config.json").write_text('{"mode": "sf')
+    assert "runs/r/config.json: not valid JSON" in refused(capsys, "--name=r", "--resume")
+    assert not started
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    replace_file(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.runs._flush", full)
+    with pytest.raises(RunFailed, match="config.json.*No space"):
+        replace_file(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_run_belongs_to_one_process(tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs/r/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/r/config.json").write_text(json.dumps({"mode": "sft", "steps": 2}))
+    with open(tmp_path / "runs/r/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "runs/r is in use by another process" in refused(capsys, "--name=r", "--resume", "--device=cpu")
+        assert "runs/r is in use by another process" in refused(capsys, *SFT)
+        sent = []  # by rank 0: another rank gets the same and leaves too, instead of waiting
+        for rank, broadcast in ((0, lambda value: sent.append(value) or value), (1, lambda value: sent.pop(0))):
+            monkeypatch.setattr("model.parallel.broadcast", broadcast)
+            with pytest.raises(UserError, match="in use"), open_run("runs", "r", "sft", True, 2, {}, rank):
+                pass
+        assert not sent
+    assert not (tmp_path / "runs/r/metrics.jsonl").exists()
+
+
+# --- what may change when a run is resumed ---------------------------------------------------------------------------------
+
+
+def stored(tmp_path, **knobs):
+    (tmp_path / "elsewhere/j").mkdir(parents=True)
+    (tmp_path / "elsewhere/j/config.json").write_text(json.dumps({"runs": "runs"} | knobs))
+    return ["--name=j", "--resume", "--runs=elsewhere"]
+
+
+@pytest.mark.parametrize(
+    "knobs,args",
+    [
+        (dict(mode="kd", kd_divergence="jsd", kd_beta=0.5), ["--kd_beta=0.3"]),
+        (dict(mode="sft", steps=0, epochs=0.2), ["--epochs=0.4"]),
+        (dict(mode="sft", steps=5, lr=0.1, micro_tokens=9), ["--steps=9", "--lr=0.2", "--log_every=2", "--micro_tokens=99"]),
+        (dict(mode="sft", data="word_problems:9", eval_examples=5, batch_size=4), ["--eval_examples=3", "--batch_size=4"]),
+        (dict(mode="kd", wandb="online"), ["--wandb_project=p"]),
+    ],
+)
+def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started):
+    assert train.main([*stored(tmp_path, **knobs), *args]) == 0
+    (cfg,) = started
+    given = dict(a.removeprefix("--").split("=") for a in args)
+    assert {k: str(getattr(cfg, k)) for k in given} == given
+    assert all(getattr(cfg, k) == v for k, v in knobs.items() if k not in given) and cfg.runs == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--batch_size=4", "--seed=1", "--data=d.jsonl", "--train_examples=7", "--eval_examples=7", "--mode=kd", "--model=small", "--tokenizer=t",
+     "--template=plain", "--system_prompt=x", "--prompt_suffix=x", "--weighting=sequence", "--overlong=error", "--micro_tokens=99"],
+)  # fmt: skip
+def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
+    base = train.Config(mode="sft", data="mine.jsonl", overlong="drop")
+    knobs = train.configuration.resolved(base, without=("name", "resume"))
+    name = args.split("=")[0]
+    assert f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args)) and "the run was begun with" in err
+    assert not started
+
+
+# --- wrong settings are found before anything is made ------------------------------------------------------------------------
+
+
+def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "embedded_teacher", interrupted)
+    rows = [{"prompt": "p", "completion": "c " * n} for n in (3000, 3, 5)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kd = ["--mode=kd", "--device=cpu", "--name=k"]
+    assert "nowhere.jsonl" in refused(capsys, *kd, "--data=nowhere.jsonl")
+    assert "long.jsonl:1" in refused(capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_tokens=200")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs/k").mkdir(parents=True)
+    (tmp_path / "runs/k/metrics.jsonl").write_text("")
+    assert "run runs/k exists" in refused(capsys, *kd)
+    assert train.main([*kd, "--name=new"]) == 130  # nothing else is wrong: the teacher's turn
+
+
+def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
+    """While the teacher trains SIGTERM is noted; while the student is set up it ends the process; then it is noted again."""
+    inside = []
+
+    def loop(cfg, run, stop):
+        inside.append(signal.getsignal(signal.SIGTERM) is stop)
+        run.folder.save(cfg.steps, run.model, run.optimizer, run.tokenizer, run.stop_ids, {})
+
+    def build(*args, **more):
+        inside.append(signal.getsignal(signal.SIGTERM))
+        return build_model(*args, **more)
+
+    monkeypatch.setattr(train, "TEACHER_STEPS", 1)
+    monkeypatch.setattr(train, "train", loop)
+    monkeypatch.setattr(train, "build_model", build)
+    before = signal.getsignal(signal.SIGTERM)
+    assert train.main(["--mode=kd", "--device=cpu", *SMALL, "--steps=1"]) == 0
+    assert inside == [before, True, before, before, True] and signal.getsignal(signal.SIGTERM) == before
+
+
+# --- what is read back -------------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"step": s, "text": "a\u2028b\u2029c\x85d\x1ce"}, ensure_ascii=False) + "\n" for s in (0, 0, 4, 8)]
+    path.write_text("".join(lines), encoding="utf-8")
+    cut_back(path, 4)
+    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
+
+
+def test_the_summary_reads_a_teachers_metrics_only_beside_its_checkpoint(tmp_path):
+    for folder, accuracy in (("student", 0.25), (".", 0.99), ("t", 0.75)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/x/accuracy": accuracy}) + "\n")
+    (tmp_path / "t/checkpoints/step-5").mkdir(parents=True)
+    (tmp_path / "models/Qwen").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to("t/checkpoints/step-5")
+    for folder in ("myteacher", "models/Qwen", ".", "t/checkpoints", str(tmp_path / "models/Qwen")):
+        assert "99.0%" not in summary("student", folder) and run_of(folder) is None
+    for folder in ("t/checkpoints/step-5", "linked", str(tmp_path / "t/checkpoints/step-5")):
+        assert "75.0%" in summary("student", folder)
+    assert len(read_metrics("student")) == 1
+
+
+def test_the_environment_is_known_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = environment()
+    assert found["git_commit"] is None and found["git_dirty"] is None and found["packages"]["torch"]
