@@ -271,8 +271,8 @@ def set_up(cfg, held):
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
     knobs = configuration.resolved(cfg, without=("name", "resume"))
     folder, start = held.enter_context(open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, knobs, rank))
-    if embedded:
-        teacher_folder = embedded_teacher(cfg, rank)
+    student_folder = embedded(cfg, rank, "student", STUDENT) if distilled else student_folder
+    teacher_folder = embedded(cfg, rank, "teacher", TEACHER) if own_teacher else teacher_folder
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None else folder.step_folder(start)

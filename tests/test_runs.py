@@ -140,7 +140,7 @@ def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
 
 
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "embedded_teacher", interrupted)
+    monkeypatch.setattr(train, "embedded", interrupted)
     rows = [{"prompt": "p", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
@@ -165,7 +165,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
         inside.append(signal.getsignal(signal.SIGTERM))
         return build_model(*args, **more)
 
-    monkeypatch.setattr(train, "TEACHER_STEPS", 1)
+    monkeypatch.setitem(train.TEACHER, "steps", 1)
     monkeypatch.setattr(train, "train", loop)
     monkeypatch.setattr(train, "build_model", build)
     before = signal.getsignal(signal.SIGTERM)
