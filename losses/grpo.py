@@ -84,7 +84,7 @@ def grpo_loss(
         loss_sum, rows = linear_logprob(
             hidden_ND, head_VD, target_N, weight_N, row_loss, fields, temperature=temperature, entropy=True, vocab=vocab
         )
-    values = measures(rows["logp"], fields, clip_low, clip_high) | {"entropy": rows["entropy"]}
+    values = measures(rows["logp"], fields, clip_low, clip_high, policy_loss is clipped_weight) | {"entropy": rows["entropy"]}
     if kd:
         values[divergence] = rows["divergence"]
     return loss_sum, {"loss": (loss_sum.detach(), torch.as_tensor(batch.normaliser))} | weighted(values, (weight_N != 0).double())
@@ -98,13 +98,16 @@ def log_ratio(logp_N, fields):
 
 
 @torch.no_grad()
-def measures(logp_N, fields, low, high):
-    """Per token: what the clip cut off (only where it changes the gradient), the distance to the old policy, the sampler's and the reference."""
+def measures(logp_N, fields, low, high, either_sign):
+    """Per token: what the clip cut off, the distance to the old policy, the sampler's and the reference.
+
+    Only clips that change the gradient count: a minimum spares one sign of the advantage, a clipped weight neither.
+    """
     log_ratio_N, advantage_N = log_ratio(logp_N, fields), fields["advantage"]
-    ratio_N = log_ratio_N.exp()
+    ratio_N, any_N = log_ratio_N.exp(), (advantage_N != 0) & either_sign
     values = {
-        "clip_low": ((ratio_N < 1 - low) & (advantage_N < 0)).double(),
-        "clip_high": ((ratio_N > 1 + high) & (advantage_N > 0)).double(),
+        "clip_low": ((ratio_N < 1 - low) & ((advantage_N < 0) | any_N)).double(),
+        "clip_high": ((ratio_N > 1 + high) & ((advantage_N > 0) | any_N)).double(),
         "old_kl": KL_ESTIMATES["k3"](-log_ratio_N),  # sampled by the old policy: KL(old ‖ policy)
     }
     if "ref_logp" in fields:

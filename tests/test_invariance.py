@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from data.batch import WEIGHTINGS, Batch, Document
+from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
+from losses.grpo import VARIANTS, grpo_loss
 from losses.kd import DIVERGENCES, kd_loss
 from losses.sft import sft_loss
 from model.checkpoint import build_model
@@ -18,12 +19,16 @@ from model.transformer import ModelConfig
 from tests import workers
 
 VOCAB = 40
+WEIGHED = WEIGHTINGS | {"constant": functools.partial(constant_length, length=7)}
 
 
 def losses():
     kd = functools.partial(kd_loss, beta=0.3, temperature=1.7, t_squared=True, vocab=VOCAB)
     every = {name: functools.partial(kd, divergence=name, ce=0.0) for name in DIVERGENCES}
-    return {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every
+    grpo = functools.partial(grpo_loss, clip_low=0.2, clip_high=0.28, beta=0.1, entropy=0.01, temperature=1.3, vocab=VOCAB)
+    policy = {name: functools.partial(grpo, variant=name) for name in VARIANTS}
+    policy["grpo+kd"] = functools.partial(grpo, variant="grpo", kd=0.5, divergence="reverse_kl")
+    return {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every | policy
 
 
 def build():
@@ -34,12 +39,16 @@ def build():
 
 
 def documents(weighting):
+    weigh = WEIGHED[weighting]
     rng = np.random.default_rng(0)
     made = []
     for length in (3, 9, 1, 14, 5, 5, 8, 2, 11):
         weights = np.ones(length, np.float64)
         weights[: rng.integers(1, length + 1)] = 0
-        made.append(WEIGHTINGS[weighting](Document(rng.integers(0, VOCAB, length).astype(np.int32), weights)))
+        tokens = rng.integers(0, VOCAB, length).astype(np.int32)
+        fields = {"advantage": np.full(length, rng.normal())}  # what the policy losses read, and the others do not
+        fields |= {name: rng.normal(-np.log(VOCAB), 0.3, length) for name in ("old_logp", "ref_logp", "sampler_logp")}
+        made.append(weigh(Document(tokens, weights, fields | {"correction": rng.uniform(0.5, 1.5, length)})))
     made.append(Document(np.arange(6, dtype=np.int32), np.zeros(6)))  # carries no loss at all
     return made
 
@@ -53,12 +62,17 @@ def assert_same(got, want, what):
         assert abs(metrics[name] - metrics0[name]) < 1e-10 * max(1, abs(metrics0[name])), (what, name)
 
 
-@pytest.fixture(scope="module", params=["token", "sequence"])
-def whole(request):
-    """Every loss of the uncut batch on one rank."""
+@functools.cache
+def uncut(weighting):
+    """(documents, every loss of the uncut batch on one rank)"""
     model, teacher, every = build()
-    docs = documents(request.param)
+    docs = documents(weighting)
     return docs, {name: workers.gradient(model, teacher, fn, docs, 10_000) for name, fn in every.items()}
+
+
+@pytest.fixture(params=WEIGHED)
+def whole(request):
+    return uncut(request.param)
 
 
 @pytest.mark.parametrize("name", losses())
@@ -75,7 +89,7 @@ def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
         assert_same(workers.gradient(model, teacher, every[name], docs, 31), want[name], f"chunks of {rows}")
 
 
-@pytest.mark.parametrize("name", ["sft", "forward_kl"])
+@pytest.mark.parametrize("name", ["sft", "forward_kl", *VARIANTS, "grpo+kd"])
 def test_a_mean_of_micro_batches_would_fail(whole, name):
     """The classic bug: dividing each micro-batch by its own count. It must not pass the comparison above."""
     docs, want = whole
@@ -102,17 +116,16 @@ def shares(docs, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks(whole, world):
-    docs, want = whole
+def test_ranks(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    jobs = [(name, share, 20) for name, share in shares(docs, world).items()]
+    jobs = [((weighting, name), share, 20) for weighting in WEIGHED for name, share in shares(uncut(weighting)[0], world).items()]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     processes = mp.spawn(workers.rank_main, (world, port, build, jobs, results), nprocs=world, join=False)
     done = results.get()
     processes.join()
-    assert len(done) == len(jobs) * len(want)
-    for (job, name), got in done.items():
-        assert_same(got, want[name], f"{world} ranks, {job}, {name}")
+    assert len(done) == len(jobs) * len(losses())
+    for ((weighting, job), name), got in done.items():
+        assert_same(got, uncut(weighting)[1][name], f"{world} ranks, {weighting}, {job}, {name}")
