@@ -20,7 +20,7 @@ VOCAB, HEAD, HIDDEN, LENGTH = 17, 20, 6, 9
 SAMPLES = [
     (3, 4, 1.2, 0.5, False), (3, 7, -0.7, 0.5, False), (3, 1, 0.9, -0.5, False), (3, 5, -1.4, -0.5, False), (3, 6, 0.8, 0.03, False),
     (2, 3, -0.5, -0.04, False), (2, 6, -1.1, 0.4, True), (2, 5, 0.0, 0.5, False), (2, 2, 0.0, -0.5, False), (2, 1, 0.6, 0.45, False),
-    (4, 4, 0.3, -0.45, False), (4, 1, -0.2, 0.02, False),
+    (4, 4, 0.3, -0.45, False), (1, 3, -0.2, 0.02, False), (1, 1, 0.4, 0.6, False),
 ]  # fmt: skip
 
 
@@ -234,9 +234,7 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
     hidden_D, head_VD, hidden_TD, teacher, documents = over_all_tokens()
     batch = Batch.pack(documents)
     sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant="token", **BASE)
-    full, _ = kd_loss(
-        hidden_TD, head_VD, teacher, batch, divergence="reverse_kl", beta=0.5, temperature=1.0, t_squared=False, ce=0.0, vocab=VOCAB
-    )
+    full, _ = kd_loss(hidden_TD, head_VD, teacher, batch, divergence="reverse_kl", beta=0.5, temperature=1.0, t_squared=False, ce=0.0, vocab=VOCAB)
     logits_1V, teacher_1V = (head_VD[:VOCAB] @ hidden_D)[None], (teacher[1][:VOCAB] @ teacher[0][0])[None]
     plain = reference.divergence("reverse_kl", logits_1V, teacher_1V).sum()
     assert abs(sampled.item() - plain.item()) < 1e-10 and abs(full.item() - plain.item()) < 1e-10

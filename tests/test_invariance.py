@@ -2,12 +2,10 @@
 
 import functools
 import random
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
@@ -117,15 +115,8 @@ def shares(docs, world):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(world):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     jobs = [((weighting, name), share, 20) for weighting in WEIGHED for name, share in shares(uncut(weighting)[0], world).items()]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = mp.spawn(workers.rank_main, (world, port, build, jobs, results), nprocs=world, join=False)
-    done = results.get()
-    processes.join()
+    done = workers.spawned(workers.rank_main, world, build, jobs)
     assert len(done) == len(jobs) * len(losses())
     for ((weighting, job), name), got in done.items():
         assert_same(got, uncut(weighting)[1][name], f"{world} ranks, {weighting}, {job}, {name}")

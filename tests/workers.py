@@ -1,12 +1,28 @@
-"""What a spawned rank runs in `test_invariance.py`; a module of its own so that it can be imported by name."""
+"""What a spawned rank runs in `test_invariance.py` and `test_rollout.py`; a module of its own so that it can be imported by name."""
 
 import os
+import socket
 
 import torch
+import torch.multiprocessing as mp
 
 import train
 from data.batch import Batch
 from model import parallel
+
+
+def spawned(main, world, *arguments):
+    """What rank 0 of `world` processes puts, each of which runs main(rank, world, port, *arguments, results); raises if one fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    processes = mp.spawn(main, (world, port, *arguments, results), nprocs=world, join=False)
+    while results.empty():
+        processes.join(timeout=0.1)
+    done = results.get()
+    processes.join()
+    return done
 
 
 def setup(world, rank, port):
@@ -37,5 +53,16 @@ def rank_main(rank, world, port, build, jobs, results):
             done[name, loss_name] = (metrics, grad.tolist())
     if rank == 0:
         results.put(done)
+    parallel.barrier()
+    parallel.close()
+
+
+def rollout_main(rank, world, port, sources, describe, batches, results):
+    """Rank 0 puts, for each rank, {source: what `describe` says of its first batches}."""
+    setup(world, rank, port)
+    told = {name: [describe(next(source)) for _ in range(batches)] for name, source in sources(rank, world).items()}
+    every = parallel.gather(told)
+    if rank == 0:
+        results.put(every)
     parallel.barrier()
     parallel.close()
