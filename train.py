@@ -159,7 +159,7 @@ def rewarded_rollouts(cfg, run):
         if run.reference:
             log_probs(cfg, run, documents, "ref_logp", run.reference)
         if cfg.grpo_correction != "none":
-            add_correction(documents, cfg.grpo_correction, cfg.grpo_cap)
+            add_correction(documents, cfg.grpo_correction, cfg.grpo_cap, by_sequence=VARIANTS[cfg.grpo_variant][2])
 
     def price(document):
         gap = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
@@ -291,7 +291,7 @@ def set_up(cfg, held):
     run.source, run.loss_fn = build(cfg, run)
     if start is not None:
         saved = folder.load(start, model, optimizer)
-        run.source.load(saved["source"])
+        run.source.load(saved["source"][rank if rank < len(saved["source"]) else 0])
         run.counters = saved["counters"]
     return run
 
@@ -317,8 +317,9 @@ def train(cfg, run, stop):
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
             log.evaluation(step, steps, *evaluate(run.model, run.dataset, run.stop_ids, sft_loss, cfg.micro_tokens, cfg.eval_tokens, run.rank, run.world))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
+            state = {"source": parallel.gather(run.source.state()), "counters": counters}
             if run.rank == 0:
-                run.folder.save(step, run.model, run.optimizer, run.tokenizer, run.stop_ids, {"source": run.source.state(), "counters": counters})
+                run.folder.save(step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state)
             parallel.barrier()
         if step == steps or stopping:
             break

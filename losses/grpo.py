@@ -54,7 +54,8 @@ def grpo_loss(
     hidden_TD, head_VD, frozen, batch, *,
     variant, clip_low, clip_high, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=None, kd=0.0, divergence="reverse_kl", kd_beta=0.5,
 ):  # fmt: skip
-    """Σ weight · (policy loss · correction + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher.
+    """Σ weight · (policy loss · correction + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
+    (at temperature 1).
 
     batch.fields (per token, nats): "advantage"; "old_logp" where a rollout serves several updates (else the current value, detached);
     "ref_logp" if beta; "correction" where the sampler's mismatch is corrected. frozen: the teacher's (hidden_NC, head_UC) if kd.

@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from data.batch import Batch, Document
+from errors import UserError
 from model import parallel
 from rl.advantage import group_advantages, spread
 
@@ -59,8 +60,8 @@ class Rollouts:
             began = time.perf_counter()
             groups, order, drawn = self._draw()
             batches = self._batches(groups, order)
-            metrics, samples = self._audit(groups), self._samples(groups[: -(-self.logged // self.samples)])
-            metrics["rollout/kept"] = (len(groups), drawn)
+            metrics, samples = self._audit(drawn), self._samples(drawn[: -(-self.logged // self.samples)])
+            metrics["rollout/kept"] = (len(groups), len(drawn))
             batches[0] = dataclasses.replace(batches[0], metrics=metrics, samples=samples)
             batches[0].metrics["rollout/seconds"] = (time.perf_counter() - began, 1)
             self.pending = batches * self.epochs
@@ -68,9 +69,11 @@ class Rollouts:
         return self.pending.pop(0)
 
     def state(self):
-        return {"position": self.position, "pending": [[_as_lists(d) for d in batch.documents] for batch in self.pending]}
+        return {"position": self.position, "world": self.world, "pending": [[_as_lists(d) for d in batch.documents] for batch in self.pending]}
 
     def load(self, state):
+        if state["pending"] and state["world"] != self.world:
+            raise UserError(f"the checkpoint holds unspent samples of {state['world']} ranks: resume with as many")
         self.position = state["position"]
         self.pending = [Batch.pack(_from_lists(d) for d in documents) for documents in state["pending"]]
 
@@ -78,13 +81,13 @@ class Rollouts:
         pass
 
     def _draw(self):
-        """(this rank's groups, the positions of all ranks' groups in order, how many groups this rank drew)."""
-        wanted, groups, kept, drawn = self.per_batch * self.updates, [], [], 0
+        """(this rank's groups to train on, the positions of all ranks' such groups in order, all groups that this rank drew)."""
+        wanted, groups, kept, drawn = self.per_batch * self.updates, [], [], []
         for _ in range(1 + self.refills):
             positions = range(self.position, self.position + wanted - len(kept))
             self.position = positions.stop
             fresh = self._groups(positions[self.rank :: self.world])
-            drawn += len(fresh)
+            drawn += fresh
             groups += (good := [g for g in fresh if not self.refills or spread(g.rewards)])
             kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
             if len(kept) == wanted:
@@ -115,6 +118,9 @@ class Rollouts:
                 rewards = [r - (self.price(d) if self.price else 0.0) for r, d in zip(group.rewards, documents)]
                 for d, advantage in zip(documents, group_advantages(rewards, self.baseline)):
                     d.fields["advantage"] = np.full(len(d), advantage)
+            for d, completion in zip(documents, group.completions):
+                if self.mask_truncated and not completion.stopped:  # not earlier: its log-probs have a price
+                    d.weights[:] = 0
             batches[ordinal[group.position] // self.per_batch] += documents
         return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
 
@@ -125,8 +131,7 @@ class Rollouts:
             generated = np.arange(len(tokens)) >= len(group.prompt)
             logp = np.zeros(len(tokens))
             logp[generated] = completion.logp
-            masked = self.mask_truncated and not completion.stopped
-            made.append(Document(tokens, generated * (0.0 if masked else 1.0), {"sampler_logp": logp}))
+            made.append(Document(tokens, generated.astype(np.float64), {"sampler_logp": logp}))
         return made
 
     def _audit(self, groups):
@@ -186,7 +191,7 @@ class Mixed:
 
 
 def sample_seed(seed, position, sample):
-    """64 bits that belong to this sample alone."""
+    """63 bits that belong to this sample alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -24,9 +24,12 @@ def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, de
             document.fields[name] = logp_T[start : start + len(document)].copy()
 
 
-def add_correction(documents, how, cap):
-    """fields["correction"]: the ratio of the trainer's to the sampler's probability of a token, where rounding made them differ:
-    cut at `cap` ("truncate") or 0 outside [1/cap, cap] ("mask")."""
+def add_correction(documents, how, cap, by_sequence=False):
+    """fields["correction"]: the ratio of the trainer's to the sampler's probability of a token (or, by_sequence, its geometric mean over the
+    sample), where rounding made them differ: cut at `cap` ("truncate") or 0 outside [1/cap, cap] ("mask")."""
     for d in documents:
-        ratio = np.exp(d.fields["old_logp"] - d.fields["sampler_logp"])
+        gap = d.fields["old_logp"] - d.fields["sampler_logp"]
+        if by_sequence:
+            gap = np.full(len(d), gap.sum() / max(1, np.count_nonzero(d.weights)))
+        ratio = np.exp(gap)
         d.fields["correction"] = np.minimum(ratio, cap) if how == "truncate" else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
