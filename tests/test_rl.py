@@ -1,0 +1,150 @@
+"""Rollouts through the command: grpo and on-policy distillation run, resume bit for bit, refuse what cannot work."""
+
+import json
+import shutil
+
+import pytest
+
+import train
+from eval.report import read_metrics
+from tests.test_train import SMALL, run, sft, timeless
+
+GRPO = ["--mode=grpo", *SMALL, "--batch_size=8", "--grpo_samples=4", "--sample_tokens=10", "--steps=6", "--lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint that writes something, from six steps of sft."""
+    cwd = tmp_path_factory.mktemp("start")
+    result = sft("--name=t", "--model=tiny-teacher", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs/t/checkpoints/step-6"
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """A reward with spread on gibberish: how often the letter e is written."""
+    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
+    return f"--grpo_reward={tmp_path / 'mine.py'}:letters"
+
+
+def rollout_lines(folder):
+    return [m for m in read_metrics(folder) if "rollout/reward" in m]
+
+
+def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
+    result = run(*GRPO, f"--model={start}", reward, "--name=r", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = rollout_lines(tmp_path / "runs/r")
+    assert len(lines) == 6 and {f"rollout/{k}" for k in ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")} <= set(lines[0])
+    assert all(m["train/sampler_mismatch"] < 1e-4 and 0 < m["train/entropy"] < 7 and m["rollout/tokens"] <= 10 for m in lines)
+    assert any(m["train/grad_norm"] > 0 for m in lines)
+    samples = [json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()]
+    sampled = [s for s in samples if "reward" in s]
+    assert len(sampled) == 6 * 8 and all(s["parts"] == {"function": s["reward"]} for s in sampled)
+    assert all(s["reward"] == pytest.approx(s["text"].count("e") + 0.01 * len(s["text"])) for s in sampled)
+
+
+VARIED = ["--grpo_updates=2", "--grpo_epochs=2", "--grpo_beta=0.1", "--grpo_refills=1", "--grpo_truncated=mask", "--grpo_correction=truncate"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [*VARIED, "--grpo_variant=gspo"],
+        ["--grpo_variant=dr_grpo", "--grpo_kl_in=reward", "--grpo_beta=0.1", "--grpo_baseline=leave_one_out", "--grpo_truncated_cost=0.5"],
+        ["--grpo_variant=cispo", "--grpo_updates=3", "--grpo_entropy=0.01", "--grpo_overlong=4", "--save_every=1"],
+    ],
+    ids=["gspo", "dr_grpo", "cispo"],
+)
+def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start, reward, tmp_path, more):
+    args = [*GRPO, "--save_every=1", "--keep=9", f"--model={start}", reward, *more, "--name=r"]
+    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    whole = tmp_path / "runs/r"
+    for step in (1, 3):
+        cut = tmp_path / "cut" / str(step) / "r"
+        shutil.copytree(whole, cut)
+        for path in (cut / "checkpoints").iterdir():
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        assert (result := run("--name=r", "--resume", f"--runs={cut.parent}", cwd=tmp_path)).returncode == 0, result.stderr
+        assert timeless(cut) == timeless(whole) and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
+    args = [*GRPO, "--dtype=float64", "--steps=3", "--grpo_updates=2", f"--model={start}", reward, "--name=r"]
+    one, two = run(*args, "--runs=one", cwd=tmp_path), run(*args, "--runs=two", cwd=tmp_path, ranks=2)
+    assert one.returncode == two.returncode == 0, two.stderr
+    for a, b in zip(timeless(tmp_path / "one/r"), timeless(tmp_path / "two/r"), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--kd_prefix=student", "--kd_mix=0.5"],
+        ["--kd_prefix=teacher", "--kd_signal=topk", "--kd_topk=5"],
+        ["--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"],
+    ],
+    ids=["mixture", "teacher, top-k", "sampled"],
+)
+def test_distillation_on_what_a_model_writes(start, tmp_path, more):
+    args = ["--mode=kd", *SMALL, "--sample_tokens=8", f"--teacher={start}", *more, "--name=r"]
+    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
+    written = sum("rollout/tokens" in m for m in lines)
+    assert len(lines) == 6 and (0 < written < 6 if "--kd_mix=0.5" in more else written == 6)
+
+
+def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
+    args = [*GRPO, f"--model={start}", f"--teacher={start}", "--grpo_kd=0.5", "--grpo_reward=accuracy", "--steps=2", "--name=r"]
+    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
+    assert lines[0]["train/reverse_kl"] < 1e-6 < lines[-1]["train/grad_norm"] + 1  # the teacher is the policy itself
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("raise KeyError('x')", "raised KeyError"),
+        ("return float('nan')", "returned nan"),
+        ("return 'many'", "raised ValueError"),
+    ],
+)
+def test_a_reward_that_fails_is_one_line_that_names_the_sample(start, tmp_path, capsys, body, words):
+    (tmp_path / "bad.py").write_text(f"def f(example, completion):\n    {body}\n")
+    assert train.main([*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/bad.py:f", f"--runs={tmp_path}/runs", "--name=r", "--eval_examples=0"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "word_problems problem" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--sample_top_p=0.9"], "change who samples"),
+        (["--sample_top_k=5"], "change who samples"),
+        (["--grpo_samples=3"], "no whole groups"),
+        (["--grpo_samples=1"], "at least 2"),
+        (["--grpo_reward=accurcy"], "choose from accuracy"),
+        (["--grpo_reward=nofile.py:f"], "no such file"),
+        (["--kd_temperature=2"], "not read with mode=grpo"),
+        (["--weighting=sequence"], "not read with mode=grpo"),
+        (["--teacher=tiny-teacher"], "--grpo_kd"),
+        (["--sample_temperature=0"], "must be positive"),
+        (["--grpo_kl_in=rewards"], "did you mean reward"),
+    ],
+)
+def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
+    assert train.main([*GRPO, f"--model={start}", f"--runs={tmp_path}", *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_grpo_on_real_gsm8k(real_data, start, tmp_path):
+    """A few steps with the real tokenizer and vocabulary and a small random body."""
+    (tmp_path / "mine.py").write_text("def length(example, completion):\n    return len(completion)\n")
+    args = [f"--data={real_data / 'gsm8k'}", f"--tokenizer={real_data / 'qwen2.5-tokenizer'}", "--model=small", "--micro_tokens=1024", "--steps=2",
+            "--batch_size=4", "--grpo_samples=2", "--sample_tokens=12", "--eval_examples=0", "--save_every=0", f"--grpo_reward={tmp_path}/mine.py:length"]  # fmt: skip
+    assert (result := run("--mode=grpo", *args, "--name=g", cwd=tmp_path)).returncode == 0, result.stderr
+    lines = rollout_lines(tmp_path / "runs/g")
+    assert len(lines) == 2 and all(m["train/sampler_mismatch"] < 1e-3 and m["train/entropy"] > 9 and m["train/grad_norm"] > 0 for m in lines)
