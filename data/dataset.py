@@ -239,18 +239,19 @@ class Dataset:
         return 0 if self._documents is None else len(self._documents)
 
     def get(self, index):
-        if self._documents is not None:
-            return self._documents[index]
-        for key in (f"{self.seed}/{index}", *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS))):
-            if documents := self._checked([TASKS[self.task].example(self.task, "train", key)]):
-                return documents[0]
-        raise UserError(f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it")
+        return self._documents[index] if self._documents is not None else self._draw(index)[1]
 
     def example(self, index):
         """What `get` makes a document of; its last message is the gold answer."""
-        if self._examples is not None:
-            return self._examples[index]
-        return TASKS[self.task].example(self.task, "train", f"{self.seed}/{index}")
+        return self._examples[index] if self._examples is not None else self._draw(index)[0]
+
+    def _draw(self, index):
+        """(example, document) of an endless task: the first that is not dropped, of a fixed sequence for this index."""
+        for key in (f"{self.seed}/{index}", *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS))):
+            example = TASKS[self.task].example(self.task, "train", key)
+            if documents := self._checked([example]):
+                return example, documents[0]
+        raise UserError(f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it")
 
     def need_answers(self, unless):
         """Refuse to be rewarded for what cannot be graded (unless a function of the user's own does it)."""

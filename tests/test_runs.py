@@ -125,11 +125,11 @@ def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started)
 
 @pytest.mark.parametrize(
     "args",
-    ["--batch_size=4", "--seed=1", "--data=d.jsonl", "--train_examples=7", "--eval_examples=7", "--mode=kd", "--model=small", "--tokenizer=t",
-     "--template=plain", "--system_prompt=x", "--prompt_suffix=x", "--weighting=sequence", "--overlong=error", "--micro_tokens=99"],
+    ["--batch_size=4", "--seed=1", "--data=d.jsonl", "--train_examples=7", "--eval_examples=7", "--mode=sft", "--model=small", "--tokenizer=t",
+     "--template=plain", "--kd_prefix=student", "--system_prompt=x", "--prompt_suffix=x", "--weighting=sequence", "--overlong=error", "--micro_tokens=99"],
 )  # fmt: skip
 def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
-    base = train.Config(mode="sft", data="mine.jsonl", overlong="drop")
+    base = train.Config(mode="kd", data="mine.jsonl", overlong="drop")
     knobs = train.configuration.resolved(base, without=("name", "resume"))
     name = args.split("=")[0]
     assert f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args)) and "the run was begun with" in err
@@ -146,6 +146,8 @@ def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_pa
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
     assert "nowhere.jsonl" in refused(capsys, *kd, "--data=nowhere.jsonl")
     assert "long.jsonl:1" in refused(capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_tokens=200")
+    assert "--grpo_reward beauty" in refused(capsys, "--mode=grpo", "--device=cpu", "--grpo_reward=beauty")
+    assert "--reference nowhere" in refused(capsys, "--mode=grpo", "--device=cpu", "--grpo_beta=0.1", "--reference=nowhere")
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs/k").mkdir(parents=True)
     (tmp_path / "runs/k/metrics.jsonl").write_text("")

@@ -7,6 +7,7 @@ import pytest
 import train
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, Formatter, Stream, find_file, read_rows, to_example
+from data.grade import parse_number
 from data.tasks import TASKS, Example
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import UserError
@@ -269,6 +270,7 @@ def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
     drawn = [a.get(i) for i in range(60)]
     assert a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
     assert all((b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn))))  # whatever was asked before
+    assert all((Formatter(tiny).documents([a.example(i)])[0].tokens == d.tokens).all() for i, d in enumerate(drawn))
     with pytest.raises(UserError, match="in a row are longer than --micro_tokens 9"):
         dataset(tiny, max_tokens=9, overlong="drop")
     with pytest.raises(UserError, match="--overlong drop"):
