@@ -161,6 +161,7 @@ def check(cfg):
 def kept(stored):
     """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
     names = ["mode", "model", "tokenizer", "seed", "data", "train_examples", "overlong", "batch_size", "weighting"]
-    names += ["template", "system_prompt", "prompt_suffix", "kd_prefix", "kd_mix", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
+    names += ["template", "system_prompt", "prompt_suffix"]
+    names += ["kd_prefix", "kd_mix", "kd_signal", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
     names += ["micro_tokens"] if stored.get("overlong") == "drop" else []  # it says what is dropped
     return names if task_of(str(stored.get("data"))) else [*names, "eval_examples"]  # held-out examples are carved from a file

@@ -251,6 +251,7 @@ def set_up(cfg, held):
     if own_teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
     student_folder, teacher_folder = locate(cfg.model, "--model"), locate(teacher_name, "--teacher") if has_teacher else None
+    origin = locate(cfg.reference, "--reference") if cfg.reference else None
     shape = read_config(cfg.model, student_folder)
     teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
@@ -280,7 +281,7 @@ def set_up(cfg, held):
     model.checkpointing = cfg.checkpointing
     frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
     teacher = frozen(teacher_shape, teacher_folder) if has_teacher else None
-    origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
+    origin = origin if cfg.reference else student_folder
     reference = frozen(read_config(cfg.reference or cfg.model, origin), origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
     if cfg.compile:
         for block in (block for m in (model, teacher, reference) if m for block in m.layers):
