@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 import config as configuration
-from data.batch import WEIGHTINGS, Batch, constant_length
+from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Dataset, Formatter, Order, Stream
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary

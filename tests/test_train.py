@@ -63,7 +63,7 @@ def test_what_a_run_leaves_behind(teacher):
     assert steps == [1, 2, 3, 4, 5, 6] and [m["step"] for m in metrics if "eval/word_problems/accuracy" in m] == [0, 4, 6]
     assert metrics[-2]["train/tokens"] > 6 * 4 * 30 and metrics[-2]["train/loss"] < metrics[1]["train/loss"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 9 and {"step", "question", "gold", "text", "correct", "tokens", "stopped"} == set(samples[0])
+    assert len(samples) == 9 and set(samples[0]) == {"step", "question", "gold", "text", "correct", "lenient", "parsed", "tokens", "stopped"}
     checkpoints = RunFolder(folder)
     assert checkpoints.steps() == [4, 6] and not list((folder / "checkpoints").glob(".*"))
     assert "before" in result.stdout and "accuracy" in result.stdout and "left" in result.stdout
