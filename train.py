@@ -341,7 +341,7 @@ def train(cfg, run, stop):
             counters["skipped_in_a_row"] += 1
         run.optimizer.zero_grad()
 
-        log.samples(step, batch.samples)
+        log.samples(step + 1, batch.samples)
         values = step_metrics(run, batch, sums | batch.metrics, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
         spent += values["train/seconds"]
         log.metrics(step + 1, values)

@@ -1,23 +1,38 @@
 """Rollouts through the command: grpo and on-policy distillation run, resume bit for bit, refuse what cannot work."""
 
+import contextlib
+import io
 import json
 import shutil
 
 import pytest
+import torch
 
 import train
 from eval.report import read_metrics
-from tests.test_train import SMALL, run, sft, timeless
+from tests import test_train
+from tests.test_train import SMALL, timeless
 
 GRPO = ["--mode=grpo", *SMALL, "--batch_size=8", "--grpo_samples=4", "--sample_tokens=10", "--steps=6", "--lr=1e-3"]
+
+
+def run(*args, cwd, ranks=0):
+    """In this process where one rank does: most of a small run is its start. Returns (exit code, what was said)."""
+    if ranks:
+        result = test_train.run(*args, cwd=cwd, ranks=ranks)
+        return result.returncode, result.stderr
+    said = io.StringIO()
+    torch.set_num_threads(1)
+    with contextlib.chdir(cwd), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        return train.main(["--device=cpu", *args]), said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint that writes something, from six steps of sft."""
     cwd = tmp_path_factory.mktemp("start")
-    result = sft("--name=t", "--model=tiny-teacher", cwd=cwd)
-    assert result.returncode == 0, result.stderr
+    code, said = run("--mode=sft", *SMALL, "--name=t", "--model=tiny-teacher", cwd=cwd)
+    assert code == 0, said
     return cwd / "runs/t/checkpoints/step-6"
 
 
@@ -33,8 +48,8 @@ def rollout_lines(folder):
 
 
 def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
-    result = run(*GRPO, f"--model={start}", reward, "--name=r", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    code, said = run(*GRPO, f"--model={start}", reward, "--name=r", cwd=tmp_path)
+    assert code == 0, said
     lines = rollout_lines(tmp_path / "runs/r")
     assert len(lines) == 6 and {f"rollout/{k}" for k in ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")} <= set(lines[0])
     assert all(m["train/sampler_mismatch"] < 1e-4 and 0 < m["train/entropy"] < 7 and m["rollout/tokens"] <= 10 for m in lines)
@@ -59,7 +74,8 @@ VARIED = ["--grpo_updates=2", "--grpo_epochs=2", "--grpo_beta=0.1", "--grpo_refi
 )
 def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start, reward, tmp_path, more):
     args = [*GRPO, "--save_every=1", "--keep=9", f"--model={start}", reward, *more, "--name=r"]
-    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    code, said = run(*args, cwd=tmp_path)
+    assert code == 0, said
     whole = tmp_path / "runs/r"
     for step in (1, 3):
         cut = tmp_path / "cut" / str(step) / "r"
@@ -67,14 +83,15 @@ def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start,
         for path in (cut / "checkpoints").iterdir():
             if int(path.name[5:]) > step:
                 shutil.rmtree(path)
-        assert (result := run("--name=r", "--resume", f"--runs={cut.parent}", cwd=tmp_path)).returncode == 0, result.stderr
+        code, said = run("--name=r", "--resume", f"--runs={cut.parent}", cwd=tmp_path)
+        assert code == 0, said
         assert timeless(cut) == timeless(whole) and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
     args = [*GRPO, "--dtype=float64", "--steps=3", "--grpo_updates=2", f"--model={start}", reward, "--name=r"]
-    one, two = run(*args, "--runs=one", cwd=tmp_path), run(*args, "--runs=two", cwd=tmp_path, ranks=2)
-    assert one.returncode == two.returncode == 0, two.stderr
+    (one, _), (two, said) = run(*args, "--runs=one", cwd=tmp_path), run(*args, "--runs=two", cwd=tmp_path, ranks=2)
+    assert one == two == 0, said
     for a, b in zip(timeless(tmp_path / "one/r"), timeless(tmp_path / "two/r"), strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
 
@@ -90,7 +107,8 @@ def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
 )
 def test_distillation_on_what_a_model_writes(start, tmp_path, more):
     args = ["--mode=kd", *SMALL, "--sample_tokens=8", f"--teacher={start}", *more, "--name=r"]
-    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    code, said = run(*args, cwd=tmp_path)
+    assert code == 0, said
     lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
     written = sum("rollout/tokens" in m for m in lines)
     assert len(lines) == 6 and (0 < written < 6 if "--kd_mix=0.5" in more else written == 6)
@@ -98,7 +116,8 @@ def test_distillation_on_what_a_model_writes(start, tmp_path, more):
 
 def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
     args = [*GRPO, f"--model={start}", f"--teacher={start}", "--grpo_kd=0.5", "--grpo_reward=accuracy", "--steps=2", "--name=r"]
-    assert (result := run(*args, cwd=tmp_path)).returncode == 0, result.stderr
+    code, said = run(*args, cwd=tmp_path)
+    assert code == 0, said
     lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
     assert lines[0]["train/reverse_kl"] < 1e-6 < lines[-1]["train/grad_norm"] + 1  # the teacher is the policy itself
 
@@ -145,6 +164,7 @@ def test_grpo_on_real_gsm8k(real_data, start, tmp_path):
     (tmp_path / "mine.py").write_text("def length(example, completion):\n    return len(completion)\n")
     args = [f"--data={real_data / 'gsm8k'}", f"--tokenizer={real_data / 'qwen2.5-tokenizer'}", "--model=small", "--micro_tokens=1024", "--steps=2",
             "--batch_size=4", "--grpo_samples=2", "--sample_tokens=12", "--eval_examples=0", "--save_every=0", f"--grpo_reward={tmp_path}/mine.py:length"]  # fmt: skip
-    assert (result := run("--mode=grpo", *args, "--name=g", cwd=tmp_path)).returncode == 0, result.stderr
+    code, said = run("--mode=grpo", *args, "--name=g", cwd=tmp_path)
+    assert code == 0, said
     lines = rollout_lines(tmp_path / "runs/g")
     assert len(lines) == 2 and all(m["train/sampler_mismatch"] < 1e-3 and m["train/entropy"] > 9 and m["train/grad_norm"] > 0 for m in lines)
