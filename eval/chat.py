@@ -1,0 +1,112 @@
+"""Talk to a checkpoint: python -m eval.chat runs/my-run [--temperature 0.7 --top_p 0.95 --logp]
+
+Reads a line at a time, streams the answer and keeps the conversation; the line /new begins another one. The checkpoint is a
+folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or the folder of a run (its newest checkpoint).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from errors import UserError
+from model.checkpoint import build_model, locate, read_config, stop_ids_of
+from model.generate import generate
+from model.runs import RunFolder
+
+
+class Stream:
+    """Prints text as its ids arrive; a character that is not complete yet waits."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.text = tokenizer, [], ""
+
+    def __call__(self, index, token, logp):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special=True)
+        if not text.endswith("\ufffd"):
+            self.show(text)
+
+    def show(self, text):
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+    def finish(self):
+        self.show(self.tokenizer.decode(self.ids, skip_special=True))
+        print(flush=True)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="eval.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+    parser.add_argument("checkpoint", help="a folder in Hugging Face form, a run's folder, or a hub id")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--top_p", "--top-p", type=float, default=0.95, help="sample from the likeliest ids with this mass")
+    parser.add_argument("--top_k", "--top-k", type=int, default=0, help="sample from this many ids; 0: all")
+    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per answer at most")
+    parser.add_argument("--system", default="", help="the system prompt")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed and lines give the same answers")
+    parser.add_argument("--logp", action="store_true", help="after an answer, its number of tokens and their mean log-prob")
+    return parser.parse_args(argv)
+
+
+def load(name):
+    """(model, tokenizer, stop ids) of a checkpoint."""
+    folder = Path(name)
+    if steps := RunFolder(folder).steps():
+        folder = RunFolder(folder).step_folder(steps[-1])
+    folder = locate(str(folder), "checkpoint")
+    if folder is None:
+        raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
+    tokenizer, config = Tokenizer.load(folder), read_config(name, folder)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = build_model(config, folder, device=device, seed=0, weight_dtype=dtype).eval()
+    return model, tokenizer, list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
+
+
+def answer(model, tokenizer, stop_ids, messages, args):
+    """Stream the assistant's next turn; returns its text."""
+    chat = tokenizer.chat_template is not None
+    ids = tokenizer.encode(tokenizer.render(messages, generate=True) if chat else "".join(m["content"] for m in messages))
+    limit = min(args.max_tokens, model.config.max_position_embeddings - len(ids))
+    if limit < 1:
+        raise UserError(f"the conversation fills the model's {model.config.max_position_embeddings:,} positions")
+    stream = Stream(tokenizer)
+    try:
+        result = generate(model, [ids], limit, stop_ids, vocab=min(tokenizer.size, model.config.vocab_size), temperature=args.temperature,
+                          top_k=args.top_k, top_p=args.top_p, seeds=[(args.seed << 20) + len(messages)], on_token=stream)[0]  # fmt: skip
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    stream.finish()
+    if args.logp:
+        print(f"[{len(result.tokens)} tokens, mean log-prob {sum(result.logp) / len(result.logp):.4f}{'' if result.stopped else ', cut off'}]", flush=True)
+    return stream.text
+
+
+def main(argv):
+    try:
+        args = parse(argv)
+        model, tokenizer, stop_ids = load(args.checkpoint)
+        beginning = [{"role": "system", "content": args.system}] if args.system else []
+        messages, prompt = list(beginning), "> " if sys.stdin.isatty() else ""
+        while True:
+            line = input(prompt).strip()
+            if line == "/new":
+                messages = list(beginning)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                messages.append({"role": "assistant", "content": answer(model, tokenizer, stop_ids, messages, args)})
+    except EOFError:
+        return 0
+    except UserError as e:
+        print(f"eval.chat: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
