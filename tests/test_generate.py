@@ -234,6 +234,15 @@ def test_an_id_without_probability_is_never_drawn(dtype):
     assert (first == (probs > 0).int().argmax(1)).all() and (last == 4 * sampling.BLOCK - 1 - (probs > 0).flip(1).int().argmax(1)).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 40])
+def test_the_head_product_in_slices(rows):
+    vocab = sampling.LARGE_HEAD + 37
+    hidden, head = torch.randn(rows, 8, dtype=torch.float64), torch.randn(vocab + 3, 8, dtype=torch.float64)[:vocab]
+    out = torch.full((rows, vocab + 5), 7.0, dtype=torch.float64)
+    sampling.head_product(hidden, head, out[:, :vocab])
+    assert torch.allclose(out[:, :vocab], hidden @ head.T, atol=1e-12) and (out[:, vocab:] == 7).all()
+
+
 def test_argmax_takes_the_first_and_the_sampler_its_rows_in_pieces(monkeypatch):
     x = torch.randint(5, (50, 3 * sampling.BLOCK)).float()
     assert torch.equal(sampling.argmax(x), x.argmax(1))
