@@ -1,4 +1,4 @@
-# The two commands of the README: `make kd` and `make test`. Each sets up what it needs in .venv.
+# The commands of the README: `make kd`, `make grpo` and `make test`. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,13 @@ BIN := $(VENV)/bin
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
 
-.PHONY: kd sft test test-slow bench lines clean
+.PHONY: kd grpo sft test test-slow bench lines clean
 
 kd: $(VENV)/run
 	$(BIN)/torchrun train.py --mode kd
+
+grpo: $(VENV)/run
+	$(BIN)/torchrun train.py --mode grpo
 
 sft: $(VENV)/run
 	$(BIN)/torchrun train.py --mode sft
@@ -23,6 +26,7 @@ test-slow: $(VENV)/dev
 
 bench: $(VENV)/run
 	$(BIN)/python -m bench.kd_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
+	$(BIN)/python -m bench.grpo_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
 
 lines:
 	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 4,500)"

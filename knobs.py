@@ -42,12 +42,12 @@ class Config:
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=200)
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=150)
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
     batch_size: int = knob(32, "examples (in grpo: samples) per step, over all ranks", grpo=128)
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
     weighting: str = knob("token", "every token counts the same, or every sequence", only={"mode": ("sft", "kd")}, choices=WEIGHTINGS)
-    lr: float = knob(5e-3, "peak learning rate", grpo=1e-3)
+    lr: float = knob(5e-3, "peak learning rate", grpo=3e-4)
     warmup: int = knob(20, "steps of linear warm-up")
     schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"), grpo="linear")
     lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
@@ -79,7 +79,7 @@ class Config:
     sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=ON_POLICY)
 
     grpo_variant: str = knob("token", "the loss; grpo: DeepSeekMath's, token: DAPO's", only=GRPO, choices=VARIANTS)
-    grpo_samples: int = knob(16, "samples per prompt", only=GRPO)
+    grpo_samples: int = knob(8, "samples per prompt", only=GRPO)
     grpo_reward: str = knob("accuracy", f"parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or path/to/file.py:function", only=GRPO)
     grpo_baseline: str = knob("std", "what an advantage is measured against", only=GRPO, choices=BASELINES)
     grpo_clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this", only=GRPO)

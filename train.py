@@ -68,6 +68,8 @@ def embedded(cfg, rank, what, recipe):
     knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
+    if found := parallel.broadcast(finished_run(cfg.runs, knobs, whole.steps) if rank == 0 else None):
+        return found
     with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
         if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
             if rank == 0:
@@ -77,6 +79,19 @@ def embedded(cfg, rank, what, recipe):
     if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
         raise RunFailed(f"stopped before the embedded {what} was ready; the same command goes on with it")
     return RunFolder(path).step_folder(whole.steps)
+
+
+def finished_run(runs, knobs, steps):
+    """The last checkpoint of a run that did just this, with this tokenizer: `make grpo` goes on from what `make kd` left. Or None."""
+    for path in sorted(Path(runs).glob("*/config.json")):
+        try:
+            stored = {k: v for k, v in json.loads(path.read_text()).items() if k not in PASSING}
+            last = RunFolder(path.parent).step_folder(steps)
+            if stored == knobs and (last / "tokenizer.json").read_bytes() == embedded_tokenizer().files["tokenizer.json"]:
+                return last
+        except (OSError, ValueError, AttributeError):
+            continue  # another run's folder, or one being written
+    return None
 
 
 PASSING = ("name", "runs", "resume", "device", "keep", "log_every", "wandb")  # knobs that do not change what a run learns

@@ -59,6 +59,7 @@ class Log:
     def progress(self, step, steps, values, left):
         shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}
         parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {shown['loss']:.4f}", f"|g| {shown['grad_norm']:.2f}"]
+        parts += [f"reward {shown['rollout/reward']:.3f}"] if "rollout/reward" in shown else []
         parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
         parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
         parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []

@@ -61,6 +61,9 @@ def eval_names(metrics):
     return sorted({name for m in metrics for name in m if name.startswith("eval/")})
 
 
+STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  # where a run has them
+
+
 def summary(run, teacher_folder=None):
     """The table at the end of a run: held-out measures before and after, beside the teacher's where they are known."""
     metrics = read_metrics(run)
@@ -73,9 +76,9 @@ def summary(run, teacher_folder=None):
         values = series(metrics, name)[1]
         of_teacher = series(teacher, name)[1]
         rows.append([name, _show(name, values[0]), _show(name, values[-1]), _show(name, of_teacher[-1]) if of_teacher else "-"])
-    losses = series(metrics, "train/loss")[1]
-    if losses:
-        rows.append(["train/loss", f"{losses[0]:.4f}", f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", "-"])
+    for name in STEPWISE:
+        if values := series(metrics, name)[1]:
+            rows.append([name, f"{values[0]:.4f}", f"{sum(values[-20:]) / len(values[-20:]):.4f}", "-"])
     rows = [["", "before", "after", "teacher"], *rows]
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
@@ -87,27 +90,32 @@ def summary(run, teacher_folder=None):
 
 
 def _show(name, value):
-    return f"{value:.1%}" if name.endswith(("/accuracy", "/stopped")) else f"{value:.4f}"
+    return f"{value:.1%}" if name.endswith(("/accuracy", "/lenient", "/stopped")) else f"{value:.4f}"
 
 
 def draw_curves(run):
-    """curves.png: the training loss, then every held-out measure, over steps."""
+    """curves.png: what every step measured, smoothed, then every held-out measure, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     metrics = read_metrics(run)
-    names = ["train/loss", *(n for n in eval_names(metrics) if n.endswith(("/accuracy", "/loss")))]
-    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
-    for ax, name in zip(axes[0], names):
+    names = [n for n in STEPWISE if n == "train/loss" or series(metrics, n)[0]]
+    names += [n for n in eval_names(metrics) if n.endswith(("/accuracy", "/loss"))]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    for ax, name in zip(axes.flat, names):
         x, y = series(metrics, name)
-        if name == "train/loss":
+        if name in STEPWISE:
             ax.plot(x, y, color="#b9cbe6", linewidth=0.8)
             window = max(1, len(y) // 40)
             smooth = [sum(y[max(0, i - window) : i + 1]) / len(y[max(0, i - window) : i + 1]) for i in range(len(y))]
             ax.plot(x, smooth, color="#2b5c9e")
-            if y and min(y) > 0:
+            if name == "train/loss" and y and min(y) > 0:
                 ax.set_yscale("log")
         else:
             ax.plot(x, y, "o-", color="#c4572e")

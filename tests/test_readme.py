@@ -1,5 +1,6 @@
 """The README's snippets, executed (smaller); its commands, which name files that are not here, checked as far as they can be."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -45,6 +46,8 @@ def test_every_command_exists_and_parses(line):
         argv = [w.replace("recipes/", f"{ROOT}/recipes/") for w in words[words.index("train.py") + 1 :]]
         if argv != ["--help"]:
             train.check(config.parse(train.Config, argv)[0])
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2])
     else:
         assert words[:2] == ["wandb", "sweep"] and (ROOT / words[2]).is_file()
 
