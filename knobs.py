@@ -42,7 +42,7 @@ class Config:
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=150)
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=200)
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
     batch_size: int = knob(32, "examples (in grpo: samples) per step, over all ranks", grpo=128)
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
