@@ -330,7 +330,8 @@ def train(cfg, run, stop):
         stopping = parallel.all_reduce_sum([stop.received], run.device)[0] > 0
         seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
-            log.evaluation(step, steps, *evaluate(run.model, run.dataset, run.stop_ids, sft_loss, cfg.micro_tokens, cfg.eval_tokens, run.rank, run.world))
+            run_on = dict(rank=run.rank, world=run.world, teacher=run.teacher, vocab=run.vocab)
+            log.evaluation(step, steps, *evaluate(run.model, run.dataset, run.stop_ids, sft_loss, cfg.micro_tokens, cfg.eval_tokens, **run_on))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
             state = {"source": parallel.gather(run.source.state()), "counters": counters}
             if run.rank == 0:

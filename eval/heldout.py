@@ -1,19 +1,25 @@
-"""The evaluation inside a run: loss and greedy answers on examples that were held out of the training data."""
+"""The evaluation inside a run: loss and greedy answers on examples that were held out of the training data, and how far a teacher is."""
 
 import itertools
 
+import numpy as np
 import torch
 
-from data.batch import Batch
+from data.batch import Batch, Document
 from data.tasks import TASKS, grade
 from kernels.attention import PackedAttention
+from kernels.chunk import accumulate_dtype, default_chunk_rows
 from model import parallel
 from model.generate import generate
 
+COMPARED = 100  # held-out prompts on which a teacher and its student are compared
+POSITIONS = (0, 8, 16, 32, 64, 128)  # where the buckets of the per-position divergence begin
+
 
 @torch.no_grad()
-def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, rank=0, world=1):
-    """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy. Returns (metrics, samples)."""
+def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, rank=0, world=1, teacher=None, vocab=None):
+    """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy; against a teacher the measures of
+    `compare`, on what the teacher and what the student answer to the same prompts. Returns (metrics, samples)."""
     model.eval()
     device, formatter = model.head_VD.device, dataset.formatter
     documents = dataset.held_out_documents()[rank::world]
@@ -24,8 +30,16 @@ def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, ra
         loss_sum, _ = loss_fn(hidden_TD, model.head_VD, None, micro)
         total, count = total + float(loss_sum), count + micro.normaliser
     examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][rank::world]
-    answers = generate(model, [formatter.prompt(e) for e in examples], max_new_tokens, stop_ids, vocab=formatter.tokenizer.size)
+    prompts = [formatter.prompt(e) for e in examples]
+    answers = generate(model, prompts, max_new_tokens, stop_ids, vocab=formatter.tokenizer.size)
     samples = [_sample(e, formatter.tokenizer.decode(a.tokens, skip_special=True), a) for e, a in zip(examples, answers)]
+    sums = {}
+    if teacher:
+        few = prompts[: -(-COMPARED // world)]
+        theirs = generate(teacher, few, max_new_tokens, stop_ids, vocab=vocab)
+        for author, written in (("teacher", theirs), ("student", answers)):
+            batch = Batch.pack(_document(p, a.tokens) for p, a in zip(few, written))
+            sums |= {f"on_{author}/{k}": v for k, v in compare(model, teacher, batch, vocab, micro_tokens).items()}
     model.train()
     samples = [s for each in itertools.zip_longest(*parallel.gather(samples)) for s in each if s]  # in the examples' order
     total, count = parallel.all_reduce_sum([total, count], device)
@@ -33,7 +47,37 @@ def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, ra
     if n := len(samples):
         metrics |= {name: sum(s[name] for s in samples) / n for name in ("correct", "lenient", "stopped")} | {"problems": n}
         metrics["accuracy"] = metrics.pop("correct")
+    metrics |= {name: total / count for name, (total, count) in parallel.reduce_metrics(sums).items() if count}
     return {f"eval/{dataset.label}/{name}": value for name, value in metrics.items()}, samples
+
+
+@torch.no_grad()
+def compare(model, teacher, batch, vocab, micro_tokens):
+    """{measure: (sum, count)} over the loss rows of a batch, at temperature 1 in nats: forward and reverse KL, how often both have the same
+    likeliest token, both entropies, and the forward KL by position in the answer."""
+    sums = {}
+    for micro in batch.split(micro_tokens):
+        position = [i for d in micro.documents for i in range(np.count_nonzero(d.weights))]
+        moved = micro.to(model.head_VD.device)
+        attend = PackedAttention(micro.lengths, model.head_VD.device)
+        hidden = [moved.select(m(moved.tokens_T, moved.positions_T, attend)) for m in (model, teacher)]
+        for lo in range(0, len(position), step := max(1, default_chunk_rows(vocab, attend.back_T.device) // 8)):
+            logits = (h[lo : lo + step] @ m.head_VD[:vocab].to(h.dtype).t() for h, m in zip(hidden, (model, teacher)))
+            ls, lt = (torch.log_softmax(z.to(accumulate_dtype(z)), 1) for z in logits)
+            values = {"forward_kl": (lt.exp() * (lt - ls)).sum(1), "reverse_kl": (ls.exp() * (ls - lt)).sum(1), "top1": ls.argmax(1) == lt.argmax(1)}
+            values |= {"entropy": -(ls.exp() * ls).sum(1), "teacher_entropy": -(lt.exp() * lt).sum(1)}
+            bucket = np.searchsorted(POSITIONS, position[lo : lo + step], side="right") - 1
+            for i in np.unique(bucket):
+                values[f"forward_kl_from_{POSITIONS[i]}"] = values["forward_kl"][torch.from_numpy(bucket == i).to(ls.device)]
+            for name, x in values.items():
+                old = sums.get(name, (0.0, 0))
+                sums[name] = (old[0] + float(x.double().sum()), old[1] + len(x))
+    return sums
+
+
+def _document(prompt, completion):
+    tokens = np.array([*prompt, *completion], np.int32)
+    return Document(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
 
 
 def _sample(example, text, answer):

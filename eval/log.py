@@ -50,7 +50,7 @@ class Log:
     def evaluation(self, step, steps, metrics, samples):
         self.metrics(step, metrics)
         self.samples(step, samples)
-        self.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items()))
+        self.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2))
 
     def say(self, text):
         if not self.rank:

@@ -71,7 +71,7 @@ def summary(run, teacher_folder=None):
     teacher = read_metrics(teacher_run) if teacher_run else []
     rows = []
     for name in eval_names(metrics):
-        if name.endswith("/problems"):
+        if name.endswith("/problems") or "_from_" in name:
             continue
         values = series(metrics, name)[1]
         of_teacher = series(teacher, name)[1]
@@ -90,7 +90,7 @@ def summary(run, teacher_folder=None):
 
 
 def _show(name, value):
-    return f"{value:.1%}" if name.endswith(("/accuracy", "/lenient", "/stopped")) else f"{value:.4f}"
+    return f"{value:.1%}" if name.endswith(("/accuracy", "/lenient", "/stopped", "/top1")) else f"{value:.4f}"
 
 
 def draw_curves(run):

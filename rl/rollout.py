@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import random
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Group:
         return [reward for reward, *_ in self.judged]
 
 
-class Rollouts:
+class Rollouts(Iterator):
     """Endless batches of `per_batch` groups over all ranks.
 
     prompt_at(position) -> (example, ids); write(prompts, seeds) -> completions; judge(example, completion) -> (reward, parts, verdict,
@@ -51,9 +52,6 @@ class Rollouts:
         self.updates, self.epochs, self.refills, self.mask_truncated = updates, epochs, refills, mask_truncated
         self.price, self.logged, self.rank, self.world = price, logged, rank, world
         self.position, self.pending = 0, []
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         if not self.pending:
@@ -162,15 +160,12 @@ class Rollouts:
         return lines[: self.logged]
 
 
-class Mixed:
+class Mixed(Iterator):
     """Each batch is from `second` with probability `share`, else from `first`; which one depends on (seed, number) alone (GKD's
     mixture, arXiv 2306.13649, algorithm 1)."""
 
     def __init__(self, first, second, share, seed):
         self.sources, self.share, self.seed, self.count = (first, second), share, seed, 0
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         chosen = self.sources[random.Random(f"{self.seed}/{self.count}").random() < self.share]
