@@ -11,7 +11,7 @@ import torch
 from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
 
 BLOCK = 512  # ids whose probabilities are summed first
-LARGE_HEAD, SLICE = 1 << 14, 64  # on a CPU, heads with more rows are multiplied in slices of this many
+LARGE_HEAD, SLICE = 1 << 14, 128  # on a CPU, heads with more rows are multiplied in slices of this many
 NUCLEUS = 1024  # ids that are sorted first for top-p; most often they hold its mass
 
 
