@@ -64,7 +64,8 @@ def compare(name, model, theirs, prompts, limit, stop_ids, batch_size, repeats):
         if theirs:
             other.append(sum(lengths) / timed(run_theirs, theirs, prompts, lengths, batch_size)[0])
         print(".", end="", file=sys.stderr, flush=True)
-    facts = f"{name:<22}{len(prompts):>4} sequences, {sum(lengths) / len(lengths):5.1f} tokens on average, {max(lengths):>3} at most, {batch_size:>2} rows:"
+    mean = sum(lengths) / len(lengths)
+    facts = f"{name:<22}{len(prompts):>4} sequences, {mean:5.1f} tokens on average, {max(lengths):>3} at most, {batch_size:>2} rows:"
     gain = f"{statistics.median(other):8.1f} transformers, ours {statistics.median(a / b for a, b in zip(ours, other)):.2f}x" if theirs else ""
     print(f"\r{facts}{statistics.median(ours):8.1f} tokens/s {gain}", flush=True)
 

@@ -29,13 +29,9 @@ class Stream:
         if not text.endswith("\ufffd"):
             self.show(text)
 
-    def show(self, text):
-        print(text[len(self.text) :], end="", flush=True)
+    def show(self, text, end=""):
+        print(text[len(self.text) :], end=end, flush=True)
         self.text = text
-
-    def finish(self):
-        self.show(self.tokenizer.decode(self.ids, skip_special=True))
-        print(flush=True)
 
 
 def parse(argv):
@@ -79,9 +75,10 @@ def answer(model, tokenizer, stop_ids, messages, args):
                           top_k=args.top_k, top_p=args.top_p, seeds=[(args.seed << 20) + len(messages)], on_token=stream)[0]  # fmt: skip
     except ValueError as e:
         raise UserError(str(e)) from None
-    stream.finish()
+    stream.show(tokenizer.decode(result.tokens, skip_special=True), end="\n")
     if args.logp:
-        print(f"[{len(result.tokens)} tokens, mean log-prob {sum(result.logp) / len(result.logp):.4f}{'' if result.stopped else ', cut off'}]", flush=True)
+        mean = sum(result.logp) / len(result.logp)
+        print(f"[{len(result.tokens)} tokens, mean log-prob {mean:.4f}{'' if result.stopped else ', cut off'}]", flush=True)
     return stream.text
 
 
