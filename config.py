@@ -14,6 +14,9 @@ from pathlib import Path
 from errors import UserError
 
 
+ABOVE_0 = ("a value above 0",)  # in `only`: a number that switches something on
+
+
 def knob(default, help, only=None, choices=None, **by_mode):
     """A config field. `only` names what must hold for a run to read it: {"mode": ("kd",), "kd_divergence": ("jsd",)}, or a list of
     such, one of which must hold. by_mode: defaults of its own for a mode (`grpo=64`)."""
@@ -146,7 +149,12 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _holds(config, condition):
-    return all(str(getattr(config, k)) in map(str, v) for k, v in condition.items())
+    return not _unmet(config, condition)
+
+
+def _unmet(config, condition):
+    holds = lambda value, wanted: value > 0 if wanted == ABOVE_0 else str(value) in map(str, wanted)
+    return {k: v for k, v in condition.items() if not holds(getattr(config, k), v)}
 
 
 def _reads(config, field):
@@ -155,8 +163,7 @@ def _reads(config, field):
 
 def _unread(config, field):
     """Why this run does not read the knob, by the condition that is nearest to holding."""
-    unmet = lambda condition: {k: v for k, v in condition.items() if str(getattr(config, k)) not in map(str, v)}
-    key, values = next(iter(min(map(unmet, field.metadata["only"]), key=len).items()))
+    key, values = next(iter(min((_unmet(config, c) for c in field.metadata["only"]), key=lambda unmet: ("mode" in unmet, len(unmet))).items()))
     readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
     near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
     hint = f" (nearest that is: {near[0]})" if near else ""

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from config import knob
+from config import ABOVE_0, knob
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
@@ -15,7 +15,8 @@ from rl.advantage import BASELINES
 from rl.reward import PARTS
 
 KD, GRPO = {"mode": ("kd",)}, {"mode": ("grpo",)}
-WITH_TEACHER = {"mode": ("kd", "grpo")}
+WITH_TEACHER = [KD, GRPO | {"grpo_kd": ABOVE_0}]
+WITH_REFERENCE = GRPO | {"grpo_beta": ABOVE_0}
 ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
 
 
@@ -61,7 +62,7 @@ class Config:
     teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=WITH_TEACHER)
     kd_divergence: str = knob("forward_kl", "from the teacher", only=WITH_TEACHER, choices=DIVERGENCES, grpo="reverse_kl")
     kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
-                          only=WITH_TEACHER | {"kd_divergence": WITH_BETA})  # fmt: skip
+                          only=[c | {"kd_divergence": WITH_BETA} for c in WITH_TEACHER])  # fmt: skip
     kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
     kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
     kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
@@ -76,7 +77,7 @@ class Config:
     sample_top_k: int = knob(0, "sample from the k likeliest tokens only; 0: all", only=ON_POLICY)
     sample_top_p: float = knob(1.0, "sample from the likeliest tokens with this mass only", only=ON_POLICY)
     sample_batch: int = knob(256, "sequences generated at once, per rank", only=ON_POLICY)
-    sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=ON_POLICY)
+    sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=GRPO)
 
     grpo_variant: str = knob("token", "the loss; grpo: DeepSeekMath's, token: DAPO's", only=GRPO, choices=VARIANTS)
     grpo_samples: int = knob(8, "samples per prompt", only=GRPO)
@@ -85,9 +86,9 @@ class Config:
     grpo_clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this", only=GRPO)
     grpo_clip_high: float = knob(0.2, "and above 1 plus this", only=GRPO)
     grpo_beta: float = knob(0.0, "weight of the KL to the reference; 0: no reference is held", only=GRPO)
-    reference: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the policy as it starts", only=GRPO)
-    grpo_kl: str = knob("k3", "its estimate", only=GRPO, choices=KL_ESTIMATES)
-    grpo_kl_in: str = knob("loss", "where it goes", only=GRPO, choices=("loss", "reward"))
+    reference: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the policy as it starts", only=WITH_REFERENCE)
+    grpo_kl: str = knob("k3", "its estimate", only=WITH_REFERENCE, choices=KL_ESTIMATES)
+    grpo_kl_in: str = knob("loss", "where it goes", only=WITH_REFERENCE, choices=("loss", "reward"))
     grpo_entropy: float = knob(0.0, "weight of an entropy bonus", only=GRPO)
     grpo_updates: int = knob(1, "optimizer steps that share one rollout, each on its own part", only=GRPO)
     grpo_epochs: int = knob(1, "passes over each rollout", only=GRPO)
@@ -138,13 +139,13 @@ def check(cfg):
     need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
     need(0 <= cfg.kd_mix <= 1, "--kd_mix must be between 0 and 1")
-    need(cfg.sample_temperature > 0, "--sample_temperature must be positive: samples of one prompt must differ")
+    need(0 < cfg.sample_temperature < math.inf, "--sample_temperature must be positive: samples of one prompt must differ")
     need(0 < cfg.sample_top_p <= 1, "--sample_top_p must be above 0 and at most 1")
     plain = cfg.sample_top_p == 1 and cfg.sample_top_k == 0
     need(plain or cfg.mode != "grpo", "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole distribution")
     if cfg.mode == "kd" and cfg.kd_signal == "sampled":
         need(cfg.kd_prefix == "student", "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's own tokens")
-        need(cfg.kd_mix == 1 and cfg.kd_ce == 0 and plain, "--kd_signal sampled takes no --kd_mix, --kd_ce, --sample_top_k or --sample_top_p")
+        need(cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared and plain, "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or --sample_top_p")
         need(cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
              "--kd_signal sampled is the reverse KL at the sampling temperature: set --kd_divergence reverse_kl and equal temperatures")  # fmt: skip
     if cfg.mode == "grpo":
@@ -152,9 +153,7 @@ def check(cfg):
         need(cfg.batch_size % cfg.grpo_samples == 0, f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}")
         need(0 < cfg.grpo_clip_low <= 1 and cfg.grpo_clip_high > 0, "--grpo_clip_low must be in (0, 1], --grpo_clip_high positive")
         need(cfg.grpo_cap >= 1, "--grpo_cap must be at least 1")
-        need(cfg.grpo_beta > 0 or not cfg.reference, "--reference is not read without --grpo_beta")
         need(cfg.show_batch == 0, "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)")
-        need(cfg.grpo_kd > 0 or not cfg.teacher, "--teacher is not read without --grpo_kd")
         need(cfg.grpo_overlong <= cfg.sample_tokens, "--grpo_overlong must not exceed --sample_tokens")
 
 
@@ -163,5 +162,7 @@ def kept(stored):
     names = ["mode", "model", "tokenizer", "seed", "data", "train_examples", "overlong", "batch_size", "weighting"]
     names += ["template", "system_prompt", "prompt_suffix"]
     names += ["kd_prefix", "kd_mix", "kd_signal", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
+    if stored.get("grpo_updates", 1) * stored.get("grpo_epochs", 1) > 1:  # unspent samples were scored and weighted by these
+        names += ["sample_temperature", "grpo_variant", "grpo_beta", "grpo_kl_in", "grpo_correction", "grpo_kd", "teacher"]
     names += ["micro_tokens"] if stored.get("overlong") == "drop" else []  # it says what is dropped
     return names if task_of(str(stored.get("data"))) else [*names, "eval_examples"]  # held-out examples are carved from a file

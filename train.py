@@ -145,7 +145,7 @@ def build(cfg, run):
 
 def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1, **more):
     """Batches of what `author` (a model) writes on the dataset's prompts."""
-    formatter, order = run.dataset.formatter, Order(len(run.dataset), cfg.seed)
+    formatter, order = run.dataset.formatter, Order(len(run.dataset), cfg.seed + (cfg.kd_mix < 1))  # beside the data, not along with it
 
     def prompt_at(position):
         example = run.dataset.example(order(position))
@@ -278,10 +278,17 @@ def set_up(cfg, held):
     reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
     if reward:
         dataset.need_answers(unless=reward.function)
+    if cfg.mode == "grpo" or cfg.mode == "kd" and cfg.kd_prefix != "data":
+        dataset.need_room(cfg.sample_tokens)
+    origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
+    reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
+    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, Tokenizer.load(origin) if origin else None, reference_shape) < vocab:
+        raise UserError(f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab:,} ids; it must share the policy's vocabulary")
     if cfg.show_batch:
         batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
         return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
-    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / (cfg.batch_size // (cfg.grpo_samples if cfg.mode == "grpo" else 1)))
+    prompts, passes = (cfg.batch_size // cfg.grpo_samples, cfg.grpo_epochs) if cfg.mode == "grpo" else (cfg.batch_size, 1)
+    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / prompts) * passes
     if steps == 0:
         raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
     knobs = configuration.resolved(cfg, without=("name", "resume"))
@@ -296,7 +303,7 @@ def set_up(cfg, held):
     frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
     teacher = frozen(teacher_shape, teacher_folder) if has_teacher else None
     origin = origin if cfg.reference else student_folder
-    reference = frozen(read_config(cfg.reference or cfg.model, origin), origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
+    reference = frozen(reference_shape, origin) if reference_shape else None
     if cfg.compile:
         for block in (block for m in (model, teacher, reference) if m for block in m.layers):
             block.compile_halves()
@@ -343,7 +350,8 @@ def train(cfg, run, stop):
         clock = time.perf_counter()
         batch = next(run.source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
-        sums = forward_backward(run.model, run.teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device) if norm > 0 else {}
+        teacher = run.teacher if cfg.kd_signal != "sampled" else None  # its word is in the advantages already
+        sums = forward_backward(run.model, teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device) if norm > 0 else {}
         parallel.sync_gradients(run.model)
         grad_norm, finite = clip_gradients(run.model, cfg.clip)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
@@ -354,7 +362,7 @@ def train(cfg, run, stop):
             counters["skipped_in_a_row"] = 0
         else:
             counters["skipped"] += 1
-            counters["skipped_in_a_row"] += 1
+            counters["skipped_in_a_row"] += norm > 0  # a rollout without anything to learn from is no failure
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)

@@ -259,6 +259,13 @@ class Dataset:
         if bad:
             raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such examples); give --grpo_reward path/to/file.py:function")
 
+    def need_room(self, new_tokens):
+        """Refuse prompts that leave less than `new_tokens` for an answer."""
+        documents = self._documents or [self.get(0), *self._held_out_documents]
+        longest = max(int((d.weights != 0).argmax()) for d in documents)
+        if longest + new_tokens > self.max_tokens:
+            raise UserError(f"--sample_tokens {new_tokens} and the longest prompt ({longest}) do not fit --micro_tokens {self.max_tokens}; raise it")
+
     def held_out_documents(self):
         return self._held_out_documents
 

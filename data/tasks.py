@@ -23,6 +23,10 @@ class Example:
     task: str = ""
     origin: str = ""
 
+    @property
+    def question(self):
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

@@ -8,7 +8,7 @@ import torch
 from data.batch import Batch, Document
 from data.tasks import TASKS, grade
 from kernels.attention import PackedAttention
-from kernels.chunk import accumulate_dtype, default_chunk_rows
+from kernels.chunk import accumulate_dtype, default_chunk_rows, product
 from model import parallel
 from model.generate import generate
 
@@ -56,14 +56,13 @@ def compare(model, teacher, batch, vocab, micro_tokens):
     """{measure: (sum, count)} over the loss rows of a batch, at temperature 1 in nats: forward and reverse KL, how often both have the same
     likeliest token, both entropies, and the forward KL by position in the answer."""
     sums = {}
-    for micro in batch.split(micro_tokens):
+    for micro in batch.split(max([micro_tokens, *batch.lengths])):
         position = [i for d in micro.documents for i in range(np.count_nonzero(d.weights))]
         moved = micro.to(model.head_VD.device)
         attend = PackedAttention(micro.lengths, model.head_VD.device)
         hidden = [moved.select(m(moved.tokens_T, moved.positions_T, attend)) for m in (model, teacher)]
         for lo in range(0, len(position), step := max(1, default_chunk_rows(vocab, attend.back_T.device) // 8)):
-            logits = (h[lo : lo + step] @ m.head_VD[:vocab].to(h.dtype).t() for h, m in zip(hidden, (model, teacher)))
-            ls, lt = (torch.log_softmax(z.to(accumulate_dtype(z)), 1) for z in logits)
+            ls, lt = (torch.log_softmax(_logits(h[lo : lo + step], m.head_VD[:vocab]), 1) for h, m in zip(hidden, (model, teacher)))
             values = {"forward_kl": (lt.exp() * (lt - ls)).sum(1), "reverse_kl": (ls.exp() * (ls - lt)).sum(1), "top1": ls.argmax(1) == lt.argmax(1)}
             values |= {"entropy": -(ls.exp() * ls).sum(1), "teacher_entropy": -(lt.exp() * lt).sum(1)}
             bucket = np.searchsorted(POSITIONS, position[lo : lo + step], side="right") - 1
@@ -75,6 +74,11 @@ def compare(model, teacher, batch, vocab, micro_tokens):
     return sums
 
 
+def _logits(hidden_nD, head_VD):
+    out_nV = torch.empty(len(hidden_nD), len(head_VD), dtype=accumulate_dtype(hidden_nD), device=hidden_nD.device)
+    return product(hidden_nD, head_VD.to(hidden_nD.dtype).t(), out_nV)
+
+
 def _document(prompt, completion):
     tokens = np.array([*prompt, *completion], np.int32)
     return Document(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
@@ -82,5 +86,5 @@ def _document(prompt, completion):
 
 def _sample(example, text, answer):
     verdict = grade(example, text)
-    return dict(question=example.messages[-2]["content"], gold=example.answer, text=text, correct=verdict.strict, lenient=verdict.lenient,
+    return dict(question=example.question, gold=example.answer, text=text, correct=verdict.strict, lenient=verdict.lenient,
                 parsed=verdict.parsed, tokens=len(answer.tokens), stopped=answer.stopped)  # fmt: skip

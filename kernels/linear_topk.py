@@ -4,6 +4,8 @@ Without that bucket a top-k "KL" is no divergence: it ignores, or renormalises a
 lower bound of the full one (data processing inequality), and exact at k = V. Legend: N rows, n rows of a chunk, V vocabulary, k listed.
 """
 
+import math
+
 import torch
 
 from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product
@@ -11,7 +13,8 @@ from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_
 
 @torch.no_grad()
 def topk_logprobs(hidden_ND, head_VD, k, *, temperature=1.0, vocab=None, chunk_rows=None):
-    """The k likeliest ids and their log-probs (nats) under softmax(hidden @ head[:vocab]ᵀ / temperature): [N, k], [N, k]."""
+    """The k likeliest ids and their log-probs (nats) under softmax(hidden @ head[:vocab]ᵀ / temperature): [N, k], and [N, k + 1] with that of
+    all other ids together behind them (summed, not 1 − Σ p, which cancels where a teacher is certain)."""
     vocab = vocab or head_VD.shape[0]
     head_VD, chunk_rows = head_VD[:vocab].to(hidden_ND.dtype), chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
     ids, logps = [], []
@@ -20,16 +23,18 @@ def topk_logprobs(hidden_ND, head_VD, k, *, temperature=1.0, vocab=None, chunk_r
         logits = product(rows_nD, head_VD.t(), logits).div_(temperature)
         top_nk, id_nk = logits.topk(min(k, vocab), 1)
         ids.append(id_nk)
-        logps.append(top_nk - logits.logsumexp(1, keepdim=True))
+        total_n1 = logits.logsumexp(1, keepdim=True)
+        tail_n1 = logits.scatter_(1, id_nk, float("-inf")).logsumexp(1, keepdim=True)
+        logps.append(torch.cat((top_nk, tail_n1), 1) - total_n1)
     if not ids:
-        return torch.empty(0, k, dtype=torch.long, device=hidden_ND.device), hidden_ND.new_empty(0, k)
+        return torch.empty(0, k, dtype=torch.long, device=hidden_ND.device), hidden_ND.new_empty(0, k + 1)
     return torch.cat(ids), torch.cat(logps)
 
 
 def linear_topk_divergence(
-    hidden_ND, head_VD, ids_Nk, teacher_logp_Nk, weight_N, divergence, *, temperature=1.0, scale=1.0, logprob=None, vocab=None, chunk_rows=None
+    hidden_ND, head_VD, ids_Nk, teacher_logp_NB, weight_N, divergence, *, temperature=1.0, scale=1.0, logprob=None, vocab=None, chunk_rows=None
 ):
-    """Σ_n weight_n · scale · D over the k listed ids and the bucket of all others.
+    """Σ_n weight_n · scale · D over the k listed ids and the bucket of all others (teacher_logp_NB: as `topk_logprobs` gives them).
 
     divergence(logp_student_nB, logp_teacher_nB) -> value_n in plain torch, B = k + 1 buckets. logprob: a LogprobTerm on the same logits.
     Gradients reach hidden_ND and head_VD. Returns (loss_sum, {"divergence": [N]}).
@@ -39,11 +44,11 @@ def linear_topk_divergence(
 
     def block_loss(logits_nV, rows, want_grad):
         extra_nV = logits_nV.clone() if logprob else None
-        id_nk, lt_nB = ids_Nk[rows], with_tail(teacher_logp_Nk[rows].to(logits_nV.dtype))
+        tiny = torch.finfo(logits_nV.dtype).tiny
+        id_nk, lt_nB = ids_Nk[rows], teacher_logp_NB[rows].to(logits_nV.dtype).clamp(min=math.log(tiny))
         p_nV = torch.softmax(logits_nV / temperature, 1, out=logits_nV)
         p_nk = p_nV.gather(1, id_nk)
         tail_n1 = p_nV.scatter_(1, id_nk, 0).sum(1, keepdim=True)  # not 1 − Σ p: that would cancel
-        tiny = torch.finfo(p_nV.dtype).tiny
         with torch.enable_grad():
             ls_nB = torch.cat((p_nk, tail_n1), 1).clamp(min=tiny).log().requires_grad_(want_grad)
             value_n = divergence(ls_nB, lt_nB)
@@ -64,10 +69,3 @@ def linear_topk_divergence(
         return torch.cat([block_loss(logits_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in blocks(len(logits_nV), vocab, logits_nV.device)])
 
     return chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows), {"divergence": value_N}
-
-
-def with_tail(logp_nk):
-    """[n, k] log-probs -> [n, k+1], the last one that of all other ids together."""
-    mass_n1 = logp_nk.exp().sum(1, keepdim=True)
-    tail_n1 = (1 - mass_n1).clamp(min=torch.finfo(logp_nk.dtype).tiny)
-    return torch.cat((logp_nk, tail_n1.log()), 1)

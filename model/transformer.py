@@ -6,6 +6,7 @@ Legend: T packed tokens, D hidden, V vocabulary rows, H query heads, K key-value
 """
 
 import dataclasses
+import types
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +142,8 @@ class Block(nn.Module):
         return self.after(x_TD, attend(layer, *self.before(x_TD, rope)))
 
     def compile_halves(self):
-        """Shapes may vary (`torch.compile` makes them symbols at the second one it sees)."""
-        self.before, self.after = torch.compile(self.before), torch.compile(self.after)
+        """Shapes may vary (`torch.compile` makes them symbols at the second one it sees). Methods, so that a copy compiles its own weights."""
+        self.before, self.after = (types.MethodType(torch.compile(f), self) for f in (Block.before, Block.after))
 
 
 class Transformer(nn.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def parse_reward(spec, limit, overlong=0, truncated=0.0):
 def load_function(path, name):
     if not Path(path).is_file():
         raise UserError(f"--grpo_reward {path}: no such file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as e:

@@ -84,7 +84,13 @@ class Rollouts(Iterator):
         for _ in range(1 + self.refills):
             positions = range(self.position, self.position + wanted - len(kept))
             self.position = positions.stop
-            fresh = self._groups(positions[self.rank :: self.world])
+            fresh, error = [], None
+            try:
+                fresh = self._groups(positions[self.rank :: self.world])
+            except UserError as e:  # a reward of the user's, say: every rank must hear of it
+                error = e
+            if found := [e for e in parallel.gather(error) if e]:
+                raise found[0]
             drawn += fresh
             groups += (good := [g for g in fresh if not self.refills or spread(g.rewards)])
             kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
@@ -105,8 +111,8 @@ class Rollouts(Iterator):
         return groups
 
     def _batches(self, groups, order):
-        """`updates` batches of whole groups, in the order in which they were drawn, whatever rank holds them."""
-        batches = [[] for _ in range(self.updates)]
+        """`updates` batches (fewer if groups are) of whole groups, in the order in which they were drawn, whatever rank holds them."""
+        batches = [[] for _ in range(max(1, min(self.updates, len(order))))]
         made = [self._documents(g) for g in groups]
         if self.score:
             self.score([d for documents in made for d in documents])
@@ -119,7 +125,7 @@ class Rollouts(Iterator):
             for d, completion in zip(documents, group.completions):
                 if self.mask_truncated and not completion.stopped:  # not earlier: its log-probs have a price
                     d.weights[:] = 0
-            batches[ordinal[group.position] // self.per_batch] += documents
+            batches[ordinal[group.position] * len(batches) // len(order)] += documents
         return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
 
     def _documents(self, group):
@@ -154,7 +160,7 @@ class Rollouts(Iterator):
         lines = []
         for g in groups:
             for completion, (reward, parts, verdict, text) in zip(g.completions, g.judged):
-                line = dict(question=g.example.messages[-2]["content"], gold=g.example.answer, text=text, reward=reward, parts=parts)
+                line = dict(question=g.example.question, gold=g.example.answer, text=text, reward=reward, parts=parts)
                 line |= dict(correct=verdict.strict, lenient=verdict.lenient, parsed=verdict.parsed)
                 lines.append(line | dict(tokens=len(completion.tokens), stopped=completion.stopped))
         return lines[: self.logged]

@@ -1,5 +1,6 @@
 """The transformer against `transformers` on the same random weights, checkpoints both ways, and what must be refused."""
 
+import copy
 import dataclasses
 import json
 
@@ -241,4 +242,6 @@ def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
     for lengths in ([6, 7], [40, 3], [11]):
         torch.testing.assert_close(forward(model, lengths), forward(plain, lengths))
     assert len(calls) == 3 * 24 and len(compiled) <= 16
+    twin = copy.deepcopy(model)  # as generation makes one in its own dtype
+    assert all(b.before.__self__ is b and b.after.__self__ is b for b in twin.layers)
     torch._dynamo.reset()

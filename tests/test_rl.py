@@ -88,6 +88,27 @@ def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start,
         assert timeless(cut) == timeless(whole) and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+def test_unspent_samples_keep_what_they_were_scored_with(start, reward, tmp_path):
+    assert run(*GRPO, f"--model={start}", reward, "--grpo_updates=2", "--steps=1", "--name=r", cwd=tmp_path)[0] == 0
+    for more in ("--grpo_beta=0.1", "--sample_temperature=0.5", "--grpo_variant=gspo"):
+        code, said = run("--name=r", "--resume", "--steps=4", more, cwd=tmp_path)
+        assert code == 2 and "keeps it" in said
+    assert run("--name=r", "--resume", "--steps=4", "--grpo_clip_high=0.3", cwd=tmp_path)[0] == 0
+
+
+def test_rollouts_without_anything_to_learn_from_do_not_end_a_run(start, tmp_path):
+    """No sample is right, so every refill is in vain."""
+    args = [*GRPO, f"--model={start}", "--grpo_reward=accuracy", "--grpo_refills=1", "--grpo_updates=2", "--steps=8", "--name=r"]
+    assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
+    assert read_metrics(tmp_path / "runs/r")[-2]["train/skipped"] == 8
+
+
+def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
+    (tmp_path / "bad.py").write_text("import os\ndef f(e, c):\n    if os.environ['RANK'] == '1':\n        raise KeyError('x')\n    return 1.0\n")
+    code, said = run(*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/bad.py:f", "--name=r", "--eval_examples=0", cwd=tmp_path, ranks=2)
+    assert code and said.count("train.py: --grpo_reward") == 2 and "gloo" not in said
+
+
 def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
     args = [*GRPO, "--dtype=float64", "--steps=3", "--grpo_updates=2", f"--model={start}", reward, "--name=r"]
     (one, _), (two, said) = run(*args, "--runs=one", cwd=tmp_path), run(*args, "--runs=two", cwd=tmp_path, ranks=2)
@@ -148,9 +169,13 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(start, tmp_path, 
         (["--grpo_reward=nofile.py:f"], "no such file"),
         (["--kd_temperature=2"], "not read with mode=grpo"),
         (["--weighting=sequence"], "not read with mode=grpo"),
-        (["--teacher=tiny-teacher"], "--grpo_kd"),
+        (["--teacher=tiny-teacher"], "not read with grpo_kd=0.0, only with a value above 0"),
+        (["--grpo_kl=k1"], "not read with grpo_beta=0.0"),
+        (["--reference=tiny"], "not read with grpo_beta"),
+        (["--sample_tokens=300", "--micro_tokens=256"], "do not fit --micro_tokens"),
+        (["--sample_temperature=inf"], "must be positive"),
         (["--sample_temperature=0"], "must be positive"),
-        (["--grpo_kl_in=rewards"], "did you mean reward"),
+        (["--grpo_beta=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
     ],
 )
 def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):

@@ -19,7 +19,7 @@ CONSTANT = functools.partial(constant_length, length=8)
 
 
 def prompt_at(position):
-    example = SimpleNamespace(messages=[{"content": f"q{position}"}, {"content": "a"}], answer=str(position), position=position)
+    example = SimpleNamespace(question=f"q{position}", answer=str(position), position=position)
     return example, [90 + position % 7] * (1 + position % 3)
 
 
