@@ -145,12 +145,14 @@ def check(cfg):
     need(plain or cfg.mode != "grpo", "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole distribution")
     if cfg.mode == "kd" and cfg.kd_signal == "sampled":
         need(cfg.kd_prefix == "student", "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's own tokens")
-        need(cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared and plain, "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or --sample_top_p")
+        alone = cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared and plain
+        need(alone, "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or --sample_top_p")
         need(cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
              "--kd_signal sampled is the reverse KL at the sampling temperature: set --kd_divergence reverse_kl and equal temperatures")  # fmt: skip
     if cfg.mode == "grpo":
         need(cfg.grpo_samples > 1, "--grpo_samples must be at least 2: an advantage compares the samples of a prompt")
-        need(cfg.batch_size % cfg.grpo_samples == 0, f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}")
+        whole = cfg.batch_size % cfg.grpo_samples == 0
+        need(whole, f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}")
         need(0 < cfg.grpo_clip_low <= 1 and cfg.grpo_clip_high > 0, "--grpo_clip_low must be in (0, 1], --grpo_clip_high positive")
         need(cfg.grpo_cap >= 1, "--grpo_cap must be at least 1")
         need(cfg.show_batch == 0, "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)")

@@ -163,6 +163,7 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
 
 def rewarded_rollouts(cfg, run):
     """The source of `grpo`: groups of samples with rewards, and the frozen log-probs that their loss reads."""
+
     def judge(example, completion):
         text = run.tokenizer.decode(completion.tokens, skip_special=True)
         return *run.reward(example, text, len(completion.tokens), completion.stopped), text

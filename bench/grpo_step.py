@@ -116,7 +116,8 @@ def main():
             began = time.perf_counter()
             part()
             seconds[name].append(time.perf_counter() - began)
-    print(f"{2 * SAMPLES} samples of {NEW} new tokens, prompts of {[len(p) for p in prompts]}, {vocab:,} ids, {args.threads} threads, torch {torch.__version__}")
+    print(f"{2 * SAMPLES} samples of {NEW} new tokens, prompts of {[len(p) for p in prompts]}, {vocab:,} ids, {args.threads} threads, "
+          f"torch {torch.__version__}")  # fmt: skip
     for name, values in seconds.items():
         print(f"{name:<24}{statistics.median(values):>8.2f} s")
     total = [a + b for a, b in zip(seconds["rollout"], seconds["update"])]

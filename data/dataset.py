@@ -257,7 +257,7 @@ class Dataset:
         """Refuse to be rewarded for what cannot be graded (unless a function of the user's own does it)."""
         bad = [] if unless else [e for e in self._examples or () if e.answer is None or e.task not in TASKS]
         if bad:
-            raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such examples); give --grpo_reward path/to/file.py:function")
+            raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give --grpo_reward file.py:function")
 
     def need_room(self, new_tokens):
         """Refuse prompts that leave less than `new_tokens` for an answer."""

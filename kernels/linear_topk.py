@@ -66,6 +66,7 @@ def linear_topk_divergence(
         return loss_n
 
     def rows_loss(logits_nV, lo, want_grad):
-        return torch.cat([block_loss(logits_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in blocks(len(logits_nV), vocab, logits_nV.device)])
+        parts = blocks(len(logits_nV), vocab, logits_nV.device)
+        return torch.cat([block_loss(logits_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in parts])
 
     return chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows), {"divergence": value_N}

@@ -57,7 +57,8 @@ def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature,
 
     frozen: (teacher_hidden_NC, teacher_head_UC). Both distributions are softmaxes of logits / T over the shared first
     `vocab` ids; T² keeps the gradient's scale (Hinton et al., arXiv 1503.02531) and is applied if t_squared. CE is taken
-    at T = 1 over the same ids. topk: the teacher is known by its likeliest ids and one bucket for all others. Returns (loss_sum, {metric: (sum, count)}).
+    at T = 1 over the same ids. topk: the teacher is known by its likeliest ids and one bucket for all others.
+    Returns (loss_sum, {metric: (sum, count)}).
     """
     weight_N, target_N = batch.select(batch.weight_T), batch.select(batch.target_T)
     term = LogprobTerm(target_N, weight_N * ce, cross_entropy) if ce else None
