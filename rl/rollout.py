@@ -76,7 +76,7 @@ class Rollouts(Iterator):
         self.pending = [Batch.pack(_from_lists(d) for d in documents) for documents in state["pending"]]
 
     def close(self):
-        pass
+        """Nothing runs in the background."""
 
     def _draw(self):
         """(this rank's groups to train on, the positions of all ranks' such groups in order, all groups that this rank drew)."""
