@@ -7,9 +7,14 @@ order in d: in fp32 they keep six digits where Σ p_t (log p_t − log p_s) keep
 151,665 ids).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product
+from kernels.backend import triton_runs
+from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product, torch_step
+from kernels.linear_logprob import LogprobTerm
 
 
 def _gap(ls, ps, lt, pt):
@@ -59,10 +64,8 @@ def reverse_kl(ls, ps, lt, pt, beta):
 def jsd(ls, ps, lt, pt, beta):
     """β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β p_t + (1−β) p_s (Agarwal et al., arXiv 2306.13649).
 
-    The value and its gradient vanish at both ends; as the literature does, β = 0 is taken as KL(t ‖ s), β = 1 as KL(s ‖ t).
+    It vanishes at both ends (see ENDS).
     """
-    if beta in (0, 1):
-        return (reverse_kl if beta else forward_kl)(ls, ps, lt, pt, beta)
     d, g = _gap(ls, ps, lt, pt)
     rs, rt = _log_ratios(d, beta)
     kl_s = torch.addcmul(g.mul_(-beta), ps, rs, out=g).sum(1, keepdim=True)  # KL(s ‖ m)
@@ -72,8 +75,6 @@ def jsd(ls, ps, lt, pt, beta):
 
 def skew_forward_kl(ls, ps, lt, pt, beta):
     """KL(t ‖ β p_t + (1−β) p_s) (DistiLLM, Ko et al., arXiv 2402.03898, eq. 2; β is its α)."""
-    if beta == 0:
-        return forward_kl(ls, ps, lt, pt, beta)
     d, g = _gap(ls, ps, lt, pt)
     rs, rt = _log_ratios(d, beta)
     u = rs.exp_().mul_(g).mul_((1 - beta) ** 2)  # −(1−β) p_s p_t/m, less a multiple of p_s, which the softmax cancels
@@ -83,8 +84,6 @@ def skew_forward_kl(ls, ps, lt, pt, beta):
 
 def skew_reverse_kl(ls, ps, lt, pt, beta):
     """KL(s ‖ (1−β) p_t + β p_s) (DistiLLM, Ko et al., arXiv 2402.03898, eq. 5; β is its α)."""
-    if beta == 0:
-        return reverse_kl(ls, ps, lt, pt, beta)
     d, g = _gap(ls, ps, lt, pt)
     rs, _ = _log_ratios(d, 1 - beta)
     value = _second_order(ps, -rs, g.mul_(beta - 1)).sum(1)  # m − p_s = −(1−β) g
@@ -98,6 +97,9 @@ def total_variation(ls, ps, lt, pt, beta):
 
 
 HAND_WRITTEN = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)}
+
+# where a divergence is another one: the skewed KLs without skew; at the ends of the JSD, as the literature does, its rescaled limits
+ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_forward_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl"}
 
 
 def _by_autograd(divergence, ls, ps, lt, want_grad):
@@ -122,24 +124,46 @@ def linear_kl(
     Gradients reach hidden_ND and head_VD, never the teacher. Returns (loss_sum, {"divergence": [N]}), the latter detached.
     """
     vocab = vocab or min(head_VD.shape[0], teacher_head_UC.shape[0])
-    hand = HAND_WRITTEN.get(divergence) if isinstance(divergence, str) else None
     teacher_hidden_NC = teacher_hidden_NC.detach()
     teacher_VC = teacher_head_UC.detach()[:vocab].to(teacher_hidden_NC.dtype)
-    chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, hidden_ND.device) // 2)  # two buffers share the budget
-    rows = min(chunk_rows, hidden_ND.shape[0])
-    teacher_logits = torch.empty(rows, vocab, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
-    block_rows = blocks(rows, vocab, hidden_ND.device)[0].stop if rows else 0
-    ps_buffer, pt_buffer = (teacher_logits.new_empty(block_rows, vocab) for _ in range(2))
     value_N = torch.zeros(hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    divergence = ENDS.get((divergence, beta), divergence)
+    loss = Divergence(divergence, beta, temperature, scale, weight_N, value_N, logprob)
+    by_kernel = triton_runs(hidden_ND) and triton_runs(teacher_hidden_NC) and divergence in HAND_WRITTEN
+    step, chunk_rows = (_triton_step if by_kernel else _torch_step)(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows)
+    return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), {"divergence": value_N}
+
+
+@dataclass
+class Divergence:
+    """What a step needs to know of the loss; it fills value_N."""
+
+    name: str | Callable
+    beta: float
+    temperature: float
+    scale: float
+    weight_N: torch.Tensor
+    value_N: torch.Tensor
+    logprob: LogprobTerm | None
+
+
+def _torch_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
+    vocab, device, logprob = teacher_VC.shape[0], hidden_ND.device, loss.logprob
+    chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, device) // 2)  # two buffers share the budget
+    rows = min(chunk_rows, hidden_ND.shape[0])
+    teacher_logits = torch.empty(rows, vocab, dtype=accumulate_dtype(hidden_ND), device=device)
+    block_rows = blocks(rows, vocab, device)[0].stop if rows else 0
+    ps_buffer, pt_buffer = (teacher_logits.new_empty(block_rows, vocab) for _ in range(2))
+    hand = HAND_WRITTEN.get(loss.name) if isinstance(loss.name, str) else None
 
     def block_loss(student_nV, teacher_nV, rows, want_grad):
         extra_nV = student_nV.clone() if logprob else None
-        (ls, ps), (lt, pt) = (_log_softmax_(z, temperature, p[: len(z)]) for z, p in ((student_nV, ps_buffer), (teacher_nV, pt_buffer)))
-        value_n, grad_nV = hand(ls, ps, lt, pt, beta) if hand else _by_autograd(divergence, ls, ps, lt, want_grad)
-        value_N[rows] = value_n
-        loss_n = value_n * weight_N[rows] * scale
+        (ls, ps), (lt, pt) = (_log_softmax_(z, loss.temperature, p[: len(z)]) for z, p in ((student_nV, ps_buffer), (teacher_nV, pt_buffer)))
+        value_n, grad_nV = hand(ls, ps, lt, pt, loss.beta) if hand else _by_autograd(loss.name, ls, ps, lt, want_grad)
+        loss.value_N[rows] = value_n
+        loss_n = value_n * loss.weight_N[rows] * loss.scale
         if want_grad:
-            coefficient_n = (weight_N[rows] * (scale / temperature)).to(value_n.dtype)
+            coefficient_n = (loss.weight_N[rows] * (loss.scale / loss.temperature)).to(value_n.dtype)
             torch.mul(grad_nV, coefficient_n.unsqueeze(1), out=student_nV)
         if logprob:
             loss_n = loss_n + logprob.block(extra_nV, rows, want_grad)
@@ -149,14 +173,35 @@ def linear_kl(
     def rows_loss(logits_nV, lo, want_grad):
         n = logits_nV.shape[0]
         teacher_nV = product(teacher_hidden_NC[lo : lo + n], teacher_VC.t(), teacher_logits[:n])
-        parts = [
-            block_loss(logits_nV[b], teacher_nV[b], slice(lo + b.start, lo + b.stop), want_grad)
-            for b in blocks(n, vocab, logits_nV.device)
-        ]
+        parts = [block_loss(logits_nV[b], teacher_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in blocks(n, vocab, device)]
         return torch.cat(parts)
 
-    loss_sum = chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows)
-    return loss_sum, {"divergence": value_N}
+    return torch_step(rows_loss, rows, vocab, hidden_ND), chunk_rows
+
+
+def _triton_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
+    from kernels import triton_head  # here, so that nothing needs Triton where it is not used
+
+    vocab, logprob = teacher_VC.shape[0], loss.logprob
+    chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
+    student_buffer, teacher_buffer = (triton_head.buffer(min(chunk_rows, len(hidden_ND)), vocab, x) for x in (hidden_ND, teacher_hidden_NC))
+
+    def step(rows_nD, weight_VD, lo, want_grad):
+        n = len(rows_nD)
+        rows = slice(lo, lo + n)
+        teacher = triton_head.logits(teacher_hidden_NC[rows], teacher_VC, temperature=loss.temperature, out_nP=teacher_buffer[:n])
+        of_student = triton_head.of_term(logprob, rows, second=loss.temperature) if logprob else dict(temperature=loss.temperature)
+        student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=student_buffer[:n], **of_student)
+        loss_n, coefficient_n3 = triton_head.term_loss(logprob, student, rows, want_grad)
+        coefficient_n3[:, 0] = loss.weight_N[rows] * (loss.scale / loss.temperature)
+        value_n, grad_nP = triton_head.gradient_of(
+            student, logprob, coefficient_n3, rows, teacher=teacher, divergence=loss.name, beta=loss.beta, kl_temperature=loss.temperature,
+            write=want_grad, dtype=rows_nD.dtype,
+        )  # fmt: skip
+        loss.value_N[rows] = value_n
+        return value_n * loss.weight_N[rows] * loss.scale + loss_n, grad_nP
+
+    return step, chunk_rows
 
 
 def _log_softmax_(z_nV, temperature, p_nV):

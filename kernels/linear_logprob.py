@@ -7,7 +7,8 @@ d loss / d logits = c · (onehot(target) − p) / temperature, so the gradient i
 
 import torch
 
-from kernels.chunk import blocks, chunked_head
+from kernels.backend import triton_runs
+from kernels.chunk import blocks, chunked_head, default_chunk_rows, torch_step
 
 
 class LogprobTerm:
@@ -32,14 +33,11 @@ class LogprobTerm:
         target_logit_n = logits_nV.gather(1, target_n1).squeeze(1)
         p_nV = torch.exp(logits_nV, out=None if self.entropy else logits_nV)
         sum_n = p_nV.sum(1)
-        logp_n = target_logit_n - sum_n.log()
         entropy_n = None
         if self.entropy:  # H = −Σ p log p with log p = logits − log Σe
             mean_n = (p_nV * logits_nV).nan_to_num_().sum(1) / sum_n
             entropy_n = sum_n.log() - mean_n
-            self.entropy_N[rows] = entropy_n.to(self.entropy_N.dtype)
-        self.logp_N[rows] = logp_n.to(self.logp_N.dtype)
-        loss_n, c_logp_n, c_entropy_n = self._coefficients(logp_n, entropy_n, rows, want_grad)
+        loss_n, c_logp_n, c_entropy_n = self.coefficients(target_logit_n - sum_n.log(), entropy_n, rows, want_grad)
         if not want_grad:
             return loss_n
         scale_n = 1 / self.temperature
@@ -51,7 +49,11 @@ class LogprobTerm:
         logits_nV.scatter_add_(1, target_n1, (scale_n * c_logp_n).unsqueeze(1))
         return loss_n
 
-    def _coefficients(self, logp_n, entropy_n, rows, want_grad):
+    def coefficients(self, logp_n, entropy_n, rows, want_grad):
+        """The weighted losses of a block, and (when want_grad) their derivatives by log-prob and by entropy."""
+        self.logp_N[rows] = logp_n.to(self.logp_N.dtype)
+        if self.entropy:
+            self.entropy_N[rows] = entropy_n.to(self.entropy_N.dtype)
         fields = {name: field_N[rows] for name, field_N in self.fields.items()}
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (logp_n, entropy_n) if x is not None]
@@ -72,6 +74,13 @@ def linear_logprob(hidden_ND, head_VD, target_N, weight_N, row_loss, fields=None
     if target_N.device.type == "cpu" and target_N.numel() and int(target_N.max()) >= vocab:
         raise ValueError(f"target id {int(target_N.max())} is outside the vocabulary of {vocab}")
     term = LogprobTerm(target_N, weight_N, row_loss, fields, temperature, entropy)
+    step, chunk_rows = (_triton_step if triton_runs(hidden_ND) else _torch_step)(term, hidden_ND, vocab, chunk_rows)
+    loss_sum = chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows)
+    return loss_sum, {"logp": term.logp_N} | ({"entropy": term.entropy_N} if entropy else {})
+
+
+def _torch_step(term, hidden_ND, vocab, chunk_rows):
+    chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
 
     def rows_loss(logits_nV, lo, want_grad):
         parts = [
@@ -80,5 +89,24 @@ def linear_logprob(hidden_ND, head_VD, target_N, weight_N, row_loss, fields=None
         ]
         return torch.cat(parts)
 
-    loss_sum = chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows)
-    return loss_sum, {"logp": term.logp_N} | ({"entropy": term.entropy_N} if entropy else {})
+    return torch_step(rows_loss, min(chunk_rows, len(hidden_ND)), vocab, hidden_ND), chunk_rows
+
+
+def _triton_step(term, hidden_ND, vocab, chunk_rows):
+    from kernels import triton_head  # here, so that nothing needs Triton where it is not used
+
+    chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
+    buffer = None
+
+    def step(rows_nD, weight_VD, lo, want_grad):
+        nonlocal buffer
+        if want_grad and buffer is None:  # without gradients no logits are kept
+            buffer = triton_head.buffer(len(rows_nD), vocab, hidden_ND)
+        rows, out = slice(lo, lo + len(rows_nD)), buffer[: len(rows_nD)] if want_grad else None
+        student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=out, **triton_head.of_term(term, rows))
+        loss_n, coefficient_n3 = triton_head.term_loss(term, student, rows, want_grad)
+        if not want_grad:
+            return loss_n, None
+        return loss_n, triton_head.gradient_of(student, term, coefficient_n3, rows, dtype=rows_nD.dtype)[1]
+
+    return step, chunk_rows

@@ -5,10 +5,14 @@ lower bound of the full one (data processing inequality), and exact at k = V. Le
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product
+from kernels.backend import triton_runs
+from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product, torch_step
+from kernels.linear_logprob import LogprobTerm
 
 
 @torch.no_grad()
@@ -17,8 +21,15 @@ def topk_logprobs(hidden_ND, head_VD, k, *, temperature=1.0, vocab=None, chunk_r
     all other ids together behind them (summed, not 1 − Σ p, which cancels where a teacher is certain)."""
     vocab = vocab or head_VD.shape[0]
     head_VD, chunk_rows = head_VD[:vocab].to(hidden_ND.dtype), chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
-    ids, logps = [], []
+    ids, logps, by_kernel = [], [], triton_runs(hidden_ND)
     for rows_nD in hidden_ND.split(chunk_rows) if len(hidden_ND) else ():
+        if by_kernel:
+            from kernels import triton_head
+
+            scored = triton_head.logits(rows_nD, head_VD, temperature=temperature, out_nP=triton_head.buffer(len(rows_nD), vocab, rows_nD))
+            ids.append(triton_head.likeliest(scored, min(k, vocab)))
+            logps.append(triton_head.listed_logprobs(scored, ids[-1], temperature))
+            continue
         logits = torch.empty(len(rows_nD), vocab, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
         logits = product(rows_nD, head_VD.t(), logits).div_(temperature)
         top_nk, id_nk = logits.topk(min(k, vocab), 1)
@@ -41,27 +52,53 @@ def linear_topk_divergence(
     """
     vocab = vocab or head_VD.shape[0]
     value_N = torch.zeros(hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
+    loss = TopkLoss(ids_Nk, teacher_logp_NB, weight_N, divergence, temperature, scale, logprob, value_N)
+    step = (_triton_step if triton_runs(hidden_ND) else _torch_step)(loss, hidden_ND, vocab, chunk_rows)
+    return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), {"divergence": value_N}
 
+
+@dataclass
+class TopkLoss:
+    """The loss of the buckets; it fills value_N."""
+
+    ids_Nk: torch.Tensor
+    teacher_logp_NB: torch.Tensor
+    weight_N: torch.Tensor
+    divergence: Callable
+    temperature: float
+    scale: float
+    logprob: LogprobTerm | None
+    value_N: torch.Tensor
+
+    def buckets(self, ls_nB, rows, want_grad):
+        """From the student's log-probs: the weighted losses, and (when want_grad) their gradient by these log-probs, scaled for the logits."""
+        tiny = torch.finfo(ls_nB.dtype).tiny
+        lt_nB = self.teacher_logp_NB[rows].to(ls_nB.dtype).clamp(min=math.log(tiny))
+        with torch.enable_grad():
+            ls_nB = ls_nB.detach().clamp(min=math.log(tiny)).requires_grad_(want_grad)
+            value_n = self.divergence(ls_nB, lt_nB)
+            u_nB = torch.autograd.grad(value_n.sum(), ls_nB)[0] if want_grad else None
+        self.value_N[rows] = value_n = value_n.detach()
+        if want_grad:
+            u_nB *= (self.weight_N[rows] * (self.scale / self.temperature)).to(u_nB.dtype).unsqueeze(1)
+        return value_n * self.weight_N[rows] * self.scale, u_nB
+
+
+def _torch_step(loss, hidden_ND, vocab, chunk_rows):
     def block_loss(logits_nV, rows, want_grad):
-        extra_nV = logits_nV.clone() if logprob else None
-        tiny = torch.finfo(logits_nV.dtype).tiny
-        id_nk, lt_nB = ids_Nk[rows], teacher_logp_NB[rows].to(logits_nV.dtype).clamp(min=math.log(tiny))
-        p_nV = torch.softmax(logits_nV / temperature, 1, out=logits_nV)
+        extra_nV = logits_nV.clone() if loss.logprob else None
+        tiny, id_nk = torch.finfo(logits_nV.dtype).tiny, loss.ids_Nk[rows]
+        p_nV = torch.softmax(logits_nV / loss.temperature, 1, out=logits_nV)
         p_nk = p_nV.gather(1, id_nk)
         tail_n1 = p_nV.scatter_(1, id_nk, 0).sum(1, keepdim=True)  # not 1 − Σ p: that would cancel
-        with torch.enable_grad():
-            ls_nB = torch.cat((p_nk, tail_n1), 1).clamp(min=tiny).log().requires_grad_(want_grad)
-            value_n = divergence(ls_nB, lt_nB)
-            u_nB = torch.autograd.grad(value_n.sum(), ls_nB)[0] if want_grad else None
-        value_N[rows] = value_n = value_n.detach()
-        loss_n = value_n * weight_N[rows] * scale
+        loss_n, u_nB = loss.buckets(torch.cat((p_nk, tail_n1), 1).clamp_(min=tiny).log_(), rows, want_grad)
         if want_grad:  # d log p_j / dz = onehot(j) − p; d log tail / dz = p/tail outside the list − p
             u_nk, u_tail_n1, u_sum_n1 = u_nB[:, :-1], u_nB[:, -1:], u_nB.sum(1, keepdim=True)
-            coefficient_n1 = (weight_N[rows] * (scale / temperature)).to(p_nV.dtype).unsqueeze(1)
-            p_nV.mul_((u_tail_n1 / tail_n1.clamp(min=tiny) - u_sum_n1) * coefficient_n1)
-            p_nV.scatter_(1, id_nk, (u_nk - p_nk * u_sum_n1) * coefficient_n1)
-        if logprob:
-            loss_n = loss_n + logprob.block(extra_nV, rows, want_grad)
+            p_nV.mul_(u_tail_n1 / tail_n1.clamp(min=tiny) - u_sum_n1)
+            p_nV.scatter_(1, id_nk, u_nk - p_nk * u_sum_n1)
+        if loss.logprob:
+            loss_n = loss_n + loss.logprob.block(extra_nV, rows, want_grad)
             p_nV.add_(extra_nV)
         return loss_n
 
@@ -69,4 +106,33 @@ def linear_topk_divergence(
         parts = blocks(len(logits_nV), vocab, logits_nV.device)
         return torch.cat([block_loss(logits_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in parts])
 
-    return chunked_head(hidden_ND, head_VD, rows_loss, vocab, chunk_rows), {"divergence": value_N}
+    return torch_step(rows_loss, min(chunk_rows, len(hidden_ND)), vocab, hidden_ND)
+
+
+def _triton_step(loss, hidden_ND, vocab, chunk_rows):
+    from kernels import triton_head  # here, so that nothing needs Triton where it is not used
+
+    logprob, buffer = loss.logprob, triton_head.buffer(min(chunk_rows, len(hidden_ND)), vocab, hidden_ND)
+
+    def step(rows_nD, weight_VD, lo, want_grad):
+        rows = slice(lo, lo + len(rows_nD))
+        id_nk = loss.ids_Nk[rows]
+        wanted = triton_head.of_term(logprob, rows, second=loss.temperature) if logprob else dict(temperature=loss.temperature)
+        student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=buffer[: len(rows_nD)], **wanted)
+        ls_nB = triton_head.listed_logprobs(student, id_nk, loss.temperature)
+        term_loss_n, coefficient_n3 = triton_head.term_loss(logprob, student, rows, want_grad)
+        loss_n, u_nB = loss.buckets(ls_nB, rows, want_grad)
+        if not want_grad:
+            return loss_n + term_loss_n, None
+        u_nk, u_tail_n, u_sum_n1 = u_nB[:, :-1], u_nB[:, -1], u_nB.sum(1, keepdim=True)
+        tiny = torch.finfo(ls_nB.dtype).tiny
+        coefficient_n3[:, 0] = u_tail_n / ls_nB[:, -1].exp().clamp(min=tiny) - u_sum_n1.squeeze(1)
+        listed_nk = u_nk - ls_nB[:, :-1].exp() * u_sum_n1
+        if logprob:
+            listed_nk += triton_head.term_gradient(logprob, student, coefficient_n3, rows, id_nk)
+        _, grad_nP = triton_head.gradient_of(
+            student, logprob, coefficient_n3, rows, divergence="proportional", kl_temperature=loss.temperature, dtype=rows_nD.dtype
+        )
+        return loss_n + term_loss_n, grad_nP.scatter_(1, id_nk, listed_nk.to(grad_nP.dtype))
+
+    return step

@@ -1,0 +1,28 @@
+"""Which implementation a fused operation uses: Triton's kernels on a GPU, PyTorch elsewhere, or what `use` says."""
+
+import os
+
+import torch
+
+CHOICES = ("auto", "torch", "triton")
+_chosen = "auto"
+
+
+def use(name):
+    """"auto": the device decides; "torch", "triton": that one, for the whole process. Raises ValueError where Triton cannot run."""
+    global _chosen
+    if name == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError("the Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to run them slowly on a CPU)")
+    _chosen = name
+
+
+def triton_runs(x_nD):
+    """Whether the Triton kernels take these rows: bf16 on a GPU of compute capability 8 or more, each row a multiple of 16 bytes.
+
+    fp32 goes to PyTorch unless "triton" was asked for: kept whole, its matrix products use no tensor cores.
+    """
+    if _chosen == "torch" or not len(x_nD) or x_nD.shape[1] * x_nD.element_size() % 16:
+        return False
+    if _chosen == "triton":
+        return x_nD.dtype in (torch.bfloat16, torch.float32)
+    return x_nD.is_cuda and x_nD.dtype == torch.bfloat16 and torch.version.hip is None and torch.cuda.get_device_capability(x_nD.device) >= (8, 0)

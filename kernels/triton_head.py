@@ -1,0 +1,392 @@
+"""Triton kernels for the vocabulary head: logits with their softmax statistics, and the gradient that overwrites them.
+
+`logits_kernel` multiplies hidden rows by the head, tile by tile. Of a tile it keeps the largest logit and the sum of the exponentials in
+fp32, straight from the fp32 accumulator, and stores the logits themselves as fp16 *differences from the tile's largest*: 2 bytes an
+element, at most 0.4 % error in a divergence's gradient where raw bf16 logits are off by 30 to 300 % (teacher and student close;
+tests/test_rounding.py repeats every rounding step). `gradient_kernel` turns a row of them into bf16 gradients in the same bytes.
+No atomics and no order that depends on timing: the same inputs give the same bits.
+
+Legend: n rows of a chunk, V vocabulary, P padded vocabulary (a multiple of the tile), J tiles, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOWEST = tl.constexpr(-1e30)  # stands for −inf: differences of two of them stay numbers
+FLOOR16 = tl.constexpr(-65504.0)  # the lowest fp16: a logit further below its tile's largest counts as this far
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the logits product is cut: tiles of rows × ids × width, warps, pipeline stages, programs an SM holds at once."""
+
+    rows: int
+    ids: int
+    width: int
+    warps: int
+    stages: int
+    resident: int = 1
+    flatten: bool = False  # the next tile's loads begin during this one's end
+    tma: bool = False
+
+
+# by compute capability; a fixed table, not a tuner at run time: the tile decides the order of sums, and the same run must give the same bits
+CONFIGS = {9: Config(128, 256, 64, 8, 3, flatten=True, tma=True), 8: Config(128, 128, 64, 8, 3)}
+ROW_BLOCK, ROW_WARPS = 4096, 8  # of the gradient kernel
+
+
+# --- logits --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def logits_kernel(
+    x, w, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
+    n_rows, vocab, n_tiles, inv_t, inv_t2,
+    D: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr,
+    STORE: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, TARGET: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """x, w: descriptors of [n, D] and [V, D] (TMA: the tensor copy engine), else pointers. z = x wᵀ − the tile's largest, and per row and tile: the largest, Σ e^{z/t}, with MOMENT Σ z e^{z/t}, with SECOND Σ e^{z/t2};
+    with TARGET the logit of each row's target."""
+    row_tiles = tl.cdiv(n_rows, ROWS)
+    for tile in tl.range(tl.program_id(0), row_tiles * n_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row0, j = (tile % row_tiles) * ROWS, tile // row_tiles  # rows first: they stay in the cache while the head passes by once
+        rows, ids = row0 + tl.arange(0, ROWS), j * IDS + tl.arange(0, IDS)
+        acc = tl.zeros((ROWS, IDS), tl.float32)
+        for k in range(0, D, WIDTH):
+            if TMA:
+                a, b = x.load([row0, k]), w.load([j * IDS, k])
+            else:  # rows and ids beyond the end read the last one: their products are never used
+                columns = k + tl.arange(0, WIDTH)[None, :]
+                a = tl.load(x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
+                b = tl.load(w + tl.minimum(ids, vocab - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        real = rows < n_rows
+        if TARGET:  # from the accumulator, before any rounding; exactly one tile holds a row's target
+            target = tl.load(target_ptr + rows, mask=real, other=-1)
+            logit = tl.sum(tl.where(ids[None, :] == target[:, None], acc, 0.0), 1)
+            tl.store(target_logit_ptr + rows, logit, mask=real & (target >= j * IDS) & (target < (j + 1) * IDS))
+        acc = tl.where(ids[None, :] < vocab, acc, float("-inf"))
+        largest = tl.maximum(tl.max(acc, 1), LOWEST)
+        z = tl.maximum(acc - largest[:, None], FLOOR16, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.exp(z * inv_t)
+        at = rows.to(tl.int64) * n_tiles + j
+        tl.store(max_ptr + at, largest, mask=real)
+        tl.store(sum_ptr + at, tl.sum(e, 1), mask=real)
+        if MOMENT:
+            tl.store(moment_ptr + at, tl.sum(e * z, 1), mask=real)
+        if SECOND:
+            tl.store(sum2_ptr + at, tl.sum(tl.exp(z * inv_t2), 1), mask=real)
+        if STORE:
+            at = rows.to(tl.int64)[:, None] * (n_tiles * IDS) + ids[None, :]
+            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@dataclass
+class Logits:
+    """A chunk's logits as the kernel leaves them. row_n4: a row's largest logit, log Σ e^{(z − largest)/t} at the divergence's temperature
+    and at the log-prob's, and at the latter the mean of (z − largest)/t."""
+
+    z_nP: torch.Tensor | None
+    largest_nJ: torch.Tensor
+    sum_nJ: torch.Tensor  # Σ e^{(z − the tile's largest)/t} at the divergence's temperature
+    row_n4: torch.Tensor
+    target_logit_n: torch.Tensor | None
+    tile: int
+
+    def logp_n(self, temperature):
+        """Log-prob of the targets in nats: never above 0, since target and largest logit are the same fp32 numbers."""
+        return (self.target_logit_n - self.row_n4[:, 0]) / temperature - self.row_n4[:, 2]
+
+    def entropy_n(self):
+        return self.row_n4[:, 2] - self.row_n4[:, 3]
+
+
+def config_for(device):
+    if device.type != "cuda":  # the interpreter
+        return Config(16, 16, 16, 4, 1)
+    major, _ = torch.cuda.get_device_capability(device)
+    return CONFIGS[9 if major >= 9 else 8]
+
+
+def chunk_rows(vocab, like):
+    """Rows whose logits fill a buffer of 2.5 GB, or of a sixteenth of a smaller GPU's memory: each chunk more costs a pass over the
+    head's gradient, and the products want several thousand rows."""
+    room = 5 << 29 if not like.is_cuda else min(5 << 29, torch.cuda.get_device_properties(like.device).total_memory // 16)
+    return max(1, room // (vocab * like.element_size()))
+
+
+def buffer(n_rows, vocab, like):
+    """Room for n_rows of logits: 2 bytes an element (fp32 for fp32 inputs), each row a whole number of tiles."""
+    ids = config_for(like.device).ids
+    dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
+    return torch.empty(n_rows, triton.cdiv(vocab, ids) * ids, dtype=dtype, device=like.device)
+
+
+def logits(x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment=False, out_nP=None):
+    """Logits of x_nD under all rows of head_VD and their statistics. temperature: of the log-prob, `second` of the divergence where it
+    differs; out_nP: where to keep the logits (see `buffer`), or None for the statistics alone."""
+    config, device, (n, width), vocab = config_for(x_nD.device), x_nD.device, x_nD.shape, head_VD.shape[0]
+    n_tiles = triton.cdiv(vocab, config.ids)
+    empty = lambda wanted, *shape: torch.empty(*shape, dtype=torch.float32, device=device) if wanted else None
+    largest, sums, moments, sums2 = (empty(wanted, n, n_tiles) for wanted in (True, True, moment, second is not None))
+    target_logit = empty(target_n is not None, n)
+    tiles = triton.cdiv(n, config.rows) * n_tiles
+    programs = torch.cuda.get_device_properties(device).multi_processor_count * config.resident if device.type == "cuda" else tiles
+    x, w = x_nD.contiguous(), head_VD
+    if config.tma:
+        x, w = (TensorDescriptor.from_tensor(m, [size, config.width]) for m, size in ((x, config.rows), (w, config.ids)))
+    logits_kernel[(min(tiles, programs),)](
+        x, w, out_nP, largest, sums, moments, sums2, target_n, target_logit,
+        n, vocab, n_tiles, 1 / temperature, 1 / (second or 1.0),
+        D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width,
+        STORE=out_nP is not None, MOMENT=moment, SECOND=second is not None, TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    row_n4 = _rows(largest, sums, moments, sums2, temperature, second)
+    return Logits(out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.ids)
+
+
+def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):
+    """The tiles' statistics made one per row, in a fixed order."""
+    largest_n1 = largest_nJ.amax(1, keepdim=True)
+    below_nJ = largest_nJ - largest_n1
+    share_nJ = (below_nJ / temperature).exp_()
+    total_n = (sum_nJ * share_nJ).sum(1)
+    mean_n = torch.zeros_like(total_n)
+    if moment_nJ is not None:
+        mean_n = ((moment_nJ + sum_nJ * below_nJ) * share_nJ).sum(1) / total_n / temperature
+    log_n = total_n.log()
+    second_n = log_n if sum2_nJ is None else (sum2_nJ * (below_nJ / second).exp_()).sum(1).log()
+    return torch.stack((largest_n1.squeeze(1), second_n, log_n, mean_n), 1)
+
+
+# --- gradient ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _excess(x):
+    """e^x − 1 − x to full precision: by its series where x is small."""
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for −1 < x ≤ 0: 2 artanh(x / (2 + x)) where x is small."""
+    s = x / (2 + x)
+    q = s * s
+    return tl.where(x > -0.25, 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7)))), tl.log(1 + x))
+
+
+@triton.jit
+def _log_ratios(d, weight_t):
+    """log(p_s/m) and log(p_t/m) for m = weight_t · p_t + (1 − weight_t) · p_s."""
+    down = -tl.abs(d)
+    q = _log1p(tl.where(d > 0, weight_t, 1 - weight_t) * (_excess(down) + down))
+    return tl.minimum(d, 0.0) - q, tl.minimum(-d, 0.0) - q
+
+
+@triton.jit
+def _terms(ls, lt, beta, NAME: tl.constexpr):
+    """Per id: the summand of the value, the summand of the row sum S, u, and p_s, so that d value / d logit = u − p_s S.
+
+    The formulas, and why they keep their digits where teacher and student are close: kernels/linear_kl.py.
+    """
+    ps, pt, d = tl.exp(ls), tl.exp(lt), ls - lt
+    close = tl.abs(d) < 0.25
+    g = tl.where(close, pt * (_excess(d) + d), ps - pt)
+    if NAME == "forward_kl":
+        value = tl.where(close, pt * _excess(d), g - pt * d)
+        s, u = value, g  # s is unused
+    elif NAME == "reverse_kl":
+        value = tl.where(close, ps * _excess(-d), ps * d - g)
+        s, u = value, ps * d
+    elif NAME == "jsd":
+        rs, rt = _log_ratios(d, beta)
+        value = beta * pt * rt + (1 - beta) * ps * rs
+        s, u = (1 - beta) * (ps * rs - beta * g), (1 - beta) * ps * rs
+    elif NAME == "skew_forward_kl":
+        rs, rt = _log_ratios(d, beta)
+        value = tl.where(tl.abs(rt) < 0.25, pt * _excess(-rt), (1 - beta) * g + pt * rt)
+        u = tl.exp(rs) * g * (1 - beta) * (1 - beta)
+        s = u
+    elif NAME == "skew_reverse_kl":
+        rs, rt = _log_ratios(d, 1 - beta)
+        value = tl.where(tl.abs(rs) < 0.25, ps * _excess(-rs), (beta - 1) * g + ps * rs)
+        u = ps * (rs - beta * (_excess(rs) + rs))
+        s = u
+    else:
+        tl.static_assert(NAME == "total_variation")
+        value = 0.5 * tl.abs(g)
+        u = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0)) * ps
+        s = u
+    return value, s, u, ps
+
+
+@triton.jit
+def _centred(z_ptr, max_ptr, j, n_tiles, row_max, TILE: tl.constexpr):
+    """Logits of some tiles, less the row's largest."""
+    inside = j < n_tiles
+    z = tl.load(z_ptr + j[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=inside[:, None], other=FLOOR16).to(tl.float32)
+    return z + (tl.load(max_ptr + j, mask=inside, other=LOWEST) - row_max)[:, None]
+
+
+@triton.jit
+def gradient_kernel(
+    s_ptr, grad_ptr, s_max_ptr, s_row_ptr, t_ptr, t_max_ptr, t_row_ptr, coefficient_ptr, target_ptr, value_ptr,
+    n_tiles, inv_kl, inv_lp, beta,
+    DIVERGENCE: tl.constexpr, LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, SAME: tl.constexpr, WRITE: tl.constexpr,
+    TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program a row: overwrites its logits with c_kl · d divergence/dz + c_lp · (onehot − p) − c_H · p (log p + H); coefficient_n3.
+
+    A divergence other than the forward KL needs a row sum first: a pass more. "proportional": c_kl · p alone, no teacher. SAME: both
+    temperatures are one.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * n_tiles * TILE
+    grad_ptr += row * n_tiles * TILE
+    s_max_ptr += row * n_tiles
+    s_max, s_log, c_kl = tl.load(s_row_ptr + row * 4), tl.load(s_row_ptr + row * 4 + 1), tl.load(coefficient_ptr + row * 3)
+    value = tl.zeros((TILES, TILE), tl.float32)
+    row_sum = 0.0
+    if (DIVERGENCE != "none") & (DIVERGENCE != "proportional"):
+        t_ptr += row * n_tiles * TILE
+        t_max_ptr += row * n_tiles
+        t_max, t_log = tl.load(t_row_ptr + row * 4), tl.load(t_row_ptr + row * 4 + 1)
+        if DIVERGENCE != "forward_kl":
+            for lo in range(0, n_tiles, TILES):
+                j = lo + tl.arange(0, TILES)
+                ls = _centred(s_ptr, s_max_ptr, j, n_tiles, s_max, TILE) * inv_kl - s_log
+                lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_log
+                _, s, _, _ = _terms(ls, lt, beta, DIVERGENCE)
+                value += s
+            row_sum = tl.sum(tl.sum(value, 1), 0)
+            value = tl.zeros((TILES, TILE), tl.float32)
+    if LOGPROB:
+        lp_log, lp_mean = tl.load(s_row_ptr + row * 4 + 2), tl.load(s_row_ptr + row * 4 + 3)
+        c_lp, c_h, target = tl.load(coefficient_ptr + row * 3 + 1), tl.load(coefficient_ptr + row * 3 + 2), tl.load(target_ptr + row)
+    for lo in range(0, n_tiles, TILES):
+        j = lo + tl.arange(0, TILES)
+        z = _centred(s_ptr, s_max_ptr, j, n_tiles, s_max, TILE)
+        grad = tl.zeros((TILES, TILE), tl.float32)
+        if DIVERGENCE == "proportional":
+            ps = tl.exp(z * inv_kl - s_log)
+            grad = c_kl * ps
+        elif DIVERGENCE != "none":
+            lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_log
+            v, _, u, ps = _terms(z * inv_kl - s_log, lt, beta, DIVERGENCE)
+            value += v
+            grad = c_kl * (u - ps * row_sum)
+        if LOGPROB:
+            x = z * inv_lp
+            if SAME:
+                p = ps
+            else:
+                p = tl.exp(x - lp_log)
+            factor = c_lp
+            if ENTROPY:
+                factor = c_lp + c_h * (x - lp_mean)
+            ids = j[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            grad += tl.where(ids == target, c_lp, 0.0) - p * factor
+        if WRITE:
+            at = j[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=(j < n_tiles)[:, None])
+    if (DIVERGENCE != "none") & (DIVERGENCE != "proportional"):
+        tl.store(value_ptr + row, tl.sum(tl.sum(value, 1), 0))
+
+
+def gradient(student, teacher=None, *, divergence="none", beta=0.5, kl_temperature=1.0, lp_temperature=1.0, coefficient_n3, target_n=None,
+             entropy=False, dtype, write=True):  # fmt: skip
+    """Overwrite the student's logits with their gradient; returns (divergence_n or None, grad_nP of `dtype` in the same bytes).
+
+    coefficient_n3: of d divergence / d logits, of the target's log-prob and of the entropy, the temperature's 1/t included.
+    target_n: where a log-prob loss takes part; an id of −1 is no id.
+    """
+    n, padded = student.z_nP.shape
+    grad_nP = student.z_nP.view(dtype)
+    value_n = torch.empty(n, dtype=torch.float32, device=grad_nP.device) if teacher else None
+    other = (teacher.z_nP, teacher.largest_nJ, teacher.row_n4) if teacher else (None, None, None)
+    gradient_kernel[(n,)](
+        student.z_nP, grad_nP, student.largest_nJ, student.row_n4, *other, coefficient_n3, target_n, value_n,
+        padded // student.tile, 1 / kl_temperature, 1 / lp_temperature, beta,
+        DIVERGENCE=divergence, LOGPROB=target_n is not None, ENTROPY=entropy, SAME=divergence != "none" and kl_temperature == lp_temperature,
+        WRITE=write, TILES=max(1, ROW_BLOCK // student.tile), TILE=student.tile, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return value_n, grad_nP
+
+
+# --- what the files beside this one have in common -----------------------------------------------------------------
+
+
+def of_term(term, rows, second=None):
+    """The arguments of `logits` that a LogprobTerm asks for; `second`: the divergence's temperature."""
+    second = None if second == term.temperature else second
+    return dict(temperature=term.temperature, second=second, target_n=term.target_N[rows], moment=term.entropy)
+
+
+def term_loss(term, student, rows, want_grad):
+    """(weighted losses of the term, coefficient_n3 with the divergence's left 0)."""
+    coefficient_n3 = torch.zeros(len(student.row_n4), 3, dtype=torch.float32, device=student.row_n4.device)
+    if term is None:
+        return coefficient_n3[:, 0].clone(), coefficient_n3
+    loss_n, c_logp_n, c_entropy_n = term.coefficients(
+        student.logp_n(term.temperature), student.entropy_n() if term.entropy else None, rows, want_grad
+    )
+    for column, c_n in ((1, c_logp_n), (2, c_entropy_n)):
+        if c_n is not None:
+            coefficient_n3[:, column] = c_n / term.temperature
+    return loss_n, coefficient_n3
+
+
+def gradient_of(student, term, coefficient_n3, rows, **options):
+    """`gradient` with the log-prob term's share, if there is one."""
+    if term is not None:
+        options |= dict(lp_temperature=term.temperature, target_n=term.target_N[rows], entropy=term.entropy)
+    return gradient(student, coefficient_n3=coefficient_n3, **options)
+
+
+def term_gradient(term, student, coefficient_n3, rows, ids_nk):
+    """The log-prob term's gradient at some ids, fp32, from logits that are not overwritten yet."""
+    tile_nk = ids_nk // student.tile
+    z_nk = student.z_nP.gather(1, ids_nk).float() + (student.largest_nJ.gather(1, tile_nk) - student.row_n4[:, :1])
+    x_nk = z_nk / term.temperature
+    (log_n1, mean_n1), (c_lp_n1, c_h_n1) = student.row_n4[:, 2:].split(1, 1), coefficient_n3[:, 1:].split(1, 1)
+    hit_nk = (ids_nk == term.target_N[rows].unsqueeze(1)) * c_lp_n1
+    return hit_nk - (x_nk - log_n1).exp() * (c_lp_n1 + c_h_n1 * (x_nk - mean_n1))
+
+
+def likeliest(scored, k):
+    """The k likeliest ids of each row: they lie in the k tiles with the largest maxima."""
+    _, tile_nt = scored.largest_nJ.topk(min(k, scored.largest_nJ.shape[1]), 1)
+    z_nt, id_nt = _of_tiles(scored, tile_nt)
+    return id_nt.gather(1, z_nt.topk(k, 1).indices)
+
+
+def listed_logprobs(scored, ids_nk, temperature):
+    """[n, k + 1] log-probs at the divergence's temperature: of the listed ids, and of all others together (summed, not 1 − Σ p)."""
+    largest_n1, log_n1 = scored.row_n4[:, :1], scored.row_n4[:, 1:2]
+    tile_nk = ids_nk // scored.tile
+    sorted_nk = tile_nk.sort(1).values
+    z_nt, _ = _of_tiles(scored, sorted_nk)
+    slot_nk = torch.searchsorted(sorted_nk, tile_nk) * scored.tile + ids_nk % scored.tile  # in the first of equal tiles
+    listed_nk = z_nt.gather(1, slot_nk)
+    z_nt.scatter_(1, slot_nk, float("-inf"))
+    again_nk = torch.zeros_like(sorted_nk, dtype=torch.bool)
+    again_nk[:, 1:] = sorted_nk[:, 1:] == sorted_nk[:, :-1]
+    z_nt.unflatten(1, (-1, scored.tile)).masked_fill_(again_nk.unsqueeze(2), float("-inf"))
+    others_nJ = (scored.sum_nJ.log() + (scored.largest_nJ - largest_n1) / temperature).scatter(1, tile_nk, float("-inf"))
+    tail_n1 = torch.cat((z_nt / temperature, others_nJ), 1).logsumexp(1, keepdim=True)
+    return torch.cat((listed_nk / temperature, tail_n1), 1) - log_n1
+
+
+def _of_tiles(scored, tile_nt):
+    """Logits of some tiles less the row's largest, fp32, side by side, and their ids."""
+    inside = torch.arange(scored.tile, device=tile_nt.device)
+    id_nt = (tile_nt.unsqueeze(2) * scored.tile + inside).flatten(1)
+    below_nt = scored.largest_nJ.gather(1, tile_nt) - scored.row_n4[:, :1]
+    return scored.z_nP.gather(1, id_nt).float() + below_nt.repeat_interleave(scored.tile, 1), id_nt
