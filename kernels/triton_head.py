@@ -32,10 +32,16 @@ class Config:
     resident: int = 1
     flatten: bool = False  # the next tile's loads begin during this one's end
     tma: bool = False
+    halves: bool = False  # see logits_kernel
+
+    @property
+    def tile(self):
+        """Ids of a tile of the statistics."""
+        return self.ids // (1 + self.halves)
 
 
 # by compute capability; a fixed table, not a tuner at run time: the tile decides the order of sums, and the same run must give the same bits
-CONFIGS = {9: Config(128, 256, 64, 8, 3, flatten=True, tma=True), 8: Config(128, 128, 64, 8, 3)}
+CONFIGS = {9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True), 8: Config(128, 128, 64, 8, 3)}
 ROW_BLOCK, ROW_WARPS = 4096, 8  # of the gradient kernel
 
 
@@ -43,46 +49,65 @@ ROW_BLOCK, ROW_WARPS = 4096, 8  # of the gradient kernel
 
 
 @triton.jit
+def _keep(
+    acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_t2,
+    STORE: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a finished tile of logits."""
+    ROWS: tl.constexpr = acc.shape[0]
+    TILE: tl.constexpr = acc.shape[1]
+    rows, ids = row0 + tl.arange(0, ROWS), j * TILE + tl.arange(0, TILE)
+    real = (rows < n_rows) & (j < n_tiles)
+    if TARGET:  # from the accumulator, before any rounding; exactly one tile holds a row's target
+        target = tl.load(target_ptr + rows, mask=real, other=-1)
+        logit = tl.sum(tl.where(ids[None, :] == target[:, None], acc, 0.0), 1)
+        tl.store(target_logit_ptr + rows, logit, mask=real & (target >= j * TILE) & (target < (j + 1) * TILE))
+    acc = tl.where(ids[None, :] < vocab, acc, float("-inf"))
+    largest = tl.maximum(tl.max(acc, 1), LOWEST)
+    z = tl.maximum(acc - largest[:, None], FLOOR16, propagate_nan=tl.PropagateNan.ALL)
+    at = rows.to(tl.int64) * n_tiles + j
+    tl.store(max_ptr + at, largest, mask=real)
+    if STORE:
+        tl.store(z_ptr + rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :], z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+    if SECOND:
+        tl.store(sum2_ptr + at, tl.sum(tl.exp(z * inv_t2), 1), mask=real)
+    e = tl.exp(z * inv_t)
+    tl.store(sum_ptr + at, tl.sum(e, 1), mask=real)
+    if MOMENT:
+        tl.store(moment_ptr + at, tl.sum(e * z, 1), mask=real)
+
+
+@triton.jit
 def logits_kernel(
     x, w, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
     n_rows, vocab, n_tiles, inv_t, inv_t2,
-    D: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
     STORE: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, TARGET: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """x, w: descriptors of [n, D] and [V, D] (TMA: the tensor copy engine), else pointers. z = x wᵀ − the tile's largest, and per row and tile: the largest, Σ e^{z/t}, with MOMENT Σ z e^{z/t}, with SECOND Σ e^{z/t2};
-    with TARGET the logit of each row's target."""
-    row_tiles = tl.cdiv(n_rows, ROWS)
-    for tile in tl.range(tl.program_id(0), row_tiles * n_tiles, tl.num_programs(0), flatten=FLATTEN):
+    """x, w: descriptors of [n, D] and [V, D] (TMA: the tensor copy engine), else pointers. z = x wᵀ − the tile's largest, and per row and
+    tile: the largest, Σ e^{z/t}, with MOMENT Σ z e^{z/t}, with SECOND Σ e^{z/t2}; with TARGET the logit of each row's target.
+    HALVES: a product's ids are two tiles, finished one after the other, which halves the registers that takes."""
+    row_tiles, products = tl.cdiv(n_rows, ROWS), tl.cdiv(vocab, IDS)
+    for tile in tl.range(tl.program_id(0), row_tiles * products, tl.num_programs(0), flatten=FLATTEN):
         row0, j = (tile % row_tiles) * ROWS, tile // row_tiles  # rows first: they stay in the cache while the head passes by once
-        rows, ids = row0 + tl.arange(0, ROWS), j * IDS + tl.arange(0, IDS)
         acc = tl.zeros((ROWS, IDS), tl.float32)
         for k in range(0, D, WIDTH):
             if TMA:
                 a, b = x.load([row0, k]), w.load([j * IDS, k])
             else:  # rows and ids beyond the end read the last one: their products are never used
-                columns = k + tl.arange(0, WIDTH)[None, :]
+                rows, ids, columns = row0 + tl.arange(0, ROWS), j * IDS + tl.arange(0, IDS), k + tl.arange(0, WIDTH)[None, :]
                 a = tl.load(x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
                 b = tl.load(w + tl.minimum(ids, vocab - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
-        real = rows < n_rows
-        if TARGET:  # from the accumulator, before any rounding; exactly one tile holds a row's target
-            target = tl.load(target_ptr + rows, mask=real, other=-1)
-            logit = tl.sum(tl.where(ids[None, :] == target[:, None], acc, 0.0), 1)
-            tl.store(target_logit_ptr + rows, logit, mask=real & (target >= j * IDS) & (target < (j + 1) * IDS))
-        acc = tl.where(ids[None, :] < vocab, acc, float("-inf"))
-        largest = tl.maximum(tl.max(acc, 1), LOWEST)
-        z = tl.maximum(acc - largest[:, None], FLOOR16, propagate_nan=tl.PropagateNan.ALL)
-        e = tl.exp(z * inv_t)
-        at = rows.to(tl.int64) * n_tiles + j
-        tl.store(max_ptr + at, largest, mask=real)
-        tl.store(sum_ptr + at, tl.sum(e, 1), mask=real)
-        if MOMENT:
-            tl.store(moment_ptr + at, tl.sum(e * z, 1), mask=real)
-        if SECOND:
-            tl.store(sum2_ptr + at, tl.sum(tl.exp(z * inv_t2), 1), mask=real)
-        if STORE:
-            at = rows.to(tl.int64)[:, None] * (n_tiles * IDS) + ids[None, :]
-            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+        if HALVES:
+            left, right = acc.reshape((ROWS, 2, IDS // 2)).permute((0, 2, 1)).split()
+            _keep(left, row0, 2 * j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
+                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
+            _keep(right, row0, 2 * j + 1, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
+                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
+        else:
+            _keep(acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
+                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
 
 
 @dataclass
@@ -121,33 +146,33 @@ def chunk_rows(vocab, like):
 
 def buffer(n_rows, vocab, like):
     """Room for n_rows of logits: 2 bytes an element (fp32 for fp32 inputs), each row a whole number of tiles."""
-    ids = config_for(like.device).ids
+    tile = config_for(like.device).tile
     dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
-    return torch.empty(n_rows, triton.cdiv(vocab, ids) * ids, dtype=dtype, device=like.device)
+    return torch.empty(n_rows, triton.cdiv(vocab, tile) * tile, dtype=dtype, device=like.device)
 
 
 def logits(x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment=False, out_nP=None):
     """Logits of x_nD under all rows of head_VD and their statistics. temperature: of the log-prob, `second` of the divergence where it
     differs; out_nP: where to keep the logits (see `buffer`), or None for the statistics alone."""
     config, device, (n, width), vocab = config_for(x_nD.device), x_nD.device, x_nD.shape, head_VD.shape[0]
-    n_tiles = triton.cdiv(vocab, config.ids)
+    n_tiles = triton.cdiv(vocab, config.tile)
     empty = lambda wanted, *shape: torch.empty(*shape, dtype=torch.float32, device=device) if wanted else None
     largest, sums, moments, sums2 = (empty(wanted, n, n_tiles) for wanted in (True, True, moment, second is not None))
     target_logit = empty(target_n is not None, n)
-    tiles = triton.cdiv(n, config.rows) * n_tiles
-    programs = torch.cuda.get_device_properties(device).multi_processor_count * config.resident if device.type == "cuda" else tiles
+    products = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.ids)
+    programs = torch.cuda.get_device_properties(device).multi_processor_count * config.resident if device.type == "cuda" else products
     x, w = x_nD.contiguous(), head_VD
     if config.tma:
         x, w = (TensorDescriptor.from_tensor(m, [size, config.width]) for m, size in ((x, config.rows), (w, config.ids)))
-    logits_kernel[(min(tiles, programs),)](
+    logits_kernel[(min(products, programs),)](
         x, w, out_nP, largest, sums, moments, sums2, target_n, target_logit,
         n, vocab, n_tiles, 1 / temperature, 1 / (second or 1.0),
-        D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width,
+        D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width, HALVES=config.halves,
         STORE=out_nP is not None, MOMENT=moment, SECOND=second is not None, TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     row_n4 = _rows(largest, sums, moments, sums2, temperature, second)
-    return Logits(out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.ids)
+    return Logits(out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.tile)
 
 
 def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):

@@ -1,0 +1,63 @@
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for GPUs that are not there. Each in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import backend
+from tests.conftest import ROOT
+
+pytest.importorskip("triton", reason="Triton is installed on Linux alone")
+
+
+def run(*command, **environment):
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+
+
+def test_by_the_interpreter():
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted", TRITON_INTERPRET="1")
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) >= 90 and "skipped" not in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    done = run("-m", "tests.offline", "head", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compiled_kernels_keep_to_registers_and_shared_memory(compiled):
+    from tests.offline import SHARED_LIMIT
+
+    assert {k["capability"] for k in compiled} == {80, 90} and len(compiled) >= 30
+    for k in compiled:
+        # an 8.x configuration serves Ada too, whose programs have 99 KB
+        assert k["shared"] <= SHARED_LIMIT[90 if k["capability"] == 90 else 89], k
+        assert k["stack"] == 0, f"spills: {k}"
+        assert k["registers"] * 32 * k["warps"] <= 65_536, k
+        assert k["atomics"] == 0, f"an order that depends on timing: {k}"
+
+
+def test_compiled_products_use_the_tensor_cores(compiled):
+    for k in (k for k in compiled if k["case"].startswith("logits")):
+        if k["capability"] == 90:
+            assert k["wgmma"] >= 4 and k["tma"] >= 4 and k["mma"] == 0, k
+        else:
+            assert k["mma"] >= 32 and k["wgmma"] == 0, k
+
+
+def test_a_path_can_be_forced():
+    x = torch.zeros(3, 8)
+    assert not backend.triton_runs(x)  # a CPU
+    with pytest.raises(ValueError, match="CUDA"):
+        backend.use("triton")
+    backend.use("torch")
+    assert not backend.triton_runs(x)
+    backend.use("auto")
