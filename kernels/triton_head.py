@@ -193,10 +193,14 @@ def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):
 
 
 @triton.jit
-def _excess(x):
-    """e^x − 1 − x to full precision: by its series where x is small."""
-    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1 - x)
+def _series(x):
+    """e^x − 1 − x for |x| < 1/4, to full precision."""
+    return x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+
+
+@triton.jit
+def _expm1(x):
+    return tl.where(tl.abs(x) < 0.25, _series(x) + x, tl.exp(x) - 1)
 
 
 @triton.jit
@@ -211,7 +215,7 @@ def _log1p(x):
 def _log_ratios(d, weight_t):
     """log(p_s/m) and log(p_t/m) for m = weight_t · p_t + (1 − weight_t) · p_s."""
     down = -tl.abs(d)
-    q = _log1p(tl.where(d > 0, weight_t, 1 - weight_t) * (_excess(down) + down))
+    q = _log1p(tl.where(d > 0, weight_t, 1 - weight_t) * _expm1(down))
     return tl.minimum(d, 0.0) - q, tl.minimum(-d, 0.0) - q
 
 
@@ -223,12 +227,12 @@ def _terms(ls, lt, beta, NAME: tl.constexpr):
     """
     ps, pt, d = tl.exp(ls), tl.exp(lt), ls - lt
     close = tl.abs(d) < 0.25
-    g = tl.where(close, pt * (_excess(d) + d), ps - pt)
+    g = tl.where(close, pt * (_series(d) + d), ps - pt)
     if NAME == "forward_kl":
-        value = tl.where(close, pt * _excess(d), g - pt * d)
+        value = tl.where(close, pt * _series(d), g - pt * d)
         s, u = value, g  # s is unused
     elif NAME == "reverse_kl":
-        value = tl.where(close, ps * _excess(-d), ps * d - g)
+        value = tl.where(close, ps * _series(-d), ps * d - g)
         s, u = value, ps * d
     elif NAME == "jsd":
         rs, rt = _log_ratios(d, beta)
@@ -236,13 +240,13 @@ def _terms(ls, lt, beta, NAME: tl.constexpr):
         s, u = (1 - beta) * (ps * rs - beta * g), (1 - beta) * ps * rs
     elif NAME == "skew_forward_kl":
         rs, rt = _log_ratios(d, beta)
-        value = tl.where(tl.abs(rt) < 0.25, pt * _excess(-rt), (1 - beta) * g + pt * rt)
+        value = tl.where(tl.abs(rt) < 0.25, pt * _series(-rt), (1 - beta) * g + pt * rt)
         u = tl.exp(rs) * g * (1 - beta) * (1 - beta)
         s = u
     elif NAME == "skew_reverse_kl":
         rs, rt = _log_ratios(d, 1 - beta)
-        value = tl.where(tl.abs(rs) < 0.25, ps * _excess(-rs), (beta - 1) * g + ps * rs)
-        u = ps * (rs - beta * (_excess(rs) + rs))
+        value = tl.where(tl.abs(rs) < 0.25, ps * _series(-rs), (beta - 1) * g + ps * rs)
+        u = ps * (rs - beta * _expm1(rs))
         s = u
     else:
         tl.static_assert(NAME == "total_variation")

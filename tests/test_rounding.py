@@ -1,0 +1,64 @@
+"""The Triton head's rounding, step by step in PyTorch: how good is a gradient whose logits are kept in two bytes?
+
+A GPU keeps a tile's logits as fp16 differences from the tile's largest, takes log Σ e from fp32 before that, and writes gradients as bf16
+(kernels/triton_head.py). Teacher and student are close here: the gradient is then a small difference of what was rounded.
+"""
+
+import pytest
+import torch
+
+from tests import reference
+
+V, TILE = 151_665, 128
+
+
+def kept(logits_NV, dtype, how):
+    """Logits as they come back from two bytes: whole, or less the largest of the row or of the tile."""
+    if how == "whole":
+        return logits_NV.to(dtype).float()
+    wide = torch.nn.functional.pad(logits_NV, (0, -V % TILE), value=float("-inf"))
+    wide = wide.unflatten(1, (-1, TILE)) if how == "tile" else wide.unsqueeze(1)
+    largest = wide.amax(2, keepdim=True)
+    return ((wide - largest).to(dtype).float() + largest).flatten(1)[:, :V]
+
+
+def gradient_error(name, logits_s, logits_t, dtype, how):
+    """Relative error of the bf16 gradient at the logits, against fp64."""
+    exact = logits_s.double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.divergence(name, exact, logits_t.double(), beta=0.5).sum(), exact)
+    ls, lt = (kept(z, dtype, how) - z.logsumexp(1, keepdim=True) for z in (logits_s, logits_t))
+    ps, pt, d = ls.exp(), lt.exp(), ls - lt
+    if name == "forward_kl":
+        got = ps - pt
+    elif name == "reverse_kl":
+        got = ps * (d - (pt - ps + ps * d).sum(1, keepdim=True))
+    else:
+        rs = ls - torch.logaddexp(ls, lt) + 0.6931471805599453
+        got = 0.5 * ps * (rs - (ps * rs - 0.5 * (ps - pt)).sum(1, keepdim=True))
+    return float((got.bfloat16().double() - want).norm() / want.norm())
+
+
+def close_pair(kl, peaked, seed=0):
+    """Logits of a teacher and a student at a given divergence: broad rows, or rows with a few likely ids as a language model's."""
+    g = torch.Generator().manual_seed(seed)
+    teacher, noise = 3 * torch.randn(2, V, generator=g), torch.randn(2, V, generator=g)
+    if peaked:
+        teacher[:, :5] += torch.tensor([22.0, 21, 20, 18, 17])
+    low, high = 0.0, 4.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        above = reference.divergence("forward_kl", (teacher + middle * noise).double(), teacher.double()).mean() > kl
+        low, high = (low, middle) if above else (middle, high)
+    return teacher + low * noise, teacher
+
+
+@pytest.mark.parametrize("kl", [1e-3, 2e-2])
+@pytest.mark.parametrize("peaked", [False, True])
+def test_what_the_kernels_keep_is_enough(kl, peaked):
+    pair = close_pair(kl, peaked)
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        error = {(dtype, how): gradient_error(name, *pair, dtype, how) for dtype in (torch.float16, torch.bfloat16) for how in ("whole", "row", "tile")}
+        ours = error[torch.float16, "tile"]
+        assert ours < 5e-3, (name, error)
+        assert ours <= min(error.values()) * 1.05, (name, error)
+        assert error[torch.bfloat16, "whole"] > 20 * ours, (name, error)  # what a plain bf16 implementation keeps
