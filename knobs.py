@@ -9,6 +9,7 @@ from config import ABOVE_0, knob
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
+from kernels.backend import CHOICES
 from losses.grpo import KL_ESTIMATES, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from rl.advantage import BASELINES
@@ -108,6 +109,7 @@ class Config:
     keep: int = knob(2, "checkpoints kept")
     log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    kernels: str = knob("auto", "fused operations: Triton on a GPU and PyTorch elsewhere, or one of them", choices=CHOICES)
     compile: bool = knob(False, "torch.compile the transformer's blocks")
     wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
     wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})

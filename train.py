@@ -25,6 +25,7 @@ from errors import RunFailed, UserError
 from eval.heldout import evaluate
 from eval.log import Log, peak_flops, show_batch, step_flops
 from eval.report import draw_curves, summary
+from kernels import backend
 from kernels.attention import PackedAttention
 from knobs import Config, check, kept
 from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
@@ -48,6 +49,10 @@ def choose_device(cfg):
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    try:
+        backend.use(cfg.kernels)
+    except ValueError as e:
+        raise UserError(f"--kernels={cfg.kernels}: {e}") from None
     name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
     return device, getattr(torch, name), rank, world
 
@@ -94,7 +99,7 @@ def finished_run(runs, knobs, steps):
     return None
 
 
-PASSING = ("name", "runs", "resume", "device", "keep", "log_every", "wandb")  # knobs that do not change what a run learns
+PASSING = ("name", "runs", "resume", "device", "kernels", "keep", "log_every", "wandb")  # knobs that do not change what a run learns
 
 
 def choose_tokenizer(cfg, folder, teacher_folder):

@@ -12,8 +12,12 @@ def use(name):
     """"auto": the device decides; "torch", "triton": that one, for the whole process. Raises ValueError where Triton cannot run."""
     global _chosen
     if name == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError("the Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to run them slowly on a CPU)")
+        raise ValueError("they need a CUDA device, or TRITON_INTERPRET=1 in the environment to be run slowly by a CPU")
     _chosen = name
+
+
+def chosen():
+    return _chosen
 
 
 def triton_runs(x_nD):

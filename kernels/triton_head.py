@@ -42,7 +42,7 @@ class Config:
 
 # by compute capability; a fixed table, not a tuner at run time: the tile decides the order of sums, and the same run must give the same bits
 CONFIGS = {9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True), 8: Config(128, 128, 64, 8, 3)}
-ROW_BLOCK, ROW_WARPS = 4096, 8  # of the gradient kernel
+ROW_BLOCK, ROW_WARPS = 2048, 8  # ids per step and warps of the gradient kernel: one 16-byte load a thread, at most 64 registers
 
 
 # --- logits --------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Logits:
 
 def config_for(device):
     if device.type != "cuda":  # the interpreter
-        return Config(16, 16, 16, 4, 1)
+        return Config(32, 128, 64, 4, 1)
     major, _ = torch.cuda.get_device_capability(device)
     return CONFIGS[9 if major >= 9 else 8]
 
