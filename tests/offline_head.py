@@ -1,6 +1,5 @@
 """Every use that the head's functions make of their kernels, for each configuration: what tests/offline.py compiles."""
 
-import os
 
 from kernels import triton_head as th
 
