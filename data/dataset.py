@@ -204,6 +204,14 @@ def task_of(name):
     return task if task in TASKS and TASKS[task].make else None
 
 
+def divide(path, eval_examples, train_examples=0):
+    """(held-out examples, those to train on) of a file: the same ones for every seed, the first `train_examples` of them (0: all)."""
+    examples = [to_example(row, origin) for origin, row in read_rows(path)]
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
+    held_out, rest = order[:eval_examples], order[eval_examples:][: train_examples or None]
+    return [examples[i] for i in held_out], [examples[i] for i in rest]
+
+
 class Dataset:
     """Training documents by index, and held-out examples. Length None: endless, made on demand."""
 
@@ -225,14 +233,12 @@ class Dataset:
                 self.get(0)  # what is wrong with every problem is wrong with the first
         else:
             path = find_file(name)
-            examples = [to_example(row, origin) for origin, row in read_rows(path)]
-            self.label = examples[0].task or path.stem if examples else ""
-            order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
-            if len(examples) <= eval_examples:
-                raise UserError(f"--data {name} has {len(examples)} examples; --eval_examples {eval_examples} leaves none to train on")
-            self.held_out = [examples[i] for i in order[:eval_examples]]
-            rest = order[eval_examples:][: train_examples or None]
-            self._tokenise([examples[i] for i in rest], progress)
+            self.held_out, training = divide(path, eval_examples, train_examples)
+            first = next(iter([*self.held_out, *training]), None)
+            self.label = first and (first.task or path.stem)
+            if not training:
+                raise UserError(f"--data {name} has {len(self.held_out)} examples; --eval_examples {eval_examples} leaves none to train on")
+            self._tokenise(training, progress)
         self._held_out_documents = self._checked(self.held_out)
 
     def __len__(self):

@@ -55,6 +55,21 @@ def grade_exact(text, answer):
     return Verdict(same(marked), same(marked) or same(marked_answer(text, unclosed=True)), marked is not None)
 
 
+def grade_by_math_verify(text, answer):
+    """Whether math-verify, left to find the answer in the whole text by itself, takes it for the gold one; None where it is missing."""
+    verdict = MATH_WORKER.compare(text[-TAIL:], _scientific(answer), whole=True)
+    return None if verdict is None else verdict[1]
+
+
+def vote(text, words=True):
+    """The marked answer in a form that its different spellings share (numbers by value), to be counted; None without one."""
+    marked = marked_answer(text)
+    if not marked or len(marked) > LONGEST:
+        return None
+    number = parse_number(marked, words)
+    return _canonical(_scientific(marked)) if number is None else str(number)
+
+
 def format_reward(text):
     """+1.0 for exactly `<think>…</think><answer>…</answer>`, neither empty and only white space around, else -1.0 (arXiv 2506.13404)."""
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
@@ -213,6 +228,7 @@ def _same_math(answer, gold):
     """(the answer was understood, it equals the gold one); the cheap comparisons first."""
     if not answer or len(answer) > LONGEST:
         return False, False
+    answer, gold = _scientific(answer), _scientific(gold)
     if _canonical(answer) == _canonical(gold):
         return True, True
     ours, theirs = parse_number(answer, words=False), parse_number(gold, words=False)
@@ -220,6 +236,11 @@ def _same_math(answer, gold):
         return True, ours == theirs
     verdict = MATH_WORKER.compare(_strip_marks(_tidy(answer)), _strip_marks(_tidy(gold)))
     return (True, False) if verdict is None else verdict
+
+
+def _scientific(text):
+    """4.5e33, which math-verify would read as 4.5 · e · 33, as 4.5 \\times 10^{33}."""
+    return re.sub(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?!\w)", r"\1 \\times 10^{\2}", text)
 
 
 def _canonical(text):

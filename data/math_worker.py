@@ -25,14 +25,16 @@ class MathWorker:
         self.limit, self.timeouts, self.crashes, self.missing = limit, 0, 0, False
         self._lock, self._process, self._owner = threading.Lock(), None, None
 
-    def compare(self, answer, gold):
-        """(answer could be parsed, answer equals gold); (False, False) after a time-out or a crash; None without math-verify."""
+    def compare(self, answer, gold, whole=False):
+        """(answer could be parsed, answer equals gold); (False, False) after a time-out or a crash; None without math-verify.
+
+        whole: `answer` is a text in which math-verify is to find the answer by its own rules."""
         with self._lock:
             for _ in range(2):  # a worker found dead before its time is replaced once
                 reply, expired = None, False
                 if self.missing or not self._start():
                     break
-                reply, expired = self._exchange([answer, gold, self.limit], self.limit)
+                reply, expired = self._exchange([answer, gold, self.limit, *[True] * whole], self.limit)
                 if reply or expired:
                     break
             if self.missing:
@@ -101,20 +103,20 @@ def serve():
         return send([False])
     _limit_memory()
 
-    def compare(answer, gold):
+    def compare(answer, gold, whole=False):
         # No fall-back to plain numbers or strings: it would find an 18 in any text that is not mathematics.
         read = lambda text: parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-        parsed = read(answer)
+        parsed = parse(answer, parsing_timeout=None) if whole else read(answer)
         return [bool(parsed), bool(parsed and verify(read(gold), parsed, timeout_seconds=None))]
 
     compare("x", "x+1")  # the first call compiles patterns
     send([True])
     for line in sys.stdin:
-        answer, gold, limit = json.loads(line)
+        answer, gold, limit, *whole = json.loads(line)
         # The system ends a worker that outlives its parent in the midst of a question, whatever Python is doing.
         signal.setitimer(signal.ITIMER_REAL, limit + 1)
         try:
-            reply = compare(answer, gold)
+            reply = compare(answer, gold, bool(whole))
         except Exception:  # noqa: BLE001 (whatever sympy raises, the answer is not shown to be right)
             reply = [False, False]
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,15 +6,10 @@ folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or the folder of a run (
 
 import argparse
 import sys
-from pathlib import Path
 
-import torch
-
-from data.tokenizer import Tokenizer
 from errors import UserError
-from model.checkpoint import build_model, locate, read_config, stop_ids_of
+from eval.load import find
 from model.generate import generate
-from model.runs import RunFolder
 
 
 class Stream:
@@ -48,22 +43,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def load(name):
-    """(model, tokenizer, stop ids) of a checkpoint."""
-    folder = Path(name)
-    if steps := RunFolder(folder).steps():
-        folder = RunFolder(folder).step_folder(steps[-1])
-    folder = locate(str(folder), "checkpoint")
-    if folder is None:
-        raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
-    tokenizer, config = Tokenizer.load(folder), read_config(name, folder)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = build_model(config, folder, device=device, seed=0, weight_dtype=dtype).eval()
-    return model, tokenizer, list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
-
-
-def answer(model, tokenizer, stop_ids, messages, args):
+def answer(subject, model, messages, args):
     """Stream the assistant's next turn; returns its text."""
+    tokenizer = subject.tokenizer
     chat = tokenizer.chat_template is not None
     ids = tokenizer.encode(tokenizer.render(messages, generate=True) if chat else "".join(m["content"] for m in messages))
     limit = min(args.max_tokens, model.config.max_position_embeddings - len(ids))
@@ -71,7 +53,7 @@ def answer(model, tokenizer, stop_ids, messages, args):
         raise UserError(f"the conversation fills the model's {model.config.max_position_embeddings:,} positions")
     stream = Stream(tokenizer)
     try:
-        result = generate(model, [ids], limit, stop_ids, vocab=min(tokenizer.size, model.config.vocab_size), temperature=args.temperature,
+        result = generate(model, [ids], limit, subject.stop_ids, vocab=subject.vocab, temperature=args.temperature,
                           top_k=args.top_k, top_p=args.top_p, seeds=[(args.seed << 20) + len(messages)], on_token=stream)[0]  # fmt: skip
     except ValueError as e:
         raise UserError(str(e)) from None
@@ -85,7 +67,8 @@ def answer(model, tokenizer, stop_ids, messages, args):
 def main(argv):
     try:
         args = parse(argv)
-        model, tokenizer, stop_ids = load(args.checkpoint)
+        subject = find(args.checkpoint)
+        model = subject.model()
         beginning = [{"role": "system", "content": args.system}] if args.system else []
         messages, prompt = list(beginning), "> " if sys.stdin.isatty() else ""
         while True:
@@ -94,7 +77,7 @@ def main(argv):
                 messages = list(beginning)
             elif line:
                 messages.append({"role": "user", "content": line})
-                messages.append({"role": "assistant", "content": answer(model, tokenizer, stop_ids, messages, args)})
+                messages.append({"role": "assistant", "content": answer(subject, model, messages, args)})
     except EOFError:
         return 0
     except UserError as e:

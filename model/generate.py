@@ -35,14 +35,15 @@ class Completion:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperature=0.0, top_k=0, top_p=1.0, seeds=None,
-             stop_strings=(), decode=None, batch_size=256, on_token=None):  # fmt: skip
+             stop_strings=(), decode=None, batch_size=256, on_token=None, on_done=None):  # fmt: skip
     """One Completion per prompt (a list of ids, not empty), of at most max_new_tokens ids below `vocab`.
 
     temperature 0 is greedy. top_k keeps every id whose logit is among the k largest (0: all; ties at the border stay), then
     top_p the smallest set of the likeliest ids whose mass is at least top_p (ties: lower ids first; 1: all). `seeds`: an int
     of up to 64 bits per prompt, needed to sample. logp is of softmax(logits / temperature) over all `vocab` ids, before
     top_k and top_p (greedy: temperature 1). stop_strings are looked for in the text that `decode` (ids -> text) makes of the
-    newest tokens. on_token(index of the prompt, id, logp) is called for every new token. Raises ValueError.
+    newest tokens. on_token(index of the prompt, id, logp) is called for every new token, on_done(index, Completion) for every one
+    that is finished. Raises ValueError.
     """
     if any(not len(p) for p in prompts):
         raise ValueError(f"prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty: there is nothing to continue")
@@ -60,6 +61,7 @@ def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperatur
     keys = random_keys(seeds) if temperature > 0 else np.zeros(len(prompts), np.uint64)
     batch = _Batch(model, sampler, prompts, keys, max_new_tokens, size)
     batch.stop_ids, batch.on_token = np.array(sorted(stop_ids), dtype=np.int64), on_token
+    batch.on_done = on_done
     if stop_strings:
         batch.ended = _StopStrings(stop_strings, decode)
     while batch.n or batch.pending:
@@ -168,7 +170,7 @@ class _Batch:
         longest = len(prompts[self.pending[-1]])
         slots = longest + min(limit, GROW_SLOTS)
         self.cache = _Cache(model.config, size, slots, model.compute_dtype or model.head_VD.dtype, self.device)
-        self.stop_ids, self.on_token, self.ended = np.empty(0, np.int64), None, None
+        self.stop_ids, self.on_token, self.on_done, self.ended = np.empty(0, np.int64), None, None, None
 
     def admit(self):
         """Append waiting prompts to the rows if enough of them are free. All but a prompt's last token is prefilled, or copied
@@ -228,7 +230,10 @@ class _Batch:
         finished = np.flatnonzero(stopped | (rows["count"] == self.limit))
         for row in finished:
             count = rows["count"][row]
-            self.results[rows["prompt"][row]] = Completion(self.tokens[row, :count].tolist(), self.logp[row, :count].tolist(), bool(stopped[row]))
+            index, done = rows["prompt"][row], Completion(self.tokens[row, :count].tolist(), self.logp[row, :count].tolist(), bool(stopped[row]))
+            self.results[index] = done
+            if self.on_done:
+                self.on_done(int(index), done)
         if len(finished):
             self._drop(finished)
 

@@ -20,6 +20,10 @@ def active():
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_reduce_sum(values, device="cpu"):
     """Element-wise sum of a list of numbers over ranks, in fp64."""
     if not active():

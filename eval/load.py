@@ -1,0 +1,68 @@
+"""A checkpoint to be evaluated or talked to: found and described first, its weights read when they are needed."""
+
+import dataclasses
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from errors import UserError
+from eval.report import run_of
+from model import parallel
+from model.checkpoint import build_model, locate, read_config, read_json, stop_ids_of
+from model.runs import RunFolder
+from model.transformer import ModelConfig
+
+
+@dataclasses.dataclass
+class Subject:
+    """name: as the user wrote it; run: the folder of the run that trained it, or None; settings: that run's config, or {}."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    stop_ids: list
+    run: Path | None
+    settings: dict
+
+    @property
+    def vocab(self):
+        return min(self.tokenizer.size, self.config.vocab_size)
+
+    @cached_property
+    def sha256(self):
+        """Of config and weights, read once by rank 0."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("*.safetensors")) if parallel.rank() == 0 else ():
+            with open(file, "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+        digest.update(repr(self.config).encode())
+        return parallel.broadcast(digest.hexdigest())
+
+    @property
+    def label(self):
+        """A folder's name for its results: readable, and another one for other weights."""
+        place = self.folder if self.folder.exists() and Path(self.name).exists() else Path(self.name.replace("/", "--"))
+        words = [self.run.name] if self.run else []
+        return "-".join([*words, place.resolve().name if place.exists() else place.name, self.sha256[:6]])
+
+    def model(self):
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        return build_model(self.config, self.folder, device=device, seed=0, weight_dtype=dtype).eval()
+
+
+def find(name, tokenizer=""):
+    """The Subject of a folder in Hugging Face form, a run's folder (its newest checkpoint), or a hub id."""
+    folder = Path(name)
+    if steps := RunFolder(folder).steps():
+        folder = RunFolder(folder).step_folder(steps[-1])
+    folder = locate(str(folder), "checkpoint")
+    if folder is None:
+        raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
+    tokenizer, config, run = Tokenizer.load(tokenizer or folder), read_config(name, folder), run_of(folder)
+    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
+    settings = read_json(run / "config.json") if run and (run / "config.json").is_file() else {}
+    return Subject(str(name), folder, config, tokenizer, stop_ids, run, settings)
