@@ -212,12 +212,16 @@ def config_from_hf(hf, where):
     family = hf.get("model_type")
     if family not in ("qwen2", "qwen3"):
         refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse(f"rope scaling {kind!r}")
-    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+    rope = hf.get("rope_parameters") or {}
+    for part in (rope, hf.get("rope_scaling") or {}):
+        kind = part.get("rope_type", part.get("type", "default"))
+        if kind != "default" or part.get("partial_rotary_factor", 1) != 1:
+            refuse(f"rope scaling {kind!r}")
+    rope = rope or hf.get("rope_scaling") or {}
+    if hf.get("use_sliding_window") and hf.get("sliding_window", 4096):  # 4096: what `transformers` takes where the key is missing
         refuse("sliding-window attention")
+    if hf.get("quantization_config"):
+        refuse(f"a quantised checkpoint ({hf['quantization_config'].get('quant_method', 'unknown method')})")
     if hf.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {hf['hidden_act']!r}")
     try:
@@ -228,7 +232,7 @@ def config_from_hf(hf, where):
             num_layers=hf["num_hidden_layers"],
             num_heads=hf["num_attention_heads"],
             num_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2" or hf.get("attention_bias", False),
             qk_norm=family == "qwen3",

@@ -66,3 +66,15 @@ def rollout_main(rank, world, port, sources, describe, batches, results):
         results.put(every)
     parallel.barrier()
     parallel.close()
+
+
+def eval_main(rank, world, port, argv, results):
+    """Rank 0 puts the exit codes of `python -m eval` on every rank."""
+    from eval.__main__ import main
+
+    setup(world, rank, port)
+    codes = parallel.gather(main(argv))
+    if rank == 0:
+        results.put(codes)
+    parallel.barrier()
+    parallel.close()

@@ -1,0 +1,288 @@
+"""Evaluate checkpoints: python -m eval runs/my-run Qwen/Qwen2.5-0.5B-Instruct --tasks gsm8k,math500 --n 8 --k 1,8
+
+A checkpoint is a folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or a run's folder (its newest checkpoint). The defaults
+are the protocol of arXiv 2506.13404: temperature 0.6, top-p 0.95, up to 32,768 new tokens. Samples, tables and a picture go to
+--out; the same command goes on with what was interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval ...
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.grade import grade_by_math_verify, vote
+from data.tasks import grade
+from errors import RunFailed, UserError
+from eval import benchmarks, prompts, results, trained
+from eval.load import find
+from eval.report import environment
+from model import parallel
+from model.generate import generate
+from model.runs import replace_file
+
+PROGRESS = 10.0  # seconds between progress lines
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+    add = lambda name, default, help, kind=str, **more: parser.add_argument(
+        *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), default=default, type=kind, help=help, **more
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a folder in Hugging Face form, a run's folder, or a hub id")
+    add("tasks", None, f"of {', '.join(benchmarks.names())}; with commas between them", required=True)
+    add("n", 1, "samples per problem", int)
+    add("k", "", "pass@k and majority@k for these k, with commas between them; empty: n")
+    add("temperature", 0.6, "of sampling", float)
+    add("top_p", 0.95, "sample from the likeliest ids with this mass", float)
+    add("max_tokens", 32768, "new tokens per answer at most; fewer where the model has no positions for them", int)
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    add("prompt", "auto", "auto: as the run was trained, else chat if the tokenizer has a template", choices=prompts.KINDS)
+    add("system", None, "the system prompt; a run's own unless given")
+    add("instruction", None, "put behind every question; a run's own unless given, else the task's")
+    add("prefill", "", "text that begins every answer")
+    add("limit", 0, "the first so many problems only; 0: all", int)
+    add("seed", 0, "the same seed gives every sample the same random numbers", int)
+    add("batch_size", 64, "samples written at once, per rank; the cache holds this many rows as long as the longest", int)
+    add("data", os.environ.get("SRLM_DATA") or "test_sets", "the folder with test sets, NAME/test.jsonl")
+    add("out", "evals", "where samples and tables are kept")
+    add("compare", "", "another checkpoint, or the folder of its results: the others are compared with it, problem by problem")
+    add("tokenizer", "", "folder with tokenizer.json, for checkpoints that have none")
+    parser.add_argument("--allow_trained", "--allow-trained", action="store_true", help="evaluate on questions that a run trained on")
+    return check(parser.parse_args(argv))
+
+
+def check(args):
+    """Refuse what cannot work before anything is read; makes lists of --tasks and --k."""
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(message)
+
+    args.tasks = list(dict.fromkeys(t.strip() for t in args.tasks.split(",") if t.strip()))
+    for task in args.tasks:
+        near = difflib.get_close_matches(task, benchmarks.names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(benchmarks.names())}"
+        need(task in benchmarks.names(), f"--tasks: no {task!r}; {hint}")
+    need(args.tasks, f"--tasks names none; there are {', '.join(benchmarks.names())}")
+    need(args.n >= 1, "--n must be at least 1")
+    try:
+        args.k = sorted({int(k) for k in (args.k or str(args.n)).split(",")})
+    except ValueError:
+        raise UserError(f"--k {args.k}: write whole numbers with commas between them, as in 1,8") from None
+    need(args.k[0] >= 1, "--k must be at least 1")
+    need(args.k[-1] <= args.n, f"--k {args.k[-1]} needs as many samples per problem; --n is {args.n}")
+    need(not args.greedy or args.n == 1, f"--greedy writes the same answer every time; leave out --n {args.n}")
+    args.temperature = 0.0 if args.greedy else args.temperature
+    need(args.greedy or 0 < args.temperature < float("inf"), "--temperature must be positive; --greedy takes the likeliest token")
+    need(0 < args.top_p <= 1, "--top_p must be above 0 and at most 1")
+    for name in ("max_tokens", "batch_size"):
+        need(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    need(args.limit >= 0 and args.seed >= 0, "--limit and --seed must not be negative")
+    return args
+
+
+# --- what is to be done --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Job:
+    """One checkpoint on one task."""
+
+    subject: object
+    benchmark: benchmarks.Benchmark
+    prompts: prompts.Prompts
+    samples: results.Samples
+    identity: dict  # what the samples depend on: they are kept together only if it agrees
+    new_tokens: int
+    trained_on: int | None  # how many questions of the test set the checkpoint's run was trained on; None: not known
+
+
+def plan(args):
+    """Every Job, all that can be wrong found before a weight is read."""
+    names = [*args.checkpoints, *([args.compare] if args.compare and not _results_folder(args.compare) else [])]
+    subjects = [find(name, args.tokenizer) for name in dict.fromkeys(names)]
+    sets = [benchmarks.load(task, args.data, args.limit) for task in args.tasks]
+    jobs = []
+    for subject in subjects:
+        seen = trained.seen(subject, sets, args.allow_trained)
+        for benchmark in sets:
+            words = args.prompt, args.system, args.instruction, args.prefill
+            asked = prompts.build(benchmark, subject.tokenizer, subject.settings, *words, args.limit)
+            longest, positions = max(map(len, asked.ids)), subject.config.max_position_embeddings
+            if longest >= positions:
+                raise UserError(f"{subject.name}: {benchmark.name} has a prompt of {longest:,} tokens, the model {positions:,} positions")
+            identity = {
+                "checkpoint": subject.sha256, "test set": benchmark.sha256, "prompt": asked.stated, "temperature": args.temperature,
+                "top_p": args.top_p if args.temperature else None, "max_tokens": args.max_tokens, "seed": args.seed if args.temperature else None,
+                "stop_ids": subject.stop_ids, "vocabulary": subject.vocab, "device": "cuda" if torch.cuda.is_available() else "cpu",
+            }  # fmt: skip
+            samples = results.Samples(Path(args.out) / subject.label, benchmark.name)
+            samples.agree(identity)
+            jobs.append(Job(subject, benchmark, asked, samples, identity, min(args.max_tokens, positions - longest), seen[benchmark.name]))
+    return jobs
+
+
+def _results_folder(name):
+    """Whether --compare names results (samples of tasks) rather than a checkpoint."""
+    return not (Path(name) / "config.json").exists() and any(Path(name).glob("*.jsonl"))
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+def seed_of(seed, task, problem, sample):
+    """64 bits for (problem, sample): the same in every batch, order and number of ranks, and after a resumption."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{task}/{problem}/{sample}".encode(), digest_size=8).digest(), "big")
+
+
+def fill(job, args, model, rank, world):
+    """Generate what is missing of a job and grade it; returns the figures' rows {(problem, sample): row}, the same on all ranks."""
+    examples = job.benchmark.examples[: args.limit or None]
+    kept = job.samples.read()
+    wanted = [(p, s) for p in range(len(examples)) for s in range(args.n)]
+    share = [key for key in wanted if key not in kept][rank::world]
+    parallel.barrier()  # everyone has read what was kept
+    if rank == 0:
+        job.samples.begin(job.identity, {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
+                                         "new_tokens": job.new_tokens, "trained_on": job.trained_on, "environment": environment()})  # fmt: skip
+    parallel.barrier()
+    clock, tokens = time.perf_counter(), write(job, args, model(), share, rank, world) if share else 0
+    tokens, seconds = int(parallel.all_reduce_sum([tokens])[0]), max(parallel.gather(time.perf_counter() - clock))
+    rows = job.samples.read()
+    graded = {key: judge(job.benchmark.examples[key[0]], rows[key]) for key in wanted[rank::world] if "strict" not in rows[key]}
+    for part in parallel.gather(graded):
+        rows |= part
+    if rank == 0:
+        job.samples.finish(rows, tokens, seconds if tokens else 0.0)
+    parallel.barrier()
+    return {key: rows[key] for key in wanted}
+
+
+def write(job, args, model, keys, rank, world):
+    """Generate these (problem, sample) keys; every one is kept as soon as it is finished. Returns the number of new tokens."""
+    tokenizer, examples, total, shown = job.subject.tokenizer, job.benchmark.examples, 0, time.monotonic()
+    seeds = [seed_of(args.seed, job.benchmark.name, *key) for key in keys]
+    done = 0
+    with open(job.samples.folder / f"{job.benchmark.name}.part-{rank}.jsonl", "a", encoding="utf-8") as file:
+
+        def keep(i, completion):
+            nonlocal total, done, shown
+            (problem, sample), text = keys[i], tokenizer.decode(completion.tokens, skip_special=True)
+            for stop in job.prompts.stop:
+                text = text.partition(stop)[0]
+            row = dict(problem=problem, sample=sample, question=examples[problem].question, gold=examples[problem].answer, text=text,
+                       tokens=len(completion.tokens), stopped=completion.stopped, logp=round(sum(completion.logp), 3))  # fmt: skip
+            file.write(results.line(row))
+            file.flush()
+            total, done = total + len(completion.tokens), done + 1
+            if rank == 0 and time.monotonic() - shown > PROGRESS:
+                shown = time.monotonic()
+                print(f"{job.benchmark.name}: {done:,} of {len(keys):,} samples{' of this rank' if world > 1 else ''}", flush=True)
+
+        if file.tell():
+            file.write("\n")  # the line that a kill cut off, if it did, stays apart from what follows
+        generate(model, [job.prompts.ids[problem] for problem, _ in keys], job.new_tokens, job.subject.stop_ids, vocab=job.subject.vocab,
+                 temperature=args.temperature, top_p=args.top_p, seeds=seeds, stop_strings=job.prompts.stop, decode=tokenizer.decode,
+                 batch_size=args.batch_size, on_done=keep)  # fmt: skip
+    return total
+
+
+def judge(example, row):
+    """A sample's row with its verdicts: the task's own, strict and lenient; math-verify's, left to itself; what is put to the vote."""
+    verdict, text = grade(example, row["text"]), row["text"]
+    verdicts = {"strict": verdict.strict, "lenient": verdict.lenient, "parsed": verdict.parsed}
+    if example.task in benchmarks.CODE:
+        return row | verdicts | {"math_verify": None, "vote": False}
+    return row | verdicts | {"math_verify": grade_by_math_verify(text, example.answer), "vote": vote(text, words=example.task != "math")}
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def report(args, jobs, rows):
+    """summary.md, summary.json and summary.png; returns the text for the terminal. rows: those of each job."""
+    summaries = [(j.subject.label, j.benchmark.name, results.summarise(r, args.k, j.samples.stated["generated"])) for j, r in zip(jobs, rows)]
+    comparisons = compare(args, jobs, rows) if args.compare else []
+    sampling = "greedy" if args.greedy else f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}"
+    conditions = [f"{sampling}, up to {args.max_tokens:,} new tokens. Rates in %; accuracy: the marked answer alone (strict), mean over all samples; "
+                  "intervals: 95 %, problems resampled", *map(_stated, jobs)]  # fmt: skip
+    conditions = list(dict.fromkeys(conditions))  # checkpoints that were asked the same share a line
+    tables = [results.table(summaries), *([results.comparison_table(comparisons)] if comparisons else [])]
+    out = Path(args.out)
+    listed = "\n".join(f"- {c}" for c in conditions)
+    replace_file(out / "summary.md", "\n\n".join([*map(results.markdown, tables), listed]) + "\n")
+    replace_file(out / "summary.json", json.dumps({"conditions": conditions, "summaries": summaries, "comparisons": comparisons}, indent=1) + "\n")
+    results.draw(summaries, out / "summary.png")
+    return "\n\n".join([*map(results.aligned, tables), *conditions, f"samples, summary.md, summary.json and summary.png are in {out}"])
+
+
+def _stated(job):
+    p, brief = job.identity["prompt"], lambda digest: (digest or "none")[:12]
+    words = "".join(f", {name} {p[name]!r}" for name in ("system", "instruction", "prefill") if p[name])
+    trained_on = f"; {job.subject.label} WAS TRAINED ON {job.trained_on or 'an unknown number'} of these questions" if job.trained_on != 0 else ""
+    return (f"{job.benchmark.name}: {p['kind']} prompt{words}; sha256 of the first prompt {brief(p['first_prompt_sha256'])}, "
+            f"of the template {brief(p['template_sha256'])}, of the test set {brief(job.benchmark.sha256)}{trained_on}")  # fmt: skip
+
+
+def compare(args, jobs, rows):
+    """[(checkpoint, other, task, paired figures)] of all checkpoints against --compare, on the problems that both have."""
+    if _results_folder(args.compare):
+        name = Path(args.compare).resolve().name
+        other = {task: results.Samples(Path(args.compare), task).read() for task in args.tasks}
+    else:
+        name = find(args.compare, args.tokenizer).label
+        other = {j.benchmark.name: r for j, r in zip(jobs, rows) if j.subject.label == name}
+    found = []
+    for j, r in zip(jobs, rows):
+        if j.subject.label != name and (figures := results.compare(r, other[j.benchmark.name])):
+            found.append((j.subject.label, name, j.benchmark.name, figures))
+    return found
+
+
+def evaluate(args):
+    rank, world, local = parallel.init("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    jobs, rows, loaded = plan(args), [], (None, None)
+
+    for job in jobs:
+
+        def model(subject=job.subject):
+            nonlocal loaded
+            if loaded[0] is not subject:
+                loaded = (None, None)  # the one before makes room first
+                loaded = (subject, subject.model())
+            return loaded[1]
+
+        rows.append(fill(job, args, model, rank, world))
+    if rank == 0:
+        print(report(args, jobs, rows), flush=True)
+
+
+def main(argv):
+    try:
+        evaluate(parse(argv))
+        return 0
+    except UserError as e:
+        code, text = 2, e
+    except RunFailed as e:
+        code, text = 1, e
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted; the same command goes on"
+    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+        print(f"eval: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    parallel.close()
+    sys.exit(code)

@@ -1,0 +1,50 @@
+"""Questions as ids, in words that the results state: the chat template, the plain question, or worked examples before it."""
+
+import dataclasses
+import hashlib
+
+from data.dataset import Formatter, check_text
+from errors import UserError
+
+KINDS = ("auto", "chat", "plain", "few_shot")
+NEXT_QUESTION = "\nQuestion:"  # a base model goes on with a question of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """ids: a list of ids per example; stated: what they are made of, for the results; stop: strings that end an answer."""
+
+    ids: list
+    stated: dict
+    stop: tuple
+
+
+def build(benchmark, tokenizer, run, kind="auto", system=None, instruction=None, prefill="", limit=0):
+    """The Prompts of the first `limit` examples (0: all). run: the config of the run that trained the checkpoint, {} if there is none: its template,
+    system prompt and suffix are the defaults. prefill: text that begins the answer (Qwen3 without thinking: "<think>\\n\\n</think>\\n\\n")."""
+    template = tokenizer.chat_template
+    if kind == "auto":
+        asked = run.get("template", "auto")
+        kind = asked if asked != "auto" else "chat" if template else "plain"
+    if kind == "chat" and not template:
+        raise UserError(f"{tokenizer.where} has no chat template; use --prompt plain or few_shot")
+    if kind == "few_shot" and not benchmark.shots:
+        raise UserError(f"{benchmark.name} has no worked examples for --prompt few_shot; use chat or plain")
+    system = run.get("system_prompt", "") if system is None else system
+    if instruction is None:
+        instruction = "" if kind == "few_shot" else run.get("prompt_suffix", benchmark.instruction)
+    check_text(prefill, "--prefill")
+    formatter = Formatter(tokenizer, "chat" if kind == "chat" else "plain", system, instruction)
+    shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in benchmark.shots) if kind == "few_shot" else ""
+    ids = []
+    for example in benchmark.examples[: limit or None]:
+        if kind == "few_shot":
+            user = {"role": "user", "content": f"{shots}Question: {example.question}{instruction}\nAnswer:"}
+            example = dataclasses.replace(example, messages=(user, example.messages[-1]))
+        ids.append([*formatter.prompt(example), *tokenizer.encode(prefill)])
+    stated = {
+        "kind": kind, "system": system, "instruction": instruction, "prefill": prefill,
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest() if kind == "chat" else None,
+        "first_prompt": tokenizer.decode(ids[0]), "first_prompt_sha256": hashlib.sha256(str(ids[0]).encode()).hexdigest(),
+    }  # fmt: skip
+    return Prompts(ids, stated, (NEXT_QUESTION,) if kind == "few_shot" else ())

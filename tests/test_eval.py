@@ -1,0 +1,345 @@
+"""`python -m eval`: samples against `transformers`, gold and corrupted solutions, what a kill leaves, what is refused."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+import torch
+
+import train
+from data.tasks import TASKS
+from eval import __main__ as evaluation
+from eval import benchmarks, results
+from model.checkpoint import build_model, save_model
+from model.generate import Completion, generate
+from model.transformer import PRESETS, ModelConfig
+from tests.workers import eval_main, spawned
+
+MATH = ("gsm8k", "svamp", "math500", "amc23", "aime24", "minerva_math", "olympiadbench")
+
+
+def checkpoint(folder, seed=0, tokenizer=None, **shape):
+    folder.mkdir(parents=True)
+    tokenizer = tokenizer or train.embedded_tokenizer()
+    config = ModelConfig(**vars(PRESETS["tiny"]) | dict(hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16,
+                                                        vocab_size=tokenizer.size, tie_word_embeddings=False) | shape)  # fmt: skip
+    model = build_model(config, None, device="cpu", seed=seed)
+    with torch.no_grad():
+        model.head_VD.mul_(4)  # far from uniform: its likeliest ids are not nearly tied
+    save_model(model, folder, tokenizer, tokenizer.stop_ids())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command; (exit code, what it printed, errors)."""
+    return lambda *argv: (evaluation.main([str(a) for a in argv]), *capsys.readouterr())
+
+
+def rows(folder, task):
+    (path,) = folder.glob(f"*/{task}.jsonl")
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def small_sets(folder):
+    """Test sets of three rows each, in the sets' own forms, with gold answers 7, 8, 9."""
+    made = {
+        "gsm8k": lambda i: {"question": f"How much is {i}?", "answer": f"It is <<{i}={i}>>{i}.\n#### {i}"},
+        "svamp": lambda i: {"Body": f"There are {i} figs", "Question": "How many?", "Equation": "( 1.0 )", "Answer": float(i)},
+        "math500": lambda i: {"problem": f"Find ${i}$.", "solution": f"$\\boxed{{{i}}}$", "answer": f"{i}"},
+        "amc23": lambda i: {"problem": f"Find ${i}$.", "answer": float(i)},
+        "aime24": lambda i: {"problem": f"Find ${i}$.", "solution": "", "answer": f"00{i}"},
+        "minerva_math": lambda i: {"problem": f"Find ${i}$.", "solution": f"So \\boxed{{{i}e3}} m."},
+        "olympiadbench": lambda i: {"question": f"Find ${i}$.", "solution": [f"It is {i}."], "final_answer": [f"${i}$"]},
+    }
+    for name, row in made.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "test.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in (7, 8, 9)))
+    return folder
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, request):
+    """The same weights and questions through `transformers`: its tokenizer, its template, its generation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data.tokenizer import Tokenizer
+
+    try:
+        data = request.getfixturevalue("real_data")
+        tokenizer = Tokenizer.load(data / "qwen2.5-tokenizer")
+    except pytest.skip.Exception:
+        data, tokenizer = small_sets(tmp_path / "sets"), None
+    folder, new = checkpoint(tmp_path / "c", tokenizer=tokenizer), 6
+    tasks = [*MATH, "word_problems"]
+    code, _, error = run(folder, "--tasks", ",".join(tasks), "--greedy", "--limit", 20, "--max_tokens", new, "--data", data, "--out", tmp_path / "out")
+    assert code == 0, error
+    theirs, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    seen = set()
+    for task in tasks:
+        benchmark, got = benchmarks.load(task, data, 20), rows(tmp_path / "out", task)
+        assert len(got) == min(20, len(benchmark.examples))
+        for row, example in zip(got, benchmark.examples):
+            assert (row["question"], row["gold"]) == (example.question, example.answer)
+            asked = [{"role": "user", "content": example.question + ("" if task == "word_problems" else benchmarks.BOXED)}]
+            ids = theirs(theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True), return_tensors="pt", add_special_tokens=False)
+            out = model.generate(**ids, max_new_tokens=new, do_sample=False)[0, ids["input_ids"].shape[1] :]
+            text = theirs.decode(out, skip_special_tokens=True)
+            assert (row["text"], row["tokens"]) == (text, len(out)), task
+            seen.add(text)
+            assert evaluation.judge(example, row) == evaluation.judge(example, row | {"text": text})
+    assert len(seen) > 20  # not the same few ids after every prompt
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Makes every model say what `answer(example)` returns."""
+
+    def prepare(answer, task, data):
+        examples, tokenizer = benchmarks.load(task, data).examples, train.embedded_tokenizer()
+
+        def speak(model, prompts, *_, on_done, **more):
+            for i in range(len(prompts)):
+                on_done(i, Completion(tokenizer.encode(answer(examples[i])), [0.0], True))
+
+        monkeypatch.setattr(evaluation, "generate", speak)
+
+    return prepare
+
+
+# A gold solution that no grader takes for its own answer would be named here, with the reason.
+EXCEPTIONS = {"gsm8k": {}, "math500": {}}
+
+
+@pytest.mark.parametrize("task", EXCEPTIONS)
+def test_gold_solutions_score_100_and_corrupted_ones_0(task, real_data, says, tiny, tmp_path, run):
+    def figures(answer):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        says(answer, task, real_data)
+        code, _, error = run(tiny, "--tasks", task, "--data", real_data, "--out", tmp_path / "out", "--max_tokens", 8)
+        assert code == 0, error
+        return json.loads((tmp_path / "out" / "summary.json").read_text())["summaries"][0][2]
+
+    examples = benchmarks.load(task, real_data).examples
+    gold = lambda e: f"{e.messages[-1]['content']}\n#### {e.answer}" if task == "gsm8k" else e.messages[-1]["content"]
+    found = figures(gold)
+    assert found["problems"] == len(examples) and not EXCEPTIONS[task]
+    assert (found["accuracy"][0], found["lenient"], found["unparsed"], found["truncated"]) == (1.0, 1.0, 0.0, 0.0)
+    assert found["math_verify"] > 0.99
+    other = {e.question: examples[i - 1].answer for i, e in enumerate(examples)}  # the answer of the problem before
+    wrong = lambda e: next(a for a in (other[e.question], "123454321", "7777", "68686") if a not in e.answer and e.answer not in a)
+    marked = (lambda e: f"Thus it is so.\n#### {wrong(e)}") if task == "gsm8k" else lambda e: f"Thus it is $\\boxed{{{wrong(e)}}}$."
+    found = figures(marked)
+    assert (found["accuracy"][0], found["lenient"], found["math_verify"]) == (0.0, 0.0, 0.0)
+
+
+def test_every_set_is_read_and_graded(tmp_path, says, tiny, run):
+    sets = small_sets(tmp_path / "sets")
+    for task in MATH:
+        example = benchmarks.load(task, sets).examples[0]
+        assert "7" in example.question and "7" in example.answer
+        right = evaluation.judge(example, {"text": f"So \\boxed{{{example.answer}}}"})
+        assert right["strict"] and right["lenient"] and right["parsed"]
+        assert right["math_verify"] == (task != "minerva_math")  # alone it reads 7e3 as 7 · e · 3
+        assert not any(map(evaluation.judge(example, {"text": "So \\boxed{71}"}).get, ("strict", "lenient", "math_verify")))
+    assert evaluation.judge(benchmarks.load("minerva_math", sets).examples[0], {"text": "\\boxed{7 \\times 10^{3}}"})["strict"]
+    assert benchmarks.load("svamp", sets).examples[0].question == "There are 7 figs. How many?"
+
+
+# --- resumption and ranks ----------------------------------------------------------------------------------------------
+
+SAMPLED = ["--tasks", "word_problems", "--n", 3, "--k", "1,3", "--limit", 8, "--max_tokens", 12, "--temperature", 1, "--batch_size", 5]
+
+
+def same(a, b):
+    """Equal samples; the sum of log-probs to what rounding in another batch changes."""
+    without = lambda rows: [{k: v for k, v in row.items() if k != "logp"} for row in rows]
+    return without(a) == without(b) and [r["logp"] for r in a] == pytest.approx([r["logp"] for r in b], abs=2e-3)
+
+
+def test_a_killed_evaluation_goes_on_with_what_is_missing(tiny, tmp_path, run, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(tiny, *SAMPLED, "--out", whole)[0] == 0
+    written, line = [], results.line
+
+    def dies(row):
+        written.append(row)
+        if len(written) > 7:
+            raise KeyboardInterrupt
+        return line(row)
+
+    monkeypatch.setattr(results, "line", dies)
+    assert run(tiny, *SAMPLED, "--out", broken)[0] == 130
+    monkeypatch.setattr(results, "line", line)
+    (part,) = broken.glob("*/*.part-0.jsonl")
+    part.write_text(part.read_text() + line(written[-1])[:40])  # cut off in the middle of a line
+    asked = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, *a, **more: asked.append(len(prompts)) or generate(model, prompts, *a, **more))
+    assert run(tiny, *SAMPLED, "--out", broken)[0] == 0
+    assert asked == [24 - 7] and not list(broken.glob("*/*.part-*"))
+    assert same(rows(broken, "word_problems"), rows(whole, "word_problems"))
+    assert len({row["text"] for row in rows(whole, "word_problems")}) > 20
+    figures = lambda out: {k: v for k, v in json.loads((out / "summary.json").read_text())["summaries"][0][2].items() if k != "tokens_per_second"}
+    assert figures(broken) == figures(whole)
+    more = [4 if a == 3 else "1,4" if a == "1,3" else a for a in SAMPLED]
+    assert run(tiny, *more, "--out", broken)[0] == 0 and asked == [17, 8]  # one more sample of each problem
+    assert run(tiny, *SAMPLED, "--out", broken)[0] == 0 and asked == [17, 8]  # nothing is missing; three of the four are shown
+    assert figures(broken) == figures(whole)
+    code, _, error = run(tiny, *SAMPLED[:-4], "--temperature", 0.5, "--out", broken)
+    assert code == 2 and "another temperature (1.0, now 0.5)" in error and error.count("\n") == 1
+
+
+def test_two_ranks_write_the_same_samples(tiny, tmp_path, run):
+    argv = [str(a) for a in (tiny, *SAMPLED)]
+    assert run(*argv, "--out", tmp_path / "one")[0] == 0
+    assert spawned(eval_main, 2, [*argv, "--out", str(tmp_path / "two")]) == [0, 0]
+    assert same(rows(tmp_path / "two", "word_problems"), rows(tmp_path / "one", "word_problems"))
+    assert (tmp_path / "two" / "summary.png").stat().st_size > 1000
+
+
+# --- prompts, comparison, report ---------------------------------------------------------------------------------------
+
+
+def stated(out, task):
+    (path,) = out.glob(f"*/{task}.json")
+    return json.loads(path.read_text())["identity"]["prompt"]
+
+
+def test_prompts_and_what_is_stated(tiny, tmp_path, run):
+    sets = small_sets(tmp_path / "sets")
+    base = [tiny, "--tasks", "gsm8k,word_problems", "--greedy", "--limit", 2, "--max_tokens", 4, "--data", sets]
+    for kind in ("plain", "chat", "few_shot"):
+        assert run(*base, "--prompt", kind, "--out", tmp_path / kind)[0] == 0
+    assert stated(tmp_path / "plain", "gsm8k")["first_prompt"] == "How much is 7?" + benchmarks.BOXED
+    chat = stated(tmp_path / "chat", "gsm8k")
+    assert chat["first_prompt"] == f"<|im_start|>user\nHow much is 7?{benchmarks.BOXED}<|im_end|>\n<|im_start|>assistant\n"
+    few = stated(tmp_path / "few_shot", "word_problems")["first_prompt"]
+    shots = [TASKS["word_problems"].example("word_problems", "train", f"shot/{i}") for i in range(4)]
+    assert few.startswith("Question: " + shots[0].question + "\nAnswer: " + shots[0].messages[-1]["content"]) and few.endswith("now?\nAnswer:")
+    assert few.count("Question:") == 5
+    text = (tmp_path / "chat" / "summary.md").read_text()
+    assert chat["first_prompt_sha256"][:12] in text and chat["template_sha256"][:12] in text and "greedy" in text
+    assert run(*base, "--prompt", "chat", "--system", "Be brief.", "--instruction", " Go.", "--prefill", "So", "--out", tmp_path / "own")[0] == 0
+    own = stated(tmp_path / "own", "gsm8k")["first_prompt"]
+    assert own == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow much is 7? Go.<|im_end|>\n<|im_start|>assistant\nSo"
+
+
+def test_a_few_shot_answer_ends_before_the_next_question(tiny, tmp_path, run, monkeypatch):
+    tokenizer, stops = train.embedded_tokenizer(), []
+
+    def speak(model, prompts, *_, on_done, stop_strings, **more):
+        stops.append(stop_strings)
+        for i in range(len(prompts)):
+            on_done(i, Completion(tokenizer.encode("It is \\boxed{7}.\n\nQuestion: And? \\boxed{1}"), [0.0], True))
+
+    monkeypatch.setattr(evaluation, "generate", speak)
+    sets = small_sets(tmp_path / "sets")
+    assert run(tiny, "--tasks", "gsm8k", "--prompt", "few_shot", "--data", sets, "--out", tmp_path / "out")[0] == 0
+    assert stops == [("\nQuestion:",)] and [row["strict"] for row in rows(tmp_path / "out", "gsm8k")] == [True, False, False]
+
+
+def test_comparison_of_two_checkpoints_and_of_kept_results(tiny, tmp_path, run, says):
+    sets, other = small_sets(tmp_path / "sets"), checkpoint(tmp_path / "other", seed=5)
+    base = ["--tasks", "gsm8k", "--data", sets, "--out", tmp_path / "out"]
+    says(lambda e: f"#### {e.answer}", "gsm8k", sets)
+    assert run(tiny, *base)[0] == 0
+    says(lambda e: "#### 7", "gsm8k", sets)  # right once in three
+    code, out, _ = run(other, *base, "--compare", tiny)
+    assert code == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    ((_, _, _, figures),) = summary["comparisons"]
+    assert figures["difference"] == pytest.approx(-2 / 3) and (figures["better"], figures["worse"], figures["p"]) == (0, 2, 0.5)
+    assert [f["accuracy"][0] for _, _, f in summary["summaries"]] == pytest.approx([1 / 3, 1])
+    assert "-66.7 [" in out and "-66.7 [" in (tmp_path / "out" / "summary.md").read_text()
+    (kept,) = (tmp_path / "out").glob("tiny-*")
+    assert run(other, *base, "--compare", kept)[0] == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["comparisons"][0][3] == figures
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_a_run_trained_on_are_refused_unless_asked_for(tmp_path, run):
+    sets = small_sets(tmp_path / "sets")
+    steps = {name: checkpoint(tmp_path / name / "checkpoints" / "step-3") for name in ("seen", "clean", "after")}
+    data = tmp_path / "mix.jsonl"
+    clean = [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(4)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in [*clean, {"question": " how much  is 8?", "answer": "#### 3"}]))
+    config = lambda name, **more: (tmp_path / name / "config.json").write_text(json.dumps({"data": str(data), "model": "tiny"} | more))
+    config("seen", eval_examples=0)
+    config("clean", data="word_problems:10")
+    config("after", data="word_problems", model=str(steps["seen"]))  # it began from the first
+    base = ["--tasks", "word_problems,gsm8k", "--greedy", "--limit", 2, "--max_tokens", 2, "--data", sets, "--out", tmp_path / "out"]
+    for name in ("seen", "after"):
+        code, _, error = run(tmp_path / name, *base)
+        assert code == 2 and "trained on 1 of gsm8k's 3 questions" in error and "mix.jsonl:5" in error and error.count("\n") == 1
+    assert run(tmp_path / "clean", *base)[0] == 0
+    code, out, _ = run(tmp_path / "seen", *base, "--allow_trained")
+    assert code == 0 and "WAS TRAINED ON 1 of these" in out
+    from data.dataset import divide
+
+    for held_out in range(5):  # a question that the run only validated on was not trained on
+        config("seen", eval_examples=held_out)
+        asked = [e.question for e in divide(data, held_out)[1]]
+        assert run(tmp_path / "seen", *base)[0] == (2 if " how much  is 8?" in asked else 0)
+    data.unlink()
+    code, _, error = run(tmp_path / "seen", *base)
+    assert code == 2 and "not there to be compared" in error and error.count("\n") == 1
+
+
+def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
+    sets = small_sets(tmp_path / "sets")
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    (bare / "tokenizer.json").unlink()
+    no_template = tmp_path / "no_template"
+    shutil.copytree(tiny, no_template)
+    (no_template / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    yarn = tmp_path / "yarn"
+    shutil.copytree(tiny, yarn)
+    (yarn / "config.json").write_text(json.dumps(json.loads((tiny / "config.json").read_text()) | {"rope_scaling": {"type": "yarn", "factor": 4.0}}))
+    for name, content in (("broken", "{"), ("foreign", '{"text": "a"}\n'), ("empty", "")):
+        (tmp_path / name / "svamp").mkdir(parents=True)
+        (tmp_path / name / "svamp" / "test.jsonl").write_text(content)
+    (tmp_path / "two" / "svamp").mkdir(parents=True)
+    for name in ("test.jsonl", "test.json"):
+        (tmp_path / "two" / "svamp" / name).write_text("[]")
+    good = ["--data", sets, "--out", tmp_path / "out", "--max_tokens", 2]
+    cases = (
+        ([tiny, "--tasks", "gsm9k"], "did you mean gsm8k?"), ([tiny, "--tasks", "chess"], "there are gsm8k"), ([tiny, "--tasks", ","], "names none"),
+        ([tiny, "--tasks", "mawps"], "no 'mawps'"), ([tiny], "--tasks"), (["--tasks", "gsm8k"], "CHECKPOINT"),
+        ([tiny, "--tasks", "gsm8k", "--n", 2, "--k", "1,4"], "--k 4 needs as many samples"), ([tiny, "--tasks", "gsm8k", "--k", "a"], "--k a"),
+        ([tiny, "--tasks", "gsm8k", "--k", 0], "--k"), ([tiny, "--tasks", "gsm8k", "--n", 0], "--n"), ([tiny, "--tasks", "gsm8k", "--greedy", "--n", 4], "--greedy"),
+        ([tiny, "--tasks", "gsm8k", "--temperature", 0], "--greedy"), ([tiny, "--tasks", "gsm8k", "--top_p", 0], "--top_p"),
+        ([tiny, "--tasks", "gsm8k", "--max-tokens", 0], "--max_tokens"), ([tiny, "--tasks", "gsm8k", "--prompt", "fancy"], "few_shot"),
+        ([bare, "--tasks", "gsm8k"], "no tokenizer.json; name a folder that has one with --tokenizer"), (["tiny", "--tasks", "gsm8k"], "preset"),
+        ([tmp_path / "none", "--tasks", "gsm8k"], "no such folder"), ([yarn, "--tasks", "gsm8k"], "rope scaling 'yarn' is not supported"),
+        ([no_template, "--tasks", "gsm8k", "--prompt", "chat"], "no chat template; use --prompt plain"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "nowhere"], "no test set there"), ([tiny, "--tasks", "svamp", "--data", tmp_path / "two"], "which file of"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "broken"], "not valid JSON"), ([tiny, "--tasks", "svamp", "--data", tmp_path / "foreign"], "not a row of svamp"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "empty"], "is empty"), ([tiny, "--tasks", "gsm8k", "--compare", tmp_path / "none"], "no such folder"),
+    )  # fmt: skip
+    for argv, words in cases:
+        code, out, error = run(*good, *argv)
+        assert code == 2 and words in error and error.count("\n") == 1 and not out, (argv, error)
+    assert not (tmp_path / "out").exists()  # all of them before anything is written
+    assert run(*good, bare, "--tasks", "gsm8k", "--greedy", "--tokenizer", tiny)[0] == 0
+
+
+def test_humaneval_and_mbpp_are_left_to_their_own_module(tiny, tmp_path, run):
+    from importlib.util import find_spec
+
+    if find_spec("data.code"):
+        pytest.skip("data/code.py is here and has tests of its own")
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    code, _, error = run(tiny, "--tasks", "humaneval", "--data", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "data/code.py" in error and error.count("\n") == 1
