@@ -53,7 +53,7 @@ def parse(argv):
     add("batch_size", 64, "samples written at once, per rank; the cache holds this many rows as long as the longest", int)
     add("data", os.environ.get("SRLM_DATA") or "test_sets", "the folder with test sets, NAME/test.jsonl")
     add("out", "evals", "where samples and tables are kept")
-    add("compare", "", "another checkpoint, or the folder of its results: the others are compared with it, problem by problem")
+    add("compare", "", "another checkpoint, evaluated as well: the others are compared with it, problem by problem")
     add("tokenizer", "", "folder with tokenizer.json, for checkpoints that have none")
     parser.add_argument("--allow_trained", "--allow-trained", action="store_true", help="evaluate on questions that a run trained on")
     return check(parser.parse_args(argv))
@@ -107,7 +107,7 @@ class Job:
 
 def plan(args):
     """Every Job, all that can be wrong found before a weight is read."""
-    names = [*args.checkpoints, *([args.compare] if args.compare and not _results_folder(args.compare) else [])]
+    names = [*args.checkpoints, *filter(None, [args.compare])]
     subjects = [find(name, args.tokenizer) for name in dict.fromkeys(names)]
     sets = [benchmarks.load(task, args.data, args.limit) for task in args.tasks]
     jobs = []
@@ -128,11 +128,6 @@ def plan(args):
             samples.agree(identity)
             jobs.append(Job(subject, benchmark, asked, samples, identity, min(args.max_tokens, positions - longest), seen[benchmark.name]))
     return jobs
-
-
-def _results_folder(name):
-    """Whether --compare names results (samples of tasks) rather than a checkpoint."""
-    return not (Path(name) / "config.json").exists() and any(Path(name).glob("*.jsonl"))
 
 
 # --- samples -------------------------------------------------------------------------------------------------------
@@ -234,17 +229,10 @@ def _stated(job):
 
 def compare(args, jobs, rows):
     """[(checkpoint, other, task, paired figures)] of all checkpoints against --compare, on the problems that both have."""
-    if _results_folder(args.compare):
-        name = Path(args.compare).resolve().name
-        other = {task: results.Samples(Path(args.compare), task).read() for task in args.tasks}
-    else:
-        name = find(args.compare, args.tokenizer).label
-        other = {j.benchmark.name: r for j, r in zip(jobs, rows) if j.subject.label == name}
-    found = []
-    for j, r in zip(jobs, rows):
-        if j.subject.label != name and (figures := results.compare(r, other[j.benchmark.name])):
-            found.append((j.subject.label, name, j.benchmark.name, figures))
-    return found
+    label = next(j.subject.label for j in jobs if j.subject.name == args.compare)
+    others = {j.benchmark.name: r for j, r in zip(jobs, rows) if j.subject.label == label}
+    return [(j.subject.label, label, j.benchmark.name, results.compare(r, others[j.benchmark.name]))
+            for j, r in zip(jobs, rows) if j.subject.label != label]  # fmt: skip
 
 
 def evaluate(args):

@@ -13,6 +13,7 @@ from errors import UserError
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 HELD_OUT = 400  # problems of an embedded task, unless --limit asks for another number
 CODE = ("humaneval", "mbpp")  # read and graded by data/code.py
+EMBEDDED = "embedded"  # instead of a file: the problems are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +80,23 @@ def names():
 
 def load(name, folder, limit=0):
     """The Benchmark of this name, whole: `limit` only says how many problems an endless task makes."""
-    if name in CODE:
-        return _code(name, folder)
-    if name not in READ:
+    if name in TASKS and TASKS[name].make:
         wanted = limit or HELD_OUT
         examples = tuple(TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}") for i in range(max(wanted, 20)))
         digest = hashlib.sha256("\n".join(e.question for e in examples[:20]).encode()).hexdigest()  # whatever the limit
         shots = [TASKS[name].example(name, "train", f"shot/{i}") for i in range(4)]
         shots = tuple((e.question, e.messages[-1]["content"]) for e in shots)
-        return Benchmark(name, examples[:wanted], "", shots, "embedded", digest)
-    path, (task, read) = find(name, folder), READ[name]
-    examples = []
+        return Benchmark(name, examples[:wanted], "", shots, EMBEDDED, digest)
+    path = find(name, folder)
+    examples = tuple(_code(name, path) if name in CODE else _math_set(name, path))
+    if not examples:
+        raise UserError(f"{path} is empty; put {name}'s own file there")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Benchmark(name, examples, *(("", ()) if name in CODE else (BOXED, SHOTS)), str(path), digest)
+
+
+def _math_set(name, path):
+    task, read = READ[name]
     for origin, row in read_rows(path):
         try:
             question, solution, answer = read(row, origin)
@@ -97,27 +104,22 @@ def load(name, folder, limit=0):
             raise UserError(f"{origin}: not a row of {name} ({type(e).__name__}: {e}); put the set's own file there") from None
         if answer is None:
             raise UserError(f"{origin}: {name} has no gold answer here; put the set's own file there")
-        turns = ({"role": "user", "content": question}, {"role": "assistant", "content": solution})
-        examples.append(Example(turns, answer, task, origin))
-    if not examples:
-        raise UserError(f"{path} is empty; put {name}'s own file there")
-    return Benchmark(name, tuple(examples), BOXED, SHOTS, str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+        yield Example(({"role": "user", "content": question}, {"role": "assistant", "content": solution}), answer, task, origin)
 
 
-def _code(name, folder):
+def _code(name, path):
+    """Problems whose tests run in the sandbox: their module reads the rows, and knows which may be tested on."""
     try:
-        from data import code
+        from data.dataset import read_examples
     except ImportError:
         raise UserError(f"{name} is graded by running code, and this installation has no data/code.py; leave it out of --tasks") from None
-    path = find(name, folder, (*SUFFIXES, ".gz"))
-    examples = tuple(code.examples(name, path))
-    return Benchmark(name, examples, "", (), str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    return read_examples(path, "test")
 
 
-def find(name, folder, suffixes=SUFFIXES):
+def find(name, folder):
     """The test file below `folder`: the only test* of FOLDER/NAME, else its only data file."""
     place = Path(folder) / name
-    found = sorted(p for p in place.glob("*") if p.suffix in suffixes)
+    found = sorted(p for p in place.glob("*") if p.suffix in (*SUFFIXES, ".gz"))
     test = [p for p in found if re.match(r"(?:.*_)?test\b", p.stem)]
     if len(test or found) != 1:
         what = f"which file of {', '.join(p.name for p in found)}?" if found else "no test set there"

@@ -45,9 +45,8 @@ class Subject:
     @property
     def label(self):
         """A folder's name for its results: readable, and another one for other weights."""
-        place = self.folder if self.folder.exists() and Path(self.name).exists() else Path(self.name.replace("/", "--"))
-        words = [self.run.name] if self.run else []
-        return "-".join([*words, place.resolve().name if place.exists() else place.name, self.sha256[:6]])
+        name = f"{self.run.name}-{self.folder.name}" if self.run else Path(self.name).resolve().name
+        return f"{name}-{self.sha256[:6]}"
 
     def model(self):
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

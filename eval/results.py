@@ -117,7 +117,7 @@ def compare(rows, others):
 
     ours, theirs = counts(rows), counts(others)
     both = sorted(ours.keys() & theirs.keys())
-    return paired([theirs[key] for key in both], [ours[key] for key in both]) if both else None
+    return paired([theirs[key] for key in both], [ours[key] for key in both])
 
 
 # --- tables and a picture ------------------------------------------------------------------------------------------

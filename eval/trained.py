@@ -4,6 +4,7 @@ import hashlib
 
 from data.dataset import divide, find_file, task_of
 from errors import UserError
+from eval.benchmarks import EMBEDDED
 from eval.report import run_of
 from model.checkpoint import read_json
 
@@ -13,43 +14,38 @@ def fingerprint(question):
     return hashlib.sha256(" ".join(question.split()).casefold().encode()).digest()
 
 
-def sources(run):
-    """[(run folder, its config)] of a run, of the run whose checkpoint it began from, of its teacher's, and so on."""
-    found, waiting = {}, [run]
+def trained_questions(run):
+    """{fingerprint: where it was trained on} of every file that trained the run, the one whose checkpoint it began from, its teacher,
+    and so on. Tasks that make their own problems are not asked: what they hold out is never trained on."""
+    questions, seen, waiting = {}, set(), [run]
     while waiting:
         run = waiting.pop()
-        if run and run not in found and (run / "config.json").is_file():
-            found[run] = read_json(run / "config.json")
-            waiting += [run_of(found[run].get(key)) for key in ("model", "teacher") if found[run].get(key)]
-    return list(found.items())
-
-
-def trained_questions(run):
-    """{fingerprint: where it was trained on} of every file that the run, or one before it, trained on. Tasks that make their own
-    problems are not asked: their held-out problems are no others' by construction."""
-    seen, read = {}, set()
-    for folder, config in sources(run):
-        data, kept = str(config.get("data", "")), (config.get("eval_examples", 0), config.get("train_examples", 0))
-        if not data or task_of(data) or (data, kept) in read:
+        if run is None or run in seen or not (run / "config.json").is_file():
+            continue
+        seen.add(run)
+        config = read_json(run / "config.json")
+        waiting += [run_of(config[key]) for key in ("model", "teacher") if config.get(key)]
+        data = str(config.get("data", ""))
+        if not data or task_of(data):
             continue
         try:
             path = find_file(data)
         except UserError:
-            message = f"{folder} was trained on {data}, which is not there to be compared with a test set; --allow_trained evaluates all the same"
+            message = f"{run} was trained on {data}, which is not there to be compared with a test set; --allow_trained evaluates all the same"
             raise UserError(message) from None
-        read.add((data, kept))
-        seen |= {fingerprint(e.question): f"{e.origin} by {folder}" for e in divide(path, *kept)[1]}
-    return seen
+        training = divide(path, config.get("eval_examples", 0), config.get("train_examples", 0))[1]
+        questions |= {fingerprint(e.question): f"{e.origin} by {run}" for e in training}
+    return questions
 
 
 def seen(subject, sets, allowed=False):
     """{benchmark: how many of its questions the Subject's run was trained on}; None: its data is not there to be compared.
     Raises UserError unless all are 0, or `allowed`."""
     try:
-        known = trained_questions(subject.run) if subject.run and any(b.file != "embedded" for b in sets) else {}
+        known = trained_questions(subject.run) if subject.run and any(b.file != EMBEDDED for b in sets) else {}
     except UserError:
         if allowed:
-            return {b.name: None if b.file != "embedded" else 0 for b in sets}
+            return {b.name: None if b.file != EMBEDDED else 0 for b in sets}
         raise
     counts = {}
     for benchmark in sets:

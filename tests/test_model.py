@@ -190,7 +190,11 @@ def test_truncated_missing_and_damaged_files(tmp_path):
     "change,words",
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "scaling"),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding"),
+        ({"use_sliding_window": True, "sliding_window": None}, "sliding"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ({"model_type": "llama"}, "llama"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
@@ -199,7 +203,7 @@ def test_truncated_missing_and_damaged_files(tmp_path):
 def test_configurations_that_would_be_computed_wrongly(change, words, tmp_path):
     hf = json.loads(theirs("qwen2-tied").config.to_json_string()) | change
     hf = {k: v for k, v in hf.items() if v is not None}
-    if "rope_scaling" in change:
+    if "rope_scaling" in change and "rope_parameters" not in change:
         hf.pop("rope_parameters", None)
     with pytest.raises(UserError, match=words):
         config_from_hf(hf, "here")
