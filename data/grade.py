@@ -57,7 +57,7 @@ def grade_exact(text, answer):
 
 def grade_by_math_verify(text, answer):
     """Whether math-verify, left to find the answer in the whole text by itself, takes it for the gold one; None where it is missing."""
-    verdict = MATH_WORKER.compare(text[-TAIL:], _scientific(answer), whole=True)
+    verdict = MATH_WORKER.compare(_scientific(text[-TAIL:]), _scientific(answer), whole=True)
     return None if verdict is None else verdict[1]
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or a run's folder (its newest checkpoint). The defaults
 are the protocol of arXiv 2506.13404: temperature 0.6, top-p 0.95, up to 32,768 new tokens. Samples, tables and a picture go to
---out; the same command goes on with what was interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval ...
+--out; the same command goes on with what was interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--samples for --n).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parse(argv):
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a folder in Hugging Face form, a run's folder, or a hub id")
     add("tasks", None, f"of {', '.join(benchmarks.names())}; with commas between them", required=True)
-    add("n", 1, "samples per problem", int)
+    parser.add_argument("--n", "--samples", default=1, type=int, help="samples per problem; torchrun takes --n for its own: write --samples there")
     add("k", "", "pass@k and majority@k for these k, with commas between them; empty: n")
     add("temperature", 0.6, "of sampling", float)
     add("top_p", 0.95, "sample from the likeliest ids with this mass", float)
@@ -51,6 +51,7 @@ def parse(argv):
     add("limit", 0, "the first so many problems only; 0: all", int)
     add("seed", 0, "the same seed gives every sample the same random numbers", int)
     add("batch_size", 64, "samples written at once, per rank; the cache holds this many rows as long as the longest", int)
+    add("group", 0, "finish and keep so many problems at a time: a killed run then goes on bit for bit; 0: each sample by itself, faster", int)
     add("data", os.environ.get("SRLM_DATA") or "test_sets", "the folder with test sets, NAME/test.jsonl")
     add("out", "evals", "where samples and tables are kept")
     add("compare", "", "another checkpoint, evaluated as well: the others are compared with it, problem by problem")
@@ -85,7 +86,7 @@ def check(args):
     need(0 < args.top_p <= 1, "--top_p must be above 0 and at most 1")
     for name in ("max_tokens", "batch_size"):
         need(getattr(args, name) >= 1, f"--{name} must be at least 1")
-    need(args.limit >= 0 and args.seed >= 0, "--limit and --seed must not be negative")
+    need(min(args.limit, args.seed, args.group) >= 0, "--limit, --seed and --group must not be negative")
     return args
 
 
@@ -143,13 +144,15 @@ def fill(job, args, model, rank, world):
     examples = job.benchmark.examples[: args.limit or None]
     kept = job.samples.read()
     wanted = [(p, s) for p in range(len(examples)) for s in range(args.n)]
-    share = [key for key in wanted if key not in kept][rank::world]
+    mine, size = range(rank, len(examples), world), args.group or len(examples)
+    groups = [[(p, s) for p in mine[lo : lo + size] for s in range(args.n) if (p, s) not in kept] for lo in range(0, len(mine), size)]
+    groups = [keys for keys in groups if keys]
     parallel.barrier()  # everyone has read what was kept
     if rank == 0:
         job.samples.begin(job.identity, {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
                                          "new_tokens": job.new_tokens, "trained_on": job.trained_on, "environment": environment()})  # fmt: skip
     parallel.barrier()
-    clock, tokens = time.perf_counter(), write(job, args, model(), share, rank, world) if share else 0
+    clock, tokens = time.perf_counter(), write(job, args, model(), groups, rank) if groups else 0
     tokens, seconds = int(parallel.all_reduce_sum([tokens])[0]), max(parallel.gather(time.perf_counter() - clock))
     rows = job.samples.read()
     graded = {key: judge(job.benchmark.examples[key[0]], rows[key]) for key in wanted[rank::world] if "strict" not in rows[key]}
@@ -161,33 +164,44 @@ def fill(job, args, model, rank, world):
     return {key: rows[key] for key in wanted}
 
 
-def write(job, args, model, keys, rank, world):
-    """Generate these (problem, sample) keys; every one is kept as soon as it is finished. Returns the number of new tokens."""
-    tokenizer, examples, total, shown = job.subject.tokenizer, job.benchmark.examples, 0, time.monotonic()
-    seeds = [seed_of(args.seed, job.benchmark.name, *key) for key in keys]
-    done = 0
-    with open(job.samples.folder / f"{job.benchmark.name}.part-{rank}.jsonl", "a", encoding="utf-8") as file:
+def write(job, args, model, groups, rank):
+    """Generate these groups of (problem, sample). Without --group a sample is kept as soon as it is finished; with it a group is, whole,
+    so that what is generated later is batched as it would have been, and rounded alike. Returns the number of new tokens."""
+    tokenizer, examples, name = job.subject.tokenizer, job.benchmark.examples, job.benchmark.name
+    counts, shown, total = {"samples": 0, "tokens": 0}, time.monotonic(), sum(map(len, groups))
 
-        def keep(i, completion):
-            nonlocal total, done, shown
-            (problem, sample), text = keys[i], tokenizer.decode(completion.tokens, skip_special=True)
-            for stop in job.prompts.stop:
-                text = text.partition(stop)[0]
-            row = dict(problem=problem, sample=sample, question=examples[problem].question, gold=examples[problem].answer, text=text,
-                       tokens=len(completion.tokens), stopped=completion.stopped, logp=round(sum(completion.logp), 3))  # fmt: skip
-            file.write(results.line(row))
-            file.flush()
-            total, done = total + len(completion.tokens), done + 1
-            if rank == 0 and time.monotonic() - shown > PROGRESS:
-                shown = time.monotonic()
-                print(f"{job.benchmark.name}: {done:,} of {len(keys):,} samples{' of this rank' if world > 1 else ''}", flush=True)
+    def row_of(key, completion):
+        nonlocal shown
+        counts["samples"], counts["tokens"] = counts["samples"] + 1, counts["tokens"] + len(completion.tokens)
+        if rank == 0 and time.monotonic() - shown > PROGRESS:
+            shown = time.monotonic()
+            print(f"{name}: {counts['samples']:,} of this rank's {total:,} samples", flush=True)
+        text, example = tokenizer.decode(completion.tokens, skip_special=True), examples[key[0]]
+        for stop in job.prompts.stop:
+            text = text.partition(stop)[0]
+        return results.line(dict(problem=key[0], sample=key[1], question=example.question, gold=example.answer, text=text,
+                                 tokens=len(completion.tokens), stopped=completion.stopped, logp=round(sum(completion.logp), 3)))  # fmt: skip
 
-        if file.tell():
-            file.write("\n")  # the line that a kill cut off, if it did, stays apart from what follows
-        generate(model, [job.prompts.ids[problem] for problem, _ in keys], job.new_tokens, job.subject.stop_ids, vocab=job.subject.vocab,
-                 temperature=args.temperature, top_p=args.top_p, seeds=seeds, stop_strings=job.prompts.stop, decode=tokenizer.decode,
-                 batch_size=args.batch_size, on_done=keep)  # fmt: skip
-    return total
+    with open(job.samples.folder / f"{name}.part-{rank}.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n" if file.tell() else "")  # the line that a kill cut off, if it did, stays apart from what follows
+        for keys in groups:
+            finished = []
+
+            def keep(i, completion):
+                finished.append(row_of(keys[i], completion))
+                if not args.group:
+                    flush()
+
+            def flush():
+                file.write("".join(finished))
+                file.flush()
+                finished.clear()
+
+            generate(model, [job.prompts.ids[problem] for problem, _ in keys], job.new_tokens, job.subject.stop_ids, vocab=job.subject.vocab,
+                     temperature=args.temperature, top_p=args.top_p, seeds=[seed_of(args.seed, name, *key) for key in keys],
+                     stop_strings=job.prompts.stop, decode=tokenizer.decode, batch_size=args.batch_size, on_done=keep)  # fmt: skip
+            flush()
+    return counts["tokens"]
 
 
 def judge(example, row):

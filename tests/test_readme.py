@@ -11,6 +11,7 @@ import pytest
 
 import config
 import train
+from eval import __main__ as evaluation
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -48,6 +49,8 @@ def test_every_command_exists_and_parses(line):
             train.check(config.parse(train.Config, argv)[0])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
+        if words[2] == "eval":
+            evaluation.parse(words[3:])
     else:
         assert words[:2] == ["wandb", "sweep"] and (ROOT / words[2]).is_file()
 
