@@ -28,6 +28,7 @@ from model.generate import generate
 from model.runs import replace_file
 
 PROGRESS = 10.0  # seconds between progress lines
+PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank may wait for one whose answers are longer
 
 
 def parse(argv):
@@ -152,14 +153,16 @@ def fill(job, args, model, rank, world):
         job.samples.begin(job.identity, {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
                                          "new_tokens": job.new_tokens, "trained_on": job.trained_on, "environment": environment()})  # fmt: skip
     parallel.barrier()
-    clock, tokens = time.perf_counter(), write(job, args, model(), groups, rank) if groups else 0
-    tokens, seconds = int(parallel.all_reduce_sum([tokens])[0]), max(parallel.gather(time.perf_counter() - clock))
+    ready = model() if groups else None
+    clock = time.perf_counter()
+    written = write(job, args, ready, groups, rank) if groups else 0
+    tokens, seconds = zip(*parallel.gather((written, time.perf_counter() - clock)))
     rows = job.samples.read()
     graded = {key: judge(job.benchmark.examples[key[0]], rows[key]) for key in wanted[rank::world] if "strict" not in rows[key]}
     for part in parallel.gather(graded):
         rows |= part
     if rank == 0:
-        job.samples.finish(rows, tokens, seconds if tokens else 0.0)
+        job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0)
     parallel.barrier()
     return {key: rows[key] for key in wanted}
 
@@ -250,7 +253,7 @@ def compare(args, jobs, rows):
 
 
 def evaluate(args):
-    rank, world, local = parallel.init("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world, local = parallel.init("cpu", patience=PATIENCE)  # only Python objects go from rank to rank
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     jobs, rows, loaded = plan(args), [], (None, None)

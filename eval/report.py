@@ -36,7 +36,7 @@ def environment():
         "threads": torch.get_num_threads(),
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "python": platform.python_version(),
-        "packages": {p: installed(p) for p in ("torch", "triton", "safetensors", "tokenizers", "numpy", "wandb")},
+        "packages": {p: installed(p) for p in ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")},
     }
 
 

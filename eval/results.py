@@ -167,7 +167,7 @@ def draw(summaries, path):
     import matplotlib.pyplot as plt
 
     tasks, names = (list(dict.fromkeys(s[i] for s in summaries)) for i in (1, 0))
-    figure, ax = plt.subplots(figsize=(2.5 + 1.3 * len(tasks) * max(1, len(names) / 2), 3.8))
+    figure, ax = plt.subplots(figsize=(4.5 + 1.3 * len(tasks) * max(1, len(names) / 2), 3.8))
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for i, name in enumerate(names):
         for task, figures in ((t, f) for c, t, f in summaries if c == name):
@@ -180,7 +180,7 @@ def draw(summaries, path):
                 ax.errorbar(x + 0.04 * j, 100 * mean, [[100 * max(0, mean - low)], [100 * max(0, high - mean)]], ls="", label=label, **style)
     ax.set(xticks=range(len(tasks)), xticklabels=tasks, xlim=(-0.6, len(tasks) - 0.4), ylim=(0, 100), ylabel="% of problems (95 % interval)")
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the points, not on them
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)

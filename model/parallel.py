@@ -1,5 +1,6 @@
 """Replicas: the process group, sums over ranks, one gradient sync. Without torchrun all of it is a no-op."""
 
+import datetime
 import os
 
 import torch
@@ -8,11 +9,12 @@ import torch.distributed as dist
 BUCKET_ELEMENTS = 64 << 20
 
 
-def init(device_type):
-    """(rank, world, local rank). Joins torchrun's process group if there is more than one rank."""
+def init(device_type, patience=None):
+    """(rank, world, local rank). Joins torchrun's process group if there is more than one rank. patience: seconds after which a rank
+    that waits for another gives up (None: torch's own 10 or 30 minutes)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=patience and datetime.timedelta(seconds=patience))
     return int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0))
 
 

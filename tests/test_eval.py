@@ -116,8 +116,11 @@ def says(monkeypatch):
     return prepare
 
 
-# A gold solution that no grader takes for its own answer would be named here, with the reason.
-EXCEPTIONS = {"gsm8k": {}, "math500": {}}
+# Gold solutions that math-verify, left to itself, does not take for their own answers; the graders of rewards and accuracy take all.
+EXCEPTIONS = {
+    "gsm8k": {226: "it prefers 33.333 before a % sign to the last line", 876: "it prefers the 3 of '60% = 3 questions' to the last line"},
+    "math500": {},
+}
 
 
 @pytest.mark.parametrize("task", EXCEPTIONS)
@@ -132,9 +135,9 @@ def test_gold_solutions_score_100_and_corrupted_ones_0(task, real_data, says, ti
     examples = benchmarks.load(task, real_data).examples
     gold = lambda e: f"{e.messages[-1]['content']}\n#### {e.answer}" if task == "gsm8k" else e.messages[-1]["content"]
     found = figures(gold)
-    assert found["problems"] == len(examples) and not EXCEPTIONS[task]
+    assert found["problems"] == len(examples)
     assert (found["accuracy"][0], found["lenient"], found["unparsed"], found["truncated"]) == (1.0, 1.0, 0.0, 0.0)
-    assert found["math_verify"] > 0.99
+    assert {row["problem"] for row in rows(tmp_path / "out", task) if not row["math_verify"]} == set(EXCEPTIONS[task])
     other = {e.question: examples[i - 1].answer for i, e in enumerate(examples)}  # the answer of the problem before
     wrong = lambda e: next(a for a in (other[e.question], "123454321", "7777", "68686") if a not in e.answer and e.answer not in a)
     marked = (lambda e: f"Thus it is so.\n#### {wrong(e)}") if task == "gsm8k" else lambda e: f"Thus it is $\\boxed{{{wrong(e)}}}$."
@@ -167,6 +170,8 @@ def test_every_set_is_read_and_graded(tmp_path):
         assert not any(map(evaluation.judge(example, {"text": "So \\boxed{71}"}).get, ("strict", "lenient", "math_verify")))
     assert evaluation.judge(benchmarks.load("minerva_math", sets).examples[0], {"text": "\\boxed{7 \\times 10^{3}}"})["strict"]
     assert benchmarks.load("svamp", sets).examples[0].question == "There are 7 figs. How many?"
+    embedded, held_out = benchmarks.load("word_problems", sets).examples, TASKS["word_problems"]
+    assert embedded == tuple(held_out.example("word_problems", "heldout", f"0/{i}") for i in range(400))  # those of a run's own evaluation
 
 
 # --- resumption and ranks ----------------------------------------------------------------------------------------------
@@ -333,6 +338,7 @@ def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
         ([tiny, "--tasks", "gsm9k"], "did you mean gsm8k?"), ([tiny, "--tasks", "chess"], "there are gsm8k"), ([tiny, "--tasks", ","], "names none"),
         ([tiny, "--tasks", "mawps"], "no 'mawps'"), ([tiny], "--tasks"), (["--tasks", "gsm8k"], "CHECKPOINT"),
         ([tiny, "--tasks", "gsm8k", "--n", 2, "--k", "1,4"], "--k 4 needs as many samples"), ([tiny, "--tasks", "gsm8k", "--k", "a"], "--k a"),
+        ([tiny, "--tasks", "gsm8k", "--group", -1], "--group"),
         ([tiny, "--tasks", "gsm8k", "--k", 0], "--k"), ([tiny, "--tasks", "gsm8k", "--n", 0], "--n"), ([tiny, "--tasks", "gsm8k", "--greedy", "--n", 4], "--greedy"),
         ([tiny, "--tasks", "gsm8k", "--temperature", 0], "--greedy"), ([tiny, "--tasks", "gsm8k", "--top_p", 0], "--top_p"),
         ([tiny, "--tasks", "gsm8k", "--max-tokens", 0], "--max_tokens"), ([tiny, "--tasks", "gsm8k", "--prompt", "fancy"], "few_shot"),
