@@ -21,7 +21,7 @@ from data.grade import grade_by_math_verify, vote
 from data.tasks import grade
 from errors import RunFailed, UserError
 from eval import benchmarks, prompts, results, trained
-from eval.load import find
+from eval.load import Subject, find
 from eval.report import environment
 from model import parallel
 from model.generate import generate
@@ -98,7 +98,7 @@ def check(args):
 class Job:
     """One checkpoint on one task."""
 
-    subject: object
+    subject: Subject
     benchmark: benchmarks.Benchmark
     prompts: prompts.Prompts
     samples: results.Samples
@@ -280,6 +280,8 @@ def main(argv):
         code, text = 2, e
     except RunFailed as e:
         code, text = 1, e
+    except OSError as e:  # a full disk
+        code, text = 1, f"{e.filename or 'a file'}: {e.strerror or e}; the same command goes on"
     except KeyboardInterrupt:
         code, text = 130, "interrupted; the same command goes on"
     if int(os.environ.get("RANK", 0)) == 0 or code == 1:

@@ -11,6 +11,7 @@ from data.tasks import TASKS, Example
 from errors import UserError
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+PROGRAM = "\nAnswer with the whole program in one ```python block."
 HELD_OUT = 400  # problems of an embedded task, unless --limit asks for another number
 CODE = ("humaneval", "mbpp")  # read and graded by data/code.py
 EMBEDDED = "embedded"  # instead of a file: the problems are made
@@ -92,7 +93,7 @@ def load(name, folder, limit=0):
     if not examples:
         raise UserError(f"{path} is empty; put {name}'s own file there")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Benchmark(name, examples, *(("", ()) if name in CODE else (BOXED, SHOTS)), str(path), digest)
+    return Benchmark(name, examples, *((PROGRAM, ()) if name in CODE else (BOXED, SHOTS)), str(path), digest)
 
 
 def _math_set(name, path):

@@ -7,7 +7,8 @@ from data.dataset import Formatter, check_text
 from errors import UserError
 
 KINDS = ("auto", "chat", "plain", "few_shot")
-NEXT_QUESTION = "\nQuestion:"  # a base model goes on with a question of its own
+NEXT_QUESTION = ("\nQuestion:",)  # a base model goes on with a question of its own
+NEXT_CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # or, behind a function's body, with other code (Chen et al. 2021, section 2.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ def build(benchmark, tokenizer, run, kind="auto", system=None, instruction=None,
     if kind == "few_shot" and not benchmark.shots:
         raise UserError(f"{benchmark.name} has no worked examples for --prompt few_shot; use chat or plain")
     system = run.get("system_prompt", "") if system is None else system
+    completes = kind == "plain" and benchmark.name == "humaneval"  # a function that has begun: nothing is asked for
     if instruction is None:
-        instruction = "" if kind == "few_shot" else run.get("prompt_suffix", benchmark.instruction)
+        instruction = "" if kind == "few_shot" or completes else run.get("prompt_suffix", benchmark.instruction)
     check_text(prefill, "--prefill")
     formatter = Formatter(tokenizer, "chat" if kind == "chat" else "plain", system, instruction)
     shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in benchmark.shots) if kind == "few_shot" else ""
@@ -47,4 +49,4 @@ def build(benchmark, tokenizer, run, kind="auto", system=None, instruction=None,
         "template_sha256": hashlib.sha256(template.encode()).hexdigest() if kind == "chat" else None,
         "first_prompt": tokenizer.decode(ids[0]), "first_prompt_sha256": hashlib.sha256(str(ids[0]).encode()).hexdigest(),
     }  # fmt: skip
-    return Prompts(ids, stated, (NEXT_QUESTION,) if kind == "few_shot" else ())
+    return Prompts(ids, stated, NEXT_QUESTION if kind == "few_shot" else NEXT_CODE if completes else ())

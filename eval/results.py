@@ -10,6 +10,7 @@ import numpy as np
 
 from errors import RunFailed, UserError
 from eval.statistics import intervals, majority_at_k, paired, pass_at_k
+from model.checkpoint import read_json
 from model.runs import replace_file
 
 
@@ -38,15 +39,15 @@ class Samples:
 
     def agree(self, identity):
         """Refuse samples that were made under other conditions."""
-        stored = json.loads(self.about.read_text())["identity"] if self.about.exists() else identity
+        stored = read_json(self.about)["identity"] if self.about.exists() else identity
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise UserError(f"{self.path} was made with another {key} ({_short(stored.get(key))}, now {_short(value)}); choose another --out")
 
     def begin(self, identity, about):
         """State the conditions; the time that earlier sessions took is kept."""
-        old = json.loads(self.about.read_text()).get("generated") if self.about.exists() else None
-        generated = old or {"tokens": 0, "seconds": 0.0}
+        self.agree(identity)  # another checkpoint of this very command may have the same weights, and other prompts
+        generated = read_json(self.about)["generated"] if self.about.exists() else {"tokens": 0, "seconds": 0.0}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:

@@ -9,9 +9,10 @@ import torch
 
 import train
 from data.grade import grade_by_math_verify
-from data.tasks import TASKS, grade
+from data.tasks import TASKS, Example, grade
+from errors import UserError
 from eval import __main__ as evaluation
-from eval import benchmarks, results
+from eval import benchmarks, prompts, results
 from model.checkpoint import build_model, save_model
 from model.generate import Completion, generate
 from model.transformer import PRESETS, ModelConfig
@@ -81,7 +82,8 @@ def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, re
         data, tokenizer = small_sets(tmp_path / "sets"), None
     folder, new = checkpoint(tmp_path / "c", tokenizer=tokenizer), 6
     tasks = [*MATH, "word_problems"]
-    code, _, error = run(folder, "--tasks", ",".join(tasks), "--greedy", "--limit", 20, "--max_tokens", new, "--data", data, "--out", tmp_path / "out")
+    argv = ["--tasks", ",".join(tasks), "--greedy", "--limit", 20, "--max_tokens", new, "--data", data, "--out", tmp_path / "out"]
+    code, _, error = run(folder, *argv)
     assert code == 0, error
     theirs, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     seen = set()
@@ -91,7 +93,8 @@ def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, re
         for row, example in zip(got, benchmark.examples):
             assert (row["question"], row["gold"]) == (example.question, example.answer)
             asked = [{"role": "user", "content": example.question + ("" if task == "word_problems" else benchmarks.BOXED)}]
-            ids = theirs(theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True), return_tensors="pt", add_special_tokens=False)
+            prompt = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            ids = theirs(prompt, return_tensors="pt", add_special_tokens=False)
             out = model.generate(**ids, max_new_tokens=new, do_sample=False)[0, ids["input_ids"].shape[1] :]
             text = theirs.decode(out, skip_special_tokens=True)
             assert (row["text"], row["tokens"]) == (text, len(out)), task
@@ -256,6 +259,17 @@ def test_prompts_and_what_is_stated(tiny, tmp_path, run):
     assert own == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow much is 7? Go.<|im_end|>\n<|im_start|>assistant\nSo"
 
 
+def test_code_is_completed_as_it_stands_or_asked_for():
+    code = "def f(x):\n    return"
+    turns = ({"role": "user", "content": code}, {"role": "assistant", "content": " x"})
+    benchmark, tokenizer = benchmarks.Benchmark("humaneval", (Example(turns),), benchmarks.PROGRAM, (), "a", "b"), train.embedded_tokenizer()
+    plain, chat = (prompts.build(benchmark, tokenizer, {}, kind) for kind in ("plain", "chat"))
+    assert plain.stated["first_prompt"] == code and "\ndef" in plain.stop
+    assert code + benchmarks.PROGRAM in chat.stated["first_prompt"] and not chat.stop
+    with pytest.raises(UserError, match="no worked examples"):
+        prompts.build(benchmark, tokenizer, {}, "few_shot")
+
+
 def test_a_few_shot_answer_ends_before_the_next_question(tiny, tmp_path, run, monkeypatch):
     tokenizer, stops = train.embedded_tokenizer(), []
 
@@ -339,15 +353,19 @@ def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
         ([tiny, "--tasks", "mawps"], "no 'mawps'"), ([tiny], "--tasks"), (["--tasks", "gsm8k"], "CHECKPOINT"),
         ([tiny, "--tasks", "gsm8k", "--n", 2, "--k", "1,4"], "--k 4 needs as many samples"), ([tiny, "--tasks", "gsm8k", "--k", "a"], "--k a"),
         ([tiny, "--tasks", "gsm8k", "--group", -1], "--group"),
-        ([tiny, "--tasks", "gsm8k", "--k", 0], "--k"), ([tiny, "--tasks", "gsm8k", "--n", 0], "--n"), ([tiny, "--tasks", "gsm8k", "--greedy", "--n", 4], "--greedy"),
+        ([tiny, "--tasks", "gsm8k", "--k", 0], "--k"), ([tiny, "--tasks", "gsm8k", "--n", 0], "--n"),
+        ([tiny, "--tasks", "gsm8k", "--greedy", "--n", 4], "--greedy"),
         ([tiny, "--tasks", "gsm8k", "--temperature", 0], "--greedy"), ([tiny, "--tasks", "gsm8k", "--top_p", 0], "--top_p"),
         ([tiny, "--tasks", "gsm8k", "--max-tokens", 0], "--max_tokens"), ([tiny, "--tasks", "gsm8k", "--prompt", "fancy"], "few_shot"),
         ([bare, "--tasks", "gsm8k"], "no tokenizer.json; name a folder that has one with --tokenizer"), (["tiny", "--tasks", "gsm8k"], "preset"),
         ([tmp_path / "none", "--tasks", "gsm8k"], "no such folder"), ([yarn, "--tasks", "gsm8k"], "rope scaling 'yarn' is not supported"),
         ([no_template, "--tasks", "gsm8k", "--prompt", "chat"], "no chat template; use --prompt plain"),
-        ([tiny, "--tasks", "svamp", "--data", tmp_path / "nowhere"], "no test set there"), ([tiny, "--tasks", "svamp", "--data", tmp_path / "two"], "which file of"),
-        ([tiny, "--tasks", "svamp", "--data", tmp_path / "broken"], "not valid JSON"), ([tiny, "--tasks", "svamp", "--data", tmp_path / "foreign"], "not a row of svamp"),
-        ([tiny, "--tasks", "svamp", "--data", tmp_path / "empty"], "is empty"), ([tiny, "--tasks", "gsm8k", "--compare", tmp_path / "none"], "no such folder"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "nowhere"], "no test set there"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "two"], "which file of"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "broken"], "not valid JSON"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "foreign"], "not a row of svamp"),
+        ([tiny, "--tasks", "svamp", "--data", tmp_path / "empty"], "is empty"),
+        ([tiny, "--tasks", "gsm8k", "--compare", tmp_path / "none"], "no such folder"),
     )  # fmt: skip
     for argv, words in cases:
         code, out, error = run(*good, *argv)
