@@ -1,0 +1,179 @@
+"""Generated Python run where it can do no harm: `check(program, tests)`.
+
+A program has no network, no files but the standard library (to read) and a scratch folder of its own, no other process's memory or signals,
+no environment, and limits on memory, processor, processes, file sizes and time; when it is over, all its processes and files are gone.
+What enforces this, whichever of it the system has: namespaces with a file system of their own, Landlock, a filter of system calls, another
+user where the run is root's, and limits. `missing()` says what this system lacks; the first use warns of it.
+
+The verdict cannot be written by the program where `tests` are given apart from it: they run in a process of their own and ask for the
+program's functions (`from solution import f`). A program without tests judges itself: it cannot pass by printing, exiting or writing to what
+it finds open, but it could by looking for the harness in its own interpreter.
+
+No fork happens in this process, so threads, CUDA and OpenMP are safe: a helper is started, and forks there.
+"""
+
+import atexit
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from errors import RunFailed, UserError
+
+START_LIMIT = 60.0  # seconds for a helper to start on a busy machine
+GRACE = 20.0  # seconds beyond a program's own for the helper to clean up
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """reason: passed, failed (it raised), timeout, memory or crashed (it ended before its end). detail: the error in one short line."""
+
+    passed: bool
+    reason: str
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """timeout: seconds of wall time; memory: bytes per process; tasks: threads and processes; children: whether there may be processes;
+    disk: bytes of a file, and of all (where the system has namespaces)."""
+
+    timeout: float = 5.0
+    memory: int = 512 << 20
+    tasks: int = 16
+    children: bool = False
+    disk: int = 32 << 20
+
+
+def check(program, tests="", **limits):
+    """Runs one program. limits: of `Limits`. Any thread may call; each runs its own."""
+    return HELPERS.check(program, tests, Limits(**limits))
+
+
+def check_many(jobs, workers=0, **limits):
+    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: one per processor."""
+    jobs = [(job, "") if isinstance(job, str) else job for job in jobs]
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: check(*job, **limits), jobs))
+
+
+def missing():
+    """Sentences: the protections that this system does not offer."""
+    return HELPERS.missing()
+
+
+class Helper:
+    """One warm process (`data/jail.py`), one program at a time."""
+
+    def __init__(self, without=(), python=None, user=None):
+        if not sys.platform.startswith("linux"):
+            raise UserError("the sandbox for generated code needs Linux")
+        other = dict(user=user, group=user, extra_groups=[]) if user else {}
+        self.owner, self._process = os.getpid(), subprocess.Popen(
+            [python or sys.executable, "-S", "-s", "-B", str(Path(__file__).with_name("jail.py")), *without],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, cwd="/", start_new_session=True,
+            env={"PYTHONHASHSEED": "0"}, **other,  # nothing of ours; and the order of a set, and with it a verdict, follows the hash seed
+        )  # fmt: skip
+        ready = self._receive(START_LIMIT)
+        if ready is None:
+            self.close()
+            raise RunFailed("the sandbox for generated code did not start")
+        self.missing = ready
+
+    def check(self, program, tests, limits):
+        """An Outcome, or None if the helper is gone."""
+        data = json.dumps(dict(program=program, tests=tests, limits=asdict(limits))).encode()
+        try:
+            self._write(struct.pack("Q", len(data)) + data)
+            said = self._receive(limits.timeout + GRACE)
+        except OSError:
+            said = None
+        if said is None:
+            self.close()
+            return None
+        if said["reason"] == "sandbox":
+            raise RunFailed(f"the sandbox for generated code failed ({said['detail']})")
+        return Outcome(said["reason"] == "passed", said["reason"], round(said["seconds"], 4), said["detail"])
+
+    def close(self):
+        """Ends it, and with it all that runs in it."""
+        if self.owner == os.getpid():  # after a fork it is the parent's
+            self._process.kill()
+            self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def pid(self):
+        return self._process.pid
+
+    def _write(self, data):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._process.stdin.fileno(), view) :]
+
+    def _receive(self, limit):
+        """The next message, or None at the end or when time is up."""
+        fd, until, data = self._process.stdout.fileno(), time.monotonic() + limit, b""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while len(data) < 8 or len(data) < 8 + struct.unpack("Q", data[:8])[0]:
+            if not poll.poll(max(0, until - time.monotonic()) * 1000) or not (part := os.read(fd, 1 << 16)):
+                return None
+            data += part
+        return json.loads(data[8:])
+
+
+class Helpers:
+    """As many helpers as there are callers at once; they are kept for the next ones."""
+
+    def __init__(self):
+        self._idle, self._lock, self._warned = [], threading.Lock(), False
+
+    def check(self, program, tests, limits):
+        for _ in range(2):  # one that was killed from outside is replaced once
+            helper = self._take()
+            outcome = helper.check(program, tests, limits)
+            if outcome:
+                self._give(helper)
+                return outcome
+        raise RunFailed("the sandbox for generated code was killed")
+
+    def missing(self):
+        helper = self._take()
+        self._give(helper)
+        return helper.missing
+
+    def close(self):
+        """Ends the idle helpers; the next program starts another."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for helper in idle:
+            helper.close()
+
+    def _take(self):
+        with self._lock:
+            self._idle = [h for h in self._idle if h.owner == os.getpid()]
+            if self._idle:
+                return self._idle.pop()
+        helper = Helper()
+        if helper.missing and not self._warned:
+            warnings.warn("the sandbox for generated code lacks: " + "; ".join(helper.missing), stacklevel=2)
+        self._warned = True
+        return helper
+
+    def _give(self, helper):
+        with self._lock:
+            self._idle.append(helper)
+
+
+HELPERS = Helpers()  # starts no process before the first program
+atexit.register(HELPERS.close)
