@@ -107,10 +107,8 @@ def landlock_version():
         return 0
 
 
-def restrict_files(readable, writable):
-    """From now on only these paths, and what is beneath them. Also no TCP and no signals to processes outside, where the kernel knows how.
-
-    Nothing may be executed; a process restricted after its parent cannot look into the parent (no ptrace, no /proc/<pid>/mem)."""
+def file_rules(readable, writable):
+    """A ruleset (a file descriptor) for `restrict_files`: these paths, and what is beneath them."""
     version = landlock_version()
     rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     attributes = struct.pack("3Q", rights, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
@@ -121,8 +119,14 @@ def restrict_files(readable, writable):
             here = allowed if os.path.isdir(path) else allowed & (ON_FILES | 0b10 | 0b100) & rights
             call("syscall", LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", here, fd), 0)
             os.close(fd)
+    return ruleset
+
+
+def restrict_files(ruleset):
+    """From now on only its files, and none may be executed. Also no TCP and no signals to processes outside, where the kernel knows how.
+
+    A process restricted after its parent cannot look into the parent (no ptrace, no /proc/<pid>/mem)."""
     call("syscall", LANDLOCK_RESTRICT, ruleset, 0)
-    os.close(ruleset)
 
 
 # --- seccomp: which system calls may be made -------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def _number(name):
 
 
 def never():
-    """Rules for `filter_calls`: what generated code has no use for."""
+    """Rules for `call_filter`: what generated code has no use for."""
     new = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_USER | NEW_PIDS | NEW_NET | 0x2000000
     # datagram pairs could be sent elsewhere; clone3 hides its flags from a filter, and the C library knows the way round its absence
     return [(n,) for n in NEVER] + [("clone", 0, "any", new), ("socketpair", 1, "any", 6), ("clone3", errno.ENOSYS)]
@@ -186,9 +190,9 @@ def no_writing():
     return [(n,) for n in WRITES] + [("open", 1, "any", WRITE_FLAGS), ("openat", 2, "any", WRITE_FLAGS), ("openat2", errno.ENOSYS)]
 
 
-def filter_calls(rules):
-    """From now on these calls fail. A rule is (name), (name, errno) or (name, argument, "any"|"none"|"is"|"not", value): the argument has
-    any or none of these bits, is or is not this number. Raises OSError on an unknown architecture. Needs PR_NO_NEW_PRIVS."""
+def call_filter(rules):
+    """A program for `filter_calls` that lets these calls fail. A rule is (name), (name, errno) or (name, argument, "any"|"none"|"is"|"not",
+    value): the argument has any or none of these bits, is or is not this number. Raises OSError on an unknown architecture."""
     if platform.machine() not in ARCHITECTURES or struct.calcsize("P") != 8:
         raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")
     column, architecture = ARCHITECTURES[platform.machine()]
@@ -198,7 +202,7 @@ def filter_calls(rules):
     if column == 0:
         code += [(0x35, 0, 1, 0x40000000), kill]  # the x32 calls have numbers of their own
     for name, *how in rules:
-        if not (number := NUMBERS[name][column]) and name not in ("read",):
+        if not (number := NUMBERS[name][column]):
             continue
         if len(how) < 2:
             code += [(equal, 0, 1, number), refuse(*how or [errno.EPERM])]
@@ -206,6 +210,10 @@ def filter_calls(rules):
         argument, test, value = how
         jump = (bits if test in ("any", "none") else equal, *((0, 1) if test in ("any", "is") else (1, 0)), value)
         code += [(equal, 0, 4, number), (load, 0, 0, 16 + 8 * argument), jump, refuse(errno.EPERM), (load, 0, 0, 0)]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in [*code, allow]))
-    head = struct.pack("HxxxxxxQ", len(code) + 1, ctypes.addressof(program))
-    call("prctl", PR_SECCOMP, 2, head, 0, 0)
+    return b"".join(struct.pack("HBBI", *line) for line in [*code, allow])
+
+
+def filter_calls(program):
+    """From now on. Needs PR_NO_NEW_PRIVS (`drop_capabilities`)."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    call("prctl", PR_SECCOMP, 2, struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)), 0, 0)

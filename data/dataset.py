@@ -1,23 +1,26 @@
 """From files or tasks to examples to documents to a deterministic, resumable stream of batches.
 
 Public forms that are understood (one JSON object per line, a JSON list, or Parquet rows): GSM8K (`question`, `answer` whose
-last line is `#### 42`), any other `question` and `answer`, MATH (`problem`, `solution`, `answer`), chat (`messages`), plain
-(`prompt`, `completion`).
+last line is `#### 42`), any other `question` and `answer`, MATH (`problem`, `solution`, `answer`), HumanEval (`canonical_solution`, …), MBPP
+(`code`, `test_list`, …), chat (`messages`), plain (`prompt`, `completion`).
 """
 
+import gzip
 import json
 import re
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from data.batch import Batch, Document
+from data.code import humaneval, mbpp, split_of
 from data.tasks import TASKS, Example
 from errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz
 GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?[\d,]*\.?\d+%?\.?)\s*\Z")
 GSM8K_CALCULATION = re.compile(r"<<[\d+\-*/().% ]+=[\d+\-*/().=% ]+>>")  # annotations for a calculator, no part of the text
 REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
@@ -70,7 +73,7 @@ def read_rows(path):
                 raise UserError(f"{path}: a .json data file holds one list of objects; use .jsonl for one object per line")
             yield from ((f"{path}:item {i}", row) for i, row in enumerate(rows, 1))
         else:
-            with open(path, "rb") as f:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         try:
@@ -79,8 +82,19 @@ def read_rows(path):
                             raise UserError(f"{path}:{number}: not valid JSON ({e})") from None
     except (ValueError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a gzip file, or cut off ({e})") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from None
+
+
+def read_examples(path, split):
+    """The examples of a file; of rows that belong to a split by their data set's own rules those of "train" or of "test"."""
+    rows = list(read_rows(path))
+    kept = [(origin, row) for origin, row in rows if not isinstance(row, dict) or split_of(row) in (None, split)]
+    if rows and not kept:
+        raise UserError(f"{path}: none of its {len(rows):,} rows is for {split} (HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)")
+    return [to_example(row, origin) for origin, row in kept]
 
 
 def to_example(row, origin):
@@ -103,6 +117,10 @@ def _example(row, origin):
     if not isinstance(row, dict):
         raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
     keys = set(row)
+    for name, read, needed in (("humaneval", humaneval, {"prompt", "canonical_solution", "test"}), ("mbpp", mbpp, {"code", "test_list"})):
+        if needed <= keys:
+            question, solution, tests = read(row, origin)
+            return Example(_turns(question, solution), tests, name, origin)
     if {"question", "answer"} <= keys:
         _texts(row, origin, "question", "answer")
         gold = GSM8K_GOLD.search(row["answer"])
@@ -126,7 +144,7 @@ def _example(row, origin):
         answer = row.get("answer")
         return Example(_turns(row["prompt"], row["completion"]), None if answer is None else str(answer), "", origin)
     raise UserError(
-        f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, messages, prompt+completion)"
+        f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, messages, prompt+completion, HumanEval, MBPP)"
     )
 
 
@@ -206,7 +224,7 @@ def task_of(name):
 
 def divide(path, eval_examples, train_examples=0):
     """(held-out examples, those to train on) of a file: the same ones for every seed, the first `train_examples` of them (0: all)."""
-    examples = [to_example(row, origin) for origin, row in read_rows(path)]
+    examples = read_examples(path, "train")
     order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
     held_out, rest = order[:eval_examples], order[eval_examples:][: train_examples or None]
     return [examples[i] for i in held_out], [examples[i] for i in rest]

@@ -8,6 +8,7 @@ The warden forks and never runs what it is sent. The tests' process is the first
 kernel ends all that came of it.
 """
 
+import gc
 import json
 import math
 import os
@@ -50,8 +51,9 @@ class Cell:
             confine.become(self.user)  # not root enough for namespaces, but there are those for everyone
             self.root, why = False, None
         self.landlock = 0 if "landlock" in without else confine.landlock_version()
-        self.seccomp = "seccomp" not in without and not self._fails(lambda: (confine.drop_capabilities(), confine.filter_calls(confine.never())))
-        self.namespaces = not why
+        self.namespaces, self.seccomp, self.rules = not why, "seccomp" not in without and not self._fails(self._filter), None
+        if self.seccomp:  # made once: in C they cost microseconds, in Python a millisecond
+            self.never, self.no_children = confine.call_filter(confine.never()), confine.call_filter(confine.no_children())
         self._tell(why)
 
     def _tell(self, why):
@@ -86,6 +88,11 @@ class Cell:
         os.close(read)
         status = os.waitpid(pid, 0)[1]
         return said or (f"status {status}" if status else None)
+
+    @staticmethod
+    def _filter():
+        confine.drop_capabilities()
+        confine.filter_calls(confine.call_filter(confine.never()))
 
     def _enter(self):
         gid = os.getegid()
@@ -124,24 +131,22 @@ class Cell:
                       MEMLOCK=0, MSGQUEUE=0, RTPRIO=0, NICE=0)  # fmt: skip
         os.chdir(scratch)
         confine.drop_capabilities()
-        self._files(scratch)
+        if self.landlock:
+            self.rules = confine.file_rules(["/"] if self.namespaces else self._readable(), [scratch, "/dev/null"])
+            confine.restrict_files(self.rules)
         if self.seccomp:
-            confine.filter_calls(confine.never())
+            confine.filter_calls(self.never)
 
-    def hold_solution(self, limits, scratch):
+    def hold_solution(self, limits):
         """The solution's process, more tightly: nothing that it may touch includes the tests' process."""
         confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
-        self._files(scratch)
-        if self.seccomp:
-            rules = [] if limits["children"] else confine.no_children()
-            rules += [] if self.namespaces else confine.only_itself(os.getpid())
-            rules += [] if self.namespaces or self.landlock else confine.no_writing()
-            if rules:
-                confine.filter_calls(rules)
-
-    def _files(self, scratch):
         if self.landlock:
-            confine.restrict_files(["/"] if self.namespaces else self._readable(), [scratch, "/dev/null"])
+            confine.restrict_files(self.rules)
+            os.close(self.rules)
+        if self.seccomp and not limits["children"]:
+            confine.filter_calls(self.no_children)
+        if self.seccomp and not self.namespaces:
+            confine.filter_calls(confine.call_filter(confine.only_itself(os.getpid()) + ([] if self.landlock else confine.no_writing())))
 
     def _readable(self):
         return [p for p in self.pages + self.devices if os.access(p, os.R_OK)]
@@ -204,7 +209,7 @@ def keep(cell, request, requests):
         os.close(requests)
         try:
             cell.hold(limits, scratch)
-            verdict = judge.examine(request["program"], request["tests"], lambda: _solution(cell, request, scratch, write))
+            verdict = judge.examine(request["program"], request["tests"], lambda: _solution(cell, request, write))
         except BaseException as e:  # noqa: BLE001
             verdict = "sandbox", judge.describe(e)
         os.write(write, json.dumps(verdict).encode())
@@ -232,7 +237,7 @@ def _wait(verdict, requests, deadline):
     return json.loads(said) if said else ("crashed", "the tests' process ended early")
 
 
-def _solution(cell, request, scratch, verdict):
+def _solution(cell, request, verdict):
     """Starts the solution's process. It keeps its two pipes and nothing else: not the verdict's."""
     asked, request_end = os.pipe()
     reply_end, replies = os.pipe()
@@ -243,7 +248,7 @@ def _solution(cell, request, scratch, verdict):
     try:
         for fd in (request_end, reply_end, verdict):
             os.close(fd)
-        cell.hold_solution(request["limits"], scratch)
+        cell.hold_solution(request["limits"])
         judge.serve(asked, replies, "solution" if request["tests"] else "__main__")
     finally:
         os._exit(1)
@@ -265,6 +270,8 @@ def serve():
         pass
     cell = Cell(sys.argv[1:])
     cell.enter()
+    gc.disable()  # what is collected is written to, and what is written to is copied in every child
+    gc.freeze()
     judge.send(replies, json.dumps(cell.missing).encode())
     while (message := judge.receive(requests)) is not None:
         request, (read, write) = json.loads(message), os.pipe()

@@ -7,6 +7,7 @@ function) comes back as a stand-in too. The verdict is written by the tests' pro
 
 import builtins
 import collections.abc
+import gc
 import os
 import pickle
 import random
@@ -108,6 +109,7 @@ def serve(requests, replies, name):
 
     module = types.ModuleType(name)
     sys.modules[name] = module
+    gc.enable()
     objects, me = [module], os.getpid()
     while (message := receive(requests)) is not None:
         out = io.BytesIO()

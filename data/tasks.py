@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Callable
 
+from data.code import grade_code
 from data.grade import grade_math, grade_number
 
 HELD_OUT_SHARE = 8  # one problem in eight is held out
@@ -80,6 +81,8 @@ TASKS = {
     "word_problems": Task(word_problem, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),
+    "humaneval": Task(None, grade_code),
+    "mbpp": Task(None, grade_code),
 }
 
 
