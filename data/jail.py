@@ -107,16 +107,21 @@ class Cell:
             self._enter()
         confine.prctl(confine.PR_DUMPABLE, 0)
 
-    def room(self, disk):
-        """A scratch folder of this request alone. In namespaces it is memory that goes with its last process; else `clear` it."""
-        if not self.namespaces:
-            scratch = tempfile.mkdtemp(prefix="srlm-sandbox-")
-            if self.root:
-                os.chown(scratch, self.user, self.user)
-            return scratch
-        confine.unshare(confine.NEW_PIDS | confine.NEW_MOUNTS)
-        confine.mount("tmpfs", "/tmp", "tmpfs", confine.MS_NOSUID | confine.MS_NODEV, f"mode=777,size={disk},nr_inodes=4096")
-        return "/tmp"
+    def scratch(self):
+        """A scratch folder of one request alone. In namespaces it is memory that goes with its last process; else it has to be cleared."""
+        if self.namespaces:
+            return "/tmp"
+        folder = tempfile.mkdtemp(prefix="srlm-sandbox-")
+        if self.root:
+            os.chown(folder, self.user, self.user)
+        return folder
+
+    def room(self, scratch, disk):
+        """For the calling process and its children."""
+        confine.prctl(confine.PR_SUBREAPER, 1)
+        if self.namespaces:
+            confine.unshare(confine.NEW_PIDS | confine.NEW_MOUNTS)
+            confine.mount("tmpfs", scratch, "tmpfs", confine.MS_NOSUID | confine.MS_NODEV, f"mode=777,size={disk},nr_inodes=4096")
 
     def hold(self, limits, scratch):
         """Locks in the process that calls this, the tests', and those that come of it."""
@@ -142,7 +147,6 @@ class Cell:
         confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
         if self.landlock:
             confine.restrict_files(self.rules)
-            os.close(self.rules)
         if self.seccomp and not limits["children"]:
             confine.filter_calls(self.no_children)
         if self.seccomp and not self.namespaces:
@@ -196,26 +200,24 @@ def _end_children():
 # --- one request -----------------------------------------------------------------------------------------------------
 
 
-def keep(cell, request, requests):
-    """The keeper: starts the tests' process, ends it in time, cleans up. Returns the outcome."""
+def keep(cell, request, scratch, ends):
+    """The keeper: starts the tests' process, ends it in time, cleans up. Returns the outcome. ends: descriptors that hang up when the run
+    or the warden is gone; it is not killed with them, since it has to clean up then too."""
     limits = request["limits"]
-    confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
-    confine.prctl(confine.PR_SUBREAPER, 1)
-    scratch = cell.room(limits["disk"])
+    cell.room(scratch, limits["disk"])
     began, (read, write) = time.monotonic(), os.pipe()
     tests = os.fork()
     if not tests:
-        os.close(read)
-        os.close(requests)
+        _keep_open(write)
         try:
             cell.hold(limits, scratch)
-            verdict = judge.examine(request["program"], request["tests"], lambda: _solution(cell, request, write))
+            verdict = judge.examine(request["program"], request["tests"], lambda: _solution(cell, request))
         except BaseException as e:  # noqa: BLE001
             verdict = "sandbox", judge.describe(e)
         os.write(write, json.dumps(verdict).encode())
         os._exit(0)
     os.close(write)
-    reason, detail = _wait(read, requests, began + limits["timeout"]) or ("timeout", f"ran longer than {limits['timeout']:g} s")
+    reason, detail = _wait(read, ends, began + limits["timeout"]) or ("timeout", f"ran longer than {limits['timeout']:g} s")
     seconds = time.monotonic() - began
     os.kill(tests, signal.SIGKILL)
     os.waitpid(tests, 0)
@@ -223,13 +225,23 @@ def keep(cell, request, requests):
     return dict(reason=reason, detail=detail, seconds=seconds)
 
 
-def _wait(verdict, requests, deadline):
-    """[reason, detail], or None when time is up. The run's end is ours."""
+def _keep_open(*fds):
+    """Closes all others, but for the null devices."""
+    low = 3
+    for fd in sorted(fds):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 16)
+
+
+def _wait(verdict, ends, deadline):
+    """[reason, detail], or None when time is up."""
     poll = select.poll()
     poll.register(verdict, select.POLLIN)
-    poll.register(requests, 0)  # hung up: the run is gone
+    for fd in ends:
+        poll.register(fd, 0)
     ready = poll.poll(max(0, deadline - time.monotonic()) * 1000)
-    if any(fd == requests for fd, _ in ready):
+    if any(fd in ends for fd, _ in ready):
         return "crashed", "the run has ended"
     if not ready:
         return None
@@ -237,7 +249,7 @@ def _wait(verdict, requests, deadline):
     return json.loads(said) if said else ("crashed", "the tests' process ended early")
 
 
-def _solution(cell, request, verdict):
+def _solution(cell, request):
     """Starts the solution's process. It keeps its two pipes and nothing else: not the verdict's."""
     asked, request_end = os.pipe()
     reply_end, replies = os.pipe()
@@ -246,9 +258,8 @@ def _solution(cell, request, verdict):
         os.close(replies)
         return pid, request_end, reply_end
     try:
-        for fd in (request_end, reply_end, verdict):
-            os.close(fd)
         cell.hold_solution(request["limits"])
+        _keep_open(asked, replies)
         judge.serve(asked, replies, "solution" if request["tests"] else "__main__")
     finally:
         os._exit(1)
@@ -270,22 +281,25 @@ def serve():
         pass
     cell = Cell(sys.argv[1:])
     cell.enter()
+    confine.prctl(confine.PR_SUBREAPER, 1)
     gc.disable()  # what is collected is written to, and what is written to is copied in every child
     gc.freeze()
     judge.send(replies, json.dumps(cell.missing).encode())
     while (message := judge.receive(requests)) is not None:
         request, (read, write) = json.loads(message), os.pipe()
+        scratch = cell.scratch()
         if not (keeper := os.fork()):
             os.close(read)
             os.close(replies)
             try:
-                outcome = keep(cell, request, requests)
+                outcome = keep(cell, request, scratch, (requests, write))
             except BaseException as e:  # noqa: BLE001
                 outcome = dict(reason="sandbox", detail=judge.describe(e), seconds=0.0)
             os.write(write, json.dumps(outcome).encode())
             os._exit(0)
         os.close(write)
-        os.waitpid(keeper, 0)
+        if os.waitpid(keeper, 0)[1]:  # killed from outside: what it kept is ours now
+            cell.clear(scratch)
         said = os.read(read, 1 << 16) or json.dumps(dict(reason="sandbox", detail="its keeper was killed", seconds=0.0)).encode()
         os.close(read)
         judge.send(replies, said)

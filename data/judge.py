@@ -67,13 +67,14 @@ class _Writer(pickle.Pickler):
         kind = type(value)
         if kind in PLAIN or (kind.__module__, kind.__qualname__) in KNOWN or isinstance(value, BASES) or _one_pass(value):
             return None
-        if kind is type and (value.__module__, value.__qualname__) in KNOWN or value in (iter,):
+        if isinstance(value, type) and (value.__module__, value.__qualname__) in KNOWN or value in (iter,):
             return None
         self.objects.append(value)
         return len(self.objects) - 1
 
     def reducer_override(self, value):
-        if (type(value).__module__, type(value).__qualname__) in KNOWN or isinstance(value, (type, types.BuiltinFunctionType)):
+        kind = type(value)
+        if kind in PLAIN or (kind.__module__, kind.__qualname__) in KNOWN or isinstance(value, (type, types.BuiltinFunctionType)):
             return NotImplemented
         if _one_pass(value):
             return iter, (list(value),)

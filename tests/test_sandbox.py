@@ -5,6 +5,7 @@ All of it in every form that the sandbox takes here: as this user and as an unpr
 """
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -38,6 +39,7 @@ def opens_for_all(python):
                           capture_output=True).returncode == 0  # fmt: skip
 
 
+@functools.cache
 def open_python():
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         with contextlib.suppress(OSError):
@@ -109,6 +111,7 @@ class Jail:
             thread.join()
 
 
+SLOW = ("unprivileged without namespaces", "with the filter alone", "unprivileged with the filter alone")
 FORMS = {
     "as this user": ((), False),
     "unprivileged": ((), True),
@@ -119,7 +122,7 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FORMS])
 def shared(request):
     jail = Jail(*FORMS[request.param])
     yield jail
@@ -193,8 +196,8 @@ for _ in range(40):
     assert 4 <= jail.told(mild, children=True, tasks=8) <= 8
     assert jail.processes() == {jail.helper.pid()}
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
-    outcome, most, _ = jail.watched(bomb, children=True, tasks=8, timeout=0.7)
-    assert outcome.reason == "timeout" and 4 <= most <= 12
+    outcome, most, _ = jail.watched(bomb, children=True, tasks=8, timeout=0.4)
+    assert outcome.reason == "timeout" and 4 <= most <= 16  # four that are the sandbox's; where all of the user's are counted some of those may have ended
 
 
 def test_sleeping_and_double_forked_children(jail):
@@ -246,20 +249,21 @@ def test_a_memory_bomb(jail):
 
 
 def test_endless_output_goes_nowhere(jail, capfd):
-    outcome, _, largest = jail.watched("import os\nwhile True:\n    print('x' * 10**6)\n    os.write(2, b'y' * 10**6)", timeout=0.7)
+    outcome, _, largest = jail.watched("import os\nwhile True:\n    print('x' * 10**6)\n    os.write(2, b'y' * 10**6)", timeout=0.4)
     assert outcome.reason == "timeout" and largest < 100 << 20
     assert jail.check("import sys\nfor _ in range(20):\n    print('passed' * 10**6, file=sys.stderr)").passed
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)", "9**9**9", "'a' * 3 + str(7**(10**7))",
-                                     "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
-                                     "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass",
-                                     "while True:\n    try:\n        while True: pass\n    except BaseException: pass"])  # fmt: skip
-def test_what_never_ends_is_ended(jail, program):
-    began = time.monotonic()
-    outcome = jail.check(program, timeout=0.4)
-    assert outcome.reason in (["timeout", "failed"] if "str(" in program else ["timeout"]) and time.monotonic() - began < 4
+WITHOUT_END = ["while True: pass", "import time\ntime.sleep(60)", "9**9**9", "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
+               "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass",
+               "while True:\n    try:\n        while True: pass\n    except BaseException: pass"]  # fmt: skip
+
+
+def test_what_never_ends_is_ended(jail):
+    for program in WITHOUT_END:
+        began = time.monotonic()
+        assert jail.check(program, timeout=0.2).reason == "timeout" and time.monotonic() - began < 4, program
 
 
 def test_deep_recursion_and_huge_integers(jail):
@@ -270,7 +274,7 @@ def test_deep_recursion_and_huge_integers(jail):
         "eval('(' * 10**5 + ')' * 10**5)",
         "x = 10**(10**9)",
     ):
-        assert jail.check(program, timeout=1.0, memory=256 << 20).reason in ("failed", "memory", "crashed", "timeout")
+        assert jail.check(program, timeout=0.4, memory=256 << 20).reason in ("failed", "memory", "crashed", "timeout")
 
 
 def test_ends_that_are_none(jail):
@@ -328,7 +332,7 @@ def fill(folder):
 
 
 def state(folder):
-    return {str(p.relative_to(folder)): (p.stat().st_mode, p.stat().st_mtime, p.is_file() and p.read_text()) for p in sorted(folder.rglob("*"))}
+    return {str(p.relative_to(folder)): (p.lstat().st_mode, p.lstat().st_mtime, p.is_file() and os.access(p, os.R_OK) and p.read_text()) for p in sorted(folder.rglob("*"))}
 
 
 def test_files_are_not_deleted_overwritten_or_made(jail, open_folder):
@@ -399,8 +403,6 @@ def ptrace():
         os.waitpid({pid}, 0x40000000)
         libc.ptrace(ctypes.c_long(17), ctypes.c_long({pid}), None, None)
     return secret if attached else b""
-def pidfd():
-    return secret if libc.syscall(434, {pid}, 0) >= 0 and False else b""
 tried("environ", lambda: open("/proc/{pid}/environ", "rb").read())
 tried("all environs", lambda: b"".join(open(p, "rb").read() for p in glob.glob("/proc/[0-9]*/environ") if os.access(p, os.R_OK) and os.stat(p).st_uid == os.getuid()))
 tried("mem", mem), tried("vm", vm), tried("ptrace", ptrace)
@@ -412,7 +414,7 @@ def test_the_parents_environment_and_memory(jail, victim, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     jail.needs("memory of your user's processes can be read")
     spy = SPY.format(secret=SECRET, pid=victim[0], address=victim[1])
-    assert jail.outside(spy) == ["environ", "all environs", "mem", "vm", "ptrace"]
+    assert jail.outside(spy) == ["environ", "all environs", "mem", "vm", "ptrace", "own"]
     assert jail.told(spy) == []
     assert jail.told(SPY.format(secret=SECRET, pid=os.getpid(), address=victim[1])) == []
     assert len(jail.told("import os\ntold = {k: v for k, v in os.environ.items() if k not in ('PYTHONHASHSEED', 'LC_CTYPE')}")) == 0
@@ -546,21 +548,19 @@ FORGERIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORGERIES)
-def test_a_forged_verdict(jail, name):
-    if name in ("equals everything", "an int that equals everything", "a list that equals everything"):
-        space = {}
-        exec(FORGERIES[name], space)
-        assert space["f"](2) == 4 and space["f"](3) == 9  # with tests beside the solution it passes
-    assert not jail.check(FORGERIES[name], TESTS).passed
-    if "leaves" in name or name == "at exit":
-        assert not jail.check(FORGERIES[name]).passed
+def test_forged_verdicts(jail):
+    for name, program in FORGERIES.items():
+        if name.endswith("equals everything"):
+            exec(program, space := {})
+            assert space["f"](2) == 4 and space["f"](3) == 9  # with tests beside the solution it passes
+        assert not jail.check(program, TESTS, timeout=0.5).passed, name
+        if "and leaves" in name or name == "at exit":
+            assert not jail.check(program, timeout=0.5).passed, name
 
 
 def test_a_program_that_knows_how_it_is_asked(jail):
     """It finds the pipes in the frames and answers in advance: with tests apart from it, it has to know what they expect."""
-    found = jail.told(FRAMES.replace("frame = sys", "told, frame = [], sys").replace("        for value", "        told.append(1)\n        for value"))
-    assert found == [1]  # so the attack is one
+    assert jail.check(FRAMES + "1 / 0").passed  # so the attack is one: on a program that judges itself it works
     outcome = jail.check(FRAMES.replace("4, 9, True", "0, 0, True") + "def f(x): return 0", TESTS)
     assert not outcome.passed
     jail.needs("filter of system calls")
