@@ -5,15 +5,21 @@ An answer is the text of the tests, a program that says `from solution import f`
 """
 
 import ast
+import contextlib
 import re
+import threading
+import warnings
 
 from data.grade import Verdict
 from data.sandbox import check
 from errors import UserError
 
-LONGEST = 50_000  # characters; a longer completion holds no program
+LONGEST = 20_000  # characters; no program is longer, and what compiles slowly is not compiled for long
+TRIES = 50  # lines at the end of bare code that may be talk
+TIMEOUT = 15.0  # seconds; the slowest gold solution (MBPP 123) takes 2 to 5
 IMPORT = "\n\nfrom solution import "
 MBPP_TRAIN, MBPP_TEST = range(601, 975), range(11, 511)  # task ids (Austin et al., arXiv 2108.07732)
+QUIET = threading.Lock()  # the filter of warnings is one for all threads
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -36,11 +42,12 @@ def mbpp(row, origin):
     if not (isinstance(tests, list) and tests and all(isinstance(t, str) for t in [*tests, *imports])):
         raise UserError(f"{origin}: 'test_list' must be a list of texts that is not empty")
     try:
-        body = ast.parse(row["code"]).body
-        defined = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-        named = [n.id for t in tests for n in ast.walk(ast.parse(t)) if isinstance(n, ast.Name)]
+        with quietly():
+            body, trees = ast.parse(row["code"]).body, [ast.parse(t) for t in tests]
     except SyntaxError as e:
         raise UserError(f"{origin}: its code or tests are no Python ({e.msg})") from None
+    defined = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    named = [n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)]
     # a test may lean on what the gold code imports (596: sys)
     imports += [ast.unparse(n) for n in body if isinstance(n, ast.Import | ast.ImportFrom) and any((a.asname or a.name) in named for a in n.names)]
     used = [name for name in named if name in defined]
@@ -76,7 +83,7 @@ def grade_code(text, answer):
     found, marked = find_code(text, answer)
     if found is None:
         return Verdict(False, False, False)
-    passed = check(found, answer).passed
+    passed = check(found, answer, timeout=TIMEOUT).passed
     return Verdict(passed and marked, passed, marked)
 
 
@@ -85,8 +92,6 @@ def find_code(text, answer):
 
     Marked is a fenced block (the last that defines what is asked for, else the last); without a fence, all of the text. Either may be the
     body of the problem's function alone, or the whole of it."""
-    if len(text) > LONGEST:
-        return None, False
     beginning, _, rest = answer.partition(IMPORT)
     name = re.match(r"\w+", rest)[0]
     fenced = [m["code"] for m in FENCE.finditer(text) if m["language"].lower() in ("", "python", "python3", "py")]
@@ -94,13 +99,15 @@ def find_code(text, answer):
     for code in (asked_for or fenced)[-1:]:
         program = _program(beginning, code, name)
         return program, program is not None
-    if program := _program(beginning, text, name):
-        return program, True
-    return _program(beginning, _cut(text, beginning, name), name), False
+    if len(text) > LONGEST or (program := _program(beginning, text, name)):
+        return (None, False) if len(text) > LONGEST else (program, True)
+    return _without_talk(text, beginning, name), False
 
 
 def _program(beginning, code, name):
-    """The problem's beginning and the code as one program that compiles and defines `name`, or None."""
+    """The problem's beginning and the code as one program that compiles, or None."""
+    if len(code) > LONGEST:
+        return None
     if _defines(code, name):
         head, _, _ = beginning.rpartition(f"def {name}(")
         candidates = [head + "\n" + code]  # the imports and helpers above it
@@ -110,16 +117,16 @@ def _program(beginning, code, name):
     return next((c for c in candidates if _compiles(c)), None)
 
 
-def _cut(text, beginning, name):
-    """Bare code with talk around it: from the definition, or as a body, to the last line with which it still compiles."""
-    lines = text.splitlines()
-    starts = [i for i, line in enumerate(lines) if re.match(r"(?:from|import|def|class|@)\b|@", line)] if _defines(text, name) else [0]
+def _without_talk(text, beginning, name):
+    """The program of bare code with talk around it: from the definition, or as a body, to the last line with which it compiles; or None."""
+    lines, whole = text.splitlines(), _defines(text, name)
+    starts = [i for i, line in enumerate(lines) if re.match(r"(?:from|import|def|class)\b|@", line)] if whole else [0]
     lines = lines[starts[0] if starts else 0 :]
-    for end in range(len(lines), max(0, len(lines) - 200), -1):  # a few lines are cut off, not a book
+    for end in range(len(lines), max(0, len(lines) - TRIES), -1):
         code = "\n".join(lines[:end])
-        if code.strip() and (not _defines(text, name) or _defines(code, name)) and _program(beginning, code, name):
-            return code
-    return text
+        if code.strip() and (not whole or _defines(code, name)) and (program := _program(beginning, code, name)):
+            return program
+    return None
 
 
 def _defines(code, name):
@@ -127,9 +134,18 @@ def _defines(code, name):
 
 
 def _compiles(program):
-    """Whether it is Python. The parser has limits of its own; it is not run here."""
+    """Whether it is Python. Nothing of it is run."""
     try:
-        ast.parse(program)
+        with quietly():
+            compile(program, "<solution>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def quietly():
+    """No warnings of the escape sequences in generated code."""
+    with QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -33,6 +33,7 @@ class Example:
 class Task:
     make: Callable | None  # None: the problems come from a file
     grade: Callable  # (text, gold answer) -> Verdict
+    waits: bool = False  # grading waits for other processes: several at a time are faster
 
     def example(self, name, split, key):
         """The problem with this key ("{seed}/{index}") in "train" or "heldout"; the same key gives the same problem."""
@@ -81,8 +82,8 @@ TASKS = {
     "word_problems": Task(word_problem, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),
-    "humaneval": Task(None, grade_code),
-    "mbpp": Task(None, grade_code),
+    "humaneval": Task(None, grade_code, waits=True),
+    "mbpp": Task(None, grade_code, waits=True),
 }
 
 

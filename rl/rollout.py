@@ -6,14 +6,17 @@ drawn depends on (seed, position) alone: every sample has its own random numbers
 
 import dataclasses
 import hashlib
+import os
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from data.batch import Batch, Document
-from errors import UserError
+from data.tasks import TASKS
+from errors import RunFailed, UserError
 from model import parallel
 from rl.advantage import group_advantages, spread
 
@@ -87,7 +90,7 @@ class Rollouts(Iterator):
             fresh, error = [], None
             try:
                 fresh = self._groups(positions[self.rank :: self.world])
-            except UserError as e:  # a reward of the user's, say: every rank must hear of it
+            except (UserError, RunFailed) as e:  # a reward of the user's, say: every rank must hear of it
                 error = e
             if found := [e for e in parallel.gather(error) if e]:
                 raise found[0]
@@ -106,9 +109,15 @@ class Rollouts(Iterator):
         groups = []
         for i, (position, (example, ids)) in enumerate(zip(positions, prompts)):
             completions = done[i * self.samples : (i + 1) * self.samples]
-            judged = [self.judge(example, c) for c in completions] if self.judge else []
+            judged = self._judged(example, completions) if self.judge else []
             groups.append(Group(position, example, ids, completions, judged))
         return groups
+
+    def _judged(self, example, completions):
+        if not (example.task in TASKS and TASKS[example.task].waits):
+            return [self.judge(example, c) for c in completions]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return list(pool.map(lambda c: self.judge(example, c), completions))
 
     def _batches(self, groups, order):
         """`updates` batches (fewer if groups are) of whole groups, in the order in which they were drawn, whatever rank holds them."""
