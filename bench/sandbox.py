@@ -1,0 +1,76 @@
+"""Executions a second in the sandbox for generated code, each in processes of its own.
+
+    python -m bench.sandbox [--data path/to/HumanEval.jsonl.gz] [--count 1000] [--workers 2]
+
+With `--data` the gold solutions of HumanEval against their tests, over and over; without it a problem of that size. One run of 20 first
+starts the helpers. The last line adds a program in four that loops for ever, at a limit of one second, as an untrained policy writes them.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+PROGRAM = '''
+from typing import List
+
+
+def has_close_elements(numbers: List[float], threshold: float) -> bool:
+    """Whether any two numbers are closer to each other than the threshold."""
+    ordered = sorted(numbers)
+    return any(b - a < threshold for a, b in zip(ordered, ordered[1:]))
+'''
+TESTS = '''
+from solution import has_close_elements
+
+def check(candidate):
+    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True
+    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.05) == False
+    assert candidate([1.0, 2.0, 5.9, 4.0, 5.0], 0.95) == True
+    assert candidate([1.0, 2.0, 5.9, 4.0, 5.0], 0.8) == False
+    assert candidate([1.0, 2.0, 3.0, 4.0, 5.0, 2.0], 0.1) == True
+    assert candidate([1.1, 2.2, 3.1, 4.1, 5.1], 1.0) == True
+    assert candidate([1.1, 2.2, 3.1, 4.1, 5.1], 0.5) == False
+
+check(has_close_elements)
+'''
+
+
+def jobs_of(data):
+    from data.code import find_code
+    from data.dataset import read_examples
+
+    if not data:
+        return [(PROGRAM, TESTS)]
+    return [(find_code(e.messages[1]["content"], e.answer)[0], e.answer) for e in read_examples(Path(data), "test")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="HumanEval.jsonl.gz, or a file of MBPP")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    from data.sandbox import check_many, missing
+
+    jobs = list(itertools.islice(itertools.cycle(jobs_of(args.data)), args.count))
+    print("\n".join(f"lacks: {lack}" for lack in missing()) or "every protection is available")
+    check_many(jobs[:20], args.workers)
+    began = time.perf_counter()
+    outcomes = check_many(jobs, args.workers)
+    seconds = time.perf_counter() - began
+    median = statistics.median(o.seconds for o in outcomes)
+    print(f"{args.count:,} executions, {args.workers} at a time: {seconds:.1f} s, {args.count / seconds:.0f} a second; "
+          f"{sum(o.passed for o in outcomes):,} passed, median {1000 * median:.1f} ms")  # fmt: skip
+    mixed = [job if i % 4 else ("while True: pass", job[1]) for i, job in enumerate(jobs[:40])]
+    began = time.perf_counter()
+    check_many(mixed, args.workers, timeout=1.0)
+    print(f"40 of which 10 loop for ever (1 s each): {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
