@@ -27,9 +27,9 @@ import judge  # noqa: E402
 
 sys.path.remove(HERE)  # generated programs find the standard library and nothing else
 
-WARM = """abc array base64 binascii bisect calendar cmath collections collections.abc contextlib copy csv dataclasses datetime decimal difflib
-enum fractions functools hashlib heapq html inspect io itertools json math numbers operator pprint queue random re statistics string struct
-textwrap threading time traceback types typing unicodedata unittest uuid zlib""".split()  # imported once, not by every program
+WARM = """abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions functools hashlib
+heapq inspect io itertools json math numbers operator queue random re statistics string struct textwrap threading time traceback types typing
+unicodedata""".split()  # imported once, not by every program
 LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 CELL = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NEW_UTS
@@ -70,7 +70,7 @@ class Cell:
                 say("the environment and memory of your user's processes can be read")
         if not self.namespaces and not self.seccomp and not self.root:
             say("the number of processes is limited with your user's own, and one that escapes may live on")
-        if not self.namespaces and self.root and self._fails(lambda: (confine.become(self.user), [os.listdir(p) for p in self.pages])):
+        if not self.namespaces and self.root and self._fails(lambda: (confine.become(self.user), [os.listdir(p) for p in self.pages if os.path.isdir(p) or not os.access(p, os.R_OK)])):
             say(f"the Python at {sys.base_prefix} is closed to other users: programs can import what is loaded already and nothing else")
 
     @staticmethod
@@ -95,10 +95,11 @@ class Cell:
         confine.filter_calls(confine.call_filter(confine.never()))
 
     def _enter(self):
-        gid = os.getegid()
-        confine.unshare(CELL if os.geteuid() == 0 else CELL | confine.NEW_USER)
-        if os.geteuid():
-            confine.map_own_user(os.geteuid(), gid)
+        uid, gid = os.geteuid(), os.getegid()  # in a user namespace they have no name until they are mapped
+        confine.unshare(CELL if uid == 0 else CELL | confine.NEW_USER)
+        if uid:
+            confine.prctl(confine.PR_DUMPABLE, 1)  # who has been root before does not own its /proc/self
+            confine.map_own_user(uid, gid)
         confine.enter_root(self.pages + self.devices)
 
     def enter(self):

@@ -114,7 +114,8 @@ class Rollouts(Iterator):
         return groups
 
     def _judged(self, example, completions):
-        if not (example.task in TASKS and TASKS[example.task].waits):
+        task = TASKS.get(getattr(example, "task", None))
+        if not (task and task.waits):
             return [self.judge(example, c) for c in completions]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(lambda c: self.judge(example, c), completions))

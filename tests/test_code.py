@@ -21,11 +21,12 @@ from tests.test_train import SMALL
 RIGHT, WRONG, LENIENT, NOTHING = Verdict(True, True, True), Verdict(False, False, True), Verdict(False, True, False), Verdict(False, False, False)
 ROW = {
     "task_id": "HumanEval/0", "entry_point": "double",
-    "prompt": 'import math\n\ndef helper(x):\n    return x + x\n\n\ndef double(x: int) -> int:\n    """Twice x, with helper.\n    >>> double(2)\n    4\n    """\n',
+    "prompt": 'import math\n\ndef helper(x):\n    return x + x\n\n\ndef double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n',
     "canonical_solution": "    return helper(x)\n",
     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == helper(0)\n",
 }  # fmt: skip
-PROBLEM = {"task_id": 601, "prompt": "Write a function to double.", "code": "import sys\ndef double(x):\n  return 2 * x", "test_imports": ["import math"],
+PROBLEM = {"task_id": 601, "prompt": "Write a function to double.",
+           "code": "import sys\ndef double(x):\n  return 2 * x", "test_imports": ["import math"],
            "test_list": ["assert double(2) == math.floor(4.5)", "assert double(sys.maxsize) > 0"]}  # fmt: skip
 
 
@@ -39,19 +40,30 @@ def row(number, **more):
 @pytest.mark.parametrize(
     "text,verdict",
     [
-        ("    return 2 * x\n", RIGHT), ("    y = x\n\n    # twice\n    return y + y", RIGHT), ("return 2 * x", RIGHT), ("y = x\nfor _ in [1]:\n    y += x\nreturn y", RIGHT),
-        ("    return helper(x)", RIGHT), ("    return math.floor(2 * x)", RIGHT), ("    return 3 * x", WRONG), ("    return x * x * x\n", WRONG), ("", WRONG), ("    pass", WRONG),
-        ("def double(x):\n    return 2 * x", RIGHT), ("def double(x):\n    return helper(x)", RIGHT), ("import sys\n\ndef other(x): return 2 * x\n\ndef double(x): return other(x)", RIGHT),
-        ("double = lambda x: 2 * x", RIGHT), ("class double(int):\n    def __new__(cls, x): return 2 * x", RIGHT), ("def double(x):\n    return 3 * x", WRONG),
-        ("```python\ndef double(x):\n    return 2 * x\n```", RIGHT), ("```\n    return 2 * x\n```", RIGHT), ("```py\nreturn 2 * x\n```", RIGHT), ("```Python3\ndef double(x): return 2 * x", RIGHT),
-        ("Here it is:\n\n```python\ndef double(x):\n    return 2 * x\n```\n\nIt doubles.", RIGHT), ("```python\nimport math\n```\nand\n```python\ndef double(x): return 2*x\n```", RIGHT),
+        ("    return 2 * x\n", RIGHT), ("    y = x\n\n    # twice\n    return y + y", RIGHT), ("return 2 * x", RIGHT),
+        ("y = x\nfor _ in [1]:\n    y += x\nreturn y", RIGHT),
+        ("    return helper(x)", RIGHT), ("    return math.floor(2 * x)", RIGHT), ("    return 3 * x", WRONG), ("    return x * x * x\n", WRONG),
+        ("", WRONG), ("    pass", WRONG),
+        ("def double(x):\n    return 2 * x", RIGHT), ("def double(x):\n    return helper(x)", RIGHT),
+        ("import sys\n\ndef other(x): return 2 * x\n\ndef double(x): return other(x)", RIGHT),
+        ("double = lambda x: 2 * x", RIGHT), ("class double(int):\n    def __new__(cls, x): return 2 * x", RIGHT),
+        ("def double(x):\n    return 3 * x", WRONG),
+        ("```python\ndef double(x):\n    return 2 * x\n```", RIGHT), ("```\n    return 2 * x\n```", RIGHT), ("```py\nreturn 2 * x\n```", RIGHT),
+        ("```Python3\ndef double(x): return 2 * x", RIGHT),
+        ("Here it is:\n\n```python\ndef double(x):\n    return 2 * x\n```\n\nIt doubles.", RIGHT),
+        ("```python\nimport math\n```\nand\n```python\ndef double(x): return 2*x\n```", RIGHT),
         ("```python\ndef double(x): return 2*x\n```\nUse it:\n```python\nprint(double(2))\n```\n```bash\nls\n```", RIGHT),
-        ("```python\ndef double(x): return 3*x\n```\nNo:\n```python\ndef double(x): return 2*x\n```", RIGHT), ("```python\ndef double(x) return 2*x\n```", NOTHING),
+        ("```python\ndef double(x): return 3*x\n```\nNo:\n```python\ndef double(x): return 2*x\n```", RIGHT),
+        ("```python\ndef double(x) return 2*x\n```", NOTHING),
         ("  ```python\ndef double(x):\n    return 2 * x\n  ```", RIGHT), ("```python\ndef double(x):\n    s = '```'\n    return 2 * x\n```", RIGHT),
-        ("def double(x):\n    return 2 * x\n\nThis function doubles.", LENIENT), ("Sure! Here you are.\n\ndef double(x):\n    return 2 * x\n", LENIENT),
-        ("Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\nIt's easy (see above).", LENIENT), ("    return 2 * x\n\nThat doubles x.", LENIENT),
-        ("I do not know.", NOTHING), ("def double(x", NOTHING), ("\x00", NOTHING), ("(" * 60_000, NOTHING), ("#" * 60_000, NOTHING), ("(" * 40_000, NOTHING), ("\ud800", NOTHING),
-        ("thought " * 10_000 + "\n```python\ndef double(x): return 2*x\n```", RIGHT), ("```python\ndef double(x): return 2*x" + "#" * 20_000, NOTHING),
+        ("def double(x):\n    return 2 * x\n\nThis function doubles.", LENIENT),
+        ("Sure! Here you are.\n\ndef double(x):\n    return 2 * x\n", LENIENT),
+        ("Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\nIt's easy (see above).", LENIENT),
+        ("    return 2 * x\n\nThat doubles x.", LENIENT),
+        ("I do not know.", NOTHING), ("def double(x", NOTHING), ("\x00", NOTHING), ("(" * 60_000, NOTHING), ("#" * 60_000, NOTHING),
+        ("(" * 40_000, NOTHING), ("\ud800", NOTHING),
+        ("thought " * 10_000 + "\n```python\ndef double(x): return 2*x\n```", RIGHT),
+        ("```python\ndef double(x): return 2*x" + "#" * 20_000, NOTHING),
         ("import os\nos._exit(0)", WRONG), ("print('passed')", WRONG), ("def double(x):\n    return 2 * x\nimport os\nos._exit(0)", WRONG),
         ("def helper(x): return 0\ndef double(x): return 0", WRONG),  # the tests have a helper of their own
     ],
@@ -64,7 +76,8 @@ def test_completions_of_a_humaneval_problem(text, verdict):
 @pytest.mark.parametrize(
     "text,verdict",
     [
-        ("```python\ndef double(x):\n    return x + x\n```", RIGHT), ("def double(x): return x << 1", RIGHT), ("So:\ndef double(x): return x << 1", LENIENT), ("return 2 * x", NOTHING),
+        ("```python\ndef double(x):\n    return x + x\n```", RIGHT), ("def double(x): return x << 1", RIGHT),
+        ("So:\ndef double(x): return x << 1", LENIENT), ("return 2 * x", NOTHING),
         ("```python\ndef twice(x): return 2 * x\n```", WRONG), ("def double(x): return 5", WRONG), ("", WRONG),
         ("abs = set = math = lambda *a: 0\ndef double(x): return 0", WRONG),
     ],
@@ -114,8 +127,10 @@ def test_splits_follow_the_data_sets_own_rules(tmp_path):
 @pytest.mark.parametrize(
     "bad,words",
     [
-        (row(601, test_list=[]), "'test_list'"), (row(601, test_list=[3]), "'test_list'"), (row(601, code="def f(:"), "no Python"), (row(601, test_list=["assert f("]), "no Python"),
-        (row(601, prompt=""), "'prompt'"), (row(601, code=None), "'code'"), (row(601, test_list=["assert 1"]), "use nothing"), (ROW | {"entry_point": ""}, "'entry_point'"),
+        (row(601, test_list=[]), "'test_list'"), (row(601, test_list=[3]), "'test_list'"), (row(601, code="def f(:"), "no Python"),
+        (row(601, test_list=["assert f("]), "no Python"),
+        (row(601, prompt=""), "'prompt'"), (row(601, code=None), "'code'"), (row(601, test_list=["assert 1"]), "use nothing"),
+        (ROW | {"entry_point": ""}, "'entry_point'"),
         (ROW | {"test": 3}, "'test'"),
     ],
 )  # fmt: skip
@@ -190,8 +205,8 @@ def corrupted(example, r, how):
 
 
 def test_corrupted_solutions_all_fail(problems):
-    """A third of them here; each calls its gold solution and returns something else."""
-    assert outcomes(problems[::3], lambda e, r: corrupted(e, r, "None if value else 7"))[0]["passed"] == 0
+    """A sixth of them here; each calls its gold solution and returns something else."""
+    assert outcomes(problems[::6], lambda e, r: corrupted(e, r, "None if value else 7"))[0]["passed"] == 0
 
 
 @pytest.mark.slow
@@ -222,7 +237,8 @@ def test_mbpp_is_trained_on(tmp_path):
     code_, said = run("--mode=sft", *data, "--name=s", cwd=tmp_path)
     assert code_ == 0, said
     model = tmp_path / "runs/s/checkpoints/step-6"
-    code_, said = run("--mode=grpo", *data, f"--model={model}", "--name=g", "--batch_size=4", "--grpo_samples=2", "--sample_tokens=10", "--steps=2", cwd=tmp_path)
+    small = ["--batch_size=4", "--grpo_samples=2", "--sample_tokens=10", "--steps=2"]
+    code_, said = run("--mode=grpo", *data, *small, f"--model={model}", "--name=g", cwd=tmp_path)
     assert code_ == 0, said
     lines = [m for m in read_metrics(tmp_path / "runs/g") if "rollout/reward" in m]
     assert len(lines) == 2 and all(m["rollout/accuracy"] == m["rollout/reward_accuracy"] for m in lines)
