@@ -70,7 +70,7 @@ class Cell:
                 say("the environment and memory of your user's processes can be read")
         if not self.namespaces and not self.seccomp and not self.root:
             say("the number of processes is limited with your user's own, and one that escapes may live on")
-        if not self.namespaces and self.root and self._fails(lambda: (confine.become(self.user), [os.listdir(p) for p in self.pages if os.path.isdir(p) or not os.access(p, os.R_OK)])):
+        if not self.namespaces and self.root and self._fails(self._read):
             say(f"the Python at {sys.base_prefix} is closed to other users: programs can import what is loaded already and nothing else")
 
     @staticmethod
@@ -88,6 +88,11 @@ class Cell:
         os.close(read)
         status = os.waitpid(pid, 0)[1]
         return said or (f"status {status}" if status else None)
+
+    def _read(self):
+        confine.become(self.user)
+        for path in self.pages:
+            os.close(os.open(path, os.O_RDONLY))
 
     @staticmethod
     def _filter():
@@ -112,7 +117,7 @@ class Cell:
         """A scratch folder of one request alone. In namespaces it is memory that goes with its last process; else it has to be cleared."""
         if self.namespaces:
             return "/tmp"
-        folder = tempfile.mkdtemp(prefix="srlm-sandbox-")
+        folder = tempfile.mkdtemp(prefix=f"srlm-sandbox-{os.getpid()}-")
         if self.root:
             os.chown(folder, self.user, self.user)
         return folder
@@ -160,13 +165,13 @@ class Cell:
         """After the last process, without namespaces: whatever escaped, and every file."""
         if self.namespaces:
             return
-        if self.root and not os.fork():  # all of this user's processes at one stroke; it has none but the program's
-            confine.become(self.user)
-            os.kill(-1, signal.SIGKILL)
-            os._exit(0)
+        if self.root and self.user & OWN_USERS:  # all of this user's processes at one stroke; it has none but the program's
+            self._fails(lambda: (confine.become(self.user), os.kill(-1, signal.SIGKILL)))
         _end_children()
-        for folder, _, _ in os.walk(scratch):
-            os.chmod(folder, 0o700)
+        for folder, names, _ in os.walk(scratch):
+            for name in names:
+                if not os.path.islink(path := os.path.join(folder, name)):
+                    os.chmod(path, 0o700)  # a locked folder is opened before the walk enters it
         shutil.rmtree(scratch, ignore_errors=True)
 
 
