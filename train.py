@@ -4,121 +4,33 @@ A mode is a source of batches plus a loss; everything else is shared. Read `trai
 """
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 import config as configuration
 from data.batch import WEIGHTINGS, constant_length
-from data.dataset import Dataset, Formatter, Order, Stream
-from data.tasks import TASKS
-from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
+from data.dataset import Order, Stream
 from errors import RunFailed, UserError
 from eval.heldout import evaluate
-from eval.log import Log, peak_flops, show_batch, step_flops
+from eval.log import Log, peak_flops, step_flops
 from eval.report import draw_curves, summary
-from kernels import backend
 from kernels.attention import PackedAttention
 from knobs import Config, check, kept
 from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
 from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model import parallel
-from model.checkpoint import build_model, locate, read_config, stop_ids_of
 from model.generate import generate
-from model.optim import build_optimizer, clip_gradients, learning_rate
-from model.runs import RunFolder, StopSignal, only_one, open_run, stored_config
-from rl.reward import parse_reward
+from model.optim import clip_gradients, learning_rate
+from model.runs import StopSignal, stored_config
+from prepare import TEACHER, embedded_tokenizer, prepare
 from rl.rollout import Mixed, Rollouts
 from rl.score import add_correction, add_logprobs
 
-# --- set-up --------------------------------------------------------------------------------------------------------
-
-
-def choose_device(cfg):
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world, local = parallel.init(kind)
-    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        backend.use(cfg.kernels)
-    except ValueError as e:
-        raise UserError(f"--kernels={cfg.kernels}: {e}") from None
-    name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
-    return device, getattr(torch, name), rank, world
-
-
-@functools.cache
-def embedded_tokenizer():
-    examples = [TASKS["word_problems"].example("word_problems", "train", f"tokenizer/{i}") for i in range(2000)]
-    return build_tiny("\n".join(m["role"] + "\n" + m["content"] for m in e.messages) for e in examples)
-
-
-TEACHER = dict(mode="sft", model="tiny-teacher", data="word_problems", steps=700, lr=3e-3, batch_size=64, eval_every=0, save_every=200, keep=1)
-STUDENT = dict(mode="kd")
-
-
-def embedded(cfg, rank, what, recipe):
-    """The folder of the embedded task's teacher or distilled student, trained on first use by this same loop, kept and shared by all runs."""
-    whole = Config(**configuration.defaults(Config, recipe["mode"]) | recipe)
-    knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
-    sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
-    path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
-    if found := parallel.broadcast(finished_run(cfg.runs, knobs, whole.steps) if rank == 0 else None):
-        return found
-    with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
-        if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
-            if rank == 0:
-                print(f"training the embedded {what} first (once; kept in {path})", flush=True)
-            begun = parallel.broadcast((path / "config.json").exists())
-            launch(dataclasses.replace(whole, name=path.name, runs=cfg.runs, resume=begun, device=cfg.device))
-    if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
-        raise RunFailed(f"stopped before the embedded {what} was ready; the same command goes on with it")
-    return RunFolder(path).step_folder(whole.steps)
-
-
-def finished_run(runs, knobs, steps):
-    """The last checkpoint of a run that did just this, with this tokenizer: `make grpo` goes on from what `make kd` left. Or None."""
-    for path in sorted(Path(runs).glob("*/config.json")):
-        try:
-            stored = {k: v for k, v in json.loads(path.read_text()).items() if k not in PASSING}
-            last = RunFolder(path.parent).step_folder(steps)
-            if stored == knobs and (last / "tokenizer.json").read_bytes() == embedded_tokenizer().files["tokenizer.json"]:
-                return last
-        except (OSError, ValueError, AttributeError):
-            continue  # another run's folder, or one being written
-    return None
-
-
-PASSING = ("name", "runs", "resume", "device", "kernels", "keep", "log_every", "wandb")  # knobs that do not change what a run learns
-
-
-def choose_tokenizer(cfg, folder, teacher_folder):
-    if cfg.tokenizer:
-        return Tokenizer.load(cfg.tokenizer)
-    if folder or teacher_folder:
-        return Tokenizer.load(folder or teacher_folder)
-    return embedded_tokenizer()
-
-
-def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
-    """How many head rows take part in the loss: the full head for SFT, the tokenizer's ids for a policy, the shared prefix for a pair."""
-    if tokenizer.size > shape.vocab_size:
-        raise UserError(f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer")
-    if teacher_shape is None:
-        return tokenizer.size if cfg.mode == "grpo" else shape.vocab_size
-    shared = shared_vocabulary(tokenizer, teacher_tokenizer) if teacher_tokenizer else tokenizer.size
-    return min(shared, shape.vocab_size, teacher_shape.vocab_size)
-
+__all__ = ["Config", "TEACHER", "check", "embedded_tokenizer", "forward_backward", "launch", "main"]  # what others take from here
 
 # --- the mode: a source plus a loss --------------------------------------------------------------------------------
 
@@ -236,99 +148,18 @@ def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device)
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Run:
-    """What `set_up` prepares and the loop uses."""
-
-    device: torch.device
-    rank: int
-    world: int
-    folder: RunFolder
-    tokenizer: Tokenizer
-    dataset: Dataset
-    stop_ids: list
-    vocab: int
-    steps: int
-    model: torch.nn.Module
-    teacher: torch.nn.Module | None
-    teacher_folder: Path | None
-    reference: torch.nn.Module | None
-    reward: Callable | None
-    optimizer: torch.optim.Optimizer
-    start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
-    source: Iterator = None
-    loss_fn: Callable = None
-    counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
-
-
-def set_up(cfg, held):
-    """Everything that can be wrong is found here, before a weight is read. Returns a Run, its folder locked until `held`
-    (an ExitStack) is closed, or None after --show_batch."""
-    check(cfg)
-    device, compute_dtype, rank, world = choose_device(cfg)
-    has_teacher, distilled = cfg.mode == "kd" or cfg.grpo_kd > 0, cfg.mode == "grpo" and cfg.model == "tiny"
-    own_teacher, teacher_name = has_teacher and not cfg.teacher, cfg.teacher or "tiny-teacher"
-    if own_teacher and cfg.model not in ("tiny", "tiny-teacher"):
-        raise UserError("--teacher is needed: the embedded one only fits the embedded student (--model tiny)")
-    student_folder, teacher_folder = locate(cfg.model, "--model"), locate(teacher_name, "--teacher") if has_teacher else None
-    origin = locate(cfg.reference, "--reference") if cfg.reference else None
-    shape = read_config(cfg.model, student_folder)
-    teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
-    tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
-    teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(teacher_folder)
-    vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
-    dataset = Dataset(
-        cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
-        vocab=vocab, eval_examples=cfg.eval_examples, train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
-    )  # fmt: skip
-    reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
-    if reward:
-        dataset.need_answers(unless=reward.function)
-    if cfg.mode == "grpo" or cfg.mode == "kd" and cfg.kd_prefix != "data":
-        dataset.need_room(cfg.sample_tokens)
-    origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
-    reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
-    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, Tokenizer.load(origin) if origin else None, reference_shape) < vocab:
-        raise UserError(f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab:,} ids; it must share the policy's vocabulary")
-    if cfg.show_batch:
-        batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
-        return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
-    prompts, passes = (cfg.batch_size // cfg.grpo_samples, cfg.grpo_epochs) if cfg.mode == "grpo" else (cfg.batch_size, 1)
-    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / prompts) * passes
-    if steps == 0:
-        raise UserError("--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples")
-    knobs = configuration.resolved(cfg, without=("name", "resume"))
-    folder, start = held.enter_context(open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, knobs, rank))
-    student_folder = embedded(cfg, rank, "student", STUDENT) if distilled else student_folder
-    teacher_folder = embedded(cfg, rank, "teacher", TEACHER) if own_teacher else teacher_folder
-
-    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    weights = student_folder if start is None else folder.step_folder(start)
-    model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=wide, compute_dtype=compute_dtype)
-    model.checkpointing = cfg.checkpointing
-    frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
-    teacher = frozen(teacher_shape, teacher_folder) if has_teacher else None
-    origin = origin if cfg.reference else student_folder
-    reference = frozen(reference_shape, origin) if reference_shape else None
-    if cfg.compile:
-        for block in (block for m in (model, teacher, reference) if m for block in m.layers):
-            block.compile_halves()
-    optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
-    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
-    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, reward, optimizer, start)
-    run.source, run.loss_fn = build(cfg, run)
-    if start is not None:
-        saved = folder.load(start, model, optimizer)
-        run.source.load(saved["source"][rank if rank < len(saved["source"]) else 0])
-        run.counters = saved["counters"]
-    return run
-
-
 def launch(cfg):
-    """Set up and train; however that ends, the run's folder is free again and SIGTERM does what it did before."""
+    """Prepare and train; however that ends, the run's folder is free again and SIGTERM does what it did before."""
     with contextlib.ExitStack() as held:
-        if run := set_up(cfg, held):
-            train(cfg, run, held.enter_context(StopSignal()))
+        run = prepare(cfg, held, launch)
+        if run is None:
+            return
+        run.source, run.loss_fn = build(cfg, run)
+        if run.start is not None:
+            saved = run.folder.load(run.start, run.model, run.optimizer)
+            run.source.load(saved["source"][run.rank if run.rank < len(saved["source"]) else 0])
+            run.counters = saved["counters"]
+        train(cfg, run, held.enter_context(StopSignal()))
 
 
 def train(cfg, run, stop):

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+import prepare
 import train
 from errors import RunFailed, UserError
 from eval.log import cut_back
@@ -48,7 +49,7 @@ def interrupted(*_, **__):
 def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settings(again, tmp_path, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m:
-        m.setattr(train, "build_model", interrupted)
+        m.setattr(prepare, "build_model", interrupted)
         assert train.main(SFT) == 130
     config = json.loads((tmp_path / "runs/r/config.json").read_text())
     assert config["mode"] == "sft" and config["steps"] == 2 and "resume" not in config
@@ -140,7 +141,7 @@ def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
 
 
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "embedded", interrupted)
+    monkeypatch.setattr(prepare, "embedded", interrupted)
     rows = [{"prompt": "p", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
@@ -169,7 +170,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
 
     monkeypatch.setitem(train.TEACHER, "steps", 1)
     monkeypatch.setattr(train, "train", loop)
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr(prepare, "build_model", build)
     before = signal.getsignal(signal.SIGTERM)
     assert train.main(["--mode=kd", "--device=cpu", *SMALL, "--steps=1"]) == 0
     assert inside == [before, True, before, before, True] and signal.getsignal(signal.SIGTERM) == before
