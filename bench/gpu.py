@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -70,7 +71,6 @@ class Bench:
             gb = self.peak_gb(run)
             return self.keep(facts | {"ms": 1e3 * self.seconds(run), "gb": gb})
         except Exception as e:  # a peer that runs out of memory or does not run here is a result too
-            self.synchronize()
             return self.keep(facts | {"failed": f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}"})
 
     def keep(self, record):
@@ -98,7 +98,10 @@ def environment(device):
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = "unknown"
     return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0], "assembler": assembler(), "commit": commit}
 
 
@@ -125,14 +128,18 @@ def other_assembler():
     return None
 
 
-def again_with_the_other_assembler(module, *arguments):
-    """Run this benchmark's --check in a process of its own, its kernels assembled by another ptxas; returns its output or why there is none."""
+def again_with_the_other_assembler(module, seconds=120):
+    """Run this benchmark's --check in a process of its own, its kernels assembled by another ptxas; returns (whether that went well, or None
+    if it was not done; its output or why there is none)."""
     path = other_assembler()
     if path is None or os.environ.get("TRITON_PTXAS_PATH"):
-        return "no other assembler is at hand"
-    clean = os.environ | {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": "/tmp/triton-other-assembler"}
-    done = subprocess.run([sys.executable, "-m", module, "--check", *arguments], env=clean, capture_output=True, text=True, timeout=300)
-    return (done.stdout + done.stderr[-2000:]).strip()
+        return None, "no other assembler is at hand"
+    clean = os.environ | {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": tempfile.mkdtemp()}
+    try:
+        done = subprocess.run([sys.executable, "-m", module, "--check"], env=clean, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None, f"{path}: not done after {seconds} s"
+    return done.returncode == 0, f"{path}:\n{done.stdout}{done.stderr[-2000:]}".strip()
 
 
 def table(rows, columns):

@@ -23,10 +23,10 @@ def chosen():
 def triton_runs(x_nD):
     """Whether the Triton kernels take these rows: bf16 on a GPU of compute capability 8 or more, each row a multiple of 16 bytes.
 
-    fp32 goes to PyTorch unless "triton" was asked for: kept whole, its matrix products use no tensor cores.
+    fp32 goes to PyTorch: kept whole, its matrix products use no tensor cores. The interpreter, on a CPU, takes nothing else.
     """
     if _chosen == "torch" or not len(x_nD) or x_nD.shape[1] * x_nD.element_size() % 16:
         return False
     if _chosen == "triton":
-        return x_nD.dtype in (torch.bfloat16, torch.float32)
+        return x_nD.dtype == (torch.bfloat16 if x_nD.is_cuda else torch.float32)
     return x_nD.is_cuda and x_nD.dtype == torch.bfloat16 and torch.version.hip is None and torch.cuda.get_device_capability(x_nD.device) >= (8, 0)

@@ -27,8 +27,8 @@ def topk_logprobs(hidden_ND, head_VD, k, *, temperature=1.0, vocab=None, chunk_r
             from kernels import triton_head
 
             scored = triton_head.logits(rows_nD, head_VD, temperature=temperature, out_nP=triton_head.buffer(len(rows_nD), vocab, rows_nD))
-            ids.append(triton_head.likeliest(scored, min(k, vocab)))
-            logps.append(triton_head.listed_logprobs(scored, ids[-1], temperature))
+            ids.append(_likeliest(scored, min(k, vocab)))
+            logps.append(_listed_logprobs(scored, ids[-1], temperature))
             continue
         logits = torch.empty(len(rows_nD), vocab, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
         logits = product(rows_nD, head_VD.t(), logits).div_(temperature)
@@ -119,7 +119,7 @@ def _triton_step(loss, hidden_ND, vocab, chunk_rows):
         id_nk = loss.ids_Nk[rows]
         wanted = triton_head.of_term(logprob, rows, second=loss.temperature) if logprob else dict(temperature=loss.temperature)
         student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=buffer[: len(rows_nD)], **wanted)
-        ls_nB = triton_head.listed_logprobs(student, id_nk, loss.temperature)
+        ls_nB = _listed_logprobs(student, id_nk, loss.temperature)
         term_loss_n, coefficient_n3 = triton_head.term_loss(logprob, student, rows, want_grad)
         loss_n, u_nB = loss.buckets(ls_nB, rows, want_grad)
         if not want_grad:
@@ -129,10 +129,55 @@ def _triton_step(loss, hidden_ND, vocab, chunk_rows):
         coefficient_n3[:, 0] = u_tail_n / ls_nB[:, -1].exp().clamp(min=tiny) - u_sum_n1.squeeze(1)
         listed_nk = u_nk - ls_nB[:, :-1].exp() * u_sum_n1
         if logprob:
-            listed_nk += triton_head.term_gradient(logprob, student, coefficient_n3, rows, id_nk)
+            listed_nk += _term_gradient(logprob, student, coefficient_n3, rows, id_nk)
         _, grad_nP = triton_head.gradient_of(
             student, logprob, coefficient_n3, rows, divergence="proportional", kl_temperature=loss.temperature, dtype=rows_nD.dtype
         )
         return loss_n + term_loss_n, grad_nP.scatter_(1, id_nk, listed_nk.to(grad_nP.dtype))
 
     return step
+
+
+# --- on the logits that the kernels keep -----------------------------------------------------------------------------
+
+
+def _term_gradient(term, student, coefficient_n3, rows, ids_nk):
+    """The log-prob term's gradient at some ids, fp32, from logits that are not overwritten yet."""
+    tile_nk = ids_nk // student.tile
+    z_nk = student.z_nP.gather(1, ids_nk).float() + (student.largest_nJ.gather(1, tile_nk) - student.row_n4[:, :1])
+    x_nk = z_nk / term.temperature
+    (log_n1, mean_n1), (c_lp_n1, c_h_n1) = student.row_n4[:, 2:].split(1, 1), coefficient_n3[:, 1:].split(1, 1)
+    hit_nk = (ids_nk == term.target_N[rows].unsqueeze(1)) * c_lp_n1
+    return hit_nk - (x_nk - log_n1).exp() * (c_lp_n1 + c_h_n1 * (x_nk - mean_n1))
+
+
+def _likeliest(scored, k):
+    """The k likeliest ids of each row: they lie in the k tiles with the largest maxima."""
+    _, tile_nt = scored.largest_nJ.topk(min(k, scored.largest_nJ.shape[1]), 1)
+    z_nt, id_nt = _of_tiles(scored, tile_nt)
+    return id_nt.gather(1, z_nt.topk(k, 1).indices)
+
+
+def _listed_logprobs(scored, ids_nk, temperature):
+    """[n, k + 1] log-probs at the divergence's temperature: of the listed ids, and of all others together (summed, not 1 − Σ p)."""
+    largest_n1, log_n1 = scored.row_n4[:, :1], scored.row_n4[:, 1:2]
+    tile_nk = ids_nk // scored.tile
+    sorted_nk = tile_nk.sort(1).values
+    z_nt, _ = _of_tiles(scored, sorted_nk)
+    slot_nk = torch.searchsorted(sorted_nk, tile_nk) * scored.tile + ids_nk % scored.tile  # in the first of equal tiles
+    listed_nk = z_nt.gather(1, slot_nk)
+    z_nt.scatter_(1, slot_nk, float("-inf"))
+    again_nk = torch.zeros_like(sorted_nk, dtype=torch.bool)
+    again_nk[:, 1:] = sorted_nk[:, 1:] == sorted_nk[:, :-1]
+    z_nt.unflatten(1, (-1, scored.tile)).masked_fill_(again_nk.unsqueeze(2), float("-inf"))
+    others_nJ = (scored.sum_nJ.log() + (scored.largest_nJ - largest_n1) / temperature).scatter(1, tile_nk, float("-inf"))
+    tail_n1 = torch.cat((z_nt / temperature, others_nJ), 1).logsumexp(1, keepdim=True)
+    return torch.cat((listed_nk / temperature, tail_n1), 1) - log_n1
+
+
+def _of_tiles(scored, tile_nt):
+    """Logits of some tiles less the row's largest, fp32, side by side, and their ids."""
+    inside = torch.arange(scored.tile, device=tile_nt.device)
+    id_nt = (tile_nt.unsqueeze(2) * scored.tile + inside).flatten(1)
+    below_nt = scored.largest_nJ.gather(1, tile_nt) - scored.row_n4[:, :1]
+    return scored.z_nP.gather(1, id_nt).float() + below_nt.repeat_interleave(scored.tile, 1), id_nt

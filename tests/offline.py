@@ -34,7 +34,7 @@ def compiled(fn, types, constants, capability, warps, stages):
     ptx = kernel.asm["ptx"]
     return dict(
         registers=registers, stack=stack, shared=kernel.metadata.shared, warps=warps, capability=capability,
-        wgmma=ptx.count("wgmma.mma_async"), mma=len(re.findall(r"\bmma\.sync", ptx)), tma=ptx.count("cp.async.bulk.tensor"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        wgmma=ptx.count("wgmma.mma_async"), from_registers=len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", ptx)), mma=len(re.findall(r"\bmma\.sync", ptx)), tma=ptx.count("cp.async.bulk.tensor"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
     )  # fmt: skip
 
 

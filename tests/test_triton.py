@@ -36,12 +36,12 @@ def compiled(tmp_path_factory):
 def test_compiled_kernels_keep_to_registers_and_shared_memory(compiled):
     from tests.offline import SHARED_LIMIT
 
-    assert {k["capability"] for k in compiled} == {80, 90} and len(compiled) >= 30
+    assert {k["capability"] for k in compiled} == {80, 90} and len(compiled) >= 40
     for k in compiled:
         # an 8.x configuration serves Ada too, whose programs have 99 KB
         assert k["shared"] <= SHARED_LIMIT[90 if k["capability"] == 90 else 89], k
+        assert k["case"].startswith("logits") or k["registers"] <= 80, f"fewer than three programs fit: {k}"
         assert k["stack"] == 0, f"spills: {k}"
-        assert k["registers"] * 32 * k["warps"] <= 65_536, k
         assert k["atomics"] == 0, f"an order that depends on timing: {k}"
 
 
@@ -49,6 +49,7 @@ def test_compiled_products_use_the_tensor_cores(compiled):
     for k in (k for k in compiled if k["case"].startswith("logits")):
         if k["capability"] == 90:
             assert k["wgmma"] >= 4 and k["tma"] >= 4 and k["mma"] == 0, k
+            assert k["from_registers"] == 0, f"ptxas before CUDA 13.3 is reported to miscompile these: {k}"
         else:
             assert k["mma"] >= 32 and k["wgmma"] == 0, k
 

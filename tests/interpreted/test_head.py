@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from kernels import backend, triton_head
 from kernels.linear_kl import HAND_WRITTEN, linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from kernels.linear_topk import _listed_logprobs, linear_topk_divergence, topk_logprobs
 from losses.kd import DIVERGENCES, WITH_BETA
 from losses.sft import cross_entropy
 from tests import reference
@@ -28,7 +28,8 @@ CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_k
 def by_kernel(monkeypatch):
     """Every call takes the kernels, and the PyTorch steps are out of reach."""
     backend.use("triton")
-    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 16, 16, 4, 1))  # several tiles even of small things
+    # Hopper's form, and several tiles even of small things
+    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 32, 16, 4, 1, flatten=True, tma=True, halves=True))
     for module in ("linear_kl", "linear_logprob", "linear_topk"):
         monkeypatch.delattr(f"kernels.{module}._torch_step")
     yield
@@ -38,7 +39,7 @@ def by_kernel(monkeypatch):
 @pytest.fixture
 def wide_tiles(monkeypatch):
     """Fewer programs for the interpreter to run one after the other, and rows of several blocks."""
-    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 128, 16, 4, 1))
+    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 256, 16, 4, 1, flatten=True, tma=True, halves=True))
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 1024)
 
 
@@ -79,10 +80,13 @@ def test_divergence_equals_reference(name, beta, temperature, ce):
     assert torch.autograd.grad(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=vocab)[0], head)[0][vocab:].abs().max() == 0
 
 
+@pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize("n,vocab,width,padding,rows", [(1, 1, 4, 0, 9), (3, 15, 8, 0, 2), (16, 16, 16, 0, 16), (17, 17, 20, 0, 17), (5, 48, 36, 100, 3), (33, 700, 4, 1, 20)])
-def test_ragged_sizes(n, vocab, width, padding, rows, monkeypatch):
+def test_ragged_sizes(n, vocab, width, padding, rows, hopper, monkeypatch):
     """Below, at and above a tile of rows, ids and width; heads with and without room for a whole last tile; several blocks of a row."""
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 128)
+    if not hopper:
+        monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 16, 16, 4, 1))
     hidden, head, th, tw, target, weight = pair(n, vocab, width, 2 * width, padding, scale=0.5)
     term = LogprobTerm(target, weight, cross_entropy)
     loss, _ = linear_kl(hidden, head, th, tw, weight, "reverse_kl", logprob=term, vocab=vocab, chunk_rows=rows)
@@ -160,7 +164,7 @@ def test_several_listed_ids_of_one_tile_count_once():
     hidden, head, *_ = pair(n=2, vocab=64)
     ids = torch.tensor([[17, 18, 31, 16, 0], [63, 62, 61, 15, 48]])
     scored = triton_head.logits(hidden.detach(), head.detach()[:64], out_nP=triton_head.buffer(2, 64, hidden))
-    got = triton_head.listed_logprobs(scored, ids, 1.0)
+    got = _listed_logprobs(scored, ids, 1.0)
     full = torch.log_softmax(hidden.detach().double() @ head.detach()[:64].double().T, 1)
     torch.testing.assert_close(got[:, :5].double(), full.gather(1, ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[:, 5].double(), full.scatter(1, ids, -math.inf).logsumexp(1), rtol=1e-5, atol=1e-5)
@@ -234,11 +238,13 @@ def test_half_precision_storage_keeps_a_gradient_to_its_own_rounding(name, wide_
     hidden, head, th, tw = (x.float() for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3))
     score = lambda x, w: triton_head.logits(x, w, out_nP=torch.empty(4, 3072, dtype=torch.float16))
     student, teacher = score(hidden, head), score(th, tw)
+    stored = teacher.z_nP.clone()
     coefficient = torch.tensor([[100.0, 0, 0]]).expand(4, 3).contiguous()
     value, grad = triton_head.gradient(student, teacher, divergence=name, coefficient_n3=coefficient, dtype=torch.float16)
     zs = (hidden.double() @ head.double().T).requires_grad_()
     want = reference.divergence(name, zs, th.double() @ tw.double().T)
     (exact,) = torch.autograd.grad(want.sum(), zs)
+    assert torch.equal(stored, teacher.z_nP) == (name == "forward_kl")  # the others leave u in the teacher's bytes
     assert grad.data_ptr() == student.z_nP.data_ptr() and grad[:, 3001:].abs().max() == 0
     assert_close(value, want.detach(), 5e-3)
     assert_close(grad[:, :3001] / 100, exact, 4e-3)
@@ -251,3 +257,33 @@ def test_rows_are_cut_into_chunks_without_a_trace():
         loss, _ = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=37, chunk_rows=rows)
         results.append(torch.autograd.grad(loss, hidden)[0])
     assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_rows_in_groups_are_the_rows(monkeypatch):
+    """The order of tiles keeps some rows in the cache; every row is computed once whatever that order."""
+    hidden, head, *_ = pair(n=70, vocab=90)
+    score = lambda: triton_head.logits(hidden.detach(), head.detach()[:90], out_nP=triton_head.buffer(70, 90, hidden).fill_(7.0))
+    want = score()
+    for kept in (1, 2 * 16 * 8 * 4, 3 * 16 * 8 * 4):
+        monkeypatch.setattr(triton_head, "CACHED_BYTES", kept)
+        got = score()
+        assert torch.equal(got.z_nP, want.z_nP) and torch.equal(got.row_n4, want.row_n4)
+
+
+def test_a_target_that_is_no_id_and_a_head_of_another_layout():
+    hidden, head, _, _, target, weight = pair(width=12)
+    target[:4] = torch.tensor([36, 37, 40, -100])  # 37 ids, in tiles of 16
+    scored = triton_head.logits(hidden.detach(), head.detach()[:37], target_n=target)
+    assert scored.logp_n(1.0).isnan().tolist() == [False, True, True, True, *[False] * 7]
+    target[1:4] = 0
+    turned = head.detach().t().contiguous().t()
+    losses = [linear_logprob(hidden, w, target, weight, cross_entropy, vocab=37)[0].item() for w in (head, turned)]
+    assert losses[0] == losses[1]
+
+
+def test_chunks_are_few_and_alike():
+    rows = lambda n: triton_head.chunk_rows(151_665, torch.empty(n, 8, dtype=torch.bfloat16))
+    for n in (1, 300, 8192, 8900, 16_384, 100_000):
+        assert rows(n) % 256 == 0 and rows(n) * 151_665 * 2 <= 5 << 29
+        chunks = -(-n // rows(n))
+        assert chunks == -(-n // 8704) and n - (chunks - 1) * rows(n) > rows(n) - 256 * chunks
