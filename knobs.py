@@ -72,6 +72,8 @@ class Config:
     kd_signal: str = knob("full", "all the teacher's probabilities, its likeliest and a bucket for the rest, or its log-prob of the sampled token as an advantage",
                           only=KD, choices=("full", "topk", "sampled"))  # fmt: skip
     kd_topk: int = knob(64, "how many of them", only=KD | {"kd_signal": ("topk",)})
+    kd_cache: str = knob("", "folder where they are kept for all the data, on first use; then no teacher is loaded",
+                         only=KD | {"kd_signal": ("topk",), "kd_prefix": ("data",)})  # fmt: skip
 
     sample_tokens: int = knob(64, "new tokens at most per sample", only=ON_POLICY)
     sample_temperature: float = knob(1.0, "of sampling, and of all log-probs in grpo", only=ON_POLICY)

@@ -14,6 +14,7 @@ import config as configuration
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, Formatter, Stream
 from data.tasks import TASKS
+from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import RunFailed, UserError
 from eval.log import show_batch
@@ -24,6 +25,7 @@ from model.checkpoint import build_model, locate, read_config, stop_ids_of
 from model.optim import build_optimizer
 from model.runs import RunFolder, only_one, open_run
 from rl.reward import parse_reward
+from rl.score import likeliest
 
 
 def choose_device(cfg):
@@ -128,6 +130,17 @@ class Run:
     counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
 
 
+def open_cache(cfg, dataset, teacher_folder, vocab, world):
+    """The teacher's kept top-k for this data, whole or still empty; refused where it is of something else."""
+    if not len(dataset):
+        raise UserError(f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; write {cfg.data}:1000")
+    teacher = weights_digest(teacher_folder) if teacher_folder else f"{cfg.teacher}, random weights of seed {cfg.seed}"
+    cache = TeacherCache(cfg.kd_cache, [dataset.get(i) for i in range(len(dataset))], teacher, cfg.kd_topk, cfg.kd_temperature, vocab)
+    if world > 1 and not cache.whole:
+        raise UserError(f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)")
+    return cache
+
+
 def prepare(cfg, held, launch):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
     until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
@@ -168,13 +181,19 @@ def prepare(cfg, held, launch):
     folder, start = held.enter_context(open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, knobs, rank))
     student_folder = embedded(cfg, rank, "student", STUDENT, launch) if distilled else student_folder
     teacher_folder = embedded(cfg, rank, "teacher", TEACHER, launch) if own_teacher else teacher_folder
+    cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None else folder.step_folder(start)
     model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=wide, compute_dtype=compute_dtype)
     model.checkpointing = cfg.checkpointing
     frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
-    teacher = frozen(teacher_shape, teacher_folder) if has_teacher else None
+    teacher = frozen(teacher_shape, teacher_folder) if has_teacher and not (cache and cache.whole) else None
+    if cache and not cache.whole:
+        documents = [dataset.get(i) for i in range(len(dataset))]
+        print(f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}", flush=True)
+        cache.fill(likeliest(documents, teacher, cfg.kd_topk, temperature=cfg.kd_temperature, vocab=vocab, micro_tokens=cfg.micro_tokens, device=device))
+    dataset.listed, teacher = cache, None if cache else teacher
     origin = origin if cfg.reference else student_folder
     reference = frozen(reference_shape, origin) if reference_shape else None
     if cfg.compile:

@@ -16,13 +16,15 @@ class Document:
     """One sequence. `weights[i]` is the weight of predicting `tokens[i]`: 0 on a prompt token; the first is never predicted.
 
     `fields` hold one float per token, aligned like `weights`: "advantage", "sampler_logp", "old_logp", "ref_logp".
-    share: what it adds to the normaliser; None: the sum of its weights.
+    share: what it adds to the normaliser; None: the sum of its weights. listed: a teacher's likeliest ids and their log-probs for every
+    position whose weight is not 0 (arrays, one row each; data/teacher_cache.py).
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     fields: dict = dataclasses.field(default_factory=dict)
     share: float | None = None
+    listed: tuple | None = None
 
     def __len__(self):
         return len(self.tokens)
@@ -46,6 +48,8 @@ class Batch:
     rows_N: torch.Tensor
     fields: dict
     normaliser: float
+    listed_ids_Nk: torch.Tensor | None = None
+    listed_logp_NB: torch.Tensor | None = None
     metrics: dict = dataclasses.field(default_factory=dict)
     samples: list = dataclasses.field(default_factory=list)
 
@@ -66,6 +70,10 @@ class Batch:
             for name in names:
                 fields[name].append(_shift(d.fields.get(name, np.zeros(len(d)))))
         weight_T = _concat(weight, np.float64)
+        listed = {}
+        if documents and all(d.listed for d in documents):
+            listed["listed_ids_Nk"] = torch.from_numpy(np.concatenate([d.listed[0] for d in documents]).astype(np.int64))
+            listed["listed_logp_NB"] = torch.from_numpy(np.concatenate([d.listed[1] for d in documents]).astype(np.float32)).log_softmax(1)
         return cls(
             documents,
             torch.from_numpy(_concat([d.tokens for d in documents], np.int64)),
@@ -76,6 +84,7 @@ class Batch:
             torch.from_numpy(weight_T.nonzero()[0]),
             {name: torch.from_numpy(_concat(f, np.float64)) for name, f in fields.items()},
             float(sum(d.weights.sum(dtype=np.float64) if d.share is None else d.share for d in documents)),
+            **listed,
         )
 
     def split(self, micro_tokens):

@@ -5,6 +5,7 @@ last line is `#### 42`), any other `question` and `answer`, MATH (`problem`, `so
 (`code`, `test_list`, …), chat (`messages`), plain (`prompt`, `completion`).
 """
 
+import dataclasses
 import gzip
 import json
 import re
@@ -238,7 +239,7 @@ class Dataset:
         self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
         task, _, count = name.partition(":")
         self.task = task_of(name)
-        self.dropped, self._documents, self._examples = 0, None, None
+        self.dropped, self._documents, self._examples, self.listed = 0, None, None, None
         if self.task:
             self.label = task
             if count and not (count.isdigit() and int(count)):
@@ -263,7 +264,8 @@ class Dataset:
         return 0 if self._documents is None else len(self._documents)
 
     def get(self, index):
-        return self._documents[index] if self._documents is not None else self._draw(index)[1]
+        document = self._documents[index] if self._documents is not None else self._draw(index)[1]
+        return dataclasses.replace(document, listed=self.listed[index]) if self.listed else document
 
     def example(self, index):
         """What `get` makes a document of; its last message is the gold answer."""

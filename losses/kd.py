@@ -55,7 +55,7 @@ WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature, t_squared, ce, vocab, topk=0):
     """Σ weight · ((1−ce) · T² · D(teacher, student) + ce · CE) over the loss rows.
 
-    frozen: (teacher_hidden_NC, teacher_head_UC). Both distributions are softmaxes of logits / T over the shared first
+    frozen: (teacher_hidden_NC, teacher_head_UC), or None where the batch lists the teacher's likeliest ids. Both distributions are softmaxes of logits / T over the shared first
     `vocab` ids; T² keeps the gradient's scale (Hinton et al., arXiv 1503.02531) and is applied if t_squared. CE is taken
     at T = 1 over the same ids. topk: the teacher is known by its likeliest ids and one bucket for all others.
     Returns (loss_sum, {metric: (sum, count)}).
@@ -65,7 +65,7 @@ def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature,
     hidden_ND, scale = batch.select(hidden_TD), (1 - ce) * (temperature**2 if t_squared else 1.0)
     shared = dict(temperature=temperature, scale=scale, logprob=term, vocab=vocab)
     if topk:
-        listed = topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab)
+        listed = topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab) if frozen else (batch.listed_ids_Nk, batch.listed_logp_NB)
         definition = lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
         loss_sum, rows = linear_topk_divergence(hidden_ND, head_VD, *listed, weight_N, definition, **shared)
     else:

@@ -6,6 +6,7 @@ import torch
 from data.batch import Batch
 from kernels.attention import PackedAttention
 from kernels.linear_logprob import linear_logprob
+from kernels.linear_topk import topk_logprobs
 
 
 @torch.no_grad()
@@ -22,6 +23,22 @@ def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, de
         logp_T[micro.rows_N.numpy() + 1] = rows["logp"].double().cpu().numpy()  # position t predicts token t + 1
         for document, start in zip(micro.documents, micro.cu_seqlens.tolist()):
             document.fields[name] = logp_T[start : start + len(document)].copy()
+
+
+@torch.no_grad()
+def likeliest(documents, model, k, *, temperature, vocab, micro_tokens, device):
+    """Yields (ids_Rk, logp_RB) of the trained positions of the documents, in their order: what data/teacher_cache.py keeps."""
+    lo = 0
+    while lo < len(documents):
+        hi, total = lo, 0
+        while hi < len(documents) and (hi == lo or total + len(documents[hi]) <= micro_tokens):
+            total, hi = total + len(documents[hi]), hi + 1
+        micro = Batch.pack(documents[lo:hi])
+        moved = micro.to(device)
+        hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
+        ids_Rk, logp_RB = topk_logprobs(moved.select(hidden_TD), model.head_VD, k, temperature=temperature, vocab=vocab)
+        yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
+        lo = hi
 
 
 def add_correction(documents, how, cap, by_sequence=False):
