@@ -54,7 +54,7 @@ def configs_for(device, size):
     if device.type != "cuda":  # the interpreter
         return (Config(TILE, TILE, 4, 1),) * 3
     major, _ = torch.cuda.get_device_capability(device)
-    return CONFIGS[9 if major >= 9 else 8][64 if size <= 64 else 128]
+    return CONFIGS[9 if major in (9, 10) else 8][64 if size <= 64 else 128]  # 12.x has the shared memory of 8.9
 
 
 def tile_map(lengths):
