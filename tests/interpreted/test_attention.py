@@ -84,9 +84,10 @@ def test_the_formulas_agree():
 
 @pytest.mark.parametrize("heads,kv_heads,size", SHAPES, ids=str)
 def test_presets(heads, kv_heads, size):
-    """Group sizes and head dimensions of Qwen2.5 and Qwen3; of equal groups one is kept."""
+    """Group sizes and head dimensions of Qwen2.5 and Qwen3; of equal groups one is kept, or two small ones."""
     lengths, group = [0, 1, TILE - 1, TILE, TILE + 1], heads // kv_heads
-    qkv, upstream = tensors(lengths, group, 1, size), torch.randn(sum(lengths), group, size)
+    kept = max(1, 4 // group)
+    qkv, upstream = tensors(lengths, group * kept, kept, size), torch.randn(sum(lengths), group * kept, size)
     for got, want in zip(run(qkv, lengths, upstream), exact(qkv, lengths, upstream), strict=True):
         assert got.dtype == torch.float32 and torch.isfinite(got).all()
         assert_close(got, want)
