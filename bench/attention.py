@@ -27,7 +27,7 @@ from kernels.attention import PackedAttention
 HEADS = {64: (14, 2), 128: (12, 2)}
 # tokens of GSM8K's 7,473 training rows in the Qwen2.5 chat template: every 5th percentile; the mean is 180
 GSM8K = [75, 108, 118, 126, 132, 139, 145, 151, 157, 163, 169, 176, 185, 193, 201, 211, 222, 237, 257, 287, 472]
-LIMIT = 5e-3  # relative error of bf16 results: twice what rounding probabilities and results to 2⁻⁹ leaves (2.0e-3 in the output, 2.5e-3 in gradients)
+LIMIT = 5e-3  # relative error of bf16 results: twice what the roundings of probabilities and results leave (output 2.0e-3, gradients 2.5e-3)
 
 
 def gsm8k_lengths(tokens):
@@ -178,7 +178,8 @@ def ways(lengths, device):
     attend = PackedAttention(lengths, device)
     found = {f"srlm {name}": lambda qkv: (lambda: attend(0, *qkv), qkv) for name in forms(device)}
     if len(set(lengths)) == 1:
-        kinds = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION) if device.type == "cuda" else (SDPBackend.MATH,)
+        kinds = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+        kinds = kinds if device.type == "cuda" else (SDPBackend.MATH,)
         found |= {f"sdpa {kind.name.lower()}": lambda qkv, kind=kind: dense(qkv, lengths, kind) for kind in kinds}
     found["varlen_attn"] = lambda qkv: varlen(qkv, lengths)
     found["flex_attention"] = lambda qkv: flex(qkv, lengths, device.type == "cuda")

@@ -2,8 +2,8 @@
 
     python -m bench.decode --json decode.json            # --no-engine: the kernel alone
 
-First correctness (kernels/decode_attention.py): against fp64 on ragged lengths and several tokens a step, a row alone against the same row
-in a batch to the bit, a CUDA graph whose lengths change under it, slots of NaN beyond the ends, 100 repeats to the bit, and all of it with every assembler at hand.
+First correctness (kernels/decode_attention.py), with every assembler at hand: against fp64 on ragged lengths and several tokens a step, a row
+alone against the same row in a batch to the bit, a CUDA graph whose lengths change under it, slots of NaN beyond the ends, 100 repeats to the bit.
 Then a step's attention of 24 layers, each with its own cache (one layer's would stay in the L2 cache), as one CUDA graph: batch 64 and 256 at
 1,024 tokens, 14 query heads on 2 key-value heads of dimension 64 (and 12 on 2 of 128). Bytes are those of the keys and values that a step must read;
 the ceiling is a device copy, timed beside. Last, 256 sequences × 512 new tokens of a Qwen2.5-0.5B with random weights, prompts of 64 ids,
@@ -129,7 +129,8 @@ def speeds(device, dry):
 
                 ms, why = gpu.attempt(measure)
                 rate = needed / ms * 1e3 if ms else None
-                rows.append(dict(E=size, batch=batch, way=name, microseconds_a_layer=ms and ms * 1e3, bytes_per_s=rate, of_copy=rate and rate / ceiling, note=why))
+                figures = dict(microseconds_a_layer=ms and ms * 1e3, bytes_per_s=rate, of_copy=rate and rate / ceiling)
+                rows.append(dict(E=size, batch=batch, way=name) | figures | dict(note=why))
             del cases
     return dict(copy_bytes_per_s=ceiling, decode=rows)
 
@@ -162,7 +163,8 @@ def engine(device, dry):
     if theirs:
         rows = torch.tensor(prompts, device=device)
         sample = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-        runs["transformers generate"] = lambda m: theirs.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=m, **sample)[:, 64:].numel()
+        generated = lambda m: theirs.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=m, **sample)
+        runs["transformers generate"] = lambda m: generated(m)[:, 64:].numel()
         if device.type == "cuda" and hasattr(theirs, "generate_batch"):
             from transformers import GenerationConfig
 

@@ -29,7 +29,8 @@ def environment(device):
     if device.type == "cuda":
         import triton
 
-        record |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__, ptxas=os.environ.get("TRITON_PTXAS_PATH", "bundled"))
+        record |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__)
+        record |= dict(ptxas=os.environ.get("TRITON_PTXAS_PATH", "bundled"))
     return record
 
 

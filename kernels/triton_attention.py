@@ -1,8 +1,9 @@
 """Triton kernels for causal attention over packed documents, forward and backward (FlashAttention-2: Dao, arXiv 2307.08691).
 
 A tile is up to TILE tokens of one document; `tile_map` lists them once per batch, on the host, for all layers: no program ever looks at
-two documents, an empty one has no tile and a single token one small one. The tiles with the most work come first, so that what is still running
-at the end is short. Keys all of whose queries come later need no mask, so each kernel has two loops, and only the one on the diagonal compares positions.
+two documents, an empty one has no tile and a single token one small one. The tiles with the most work come first, so that what still runs
+at the end is short. Keys all of whose queries come later need no mask: each kernel has two loops, and only the one on the diagonal compares
+positions.
 The query heads of a key-value head read the same keys; its gradient is their sum, made inside one program.
 No atomics and no order that depends on timing: the same inputs give the same bits, and a document's bits do not depend on its neighbours.
 
@@ -162,7 +163,8 @@ def _attend(
 @_kernel
 def forward_kernel(
     q, k, v, o, lse, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of the sum of the exponentials."""
     head, start, length, first = _tile(tiles, H, TILE, ROWS)
@@ -204,7 +206,8 @@ def _pull(
 @_kernel
 def queries_kernel(
     q, k, v, o, do, lse, delta, dq, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads."""
     head, start, length, first = _tile(tiles, H, TILE, ROWS)
@@ -227,7 +230,8 @@ def queries_kernel(
 @triton.jit
 def _push(
     q, do, lse, delta, k, v, dk, dv, lo, hi, first, length, tokens,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, DIAGONAL: tl.constexpr, FLIP: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, DIAGONAL: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     # one loop over blocks of queries and the heads of the group, so that short documents fill the pipeline too
     for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
@@ -249,7 +253,8 @@ def _push(
 @_kernel
 def keys_kernel(
     q, k, v, do, lse, delta, dk, dv, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head."""
     head, start, length, first = _tile(tiles, K, TILE, KEYS)
@@ -307,7 +312,8 @@ def _outputs(q_THE):
 
 @torch.library.custom_op("srlm::attention_backward", mutates_args=())
 def attention_backward(
-    q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, o_THE: torch.Tensor, lse_HT: torch.Tensor, do_THE: torch.Tensor, tiles_2J3: torch.Tensor
+    q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, o_THE: torch.Tensor, lse_HT: torch.Tensor, do_THE: torch.Tensor,
+    tiles_2J3: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, do = (x.contiguous() for x in (q_THE, k_TKE, v_TKE, do_THE))
     grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse_HT)
