@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, decode, gpu
+from bench import attention, attention_sweep, decode, gpu
 from kernels import backend
 
 
@@ -16,7 +16,7 @@ def by_the_device():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", [attention, decode])
+@pytest.mark.parametrize("module", [attention, attention_sweep, decode])
 def test_without_a_gpu_there_is_one_line(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.main([])
