@@ -11,12 +11,13 @@ method avoids, over 151,680 aligned columns, in the same run. Peers run where th
 """
 
 import argparse
+import json
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from bench.gpu import Bench, again_with_the_other_assembler, table
+from bench.gpu import Bench, checked_with_other_assemblers, table
 from kernels import backend, triton_head
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
@@ -209,14 +210,14 @@ def _jsd(ls, lt):
 
 
 def ceilings(bench, s):
-    """Seconds of cuBLAS for each product: student logits, teacher logits, gradient of the rows, of the head."""
+    """Milliseconds of cuBLAS for each product: student logits, teacher logits, gradient of the rows, of the head."""
     with torch.no_grad():
         head, grad = s.head[: s.aligned].detach(), torch.randn(s.n, s.aligned, device=bench.device, dtype=bench.dtype)
-        found = {"student": bench.seconds(lambda: s.hidden.detach() @ head.t())}
+        found = {"student": bench.milliseconds(lambda: s.hidden.detach() @ head.t())}
         if s.teacher_width:
-            found["teacher"] = bench.seconds(lambda: s.teacher_hidden @ s.teacher_head[: s.aligned].t())
-        found["dX"] = bench.seconds(lambda: grad @ head)
-        found["dW"] = bench.seconds(lambda: grad.t() @ s.hidden.detach())
+            found["teacher"] = bench.milliseconds(lambda: s.teacher_hidden @ s.teacher_head[: s.aligned].t())
+        found["dX"] = bench.milliseconds(lambda: grad @ head)
+        found["dW"] = bench.milliseconds(lambda: grad.t() @ s.hidden.detach())
     return found
 
 
@@ -231,7 +232,7 @@ def compare(bench, s, names, products, compiled):
                 torch.cuda.empty_cache()
             row = bench.measure(lambda: s.step(loss), loss=name, N=s.n, teacher=s.teacher_width, who=who)
             if "ms" in row:
-                row |= {"TFLOP/s": s.flop() / row["ms"] / 1e9, "of ceiling": 1e3 * ceiling / row["ms"]}
+                row |= {"TFLOP/s": s.flop() / row["ms"] / 1e9, "of ceiling": ceiling / row["ms"]}
             print(table([row], COLUMNS).splitlines()[1], flush=True)
 
 
@@ -240,7 +241,7 @@ def scoring(bench, s, product):
     run = lambda: linear_logprob(s.hidden.detach(), s.head.detach(), s.target, s.weight, lambda logp, *_: logp, vocab=s.vocab)
     row = bench.measure(run, loss="score", N=s.n, who="ours")
     if "ms" in row:
-        row |= {"of ceiling": 1e3 * product / row["ms"], "TFLOP/s": 2 * s.n * s.vocab * s.width / row["ms"] / 1e9}
+        row |= {"of ceiling": product / row["ms"], "TFLOP/s": 2 * s.n * s.vocab * s.width / row["ms"] / 1e9}
     print(table([row], COLUMNS).splitlines()[1], flush=True)
 
 
@@ -264,7 +265,7 @@ def stages(bench, s, products):
     }
     for name, run in runs.items():
         print(table([bench.measure(run, stage=name, N=s.n)], ("stage", "ms", "gb", "failed")).splitlines()[1], flush=True)
-    print("cuBLAS: " + ", ".join(f"{k} {1e3 * v:.2f} ms" for k, v in products.items()), flush=True)
+    print("cuBLAS: " + ", ".join(f"{k} {v:.2f} ms" for k, v in products.items()), flush=True)
 
 
 def tune(bench):
@@ -275,13 +276,13 @@ def tune(bench):
     candidates += [C(128, 128, 64, w, 3, resident=2, flatten=f, tma=True, halves=h) for w in (4, 8) for f in (False, True) for h in (False, True)]
     candidates += [C(*k) for k in [*shapes, (128, 128, 32, 8, 4), (128, 128, 64, 4, 3)]]
     s, chosen, found = Shapes(bench, 4 if bench.dry else 8192, 128 if bench.dry else 1536), triton_head.config_for, []
-    product = bench.seconds(lambda: s.hidden.detach() @ s.head[: s.vocab].detach().t())
+    product = bench.milliseconds(lambda: s.hidden.detach() @ s.head[: s.vocab].detach().t())
     for config in candidates[:2] if bench.dry else candidates:
         if not bench.dry:
             triton_head.config_for = lambda device: config
         out = triton_head.buffer(s.n, s.vocab, s.hidden)
         row = bench.measure(lambda: triton_head.logits(s.hidden.detach(), s.head[: s.vocab].detach(), out_nP=out), config=str(config))
-        found.append(row | ({"of cuBLAS": 1e3 * product / row["ms"]} if "ms" in row else {}))
+        found.append(row | ({"of cuBLAS": product / row["ms"]} if "ms" in row else {}))
         print(table(found[-1:], ("config", "ms", "of cuBLAS", "failed")).splitlines()[1], flush=True)
     triton_head.config_for = chosen
     print("best first:\n" + table(sorted((r for r in found if "ms" in r), key=lambda r: r["ms"])[:8], ("config", "ms", "of cuBLAS")))
@@ -303,7 +304,7 @@ def tune(bench):
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="head.json", help="everything as JSON")
-    parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--only-check", action="store_true", help="correctness alone; the last line is its record")
     parser.add_argument("--tune", action="store_true", help="configurations instead of comparisons")
     parser.add_argument("--minutes", type=float, default=7.0, help="skip what has not begun by then")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, to try the script itself")
@@ -312,17 +313,20 @@ def main(argv):
     if args.dry:
         backend.use("triton")
         triton_head.config_for = lambda device: triton_head.Config(16, 128, 64, 4, 1)
-    LIGER.update({} if args.dry else liger())
-    good, other = check(bench), (None, "not asked")
+    right, others = check(bench), {}
+    if args.only_check:
+        print(json.dumps({"right": right, "records": bench.records}))
+        return 0 if right else 1
     try:
-        if not args.check:
-            other = (None, "not asked") if args.dry else again_with_the_other_assembler("bench.head")
-            good &= other[0] is not False
-            print(f"the same with another assembler: {other[1]}\n", flush=True)
-            (tune if args.tune else everything)(bench)
+        others = {} if args.dry else checked_with_other_assemblers("bench.head")
+        for version, other in others.items():
+            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
+            right &= other.get("right", True)
+        LIGER.update({} if args.dry else liger())
+        (tune if args.tune else everything)(bench)
     finally:  # what was measured is kept, whatever happened then
-        bench.write(args.out, good=good, other_assembler=other[1])
-    return 0 if good else 1
+        code = bench.finish(args.out, right=right, other_assemblers=others)
+    return code
 
 
 def everything(bench):

@@ -109,8 +109,7 @@ def main(argv):
             torch.cuda.empty_cache()
     backend.use("auto")
     print("\n" + table([r for r in bench.records], COLUMNS))
-    bench.write(args.out)
-    return 0
+    return bench.finish(args.out)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ def compiled(fn, types, constants, capability, warps, stages):
         usage = subprocess.run([os.path.join(TOOLS, "cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     ptx = kernel.asm["ptx"]
+    products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
     return dict(
         registers=registers, stack=stack, shared=kernel.metadata.shared, warps=warps, capability=capability,
-        wgmma=ptx.count("wgmma.mma_async"), from_registers=len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", ptx)), mma=len(re.findall(r"\bmma\.sync", ptx)), tma=ptx.count("cp.async.bulk.tensor"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        wgmma=len(products), wgmma_from_registers=sum(p.count("{") > 1 for p in products), mma=len(re.findall(r"\bmma\.sync", ptx)), tma=ptx.count("cp.async.bulk.tensor"), atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
     )  # fmt: skip
 
 
