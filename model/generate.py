@@ -11,16 +11,21 @@ K key-value heads, E head dimension, D hidden, V vocabulary, P vocabulary padded
 
 import copy
 import dataclasses
+import math
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels import backend
 from kernels.attention import PackedAttention
+from kernels.decode_attention import decode_attention
 from model.sampling import Sampler, random_keys, uniform
 
 REFILL_SHARE = 1 / 8  # prompts are admitted once this share of the rows is free: fewer, larger prefills (1 to 4 % faster than at once)
 PREFILL_TOKENS = 1 << 14  # prompts are prefilled in packs of at most this many tokens
+CAPTURE_AFTER = 8  # steps of a batch size before it is worth a CUDA graph
 GROW_SLOTS = 64  # the cache grows by at least this many slots per row, and by a quarter
 
 
@@ -96,22 +101,27 @@ class _StopStrings:
 
 
 class _Cache:
-    """Per layer keys and values [2, B, K, S, E] (a head's slots side by side: the faster layout on a CPU)."""
+    """Keys and values of all layers [layers, 2, B, K, S, E] (a head's slots side by side: the faster layout on a CPU)."""
 
-    def __init__(self, config, rows, slots, dtype, device):
-        shape = (2, rows, config.num_kv_heads, slots, config.head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+    def __init__(self, config, rows, slots, most, dtype, device):
+        shape = lambda slots: (config.num_layers, 2, rows, config.num_kv_heads, slots, config.head_dim)
+        if device.type == "cuda":  # all that may be needed at once, where it fits: graphs hold the addresses
+            size = math.prod(shape(most)) * dtype.itemsize
+            slots = most if size < torch.cuda.mem_get_info(device)[0] // 2 else slots
+        self.layers, self.most = torch.zeros(shape(slots), dtype=dtype, device=device), most
 
     def reserve(self, slots):
-        have = self.layers[0].shape[3]
-        if slots > have:
-            more = max(slots - have, GROW_SLOTS, have // 4)
-            for i, kv in enumerate(self.layers):  # one layer at a time: the peak is one layer more
-                self.layers[i] = F.pad(kv, (0, 0, 0, more))
+        """Room for so many slots a row; whether the cache moved for it."""
+        have = self.layers.shape[4]
+        if slots <= have:
+            return False
+        more = max(slots - have, GROW_SLOTS, have if self.layers.is_cuda else have // 4)
+        self.layers = F.pad(self.layers, (0, 0, 0, min(more, max(self.most, slots) - have)))
+        return True
 
     def copy_rows(self, to, source, slots):
-        for kv in self.layers:
-            kv[:, to, :, :slots] = kv[:, source, :, :slots]
+        to, source = (torch.as_tensor(x, device=self.layers.device) for x in (to, source))
+        self.layers[:, :, to, :, :slots] = self.layers[:, :, source, :, :slots]
 
 
 class _Prefill:
@@ -130,11 +140,14 @@ class _Prefill:
 
 
 class _Decode:
-    """Attention of one new token per row over its cached past and itself."""
+    """Attention of one new token per row over its cached past and itself; `used`: slots of the longest row."""
 
     def __init__(self, cache, position_B, used):
         self.cache, self.position_B, self.used = cache, position_B, used
         self.row_B = torch.arange(len(position_B), device=position_B.device)
+        if backend.triton_serves(position_B.device):
+            self.length_B = position_B + 1
+            return
         slot_S = torch.arange(used, device=position_B.device)
         hidden_B11S = (slot_S > position_B.unsqueeze(1))[:, None, None, :]
         self.mask_B11S = torch.zeros(hidden_B11S.shape, dtype=cache.layers[0].dtype, device=position_B.device)
@@ -144,10 +157,86 @@ class _Decode:
     def __call__(self, layer, q_BHE, k_BKE, v_BKE):
         kv = self.cache.layers[layer]
         kv[0, self.row_B, :, self.position_B], kv[1, self.row_B, :, self.position_B] = k_BKE, v_BKE
+        if backend.triton_serves(q_BHE.device):
+            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         # the query heads of a key-value head are its queries: nothing is repeated
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
         return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S).flatten(1, 2)
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+class _Step:
+    """One new token for each of the first n rows, on buffers that stay where they are.
+
+    On a GPU launching a step's hundreds of small kernels takes longer than running them. So n is rounded up to a bucket (further rows are
+    free, whatever they hold), and a bucket that has come up CAPTURE_AFTER times is recorded as a CUDA graph and replayed from then on.
+    """
+
+    def __init__(self, model, sampler, cache, size):
+        self.model, self.sampler, self.cache, self.size = model, sampler, cache, size
+        device = model.head_VD.device
+        self.records = records(device)
+        self.host = torch.zeros(3, size, dtype=torch.long, pin_memory=device.type == "cuda")  # tokens, positions, the bits of random numbers
+        self.inputs = torch.zeros(3, size, dtype=torch.long, device=device)
+        self.hidden_BD = torch.zeros(size, model.config.hidden_size, dtype=cache.layers.dtype, device=device)
+        self.sampled = torch.zeros(2, size, dtype=torch.double, device=device)  # ids (exact) and log-probs: one transfer
+        self.forget()
+
+    def forget(self):
+        """The cache moved: what was recorded holds its old address."""
+        self.graphs, self.times = {}, Counter()
+
+    def __call__(self, token, position, u, used):
+        n = len(token)
+        rows = _bucket(n, self.size) if self.records else n
+        self.host[:, n:rows] = 0
+        for line, values in zip(self.host.numpy(), (token, position, u.view(np.int64))):
+            line[:n] = values
+        self.inputs[:, :rows].copy_(self.host[:, :rows], non_blocking=True)
+        if rows in self.graphs:
+            self.graphs[rows].replay()
+        else:
+            self.body(rows, used)
+            self.times[rows] += 1
+            if self.records and self.times[rows] == CAPTURE_AFTER:
+                self.graphs[rows] = record(lambda: self.body(rows, used), next((g.pool() for g in self.graphs.values()), None))
+        if not self.sampler.waits:
+            return self.sampled[:, :n].cpu().numpy()
+        return self.choose(n)[:, :n].cpu().numpy()
+
+    def body(self, rows, used):
+        token_B, position_B, _ = self.inputs[:, :rows]
+        self.hidden_BD[:rows] = self.model(token_B, position_B, _Decode(self.cache, position_B, used))
+        if not self.sampler.waits:
+            self.choose(rows)
+
+    def choose(self, rows):
+        u_B = self.inputs[2, :rows].view(torch.double) if self.sampler.temperature else None
+        token_B, logp_B = self.sampler(self.hidden_BD[:rows], u_B)
+        self.sampled[0, :rows], self.sampled[1, :rows] = token_B, logp_B
+        return self.sampled
+
+
+def _bucket(n, size):
+    """n rounded up, to a power of two or a multiple of 32: few graphs, little for nothing."""
+    return min(size, 1 << (n - 1).bit_length() if n <= 32 else -(-n // 32) * 32)
+
+
+def records(device):
+    """Whether steps are recorded: by the kernels alone, since otherwise a step's shapes change with its longest row."""
+    return device.type == "cuda" and backend.triton_serves(device)
+
+
+def record(run, pool=None):
+    """run() as a CUDA graph: replay() repeats its kernels on the same addresses. Graphs of one pool share their scratch memory."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on with what they do
+        run()
+    return graph
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -168,8 +257,9 @@ class _Batch:
         self.tokens, self.logp = np.empty((size, limit), np.int64), np.empty((size, limit))
         self.results, self.n, self.size = [None] * len(prompts), 0, size
         longest = len(prompts[self.pending[-1]])
-        slots = longest + min(limit, GROW_SLOTS)
-        self.cache = _Cache(model.config, size, slots, model.compute_dtype or model.head_VD.dtype, self.device)
+        slots, dtype = longest + min(limit, GROW_SLOTS), model.compute_dtype or model.head_VD.dtype
+        self.cache = _Cache(model.config, size, slots, longest + limit, dtype, self.device)
+        self.next = _Step(model, sampler, self.cache, size)
         self.stop_ids, self.on_token, self.on_done, self.ended = np.empty(0, np.int64), None, None, None
 
     def admit(self):
@@ -212,11 +302,10 @@ class _Batch:
         """One new token for every row; finished rows are handed over and overwritten by the last ones."""
         rows = self.rows[: self.n]
         used = int(rows["position"].max()) + 1
-        self.cache.reserve(used)
-        token_B, position_B = torch.from_numpy(np.stack((rows["token"], rows["position"]))).to(self.device)
-        u_B = torch.from_numpy(uniform(rows["key"], rows["count"])).to(self.device) if self.sampler.temperature else None
-        hidden_BD = self.model(token_B, position_B, _Decode(self.cache, position_B, used))
-        sampled = torch.stack([x.double() for x in self.sampler(hidden_BD, u_B)]).cpu().numpy()  # the one transfer; ids are exact
+        if self.cache.reserve(used):
+            self.next.forget()
+        u = uniform(rows["key"], rows["count"]) if self.sampler.temperature else np.zeros(self.n)
+        sampled = self.next(rows["token"], rows["position"], u, used)
         tokens, logp = sampled[0].astype(np.int64), sampled[1]
         at = np.arange(self.n), rows["count"]
         self.tokens[at], self.logp[at] = tokens, logp

@@ -44,6 +44,7 @@ class Sampler:
 
     def __init__(self, head_VD, vocab, rows, temperature=0.0, top_k=0, top_p=1.0):
         self.temperature, self.top_k, self.top_p = temperature, min(top_k, vocab), top_p
+        self.waits = temperature > 0 and top_p < 1  # for a look at numbers on the device: no part of a CUDA graph
         device, wide = head_VD.device, accumulate_dtype(head_VD)
         # a CPU has no product of bf16 operands with an fp32 result: the head is widened here, once
         self.head_VD, self.vocab = head_VD[:vocab].to(head_VD.dtype if head_VD.is_cuda else wide), vocab

@@ -275,3 +275,48 @@ def test_random_numbers_are_uniform_and_independent():
         assert close(np.histogram((u * 2**20) % 1, 256, (0, 1))[0]), "low bits"
     assert close(np.histogram2d(along_seeds, uniform(random_keys(range(n)), np.ones(n, int)), 16, [(0, 1)] * 2)[0]), "tokens of a seed"
     assert len(np.unique(random_keys(range(n)))) == n
+
+
+# --- recorded steps: what a GPU replays ------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Stands in for a CUDA graph: repeats what was recorded, on the buffers of the time, whatever is passed later."""
+
+    made, replayed = [], 0
+
+    def __init__(self, run, pool):
+        self.run = run
+        Recorded.made.append(self)
+
+    def pool(self):
+        return 0
+
+    def replay(self):
+        Recorded.replayed += 1
+        self.run()
+
+
+@pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.9), dict(temperature=1.3, top_k=5, top_p=0.8)], ids=str)
+def test_recorded_steps_write_the_same(filters, monkeypatch):
+    """Rows rounded up to a bucket, free rows computed for nothing, rows that move, prompts that refill, a cache that moves."""
+    model, prompts = small(), some_prompts([n % 13 + 1 for n in range(60)])
+    ask = lambda size: generate(model, prompts, 80, [3], vocab=47, seeds=range(60), batch_size=size, **filters)
+    want = ask(60)
+    monkeypatch.setattr(engine, "records", lambda device: True)
+    monkeypatch.setattr(engine, "record", Recorded)
+    monkeypatch.setattr(engine.backend, "triton_serves", lambda device: True)  # the kernel's place in the engine, taken by its reference
+    monkeypatch.setattr(engine.backend, "triton_attends", lambda q: False)
+    for size in (7, 60):
+        Recorded.made, Recorded.replayed = [], 0
+        got = ask(size)
+        assert [c.tokens for c in got] == [c.tokens for c in want]
+        assert max(abs(a - b) for c, d in zip(got, want) for a, b in zip(c.logp, d.logp)) < 1e-9
+        assert Recorded.replayed > 20 and len(Recorded.made) >= 2
+
+
+def test_buckets_hold_their_rows():
+    for size in (1, 7, 64, 200):
+        buckets = [engine._bucket(n, size) for n in range(1, size + 1)]
+        assert all(n <= b <= size for n, b in enumerate(buckets, 1)) and buckets == sorted(buckets)
+        assert len(set(buckets)) <= 7 + size // 32
