@@ -61,7 +61,7 @@ def compare(model, teacher, batch, vocab, micro_tokens):
         moved = micro.to(model.head_VD.device)
         attend = PackedAttention(micro.lengths, model.head_VD.device)
         hidden = [moved.select(m(moved.tokens_T, moved.positions_T, attend)) for m in (model, teacher)]
-        for lo in range(0, len(position), step := max(1, default_chunk_rows(vocab, attend.back_T.device) // 8)):
+        for lo in range(0, len(position), step := max(1, default_chunk_rows(vocab, attend.device) // 8)):
             ls, lt = (torch.log_softmax(_logits(h[lo : lo + step], m.head_VD[:vocab]), 1) for h, m in zip(hidden, (model, teacher)))
             values = {"forward_kl": (lt.exp() * (lt - ls)).sum(1), "reverse_kl": (ls.exp() * (ls - lt)).sum(1), "top1": ls.argmax(1) == lt.argmax(1)}
             values |= {"entropy": -(ls.exp() * ls).sum(1), "teacher_entropy": -(lt.exp() * lt).sum(1)}
