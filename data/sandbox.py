@@ -58,10 +58,15 @@ def check(program, tests="", **limits):
     return HELPERS.check(program, tests, Limits(**limits))
 
 
+def at_once():
+    """How many programs this process should run at a time: its share of the processors, where torchrun started others beside it."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def check_many(jobs, workers=0, **limits):
-    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: one per processor."""
+    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: `at_once`."""
     jobs = [(job, "") if isinstance(job, str) else job for job in jobs]
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or at_once()) as pool:
         return list(pool.map(lambda job: check(*job, **limits), jobs))
 
 
