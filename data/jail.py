@@ -8,6 +8,7 @@ The warden forks and never runs what it is sent. The tests' process is the first
 kernel ends all that came of it.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -36,13 +37,15 @@ OWN_USERS = 1 << 30  # as root every warden has a user of its own from here on: 
 
 
 def child(work, *fds):
-    """Forks, with these descriptors alone. (pid, a pipe on which what work(its end of the pipe) returns comes as JSON)."""
+    """Forks: (pid, a pipe on which comes, as JSON, what work(its end of the pipe) returns). The child keeps that, `fds` and null devices open."""
     read, write = os.pipe()
     if pid := os.fork():
         os.close(write)
         return pid, read
     try:
-        keep_open(*fds, write)
+        kept = [2, *sorted((*fds, write)), 1 << 16]
+        for below, above in zip(kept, kept[1:]):
+            os.closerange(below + 1, above)
         try:
             said = work(write)
         except BaseException as e:  # noqa: BLE001
@@ -50,13 +53,6 @@ def child(work, *fds):
         os.write(write, json.dumps(said).encode())
     finally:
         os._exit(0)
-
-
-def keep_open(*fds):
-    """Closes all others, but for the null devices."""
-    fds = [2, *sorted(fds), 1 << 16]
-    for below, above in zip(fds, fds[1:]):
-        os.closerange(below + 1, above)
 
 
 def told(pid, pipe):
@@ -76,12 +72,9 @@ def fails(*attempts):
 def processes():
     """(pid, parent, user, threads) of all that can be seen."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/status") as f:
-                status = dict(line.split(":", 1) for line in f)
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as f:  # it may be gone since
+            status = dict(line.split(":", 1) for line in f)
             yield int(pid), int(status["PPid"]), int(status["Uid"].split()[0]), int(status["Threads"])
-        except OSError:  # gone since
-            pass
 
 
 class Cell:
@@ -233,11 +226,8 @@ def main():
     os.umask(0o022)
     for name in WARM:
         __import__(name)
-    try:
-        with open("/proc/self/oom_score_adj", "w") as f:
-            f.write("1000")  # if the machine runs out of memory, not the run
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # if the machine runs out of memory, not the run
     cell = Cell(sys.argv[1:])
     confine.prctl(confine.PR_SUBREAPER, 1)
     gc.disable()  # what is collected is written to, and what is written to is copied in every child
