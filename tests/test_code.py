@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-import train
 from data import code, tasks
 from data.code import IMPORT, find_code, grade_code, humaneval, mbpp
 from data.dataset import Dataset, read_examples, read_rows, to_example

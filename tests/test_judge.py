@@ -9,7 +9,7 @@ import time
 import pytest
 
 from data import judge
-from tests.test_sandbox import TRIED, jail, shared  # noqa: F401 (fixtures)
+from tests.test_sandbox import TRIED, jail, pytestmark, shared  # noqa: F401 (fixtures)
 
 # --- forged verdicts -------------------------------------------------------------------------------------------------
 
