@@ -13,19 +13,18 @@ No fork happens in this process, so threads, CUDA and OpenMP are safe: a helper 
 """
 
 import atexit
+import contextlib
 import json
 import os
-import select
-import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.judge import receive, send
 from errors import RunFailed, UserError
 
 START_LIMIT = 60.0  # seconds for a helper to start on a busy machine
@@ -59,10 +58,15 @@ def check(program, tests="", **limits):
     return HELPERS.check(program, tests, Limits(**limits))
 
 
+def at_once():
+    """How many programs this process should run at a time: its share of the processors, where torchrun started others beside it."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def check_many(jobs, workers=0, **limits):
-    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: one per processor."""
+    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: `at_once`."""
     jobs = [(job, "") if isinstance(job, str) else job for job in jobs]
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or at_once()) as pool:
         return list(pool.map(lambda job: check(*job, **limits), jobs))
 
 
@@ -83,26 +87,19 @@ class Helper:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, cwd="/", start_new_session=True,
             env={"PYTHONHASHSEED": "0"}, **other,  # nothing of ours; and the order of a set, and with it a verdict, follows the hash seed
         )  # fmt: skip
-        ready = self._receive(START_LIMIT)
-        if ready is None:
-            self.close()
+        self.missing = self._ask(None, START_LIMIT)
+        if self.missing is None:
             raise RunFailed("the sandbox for generated code did not start")
-        self.missing = ready
 
     def check(self, program, tests, limits):
         """An Outcome, or None if the helper is gone."""
-        data = json.dumps(dict(program=program, tests=tests, limits=asdict(limits))).encode()
-        try:
-            self._write(struct.pack("Q", len(data)) + data)
-            said = self._receive(limits.timeout + GRACE)
-        except OSError:
-            said = None
+        said = self._ask(dict(program=program, tests=tests, limits=asdict(limits)), limits.timeout + GRACE)
         if said is None:
-            self.close()
             return None
-        if said["reason"] == "sandbox":
-            raise RunFailed(f"the sandbox for generated code failed ({said['detail']})")
-        return Outcome(said["reason"] == "passed", said["reason"], round(said["seconds"], 4), said["detail"])
+        reason, detail, *seconds = said
+        if reason == "sandbox":
+            raise RunFailed(f"the sandbox for generated code failed ({detail})")
+        return Outcome(reason == "passed", reason, round(*seconds, 4), detail)
 
     def close(self):
         """Ends it, and with it all that runs in it."""
@@ -115,64 +112,51 @@ class Helper:
     def pid(self):
         return self._process.pid
 
-    def _write(self, data):
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._process.stdin.fileno(), view) :]
-
-    def _receive(self, limit):
-        """The next message, or None at the end or when time is up."""
-        fd, until, data = self._process.stdout.fileno(), time.monotonic() + limit, b""
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while len(data) < 8 or len(data) < 8 + struct.unpack("Q", data[:8])[0]:
-            if not poll.poll(max(0, until - time.monotonic()) * 1000) or not (part := os.read(fd, 1 << 16)):
-                return None
-            data += part
-        return json.loads(data[8:])
+    def _ask(self, request, limit):
+        """What it answers; None: it is gone, or is gone now since it has not answered in time."""
+        with contextlib.suppress(OSError):
+            if request:
+                send(self._process.stdin.fileno(), json.dumps(request).encode())
+            if message := receive(self._process.stdout.fileno(), until=time.monotonic() + limit):
+                return json.loads(message)
+        self.close()
+        return None
 
 
 class Helpers:
     """As many helpers as there are callers at once; they are kept for the next ones."""
 
     def __init__(self):
-        self._idle, self._lock, self._warned = [], threading.Lock(), False
+        self._idle, self._warned = [], False  # its `pop` and `append` are atomic: no lock that a fork could leave closed
 
     def check(self, program, tests, limits):
         for _ in range(2):  # one that was killed from outside is replaced once
             helper = self._take()
-            outcome = helper.check(program, tests, limits)
-            if outcome:
-                self._give(helper)
+            if outcome := helper.check(program, tests, limits):
+                self._idle.append(helper)
                 return outcome
         raise RunFailed("the sandbox for generated code was killed")
 
     def missing(self):
         helper = self._take()
-        self._give(helper)
+        self._idle.append(helper)
         return helper.missing
 
     def close(self):
         """Ends the idle helpers; the next program starts another."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for helper in idle:
-            helper.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def _take(self):
-        with self._lock:
-            self._idle = [h for h in self._idle if h.owner == os.getpid()]
-            if self._idle:
-                return self._idle.pop()
+        with contextlib.suppress(IndexError):
+            while True:
+                if (helper := self._idle.pop()).owner == os.getpid():
+                    return helper
         helper = Helper()
         if helper.missing and not self._warned:
             warnings.warn("the sandbox for generated code lacks: " + "; ".join(helper.missing), stacklevel=2)
         self._warned = True
         return helper
-
-    def _give(self, helper):
-        with self._lock:
-            self._idle.append(helper)
 
 
 HELPERS = Helpers()  # starts no process before the first program

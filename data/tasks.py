@@ -8,9 +8,11 @@ import dataclasses
 import random
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from data.code import grade_code
 from data.grade import grade_math, grade_number
+from data.sandbox import at_once
 
 HELD_OUT_SHARE = 8  # one problem in eight is held out
 
@@ -90,3 +92,14 @@ TASKS = {
 def grade(example, text):
     """The Verdict on `text` as an answer to `example`, by its task's grader."""
     return TASKS[example.task].grade(text, example.answer)
+
+
+def judge_all(judge, items):
+    """[judge(example, …)] of tuples (example, …) in their order, several at a time where an example's task waits for other processes."""
+    pool = ThreadPoolExecutor(at_once())
+    waits = lambda example: getattr(TASKS.get(getattr(example, "task", None)), "waits", False)
+    try:
+        futures = [pool.submit(judge, *item) if waits(item[0]) else None for item in items]
+        return [future.result() if future else judge(*item) for future, item in zip(futures, items)]
+    finally:
+        pool.shutdown(cancel_futures=True)

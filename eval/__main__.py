@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.grade import grade_by_math_verify, vote
-from data.tasks import grade
+from data.tasks import grade, judge_all
 from errors import RunFailed, UserError
 from eval import benchmarks, prompts, results, trained
 from eval.load import Subject, find
@@ -158,8 +158,9 @@ def fill(job, args, model, rank, world):
     written = write(job, args, ready, groups, rank) if groups else 0
     tokens, seconds = zip(*parallel.gather((written, time.perf_counter() - clock)))
     rows = job.samples.read()
-    graded = {key: judge(job.benchmark.examples[key[0]], rows[key]) for key in wanted[rank::world] if "strict" not in rows[key]}
-    for part in parallel.gather(graded):
+    ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
+    graded = judge_all(judge, [(examples[problem], rows[problem, sample]) for problem, sample in ungraded])
+    for part in parallel.gather(dict(zip(ungraded, graded))):
         rows |= part
     if rank == 0:
         job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0)

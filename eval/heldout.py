@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch, Document
-from data.tasks import TASKS, grade
+from data.tasks import TASKS, grade, judge_all
 from kernels.attention import PackedAttention
 from kernels.chunk import accumulate_dtype, default_chunk_rows, product
 from model import parallel
@@ -32,7 +32,7 @@ def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, ra
     examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][rank::world]
     prompts = [formatter.prompt(e) for e in examples]
     answers = generate(model, prompts, max_new_tokens, stop_ids, vocab=formatter.tokenizer.size)
-    samples = [_sample(e, formatter.tokenizer.decode(a.tokens, skip_special=True), a) for e, a in zip(examples, answers)]
+    samples = judge_all(_sample, [(e, formatter.tokenizer.decode(a.tokens, skip_special=True), a) for e, a in zip(examples, answers)])
     sums = {}
     if teacher:
         few = prompts[: -(-COMPARED // world)]

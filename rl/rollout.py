@@ -6,16 +6,14 @@ drawn depends on (seed, position) alone: every sample has its own random numbers
 
 import dataclasses
 import hashlib
-import os
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from data.batch import Batch, Document
-from data.tasks import TASKS
+from data.tasks import judge_all
 from errors import RunFailed, UserError
 from model import parallel
 from rl.advantage import group_advantages, spread
@@ -106,19 +104,13 @@ class Rollouts(Iterator):
         jobs = [(p, s) for p in positions for s in range(self.samples)]
         seeds = [sample_seed(self.seed, p, s) for p, s in jobs]
         done = self.write([ids for _, ids in prompts for _ in range(self.samples)], seeds)
+        examples = [example for example, _ in prompts for _ in range(self.samples)]
+        judged = judge_all(self.judge, list(zip(examples, done))) if self.judge else []
         groups = []
         for i, (position, (example, ids)) in enumerate(zip(positions, prompts)):
-            completions = done[i * self.samples : (i + 1) * self.samples]
-            judged = self._judged(example, completions) if self.judge else []
-            groups.append(Group(position, example, ids, completions, judged))
+            own = slice(i * self.samples, (i + 1) * self.samples)
+            groups.append(Group(position, example, ids, done[own], judged[own]))
         return groups
-
-    def _judged(self, example, completions):
-        task = TASKS.get(getattr(example, "task", None))
-        if not (task and task.waits):
-            return [self.judge(example, c) for c in completions]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return list(pool.map(lambda c: self.judge(example, c), completions))
 
     def _batches(self, groups, order):
         """`updates` batches (fewer if groups are) of whole groups, in the order in which they were drawn, whatever rank holds them."""

@@ -3,15 +3,16 @@
 import collections
 import gzip
 import json
+import os
+import threading
 
 import pytest
 
-import train
-from data import code
+from data import code, tasks
 from data.code import IMPORT, find_code, grade_code, humaneval, mbpp
 from data.dataset import Dataset, read_examples, read_rows, to_example
 from data.grade import Verdict
-from data.sandbox import check_many
+from data.sandbox import at_once, check_many
 from data.tasks import grade
 from errors import UserError
 from eval.report import read_metrics
@@ -154,7 +155,6 @@ def test_a_broken_archive_is_one_line(tmp_path):
 @pytest.fixture(scope="module")
 def problems():
     """[(example, row)] of HumanEval and MBPP, each with its row."""
-    import os
     from pathlib import Path
 
     if not os.environ.get("SRLM_DATA"):
@@ -226,6 +226,30 @@ def test_gold_solutions_in_other_forms(problems):
     assert not [jobs[i] for i, o in enumerate(check_many(jobs, timeout=60.0)) if o.passed]
 
 
+@pytest.mark.parametrize("task,together", [("mbpp", 3), ("gsm8k", 1), ("", 1)])
+def test_several_are_judged_at_once_where_that_helps(task, together, monkeypatch):
+    monkeypatch.setattr(tasks, "at_once", lambda: 3)
+    barrier = threading.Barrier(together, timeout=20)
+
+    def judge(example, number):
+        barrier.wait()
+        return number
+
+    assert tasks.judge_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(range(9))
+    with pytest.raises(threading.BrokenBarrierError):
+        barrier.abort()
+        tasks.judge_all(judge, [(tasks.Example((), task=task), 1)])
+
+
+def test_ranks_share_the_processors(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert at_once() == cores
+    for ranks, share in ((1, cores), (cores, 1), (4 * cores, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert at_once() == share
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +264,7 @@ def test_mbpp_is_trained_on(tmp_path):
     small = ["--batch_size=4", "--grpo_samples=2", "--sample_tokens=10", "--steps=2"]
     code_, said = run("--mode=grpo", *data, *small, f"--model={model}", "--name=g", cwd=tmp_path)
     assert code_ == 0, said
+    assert all("eval/mbpp/accuracy" in read_metrics(tmp_path / f"runs/{name}")[-1] for name in "sg")  # judged within the run too
     lines = [m for m in read_metrics(tmp_path / "runs/g") if "rollout/reward" in m]
     assert len(lines) == 2 and all(m["rollout/accuracy"] == m["rollout/reward_accuracy"] for m in lines)
     samples = [json.loads(line) for line in (tmp_path / "runs/g/samples.jsonl").read_text().splitlines()]

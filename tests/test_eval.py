@@ -1,13 +1,15 @@
 """`python -m eval`: samples against `transformers`, gold and corrupted solutions, what a kill leaves, what is refused."""
 
-import gzip
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
 import train
+from data.code import IMPORT, find_code
+from data.dataset import divide
 from data.grade import grade_by_math_verify
 from data.tasks import TASKS, Example, grade
 from errors import UserError
@@ -16,8 +18,10 @@ from eval import benchmarks, prompts, results
 from model.checkpoint import build_model, save_model
 from model.generate import Completion, generate
 from model.transformer import PRESETS, ModelConfig
+from tests.test_code import BREAK
 from tests.workers import eval_main, spawned
 
+CODE = ("humaneval", "mbpp")
 MATH = ("gsm8k", "svamp", "math500", "amc23", "aime24", "minerva_math", "olympiadbench")
 
 
@@ -50,7 +54,7 @@ def rows(folder, task):
 
 
 def small_sets(folder):
-    """Test sets of three rows each, in the sets' own forms, with gold answers 7, 8, 9."""
+    """Test sets of three rows each, in the sets' own forms, with gold answers 7, 8, 9 (of code: programs that add these)."""
     made = {
         "gsm8k": lambda i: {"question": f"How much is {i}?", "answer": f"It is <<{i}={i}>>{i}.\n#### {i}"},
         "svamp": lambda i: {"Body": f"There are {i} figs", "Question": "How many?", "Equation": "( 1.0 )", "Answer": float(i)},
@@ -59,6 +63,9 @@ def small_sets(folder):
         "aime24": lambda i: {"problem": f"Find ${i}$.", "solution": "", "answer": f"00{i}"},
         "minerva_math": lambda i: {"problem": f"Find ${i}$.", "solution": f"So \\boxed{{{i}e3}} m."},
         "olympiadbench": lambda i: {"question": f"Find ${i}$.", "solution": [f"It is {i}."], "final_answer": [f"${i}$"]},
+        "humaneval": lambda i: {"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return x + {i}\n", "entry_point": f"f{i}",
+                                "test": f"def check(f):\n    assert f(1) == {i + 1}"},
+        "mbpp": lambda i: {"task_id": i + 4, "text": f"Add {i}.", "code": f"def f(x): return x + {i}", "test_list": [f"assert f(1) == {i + 1}"]},
     }
     for name, row in made.items():
         (folder / name).mkdir(parents=True)
@@ -81,7 +88,7 @@ def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, re
     except pytest.skip.Exception:
         data, tokenizer = small_sets(tmp_path / "sets"), None
     folder, new = checkpoint(tmp_path / "c", tokenizer=tokenizer), 6
-    tasks = [*MATH, "word_problems"]
+    tasks = [*MATH, *CODE, "word_problems"]
     argv = ["--tasks", ",".join(tasks), "--greedy", "--limit", 20, "--max_tokens", new, "--data", data, "--out", tmp_path / "out"]
     code, _, error = run(folder, *argv)
     assert code == 0, error
@@ -92,7 +99,8 @@ def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, re
         assert len(got) == min(20, len(benchmark.examples))
         for row, example in zip(got, benchmark.examples):
             assert (row["question"], row["gold"]) == (example.question, example.answer)
-            asked = [{"role": "user", "content": example.question + ("" if task == "word_problems" else benchmarks.BOXED)}]
+            words = "" if task == "word_problems" else benchmarks.PROGRAM if task in CODE else benchmarks.BOXED
+            asked = [{"role": "user", "content": example.question + words}]
             prompt = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
             ids = theirs(prompt, return_tensors="pt", add_special_tokens=False)
             out = model.generate(**ids, max_new_tokens=new, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -148,6 +156,28 @@ def test_gold_solutions_score_100_and_corrupted_ones_0(task, real_data, says, ti
     monkeypatch.setattr(evaluation, "grade_by_math_verify", lambda text, answer: False)  # slow, and all it would do here is seen
     found = figures(marked)
     assert (found["problems"], found["accuracy"][0], found["lenient"], found["unparsed"]) == (len(examples), 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("limit", [20, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task,count", [("humaneval", 164), ("mbpp", 257)])
+def test_gold_programs_score_100_and_corrupted_ones_0(task, count, limit, real_data, says, tiny, tmp_path, run):
+    """Through the whole command, sandbox and all; a corrupted program calls the gold one and returns something else."""
+    examples = benchmarks.load(task, real_data).examples
+    assert len(examples) == count and {e.task for e in examples} == {task}
+
+    def corrupted(example):
+        program, _ = find_code(gold(example), example.answer)
+        name = re.match(r"\w+", example.answer.partition(IMPORT)[2])[0]
+        return f"```python\n{program}{BREAK.format(name=name, how='[value]')}\n```"
+
+    gold = lambda e: e.messages[-1]["content"]
+    for answer, score in ((gold, 1.0), (corrupted, 0.0)):
+        says(answer, task, real_data)
+        out = tmp_path / str(score)
+        code, _, error = run(tiny, "--tasks", task, "--limit", limit, "--data", real_data, "--out", out, "--max_tokens", 8)
+        assert code == 0, error
+        found = json.loads((out / "summary.json").read_text())["summaries"][0][2]
+        assert (found["problems"], found["accuracy"][0], found["lenient"], found["unparsed"]) == (limit or count, score, score, 0.0)
 
 
 @pytest.mark.parametrize("task,count", [("svamp", 1000), ("amc23", 40), ("aime24", 30), ("minerva_math", 272), ("olympiadbench", 675)])
@@ -319,8 +349,6 @@ def test_rows_that_a_run_trained_on_are_refused_unless_asked_for(tmp_path, run):
     assert run(tmp_path / "clean", *base)[0] == 0
     code, out, _ = run(tmp_path / "seen", *base, "--allow_trained")
     assert code == 0 and "WAS TRAINED ON 1 of these" in out
-    from data.dataset import divide
-
     for held_out in range(5):  # a question that the run only validated on was not trained on
         config("seen", eval_examples=held_out)
         asked = [e.question for e in divide(data, held_out)[1]]
@@ -328,6 +356,24 @@ def test_rows_that_a_run_trained_on_are_refused_unless_asked_for(tmp_path, run):
     data.unlink()
     code, _, error = run(tmp_path / "seen", *base)
     assert code == 2 and "not there to be compared" in error and error.count("\n") == 1
+
+
+def test_mbpp_keeps_to_its_split_and_is_refused_where_a_run_did_not(tmp_path, run):
+    """A run on MBPP's own file has seen none of the test problems; one on a file with other ids, or in another form, is found out."""
+    problem = lambda number: {"task_id": number, "prompt": f"Add {number}.", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]}
+    sets = tmp_path / "sets"
+    (sets / "mbpp").mkdir(parents=True)
+    (sets / "mbpp" / "test.json").write_text(json.dumps([problem(number) for number in range(9, 612)]))
+    examples = benchmarks.load("mbpp", sets).examples
+    assert len(examples) == 500 and len(divide(sets / "mbpp" / "test.json", 0)[1]) == 11
+    (tmp_path / "other.json").write_text(json.dumps([problem(9) | {"task_id": 700}, problem(16) | {"task_id": 701}]))
+    (tmp_path / "asked.json").write_text(json.dumps([{"prompt": examples[3].question, "completion": "def f(x): return x"}]))
+    for name, data, count in (("own", sets / "mbpp" / "test.json", 0), ("other", tmp_path / "other.json", 1), ("asked", tmp_path / "asked.json", 1)):
+        checkpoint(tmp_path / name / "checkpoints" / "step-1")
+        (tmp_path / name / "config.json").write_text(json.dumps({"data": str(data), "model": "tiny"}))
+        small = ["--greedy", "--limit", 1, "--max_tokens", 2, "--data", sets, "--out", tmp_path / "out"]
+        code, _, error = run(tmp_path / name, "--tasks", "mbpp", *small)
+        assert code == (2 if count else 0) and (not count or f"trained on {count} of mbpp's 500 questions" in error), error
 
 
 def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
@@ -344,6 +390,8 @@ def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
     for name, content in (("broken", "{"), ("foreign", '{"text": "a"}\n'), ("empty", "")):
         (tmp_path / name / "svamp").mkdir(parents=True)
         (tmp_path / name / "svamp" / "test.jsonl").write_text(content)
+    (tmp_path / "foreign" / "humaneval").mkdir()
+    shutil.copy(sets / "mbpp" / "test.jsonl", tmp_path / "foreign" / "humaneval")
     (tmp_path / "two" / "svamp").mkdir(parents=True)
     for name in ("test.jsonl", "test.json"):
         (tmp_path / "two" / "svamp" / name).write_text("[]")
@@ -364,6 +412,7 @@ def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
         ([tiny, "--tasks", "svamp", "--data", tmp_path / "two"], "which file of"),
         ([tiny, "--tasks", "svamp", "--data", tmp_path / "broken"], "not valid JSON"),
         ([tiny, "--tasks", "svamp", "--data", tmp_path / "foreign"], "not a row of svamp"),
+        ([tiny, "--tasks", "humaneval", "--data", tmp_path / "foreign"], "not a row of humaneval"),
         ([tiny, "--tasks", "svamp", "--data", tmp_path / "empty"], "is empty"),
         ([tiny, "--tasks", "gsm8k", "--compare", tmp_path / "none"], "no such folder"),
     )  # fmt: skip
@@ -372,14 +421,3 @@ def test_wrong_inputs_are_one_line(tiny, tmp_path, run):
         assert code == 2 and words in error and error.count("\n") == 1 and not out, (argv, error)
     assert not (tmp_path / "out").exists()  # all of them before anything is written
     assert run(*good, bare, "--tasks", "gsm8k", "--greedy", "--tokenizer", tiny)[0] == 0
-
-
-def test_humaneval_and_mbpp_are_left_to_their_own_module(tiny, tmp_path, run):
-    from importlib.util import find_spec
-
-    if find_spec("data.code"):
-        pytest.skip("data/code.py is here and has tests of its own")
-    (tmp_path / "humaneval").mkdir()
-    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b"{}"))
-    code, _, error = run(tiny, "--tasks", "humaneval", "--data", tmp_path, "--out", tmp_path / "out")
-    assert code == 2 and "data/code.py" in error and error.count("\n") == 1

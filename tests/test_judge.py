@@ -1,0 +1,205 @@
+"""Tests and solution apart: what a solution may say, honest, forged or hostile, and what goes from process to process."""
+
+import collections
+import enum
+import math
+import sys
+import time
+
+import pytest
+
+from data import judge
+from tests.test_sandbox import TRIED, jail, pytestmark, shared  # noqa: F401 (fixtures)
+
+# --- forged verdicts -------------------------------------------------------------------------------------------------
+
+TESTS = "from solution import f\nassert f(2) == 4\nassert f(3) == 9"
+EQUAL = "class Y:\n    def __eq__(self, other): return True\n    def __call__(self, *a): return self\n"
+EVERYWHERE = """
+import os, struct
+for data in (b"passed\\n", b'["passed", ""]', b'["passed", "", 0]', b'{"passed": true, "reason": "passed", "detail": "", "seconds": 0}', b"0",
+             b'["tuple", "value", null]', b'["tuple", "value", true]'):
+    for fd in range(256):
+        for text in (data, struct.pack("Q", len(data)) + data):
+            try:
+                os.write(fd, text)
+            except OSError:
+                pass
+"""
+PIPES = """
+import struct, os, sys
+def pipe():
+    frame = sys._getframe()
+    while not ("replies" in frame.f_locals and "rest" in frame.f_locals):
+        frame = frame.f_back
+    return frame.f_locals["replies"], frame.f_locals["rest"]
+def send(data):
+    os.write(pipe()[0], struct.pack("Q", len(data)) + data)
+"""
+ADVANCE = PIPES + "for value in {values}:\n    send(sys.modules['judge'].write(('value', value), None))\n"
+FORGERIES = {
+    "prints": "print('passed')\nprint('[\"passed\", \"\"]')\ndef f(x): return 0",
+    "writes everywhere": EVERYWHERE + "def f(x): return 0",
+    "writes everywhere and leaves": EVERYWHERE + "os._exit(0)",
+    "at exit": "import atexit, os\natexit.register(lambda: os._exit(0))\nimport sys\nsys.exit()",
+    "leaves in the call": "import os\ndef f(x): os._exit(0)",
+    "exits in the call": "import sys\ndef f(x): sys.exit(0)",
+    "equals everything": EQUAL + "f = lambda x: Y()",
+    "is everything": EQUAL + "f = Y()",
+    "an int that equals everything": "class Y(int):\n    def __eq__(self, other): return True\nf = lambda x: Y(5)",
+    "a list that equals everything": "class Y(list):\n    def __eq__(self, other): return True\nf = lambda x: Y([5])",
+    "no assertions": "import builtins\nbuiltins.AssertionError = None\nbuiltins.compile = builtins.exec = lambda *a, **k: None\ndef f(x): return 0",
+    "patched writer": "import json, sys\njson.JSONEncoder.encode = lambda *a: ''\nsys.modules['judge'].write = lambda *a: b''\ndef f(x): return 0",
+    "reduces to a call": "class Y:\n    def __reduce__(self): return (eval, ('4',))\nf = lambda x: Y()",
+    "reduces as a list": "class Y(list):\n    __reduce_ex__ = lambda self, n: (exec, ('import os; os._exit(0)',))\nf = lambda x: Y()",
+    "sends a pickle": PIPES + "import pickle\ndef f(x): send(pickle.dumps(('value', x * x)))",
+    "raises what is not": "class Y(BaseException): pass\ndef f(x): raise Y",
+    "generator": "def f(x):\n    raise GeneratorExit",
+    "kills the tests": "import os\ndef f(x):\n    os.kill(os.getppid(), 9)",
+    "other names": "set = sorted = len = abs = check = lambda *a: 0\ndef f(x): return 0",
+}  # fmt: skip
+
+
+def test_forged_verdicts(jail):
+    for name, program in FORGERIES.items():
+        if name.endswith("equals everything"):
+            exec(program, space := {})
+            assert space["f"](2) == 4 and space["f"](3) == 9  # with tests beside the solution it passes
+        assert not jail.check(program, TESTS, timeout=0.5).passed, name
+        if "and leaves" in name or name == "at exit":
+            assert not jail.check(program, timeout=0.5).passed, name
+
+
+def test_a_program_that_knows_how_it_is_asked(jail):
+    """It finds the pipes in the frames and answers in advance: with tests apart from it, it has to know what they expect."""
+    assert jail.check(ADVANCE.format(values="(pipe()[1][-1], 4, 9, True)") + "1 / 0").passed  # it works on a program that judges itself
+    assert not jail.check(ADVANCE.format(values="(pipe()[1][-1], 0, 0, True)") + "def f(x): return 0", TESTS).passed
+    jail.needs("filter of system calls")
+    scan = """
+import os
+calls = dict(((pid, n), lambda pid=pid, n=n: os.write(os.open(f"/proc/{pid}/fd/{n}", os.O_WRONLY), b'["passed", ""]'))
+             for pid in range(1, 9) for n in range(16))
+"""
+    assert not jail.check(scan + TRIED + "def f(x): return 0", TESTS).passed
+
+
+# --- what goes from process to process -------------------------------------------------------------------------------
+
+
+def sent(value):
+    return judge.read(judge.write(value, None), None)
+
+
+def alike(a, b):
+    """The same types all the way down, and the same digits: -0.0 is not 0.0, nan is nan."""
+    return type(a) is type(b) and (len(a) == len(b) and all(map(alike, a, b)) if isinstance(a, (list, tuple)) else repr(a) == repr(b))
+
+
+def test_plain_values_stay_what_they_are():
+    numbers = [0, -1, True, (1 << 63) - 1, 1 << 63, -(1 << 63), 1 << 400_000, 0.1, -0.0, 5e-324, math.inf, -math.inf, math.nan, complex(-0.0, 2)]
+    texts = ["", "é\n\0", "\ud800", "\ud800\udc00", "\U0001f600", "list", b"", bytes(range(256)), bytearray(b"x")]
+    others = [None, ..., range(9, 1, -2), {}, {1: {2: (3,)}, "a": [4], (5,): None, 2.0: ""}, set(), {1, (2, "3")}, frozenset([None]), (), [],
+              [[]], [()], ["list", 1], ("object", 0), collections.deque([1, [2]])]  # fmt: skip
+    sys.set_int_max_str_digits(0)
+    try:
+        assert alike(sent([*numbers, *texts, *others]), [*numbers, *texts, *others])
+    finally:
+        sys.set_int_max_str_digits(4300)
+    member = enum.Enum("Member", "A B", type=str).A
+    for value in (collections.Counter("aab"), collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]), enum.IntEnum("E", "A").A, member,
+                  collections.namedtuple("P", "x y")(1, [2])):  # fmt: skip
+        assert sent(value) == value and type(sent(value)).__module__ == "builtins"
+    assert next(once := sent(iter([1, 2]))) == 1 and list(once) == [2] and list(sent({1: 2}.items())) == [(1, 2)]
+    began = time.monotonic()
+    assert sent(huge := 3**2_000_000) == huge and time.monotonic() - began < 2  # by its decimals minutes
+
+
+def nested(depth, value=0):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_deep_values_are_refused_and_shallow_ones_not():
+    assert sent(nested(judge.DEEPEST)) == nested(judge.DEEPEST)
+    for value in (nested(judge.DEEPEST + 1), nested(100_000)):
+        with pytest.raises(ValueError, match="too deeply"):
+            sent(value)
+    (loop := []).append(loop)
+    with pytest.raises(ValueError, match="too deeply"):
+        sent(loop)
+
+
+HOSTILE = [
+    b"", b"\xff", b"[", b"{}", b'{"a": 1}', b"[]", b"[[]]", b"[1]", b"[null, 1]", b'[["list"], 1]', b'["no such kind"]', b'["exec", "1"]',
+    b'["eval", "1"]', b'["__class__"]', b'["int", 5]', b'["int", ["list", 1]]', b'["int", "5", 10]', b'["int", "z"]', b'["bytes", "\\u0100"]',
+    b'["bytes", 9]', b'["bytearray", 99999999999]', b'["range", 0.5]', b'["range", 1, 2, 0]', b'["complex", "x", 1]', b'["dict", 1]',
+    b'["dict", ["list"], 1]', b'["set", ["list"]]', b'["set", ["dict"]]', b'["object"]', b'["object", 1, 2]', b'["object", ["list"]]',
+    b'["int", ["object", 1]]', b'["range", ["object", 1]]', b'["bytes", ["object", 1]]', b'["dict", ["dict"], 1]', b'["tuple", "value"',
+    b"9" * 5000, b"[" * 10**6, b'["list",' * 10**5, b'["list",' * 250 + b"1" + b"]" * 250, b"\x80\x04N.", b"cos\nsystem\n(S'true'\ntR.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", HOSTILE, ids=lambda m: m[:30].decode("latin-1"))
+def test_hostile_messages_raise(message):
+    ask = lambda *request: pytest.fail("asked the other side while reading")
+    with pytest.raises((ValueError, TypeError, LookupError, RecursionError)):
+        judge.read(message, {1: judge.Remote(ask, 1)}.__getitem__)
+
+
+def test_hostile_replies_fail(jail):
+    """As the tests' process meets them; and a length that no memory holds, and a message that never ends."""
+    for message in (b"{}", b'["eval", "1"]', b"[" * 10**6, b'["tuple", "value"', b"\x80\x04N."):
+        program = PIPES + f"def f(x): send(bytes.fromhex('{message.hex()}'))"
+        assert jail.check(program, TESTS).reason == "failed", message
+    for size, reason in ((1 << 62, "failed"), (judge.LARGEST + 1, "failed"), (judge.LARGEST, "timeout")):
+        program = PIPES + f"def f(x):\n    os.write(pipe()[0], struct.pack('Q', {size}))\n    while True: pass"
+        assert jail.check(program, TESTS, timeout=0.3).reason == reason, size
+
+
+HONEST = """
+import collections, dataclasses, enum
+Point = collections.namedtuple("Point", "x y")
+class Colour(enum.IntEnum):
+    RED = 1
+@dataclasses.dataclass
+class Pair:
+    a: int
+    b: int
+def same(x): return x
+def pair(a, b): return Pair(a, b)
+def total(p): return p.a + p.b
+def squares(n): return (i * i for i in range(n))
+def views(d): return d.keys(), d.items(), zip(d, d), map(str, d)
+def point(): return Point(1, 2)
+def colour(): return Colour.RED
+def wrong(x): raise ValueError("not " + x)
+def adder(n): return lambda x: x + n
+def own(): raise type("Mine", (Exception,), {})("mine")
+constant = [1, 2]
+"""
+HONEST_TESTS = """
+from solution import same, pair, total, squares, views, point, colour, wrong, adder, own, constant, Pair
+assert same([1, (2.5, {"a": None})]) == [1, (2.5, {"a": None})] and list(same(iter([1]))) == [1]
+assert total(pair(1, 2)) == 3 == total(Pair(1, 2)) and pair(1, 2).b == 2 and pair(3, 4) != 3
+assert list(squares(4)) == [0, 1, 4, 9] and next(squares(3)) == 0
+keys, items, zipped, mapped = views({1: 2})
+assert list(keys) == [1] and list(items) == [(1, 2)] and list(zipped) == [(1, 1)] and list(mapped) == ["1"]
+assert point() == (1, 2) and colour() == 1 and adder(2)(3) == 5 and constant == [1, 2]
+for call, error, text in ((lambda: wrong("x"), ValueError, "not x"), (own, RuntimeError, "Mine: mine"), (lambda: pair(1), TypeError, "missing")):
+    try:
+        call()
+    except error as e:
+        assert text in str(e), str(e)
+    else:
+        assert False
+"""
+
+
+def test_honest_programs_pass_with_tests_apart(jail):
+    outcome = jail.check(HONEST, HONEST_TESTS)
+    assert outcome.passed, outcome
+    assert jail.check("def f(x): return x", "from solution import f\nassert f(lambda: 1) == 1").reason == "failed"
+    assert jail.check("x = 1", "from solution import f").detail.startswith("ImportError")
+    outcome = jail.check("import os\ndef f(): os._exit(0)", "from solution import f\ntry:\n    f()\nexcept Exception:\n    pass")
+    assert outcome.reason == "crashed"  # the end of the process is not the exception that tests expect
