@@ -25,7 +25,7 @@ from model.sampling import Sampler, random_keys, uniform
 
 REFILL_SHARE = 1 / 8  # prompts are admitted once this share of the rows is free: fewer, larger prefills (1 to 4 % faster than at once)
 PREFILL_TOKENS = 1 << 14  # prompts are prefilled in packs of at most this many tokens
-CAPTURE_AFTER = 8  # steps of a batch size before it is worth a CUDA graph
+CAPTURE_AFTER = 2  # steps of a batch size before it becomes a CUDA graph: the first compiles what it needs
 GROW_SLOTS = 64  # the cache grows by at least this many slots per row, and by a quarter
 
 
@@ -145,7 +145,8 @@ class _Decode:
     def __init__(self, cache, position_B, used):
         self.cache, self.position_B, self.used = cache, position_B, used
         self.row_B = torch.arange(len(position_B), device=position_B.device)
-        if backend.triton_serves(position_B.device):
+        self.by_kernel = by_kernel(cache)
+        if self.by_kernel:
             self.length_B = position_B + 1
             return
         slot_S = torch.arange(used, device=position_B.device)
@@ -157,7 +158,7 @@ class _Decode:
     def __call__(self, layer, q_BHE, k_BKE, v_BKE):
         kv = self.cache.layers[layer]
         kv[0, self.row_B, :, self.position_B], kv[1, self.row_B, :, self.position_B] = k_BKE, v_BKE
-        if backend.triton_serves(q_BHE.device):
+        if self.by_kernel:
             return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         # the query heads of a key-value head are its queries: nothing is repeated
@@ -178,7 +179,7 @@ class _Step:
     def __init__(self, model, sampler, cache, size):
         self.model, self.sampler, self.cache, self.size = model, sampler, cache, size
         device = model.head_VD.device
-        self.records = records(device)
+        self.records = records(cache)
         self.host = torch.zeros(3, size, dtype=torch.long, pin_memory=device.type == "cuda")  # tokens, positions, the bits of random numbers
         self.inputs = torch.zeros(3, size, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(size, model.config.hidden_size, dtype=cache.layers.dtype, device=device)
@@ -221,13 +222,18 @@ class _Step:
 
 
 def _bucket(n, size):
-    """n rounded up, to a power of two or a multiple of 32: few graphs, little for nothing."""
-    return min(size, 1 << (n - 1).bit_length() if n <= 32 else -(-n // 32) * 32)
+    """n rounded up, to a power of two or a multiple of 64: few graphs, little for nothing."""
+    return min(size, 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64)
 
 
-def records(device):
-    """Whether steps are recorded: by the kernels alone, since otherwise a step's shapes change with its longest row."""
-    return device.type == "cuda" and backend.triton_serves(device)
+def by_kernel(cache):
+    """Whether decode_attention serves: device, dtype and head dimension are such as its kernel takes."""
+    return backend.triton_serves(cache.layers.device) and backend.triton_attends(cache.layers[0, 0, 0])
+
+
+def records(cache):
+    """Whether steps are recorded: with the kernel alone, since otherwise a step's shapes change with its longest row."""
+    return cache.layers.is_cuda and by_kernel(cache)
 
 
 def record(run, pool=None):

@@ -71,6 +71,7 @@ def test_compiled_attention_uses_the_tensor_cores(compiled):
         if k["capability"] == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k
             assert (k["wgmma_from_registers"] == 0) == k["case"].endswith("flipped"), f"what ptxas before 13.3 may miscompile: {k}"
+            assert "E=64 flipped" not in k["case"] or k["registers"] * 32 * k["warps"] * 2 <= 65_536, f"two programs do not fit: {k}"
         else:
             assert k["mma"] >= 64 and k["wgmma"] == 0, k
     decode = [k for k in compiled if k["case"].startswith("split_kernel")]
@@ -80,8 +81,9 @@ def test_compiled_attention_uses_the_tensor_cores(compiled):
 def test_a_path_can_be_forced():
     x = torch.zeros(3, 8)
     assert not backend.triton_runs(x) and PackedAttention([3]).tiles is None  # a CPU
-    with pytest.raises(ValueError, match="CUDA"):
-        backend.use("triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="CUDA"):
+            backend.use("triton")
     backend.use("torch")
     assert not backend.triton_runs(x) and not backend.triton_serves(x.device)
     backend.use("auto")
