@@ -12,6 +12,7 @@ many. Competitors get key-value heads repeated beforehand where they cannot grou
 import argparse
 import contextlib
 import functools
+import inspect
 import json
 import random
 import sys
@@ -134,13 +135,16 @@ def dense(qkv, lengths, kind):
     return grouped_or_repeated(qkv, f)
 
 
+FLAG = "enable_gqa"
+
+
 def varlen(qkv, lengths):
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = torch.tensor([0, *lengths], device=qkv[0].device).cumsum(0).int()
 
     def f(q, k, v, group):
-        more = dict(enable_gqa=True) if group else {}
+        more = dict(enable_gqa=True) if group and FLAG in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 has no flag, and groups
         return varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), window_size=(-1, 0), **more)
 
     return grouped_or_repeated(qkv, f)
@@ -200,29 +204,31 @@ def speed(name, build, qkv, upstream, lengths, device):
     return dict(forward_ms=forward, backward_ms=backward, forward_tflops=rate(1, forward), backward_tflops=rate(2.5, backward)), o.detach()
 
 
-def speeds(device, dry):
+def speeds(device, dry, minutes, rows):
+    """Appends to `rows`."""
     shapes = {"16 x 2048": [2048] * 16, "4 x 8192": [8192] * 4, "GSM8K 32768": gsm8k_lengths(32768)}
     if dry:
         shapes = {"2 x 24": [24] * 2, "GSM8K 300": gsm8k_lengths(300)}
-    rows = []
     for size in HEADS:
         for shape, lengths in shapes.items():
             qkv, upstream = inputs(lengths, size, device)
             first = None
             for name, build in ways(lengths, device).items():
+                if gpu.late(minutes):
+                    return
                 got, why = gpu.attempt(lambda: speed(name, build, qkv, upstream, lengths, device))
                 figures, o = got or (dict.fromkeys(("forward_ms", "backward_ms", "forward_tflops", "backward_tflops")), None)
                 first = o if first is None else first
                 apart = None if o is None or first is None else gpu.relative_error(o, first)
                 rows.append(dict(E=size, shape=shape, way=name) | figures | dict(apart=apart, note=why))
                 print(gpu.table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
-    return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench.attention")
     parser.add_argument("--json", default="attention.json")
     parser.add_argument("--only-check", action="store_true", help="checks alone; the last line is their record")
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin no measurement later")
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = gpu.device_or_exit(args.dry)
@@ -234,11 +240,12 @@ def main(argv=None):
     if args.only_check:
         print(json.dumps(record))
         return 0 if record["right"] else 1
-    record["other_assemblers"] = {} if args.dry else gpu.checked_with_other_assemblers("bench.attention")
-    for version, other in record["other_assemblers"].items():
-        print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
-    record["speeds"] = speeds(device, args.dry)
-    print(gpu.table(record["speeds"]))
+    with gpu.kept(record, args.json):
+        speeds(device, args.dry, args.minutes, record.setdefault("speeds", []))
+        print(gpu.table(record["speeds"]))
+        record["other_assemblers"] = {} if args.dry else gpu.checked_with_other_assemblers("bench.attention", 90)
+        for version, other in record["other_assemblers"].items():
+            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
     return gpu.finish(record, args.json)
 
 

@@ -72,10 +72,20 @@ def main(argv=None):
     cases = {shape: Case(lengths, args.size, device) for shape, lengths in shapes.items()}
     right = Case([0, 1, 127, 129, 1000] if not args.dry else [0, 1, 7], args.size, device).right()
     config_of, rows = next(iter(cases.values())).ta.Config, []
+    record = dict(environment=gpu.environment(device), right=right, rows=rows)
+    with gpu.kept(record, args.json):
+        sweep(cases, rows, config_of, args, device)
+    return gpu.finish(record, args.json)
+
+
+def sweep(cases, rows, config_of, args, device):
+    """Appends to `rows`, and prints them."""
     for name in ("forward", "queries", "keys"):
         table = next(iter(cases.values())).table[name]
         for config in dict.fromkeys([table, *(config_of(*c) for c in (CANDIDATES if not args.dry else CANDIDATES[:2]))]):
             for shape, case in cases.items():
+                if gpu.late(8):
+                    continue
                 got, why = gpu.attempt(lambda: case.measured(name, config, device))  # noqa: B023
                 apart, ms = got or (None, None)
                 note = why or ("WRONG" if apart > 2 * LIMIT else "")
@@ -87,7 +97,6 @@ def main(argv=None):
             print(gpu.table([row for row in these if row["table"]] + good[:8]), end="\n\n")
     bad = [row for row in rows if row["note"] == "WRONG"]
     print(gpu.table(bad) if bad else "no configuration is wrong")
-    return gpu.finish(dict(environment=gpu.environment(device), right=right, rows=rows), args.json)
 
 
 if __name__ == "__main__":

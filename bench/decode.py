@@ -11,6 +11,7 @@ sampled at temperature 1. Exit code 1: a check failed; 2: no GPU.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -156,9 +157,13 @@ def engine(device, dry):
     config, n, new = (PRESETS["tiny"], 3, 6) if dry else (PRESETS["qwen2.5-0.5b"], 256, 512)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, None, device=device, seed=0, weight_dtype=dtype, compute_dtype=dtype)
+    compiled = copy.deepcopy(model)
+    for block in compiled.layers if device.type == "cuda" else ():
+        block.compile_halves()
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (n, 64), generator=g).tolist()
-    runs = {"srlm": lambda m: sum(len(c.tokens) for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n))}
+    ours = lambda model, m: sum(len(c.tokens) for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n))
+    runs = {"srlm": lambda m: ours(model, m)} | ({"srlm, compiled": lambda m: ours(compiled, m)} if device.type == "cuda" else {})
     theirs, why = gpu.attempt(lambda: reference(model).to(device, dtype))
     if theirs:
         rows = torch.tensor(prompts, device=device)
@@ -175,6 +180,8 @@ def engine(device, dry):
     for name, f in runs.items():
         got, why = gpu.attempt(lambda: (f(4), wall(lambda: f(new), device))[1])
         seconds, tokens = got or (None, None)
+        if got and tokens != n * new:  # a way that gave up on the way has no rate
+            seconds, tokens, why = None, None, f"{tokens:,} tokens of {n * new:,}"
         found.append(dict(way=name, tokens_per_s=seconds and tokens / seconds, seconds=seconds, note=why))
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
@@ -196,16 +203,18 @@ def main(argv=None):
     if args.only_check:
         print(json.dumps(record))
         return 0 if record["right"] else 1
-    record["other_assemblers"] = {} if args.dry else gpu.checked_with_other_assemblers("bench.decode")
-    for version, other in record["other_assemblers"].items():
-        print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
-    record |= speeds(device, args.dry)
-    print(f"copy ceiling {record['copy_bytes_per_s'] / 1e12:.2f} TB/s\n{gpu.table(record['decode'])}")
-    if not args.no_engine:
-        backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
-        record["engine"], why = gpu.attempt(lambda: engine(device, args.dry))
-        record["engine"] = record["engine"] or [dict(way="srlm", tokens_per_s=None, seconds=None, note=why)]
-        print(gpu.table(record["engine"]))
+    with gpu.kept(record, args.json):
+        record |= speeds(device, args.dry)
+        print(f"copy ceiling {record['copy_bytes_per_s'] / 1e12:.2f} TB/s\n{gpu.table(record['decode'])}")
+        if not args.no_engine:
+            backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
+            found, why = gpu.attempt(lambda: engine(device, args.dry))
+            record["engine"] = found or [dict(way="srlm", tokens_per_s=None, seconds=None, note=why)]
+            print(gpu.table(record["engine"]))
+        late = args.dry or gpu.late(6)
+        record["other_assemblers"] = {} if late else gpu.checked_with_other_assemblers("bench.decode", 60)
+        for version, other in record["other_assemblers"].items():
+            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
     return gpu.finish(record, args.json)
 
 

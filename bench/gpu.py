@@ -89,7 +89,7 @@ def other_assemblers():
     tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
     version = lambda path: subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0].strip()
     used = os.environ.get("TRITON_PTXAS_PATH") or os.path.join(tools, "ptxas")
-    paths = [os.path.join(tools, "ptxas-blackwell"), shutil.which("ptxas"), *glob.glob("/usr/local/cuda*/bin/ptxas")]
+    paths = [shutil.which("ptxas"), *glob.glob("/usr/local/cuda*/bin/ptxas")]
     paths += glob.glob(os.path.join(sys.prefix, "lib/python*/site-packages/nvidia/*/bin/ptxas"))
     found = {}
     for path in filter(None, paths):
@@ -122,6 +122,27 @@ def table(rows, columns=None):
     cells = [columns] + [[show(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
+
+
+@contextlib.contextmanager
+def kept(record, path):
+    """Whatever happens inside, an illegal memory access on the GPU too, what the record has by then is written."""
+    try:
+        yield
+    except BaseException as e:
+        record["ended"] = f"{type(e).__name__}: {str(e)[:300]}"
+        raise
+    finally:
+        with open(path, "w") as f:
+            json.dump(record, f, indent=1)
+
+
+BEGAN = time.perf_counter()
+
+
+def late(minutes):
+    """Whether this process has run for so long."""
+    return time.perf_counter() - BEGAN > 60 * minutes
 
 
 def finish(record, path):
@@ -175,6 +196,10 @@ class Bench:
         target = torch.empty_like(source)
         return 2e3 * source.numel() / self.milliseconds(lambda: target.copy_(source))
 
+    @property
+    def record(self):
+        return {"environment": environment(self.device), "records": self.records}
+
     def finish(self, path, **more):
-        record = {"environment": environment(self.device), "seconds": time.perf_counter() - self.began} | more | {"records": self.records}
+        record = {"seconds": time.perf_counter() - self.began} | more | self.record
         return finish({"right": True} | record, path)

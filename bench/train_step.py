@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 
-from bench.gpu import Bench, environment, table
+from bench.gpu import Bench, environment, kept, table
 from data.batch import Batch, Document
 from eval.log import peak_flops, step_flops
 from kernels import backend
@@ -79,6 +79,12 @@ def main(argv):
     cases += [("kd", b, k, c) for b in batches for k, c in (("auto", True), ("auto", False))]
     cases += [(mode, batches[0], "torch", True) for mode in ("sft", "kd")]
     peak = peak_flops(environment(bench.device)["device"])
+    with kept(bench.record, args.out):
+        run(bench, cases, body, teacher, peak, args)
+    return bench.finish(args.out)
+
+
+def run(bench, cases, body, teacher, peak, args):
     for mode, (count, length), kernels, compiled in cases:
         facts = {"mode": mode, "batch": f"{count} × {length}", "kernels": kernels, "compile": compiled}
         if bench.out_of_time():
@@ -109,7 +115,6 @@ def main(argv):
             torch.cuda.empty_cache()
     backend.use("auto")
     print("\n" + table([r for r in bench.records], COLUMNS))
-    return bench.finish(args.out)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ class Block(nn.Module):
 
     def compile_halves(self):
         """Shapes may vary (`torch.compile` makes them symbols at the second one it sees). Methods, so that a copy compiles its own weights."""
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # training, evaluation and generation, several widths
         self.before, self.after = (types.MethodType(torch.compile(f), self) for f in (Block.before, Block.after))
 
 
