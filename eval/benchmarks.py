@@ -122,7 +122,7 @@ def find(name, folder):
     found = sorted(p for p in place.glob("*") if p.suffix in (*SUFFIXES, ".gz"))
     test = [p for p in found if re.match(r"(?:.*_)?test\b", p.stem)]
     if len(test or found) != 1:
-        what = f"which file of {', '.join(p.name for p in found)}?" if found else "no test set there"
+        what = f"which file of {', '.join(p.name for p in found)}?" if found else "no test set there."
         raise UserError(f"{name}: {place}: {what} Name a folder with --data, or fetch: python -m data.download {name} --to {folder}")
     return (test or found)[0]
 
