@@ -164,7 +164,8 @@ def prepare(cfg, held, launch):
         dataset.need_room(cfg.sample_tokens)
     origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
     reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
-    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, Tokenizer.load(tokenizer_folder(origin)) if origin else None, reference_shape) < vocab:
+    its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None
+    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, its_tokenizer, reference_shape) < vocab:
         raise UserError(f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab:,} ids; it must share the policy's vocabulary")
     if cfg.show_batch:
         batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
