@@ -12,11 +12,13 @@ from errors import UserError
 from kernels.backend import CHOICES
 from losses.grpo import KL_ESTIMATES, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
+from model.lora import parse_targets
 from rl.advantage import BASELINES
 from rl.reward import PARTS
 
 KD, GRPO = {"mode": ("kd",)}, {"mode": ("grpo",)}
 WITH_TEACHER = [KD, GRPO | {"grpo_kd": ABOVE_0}]
+WITH_LORA = {"lora_rank": ABOVE_0}
 WITH_REFERENCE = GRPO | {"grpo_beta": ABOVE_0}
 ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
 
@@ -59,6 +61,12 @@ class Config:
     weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings", grpo=0.0)
     clip: float = knob(1.0, "global gradient norm; 0: never clipped")
     max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
+
+    lora_rank: int = knob(0, "train adapters of this rank beside the frozen model (LoRA); 0: train the model itself")
+    lora_alpha: float = knob(32.0, "the adapters' output is multiplied by this / rank", only=WITH_LORA)
+    lora_rslora: bool = knob(False, "by this / square root of the rank instead", only=WITH_LORA)
+    lora_targets: str = knob("all", "the linear layers that get one, as in q_proj,v_proj; all: the seven projections", only=WITH_LORA)
+    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out", only=WITH_LORA)
 
     teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=WITH_TEACHER)
     kd_divergence: str = knob("forward_kl", "from the teacher", only=WITH_TEACHER, choices=DIVERGENCES, grpo="reverse_kl")
@@ -128,13 +136,16 @@ def check(cfg):
     for name in (*positive, "grpo_samples", "grpo_updates", "grpo_epochs"):
         need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
     natural = ("seed", "steps", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "save_every", "train_examples", "show_batch")
-    for name in (*natural, "sample_top_k", "sample_log", "grpo_beta", "grpo_refills", "grpo_truncated_cost", "grpo_overlong", "grpo_kd"):
+    for name in (*natural, "sample_top_k", "sample_log", "grpo_beta", "grpo_refills", "grpo_truncated_cost", "grpo_overlong", "grpo_kd", "lora_rank"):
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
     need(cfg.seed < 2**63, "--seed must be below 2^63")
     need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
     need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
     need(0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0, "--beta1 and --beta2 must be in [0, 1), --eps positive")
     need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
+    need(0 < cfg.lora_alpha < math.inf, "--lora_alpha must be a positive number")
+    need(0 <= cfg.lora_dropout < 1, "--lora_dropout must be at least 0 and below 1")
+    parse_targets(cfg.lora_targets)
     need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
     need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
     need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
@@ -166,7 +177,7 @@ def check(cfg):
 def kept(stored):
     """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
     names = ["mode", "model", "tokenizer", "seed", "data", "train_examples", "overlong", "batch_size", "weighting"]
-    names += ["template", "system_prompt", "prompt_suffix"]
+    names += ["template", "system_prompt", "prompt_suffix", "lora_rank", "lora_alpha", "lora_rslora", "lora_targets"]
     names += ["kd_prefix", "kd_mix", "kd_signal", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
     if stored.get("grpo_updates", 1) * stored.get("grpo_epochs", 1) > 1:  # unspent samples were scored and weighted by these
         names += ["sample_temperature", "grpo_variant", "grpo_beta", "grpo_kl_in", "grpo_correction", "grpo_kd", "teacher"]

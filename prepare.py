@@ -21,9 +21,11 @@ from eval.log import show_batch
 from kernels import backend
 from knobs import Config, check
 from model import parallel
-from model.checkpoint import build_model, locate, read_config, stop_ids_of
+from model.checkpoint import ADAPTER, build_model, load_adapter, locate, read_config, stop_ids_of, tokenizer_folder
+from model.lora import LoraConfig, adapt, parse_targets
 from model.optim import build_optimizer
 from model.runs import RunFolder, only_one, open_run
+from model.transformer import PRESETS
 from rl.reward import parse_reward
 from rl.score import likeliest
 
@@ -91,8 +93,15 @@ def choose_tokenizer(cfg, folder, teacher_folder):
     if cfg.tokenizer:
         return Tokenizer.load(cfg.tokenizer)
     if folder or teacher_folder:
-        return Tokenizer.load(folder or teacher_folder)
+        return Tokenizer.load(tokenizer_folder(folder or teacher_folder))
     return embedded_tokenizer()
+
+
+def lora_config(cfg, folder):
+    """base: the model's folder, or the hub id as the user wrote it; a preset's random weights and an adapter merged have no name for PEFT."""
+    from_hub = folder and cfg.model not in PRESETS and not Path(cfg.model).is_dir()
+    base = "" if folder is None or (folder / ADAPTER).is_file() else cfg.model if from_hub else str(folder.resolve())
+    return LoraConfig(cfg.lora_rank, cfg.lora_alpha, parse_targets(cfg.lora_targets), cfg.lora_dropout, cfg.lora_rslora, base)
 
 
 def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
@@ -155,7 +164,7 @@ def prepare(cfg, held, launch):
     shape = read_config(cfg.model, student_folder)
     teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
-    teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(teacher_folder)
+    teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(tokenizer_folder(teacher_folder))
     vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
     dataset = Dataset(
         cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
@@ -168,7 +177,8 @@ def prepare(cfg, held, launch):
         dataset.need_room(cfg.sample_tokens)
     origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
     reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
-    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, Tokenizer.load(origin) if origin else None, reference_shape) < vocab:
+    its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None
+    if reference_shape and loss_vocabulary(cfg, tokenizer, shape, its_tokenizer, reference_shape) < vocab:
         raise UserError(f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab:,} ids; it must share the policy's vocabulary")
     if cfg.show_batch:
         batch = next(Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world))
@@ -184,8 +194,13 @@ def prepare(cfg, held, launch):
     cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    weights = student_folder if start is None else folder.step_folder(start)
-    model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=wide, compute_dtype=compute_dtype)
+    weights = student_folder if start is None or cfg.lora_rank else folder.step_folder(start)
+    held_as = compute_dtype if cfg.lora_rank else wide  # what is frozen needs no master weights
+    base = model = build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=held_as, compute_dtype=compute_dtype)
+    if cfg.lora_rank:
+        model = adapt(base, lora_config(cfg, student_folder), cfg.seed, wide)
+        if start is not None:  # the base is built as it was, not unmerged
+            load_adapter(model, folder.step_folder(start) / "adapter")
     model.checkpointing = cfg.checkpointing
     frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
     teacher = frozen(teacher_shape, teacher_folder) if has_teacher and not (cache and cache.whole) else None
@@ -195,7 +210,9 @@ def prepare(cfg, held, launch):
         cache.fill(likeliest(documents, teacher, cfg.kd_topk, temperature=cfg.kd_temperature, vocab=vocab, micro_tokens=cfg.micro_tokens, device=device))
     dataset.listed, teacher = cache, None if cache else teacher
     origin = origin if cfg.reference else student_folder
-    reference = frozen(reference_shape, origin) if reference_shape else None
+    reference = None
+    if reference_shape:  # with LoRA the policy as it starts is the base, which is there already
+        reference = base if cfg.lora_rank and not cfg.reference else frozen(reference_shape, origin)
     if cfg.compile:
         for block in (block for m in (model, teacher, reference) if m for block in m.layers):
             block.compile_halves()

@@ -166,7 +166,8 @@ def train(cfg, run, stop):
     """One run to its last checkpoint; the same loop for every mode."""
     log = Log(run.folder.path, configuration.resolved(cfg, without=("name", "resume")), run.start, run.rank)
     start, steps, counters = run.start or 0, run.steps, run.counters
-    log.say(f"{cfg.mode}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.world} x {run.device.type}, "
+    trained, frozen = (sum(p.numel() for p in run.model.parameters() if p.requires_grad == t) for t in (True, False))
+    log.say(f"{cfg.mode}: {trained:,} parameters{f' beside {frozen:,} frozen ones' if frozen else ''} on {run.world} x {run.device.type}, "
             f"{run.dataset.label}, {steps} steps -> {run.folder.path}" + (f" (resumed at step {start})" if run.start else ""))  # fmt: skip
     spent = 0.0
 
@@ -187,6 +188,8 @@ def train(cfg, run, stop):
         clock = time.perf_counter()
         batch = next(run.source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
+        if cfg.lora_dropout:
+            run.model.dropout.begin(step)
         teacher = run.teacher if cfg.kd_signal != "sampled" else None  # its word is in the advantages already
         sums = forward_backward(run.model, teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device) if norm > 0 else {}
         parallel.sync_gradients(run.model)

@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.report import run_of
 from model import parallel
-from model.checkpoint import build_model, locate, read_config, read_json, stop_ids_of
+from model.checkpoint import ADAPTER, base_of, build_model, locate, read_config, read_json, stop_ids_of, tokenizer_folder
 from model.runs import RunFolder
 from model.transformer import ModelConfig
 
@@ -36,7 +36,8 @@ class Subject:
     def sha256(self):
         """Of config and weights, read once by rank 0."""
         digest = hashlib.sha256()
-        for file in sorted(self.folder.glob("*.safetensors")) if parallel.rank() == 0 else ():
+        files = {f for d in (base_of(self.folder), self.folder) for pattern in ("*.safetensors", ADAPTER) for f in d.glob(pattern)}
+        for file in sorted(files) if parallel.rank() == 0 else ():
             with open(file, "rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
         digest.update(repr(self.config).encode())
@@ -54,14 +55,14 @@ class Subject:
 
 
 def find(name, tokenizer=""):
-    """The Subject of a folder in Hugging Face form, a run's folder (its newest checkpoint), or a hub id."""
+    """The Subject of a folder in Hugging Face or PEFT form, a run's folder (its newest checkpoint), or a hub id."""
     folder = Path(name)
     if steps := RunFolder(folder).steps():
         folder = RunFolder(folder).step_folder(steps[-1])
     folder = locate(str(folder), "checkpoint")
     if folder is None:
         raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
-    tokenizer, config, run = Tokenizer.load(tokenizer or folder), read_config(name, folder), run_of(folder)
+    tokenizer, config, run = Tokenizer.load(tokenizer or tokenizer_folder(folder)), read_config(name, folder), run_of(folder)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
     settings = read_json(run / "config.json") if run and (run / "config.json").is_file() else {}
     return Subject(str(name), folder, config, tokenizer, stop_ids, run, settings)

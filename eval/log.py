@@ -102,11 +102,14 @@ def peak_flops(name):
 
 
 def step_flops(batch, model, teacher, vocab):
-    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward."""
+    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward but for the gradients of
+    frozen matrices."""
     tokens, rows = len(batch.tokens_T), len(batch.rows_N)
     context = sum(n * n for n in batch.lengths) / max(1, 2 * tokens)
     forward = lambda m: tokens * m.flops_per_token(context) + 2 * rows * m.config.hidden_size * vocab
-    return 3 * forward(model) + (forward(teacher) if teacher else 0)
+    spared = 2 * tokens * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
+    spared += 0 if model.head_VD.requires_grad else 2 * rows * model.config.hidden_size * vocab
+    return 3 * forward(model) - spared + (forward(teacher) if teacher else 0)
 
 
 def show_batch(batch, tokenizer, count):

@@ -47,8 +47,9 @@ def read_metrics(run):
 
 
 def run_of(checkpoint):
-    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N; None for any other folder."""
+    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N, or the adapter in it; None for any other folder."""
     path = Path(checkpoint).resolve()
+    path = path.parent if path.name == "adapter" else path
     return path.parents[1] if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name) else None
 
 

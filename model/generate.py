@@ -80,7 +80,7 @@ def in_compute_dtype(model):
     dtype = model.compute_dtype
     if dtype is None or all(p.dtype == dtype for p in model.parameters()):
         return model
-    # deepcopy takes what `memo` holds for the copy: the weights are cast, never copied
+    # deepcopy takes what `memo` holds for the copy: weights are cast, never copied, and those of that dtype (LoRA's frozen base) are shared
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()})
 
 

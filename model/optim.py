@@ -6,9 +6,10 @@ import torch
 
 
 def build_optimizer(model, lr, betas, eps, weight_decay):
-    """Fused AdamW on fp32 master weights. Matrices decay; norms, biases and embeddings (a tied head with them) do not."""
+    """Fused AdamW on fp32 master weights, without those that are frozen. Matrices (adapters too) decay; norms, biases and embeddings (a tied
+    head with them) do not."""
     decay, keep = [], []
-    for name, p in model.named_parameters():
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         (decay if p.dim() == 2 and not name.startswith(("embed_tokens", "lm_head")) else keep).append(p)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -71,7 +71,7 @@ def sync_gradients(model):
     if not active():
         return
     bucket, size = [], 0
-    for p in model.parameters():
+    for p in (p for p in model.parameters() if p.requires_grad):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         bucket.append(p.grad)

@@ -22,7 +22,8 @@ from model.checkpoint import read_json, save_model, write_json
 
 
 class RunFolder:
-    """`runs/<name>/checkpoints/step-N/`: the model in Hugging Face form beside `trainer/` (optimizer, stream, counters)."""
+    """`runs/<name>/checkpoints/step-N/`: the model in Hugging Face form (with LoRA: merged, beside the `adapter/` that training goes on from)
+    and `trainer/` (optimizer, stream, counters)."""
 
     def __init__(self, path, keep=2):
         self.path, self.keep = Path(path), keep
@@ -60,11 +61,11 @@ class RunFolder:
         return final
 
     def load(self, step, model, optimizer):
-        """Restore the optimizer of a model built from `step_folder(step)`; returns the state that was saved beside it."""
+        """Restore the optimizer of a model built from `step_folder(step)`, or from its adapter; returns the state that was saved beside it."""
         folder = self.step_folder(step)
         try:
             with safe_open(folder / "trainer" / "optimizer.safetensors", framework="pt", device="cpu") as tensors:
-                for name, p in model.named_parameters():
+                for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
                     keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
                     like = {"step": torch.float32}
                     optimizer.state[p] = {

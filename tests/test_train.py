@@ -235,17 +235,18 @@ def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sft", "kd", "grpo"])
+@pytest.mark.parametrize("mode", ["sft", "kd", "grpo", "grpo+lora"])
 def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
     import random
 
     rng = random.Random(mode)
     extra = {"sft": [], "kd": [f"--teacher={teacher[0] / 'checkpoints/step-6'}"]}
-    if mode == "grpo":  # some kills fall into a rollout, some into an update, some checkpoints hold unspent samples
+    if mode.startswith("grpo"):  # some kills fall into a rollout, some into an update, some checkpoints hold unspent samples
         (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
         extra["grpo"] = [f"--model={teacher[0] / 'checkpoints/step-6'}", f"--grpo_reward={tmp_path}/mine.py:letters", "--batch_size=8"]
         extra["grpo"] += ["--grpo_samples=4", "--grpo_updates=2", "--grpo_epochs=2", "--sample_tokens=12", "--grpo_beta=0.01", "--lr=1e-3"]
-    args = [f"--mode={mode}", *SMALL, "--steps=600", "--save_every=7", "--eval_every=50", "--name=k", *extra[mode]]
+        extra["grpo+lora"] = [*extra["grpo"], "--lora_rank=4", "--lora_dropout=0.1"]
+    args = [f"--mode={mode.split('+')[0]}", *SMALL, "--steps=600", "--save_every=7", "--eval_every=50", "--name=k", *extra[mode]]
     whole = run(*args, "--runs=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "cut/k"

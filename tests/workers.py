@@ -39,7 +39,7 @@ def gradient(model, teacher, loss_fn, documents, micro_tokens):
     sums = train.forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, torch.device("cpu"))
     parallel.sync_gradients(model)
     metrics = {name: total / count for name, (total, count) in parallel.reduce_metrics(sums).items() if count}
-    return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
+    return metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def rank_main(rank, world, port, build, jobs, results):

@@ -1,0 +1,540 @@
+"""LoRA: PEFT's numbers and files, one copy of the base, the reference policy, runs that are cut, and what is refused."""
+
+import functools
+import gc
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train
+from data.batch import WEIGHTINGS, Document
+from errors import UserError
+from eval import __main__ as evaluation
+from eval.load import find
+from eval.log import step_flops
+from eval.report import run_of
+from kernels.attention import PackedAttention
+from losses.sft import sft_loss
+from model import lora, parallel
+from model.checkpoint import build_model, load_adapter, locate, read_adapter, read_config, save_adapter, save_model
+from model.generate import generate, in_compute_dtype
+from model.optim import build_optimizer
+from model.runs import RunFolder
+from tests import workers
+from tests.test_model import SHAPES, logits, small, theirs
+from tests.test_train import SMALL, timeless
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(train, "draw_curves", lambda folder: None)
+
+
+CONFIG = lora.LoraConfig(rank=3, alpha=7.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+
+
+def shaken(model):
+    """Adapters away from B = 0, so that they do something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in lora.adapters(model).values():
+            layer.lora_B.weight.copy_(torch.randn(layer.lora_B.weight.shape, generator=generator) * 0.1)
+    return model
+
+
+def adapted(config=CONFIG, **more):
+    base = small(**more)
+    return base, shaken(lora.adapt(base, config, 0, torch.float64))
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved(model, folder):
+    """A checkpoint of the model, with the embedded tokenizer."""
+    folder.mkdir(parents=True)
+    save_model(model, folder, train.embedded_tokenizer(), [2, 0])
+    return folder
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_outputs_gradients_and_files_equal_those_of_peft_both_ways(kind, rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs(kind).double().save_pretrained(tmp_path / "base")
+    stated = dict(r=3, lora_alpha=7, target_modules=list(CONFIG.targets), use_rslora=rslora, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(5)
+    reference = peft.get_peft_model(theirs(kind).double(), peft.LoraConfig(**stated)).double()
+    reference.save_pretrained(tmp_path / "theirs")
+
+    base = build_model(read_config("", tmp_path / "base"), tmp_path / "base", device="cpu", seed=0, weight_dtype=torch.float64)
+    config, _ = read_adapter(tmp_path / "theirs")
+    assert (config.rank, config.alpha, config.rslora, config.targets) == (3, 7, rslora, CONFIG.targets)
+    mine = load_adapter(lora.adapt(base, config, 0, torch.float64), tmp_path / "theirs")
+    document, weights = torch.randint(211, (30,)), torch.randn(30, 211, dtype=torch.float64)
+
+    def backward(model, output, weights):
+        model.zero_grad()
+        (output * weights).sum().backward()
+        named = ((n.removeprefix(lora.PREFIX).replace(".default", ""), p) for n, p in model.named_parameters())
+        return {n: p.grad for n, p in named if p.grad is not None}
+
+    def compare(ours, other):
+        """The whole model as far as the other one's norms and positions, which are fp32, allow; each layer to fp64."""
+        whole = logits(ours, [document]), other(document[None]).logits[0]
+        pairs = [(whole, weights, 1e-5)]
+        for name, layer in lora.adapters(ours).items():
+            x = torch.randn(9, layer.in_features, dtype=torch.float64)
+            pairs.append(((layer(x), other.get_submodule(lora.PREFIX + name)(x)), torch.randn(9, layer.out_features), 1e-13))
+        for (got, want), weigh, tolerance in pairs:
+            assert (got - want).norm() < tolerance * want.norm()
+            a, b = backward(ours, got, weigh), backward(other, want, weigh)
+            assert a.keys() == b.keys() and len(a) == (2 * 5 * 3 if want is whole[1] else 2)
+            for name, grad in a.items():
+                assert (grad - b[name]).norm() < tolerance * b[name].norm() and grad.any(), name
+
+    compare(mine, reference)
+    plain = theirs(kind).double()(document[None]).logits[0]
+    assert (logits(mine, [document]) - plain).norm() / plain.norm() > 1e-2  # the adapters do something
+    assert (logits(base, [document]) - plain).norm() / plain.norm() < 1e-6  # the base is left alone
+
+    shaken(mine)
+    save_adapter(mine, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(theirs(kind).double(), tmp_path / "ours", is_trainable=True, autocast_adapter_dtype=False)
+    compare(mine, back)
+    a, b = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
+    stated, known = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs"))
+    assert stated.keys() <= known.keys() and set(stated.pop("target_modules")) == set(known["target_modules"])
+    assert {k for k, v in stated.items() if known[k] != v} == {"init_lora_weights"}
+
+
+def test_a_peft_folder_is_loaded_merged_wherever_a_model_is_named(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs("qwen2-tied").save_pretrained(tmp_path / "base")
+    model = theirs("qwen2-tied")
+    model.config._name_or_path = model.name_or_path = str(tmp_path / "base")
+    projections = r".*layers\.[02]\..*_proj"  # a pattern, and not every layer
+    reference = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=projections, init_lora_weights=False))
+    reference.save_pretrained(tmp_path / "adapter")
+    merged = reference.merge_and_unload()
+    folder = locate(str(tmp_path / "adapter"), "--model")
+    got = build_model(read_config("", folder), folder, device="cpu", seed=0)
+    assert len(read_adapter(folder)[1]) == 2 * 7
+    for name, p in got.named_parameters():
+        assert torch.allclose(p, merged.get_parameter(f"model.{name}"), atol=1e-6), name
+
+
+# --- the layers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_computes_what_the_papers_say():
+    for rslora, scale in ((False, 7 / 4), (True, 7 / 2)):
+        _, model = adapted(lora.LoraConfig(rank=4, alpha=7.0, rslora=rslora))
+        assert len(lora.adapters(model)) == 2 * 7
+        layer, x = model.layers[1].self_attn.q_proj, torch.randn(5, 24, dtype=torch.float64)
+        want = x @ layer.weight.T + layer.bias + scale * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
+        assert torch.allclose(layer(x), want, atol=1e-13, rtol=0)
+
+
+def test_fresh_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
+    base = small()
+    model, again, other = (lora.adapt(base, CONFIG, seed, torch.float64) for seed in (3, 3, 4))
+    documents = [torch.randint(50, (n,)) for n in (5, 9)]
+    assert torch.equal(logits(model, documents), logits(base, documents))
+    for name, layer in lora.adapters(model).items():
+        a, bound = layer.lora_A.weight, layer.in_features**-0.5
+        assert a.abs().max() <= bound and float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.3) and not layer.lora_B.weight.any()
+        assert torch.equal(a, again.get_submodule(name).lora_A.weight) and not torch.equal(a, other.get_submodule(name).lora_A.weight)
+    first = [layer.lora_A.weight[0, :8].detach() for layer in lora.adapters(model).values()]
+    assert all(not torch.equal(x, y) for i, x in enumerate(first) for y in first[:i])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_equals_unmerged_and_generation_too(tied, tmp_path):
+    base, model = adapted(tie_word_embeddings=tied, vocab_size=600)
+    folder = saved(model, tmp_path / "merged")
+    merged = build_model(model.config, folder, device="cpu", seed=0, weight_dtype=torch.float64)
+    assert not lora.adapters(merged)
+    saved(base, tmp_path / "base")
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    from_adapter = build_model(model.config, folder / "adapter", device="cpu", seed=0, weight_dtype=torch.float64)
+    documents = [torch.randint(50, (n,)) for n in (12, 9)]
+    want = logits(model, documents)
+    assert (logits(base, documents) - want).norm() / want.norm() > 1e-3
+    for other in (merged, from_adapter):
+        assert (logits(other, documents) - want).norm() / want.norm() < 1e-10
+        write = functools.partial(generate, prompts=[d.tolist() for d in documents], max_new_tokens=20, stop_ids=[], temperature=1.0, seeds=[1, 2])
+        for a, b in zip(write(other), write(model)):
+            assert a.tokens == b.tokens and np.allclose(a.logp, b.logp, atol=1e-9)
+
+
+def test_a_bf16_base_takes_small_updates_into_the_merged_weights(tmp_path):
+    base = small().to(torch.bfloat16)
+    model = lora.adapt(base, CONFIG, 0)
+    with torch.no_grad():
+        for layer in lora.adapters(model).values():
+            layer.lora_B.weight.fill_(1e-5)
+    tensors = load_file(saved(model, tmp_path / "m") / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    layer = model.layers[0].mlp.up_proj
+    moved = tensors["model.layers.0.mlp.up_proj.weight"] - layer.weight.float()
+    want = 7 / 3 * layer.lora_B.weight @ layer.lora_A.weight
+    assert (moved - want).norm() < 1e-2 * want.norm()  # W + x is rounded to fp32; in bf16 nothing of x would be left
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def documents(rng, count):
+    made = []
+    for _ in range(count):
+        length = int(rng.integers(2, 12))
+        weights = np.ones(length)
+        weights[: rng.integers(1, length)] = 0
+        made.append(WEIGHTINGS["token"](Document(rng.integers(0, 50, length).astype(np.int32), weights)))
+    return made
+
+
+def test_only_adapters_have_gradients_state_and_sync(monkeypatch):
+    _, model = adapted()
+    docs = documents(np.random.default_rng(0), 9)
+    reduced = []
+    monkeypatch.setattr(parallel, "active", lambda: True)
+    monkeypatch.setattr(parallel, "all_reduce_sum", lambda values, device=None: values)
+    monkeypatch.setattr(parallel, "gather", lambda value: [value])
+    monkeypatch.setattr(parallel, "_reduce", reduced.extend)
+    workers.gradient(model, None, sft_loss, docs, 30)
+    names = {f"{name}.{part}.weight" for name in lora.adapters(model) for part in ("lora_A", "lora_B")}
+    assert gradients(model).keys() == names and len(names) == 2 * 5 * 2 and len(reduced) == len(names)
+    optimizer = build_optimizer(model, 1e-3, (0.9, 0.98), 1e-8, 0.1)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if name not in names}
+    optimizer.step()
+    assert len(optimizer.state) == len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_how_the_batch_is_cut_does_not_change_the_gradient(mutant):
+    _, model = adapted(lora.LoraConfig(3, 7.0, dropout=0.2 * mutant))  # with dropout it does: masks belong to micro-batches
+    docs = documents(np.random.default_rng(1), 11)
+    want = workers.gradient(model, None, sft_loss, docs, 1000)[1]
+    cut = [(docs, 14), (docs, 23), (random.Random(0).sample(docs, len(docs)), 30)]
+    errors = [float((workers.gradient(model, None, sft_loss, d, m)[1] - want).norm() / want.norm()) for d, m in cut]
+    assert min(errors) > 1e-3 if mutant else max(errors) < 1e-10
+
+
+def test_dropout_belongs_to_seed_step_and_micro_batch():
+    config = lora.LoraConfig(3, 7.0, dropout=0.25)
+    docs = documents(np.random.default_rng(2), 6)
+
+    def step(number, seed=0, checkpointing=False):
+        base, model = small(), None
+        model = shaken(lora.adapt(base, config, seed, torch.float64))
+        for layer in lora.adapters(model).values():
+            layer.init_weights(0)  # adapters of one seed, masks of another
+        shaken(model).checkpointing = checkpointing
+        torch.manual_seed(random.randrange(1 << 30))  # the global state has no say
+        model.dropout.begin(number)
+        return workers.gradient(model, None, sft_loss, docs, 20)[1]
+
+    first = step(1)
+    assert torch.equal(first, step(1)) and torch.equal(first, step(1, checkpointing=True))
+    assert not torch.allclose(first, step(2)) and not torch.allclose(first, step(1, seed=5))
+
+    _, model = adapted(config)
+    layer, other, x = model.layers[0].mlp.up_proj, model.layers[1].mlp.up_proj, torch.ones(4000, 24, dtype=torch.float64)
+    mask = layer.masked(x)
+    assert mask.unique().tolist() == [0, pytest.approx(4 / 3)] and float(mask.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(mask, layer.masked(x)) and not torch.equal(mask, other.masked(x))
+    model.dropout.count()  # the next micro-batch
+    assert not torch.equal(mask, layer.masked(x))
+    tokens = docs[0].tokens
+    run = lambda: model(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+    _, whole = adapted()
+    whole = shaken(lora.adapt(small(), lora.LoraConfig(3, 7.0), 0, torch.float64))
+    want = whole(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+    with torch.no_grad():
+        assert torch.equal(run(), want)  # generation and scoring
+    assert not torch.allclose(run(), want)
+    model.eval()
+    assert torch.equal(run(), want)
+
+
+def test_flops_leave_out_the_gradients_of_what_is_frozen():
+    from data.batch import Batch
+
+    base, model = adapted()
+    batch = Batch.pack(documents(np.random.default_rng(0), 4))
+    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
+    full = step_flops(batch, small(), None, 50)
+    matrices = sum(p.numel() for n, p in base.layers.named_parameters() if p.dim() == 2)
+    more = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    assert step_flops(batch, model, None, 50) == pytest.approx(full - 2 * tokens * matrices - 2 * rows * 24 * 50 + 6 * tokens * more)
+
+
+# --- one copy of the base; the reference -----------------------------------------------------------------------------
+
+GRPO = ["--mode=grpo", "--device=cpu", *SMALL, "--steps=2", "--model=tiny-teacher", "--grpo_samples=2", "--sample_tokens=6", "--lr=1e-2"]
+GRPO += ["--eval_examples=2", "--lora_rank=4", "--grpo_beta=0.1"]
+
+
+@pytest.fixture
+def reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
+    return f"--grpo_reward={tmp_path}/mine.py:letters"
+
+
+def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
+    """In bf16, as on a GPU: the base in bf16 once, for policy, reference and generation; fp32 for adapters only. Every tensor that Python can
+    reach in the middle of the step is counted."""
+    seen, copies = [], []
+    step, inner = train.forward_backward, train.generate
+
+    def writing(author, *args, **more):
+        copies.append(in_compute_dtype(author))  # kept, as the one that generation makes for itself
+        return inner(author, *args, **more)
+
+    def counting(model, *args):
+        gc.collect()
+        shape = model.layers[0].mlp.down_proj.weight.shape
+        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == shape]
+        seen.append({(t.untyped_storage().data_ptr(), t.dtype) for t in tensors})
+        return step(model, *args)
+
+    before = [id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == (96, 256)]
+    assert not before
+    monkeypatch.setattr(train, "generate", writing)
+    monkeypatch.setattr(train, "forward_backward", counting)
+    kept, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda cfg, run: kept.append(run) or build(cfg, run))
+    assert train.main([*GRPO, reward, "--dtype=bfloat16", f"--runs={tmp_path}", "--name=r"]) == 0
+    (run,) = kept
+    assert len(seen) == 2 and len(copies) == 2 and run.reference is not None
+    for storages in seen:
+        assert len(storages) == 3 and {dtype for _, dtype in storages} == {torch.bfloat16}  # one per layer
+    models = (run.model, run.reference, copies[-1])
+    parameters = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for m in models for p in m.parameters()}
+    base = sum(p.numel() * 2 for p in run.reference.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert sum(parameters.values()) == base + trained * (4 + 2)  # masters, and generation's bf16 copies of them
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, reward, monkeypatch):
+    kept, build, used = [], train.build, []
+
+    def building(cfg, run):
+        kept.append(run)
+        source, loss_fn = build(cfg, run)
+        return source, lambda hidden, head, frozen, batch: used.append(batch) or loss_fn(hidden, head, frozen, batch)
+
+    monkeypatch.setattr(train, "build", building)
+    assert train.main([*GRPO, reward, f"--runs={tmp_path}", "--name=r"]) == 0
+    (run,) = kept
+    plain = build_model(run.model.config, None, device="cpu", seed=0)  # what --model=tiny-teacher --seed=0 is
+    assert not lora.adapters(run.reference)
+    for (name, p), (_, q) in zip(run.reference.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for batch in used:
+        with torch.no_grad():
+            attend = PackedAttention(batch.lengths)
+            for model, same in ((plain, True), (run.model, False)):
+                rows = batch.select(model(batch.tokens_T, batch.positions_T, attend)) @ model.head_VD[: run.vocab].T
+                logp = torch.log_softmax(rows.double(), 1).gather(1, batch.select(batch.target_T)[:, None]).squeeze(1)
+                assert torch.allclose(logp, batch.select(batch.fields["ref_logp"]), atol=1e-5) == same
+    metrics = [m for m in timeless(tmp_path / "r") if "train/ref_kl" in m]
+    assert abs(metrics[0]["train/ref_kl"]) < 1e-9 and metrics[1]["train/ref_kl"] > 1e-7  # B = 0 at first, then the policy moves
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+MODES = {
+    "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_tokens=120"],
+    "kd": ["--mode=kd", "--teacher=tiny-teacher", "--lora_rslora", "--lora_targets=q_proj,down_proj"],
+    "on-policy kd": ["--mode=kd", "--teacher=tiny-teacher", "--kd_prefix=student", "--sample_tokens=5", "--checkpointing", "--lora_dropout=0.2"],
+    "grpo": [*GRPO, "--grpo_updates=2"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_runs_is_cut_resumed_and_evaluated(mode, tmp_path, reward, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--device=cpu", *SMALL, *MODES[mode], "--lora_rank=3", "--lora_alpha=6", "--steps=3", "--save_every=1", "--eval_every=2"]
+    args += ["--name=r", "--lr=1e-2", *([reward] if mode == "grpo" else [])]
+    assert train.main([*args, "--runs=whole"]) == 0, capsys.readouterr().err
+    with monkeypatch.context() as m:
+        clip = train.clip_gradients
+        calls = []
+
+        def killed(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt  # in the middle of the second step
+            return clip(*arguments)
+
+        m.setattr(train, "clip_gradients", killed)
+        assert train.main([*args, "--runs=cut"]) == 130
+    assert RunFolder("cut/r").steps() == [1]
+    assert train.main(["--name=r", "--resume", "--runs=cut"]) == 0
+    assert timeless(tmp_path / "cut/r") == timeless(tmp_path / "whole/r") != []
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "trainer/optimizer.safetensors"):
+        a, b = (tmp_path / w / "r/checkpoints/step-3" / name for w in ("cut", "whole"))
+        assert a.read_bytes() == b.read_bytes(), name
+    step = tmp_path / "whole/r/checkpoints/step-3"
+    with safe_open(step / "trainer/optimizer.safetensors", framework="pt") as f:
+        assert all(".lora_" in key for key in f.keys()) and len(f.keys()) > 0
+    moved = load_file(step / "adapter/adapter_model.safetensors")
+    assert all(t.any() for t in moved.values())  # every B has left 0
+    if mode == "sft":
+        assert max(timeless(tmp_path / "whole/r")[1:3], key=len)["train/tokens"] > 120  # several micro-batches
+    capsys.readouterr()
+    assert evaluation.main(["whole/r", "--tasks=word_problems", "--greedy", "--limit=2", "--max_tokens=4", f"--out={tmp_path}/out"]) == 0
+    assert "word_problems" in capsys.readouterr().out
+
+
+def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, monkeypatch):
+    """A chain: LoRA on a folder, then its adapter folder as the model of another run and of the evaluation."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--mode=sft", "--device=cpu", *SMALL, "--steps=1", "--lr=1e-1", "--eval_examples=0", "--warmup=0"]
+    assert train.main([*common, "--name=base"]) == 0
+    base = "runs/base/checkpoints/step-1"
+    assert train.main([*common, f"--model={base}", "--lora_rank=4", "--name=a"]) == 0
+    folder = tmp_path / "runs/a/checkpoints/step-1"
+    settings = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / base)
+    assert run_of(folder / "adapter") == run_of(folder) == tmp_path / "runs/a"
+    merged, subject = find(str(folder)).model(), find(str(folder / "adapter"))
+    got = subject.model()
+    for (name, p), (_, q) in zip(merged.named_parameters(), got.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    before = subject.sha256
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    assert find(str(folder / "adapter")).sha256 != before
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    assert train.main([*common, f"--model={folder}/adapter", "--lora_rank=2", "--name=b"]) == 0
+    assert train.main([*common, f"--model={folder}", "--lora_rank=2", "--name=c"]) == 0
+    assert timeless(tmp_path / "runs/b") == timeless(tmp_path / "runs/c")
+    assert json.loads((tmp_path / "runs/b/checkpoints/step-1/adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--lora_rank=-1"], "--lora_rank"),
+        (["--lora_alpha=8"], "lora_alpha is not read with lora_rank=0"),
+        (["--lora_rank=4", "--lora_targets=q_proj,lm_head"], "no layer 'lm_head'; choose from q_proj"),
+        (["--lora_rank=4", "--lora_dropout=1"], "--lora_dropout"),
+        (["--lora_rank=4", "--lora_alpha=0"], "--lora_alpha"),
+    ],
+)
+def test_wrong_options_are_one_line(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--mode=sft", *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    base, model = adapted(vocab_size=600)
+    saved(base, folder / "base")
+    save_adapter(model, folder / "adapter")
+    return folder
+
+
+def rewritten(source, tmp_path, settings=(), tensors=()):
+    (tmp_path / "x").mkdir()
+    stated = json.loads((source / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": str(source / "base")} | dict(settings)
+    (tmp_path / "x/adapter_config.json").write_text(json.dumps(stated))
+    held = load_file(source / "adapter/adapter_model.safetensors") | dict(tensors)
+    save_file({k: v for k, v in held.items() if v is not None}, tmp_path / "x/adapter_model.safetensors")
+    return tmp_path / "x"
+
+
+FIRST, SEVENTH = (f"{lora.PREFIX}layers.{n}.self_attn.q_proj.lora_A.weight" for n in (0, 7))
+
+
+@pytest.mark.parametrize(
+    "settings,tensors,words",
+    [
+        ({"peft_type": "IA3"}, {}, "peft_type 'IA3'"),
+        ({"peft_type": None}, {}, "peft_type None"),
+        ({"use_dora": True}, {}, "use_dora is not supported"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
+        ({"bias": "all"}, {}, "bias 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, {}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, {}, "alpha_pattern"),
+        ({"fan_in_fan_out": True}, {}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa_niter_16"}, {}, "pissa_niter_16"),
+        ({"r": 8}, {}, "adapter_config.json says r 8"),
+        ({"r": None}, {}, "must be numbers"),
+        ({"lora_alpha": "x"}, {}, "must be numbers"),
+        ({"base_model_name_or_path": "gone/away/x"}, {}, "base_model_name_or_path gone/away/x: no such folder"),
+        ({"base_model_name_or_path": None}, {}, "no base_model_name_or_path"),
+        ({"base_model_name_or_path": "tiny"}, {}, "is a preset"),
+        ({}, {lora.PREFIX + "embed_tokens.lora_embedding_A": torch.ones(1, 3)}, "lora_embedding_A is not supported"),
+        ({}, {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 24)}, "lm_head.lora_A.weight is not supported"),
+        ({}, {lora.PREFIX + "embed_tokens.lora_A.weight": torch.ones(3, 24)}, "embed_tokens.lora_A.weight is not supported"),
+        ({}, {FIRST.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "magnitude_vector is not supported"),
+        ({}, {FIRST: None}, "incomplete"),
+        ({}, {FIRST: torch.ones(3, 25)}, "is for a layer of 32 x 25, not 32 x 24"),
+        ({}, {SEVENTH: torch.ones(3, 24), SEVENTH.replace("_A", "_B"): torch.ones(32, 3)}, "layer layers.7.self_attn.q_proj that its base has not"),
+    ],
+)
+def test_adapters_that_would_be_computed_wrongly_are_one_line(settings, tensors, words, adapter, tmp_path):
+    folder = rewritten(adapter, tmp_path, settings, tensors)
+    with pytest.raises(UserError) as e:
+        name = locate(str(folder), "--model")
+        assert tensors or settings == {"r": 8}  # what the settings alone say is refused before anything is read
+        build_model(read_config("", name), name, device="cpu", seed=0)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_damaged_and_misplaced_adapters(adapter, tmp_path):
+    folder = rewritten(adapter, tmp_path)
+    load = lambda: build_model(read_config("", locate(str(folder), "--model")), folder, device="cpu", seed=0, weight_dtype=torch.float64)
+    want = load()
+    (tmp_path / "two").mkdir()
+    twice = rewritten(adapter, tmp_path / "two", {"base_model_name_or_path": str(folder)})
+    with pytest.raises(UserError, match="an adapter itself"):
+        locate(str(twice), "--model")
+    weights = folder / "adapter_model.safetensors"
+    for cut in (len(weights.read_bytes()) // 2, 3):
+        weights.write_bytes(weights.read_bytes()[:cut])
+        with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
+            load()
+    weights.unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors"):
+        load()
+    for file in ("config.json", "model.safetensors"):  # the base beside its adapter
+        (adapter / "adapter" / file).write_bytes((adapter / "base" / file).read_bytes())
+    folder = adapter / "adapter"
+    got = load()
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+def test_a_run_keeps_its_adapters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--mode=sft", "--device=cpu", *SMALL, "--steps=1", "--eval_examples=0", "--lora_rank=2"]
+    assert train.main([*args, "--name=r"]) == 0
+    for change in ("--lora_rank=4", "--lora_alpha=1", "--lora_targets=q_proj", "--lora_rslora"):
+        assert train.main(["--name=r", "--resume", change]) == 2
+        assert "the run was begun with" in capsys.readouterr().err
+    (tmp_path / "runs/r/checkpoints/step-1/adapter/adapter_model.safetensors").unlink()
+    assert train.main(["--name=r", "--resume", "--steps=2"]) == 2
+    assert "has no adapter_model.safetensors" in capsys.readouterr().err
