@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 
 import torch
-from torch import nn
 
 from errors import UserError
 from model import parallel
