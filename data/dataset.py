@@ -139,7 +139,8 @@ def _example(row, origin):
         )
         if not ok or messages[-1]["role"] != "assistant":
             raise UserError(f"{origin}: messages must be a list of {{role, content}} texts that ends with the assistant's")
-        return Example(tuple(messages), None, "", origin)
+        answer, task = row.get("answer"), row.get("task")
+        return Example(tuple(messages), None if answer is None else str(answer), task if task in TASKS else "", origin)
     if {"prompt", "completion"} <= keys:
         _texts(row, origin, "prompt", "completion")
         answer = row.get("answer")

@@ -1,0 +1,92 @@
+"""Sequence-level distillation: traces that the grader finds right are kept, with where they are from, and SFT trains on them."""
+
+import json
+
+import pytest
+
+import train
+from eval import traces
+from model.checkpoint import build_model, save_model
+from model.generate import Completion
+from model.transformer import PRESETS
+
+ARGS = ["--data=word_problems:6", "--n=3", "--max_tokens=40"]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    tokenizer = train.embedded_tokenizer()
+    (tmp_path / "teacher").mkdir()
+    save_model(build_model(PRESETS["tiny"], None, device="cpu", seed=0), tmp_path / "teacher", tokenizer, tokenizer.stop_ids())
+    return str(tmp_path / "teacher")
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """A teacher that gives the gold solution, then a wrong one, then the gold one again but never ends."""
+    from data.tasks import TASKS
+
+    tokenizer, asked = train.embedded_tokenizer(), []
+
+    def generate(model, prompts, limit, stop_ids, *, seeds, on_done, fail_after=10**9, **more):
+        assert len(set(seeds)) == len(prompts)
+        asked.append(len(prompts))
+        by_prompt = {}
+        for i, prompt in enumerate(prompts):
+            if i >= generate.fail_after:
+                raise KeyboardInterrupt
+            number = by_prompt[tuple(prompt)] = by_prompt.get(tuple(prompt), -1) + 1
+            gold = next(e for e in problems if e.question in tokenizer.decode(prompt))
+            text = gold.messages[-1]["content"]
+            text = text.rpartition("####")[0] + "#### 987" if number == 1 else text
+            on_done(i, Completion(tokenizer.encode(text), [0.0], number != 2))
+
+    problems = [TASKS["word_problems"].example("word_problems", "train", f"0/{i}") for i in range(6)]
+    generate.fail_after, generate.asked, generate.problems = 10**9, asked, problems
+    monkeypatch.setattr(traces, "generate", generate)
+    return generate
+
+
+def test_right_ones_are_kept_once_with_their_source(teacher, writes, tmp_path, capsys):
+    out = tmp_path / "t"
+    assert traces.main([teacher, *ARGS, f"--out={out}"]) == 0
+    rows = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
+    assert [(r["messages"][0]["content"], r["messages"][1]["content"], r["answer"], r["task"]) for r in rows] == [
+        (e.question, e.messages[-1]["content"], e.answer, "word_problems") for e in writes.problems
+    ]
+    assert all(r["source"]["sample"] == 0 and len(r["source"]["teacher"]) == 64 for r in rows)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(s["right"], s["stopped"]) for s in samples] == [(True, True), (False, True), (True, False)] * 6
+    assert "12 are right" in capsys.readouterr().out
+    assert traces.main([teacher, *ARGS, "--keep=ended", f"--out={tmp_path / 'all'}"]) == 0
+    assert len((tmp_path / "all" / "traces.jsonl").read_text().splitlines()) == 12
+    argv = ["--mode=sft", f"--data={out / 'traces.jsonl'}", "--steps=1", "--batch_size=2", "--eval_examples=2", "--eval_tokens=2", f"--runs={tmp_path}", "--name=r"]
+    assert train.main(argv) == 0
+    assert "eval/word_problems/accuracy" in (tmp_path / "r" / "metrics.jsonl").read_text()  # the gold answers came along
+
+
+def test_what_was_interrupted_goes_on(teacher, writes, tmp_path):
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'whole'}"]) == 0
+    writes.fail_after = 6
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 130
+    assert not (tmp_path / "cut" / "traces.jsonl").exists()
+    with open(tmp_path / "cut" / "samples.part-0.jsonl", "a") as f:
+        f.write('{"problem": 2, "sample": 0, "te')  # a line that a kill cut off
+    writes.fail_after = 10**9
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0
+    assert writes.asked == [18, 18, 12]
+    assert (tmp_path / "cut" / "traces.jsonl").read_text() == (tmp_path / "whole" / "traces.jsonl").read_text()
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0 and len(writes.asked) == 3  # nothing is missing
+
+
+@pytest.mark.parametrize("change,said", [
+    (["--temperature=0"], "same trace"), (["--n=0"], "at least 1"), (["--data=word_problems"], "endless"), (["--data=nowhere.jsonl"], "nowhere"),
+    (["--max_tokens=100000"], "positions"), (["--seed=1"], "another seed"), (["--keep=wrong"], "keep"),
+])  # fmt: skip
+def test_wrong_inputs_are_one_line(change, said, teacher, writes, tmp_path, capsys):
+    if change == ["--seed=1"]:
+        assert traces.main([teacher, *ARGS, f"--out={tmp_path / 't'}"]) == 0
+    capsys.readouterr()
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 't'}", *change]) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err
