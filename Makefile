@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
 
-.PHONY: kd grpo sft test test-slow bench lines clean
+.PHONY: kd grpo sft test test-slow bench bench-gpu lines clean
 
 kd: $(VENV)/run
 	$(BIN)/torchrun train.py --mode kd
@@ -27,6 +27,9 @@ test-slow: $(VENV)/dev
 bench: $(VENV)/run
 	$(BIN)/python -m bench.kd_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
 	$(BIN)/python -m bench.grpo_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
+
+bench-gpu: $(VENV)/run
+	for what in head attention decode train_step; do $(BIN)/python -m bench.$$what || exit; done
 
 lines:
 	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 8,500)"
