@@ -196,7 +196,7 @@ class _Step:
         self.host[:, n:rows] = 0
         for line, values in zip(self.host.numpy(), (token, position, u.view(np.int64))):
             line[:n] = values
-        self.inputs[:, :rows].copy_(self.host[:, :rows], non_blocking=True)
+        self.inputs.copy_(self.host, non_blocking=True)
         if rows in self.graphs:
             self.graphs[rows].replay()
         else:
