@@ -54,7 +54,12 @@ def intervals(values_PX, lowest=0.0, level=0.95, seed=0):
 
 
 def student_t(p, freedom):
-    """The p-quantile of Student's t, by its expansion around the normal one (Abramowitz & Stegun 26.7.5)."""
+    """The p-quantile of Student's t: exactly for one and two degrees of freedom, else by its expansion around the normal one (Abramowitz &
+    Stegun 26.7.5; 0.7 % too small at three)."""
+    if freedom == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if freedom == 2:
+        return (2 * p - 1) * math.sqrt(2 / (1 - (2 * p - 1) ** 2))
     z = Z.inv_cdf(p)
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / freedom**i for i, term in enumerate(terms, 1))
