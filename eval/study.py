@@ -18,7 +18,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, as_command
 from eval.results import aligned, markdown
 from eval.statistics import student_t
 from model.runs import RunFolder, replace_file
@@ -175,17 +175,7 @@ def run(args):
 
 
 def main(argv):
-    try:
-        run(parse(argv))
-        return 0
-    except UserError as e:
-        code, text = 2, e
-    except RunFailed as e:
-        code, text = 1, e
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on"
-    print(f"eval.study: {text}", file=sys.stderr, flush=True)
-    return code
+    return as_command("eval.study", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.dataset import Dataset, Formatter
 from data.tasks import TASKS, grade, judge_all
-from errors import RunFailed, UserError
+from errors import UserError, as_command
 from eval.__main__ import seed_of
 from eval.load import find
 from eval.report import environment
@@ -127,17 +127,7 @@ def run(args):
 
 
 def main(argv):
-    try:
-        run(parse(argv))
-        return 0
-    except UserError as e:
-        code, text = 2, e
-    except RunFailed as e:
-        code, text = 1, e
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on"
-    print(f"eval.traces: {text}", file=sys.stderr, flush=True)
-    return code
+    return as_command("eval.traces", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
