@@ -13,7 +13,7 @@ import torch
 import config as configuration
 from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Order, Stream
-from errors import RunFailed, UserError
+from errors import RunFailed, as_command
 from eval.heldout import evaluate
 from eval.log import Log, peak_flops, step_flops
 from eval.report import draw_curves, summary
@@ -251,20 +251,14 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(configuration.usage(Config, "train.py"))
         return 0
-    try:
+
+    def run():
         cfg, _ = configuration.parse(Config, argv, together=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
         cfg, _ = configuration.parse(Config, argv, stored, kept(stored))
         launch(cfg)
-        return 0
-    except UserError as e:
-        code, text = 2, e
-    except RunFailed as e:
-        code, text = 1, e
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    print(f"train.py: {text}", file=sys.stderr, flush=True)
-    return code
+
+    return as_command("train.py", run, "interrupted")
 
 
 if __name__ == "__main__":

@@ -233,19 +233,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = gpu.device_or_exit(args.dry)
     backend.use("torch" if args.dry else "triton")
-    record = dict(environment=gpu.environment(device), checks=checks(device, args.dry))
-    record["right"] = all(row["right"] for row in record["checks"])
-    for row in record["checks"]:
-        print(json.dumps(row), flush=True)
+    record = gpu.checked(device, checks(device, args.dry))
     if args.only_check:
         print(json.dumps(record))
         return 0 if record["right"] else 1
     with gpu.kept(record, args.json):
         speeds(device, args.dry, args.minutes, record.setdefault("speeds", []))
         print(gpu.table(record["speeds"]))
-        record["other_assemblers"] = {} if args.dry else gpu.checked_with_other_assemblers("bench.attention", 90)
-        for version, other in record["other_assemblers"].items():
-            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
+        record["other_assemblers"] = {} if args.dry else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.attention", 90))
     return gpu.finish(record, args.json)
 
 

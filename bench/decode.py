@@ -196,10 +196,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = gpu.device_or_exit(args.dry)
     backend.use("torch" if args.dry else "triton")
-    record = dict(environment=gpu.environment(device), checks=checks(device, args.dry))
-    record["right"] = all(row["right"] for row in record["checks"])
-    for row in record["checks"]:
-        print(json.dumps(row), flush=True)
+    record = gpu.checked(device, checks(device, args.dry))
     if args.only_check:
         print(json.dumps(record))
         return 0 if record["right"] else 1
@@ -212,9 +209,7 @@ def main(argv=None):
             record["engine"] = found or [dict(way="srlm", tokens_per_s=None, seconds=None, note=why)]
             print(gpu.table(record["engine"]))
         late = args.dry or gpu.late(6)
-        record["other_assemblers"] = {} if late else gpu.checked_with_other_assemblers("bench.decode", 60)
-        for version, other in record["other_assemblers"].items():
-            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
+        record["other_assemblers"] = {} if late else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.decode", 60))
     return gpu.finish(record, args.json)
 
 

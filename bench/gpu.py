@@ -115,6 +115,19 @@ def checked_with_other_assemblers(module, limit_s=150):
     return records
 
 
+def checked(device, rows):
+    """The record of a benchmark that begins with its checks, which are printed."""
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return dict(environment=environment(device), checks=rows, right=all(row["right"] for row in rows))
+
+
+def tell_assemblers(records):
+    for version, record in records.items():
+        print(f"ptxas {version}: {record.get('failed') or ('right' if record['right'] else 'WRONG')}", flush=True)
+    return records
+
+
 def table(rows, columns=None):
     """Rows of dicts as text, a missing value as a dash."""
     columns = list(columns or rows[0])

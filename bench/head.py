@@ -17,7 +17,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from bench.gpu import Bench, checked_with_other_assemblers, table
+from bench.gpu import Bench, checked_with_other_assemblers, table, tell_assemblers
 from kernels import backend, triton_head
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
@@ -318,10 +318,8 @@ def main(argv):
         print(json.dumps({"right": right, "records": bench.records}))
         return 0 if right else 1
     try:
-        others = {} if args.dry else checked_with_other_assemblers("bench.head")
-        for version, other in others.items():
-            print(f"ptxas {version}: {other.get('failed') or ('right' if other['right'] else 'WRONG')}", flush=True)
-            right &= other.get("right", True)
+        others = {} if args.dry else tell_assemblers(checked_with_other_assemblers("bench.head"))
+        right &= all(other.get("right", True) for other in others.values())
         LIGER.update({} if args.dry else liger())
         (tune if args.tune else everything)(bench)
     finally:  # what was measured is kept, whatever happened then

@@ -10,6 +10,7 @@ key-value head (L · H/K), padded to 16 or more for the tensor cores.
 """
 
 import torch
+from torch import library
 
 from kernels import backend
 
@@ -50,7 +51,7 @@ def decode_attention(q_BLHE, k_BKSE, v_BKSE, length_B):
     return (_decode if by_kernel else decode_reference)(q_BLHE, k_BKSE, v_BKSE, length_B)
 
 
-@torch.library.custom_op("srlm::decode_attention", mutates_args=())
+@library.custom_op("srlm::decode_attention", mutates_args=())
 def _decode(q_BLHE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
     q = q_BLHE.contiguous()
     (B, L, H, E), (_, K, S, _) = q.shape, k_BKSE.shape

@@ -17,6 +17,7 @@ Legend: T packed tokens, H query heads, K key-value heads, E head dimension; J t
 from dataclasses import dataclass
 
 import torch
+from torch import library
 import triton
 import triton.language as tl
 
@@ -289,7 +290,7 @@ def _launch(kernel, config, tiles_J3, heads, size, q_THE, k_TKE, *tensors):
     )  # fmt: skip
 
 
-@torch.library.custom_op("srlm::attention", mutates_args=())
+@library.custom_op("srlm::attention", mutates_args=())
 def attention(q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, tiles_2J3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(o_THE, lse_HT in bits): differentiable in q, k and v. Every token belongs to a tile of the map."""
     q, k, v = q_THE.contiguous(), k_TKE.contiguous(), v_TKE.contiguous()
@@ -310,7 +311,7 @@ def _outputs(q_THE):
     return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(q_THE.shape[1], q_THE.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("srlm::attention_backward", mutates_args=())
+@library.custom_op("srlm::attention_backward", mutates_args=())
 def attention_backward(
     q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, o_THE: torch.Tensor, lse_HT: torch.Tensor, do_THE: torch.Tensor,
     tiles_2J3: torch.Tensor,

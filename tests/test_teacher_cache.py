@@ -9,6 +9,7 @@ import torch
 import train
 from data.batch import Batch, Document
 from data.teacher_cache import TeacherCache
+from errors import UserError
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
 from losses.kd import DIVERGENCES
 from tests import reference
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_refused(change, tmp_path):
     if change == "garbage":
         (tmp_path / "c" / "cache.json").write_text("[1]")
     k, temperature, teacher, vocab = k + (change == "k"), temperature + (change == "temperature"), teacher + "!" * (change == "teacher"), vocab + (change == "vocab")
-    with pytest.raises(train.UserError, match="--kd_cache") as e:
+    with pytest.raises(UserError, match="--kd_cache") as e:
         TeacherCache(tmp_path / "c", docs, teacher, k, temperature, vocab)
     assert "\n" not in str(e.value)
 

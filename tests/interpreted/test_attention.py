@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import library
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
@@ -133,11 +134,11 @@ def test_the_operator_keeps_torchs_rules():
     """Fake kernels agree with real ones, autograd is registered as it should be: what torch.compile relies on."""
     lengths = [5, 0, 20]
     tiles = PackedAttention(lengths).tiles
-    torch.library.opcheck(triton_attention.attention, (*tensors(lengths, 2, 1, 16), tiles), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    library.opcheck(triton_attention.attention, (*tensors(lengths, 2, 1, 16), tiles), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     q, k, v = (x.detach() for x in tensors(lengths, 2, 1, 16))
     o, lse = triton_attention.attention(q, k, v, tiles)
-    torch.library.opcheck(triton_attention.attention_backward, (q, k, v, o, lse, q, tiles), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(decode_attention._decode, cache_case(2, 1, 16, [5, 0], 1), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(triton_attention.attention_backward, (q, k, v, o, lse, q, tiles), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(decode_attention._decode, cache_case(2, 1, 16, [5, 0], 1), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_body_compiles_whole():
