@@ -2,7 +2,8 @@
 
 Public forms that are understood (one JSON object per line, a JSON list, or Parquet rows): GSM8K (`question`, `answer` whose
 last line is `#### 42`), any other `question` and `answer`, MATH (`problem`, `solution`, `answer`), HumanEval (`canonical_solution`, …), MBPP
-(`code`, `test_list`, …), chat (`messages`), plain (`prompt`, `completion`).
+(`code`, `test_list`, …), traces of CAMEL (`problem`, `reasoning_solution`, as in camel-ai/gsm8k_distilled), chat (`messages`), plain
+(`prompt`, `completion`).
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from errors import UserError
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz
 GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?[\d,]*\.?\d+%?\.?)\s*\Z")
 GSM8K_CALCULATION = re.compile(r"<<[\d+\-*/().% ]+=[\d+\-*/().=% ]+>>")  # annotations for a calculator, no part of the text
+CAMEL_BOX = re.compile(r"\\boxed\{(\d+)\}")  # CAMEL's GSM8K has it for `#### 42`, around the first digits alone: `\boxed{1},600`
 REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
 
@@ -128,6 +130,10 @@ def _example(row, origin):
         if not gold:
             return Example(_turns(row["question"], row["answer"]), None, "", origin)
         return Example(_turns(row["question"], GSM8K_CALCULATION.sub("", row["answer"])), gold[1], "gsm8k", origin)
+    if {"problem", "reasoning_solution"} <= keys:  # every trace is kept, right or wrong, as is; the misspelt name is CAMEL's
+        _texts(row, origin, "problem", "reasoning_solution")
+        gold = GSM8K_GOLD.search(CAMEL_BOX.sub(r"#### \1", str(row.get("groud_truth_solution"))))
+        return Example(_turns(row["problem"], row["reasoning_solution"]), gold and gold[1], "gsm8k" if gold else "", origin)
     if {"problem", "solution"} <= keys:
         _texts(row, origin, "problem", "solution")
         answer = row.get("answer")
@@ -146,7 +152,8 @@ def _example(row, origin):
         answer = row.get("answer")
         return Example(_turns(row["prompt"], row["completion"]), None if answer is None else str(answer), "", origin)
     raise UserError(
-        f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, messages, prompt+completion, HumanEval, MBPP)"
+        f"{origin}: keys {sorted(keys)} fit no known form (question+answer, problem+solution, problem+reasoning_solution, messages, prompt+completion, "
+        "HumanEval, MBPP)"
     )
 
 

@@ -8,7 +8,7 @@ import train
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, Formatter, Stream, find_file, read_rows, to_example
 from data.grade import parse_number
-from data.tasks import TASKS, Example
+from data.tasks import TASKS, Example, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import UserError
 
@@ -159,6 +159,24 @@ def test_other_questions_and_answers_are_left_as_they_are(answer):
     assert (example.messages[1]["content"], example.task, example.answer) == (answer, "", None)
 
 
+@pytest.mark.parametrize(
+    "end,answer",
+    [("\\boxed{72}", "72"), ("\\boxed{1},600", "1,600"), ("\\boxed{2}.5", "2.5"), ("#### -10", "-10"), ("so \\boxed{3} it is", None), (None, None)],
+)
+def test_traces_of_camel(end, answer, tmp_path):
+    """The columns of camel-ai/gsm8k_distilled; what its makers left of the gold solution's last line is read as GSM8K's."""
+    trace = "<think>\n48/2 = 24, so 72. \\boxed{7}\n</think>\n\nNatalia sold \\(\\boxed{72}\\) clips."
+    row = {"source_type": "openai/gsm8k", "problem": "How many clips?", "reasoning_solution": trace, "boxed_answer_success": True}
+    row |= {"groud_truth_solution": end and f"48/2 = <<48/2=24>>24 clips in May.\n{end}"}
+    for suffix in (".json", ".parquet"):
+        ((origin, back),) = read_rows(write(tmp_path / f"records{suffix}", [row]))
+        example = to_example(back, origin)
+        assert [m["content"] for m in example.messages] == ["How many clips?", trace]
+        assert (example.answer, example.task) == (answer, "gsm8k" if answer else "")
+    if answer == "72":
+        assert grade(example, trace).strict
+
+
 @pytest.mark.parametrize("gold", ["5", "-5", "1,024", "0.5", "$3.50", "10%", ".5", "7."])
 def test_a_last_line_with_a_marked_number_is_gsm8k(gold):
     example = to_example({"question": "Q", "answer": f"It is <<2*.5=1.0>>1 if x << 2.\n#### {gold} \n"}, "")
@@ -183,6 +201,7 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ("[1]", "expected an object"),
         ('{"question": 3, "answer": "x"}', "'question'"),
         ('{"question": "a", "answer": ""}', "'answer'"),
+        ('{"problem": "a", "reasoning_solution": null}', "'reasoning_solution'"),
         ('{"text": "a"}', "fit no known form"),
         ('{"messages": []}', "ends with the assistant"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "ends with the assistant"),
