@@ -1,4 +1,4 @@
-"""Recipes and sweeps as shipped: valid, and written the way wandb would write their command lines."""
+"""Recipes, studies and sweeps as shipped: valid, the paper's numbers as the paper has them, and written the way wandb would write their command lines."""
 
 import itertools
 import tomllib
@@ -8,10 +8,13 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import config
+import eval.__main__
+import eval.traces
 import train
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+STUDIES = sorted(p for p in (ROOT / "recipes" / "study").glob("*.toml") if p.stem != "mini")  # mini is run whole, in test_study.py
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
@@ -37,6 +40,93 @@ def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, 
     argv[1] = str(trimmed)
     assert train.main(argv) == 0
     assert (tmp_path / "r" / "checkpoints" / "step-2" / "model.safetensors").is_file()
+
+
+@pytest.fixture(params=STUDIES, ids=lambda p: p.stem)
+def study(request):
+    return tomllib.loads(request.param.read_text()) | {"file": request.param.name, "text": request.param.read_text()}
+
+
+def knobs(study, name):
+    """A run's own knobs and those in common that it reads, as a config."""
+    common, own = study["common"], study["run"][name]
+    argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
+    read = config.resolved(config.parse(train.Config, argv(common | own), together=False)[0])
+    return config.parse(train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read}))[0]
+
+
+def test_studies_are_whole(study):
+    """Every knob and option is one, every run passes train.py's check, and every name in the file leads somewhere."""
+    assert set(study) <= {"study", "eval", "common", "model", "traces", "run", "arm", "claim", "file", "text"}
+    assert f"eval.study recipes/study/{study['file']} " in study["text"] and max(map(len, study["text"].splitlines())) <= 160
+    runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
+    for name in runs:
+        cfg = knobs(study, name)
+        train.check(cfg)
+        assert cfg.data and not cfg.data.startswith("@") or cfg.data[1:] in traces
+        assert cfg.model == "tiny", "the model is the arm's"
+    for name, options in traces.items():
+        options = {k: v for k, v in options.items() if k != "teacher"}
+        eval.traces.parse([traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in options.items())])
+    for arm in arms.values():
+        assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
+        args = eval.__main__.parse([arm["model"], *(f"--{k}={v}" for k, v in (study["eval"] | arm.get("eval", {})).items())])
+        assert arm.get("paper", "collapsed") == "collapsed" or set(arm["paper"]) <= set(args.tasks)
+    assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(set(map(str, arms.values()))) == len(arms)
+    for claim in study.get("claim", []):
+        better, worse = (arms[claim[side]]["paper"] for side in ("better", "worse"))
+        assert set(claim) == {"text", "better", "worse", "task"}
+        assert worse == "collapsed" or better[claim["task"]] > worse.get(claim["task"], 100), claim
+
+
+# Tables 2 and 3 of arXiv 2506.13404: OlympiadBench, MATH500, MINERVA, AMC23, GSM8K
+PAPER = {
+    "inst": (6.2, 31.4, 6.3, 5.0, 45.5),
+    "base_kd": (3.3, 10.0, 1.8, 7.5, 18.7),
+    "base_kd_lora": (2.2, 7.6, 2.5, 0.0, 9.7),
+    "base_sft": (3.7, 9.2, 1.4, 5.0, 21.6),
+    "base_sft_lora": (0.7, 1.2, 0.3, 2.5, 2.1),
+    "base_rl": (5.2, 23.6, 4.4, 5.0, 34.2),
+    "inst_kd": (3.7, 15.2, 3.3, 2.5, 42.3),
+    "inst_kd_lora": (3.0, 16.6, 1.8, 10.0, 40.0),
+    "inst_sft": (2.4, 12.2, 2.9, 5.0, 30.9),
+    "inst_sft_lora": (3.7, 14.8, 2.9, 7.5, 31.4),
+    "inst_rl": (7.6, 32.4, 8.5, 7.5, 54.0),
+    "base_kd_rl": (3.3, 10.6, 2.2, 0.0, 29.6),
+    "base_kd_lora_rl": (1.8, 4.4, 0.7, 5.0, 2.8),
+    "base_sft_rl": "collapsed",
+    "base_sft_lora_rl": (0.5, 1.0, 1.1, 0.0, 1.2),
+    "inst_kd_rl": "collapsed",
+    "inst_kd_lora_rl": (4.6, 19.4, 3.7, 5.0, 47.9),
+    "inst_sft_rl": (3.1, 13.8, 4.8, 10.0, 45.5),
+    "inst_sft_lora_rl": (2.2, 16.0, 3.7, 5.0, 44.3),
+}
+
+
+def test_the_papers_study_is_the_papers():
+    """Its 18 trained arms, each from the model and by the runs that its name says, its numbers, and every value that it states."""
+    study = tomllib.loads((ROOT / "recipes" / "study" / "paper.toml").read_text())
+    tasks = ("olympiadbench", "math500", "minerva_math", "amc23", "gsm8k")
+    assert {name: arm["paper"] for name, arm in study["arm"].items() if "paper" in arm} == {
+        name: row if row == "collapsed" else dict(zip(tasks, row, strict=True)) for name, row in PAPER.items()
+    }
+    trained = {name: arm for name, arm in study["arm"].items() if arm["chain"]}
+    assert len(trained) == 18 and set(trained) == set(PAPER) - {"inst"}
+    for name, arm in study["arm"].items():
+        start, *_ = name.split("_")
+        assert arm["model"] == {"base": "Qwen/Qwen2.5-0.5B", "inst": "Qwen/Qwen2.5-0.5B-Instruct"}[start]
+        assert not arm["chain"] or "_".join([start, *arm["chain"]]) == name
+    assert set(study["eval"]["tasks"].split(",")) == set(tasks)
+    assert [study["eval"][k] for k in ("temperature", "top_p", "max_tokens")] == [0.6, 0.95, 32768]
+    runs = {name: knobs(study, name) for name in study["run"]}
+    for name, cfg in runs.items():
+        assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
+        assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data
+        if name != "rl":
+            assert (cfg.lr, cfg.epochs, cfg.micro_tokens) == (1e-4 if cfg.lora_rank else 4e-5, 4, 8192)
+    single = tomllib.loads((ROOT / "recipes" / "grpo_gsm8k_0.5b_paper.toml").read_text())
+    passing = {"model", "eval_every", "eval_examples", "save_every", "log_every"}
+    assert {k: getattr(runs["rl"], k) for k in single if k not in passing} == {k: v for k, v in single.items() if k not in passing}
 
 
 def combinations(sweep):
