@@ -1,4 +1,4 @@
-# The commands of the README: `make kd`, `make grpo` and `make test`. Each sets up what it needs in .venv.
+# The commands of the README: `make kd`, `make grpo`, `make study` and `make test`. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
 
-.PHONY: kd grpo sft test test-slow bench bench-gpu lines clean
+.PHONY: kd grpo sft study test test-slow bench bench-gpu lines clean
 
 kd: $(VENV)/run
 	$(BIN)/torchrun train.py --mode kd
@@ -17,6 +17,9 @@ grpo: $(VENV)/run
 
 sft: $(VENV)/run
 	$(BIN)/torchrun train.py --mode sft
+
+study: $(VENV)/run
+	$(BIN)/python -m eval.study recipes/study/mini.toml --seeds 0
 
 test: $(VENV)/dev lines
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 tests
@@ -32,7 +35,7 @@ bench-gpu: $(VENV)/run
 	for what in head attention decode train_step; do $(BIN)/python -m bench.$$what || exit; done
 
 lines:
-	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 9,000)"
+	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 9,400)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

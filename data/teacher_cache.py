@@ -7,6 +7,7 @@ read through a memory map, and `cache.json`, which says what they are of. That f
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +61,14 @@ class TeacherCache:
         """Write what `listed` yields, (ids_Rk, logp_RB) arrays of consecutive positions."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "ids.bin", "wb") as ids, open(self.folder / "logp.bin", "wb") as logp:
+            drafts = {self.folder / name: self.folder / f"{name}.{os.getpid()}.draft" for name in ("ids.bin", "logp.bin", "cache.json")}  # others may fill it too
+            with open(drafts[self.folder / "ids.bin"], "wb") as ids, open(drafts[self.folder / "logp.bin"], "wb") as logp:
                 for ids_Rk, logp_RB in listed:
                     ids.write(np.ascontiguousarray(ids_Rk, np.int32).tobytes())
                     logp.write(np.ascontiguousarray(np.maximum(logp_RB, -65504), np.float16).tobytes())
-            draft = self.folder / "cache.json.draft"
-            draft.write_text(json.dumps(self.what, indent=1) + "\n")
-            draft.rename(self.folder / "cache.json")
+            drafts[self.folder / "cache.json"].write_text(json.dumps(self.what, indent=1) + "\n")
+            for path, draft in drafts.items():
+                draft.rename(path)
         except OSError as e:
             raise UserError(f"--kd_cache {self.folder} cannot be written ({e.strerror or e})") from None
         self.whole = self._agrees()

@@ -1,43 +1,30 @@
 """A study: arms that are chains of training runs, over seeds, evaluated alike, in one report.
 
-    python -m eval.study recipes/study/mini.toml --out studies/mini [--seeds 0,1,2] [--arms kd,kd_grpo]
+    python -m eval.study recipes/study/mini.toml [--seeds 0,1,2] [--arms instruct,instruct_rl] [--out studies/mini]
 
-A file has `[study]` (seeds, and `eval`, options of `python -m eval`), `[common]` (knobs of every run) and one `[arm.NAME]` for each arm: `chain`, a list of
-knobs, one per run; each run begins from the checkpoint of the one before. Runs that arms have in common are made once. Every run is
-the command `train.py …` in a process of its own, under --out; the same study goes on with what was interrupted, and skips what is done.
+A file has `[study]` (seeds), `[eval]` (options of `python -m eval`), `[common]` (knobs of every run), `[run.NAME]` (knobs of train.py), `[model.NAME]` (starting
+points that are made first), `[traces.NAME]` (what a teacher writes), `[arm.NAME]` (a model and a chain of runs) and `[[claim]]` (arms to be compared).
+Every job is a command in a process of its own, one per GPU (of `gpus` GPUs, if [study] says so), else one per processor. The same command goes on with
+what was interrupted and skips what is done. --rehearse runs all of it in miniature: whether a file starts.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
-import math
-import statistics
+import fcntl
+import os
+import signal
 import subprocess
 import sys
-import tomllib
+import time
 from pathlib import Path
 
+import torch
+
+from data.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, as_command
-from eval.results import aligned, markdown
-from eval.statistics import student_t
-from model.runs import RunFolder, replace_file
+from eval import study_plan, study_report
+from model.runs import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """One run of a chain: its knobs, its seed, and the run that it begins from."""
-
-    knobs: tuple
-    seed: int
-    before: "Link | None"
-
-    @property
-    def name(self):
-        key = json.dumps([self.knobs, self.seed, self.before and self.before.name])
-        return f"{dict(self.knobs)['mode']}-s{self.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+PROGRESS = 30.0  # seconds between lines on what is running
 
 
 def parse(argv):
@@ -47,135 +34,144 @@ def parse(argv):
     parser.add_argument("--out", default="", help="folder of runs, evaluations and the report; empty: studies/NAME")
     parser.add_argument("--seeds", default="", help="instead of the file's, with commas between them")
     parser.add_argument("--arms", default="", help="these arms only, with commas between them")
-    return parser.parse_args(argv)
+    parser.add_argument("--at_once", "--at-once", type=int, default=0, help="jobs at the same time; 0: one per GPU, or per processor where there is none")
+    parser.add_argument("--rehearse", action="store_true", help="two steps of a tiny body instead of every checkpoint, the embedded task instead of all data")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
+    args = parser.parse_args(argv)
+    if args.at_once < 0:
+        raise UserError("--at_once must not be negative")
+    return args
 
 
-def read(args):
-    """(study, {arm: [[Link, …] per seed]}) of the file. Raises UserError."""
+# --- running -----------------------------------------------------------------------------------------------------------
+
+
+def places(gpus, at_once):
+    """The environment of each job that may run at the same time: its own GPUs, or one thread of the processor (how many run together must not
+    change what they compute)."""
+    visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or [str(i) for i in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        if gpus > len(visible):
+            raise UserError(f"[study] gpus = {gpus}, but there are {len(visible)}")
+        found = [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i : i + gpus])} for i in range(0, len(visible) - gpus + 1, gpus)]
+        return found[: at_once or None]
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    return [{"OMP_NUM_THREADS": str(threads)}] * (at_once or max(1, len(os.sched_getaffinity(0)) // threads))
+
+
+def start(job, out, place, gpus):
+    """The process of a job. It dies with this one, so that the study can be killed and begun again."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 and job.kind == "train" else []
+    with open(out / "logs" / f"{job.name}.txt", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, *launcher, *map(str, job.command(out))], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | place, cwd=study_plan.ROOT, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
+        )  # fmt: skip
+
+
+def done(out, job):
+    return (out / "done" / job.name).exists()
+
+
+def last_words(out, job):
+    lines = (out / "logs" / f"{job.name}.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no word"
+
+
+def run_jobs(study, out, free):
+    """Every job, as soon as what it needs is done and one of the places `free` is. Returns {job: why it failed}; what does not need a failed
+    one is run all the same. A job that the user can mend ends the study (UserError)."""
+    waiting, running, failed = [j for j in study.jobs if not done(out, j)], {}, {}
+    total, began, shown = len(waiting), time.monotonic(), time.monotonic()
+    say = lambda text: print(f"[{total - len(waiting) - len(running)}/{total} {(time.monotonic() - began) / 60:.0f}m] {text}", flush=True)
     try:
-        with open(args.file, "rb") as f:
-            content = tomllib.load(f)
-    except OSError as e:
-        raise UserError(f"{args.file}: {e.strerror}") from None
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{args.file}: not valid TOML ({e})") from None
-    study, common, arms = (content.get(key, {}) for key in ("study", "common", "arm"))
-    if extra := set(content) - {"study", "common", "arm"}:
-        raise UserError(f"{args.file}: unknown table [{min(extra)}]; there are [study], [common] and [arm.NAME]")
-    try:
-        study["seeds"] = [int(s) for s in args.seeds.split(",")] if args.seeds else study["seeds"]
-        chains = {name: [{**common, **link} for link in arm["chain"]] for name, arm in arms.items()}
-    except (KeyError, ValueError, TypeError) as e:
-        raise UserError(f"{args.file}: {type(e).__name__} {e}: [study] needs seeds, every [arm.NAME] a chain (a list of tables of knobs)") from None
-    for name, chain in chains.items():
-        if not chain or any("mode" not in link for link in chain):
-            raise UserError(f"{args.file}: [arm.{name}] needs a chain, each run of it with a mode")
-    if missing := [a for a in filter(None, args.arms.split(",")) if a not in chains]:
-        raise UserError(f"--arms: no arm {missing[0]!r}; there are {', '.join(chains)}")
-    wanted = [a for a in args.arms.split(",") if a] or list(chains)
-    return study, {name: [links(chains[name], seed) for seed in study["seeds"]] for name in wanted}
+        while waiting or running:
+            for job in [j for j in waiting if any(n in failed for n in j.needs)]:
+                waiting.remove(job)
+                failed[job] = next(failed[n] for n in job.needs if n in failed)
+            while free and (job := next((j for j in waiting if all(done(out, n) for n in j.needs)), None)):
+                waiting.remove(job)
+                place = free.pop(0)
+                running[job] = (start(job, out, place, study.gpus), place, time.monotonic())
+            time.sleep(0.1)
+            for job, (process, place, since) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                free.append(place)
+                said = last_words(out, job)
+                if process.returncode == 2:
+                    raise UserError(f"{job.label}: {said}")
+                if process.returncode or not whole(out, job):
+                    failed[job] = f"{job.label}: {said}"
+                    say(f"FAILED {failed[job]}")
+                else:
+                    replace_file(out / "done" / job.name, "")
+                    say(f"{job.label}: {time.monotonic() - since:.0f} s")
+            if running and time.monotonic() - shown > PROGRESS:
+                shown = time.monotonic()
+                say("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
+    finally:
+        stop([process for process, *_ in running.values()])
+    return failed
 
 
-def links(chain, seed):
-    made = []
-    for knobs in chain:
-        made.append(Link(tuple(sorted(knobs.items())), seed, made[-1] if made else None))
-    return made
+def whole(out, job):
+    """Whether a job that ended well has made what it was asked for: a run that was told to stop saves, and ends well too."""
+    return (out / "runs" / job.name / "curves.png").exists() if job.kind == "train" else job.product(out).exists()
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+def stop(processes):
+    """Runs that are told to stop save a checkpoint first."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
-def checkpoint(out, link):
-    run = RunFolder(out / "runs" / link.name)
-    return run.step_folder(run.steps()[-1])
+# --- the whole -----------------------------------------------------------------------------------------------------------
 
 
-def train(out, link, arm):
-    """Make a run, or go on with it; nothing if it is done."""
-    folder = out / "runs" / link.name
-    if (folder / "done").exists():
-        return
-    given = dict(link.knobs) | ({"model": str(checkpoint(out, link.before))} if link.before else {})
-    argv = [f"--{k}={v}" for k, v in given.items()] + [f"--seed={link.seed}", f"--runs={out / 'runs'}", f"--name={link.name}"]
-    begun = (folder / "config.json").exists()
-    print(f"{arm}, seed {link.seed}: {dict(link.knobs)['mode']} -> {folder}{' (goes on)' if begun else ''}", flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv, *(["--resume"] if begun else [])], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        kind = UserError if done.returncode == 2 else RunFailed
-        raise kind(f"arm {arm}, seed {link.seed}: {said[-1] if said else f'train.py ended with {done.returncode}'}")
-    replace_file(folder / "done", "")
-
-
-def evaluate(out, study, ends):
-    """{(arm, seed): {task: figures}} of the last checkpoints, by `python -m eval` (which keeps what it has)."""
-    folders = list(dict.fromkeys(str(checkpoint(out, link)) for link in ends.values()))
-    options = [f"--{k}={v}" if v is not True else f"--{k}" for k, v in study.get("eval", {}).items()]
-    done = subprocess.run([sys.executable, "-m", "eval", *folders, *options, f"--out={out / 'evals'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise (UserError if done.returncode == 2 else RunFailed)(done.stderr.strip().splitlines()[-1])
-    summaries = json.loads((out / "evals" / "summary.json").read_text())["summaries"]
-    per_folder = len(summaries) // len(folders)
-    found = {f: {task: figures for _, task, figures in summaries[i * per_folder : (i + 1) * per_folder]} for i, f in enumerate(folders)}
-    return {key: found[str(checkpoint(out, link))] for key, link in ends.items()}
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def cost(out, chain):
-    """Tokens the student was trained on and seconds of training, over the whole chain."""
-    tokens = seconds = 0
-    for link in chain:
-        rows = [json.loads(line) for line in (out / "runs" / link.name / "metrics.jsonl").read_text().splitlines()]
-        trained = [r for r in rows if "train/tokens" in r]
-        tokens, seconds = tokens + trained[-1]["train/tokens"], seconds + sum(r["train/seconds"] for r in trained)
-    return tokens, seconds
-
-
-def interval(values, single):
-    """Mean and 95 % interval over seeds (Student's t); of one seed the evaluation's own, over problems."""
-    if len(values) == 1:
-        return single
-    mean, reach = statistics.mean(values), student_t(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - reach, mean + reach
-
-
-def report(out, study, arms, figures):
-    """report.md, report.json; returns the table as text."""
-    tasks = list(next(iter(figures.values())))
-    rows, kept = [["arm", "seeds", *tasks, "student tokens", "seconds"]], []
-    for arm, chains in arms.items():
-        seeds = study["seeds"]
-        cells, values = [], {}
-        for task in tasks:
-            accuracies = [figures[arm, seed][task]["accuracy"] for seed in seeds]
-            values[task] = interval([a[0] for a in accuracies], accuracies[0])
-            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in values[task])))
-        costs = [cost(out, chain) for chain in chains]
-        tokens, seconds = (statistics.mean(c[i] for c in costs) for i in (0, 1))
-        rows.append([arm, str(len(seeds)), *cells, f"{tokens:,.0f}", f"{seconds:,.0f}"])
-        kept.append({"arm": arm, "seeds": seeds, "accuracy": values, "tokens": tokens, "seconds": seconds, "runs": [[link.name for link in c] for c in chains]})
-    what = "Accuracy in %, mean over seeds with its 95 % interval (one seed: over problems); tokens and seconds of training, whole chains, mean over seeds."
-    replace_file(out / "report.md", f"{markdown(rows)}\n\n{what}\n")
-    replace_file(out / "report.json", json.dumps(kept, indent=1) + "\n")
-    return f"{aligned(rows)}\n\n{what}\n{out}/report.md has the table, {out}/evals every sample"
+def outcome(out, arm, failed):
+    """What an arm has left behind for one seed."""
+    jobs = [*arm.chain, *arm.traces, arm.evals, *filter(None, [arm.kl])]
+    kept = lambda job, path: path if job and done(out, job) else None
+    chain = tuple(out / "runs" / job.name for job in arm.chain if done(out, job))
+    traces = tuple(job.product(out).parent for job in arm.traces if done(out, job))
+    evals, kl = (kept(job, job and job.product(out)) for job in (arm.evals, arm.kl))
+    return study_report.Outcome(chain, traces, evals, kl, next((failed[job] for job in jobs if job in failed), ""))
 
 
 def run(args):
-    study, arms = read(args)
-    out = Path(args.out or Path("studies") / Path(args.file).stem).resolve()
-    for arm, chains in arms.items():
-        for chain in chains:
-            for link in chain:
-                train(out, link, arm)
-    ends = {(arm, seed): chain[-1] for arm, chains in arms.items() for seed, chain in zip(study["seeds"], chains, strict=True)}
-    print(report(out, study, arms, evaluate(out, study, ends)), flush=True)
+    study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse)
+    out = Path(args.out or Path("studies") / (study.title + ("-rehearsal" if args.rehearse else ""))).resolve()
+    try:
+        for name in ("runs", "traces", "evals", "kl", "logs", "done"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be made ({e.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is in use by another process; wait for its end or choose another --out") from None
+        failed = {} if args.report else run_jobs(study, out, places(study.gpus, args.at_once))
+        outcomes = {key: outcome(out, arm, failed) for key, arm in study.made.items()}
+        print(study_report.write(out, study.title, study.seeds, study.arms, outcomes, study.claims), flush=True)
+    if failed:
+        raise RunFailed(f"{len(failed)} jobs failed, the first: {next(iter(failed.values()))}; {out}/logs has their words, the same command tries them again")
 
 
 def main(argv):
-    return as_command("eval.study", lambda: run(parse(argv)))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return as_command("eval.study", lambda: run(parse(argv)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

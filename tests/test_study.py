@@ -1,69 +1,311 @@
-"""The study runner: chains, runs in common made once, what is done skipped, what was cut resumed, one report."""
+"""The study runner: a file as jobs, each made once; what is done skipped, what was cut resumed, what failed named; rehearsals of every file."""
 
+import contextlib
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
-from eval import study
+import eval.__main__
+import eval.divergence
+import eval.traces
+import train
+from errors import UserError
+from eval import study, study_plan
+from tests.conftest import ROOT
 
+FILES = sorted((ROOT / "recipes" / "study").glob("*.toml"))
 FILE = """
 [study]
 seeds = [0]
-eval = { tasks = "word_problems", n = 1, max_tokens = 4, limit = 8 }
+[eval]
+tasks = "word_problems"
+n = 2
+max_tokens = 4
+limit = 8
 [common]
-data = "word_problems:8"
-steps = 2
 batch_size = 4
 eval_examples = 2
 eval_tokens = 2
+kd_temperature = 1.0
+[model.start]
 model = "tiny"
+chain = ["sft"]
+[traces.own]
+teacher = "@start"
+data = "word_problems:4"
+max_tokens = 4
+keep = "ended"
+[run.sft]
+mode = "sft"
+data = "word_problems:8"
+steps = 2
+[run.again]
+mode = "sft"
+data = "word_problems:8"
+steps = 2
+lr = 1e-3
+[run.kd]
+mode = "kd"
+data = "word_problems:8"
+teacher = "@start"
+steps = 2
+[run.rl]
+mode = "grpo"
+steps = 1
+sample_tokens = 4
+grpo_samples = 2
+[arm.start]
+model = "@start"
+chain = []
 [arm.sft]
-chain = [{ mode = "sft" }]
-[arm.sft_sft]
-chain = [{ mode = "sft" }, { mode = "sft", lr = 1e-3 }]
+model = "@start"
+chain = ["again"]
+[arm.sft_rl]
+model = "@start"
+chain = ["again", "rl"]
+[arm.kd]
+model = "@start"
+chain = ["kd"]
+[[claim]]
+text = "one is better"
+better = "sft"
+worse = "kd"
 """
 
 
+class Here:
+    """A job's process, in this one: a test need not wait for imports."""
+
+    broken = ()  # labels of the jobs that fail
+
+    def __init__(self, job, out, place, gpus):
+        first, *rest = map(str, job.command(out))
+        main = train.main if first.endswith("train.py") else {"eval": eval.__main__, "eval.traces": eval.traces, "eval.divergence": eval.divergence}[rest[0]].main
+        log = out / "logs" / f"{job.name}.txt"
+        made.append(job)
+        if job.label in self.broken:
+            log.write_text("nothing but trouble\n")
+            self.returncode = 1
+            return
+        with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            self.returncode = main(rest if main is train.main else rest[1:])
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        """It is over already."""
+
+    def wait(self, seconds):
+        return self.returncode
+
+
+made = []
+
+
 @pytest.fixture
-def trained(monkeypatch):
-    """Counts the runs of train.py."""
-    made, call = [], study.subprocess.run
-    monkeypatch.setattr(study.subprocess, "run", lambda argv, **more: (made.append(argv) if "eval" not in argv else None, call(argv, **more))[1])
+def here(monkeypatch):
+    made.clear()
+    monkeypatch.setattr(study, "start", Here)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Here, "broken", ())
     return made
 
 
-def test_runs_in_common_are_made_once_and_a_study_goes_on(tmp_path, trained, capsys):
-    file = tmp_path / "s.toml"
-    file.write_text(FILE)
-    argv = [str(file), f"--out={tmp_path / 'out'}"]
-    assert study.main([*argv, "--arms=sft"]) == 0 and len(trained) == 1
-    assert study.main(argv) == 0
-    assert len(trained) == 2  # the continuation; what it continues was there
-    began = [next(a for a in argv if a.startswith("--model=")) for argv in trained]
-    assert began.count("--model=tiny") == 1 and all("step-2" in b for b in began if b != "--model=tiny")
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [r["arm"] for r in report] == ["sft", "sft_sft"] and report[1]["tokens"] > report[0]["tokens"]
-    before = (tmp_path / "out" / "report.md").read_text()
-    (tmp_path / "out" / "runs" / report[1]["runs"][0][1] / "done").unlink()  # killed behind its last checkpoint
-    assert study.main(argv) == 0 and "--resume" in trained[-1] and len(trained) == 3
-    assert (tmp_path / "out" / "report.md").read_text() == before
-    assert "sft_sft" in capsys.readouterr().out
-
-
-def test_intervals_over_seeds():
-    mean, low, high = study.interval([0.70, 0.74, 0.78], (9, 9, 9))
-    assert mean == pytest.approx(0.74) and high - mean == pytest.approx(4.302653 * 0.04 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)
-    mean, low, high = study.interval([0.6, 0.8], (9, 9, 9))
-    assert high - mean == pytest.approx(12.7062 * 0.1, rel=1e-5)
-    assert study.interval([0.5], (0.5, 0.4, 0.6)) == (0.5, 0.4, 0.6)
-
-
-@pytest.mark.parametrize("text,said", [
-    ("[study]\nseeds = [0]\n[arm.a]\nchain = [{}]", "mode"), ("[study]\n[arm.a]\nchain = []", "seeds"), ("[studi]\n", "studi"), ("x = ", "TOML"),
-    ('[study]\nseeds = [0]\n[arm.a]\nchain = [{ mode = "sft", lrr = 1 }]', "lrr"),
-])  # fmt: skip
-def test_wrong_files_are_one_line(text, said, tmp_path, capsys):
+def write(tmp_path, text=FILE):
     (tmp_path / "s.toml").write_text(text)
-    assert study.main([str(tmp_path / "s.toml"), f"--out={tmp_path / 'o'}"]) == 2
+    return str(tmp_path / "s.toml")
+
+
+def kinds(jobs):
+    return sorted(job.kind for job in jobs)
+
+
+# --- a file as jobs --------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_made_once_each_behind_what_it_needs(tmp_path):
+    plan = study_plan.read(write(tmp_path), seeds="0,1")
+    jobs = plan.jobs
+    assert kinds(jobs) == ["eval"] * 7 + ["kl"] * 6 + ["train"] * 7  # the starting model and its evaluation serve both seeds
+    assert len({job.name for job in jobs}) == len(jobs)
+    for i, job in enumerate(jobs):
+        assert all(need in jobs[:i] for need in job.needs)
+    seeds = [dict(job.options)["seed"] for job in jobs if job.kind == "train"]
+    assert seeds == sorted(seeds)
+    rl = plan.made["sft_rl", 1].chain
+    assert [dict(job.options)["mode"] for job in rl] == ["sft", "grpo"] and dict(rl[1].options)["model"] is rl[0]
+    assert rl[0] == plan.made["sft", 1].chain[0] and rl[0].name.startswith("sft-s1-")
+    assert "kd_temperature" not in dict(rl[0].options) and dict(plan.made["kd", 0].chain[0].options)["kd_temperature"] == 1.0  # read by kd alone
+
+
+def test_a_name_says_what_a_run_is_made_of(tmp_path):
+    name = lambda text: study_plan.read(write(tmp_path, text)).made["sft_rl", 0].chain[1].name
+    first = name(FILE)
+    assert first == name(FILE.replace("[study]", "[study]\n# a comment"))
+    for old, new in (("lr = 1e-3", "lr = 2e-3"), ("sample_tokens = 4", "sample_tokens = 5"), ('chain = ["sft"]', 'chain = ["again"]'), ("batch_size = 4", "batch_size = 8")):
+        assert old in FILE and name(FILE.replace(old, new)) != first  # its own knobs, those of the run before, of the starting model, common ones
+    assert first == name(FILE.replace("limit = 8", "limit = 4"))  # how it is evaluated is not part of it
+
+
+def test_traces_are_named_where_they_are_trained_on(tmp_path):
+    plan = study_plan.read(write(tmp_path, FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@own"\nsteps = 2\nlr')))
+    (traces,) = plan.made["sft", 0].traces
+    assert traces.kind == "traces" and traces.needs == [plan.made["start", 0].evals.needs[0]]
+    assert traces.product(tmp_path) == tmp_path / "traces" / traces.name / "traces.jsonl"
+
+
+@pytest.mark.parametrize("old,new,said", [
+    ('mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlr', 'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlrr', "lrr"),
+    ("lr = 1e-3", "kd_topk = 3", "[run.again]: kd_topk"), ("lr = 1e-3", "seed = 3", "seed is given by the study itself"),
+    ('teacher = "@start"\nsteps', 'teacher = "@stat"\nsteps', "no @stat"), ('model = "tiny"', 'model = "@start"', "begins from itself"),
+    ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"), ("limit = 8", "limitt = 8", "limitt"), ('chain = []', "", "KeyError"),
+    ('tasks = "word_problems"', 'tasks = "word_problem"', "did you mean word_problems"), ('better = "sft"', 'better = "sftt"', "no arm 'sftt'"),
+    ("[study]", "[studi]", "studi"), ("seeds = [0]", "seeds = ", "TOML"), ("seeds = [0]", "seeds = []", "seeds = []"), ("[eval]", "[[eval]]", "[eval] is one table"),
+    ("[[claim]]", "[claim]", "[[claim]]s"), ("seeds = [0]", 'seeds = "x"', "seeds = 'x'"), ("chain = []", "chian = []", "chian"),
+])  # fmt: skip
+def test_wrong_files_are_one_line(old, new, said, tmp_path, capsys):
+    assert old in FILE
+    assert study.main([write(tmp_path, FILE.replace(old, new)), f"--out={tmp_path / 'o'}"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("argv,said", [(["--arms=stfart"], "no arm 'stfart'"), (["--seeds=a"], "seeds"), (["--at_once=-1"], "--at_once"), (["--outt=x"], "--outt")])
+def test_wrong_options_are_one_line(argv, said, tmp_path, capsys):
+    assert study.main([write(tmp_path), *argv]) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and len(err.splitlines()) == 1
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def numbers(out):
+    """The report without times."""
+
+    def timeless(x):
+        if isinstance(x, dict):
+            return {k: timeless(v) for k, v in x.items() if k not in ("seconds", "device_hours")}
+        return [timeless(v) for v in x] if isinstance(x, list) else x
+
+    return timeless(json.loads((out / "report.json").read_text()))
+
+
+def test_a_study_goes_on(tmp_path, here, capsys):
+    file, out = write(tmp_path), tmp_path / "out"
+    assert study.main([file, f"--out={out}", "--arms=sft"]) == 0
+    assert kinds(here) == ["eval", "eval", "kl", "train", "train"]
+    assert study.main([file, f"--out={out}"]) == 0
+    assert kinds(here) == ["eval"] * 4 + ["kl"] * 3 + ["train"] * 4
+    before = numbers(out)
+    assert study.main([file, f"--out={out}"]) == 0 and len(here) == 11 and numbers(out) == before
+    run = study_plan.read(file).made["sft", 0].chain[0]
+    (out / "done" / run.name).unlink()  # killed behind its last checkpoint
+    assert study.main([file, f"--out={out}"]) == 0 and len(here) == 12 and numbers(out) == before
+    assert "--resume" in here[-1].command(out)
+    assert "sft_rl" in capsys.readouterr().out and all((out / f).exists() for f in ("report.md", "samples.md", "curves.png", "cost.png"))
+
+
+def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, capsys):
+    file, out = write(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(Here, "broken", ("sft, seed 0: again",))
+    assert study.main([file, f"--out={out}"]) == 1
+    err = capsys.readouterr().err.strip()
+    assert "nothing but trouble" in err and len(err.splitlines()) == 1
+    assert kinds(here) == ["eval", "eval", "kl", "train", "train", "train"]  # neither what goes on from it nor its evaluation
+    assert "nothing but trouble" in (out / "report.md").read_text()
+    monkeypatch.setattr(Here, "broken", ())
+    assert study.main([file, f"--out={out}"]) == 0 and len(here) == 6 + 6
+    assert "trouble" not in (out / "report.md").read_text()
+
+
+def test_what_the_user_can_mend_ends_the_study(tmp_path, here, capsys):
+    text = FILE.replace('mode = "kd"\ndata = "word_problems:8"', 'mode = "kd"\ndata = "nowhere.jsonl"')
+    assert study.main([write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=kd"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "nowhere.jsonl" in err and "kd, seed 0: kd" in err and len(err.splitlines()) == 1
+
+
+def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, here):
+    plan = study_plan.read(write(tmp_path))
+    job, out = plan.made["sft", 0].chain[0], tmp_path / "out"
+    (out / "runs" / job.name / "checkpoints" / "step-1").mkdir(parents=True)
+    assert not study.whole(out, job)
+
+
+def test_one_study_at_a_time_has_a_folder(tmp_path, here, capsys):
+    import fcntl
+
+    file, out = write(tmp_path), tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert study.main([file, f"--out={out}"]) == 2
+    assert "in use" in capsys.readouterr().err and not here
+
+
+def test_places(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(4)]
+    assert study.places(2, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}] and len(study.places(1, 3)) == 3
+    assert study.places(3, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1,2"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    with pytest.raises(UserError, match="gpus = 3"):
+        study.places(3, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert study.places(1, 0) == [{"OMP_NUM_THREADS": "1"}] * 6 and len(study.places(1, 2)) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert study.places(1, 0) == [{"OMP_NUM_THREADS": "4"}]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_study_starts(path, tmp_path, here, capsys):
+    """Two steps of every run of every arm, with a tiny body in place of the checkpoints."""
+    assert study.main([str(path), "--rehearse", f"--out={tmp_path / 'o'}"]) == 0, capsys.readouterr().err
+    plan, report = study_plan.read(path, rehearsal=True), numbers(tmp_path / "o")
+    trained = [job for job in here if job.kind == "train"]
+    assert {job.name for job in plan.jobs} == {job.name for job in here} and set(plan.arms) == set(study_plan.read(path).arms)
+    for job in trained:
+        steps = [json.loads(line)["step"] for line in (tmp_path / "o" / "runs" / job.name / "metrics.jsonl").read_text().splitlines()]
+        assert steps[-1] == dict(job.options)["steps"] == (60 if job.label.endswith("rehearsed") else 2)
+    assert report
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_path):
+    text = FILE.replace("steps = 2", "steps = 40\nsave_every = 10").replace("steps = 1\n", "steps = 12\nsave_every = 4\n").replace("seeds = [0]", "seeds = [0, 1]")
+    text = text.replace('data = "word_problems:8"\nsteps = 40\nsave_every = 10\nlr', 'data = "@own"\nsteps = 40\nsave_every = 10\nlr').replace("max_tokens = 4\nkeep", "max_tokens = 64\nkeep")
+    text = text.replace('mode = "sft"\ndata = "word_problems:8"\nsteps = 40', 'mode = "sft"\ndata = "word_problems:64"\nsteps = 80')  # its texts come to an end
+    file = write(tmp_path, text)
+    command = lambda name: [sys.executable, "-m", "eval.study", file, f"--out={tmp_path / name}", "--at_once=2"]
+    assert subprocess.run(command("whole"), cwd=ROOT, capture_output=True).returncode == 0
+    moments, kills = itertools.cycle((11.0, 23.7, 6.1, 31.3, 17.9)), 0
+    while True:
+        process = subprocess.Popen(command("cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, err = process.communicate(timeout=next(moments))
+            assert process.returncode == 0, err
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM if kills % 3 == 2 else signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            time.sleep(0.5)
+    assert kills >= 5
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")

@@ -1,0 +1,268 @@
+"""A study's file as jobs: the commands that make its starting models, traces, runs, evaluations and divergences, each of them once.
+
+`[model.NAME]` and `[arm.NAME]` are chains of `[run.NAME]`s; "@NAME" for a model, teacher, reference or data stands for what [model.NAME] or
+[traces.NAME] makes. Jobs that ask for the same thing are the same job, so what arms share is made once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+
+import config as configuration
+import eval.__main__
+import eval.traces
+from errors import UserError
+from knobs import Config, check
+from model.runs import RunFolder
+from model.transformer import PRESETS
+
+TABLES = ("study", "eval", "common", "model", "traces", "run", "arm", "claim")
+KEYS = {"study": ("seeds", "gpus"), "model": ("model", "chain"), "arm": ("model", "chain", "eval", "paper"), "claim": ("text", "better", "worse", "task")}
+REFERRING = ("model", "teacher", "reference", "data")  # what "@NAME" may be given for
+OWN = ("seed", "name", "runs", "resume", "model", "config")  # what the study itself gives to a run
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command: kind is train, traces, eval or kl; options are (name, value) pairs, and a value that is a Job stands for what that one leaves."""
+
+    kind: str
+    options: tuple
+    label: str = dataclasses.field(compare=False)
+
+    @property
+    def needs(self):
+        return [value for _, value in self.options if isinstance(value, Job)]
+
+    @property
+    def name(self):
+        given = dict(self.options)
+        key = [self.kind, sorted((k, v.name if isinstance(v, Job) else v) for k, v in self.options)]
+        what = f"{given['mode']}-s{given['seed']}" if self.kind == "train" else self.kind
+        return f"{what}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
+
+    def product(self, out):
+        """What other jobs take from this one."""
+        if self.kind == "train":
+            run = RunFolder(out / "runs" / self.name)
+            return run.step_folder(run.steps()[-1])
+        return out / {"traces": f"traces/{self.name}/traces.jsonl", "eval": f"evals/{self.name}", "kl": f"kl/{self.name}.json"}[self.kind]
+
+    def command(self, out):
+        given = {k: str(v.product(out)) if isinstance(v, Job) else v for k, v in self.options}
+        if self.kind == "train":
+            run = out / "runs" / self.name
+            given |= {"kd_cache": str(out / "caches" / given["kd_cache"])} if given.get("kd_cache") else {}
+            settings = ["--resume"] if (run / "config.json").exists() else flags(given)  # a run goes on with its own
+            return [ROOT / "train.py", *settings, f"--runs={run.parent}", f"--name={run.name}"]
+        if self.kind == "kl":
+            evals = ["--evals", given["evals"], given["reference_evals"]]
+            return ["-m", "eval.divergence", given["checkpoint"], given["reference"], *evals, f"--out={self.product(out)}"]
+        module, subject = {"traces": ("eval.traces", "teacher"), "eval": ("eval", "checkpoint")}[self.kind]
+        folder = self.product(out).parent if self.kind == "traces" else self.product(out)
+        return ["-m", module, given.pop(subject), *flags(given), f"--out={folder}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One arm for one seed."""
+
+    chain: tuple
+    evals: Job
+    kl: Job | None
+
+    @property
+    def traces(self):
+        return [need for job in self.chain for need in job.needs if need.kind == "traces"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """arms: {name: its table}; made: {(arm, seed): Arm}; gpus: of one run."""
+
+    title: str
+    seeds: list
+    gpus: int
+    arms: dict
+    claims: list
+    made: dict
+
+    @property
+    def jobs(self):
+        """Every job once, what it needs before it, whole seeds one after the other."""
+        found = {}
+
+        def visit(job):
+            if job not in found:
+                for need in job.needs:
+                    visit(need)
+                found[job] = job
+
+        for arm in self.made.values():
+            for job in (*arm.chain, arm.evals, *filter(None, [arm.kl])):
+                visit(job)
+        return list(found)
+
+
+def flags(given):
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
+
+
+def read(path, seeds="", arms="", rehearsal=False):
+    """The Study of a TOML file, every knob and option checked. seeds, arms: those of the file that are wanted, with commas between them
+    (seeds may be others). rehearsal: the same study in miniature (see `miniature`). Raises UserError naming file and table."""
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid TOML ({e})") from None
+    if extra := set(content) - set(TABLES):
+        raise UserError(f"{path}: unknown table [{min(extra)}]; there are {', '.join(TABLES)}")
+    try:
+        content = {name: content.get(name, [] if name == "claim" else {}) for name in TABLES}
+        check_tables(content, [int(s) for s in seeds.split(",") if seeds])
+        chosen = [a for a in arms.split(",") if a] or list(content["arm"])
+        if missing := [a for a in [*chosen, *(c[side] for c in content["claim"] for side in ("better", "worse"))] if a not in content["arm"]]:
+            raise UserError(f"no arm {missing[0]!r}; there are {', '.join(content['arm'])}")
+        return _Plan(miniature(content) if rehearsal else content).study(Path(path).stem, chosen)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: {type(e).__name__} {e}: [study] needs seeds, [arm.NAME] a model and a chain (a list of names of runs)") from None
+
+
+def check_tables(content, seeds):
+    """Refuse tables and keys that no study has, and seeds that are none. seeds: instead of the file's, unless empty."""
+    if odd := [name for name, table in content.items() if isinstance(table, list) != (name == "claim")]:
+        raise UserError(f"{odd[0]}: {'[[claim]]s are a list' if odd[0] == 'claim' else f'[{odd[0]}] is one table'}")
+    rows = [("study", content["study"]), *((kind, table) for kind in ("model", "arm") for table in content[kind].values())]
+    for kind, table in [*rows, *(("claim", table) for table in content["claim"])]:
+        if extra := [key for key in table if key not in KEYS[kind]]:
+            raise UserError(f"[{kind}]: unknown {extra[0]!r}; there are {', '.join(KEYS[kind])}")
+    seeds = content["study"]["seeds"] = seeds or content["study"]["seeds"]
+    if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds) and len(set(seeds)) == len(seeds)):
+        raise UserError(f"[study] seeds = {seeds!r}: write different whole numbers, as in [0, 1, 2]")
+
+
+class _Plan:
+    """What the tables of a file say, as jobs."""
+
+    def __init__(self, content):
+        self.content, self.opened = content, set()
+
+    def study(self, title, chosen):
+        arms, seeds = {name: self.content["arm"][name] for name in chosen}, self.content["study"]["seeds"]
+        if not arms:
+            raise UserError("there is no [arm.NAME]")
+        claims = [c for c in self.content["claim"] if {c["better"], c["worse"]} <= set(chosen)]
+        made = {(name, seed): self._arm(name, seed) for seed in seeds for name in arms}
+        return Study(title, seeds, self.content["study"].get("gpus", 1), arms, claims, made)
+
+    def _arm(self, name, seed):
+        table = self.content["arm"][name]
+        start = self._value(table["model"])
+        chain = self._chain(table["chain"], start, seed, f"{name}, seed {seed}")
+        options = self.content["eval"] | table.get("eval", {})
+        before = self._eval(start, options, f"{table['model']}, before")
+        if not chain:
+            return Arm((), before, None)
+        evals = self._eval(chain[-1], options, f"{name}, seed {seed}")
+        sides = dict(checkpoint=chain[-1], reference=start, evals=evals, reference_evals=before)
+        return Arm(tuple(chain), evals, Job("kl", tuple(sides.items()), f"{name}, seed {seed}: divergence"))
+
+    def _eval(self, checkpoint, options, label):
+        try:
+            eval.__main__.parse(["checkpoint", *flags(options)])
+        except UserError as e:
+            raise UserError(f"[eval]: {e}") from None
+        return Job("eval", (("checkpoint", checkpoint), *sorted(options.items())), f"{label}: evaluation")
+
+    def _chain(self, names, start, seed, label):
+        made = []
+        for name in names:
+            if name not in self.content["run"]:
+                raise UserError(f"{label}: no [run.{name}]; there are {', '.join(self.content['run'])}")
+            knobs = self._knobs(name)
+            knobs |= {"model": made[-1] if made else start, "seed": seed}
+            made.append(Job("train", tuple(sorted(knobs.items())), f"{label}: {name}"))
+        return made
+
+    def _knobs(self, name):
+        """A run's own knobs and those of [common] that it reads."""
+        own, common = self.content["run"][name], self.content["common"]
+        try:
+            if taken := [k for k in (*own, *common) if k in OWN]:
+                raise UserError(f"{taken[0]} is given by the study itself")
+            readable = configuration.resolved(configuration.parse(Config, flags(common | own), together=False)[0])
+            given = {k: v for k, v in common.items() if k in readable} | own
+            check(configuration.parse(Config, flags(given))[0])
+        except UserError as e:
+            raise UserError(f"[run.{name}]: {e}") from None
+        return {k: self._value(v) if k in REFERRING else v for k, v in given.items()}
+
+    def _value(self, value):
+        """What "@NAME" stands for: a Job, or the folder or hub id that [model.NAME] gives a name to."""
+        if not str(value).startswith("@"):
+            return value
+        name = value[1:]
+        if name in self.opened:
+            raise UserError(f"[model.{name}] begins from itself")
+        self.opened.add(name)
+        try:
+            if name in self.content["model"]:
+                table = self.content["model"][name]
+                chain = self._chain(table.get("chain", []), self._value(table["model"]), 0, f"model {name}")
+                return chain[-1] if chain else self._value(table["model"])
+            if name in self.content["traces"]:
+                return self._traces(name)
+        finally:
+            self.opened.remove(name)
+        known = ", ".join(f"@{n}" for n in [*self.content["model"], *self.content["traces"]])
+        raise UserError(f"no {value}: there is neither a [model.{name}] nor a [traces.{name}]; there are {known or 'none'}")
+
+    def _traces(self, name):
+        options = dict(self.content["traces"][name])
+        teacher = self._value(options.pop("teacher"))
+        try:
+            eval.traces.parse(["teacher", *flags(options), "--out=traces"])
+        except UserError as e:
+            raise UserError(f"[traces.{name}]: {e}") from None
+        return Job("traces", (("teacher", teacher), *sorted(options.items())), f"traces {name}")
+
+
+# --- rehearsal -------------------------------------------------------------------------------------------------------
+
+SHORT = dict(steps=2, batch_size=4, grpo_samples=2, micro_tokens=512, sample_tokens=16, grpo_overlong=4, eval_examples=2, eval_tokens=8, warmup=1)
+SHORT |= dict(data="word_problems:16", kd_topk=8, save_every=0, log_every=1, compile=False, template="auto", kernels="auto", wandb="off")
+
+
+def miniature(content):
+    """The same study on a body of a hundred thousand weights and the embedded task, two steps a run: whether a file starts, in minutes, before it
+    costs days. What checkpoints, data and prompts of its own would say is not asked."""
+    tables = {name: [dict(c) for c in table] if name == "claim" else dict(table) for name, table in content.items()}
+    named = lambda value: value if str(value).startswith("@") else "@rehearsed"
+    tables["study"] |= {"seeds": content["study"]["seeds"][:1]}
+    tables["eval"] = dict(tasks="word_problems", n=2, k="1,2", limit=4, max_tokens=16)
+    tables["arm"] = {name: {k: v for k, v in arm.items() if k != "eval"} | {"model": named(arm["model"])} for name, arm in content["arm"].items()}
+    tables["model"] = {name: m | ({"model": "@rehearsed"} if m["model"] not in PRESETS and m["model"][:1] != "@" else {}) for name, m in content["model"].items()}
+    tables["model"]["rehearsed"] = {"model": "tiny", "chain": ["rehearsed"]}
+    tables["traces"] = {name: dict(teacher="@rehearsed", data="word_problems:16", max_tokens=48, keep="ended") for name in content["traces"]}
+    tables["run"] = {name: _short(content["common"] | run) for name, run in content["run"].items()}
+    tables["run"]["rehearsed"] = _short({"mode": "sft"}) | {"steps": 60, "data": "word_problems:64", "batch_size": 16, "lr": 5e-3}  # its texts come to an end
+    tables["common"] = {}
+    return tables
+
+
+def _short(run):
+    """A run's knobs with the expensive ones cut down, less those that it then does not read."""
+    readable = lambda knobs: configuration.resolved(configuration.parse(Config, flags(knobs), together=False)[0])
+    asked = readable(run)
+    referred = {k: run[k] if str(run[k]).startswith("@") else "@rehearsed" for k in ("teacher", "reference") if run.get(k)}
+    short = asked | SHORT | referred | ({"data": run["data"]} if str(run.get("data", "")).startswith("@") else {})
+    short |= {"grpo_reward": "accuracy"} if ".py:" not in str(run.get("grpo_reward", "")) else {}
+    kept = readable(short)
+    return {k: v for k, v in short.items() if k in kept and k not in OWN}
