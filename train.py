@@ -74,8 +74,8 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
             top_k=cfg.sample_top_k, top_p=cfg.sample_top_p, seeds=seeds, batch_size=cfg.sample_batch,
         )  # fmt: skip
         new = [len(c.tokens) for c in done]
-        run.cost.update(sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher))
-        run.cost["flops"] += generation_flops(author, prompts, new, run.vocab)
+        flops = generation_flops(author, prompts, new, run.vocab)
+        run.cost.update(sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher), flops=flops)
         return done
 
     return Rollouts(
