@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,6 +115,9 @@ def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
     return min(shared, shape.vocab_size, teacher_shape.vocab_size)
 
 
+COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")  # of a run so far, over all ranks; its evaluations aside
+
+
 @dataclasses.dataclass
 class Run:
     """What `prepare` makes and the loop uses."""
@@ -136,7 +140,8 @@ class Run:
     start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
     source: Iterator = None
     loss_fn: Callable = None
-    counters: dict = dataclasses.field(default_factory=lambda: {"tokens": 0, "skipped": 0, "skipped_in_a_row": 0})
+    counters: dict = dataclasses.field(default_factory=lambda: dict.fromkeys((*COSTS, "skipped", "skipped_in_a_row"), 0))
+    cost: Counter = dataclasses.field(default_factory=Counter)  # this rank's since the last step, by the names of COSTS
 
 
 def open_cache(cfg, dataset, teacher_folder, vocab, world):

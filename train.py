@@ -15,7 +15,7 @@ from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Order, Stream
 from errors import RunFailed, as_command
 from eval.heldout import evaluate
-from eval.log import Log, peak_flops, step_flops
+from eval.log import Log, forward_flops, generation_flops, peak_flops, step_flops
 from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
 from knobs import Config, check, kept
@@ -26,7 +26,7 @@ from model import parallel
 from model.generate import generate
 from model.optim import clip_gradients, learning_rate
 from model.runs import StopSignal, stored_config
-from prepare import TEACHER, embedded_tokenizer, prepare
+from prepare import COSTS, TEACHER, embedded_tokenizer, prepare
 from rl.rollout import Mixed, Rollouts
 from rl.score import add_correction, add_logprobs
 
@@ -68,10 +68,16 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
         example = run.dataset.example(order(position))
         return example, formatter.prompt(example)
 
-    write = lambda prompts, seeds: generate(
-        author, prompts, cfg.sample_tokens, run.stop_ids, vocab=run.vocab, temperature=cfg.sample_temperature,
-        top_k=cfg.sample_top_k, top_p=cfg.sample_top_p, seeds=seeds, batch_size=cfg.sample_batch,
-    )  # fmt: skip
+    def write(prompts, seeds):
+        done = generate(
+            author, prompts, cfg.sample_tokens, run.stop_ids, vocab=run.vocab, temperature=cfg.sample_temperature,
+            top_k=cfg.sample_top_k, top_p=cfg.sample_top_p, seeds=seeds, batch_size=cfg.sample_batch,
+        )  # fmt: skip
+        new = [len(c.tokens) for c in done]
+        flops = generation_flops(author, prompts, new, run.vocab)
+        run.cost.update(sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher), flops=flops)
+        return done
+
     return Rollouts(
         prompt_at, write, judge, score, per_batch=cfg.batch_size // samples, samples=samples, seed=cfg.seed,
         weighting=weighting or WEIGHTINGS[cfg.weighting], logged=cfg.sample_log, rank=run.rank, world=run.world, **more,
@@ -119,6 +125,8 @@ def teacher_advantages(cfg, run):
 
 def log_probs(cfg, run, documents, name, model):
     add_logprobs(documents, name, model, temperature=cfg.sample_temperature, vocab=run.vocab, micro_tokens=cfg.micro_tokens, device=run.device)
+    lengths, rows = [len(d) for d in documents], sum((d.weights != 0).sum() for d in documents)
+    run.cost.update(teacher_tokens=sum(lengths) * (model is run.teacher), flops=forward_flops(model, lengths, rows, run.vocab))
 
 
 @torch.no_grad()
@@ -158,7 +166,7 @@ def launch(cfg):
         if run.start is not None:
             saved = run.folder.load(run.start, run.model, run.optimizer)
             run.source.load(saved["source"][run.rank if run.rank < len(saved["source"]) else 0])
-            run.counters = saved["counters"]
+            run.counters |= saved["counters"]  # those of an older run lack what it did not count
         train(cfg, run, held.enter_context(StopSignal()))
 
 
@@ -206,7 +214,7 @@ def train(cfg, run, stop):
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
-        values = step_metrics(run, batch, sums | batch.metrics, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
+        values = step_metrics(run, batch, teacher, sums, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
         spent += values["train/seconds"]
         log.metrics(step + 1, values)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
@@ -226,14 +234,17 @@ def train(cfg, run, stop):
     log.close()
 
 
-def step_metrics(run, batch, sums, seconds):
-    """One step's line of metrics.jsonl: losses over all ranks, speed, and on a known GPU the share of its peak."""
-    flops = step_flops(batch, run.model, run.teacher, run.vocab)
-    tokens, flops = parallel.all_reduce_sum([len(batch.tokens_T), flops], run.device)
-    run.counters["tokens"] += int(tokens)
+def step_metrics(run, batch, teacher, sums, seconds):
+    """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
+    tokens = len(batch.tokens_T)
+    flops = step_flops(batch, run.model, teacher, run.vocab) if sums else 0  # no sums: nothing was computed
+    run.cost.update(tokens=tokens, teacher_tokens=tokens if teacher and sums else 0, flops=flops)
+    tokens, flops, *cost = parallel.all_reduce_sum([tokens, flops, *(run.cost[name] for name in COSTS)], run.device)
+    run.cost.clear()
+    run.counters |= {name: run.counters[name] + int(value) for name, value in zip(COSTS, cost)}
     name = lambda k: k if "/" in k else f"train/{k}"
-    values = {name(k): total / count for k, (total, count) in parallel.reduce_metrics(sums).items() if count}
-    values |= {"train/tokens": run.counters["tokens"], "train/skipped": run.counters["skipped"]}
+    values = {name(k): total / count for k, (total, count) in parallel.reduce_metrics(sums | batch.metrics).items() if count}
+    values |= {f"train/{name}": run.counters[name] for name in (*COSTS, "skipped")}
     values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
     if run.device.type == "cuda":
         values["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -38,7 +38,7 @@ def evaluate(model, dataset, stop_ids, loss_fn, micro_tokens, max_new_tokens, ra
         few = prompts[: -(-COMPARED // world)]
         theirs = generate(teacher, few, max_new_tokens, stop_ids, vocab=vocab)
         for author, written in (("teacher", theirs), ("student", answers)):
-            batch = Batch.pack(_document(p, a.tokens) for p, a in zip(few, written))
+            batch = Batch.pack(document(p, a.tokens) for p, a in zip(few, written))
             sums |= {f"on_{author}/{k}": v for k, v in compare(model, teacher, batch, vocab, micro_tokens).items()}
     model.train()
     samples = [s for each in itertools.zip_longest(*parallel.gather(samples)) for s in each if s]  # in the examples' order
@@ -79,7 +79,7 @@ def _logits(hidden_nD, head_VD):
     return product(hidden_nD, head_VD.to(hidden_nD.dtype).t(), out_nV)
 
 
-def _document(prompt, completion):
+def document(prompt, completion):
     tokens = np.array([*prompt, *completion], np.int32)
     return Document(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
 

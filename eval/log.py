@@ -1,5 +1,6 @@
 """What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, wandb, the progress line. Silent but on rank 0."""
 
+import itertools
 import json
 import os
 import secrets
@@ -101,12 +102,24 @@ def peak_flops(name):
     return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
 
 
+def forward_flops(model, lengths, rows, vocab):
+    """FLOPs of a forward pass over documents of these lengths, the head on `rows` of their tokens only."""
+    context = sum(n * n for n in lengths) / max(1, 2 * sum(lengths))
+    return sum(lengths) * model.flops_per_token(context) + 2 * rows * model.config.hidden_size * vocab
+
+
+def generation_flops(model, prompts, new, vocab):
+    """FLOPs of writing new[i] tokens behind prompts[i]: the last one is never read, and a prompt like the one before it shares that one's cache."""
+    shared = [len(p) - 1 for before, p in itertools.pairwise(prompts) if p == before]
+    read = [len(p) + n - 1 for p, n in zip(prompts, new, strict=True)]
+    return forward_flops(model, read, sum(new), vocab) - forward_flops(model, shared, 0, vocab)
+
+
 def step_flops(batch, model, teacher, vocab):
     """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward but for the gradients of
     frozen matrices."""
     tokens, rows = len(batch.tokens_T), len(batch.rows_N)
-    context = sum(n * n for n in batch.lengths) / max(1, 2 * tokens)
-    forward = lambda m: tokens * m.flops_per_token(context) + 2 * rows * m.config.hidden_size * vocab
+    forward = lambda m: forward_flops(m, batch.lengths, rows, vocab)
     spared = 2 * tokens * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
     spared += 0 if model.head_VD.requires_grad else 2 * rows * model.config.hidden_size * vocab
     return 3 * forward(model) - spared + (forward(teacher) if teacher else 0)

@@ -12,15 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from data.dataset import Dataset, Formatter
 from data.tasks import TASKS, grade, judge_all
 from errors import UserError, as_command
 from eval.__main__ import seed_of
 from eval.load import find
+from eval.log import generation_flops
 from eval.report import environment
 from eval.results import Samples, line
 from model.generate import generate
 from model.runs import replace_file
+from model.transformer import Transformer
 
 
 def parse(argv):
@@ -119,7 +123,10 @@ def run(args):
     samples.begin(identity, {"name": args.teacher, "environment": environment()})
     tokens, seconds = write(args, subject, found, samples)
     rows = judge(found, {key: row for key, row in samples.read().items() if key[0] < len(found) and key[1] < args.n})
-    samples.finish(rows, tokens, seconds)
+    with torch.device("meta"):
+        shape = Transformer(subject.config)  # without weights: where nothing was missing none were read
+    written = [found[p][1] for p, _ in rows], [row["tokens"] for row in rows.values()]
+    samples.finish(rows, tokens, seconds, flops=generation_flops(shape, *written, subject.vocab))
     text, count = collect(args, subject, found, rows)
     replace_file(Path(args.out) / "traces.jsonl", text)
     right, ended = (sum(r[name] for r in rows.values()) for name in ("right", "stopped"))

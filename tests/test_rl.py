@@ -85,7 +85,7 @@ def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start,
                 shutil.rmtree(path)
         code, said = run("--name=r", "--resume", f"--runs={cut.parent}", cwd=tmp_path)
         assert code == 0, said
-        assert timeless(cut) == timeless(whole) and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+        assert timeless(cut) == timeless(whole) and timeless(cut)[-2]["train/flops"] > 0 and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 def test_unspent_samples_keep_what_they_were_scored_with(start, reward, tmp_path):
@@ -115,6 +115,7 @@ def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
     assert one == two == 0, said
     for a, b in zip(timeless(tmp_path / "one/r"), timeless(tmp_path / "two/r"), strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+        assert a.get("train/flops", 1) and a.get("train/sampled_tokens", 1)  # compared like all others, and not 0
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,9 @@ def test_what_was_interrupted_goes_on(teacher, writes, tmp_path):
     assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0
     assert writes.asked == [18, 18, 12]
     assert (tmp_path / "cut" / "traces.jsonl").read_text() == (tmp_path / "whole" / "traces.jsonl").read_text()
+    cut, whole = (json.loads((tmp_path / name / "samples.json").read_text())["generated"] for name in ("cut", "whole"))
+    matrices = 2 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 256) + 96 * 512  # two layers of `tiny` and the head, for each new token; then prompts and attention
+    assert cut["flops"] == whole["flops"] and 1 < whole["flops"] / (2 * matrices * whole["tokens"]) < 2  # all samples, whoever wrote them
     assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0 and len(writes.asked) == 3  # nothing is missing
 
 

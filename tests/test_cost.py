@@ -1,0 +1,93 @@
+"""What a run says it has cost, against the products that PyTorch itself counts while the run goes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from eval.log import forward_flops, generation_flops
+from eval.report import read_metrics
+from kernels.attention import PackedAttention
+from model.checkpoint import build_model
+from model.generate import generate
+from model.transformer import PRESETS, Transformer
+
+SMALL = ["--device=cpu", "--steps=4", "--batch_size=4", "--eval_examples=0", "--lr=1e-4", "--data=word_problems:40", "--name=r", "--runs=."]
+WRITTEN = ["--mode=kd", "--teacher=tiny-teacher", "--sample_tokens=8"]
+GRPO = ["--mode=grpo", "--model=tiny-teacher", "--sample_tokens=8", "--grpo_samples=2", "--grpo_beta=0.1", "--grpo_reward=mine.py:letters"]
+REUSED = [*GRPO, "--grpo_updates=2", "--grpo_epochs=2", "--grpo_refills=1", "--grpo_kd=0.5", "--teacher=tiny-teacher"]
+
+CASES = {  # knobs, generations, tokens that the teacher reads for each that is trained on, and those that it writes for each that is sampled
+    "sft": (["--mode=sft"], 0, 0, 0),
+    "kd": (["--mode=kd", "--teacher=tiny-teacher", "--kd_ce=0.5"], 0, 1, 0),
+    "kd on the student's text or the data": ([*WRITTEN, "--kd_prefix=student", "--kd_mix=0.5"], 1, 1, 0),
+    "kd on the teacher's text": ([*WRITTEN, "--kd_prefix=teacher", "--kd_signal=topk"], 4, 1, 1),
+    "kd by sampled tokens": ([*WRITTEN, "--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"], 4, 1, 0),
+    "grpo": (GRPO, 4, 0, 0),
+    "grpo, one rollout for four steps": (REUSED, 1, 1, 0),
+    "grpo with lora": ([*GRPO, "--lora_rank=4"], 4, 0, 0),
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "draw_curves", lambda folder: None)
+
+
+@pytest.mark.parametrize("knobs,generations,read,written", CASES.values(), ids=CASES)
+def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, here, monkeypatch):
+    """Without attention (below) the products are exactly those that PyTorch sees, from the first batch to the last update. Only under LoRA
+    is one spared that is counted: nothing needs the gradient of the first layer's input."""
+    flops_per_token, done = Transformer.flops_per_token, []
+    monkeypatch.setattr(Transformer, "flops_per_token", lambda model, context: flops_per_token(model, 0))
+    monkeypatch.setattr(train, "generate", lambda *args, **more: done.append(generate(*args, **more)) or done[-1])
+    with FlopCounterMode(display=False) as counted:
+        assert train.main([*SMALL, *knobs]) == 0
+    lines = read_metrics(Path("r"))
+    last = lines[-1]
+    sampled = sum(len(c.tokens) for completions in done for c in completions)
+    assert len(done) == generations and last["train/sampled_tokens"] == sampled and (sampled > 0) == (generations > 0)
+    assert last["train/teacher_tokens"] == read * last["train/tokens"] + written * sampled
+    lora = "--lora_rank=4" in knobs
+    assert last["train/flops"] == pytest.approx(counted.get_total_flops(), rel=0.02 if lora else 1e-9)
+    assert not lora or last["train/flops"] > counted.get_total_flops()
+    costs = [[m[f"train/{name}"] for name in train.COSTS] for m in lines]
+    assert costs == sorted(costs) and len(costs) == 4  # of the run so far
+
+
+def test_attention_is_counted(monkeypatch):
+    """A token attends to itself and all before it; the formula takes half of n for the mean of 1 … n, which is 1/n less."""
+    model, spent, attention = build_model(PRESETS["tiny"], None, device="cpu", seed=0), [], F.scaled_dot_product_attention
+
+    def seen(q, k, v, is_causal=False, **more):
+        spent.append(4 * q.numel() * (k.shape[2] if not is_causal else (k.shape[2] + 1) / 2))  # q·k and p·v, two FLOPs a product
+        return attention(q, k, v, is_causal=is_causal, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
+    tokens = torch.arange(120)
+    model(tokens, tokens % 60, PackedAttention([60, 60]))
+    assert forward_flops(model, [60, 60], 7, 500) == pytest.approx(120 * 2 * matrices + 7 * 2 * 96 * 500 + sum(spent), rel=1e-3)
+    assert forward_flops(model, [60, 60], 0, 500) - 120 * 2 * matrices == pytest.approx(sum(spent), rel=1 / 50)
+    spent.clear()
+    prompts = [list(range(50))] * 2
+    generate(model, prompts, 10, [], vocab=500)
+    assert generation_flops(model, prompts, [10, 10], 500) - (49 + 20) * 2 * matrices - 20 * 2 * 96 * 500 == pytest.approx(sum(spent), rel=1 / 50)
+
+
+def test_a_checkpoint_from_before_these_were_counted_goes_on_from_0(here):
+    assert train.main([*SMALL, *GRPO, "--steps=2"]) == 0
+    state = Path("r/checkpoints/step-2/trainer/state.json")
+    saved = json.loads(state.read_text())
+    assert saved["counters"].keys() == {*train.COSTS, "skipped", "skipped_in_a_row"}
+    state.write_text(json.dumps(saved | {"counters": {k: saved["counters"][k] for k in ("tokens", "skipped", "skipped_in_a_row")}}))
+    assert train.main(["--name=r", "--runs=.", "--resume", "--steps=3"]) == 0
+    second, third = read_metrics(Path("r"))[-2:]
+    assert third["train/tokens"] > second["train/tokens"] and 0 < third["train/sampled_tokens"] <= 4 * 8
+    assert 0 < third["train/flops"] < second["train/flops"]
