@@ -21,17 +21,18 @@ from model.runs import replace_file
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
 SHOWN, LENGTH = 2, 1200  # samples of each verdict for an arm in samples.md, and their characters at most
-NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is over seeds by Student's t, for these problems (of two or three
-seeds it is wide: 12.7 and 4.3 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting model as it is, interval as for claims.
-Cost: of the whole chain, mean over seeds. Runs and traces that arms share are charged to each in full (traces as teacher tokens, FLOPs and seconds); making the starting
-models and evaluating are not charged. Device hours: seconds times ranks. "-": not done, or not known."""
-CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired by problem and seed. Over problems: bootstrap of problems, seeds pooled (what
-if the problems were others?). Over seeds: Student's t of the seeds' differences (what if the runs were?). The interval beside the difference holds both: their half-widths
-squared and added, rather too wide than too narrow; of one seed it knows of problems only. Verdict: "agrees" if it excludes 0 with the sign of the paper's difference,
-"contradicts" with the other sign, "not shown" if it holds 0. All are of 95 %, not corrected for the number of claims; the paper's numbers are of single runs."""
-KL_NOTES = """Nats per token, mean over seeds; start: the model that the chain began from. KL(arm, start) on the arm's own text: how far what it writes is from what the start
-would write. KL(start, arm) on the start's text: how unlikely the old behaviour has become, which is forgetting. Top-1: % of tokens where both have the same likeliest
-one. Entropy: how undecided each is; an arm far below its start has lost variety."""
+NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is over seeds by Student's t, for these problems (of two or
+three seeds it is wide: 12.7 and 4.3 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting model as it is.
+Cost: of the whole chain, mean over seeds. Runs and traces that arms share are charged to each in full (traces as teacher tokens, FLOPs and seconds); making
+the starting models and evaluating are not charged. Device hours: seconds times ranks. "-": not done, or not known."""
+CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired by problem and seed. Over problems: bootstrap of problems, seeds
+pooled (what if the problems were others?). Over seeds: Student's t of the seeds' differences (what if the runs were?). The interval beside the difference, and
+beside every gain above, holds both: their half-widths squared and added, rather too wide than too narrow; of one seed it knows of problems only. "agrees": it
+excludes 0, with the sign of the paper's difference (of single runs); "contradicts": with the other sign; "not shown": it holds 0. All are of 95 %, not
+corrected for the number of claims."""
+KL_NOTES = """Nats per token, mean over seeds; start: the model that the chain began from. KL(arm, start) on the arm's own text: how far what it writes is from
+what the start would write. KL(start, arm) on the start's text: how unlikely the old behaviour has become, which is forgetting. Top-1: % of tokens where both have
+the same likeliest one. Entropy: how undecided each is; an arm far below its start has lost variety."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,9 @@ class Study:
         pooled = paired(theirs_SPX.sum(0).tolist(), ours_SPX.sum(0).tolist())
         each = (ours_SPX[..., 1] / ours_SPX[..., 0] - theirs_SPX[..., 1] / theirs_SPX[..., 0]).mean(1).tolist()
         (mean, low, high), (_, reach) = (pooled[name] for name in ("difference", "low", "high")), over_seeds(each)
-        return {"figure": [mean, mean - math.hypot(mean - low, reach), mean + math.hypot(high - mean, reach)], "each": each,
-                "problems": len(both), "over_problems": [low, high], "over_seeds": [mean - reach, mean + reach] if reach else None}  # fmt: skip
+        figure = [mean, max(-1.0, mean - math.hypot(mean - low, reach)), min(1.0, mean + math.hypot(high - mean, reach))]
+        return {"figure": figure, "each": each, "problems": len(both), "over_problems": [low, high],
+                "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None}  # fmt: skip
 
     def mean(self, arm, measure):
         """{name: mean over the seeds that are done; None where one of them does not know it}."""
@@ -118,7 +120,8 @@ def divergence(outcome):
 def judge(study, claim):
     """A claim with our difference, the paper's own, and whether they agree."""
     column = claim.get("task") or next(iter(study.columns), None)
-    task, theirs = column if column in study.tasks else next(iter(study.tasks), None), [study.papers.get(claim[side], {}).get(column) for side in ("better", "worse")]
+    task = column if column in study.tasks else next(iter(study.tasks), None)
+    theirs = [study.papers.get(claim[side], {}).get(column) for side in ("better", "worse")]
     paper = "collapsed" if "collapsed" in theirs else None if None in theirs else theirs[0] - theirs[1]
     ours = study.difference(claim["better"], claim["worse"], task)
     verdict = "paper: collapsed" if paper == "collapsed" else "-"
@@ -140,9 +143,8 @@ def numbers(study, title, outcomes, claims, hide):
             "accuracy": {task: study.accuracy(name, task) for task in study.tasks}, "gain": {task: study.difference(name, start, task) for task in study.tasks},
             "cost": study.mean(name, cost), "kl": study.mean(name, divergence),
         })  # fmt: skip
-    conditions = list(dict.fromkeys(line for s in study.summaries.values() for line in s["conditions"]))
-    return {"title": title, "seeds": study.seeds, "tasks": study.tasks, "columns": study.columns, "conditions": conditions, "arms": arms,
-            "claims": [judge(study, claim) for claim in claims]}  # fmt: skip
+    return {"title": title, "seeds": study.seeds, "tasks": study.tasks, "columns": study.columns, "arms": arms, "claims": [judge(study, c) for c in claims],
+            "conditions": list(dict.fromkeys(line for s in study.summaries.values() for line in s["conditions"]))}  # fmt: skip
 
 
 def points(figure, sign=""):
@@ -171,7 +173,8 @@ def claims_table(claims):
         ours, each = c["ours"], c["ours"]["each"]
         signs = f"{sum(d * ours['figure'][0] > 0 for d in each)} of {len(each)}" if each else "-"
         paper = f"{c['paper']:+.1f} on {c['column']}" if isinstance(c["paper"], (int, float)) else c["paper"] or "-"
-        rows.append([c["text"], c["task"] or "-", *(points(ours[k], "+") for k in ("figure", "over_problems", "over_seeds")), signs, paper, c["verdict"] + " (one seed)" * (len(each) == 1)])
+        figures = [points(ours[k], "+") for k in ("figure", "over_problems", "over_seeds")]
+        rows.append([c["text"], c["task"] or "-", *figures, signs, paper, c["verdict"] + " (one seed)" * (len(each) == 1 and "paper" not in c["verdict"])])
     return rows
 
 
@@ -201,7 +204,8 @@ def samples_page(study):
             first = {row["question"]: row for row in reversed(rows) if row["strict"] == strict}  # one sample of a problem
             for question, row in list(first.items())[: -SHOWN - 1 : -1]:
                 shown.add(question)
-                parts.append(f"**{verdict}**, {'stopped by itself' if row['stopped'] else 'cut off'}: problem {row['problem']}, sample {row['sample']}, {row['tokens']:,} tokens")
+                ended = "stopped by itself" if row["stopped"] else "cut off"
+                parts += [f"**{verdict}**, {ended}: problem {row['problem']}, sample {row['sample']}, {row['tokens']:,} tokens"]
                 parts += [fenced(f"{question}\n\ngold: {row['gold']}"), fenced(row["text"])]
     return "\n\n".join([f"# Samples on {task}: a question with its gold answer, then what the arm wrote", *parts]) + "\n"
 
@@ -238,9 +242,9 @@ def draw(study, kept, out):
         if lines:
             ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     costs, ax = plt.subplots(figsize=(9, max(4.5, 0.25 * len(kept["arms"]))))
-    marks = []
+    marks, known = [], list(dict.fromkeys(a["model"] for a in kept["arms"]))
     for a in (a for a in kept["arms"] if a["seeds"] and a["accuracy"][task]["figure"]):
-        (mean, low, high), colour = (100 * x for x in a["accuracy"][task]["figure"]), f"C{models.index(a['model']) % 10}"
+        (mean, low, high), colour = (100 * x for x in a["accuracy"][task]["figure"]), f"C{known.index(a['model']) % 10}"
         if not a["chain"]:
             ax.axhline(mean, color=colour, ls="--", lw=1, label=f"{a['arm']}, as it is")
         elif a["cost"]["flops"]:
@@ -252,7 +256,7 @@ def draw(study, kept, out):
     ax.set(xscale="log", xlabel="FLOPs of the whole chain", ylabel=f"{task}: accuracy, % (95 % interval)")
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3)  # above the points
     try:
         for name, figure in (("curves.png", curves), ("cost.png", costs)):
             figure.savefig(out / f".draft-{name}", dpi=120, bbox_inches="tight")
@@ -273,14 +277,14 @@ def write(out, title, seeds, arms, outcomes, claims):
     replace_file(out / "samples.md", samples_page(study))
     valid = json.loads(json.dumps(kept), parse_constant=lambda name: None)  # JSON has no NaN: the interval of a single problem
     replace_file(out / "report.json", json.dumps(valid, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    parts = [f"# {title}", *(f"- {line}" for line in kept["conditions"]), markdown([list(rows[0]), *(list(r.values()) for r in rows)])]
-    parts += [*failed, "Failed seeds are left out of the means, which flatters their arms."] if failed else []
-    parts += [NOTES, *(["## What the paper concludes", markdown(asked), CLAIM_NOTES] if claims else [])]
+    parts = [f"# {title}", *(f"- {line}" for line in kept["conditions"]), markdown([list(rows[0]), *(list(r.values()) for r in rows)]), *failed]
+    parts += ["Failed seeds are left out of the means, which flatters their arms."] * bool(failed) + [NOTES]
+    parts += ["## What the paper concludes", markdown(asked), CLAIM_NOTES] * bool(claims)
     parts += ["## Learning curves, on the examples that the runs held out", "![held-out accuracy against student tokens](curves.png)"]
     parts += ["## Accuracy against cost", "![accuracy against FLOPs](cost.png)"]
-    parts += ["## How far the arms moved", markdown(moved), KL_NOTES] if len(moved) > 1 else []
+    parts += ["## How far the arms moved", markdown(moved), KL_NOTES] * (len(moved) > 1)
     replace_file(out / "report.md", "\n\n".join([*parts, "What the arms write: [samples.md](samples.md)"]) + "\n")
     first = [h for task in kept["tasks"][:1] for h in (task, f"gain {task}")] + [h for h in rows[0] if h.startswith("paper ")][:1]
     narrow = ["arm", "seeds", *first, "student tokens", "FLOPs", "seconds"]
-    said = [aligned([[row[0], row[2], *row[5:]] for row in asked])] if claims else []
-    return "\n\n".join([aligned([narrow, *([row[h] for h in narrow] for row in rows)]), *failed, *said, f"{out}: report.md, report.json, samples.md, curves.png, cost.png"])
+    tables = [[narrow, *([row[h] for h in narrow] for row in rows)], *[[[row[0], row[2], *row[5:]] for row in asked]] * bool(claims)]
+    return "\n\n".join([*map(aligned, tables), *failed, f"{out}: report.md, report.json, samples.md, curves.png, cost.png"])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval.study_report import Outcome, fenced, write
+from eval.study_report import Outcome, Study, claims_table, fenced, judge, write
 
 SEEDS, PROBLEMS = [0, 1], 40
 ARMS = {
@@ -40,13 +40,13 @@ def run(folder, steps, each, accuracies, ranks=1, more=True):
     return folder
 
 
-def evaluation(folder, right, text="so\n#### {p}"):
+def evaluation(folder, right, text="so\n#### {p}", task="word_problems"):
     """40 problems with two samples each, of which the first `right` problems are right in both."""
     rows = [dict(problem=p, sample=s, question=f"What is {p} + 0?", gold=str(p), text=text.format(p=p), tokens=7, stopped=s == 0, strict=p < right)
             for p in range(PROBLEMS) for s in (0, 1)]  # fmt: skip
-    jsonl(folder / "ckpt-abc" / "word_problems.jsonl", rows)
+    jsonl(folder / "ckpt-abc" / f"{task}.jsonl", rows)
     accuracy = [right / PROBLEMS, right / PROBLEMS - 0.1, right / PROBLEMS + 0.1]
-    summary = {"conditions": ["temperature 0.6, top-p 0.95"], "summaries": [["ckpt-abc", "word_problems", {"accuracy": accuracy}]], "comparisons": []}
+    summary = {"conditions": ["temperature 0.6, top-p 0.95"], "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]], "comparisons": []}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -109,12 +109,10 @@ def test_verdicts(study):
     assert verdicts["hybrids collapse"] == ("paper: collapsed", "gsm8k", "collapsed") and verdicts["not run"][0] == "-"
     assert verdicts["SFT beats RL"][0] == "not shown" and verdicts["SFT beats RL"][2] == pytest.approx(-23.1)  # seeds differ: -75 and +10 points
     assert verdicts["RL helps"][0] == "not shown" and verdicts["SFT harms"] == ("not shown", "gsm8k", pytest.approx(14.6))  # two seeds know little
-    for arm, right, expected in (("sft", 8, "agrees"), ("sft", 38, "contradicts"), ("sft", 21, "not shown")):
-        folder = out / f"one-{expected}"
-        outcomes = {(a, 0): Outcome((), (), evaluation(folder / a, n), None) for a, n in (("instruct", 20), (arm, right))}
-        write(folder, "One seed", [0], ARMS, outcomes, CLAIMS[:1])
-        (claim,) = json.loads((folder / "report.json").read_text())["claims"]
-        assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None
+    for right, expected in ((8, "agrees"), (38, "contradicts"), (21, "not shown")):  # one seed: sure of problems alone
+        outcomes = {(a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None) for a, n in (("instruct", 20), ("sft", right))}
+        claim = judge(Study([0], ARMS, outcomes), CLAIMS[0])
+        assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None and claims_table([claim])[1][-1] == f"{expected} (one seed)"
 
 
 def test_the_page(study):
@@ -155,3 +153,18 @@ def test_a_study_with_nothing_done(tmp_path):
     said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome((), (), None, None, "it\nbroke")}, CLAIMS)
     assert "sft, seed 0 FAILED: it broke" in said
     assert "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
+
+
+def test_models_as_they_are(tmp_path):
+    """The shape of comparison.toml: no chain at all, tasks under the paper's names, a folder as a model, one problem alone."""
+    arms = {"a": {"model": "/somewhere/big-1.5b", "chain": [], "paper": {"olympiad": 6.2, "gsm8k": 62.5}}, "b": {"model": "hub/b", "chain": []}}
+    outcomes = {(arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None) for arm in arms}
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
+    write(tmp_path, "Larger models", [0], arms, outcomes, [{"text": "a > b", "better": "a", "worse": "b", "task": "olympiad"}])
+    page = (tmp_path / "report.md").read_text()
+    assert "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student" in page and "/somewhere" not in page
+    assert "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] == "gsm8k"
