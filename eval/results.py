@@ -108,17 +108,18 @@ def summarise(rows, ks, generated):
 
 def compare(rows, others):
     """The paired figures of two results of one task over the problems that both have: those of `rows` less those of `others`."""
-
-    def counts(rows):
-        found = {}
-        for row in rows.values():
-            n, right = found.get(key := (row["problem"], row["question"]), (0, 0))
-            found[key] = (n + 1, right + row["strict"])
-        return found
-
     ours, theirs = counts(rows), counts(others)
     both = sorted(ours.keys() & theirs.keys())
     return paired([theirs[key] for key in both], [ours[key] for key in both])
+
+
+def counts(rows):
+    """{(problem, its question): (samples, right samples)}."""
+    found = {}
+    for row in rows.values():
+        n, right = found.get(key := (row["problem"], row["question"]), (0, 0))
+        found[key] = (n + 1, right + row["strict"])
+    return found
 
 
 # --- tables and a picture ------------------------------------------------------------------------------------------

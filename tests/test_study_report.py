@@ -1,0 +1,170 @@
+"""The report of a study against values worked out by hand from a folder that is written by hand."""
+
+import json
+import math
+
+import pytest
+
+from eval.study_report import Outcome, Study, claims_table, fenced, judge, write
+
+SEEDS, PROBLEMS = [0, 1], 40
+ARMS = {
+    "instruct": {"model": "@instruct", "chain": [], "paper": {"gsm8k": 45.5}},
+    "sft": {"model": "@instruct", "chain": ["sft"], "paper": {"gsm8k": 30.9}},
+    "kd_grpo": {"model": "@instruct", "chain": ["kd", "grpo"], "paper": "collapsed"},
+    "grpo": {"model": "@instruct", "chain": ["grpo"], "paper": {"gsm8k": 54.0}},
+}
+CLAIMS = [
+    {"text": "SFT harms", "better": "instruct", "worse": "sft"},
+    {"text": "SFT beats RL", "better": "sft", "worse": "grpo", "task": "gsm8k"},
+    {"text": "RL helps", "better": "grpo", "worse": "instruct"},
+    {"text": "hybrids collapse", "better": "sft", "worse": "kd_grpo"},
+    {"text": "not run", "better": "sft", "worse": "dapo"},
+]
+RIGHT = {("instruct", 0): 20, ("instruct", 1): 20, ("sft", 0): 8, ("sft", 1): 10, ("kd_grpo", 0): 30, ("grpo", 0): 38, ("grpo", 1): 6}  # of 40
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(folder, steps, each, accuracies, ranks=1, more=True):
+    """A run whose every step trains `each` tokens in 0.5 s; evaluated before and after."""
+    rows = [{"step": 0, "eval/w/accuracy": accuracies[0], "eval/w/loss": 1.0}]
+    for step in range(1, steps + 1):
+        known = {"train/sampled_tokens": 2 * each * step, "train/teacher_tokens": 3 * each * step, "train/flops": 1e9 * each * step} if more else {}
+        rows.append({"step": step, "train/tokens": each * step, "train/seconds": 0.5} | known)
+    jsonl(folder / "metrics.jsonl", [*rows, {"step": steps, "eval/w/accuracy": accuracies[1]}])
+    (folder / "environment.json").write_text(json.dumps({"ranks": ranks}))
+    return folder
+
+
+def evaluation(folder, right, text="so\n#### {p}", task="word_problems"):
+    """40 problems with two samples each, of which the first `right` problems are right in both."""
+    rows = [dict(problem=p, sample=s, question=f"What is {p} + 0?", gold=str(p), text=text.format(p=p), tokens=7, stopped=s == 0, strict=p < right)
+            for p in range(PROBLEMS) for s in (0, 1)]  # fmt: skip
+    jsonl(folder / "ckpt-abc" / f"{task}.jsonl", rows)
+    accuracy = [right / PROBLEMS, right / PROBLEMS - 0.1, right / PROBLEMS + 0.1]
+    summary = {"conditions": ["temperature 0.6, top-p 0.95"], "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]], "comparisons": []}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def synthetic(out):
+    """{(arm, seed): Outcome}: kd_grpo's seed 1 failed; instruct was evaluated once for both seeds; sft is trained on traces."""
+    outcomes = {}
+    traces = out / "traces" / "t"
+    traces.mkdir(parents=True)
+    about = {"identity": {}, "about": {"environment": {"ranks": 2}}, "generated": {"tokens": 5000, "seconds": 36.0, "flops": 7e12}}
+    (traces / "samples.json").write_text(json.dumps(about))
+    for (arm, seed), right in RIGHT.items():
+        evals = out / "evals" / (arm if arm == "instruct" else f"{arm}-{seed}")
+        evaluation(evals, right, "```\n````\n#### {p}" if arm == "grpo" else "so\n#### {p}")
+        chain = tuple(run(out / "runs" / f"{link}-{arm}-{seed}", 10, 100 * (1 + seed), (0.5, 0.6), 4, arm != "kd_grpo") for link in ARMS[arm]["chain"])
+        kl = out / "kl" / f"{arm}-{seed}.json"
+        if chain:
+            kl.parent.mkdir(exist_ok=True)
+            kl.write_text(json.dumps({"on_own": {"reverse_kl": 0.1 + 0.2 * seed, "top1": 0.9, "entropy": 0.5, "teacher_entropy": 0.7},
+                                      "on_reference": {"forward_kl": 0.4, "top1": 0.8, "entropy": 0.3, "teacher_entropy": 0.6}}))  # fmt: skip
+        outcomes[arm, seed] = Outcome(chain, (traces,) if arm == "sft" else (), evals, kl if chain else None)
+    failed = f"train.py: 5 steps in a row had no finite gradient in {out.resolve()}/runs/x"
+    outcomes["kd_grpo", 1] = Outcome((), (), None, None, failed)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    outcomes = synthetic(out)
+    said = write(out, "A study", SEEDS, ARMS, outcomes, CLAIMS)
+    return out, outcomes, said, json.loads((out / "report.json").read_text())
+
+
+def test_accuracies_gains_and_costs(study):
+    out, _, _, report = study
+    arms = {a["arm"]: a for a in report["arms"]}
+    t, sd = 12.706205, 0.05 / math.sqrt(2)  # of one degree of freedom; of 0.20 and 0.25
+    got = arms["sft"]["accuracy"]["word_problems"]
+    assert got["over"] == "seeds" and got["figure"] == pytest.approx([0.225, 0.0, 0.225 + t * sd / math.sqrt(2)], rel=1e-5) and got["each"] == [0.2, 0.25]
+    assert arms["instruct"]["accuracy"]["word_problems"] == {"figure": [0.5, 0.4, 0.6], "each": [0.5, 0.5], "over": "problems"}  # one evaluation: no news from seeds
+    assert arms["kd_grpo"]["accuracy"]["word_problems"]["over"] == "problems" and arms["kd_grpo"]["seeds"] == [0]
+    gain = arms["sft"]["gain"]["word_problems"]
+    assert arms["sft"]["start"] == "instruct" and gain["each"] == pytest.approx([-0.3, -0.25]) and gain["figure"][0] == pytest.approx(-0.275)
+    low, high = gain["over_problems"]
+    assert -0.45 < low < -0.275 < high < -0.1 and gain["over_seeds"] == pytest.approx([-0.275 - t * sd / 2**0.5, -0.275 + t * sd / 2**0.5], rel=1e-5)
+    assert gain["figure"][1] == pytest.approx(-0.275 - math.hypot(-0.275 - low, t * sd / 2**0.5), rel=1e-5)
+    # seeds trained 1,000 and 2,000 tokens in 5 s on 4 ranks; the traces took 36 s on 2 ranks
+    assert arms["sft"]["cost"] == pytest.approx({"student_tokens": 1500, "sampled_tokens": 3000, "teacher_tokens": 4500 + 5000, "flops": 1.5e12 + 7e12,
+                                                 "seconds": 5 + 36, "device_hours": (5 * 4 + 36 * 2) / 3600})  # fmt: skip
+    old = arms["kd_grpo"]["cost"]  # two runs of a metrics.jsonl without FLOPs, seed 0 alone
+    assert (old["student_tokens"], old["sampled_tokens"], old["flops"], old["seconds"]) == (2000, None, None, 10)
+    assert set(arms["instruct"]["cost"].values()) == {0}
+    assert arms["sft"]["kl"]["on_own/reverse_kl"] == pytest.approx(0.2) and arms["instruct"]["kl"] == {}
+
+
+def test_verdicts(study):
+    out, _, said, report = study
+    verdicts = {c["text"]: (c["verdict"], c["column"], c["paper"]) for c in report["claims"]}
+    assert verdicts["hybrids collapse"] == ("paper: collapsed", "gsm8k", "collapsed") and verdicts["not run"][0] == "-"
+    assert verdicts["SFT beats RL"][0] == "not shown" and verdicts["SFT beats RL"][2] == pytest.approx(-23.1)  # seeds differ: -75 and +10 points
+    assert verdicts["RL helps"][0] == "not shown" and verdicts["SFT harms"] == ("not shown", "gsm8k", pytest.approx(14.6))  # two seeds know little
+    for right, expected in ((8, "agrees"), (38, "contradicts"), (21, "not shown")):  # one seed: sure of problems alone
+        outcomes = {(a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None) for a, n in (("instruct", 20), ("sft", right))}
+        claim = judge(Study([0], ARMS, outcomes), CLAIMS[0])
+        assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None and claims_table([claim])[1][-1] == f"{expected} (one seed)"
+
+
+def test_the_page(study):
+    out, _, said, report = study
+    page = (out / "report.md").read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.split("## What")[0].splitlines() if line.startswith("|")}
+    assert "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k | student tokens |" in page
+    assert "instruct → kd → grpo" in lines["kd_grpo"] and "| 1 of 2 | 75.0 [65.0, 85.0] |" in lines["kd_grpo"] and "| collapsed | 2,000 | - | - | - |" in lines["kd_grpo"]
+    assert "| 22.5 [0.0, 54.3] | -27.5 [" in lines["sft"] and "| 30.9 | 1,500 | 3,000 | 9,500 | 8.5e+12 | 41 |" in lines["sft"]
+    assert "kd_grpo, seed 1 FAILED: train.py: 5 steps in a row had no finite gradient in runs/x" in page and page.count("temperature 0.6") == 1
+    for name in ("curves.png", "cost.png", "samples.md"):
+        assert f"]({name})" in page and (out / name).stat().st_size > 500
+    for name in ("curves.png", "cost.png"):
+        head = (out / name).read_bytes()[:24]
+        assert head.startswith(b"\x89PNG") and all(400 < int.from_bytes(head[i : i + 4], "big") < 3000 for i in (16, 20))
+    assert not any(str(out) in (out / name).read_text() for name in ("report.md", "report.json", "samples.md"))
+    assert "22.5 [0.0, 54.3]" in said and "not shown" in said and "FAILED" in said and max(map(len, said.splitlines())) <= 160
+
+
+def test_equal_outcomes_have_equal_reports(study, tmp_path):
+    out, outcomes, _, _ = study
+    before = {name: (out / name).read_bytes() for name in ("report.md", "report.json", "samples.md")}
+    write(out, "A study", SEEDS, ARMS, dict(reversed(outcomes.items())), CLAIMS)
+    assert before == {name: (out / name).read_bytes() for name in before} and not list(out.glob("*draft*")) + list(out.glob(".draft*"))
+
+
+def test_samples(study):
+    page = (study[0] / "samples.md").read_text()
+    arms = {part.split(",")[0]: part for part in page.split("\n## ")[1:]}
+    questions = {arm: {line for line in part.splitlines() if line.startswith("What is")} for arm, part in arms.items()}
+    assert list(arms) == list(ARMS) and all(part.count("**right**") == part.count("**wrong**") == 2 for part in arms.values())
+    assert len(questions["instruct"]) == 4 and len(questions["instruct"] & questions["sft"]) >= 2  # the same problems where the verdicts allow
+    assert "`````text\n```\n````\n####" in arms["grpo"]
+    assert fenced("a" * 1300).splitlines()[1] == "a" * 1200 + "… (100 more characters)" and fenced("`" * 9).startswith("`" * 10 + "text")
+
+
+def test_a_study_with_nothing_done(tmp_path):
+    said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome((), (), None, None, "it\nbroke")}, CLAIMS)
+    assert "sft, seed 0 FAILED: it broke" in said
+    assert "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
+
+
+def test_models_as_they_are(tmp_path):
+    """The shape of comparison.toml: no chain at all, tasks under the paper's names, a folder as a model, one problem alone."""
+    arms = {"a": {"model": "/somewhere/big-1.5b", "chain": [], "paper": {"olympiad": 6.2, "gsm8k": 62.5}}, "b": {"model": "hub/b", "chain": []}}
+    outcomes = {(arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None) for arm in arms}
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
+    write(tmp_path, "Larger models", [0], arms, outcomes, [{"text": "a > b", "better": "a", "worse": "b", "task": "olympiad"}])
+    page = (tmp_path / "report.md").read_text()
+    assert "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student" in page and "/somewhere" not in page
+    assert "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] == "gsm8k"
