@@ -137,7 +137,7 @@ def stop(processes):
 
 def outcome(out, arm, failed):
     """What an arm has left behind for one seed."""
-    jobs = [*arm.chain, *arm.traces, arm.evals, *filter(None, [arm.kl])]
+    jobs = [*arm.chain, *arm.traces, arm.evals]  # an arm without its divergence is an arm all the same
     kept = lambda job, path: path if job and done(out, job) else None
     chain = tuple(out / "runs" / job.name for job in arm.chain if done(out, job))
     traces = tuple(job.product(out).parent for job in arm.traces if done(out, job))
