@@ -35,7 +35,7 @@ bench-gpu: $(VENV)/run
 	for what in head attention decode train_step; do $(BIN)/python -m bench.$$what || exit; done
 
 lines:
-	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 9,400)"
+	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 9,600)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -18,7 +18,7 @@ from data.tasks import TASKS
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import RunFailed, UserError
-from eval.log import show_batch
+from eval.log import forward_flops, show_batch
 from kernels import backend
 from knobs import Config, check
 from model import parallel
@@ -26,7 +26,7 @@ from model.checkpoint import ADAPTER, build_model, load_adapter, locate, read_co
 from model.lora import LoraConfig, adapt, parse_targets
 from model.optim import build_optimizer
 from model.runs import RunFolder, only_one, open_run
-from model.transformer import PRESETS
+from model.transformer import PRESETS, Transformer
 from rl.reward import parse_reward
 from rl.score import likeliest
 
@@ -155,6 +155,14 @@ def open_cache(cfg, dataset, teacher_folder, vocab, world):
     return cache
 
 
+def cost_of(cache, documents, teacher_shape, vocab):
+    """What it took the teacher to fill the cache, whoever did it."""
+    with torch.device("meta"):
+        teacher = Transformer(teacher_shape)
+    lengths = [len(d) for d in documents]
+    return Counter(teacher_tokens=sum(lengths), flops=forward_flops(teacher, lengths, cache.what["positions"], vocab))
+
+
 def prepare(cfg, held, launch):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
     until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
@@ -209,8 +217,8 @@ def prepare(cfg, held, launch):
     model.checkpointing = cfg.checkpointing
     frozen = lambda shape, weights: build_model(shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype).requires_grad_(False)
     teacher = frozen(teacher_shape, teacher_folder) if has_teacher and not (cache and cache.whole) else None
+    documents = [dataset.get(i) for i in range(len(dataset))] if cache else []
     if cache and not cache.whole:
-        documents = [dataset.get(i) for i in range(len(dataset))]
         print(f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}", flush=True)
         cache.fill(likeliest(documents, teacher, cfg.kd_topk, temperature=cfg.kd_temperature, vocab=vocab, micro_tokens=cfg.micro_tokens, device=device))
     dataset.listed, teacher = cache, None if cache else teacher
@@ -223,4 +231,7 @@ def prepare(cfg, held, launch):
             block.compile_halves()
     optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
-    return Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, reward, optimizer, start)
+    run = Run(device, rank, world, folder, tokenizer, dataset, stop_ids, vocab, steps, model, teacher, teacher_folder, reference, reward, optimizer, start)
+    if cache and not start and rank == 0:
+        run.cost = cost_of(cache, documents, teacher_shape, vocab)
+    return run

@@ -55,9 +55,9 @@ class Samples:
         self.stated = {"identity": identity, "about": about, "generated": generated}
         replace_file(self.about, json.dumps(self.stated, indent=2, ensure_ascii=False) + "\n")
 
-    def finish(self, rows, tokens, seconds, **whole):
-        """Write all samples in order, then drop the parts; `tokens` were generated in `seconds` since `begin`. whole: what all of them took."""
-        self.stated["generated"] = {k: self.stated["generated"][k] + v for k, v in (("tokens", tokens), ("seconds", seconds))} | whole
+    def finish(self, rows, tokens, seconds, whole=()):
+        """Write all samples in order, then drop the parts; `tokens` were generated in `seconds` since `begin`. whole: what all of them took, where that is known."""
+        self.stated["generated"] = {k: self.stated["generated"][k] + v for k, v in (("tokens", tokens), ("seconds", seconds))} | dict(whole)
         replace_file(self.about, json.dumps(self.stated, indent=2, ensure_ascii=False) + "\n")
         replace_file(self.path, "".join(line(rows[key]) for key in sorted(rows)))
         for part in self.parts():

@@ -1,6 +1,6 @@
 """A study: arms that are chains of training runs, over seeds, evaluated alike, in one report.
 
-    python -m eval.study recipes/study/mini.toml [--seeds 0,1,2] [--arms instruct,instruct_rl] [--out studies/mini]
+    python -m eval.study recipes/study/mini.toml [--seeds 0,1,2] [--arms inst,inst_rl] [--out studies/mini]
 
 A file has `[study]` (seeds), `[eval]` (options of `python -m eval`), `[common]` (knobs of every run), `[run.NAME]` (knobs of train.py), `[model.NAME]` (starting
 points that are made first), `[traces.NAME]` (what a teacher writes), `[arm.NAME]` (a model and a chain of runs) and `[[claim]]` (arms to be compared).
@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from errors import RunFailed, UserError, as_command
 from eval import study_plan, study_report
 from model.runs import replace_file
 
-PROGRESS = 30.0  # seconds between lines on what is running
+PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and between reports
 
 
 def parse(argv):
@@ -59,95 +60,135 @@ def places(gpus, at_once):
     return [{"OMP_NUM_THREADS": str(threads)}] * (at_once or max(1, len(os.sched_getaffinity(0)) // threads))
 
 
-def start(job, out, place, gpus):
-    """The process of a job. It dies with this one, so that the study can be killed and begun again."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 and job.kind == "train" else []
-    with open(out / "logs" / f"{job.name}.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, *launcher, *map(str, job.command(out))], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=os.environ | place, cwd=study_plan.ROOT, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
-        )  # fmt: skip
+class Running:
+    """A job's processes: one, or for a run or an evaluation on several GPUs one per rank. They die with this one, so that the study can be killed
+    and begun again."""
+
+    def __init__(self, job, out, place, gpus):
+        self.place, self.since, self.processes = place, time.monotonic(), []
+        ranks = gpus if job.kind in ("train", "eval") else 1
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in range(ranks):
+            world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
+            with open(log_of(out, job) if rank == 0 else out / "logs" / f"{job.name}.rank-{rank}.txt", "a") as log:
+                self.processes.append(subprocess.Popen(
+                    [sys.executable, *map(str, job.command(out))], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=study_plan.ROOT,
+                    env=os.environ | place | {k: str(v) for k, v in world.items()}, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
+                ))  # fmt: skip
+
+    def poll(self):
+        """None while it runs, then its exit code: that of the first rank that failed, the others then being stopped."""
+        codes = [process.poll() for process in self.processes]
+        if wrong := [code for code in codes if code]:
+            self.stop(5)
+            return wrong[0]
+        return None if None in codes else 0
+
+    def stop(self, patience):
+        """A run that is told to stop saves a checkpoint first, after its step."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def done(out, job):
-    return (out / "done" / job.name).exists()
+def log_of(out, job):
+    return out / "logs" / f"{job.name}.txt"
+
+
+def failure(out, job):
+    """Where it says why a job failed when it was tried last."""
+    return out / "done" / f"{job.name}.failed"
 
 
 def last_words(out, job):
-    lines = (out / "logs" / f"{job.name}.txt").read_text(errors="replace").strip().splitlines()
+    lines = log_of(out, job).read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no word"
 
 
-def run_jobs(study, out, free):
-    """Every job, as soon as what it needs is done and one of the places `free` is. Returns {job: why it failed}; what does not need a failed
-    one is run all the same. A job that the user can mend ends the study (UserError)."""
+def done(out, job):
+    """Whether it ended well and what it made is there. (A run that was told to stop ends well too, without its curves.)"""
+    made = (out / "runs" / job.name / "curves.png").exists() if job.kind == "train" else True
+    return (out / "done" / job.name).exists() and made and job.product(out).exists()
+
+
+def run_jobs(study, out, free, report):
+    """Every job, as soon as what it needs is done and one of the places `free` is. What fails is written down, and what does not need it is made all
+    the same. report(): called every REPORT seconds. Returns {job: (exit code, why it failed)}."""
     waiting, running, failed = [j for j in study.jobs if not done(out, j)], {}, {}
-    total, began, shown = len(waiting), time.monotonic(), time.monotonic()
+    total, began, shown, reported = len(waiting), time.monotonic(), time.monotonic(), time.monotonic()
     say = lambda text: print(f"[{total - len(waiting) - len(running)}/{total} {(time.monotonic() - began) / 60:.0f}m] {text}", flush=True)
+    for job in waiting:
+        failure(out, job).unlink(missing_ok=True)
     try:
         while waiting or running:
             for job in [j for j in waiting if any(n in failed for n in j.needs)]:
                 waiting.remove(job)
                 failed[job] = next(failed[n] for n in job.needs if n in failed)
+                replace_file(failure(out, job), failed[job][1])
             while free and (job := next((j for j in waiting if all(done(out, n) for n in j.needs)), None)):
                 waiting.remove(job)
-                place = free.pop(0)
-                running[job] = (start(job, out, place, study.gpus), place, time.monotonic())
+                running[job] = Running(job, out, free.pop(0), study.gpus)
+            if waiting and not running:
+                raise RunFailed(f"{waiting[0].label}: what it needs was done, and is gone; the same command makes it again")
             time.sleep(0.1)
-            for job, (process, place, since) in list(running.items()):
-                if process.poll() is None:
+            for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
+                code, seconds = running.pop(job).poll(), time.monotonic() - process.since
+                free.append(process.place)
+                replace_file(out / "done" / job.name, "")
+                if code == 0 and done(out, job):
+                    say(f"{job.label}: {seconds:.0f} s")
                     continue
-                del running[job]
-                free.append(place)
-                said = last_words(out, job)
-                if process.returncode == 2:
-                    raise UserError(f"{job.label}: {said}")
-                if process.returncode or not whole(out, job):
-                    failed[job] = f"{job.label}: {said}"
-                    say(f"FAILED {failed[job]}")
-                else:
-                    replace_file(out / "done" / job.name, "")
-                    say(f"{job.label}: {time.monotonic() - since:.0f} s")
+                (out / "done" / job.name).unlink()
+                failed[job] = code, f"{job.label}: {last_words(out, job)}"
+                replace_file(failure(out, job), failed[job][1])
+                say(f"FAILED {failed[job][1]}")
             if running and time.monotonic() - shown > PROGRESS:
                 shown = time.monotonic()
                 say("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
+            if time.monotonic() - reported > REPORT:
+                reported = time.monotonic()
+                report()
+    except OSError as e:
+        raise RunFailed(f"{e.filename or out}: {e.strerror}; the same command goes on") from None
     finally:
-        stop([process for process, *_ in running.values()])
+        if running:
+            print("stopping; runs save a checkpoint first", flush=True)
+        for process in running.values():
+            process.stop(600)
     return failed
-
-
-def whole(out, job):
-    """Whether a job that ended well has made what it was asked for: a run that was told to stop saves, and ends well too."""
-    return (out / "runs" / job.name / "curves.png").exists() if job.kind == "train" else job.product(out).exists()
-
-
-def stop(processes):
-    """Runs that are told to stop save a checkpoint first."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------
 
 
-def outcome(out, arm, failed):
+def outcome(out, arm):
     """What an arm has left behind for one seed."""
-    jobs = [*arm.chain, *arm.traces, arm.evals]  # an arm without its divergence is an arm all the same
-    kept = lambda job, path: path if job and done(out, job) else None
+    there = lambda job: job.product(out) if job and done(out, job) else None
     chain = tuple(out / "runs" / job.name for job in arm.chain if done(out, job))
     traces = tuple(job.product(out).parent for job in arm.traces if done(out, job))
-    evals, kl = (kept(job, job and job.product(out)) for job in (arm.evals, arm.kl))
-    return study_report.Outcome(chain, traces, evals, kl, next((failed[job] for job in jobs if job in failed), ""))
+    failures = [failure(out, job).read_text() for job in (*arm.chain, *arm.traces, arm.evals) if failure(out, job).exists()]  # it can do without its divergence
+    return study_report.Outcome(chain, traces, there(arm.evals), there(arm.before), there(arm.kl), "".join(failures[:1]))
 
 
 def run(args):
     study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse)
     out = Path(args.out or Path("studies") / (study.title + ("-rehearsal" if args.rehearse else ""))).resolve()
+
+    def report():
+        outcomes = {key: outcome(out, arm) for key, arm in study.made.items()}
+        return study_report.write(out, study.title, study.seeds, study.arms, outcomes, study.claims)
+
+    if args.report:
+        if not (out / "done").is_dir():
+            raise UserError(f"--report: there is no study in {out}")
+        return print(report(), flush=True)
+    places_free = places(study.gpus, args.at_once)
     try:
         for name in ("runs", "traces", "evals", "kl", "logs", "done"):
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -158,20 +199,22 @@ def run(args):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out} is in use by another process; wait for its end or choose another --out") from None
-        failed = {} if args.report else run_jobs(study, out, places(study.gpus, args.at_once))
-        outcomes = {key: outcome(out, arm, failed) for key, arm in study.made.items()}
-        print(study_report.write(out, study.title, study.seeds, study.arms, outcomes, study.claims), flush=True)
+            raise UserError(f"{out} is in use by another process; wait for its end, or look at it with --report") from None
+        failed = run_jobs(study, out, places_free, report)
+        print(report(), flush=True)
     if failed:
-        raise RunFailed(f"{len(failed)} jobs failed, the first: {next(iter(failed.values()))}; {out}/logs has their words, the same command tries them again")
+        mendable = [text for code, text in failed.values() if code == 2]
+        kind, text = (UserError, mendable[0]) if mendable else (RunFailed, next(iter(failed.values()))[1])
+        raise kind(f"{len(failed)} of the jobs are not done, the first: {text} ({out}/logs has their words; the same command tries them again)")
 
 
 def main(argv):
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return as_command("eval.study", lambda: run(parse(argv)))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -5,50 +5,63 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 
 import config as configuration
 import eval.__main__
 import eval.traces
+from data.teacher_cache import weights_digest
 from errors import UserError
 from knobs import Config, check
-from model.runs import RunFolder
+from model.checkpoint import read_json
+from model.runs import RunFolder, replace_file
 from model.transformer import PRESETS
 
 TABLES = ("study", "eval", "common", "model", "traces", "run", "arm", "claim")
 KEYS = {"study": ("seeds", "gpus"), "model": ("model", "chain"), "arm": ("model", "chain", "eval", "paper"), "claim": ("text", "better", "worse", "task")}
 REFERRING = ("model", "teacher", "reference", "data")  # what "@NAME" may be given for
+HELD = (*REFERRING, "checkpoint", "grpo_reward")  # what may name files
 OWN = ("seed", "name", "runs", "resume", "model", "config")  # what the study itself gives to a run
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A command: kind is train, traces, eval or kl; options are (name, value) pairs, and a value that is a Job stands for what that one leaves."""
+    """A command: kind is train, traces, eval or kl; options are (name, value) pairs, and a value that is a Job stands for what that one leaves.
+    Jobs of the same name are the same job."""
 
     kind: str
     options: tuple
-    label: str = dataclasses.field(compare=False)
+    label: str
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
 
     @property
     def needs(self):
         return [value for _, value in self.options if isinstance(value, Job)]
 
-    @property
+    @functools.cached_property
     def name(self):
-        given = dict(self.options)
-        key = [self.kind, sorted((k, v.name if isinstance(v, Job) else v) for k, v in self.options)]
-        what = f"{given['mode']}-s{given['seed']}" if self.kind == "train" else self.kind
+        """Another one for everything else that is asked for: 1 is 1.0, and local files and weights count by what they hold."""
+        means = lambda k, v: v.name if isinstance(v, Job) else contents(str(v)) if k in HELD else float(v) if type(v) is int else v
+        key = [self.kind, sorted((k, means(k, v)) for k, v in self.options)]
+        what = "{mode}-s{seed}".format(**dict(self.options)) if self.kind == "train" else self.kind
         return f"{what}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
 
     def product(self, out):
         """What other jobs take from this one."""
         if self.kind == "train":
             run = RunFolder(out / "runs" / self.name)
-            return run.step_folder(run.steps()[-1])
+            return run.step_folder((run.steps() or [0])[-1])
         return out / {"traces": f"traces/{self.name}/traces.jsonl", "eval": f"evals/{self.name}", "kl": f"kl/{self.name}.json"}[self.kind]
 
     def command(self, out):
@@ -56,8 +69,11 @@ class Job:
         if self.kind == "train":
             run = out / "runs" / self.name
             given |= {"kd_cache": str(out / "caches" / given["kd_cache"])} if given.get("kd_cache") else {}
-            settings = ["--resume"] if (run / "config.json").exists() else flags(given)  # a run goes on with its own
-            return [ROOT / "train.py", *settings, f"--runs={run.parent}", f"--name={run.name}"]
+            stored = run / "config.json"
+            if stored.exists():  # the folder may have been moved since
+                places = {k: given[k] for k in (*REFERRING, "kd_cache") if k in given}
+                replace_file(stored, json.dumps(read_json(stored) | places, indent=2) + "\n")
+            return [ROOT / "train.py", *(["--resume"] if stored.exists() else flags(given)), f"--runs={run.parent}", f"--name={run.name}"]
         if self.kind == "kl":
             evals = ["--evals", given["evals"], given["reference_evals"]]
             return ["-m", "eval.divergence", given["checkpoint"], given["reference"], *evals, f"--out={self.product(out)}"]
@@ -66,12 +82,22 @@ class Job:
         return ["-m", module, given.pop(subject), *flags(given), f"--out={folder}"]
 
 
+@functools.cache
+def contents(value):
+    """A file's or a checkpoint folder's digest; any other value as it is."""
+    path, _, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+    if len(path) < 1000 and Path(path).is_file():
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() + function
+    return weights_digest(path) if len(path) < 1000 and any(Path(path).glob("*.safetensors")) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One arm for one seed."""
+    """One arm for one seed. before: the evaluation of what its chain begins from."""
 
     chain: tuple
     evals: Job
+    before: Job | None
     kl: Job | None
 
     @property
@@ -102,7 +128,7 @@ class Study:
                 found[job] = job
 
         for arm in self.made.values():
-            for job in (*arm.chain, arm.evals, *filter(None, [arm.kl])):
+            for job in filter(None, (*arm.chain, arm.evals, arm.before, arm.kl)):
                 visit(job)
         return list(found)
 
@@ -124,6 +150,8 @@ def read(path, seeds="", arms="", rehearsal=False):
         raise UserError(f"{path}: unknown table [{min(extra)}]; there are {', '.join(TABLES)}")
     try:
         content = {name: content.get(name, [] if name == "claim" else {}) for name in TABLES}
+        if not re.fullmatch(r"(\d+(,\d+)*)?", seeds):
+            raise UserError(f"--seeds {seeds}: write whole numbers with commas between them, as in 0,1,2")
         check_tables(content, [int(s) for s in seeds.split(",") if seeds])
         chosen = [a for a in arms.split(",") if a] or list(content["arm"])
         if missing := [a for a in [*chosen, *(c[side] for c in content["claim"] for side in ("better", "worse"))] if a not in content["arm"]]:
@@ -131,21 +159,35 @@ def read(path, seeds="", arms="", rehearsal=False):
         return _Plan(miniature(content) if rehearsal else content).study(Path(path).stem, chosen)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: {type(e).__name__} {e}: [study] needs seeds, [arm.NAME] a model and a chain (a list of names of runs)") from None
 
 
 def check_tables(content, seeds):
-    """Refuse tables and keys that no study has, and seeds that are none. seeds: instead of the file's, unless empty."""
-    if odd := [name for name, table in content.items() if isinstance(table, list) != (name == "claim")]:
-        raise UserError(f"{odd[0]}: {'[[claim]]s are a list' if odd[0] == 'claim' else f'[{odd[0]}] is one table'}")
-    rows = [("study", content["study"]), *((kind, table) for kind in ("model", "arm") for table in content[kind].values())]
-    for kind, table in [*rows, *(("claim", table) for table in content["claim"])]:
-        if extra := [key for key in table if key not in KEYS[kind]]:
-            raise UserError(f"[{kind}]: unknown {extra[0]!r}; there are {', '.join(KEYS[kind])}")
-    seeds = content["study"]["seeds"] = seeds or content["study"]["seeds"]
-    if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds) and len(set(seeds)) == len(seeds)):
-        raise UserError(f"[study] seeds = {seeds!r}: write different whole numbers, as in [0, 1, 2]")
+    """Refuse what no study has, and values of another kind. seeds: instead of the file's, unless empty."""
+
+    def need(ok, where, what):
+        if not ok:
+            raise UserError(f"{where}: {what}")
+
+    text, texts = lambda v: isinstance(v, str), lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
+    for name, table in content.items():
+        need(isinstance(table, list) == (name == "claim"), name, "[[claim]]s are a list" if name == "claim" else f"[{name}] is one table")
+    study = content["study"] = {"gpus": 1} | content["study"] | ({"seeds": seeds} if seeds else {})
+    need(type(study["gpus"]) is int and study["gpus"] > 0, "[study] gpus", "a whole number, the GPUs of one run")
+    whole = isinstance(study.get("seeds"), list) and study["seeds"] and all(type(s) is int and s >= 0 for s in study["seeds"])
+    need(whole and len(set(study["seeds"])) == len(study["seeds"]), "[study] seeds", "different whole numbers, as in [0, 1, 2]")
+    rows = [("study", "", study), *((kind, name, table) for kind in ("model", "arm", "run", "traces") for name, table in content[kind].items())]
+    for kind, name, table in [*rows, *(("claim", "", table) for table in content["claim"])]:
+        where = f"[{kind}.{name}]" if name else f"[{kind}]"
+        need(isinstance(table, dict), where, "a table")
+        for key, value in table.items():
+            need(kind not in KEYS or key in KEYS[kind], where, f"unknown {key!r}; there are {', '.join(KEYS.get(kind, ()))}")
+            need(key not in (*REFERRING, "text", "better", "worse", "task") or text(value), f"{where} {key}", "a text")
+            need(key != "chain" or texts(value), f"{where} chain", "a list of names of runs")
+            need(key != "eval" or isinstance(value, dict), f"{where} eval", "a table of options")
+            numbers = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+            need(key != "paper" or value == "collapsed" or numbers, f"{where} paper", 'a table of tasks with numbers, or "collapsed"')
+        needed = {"arm": ("model", "chain"), "model": ("model",), "traces": ("teacher",), "claim": ("text", "better", "worse")}.get(kind, ())
+        need(not (missing := [key for key in needed if key not in table]), where, f"it needs {', '.join(missing)}")
 
 
 class _Plan:
@@ -158,21 +200,35 @@ class _Plan:
         arms, seeds = {name: self.content["arm"][name] for name in chosen}, self.content["study"]["seeds"]
         if not arms:
             raise UserError("there is no [arm.NAME]")
+        for name in self.content["run"]:  # also what no arm asks for
+            self._knobs(name)
+        for name in self.content["traces"]:
+            self._traces(name)
+        for claim in self.content["claim"]:
+            tasks = {t for a in arms.values() for t in str((self.content["eval"] | a.get("eval", {})).get("tasks")).split(",")}
+            columns = {c for a in self.content["arm"].values() if isinstance(a.get("paper"), dict) for c in a["paper"]}
+            if (task := claim.get("task")) and task not in tasks | columns:
+                raise UserError(f"[[claim]] task {task!r}: neither a task of [eval] nor a column of an arm's paper")
         claims = [c for c in self.content["claim"] if {c["better"], c["worse"]} <= set(chosen)]
         made = {(name, seed): self._arm(name, seed) for seed in seeds for name in arms}
-        return Study(title, seeds, self.content["study"].get("gpus", 1), arms, claims, made)
+        return Study(title, seeds, self.content["study"]["gpus"], arms, claims, made)
 
     def _arm(self, name, seed):
         table = self.content["arm"][name]
         start = self._value(table["model"])
         chain = self._chain(table["chain"], start, seed, f"{name}, seed {seed}")
-        options = self.content["eval"] | table.get("eval", {})
-        before = self._eval(start, options, f"{table['model']}, before")
+        options = {"seed": seed} | self.content["eval"] | table.get("eval", {})
+        random = start in PRESETS if isinstance(start, str) else False
+        if random and not chain:
+            raise UserError(f"[arm.{name}]: {start} has random weights; give it a chain of runs")
+        before = None if random else self._eval(start, options, f"{table['model']}, before, seed {seed}")
         if not chain:
-            return Arm((), before, None)
+            return Arm((), before, None, None)
         evals = self._eval(chain[-1], options, f"{name}, seed {seed}")
+        if random or options.get("prompt") == "few_shot":  # nothing to be compared with, or not as it was asked
+            return Arm(tuple(chain), evals, before, None)
         sides = dict(checkpoint=chain[-1], reference=start, evals=evals, reference_evals=before)
-        return Arm(tuple(chain), evals, Job("kl", tuple(sides.items()), f"{name}, seed {seed}: divergence"))
+        return Arm(tuple(chain), evals, before, Job("kl", tuple(sides.items()), f"{name}, seed {seed}: divergence"))
 
     def _eval(self, checkpoint, options, label):
         try:
@@ -199,10 +255,10 @@ class _Plan:
                 raise UserError(f"{taken[0]} is given by the study itself")
             readable = configuration.resolved(configuration.parse(Config, flags(common | own), together=False)[0])
             given = {k: v for k, v in common.items() if k in readable} | own
-            check(configuration.parse(Config, flags(given))[0])
+            check(cfg := configuration.parse(Config, flags(given))[0])
         except UserError as e:
             raise UserError(f"[run.{name}]: {e}") from None
-        return {k: self._value(v) if k in REFERRING else v for k, v in given.items()}
+        return {"mode": cfg.mode} | {k: self._value(v) if k in REFERRING else v for k, v in given.items()}
 
     def _value(self, value):
         """What "@NAME" stands for: a Job, or the folder or hub id that [model.NAME] gives a name to."""

@@ -24,11 +24,11 @@ SHOWN, LENGTH = 2, 1200  # samples of each verdict for an arm in samples.md, and
 NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is over seeds by Student's t, for these problems (of two or
 three seeds it is wide: 12.7 and 4.3 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting model as it is.
 Cost: of the whole chain, mean over seeds. Runs and traces that arms share are charged to each in full (traces as teacher tokens, FLOPs and seconds); making
-the starting models and evaluating are not charged. Device hours: seconds times ranks. "-": not done, or not known."""
+the starting models and evaluating are not charged; nor the seconds (of an interrupted session, or of filling a teacher's cache) that nobody kept. Device hours: seconds times ranks. "-": not done, or not known."""
 CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired by problem and seed. Over problems: bootstrap of problems, seeds
 pooled (what if the problems were others?). Over seeds: Student's t of the seeds' differences (what if the runs were?). The interval beside the difference, and
 beside every gain above, holds both: their half-widths squared and added, rather too wide than too narrow; of one seed it knows of problems only. "agrees": it
-excludes 0, with the sign of the paper's difference (of single runs); "contradicts": with the other sign; "not shown": it holds 0. All are of 95 %, not
+excludes 0, with the sign of the paper's difference (of single runs; where the paper has none, with that of the claim); "contradicts": with the other sign; "not shown": it holds 0. All are of 95 %, not
 corrected for the number of claims."""
 KL_NOTES = """Nats per token, mean over seeds; start: the model that the chain began from. KL(arm, start) on the arm's own text: how far what it writes is from
 what the start would write. KL(start, arm) on the start's text: how unlikely the old behaviour has become, which is forgetting. Top-1: % of tokens where both have
@@ -37,11 +37,13 @@ the same likeliest one. Entropy: how undecided each is; an arm far below its sta
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One arm with one seed: its run folders in order, the traces folders that they were trained on, its evaluation and its divergence."""
+    """One arm with one seed: its run folders in order, the traces folders that they were trained on, its evaluation and that of what the chain began
+    from, its divergence from that."""
 
     chain: tuple
     traces: tuple
     evals: Path | None
+    before: Path | None
     kl: Path | None
     failed: str = ""
 
@@ -57,14 +59,11 @@ class Study:
         self.tasks = list(dict.fromkeys(task for figures in self.figures.values() for task in figures))
         self.columns = list(dict.fromkeys(c for table in arms.values() if isinstance(table.get("paper"), dict) for c in table["paper"]))
         self.papers = {arm: p if isinstance(p := table.get("paper"), dict) else dict.fromkeys(self.columns, p) for arm, table in arms.items()}
-        self.counts = functools.cache(lambda arm, seed, task: counts(self.samples(arm, seed, task)))
+        self.counts = functools.cache(lambda evals, task: counts(samples(evals, task)))
 
     def of(self, arm, task=None):
         """The seeds of an arm that are done."""
         return [s for s in self.seeds if (arm, s) in self.figures and task in (None, *self.figures[arm, s])]
-
-    def samples(self, arm, seed, task):
-        return Samples(self.outcomes[arm, seed].evals / self.summaries[arm, seed]["summaries"][0][0], task).read()
 
     def accuracy(self, arm, task):
         every = [self.figures[arm, s][task] for s in self.of(arm, task)]
@@ -72,9 +71,19 @@ class Study:
         figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)] if reach else every[0] if every else None
         return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
 
-    def difference(self, better, worse, task):
-        """Accuracy of one arm less that of another, over the seeds and problems that both have."""
-        pairs = [[self.counts(arm, s, task) for arm in (better, worse)] for s in self.of(better, task) if s in self.of(worse, task)]
+    def claimed(self, better, worse, task):
+        """Accuracy of one arm less that of another."""
+        seeds = [s for s in self.of(better, task) if s in self.of(worse, task)]
+        return self.difference([(self.outcomes[better, s].evals, self.outcomes[worse, s].evals) for s in seeds], task)
+
+    def gain(self, arm, task):
+        """Accuracy of an arm less that of what its chain began from."""
+        done = [self.outcomes[arm, s] for s in self.of(arm, task)]
+        return self.difference([(o.evals, o.before) for o in done if o.before and self.arms[arm]["chain"]], task)
+
+    def difference(self, evaluated, task):
+        """Accuracy of the first less that of the second of each pair of evaluations, one for each seed, over the problems that all have."""
+        pairs = [[self.counts(evals, task) for evals in pair] for pair in evaluated]
         both = sorted(set.intersection(*(set(c) for pair in pairs for c in pair))) if pairs else ()
         if not both:
             return {"figure": None, "each": [], "over_problems": None, "over_seeds": None}
@@ -90,6 +99,11 @@ class Study:
         """{name: mean over the seeds that are done; None where one of them does not know it}."""
         every = [found for s in self.of(arm) if (found := measure(self.outcomes[arm, s]))]
         return {k: None if None in (values := [f.get(k) for f in every]) else statistics.mean(values) for k in (every or [{}])[0]}
+
+
+def samples(evals, task):
+    """{(problem, sample): row} of an evaluation of one checkpoint."""
+    return Samples(evals / read_json(evals / "summary.json")["summaries"][0][0], task).read()
 
 
 def over_seeds(values):
@@ -120,14 +134,14 @@ def divergence(outcome):
 def judge(study, claim):
     """A claim with our difference, the paper's own, and whether they agree."""
     column = claim.get("task") or next(iter(study.columns), None)
-    task = column if column in study.tasks else next(iter(study.tasks), None)
+    task = column if column in study.tasks else None if claim.get("task") else next(iter(study.tasks), None)  # no other than was named
     theirs = [study.papers.get(claim[side], {}).get(column) for side in ("better", "worse")]
     paper = "collapsed" if "collapsed" in theirs else None if None in theirs else theirs[0] - theirs[1]
-    ours = study.difference(claim["better"], claim["worse"], task)
+    ours = study.claimed(claim["better"], claim["worse"], task)
     verdict = "paper: collapsed" if paper == "collapsed" else "-"
-    if ours["figure"] and paper and paper != "collapsed":
-        sign = (ours["figure"][1] > 0) - (ours["figure"][2] < 0)
-        verdict = "not shown" if not sign else "agrees" if sign * paper > 0 else "contradicts"
+    if ours["figure"] and paper != "collapsed":
+        sign, expected = (ours["figure"][1] > 0) - (ours["figure"][2] < 0), 1 if paper is None else paper
+        verdict = "not shown" if not sign or not expected else "agrees" if sign * expected > 0 else "contradicts"
     return claim | {"task": task, "column": column, "ours": ours, "paper": paper, "verdict": verdict}
 
 
@@ -135,12 +149,11 @@ def numbers(study, title, outcomes, claims, hide):
     """All that report.json holds."""
     arms = []
     for name, table in study.arms.items():
-        start = next((a for a, t in study.arms.items() if a != name and not t["chain"] and t.get("model") == table.get("model")), None)
         model = str(table.get("model", "")).removeprefix("@")
         arms.append({
-            "arm": name, "model": Path(model).name if model.startswith("/") else model, "chain": table["chain"], "seeds": study.of(name), "start": start,
+            "arm": name, "model": Path(model).name if model.startswith("/") else model, "chain": table["chain"], "seeds": study.of(name),
             "failed": {s: hide(o.failed) for s in study.seeds if (o := outcomes.get((name, s))) and o.failed}, "paper": study.papers[name],
-            "accuracy": {task: study.accuracy(name, task) for task in study.tasks}, "gain": {task: study.difference(name, start, task) for task in study.tasks},
+            "accuracy": {task: study.accuracy(name, task) for task in study.tasks}, "gain": {task: study.gain(name, task) for task in study.tasks},
             "cost": study.mean(name, cost), "kl": study.mean(name, divergence),
         })  # fmt: skip
     return {"title": title, "seeds": study.seeds, "tasks": study.tasks, "columns": study.columns, "arms": arms, "claims": [judge(study, c) for c in claims],
@@ -195,11 +208,12 @@ def fenced(text):
 
 def samples_page(study):
     """Right and wrong samples of every arm: the same draw every time, first of problems that an arm before has shown."""
-    task, shown, parts = (study.tasks or [""])[0], set(), []
-    for arm, seed in ((arm, seeds[0]) for arm in study.arms if (seeds := study.of(arm, task))):
-        parts.append(f"## {arm}, seed {seed}")
+    shown, parts = set(), []
+    for arm, seed in ((arm, seeds[0]) for arm in study.arms if (seeds := study.of(arm))):
+        task = next(iter(study.figures[arm, seed]))
+        parts.append(f"## {arm}, seed {seed}, on {task}")
         order = lambda row: (row["question"] not in shown, hashlib.sha256(row["question"].encode()).digest(), row["sample"])
-        rows = sorted(study.samples(arm, seed, task).values(), key=order)
+        rows = sorted(samples(study.outcomes[arm, seed].evals, task).values(), key=order)
         for strict, verdict in ((True, "right"), (False, "wrong")):
             first = {row["question"]: row for row in reversed(rows) if row["strict"] == strict}  # one sample of a problem
             for question, row in list(first.items())[: -SHOWN - 1 : -1]:
@@ -207,7 +221,7 @@ def samples_page(study):
                 ended = "stopped by itself" if row["stopped"] else "cut off"
                 parts += [f"**{verdict}**, {ended}: problem {row['problem']}, sample {row['sample']}, {row['tokens']:,} tokens"]
                 parts += [fenced(f"{question}\n\ngold: {row['gold']}"), fenced(row["text"])]
-    return "\n\n".join([f"# Samples on {task}: a question with its gold answer, then what the arm wrote", *parts]) + "\n"
+    return "\n\n".join(["# Samples: a question with its gold answer, then what the arm wrote", *parts]) + "\n"
 
 
 def curve(outcome):
@@ -223,28 +237,22 @@ def curve(outcome):
     return found
 
 
-def draw(study, kept, out):
-    """curves.png, a panel for each starting model; cost.png, with the names in a column beside the points, in their order, so that none hides another."""
-    import matplotlib
+def draw_curves(study, kept, ax, model):
+    seeds = {a["arm"]: [curve(study.outcomes[a["arm"], s]) for s in a["seeds"]] for a in kept["arms"] if a["model"] == model}
+    lines = {arm: np.mean(list(zip(*found)), 1).T for arm, found in seeds.items() if all(found) and found}  # evaluations that all seeds have
+    for i, (arm, (x, y, ends)) in enumerate(sorted(lines.items(), key=lambda line: -line[1][1, -1])):  # the legend in the order of the ends
+        ax.plot(x, y, f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], lw=1.4, marker="o", ms=4, markevery=ends == 1, label=arm)
+    ax.set(title=f"from {model}", xlabel="student tokens along the chain (dots: a run ends)", ylabel="held-out accuracy, % (mean over seeds)")
+    ax.grid(alpha=0.3)
+    if lines:
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    models, task = list(dict.fromkeys(a["model"] for a in kept["arms"] if a["chain"])) or [""], (kept["tasks"] or [""])[0]
-    curves, axes = plt.subplots(len(models), 1, figsize=(9, 4 * len(models)), squeeze=False, layout="constrained")
-    for ax, model in zip(axes.flat, models):
-        seeds = {a["arm"]: [curve(study.outcomes[a["arm"], s]) for s in a["seeds"]] for a in kept["arms"] if a["model"] == model}
-        lines = {arm: np.mean(list(zip(*found)), 1).T for arm, found in seeds.items() if all(found) and found}  # evaluations that all seeds have
-        for i, (arm, (x, y, ends)) in enumerate(sorted(lines.items(), key=lambda line: -line[1][1, -1])):  # the legend in the order of the ends
-            ax.plot(x, y, f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], lw=1.4, marker="o", ms=4, markevery=ends == 1, label=arm)
-        ax.set(title=f"from {model}", xlabel="student tokens along the chain (dots: a run ends)", ylabel="held-out accuracy, % (mean over seeds)")
-        ax.grid(alpha=0.3)
-        if lines:
-            ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    costs, ax = plt.subplots(figsize=(9, max(4.5, 0.25 * len(kept["arms"]))))
-    marks, known = [], list(dict.fromkeys(a["model"] for a in kept["arms"]))
-    for a in (a for a in kept["arms"] if a["seeds"] and a["accuracy"][task]["figure"]):
-        (mean, low, high), colour = (100 * x for x in a["accuracy"][task]["figure"]), f"C{known.index(a['model']) % 10}"
+def draw_costs(arms, ax, task, colours):
+    """The names stand in a column beside the points, in their order, so that none hides another."""
+    marks = []
+    for a in (a for a in arms if a["seeds"] and a["accuracy"][task]["figure"]):
+        (mean, low, high), colour = (100 * x for x in a["accuracy"][task]["figure"]), colours[a["model"]]
         if not a["chain"]:
             ax.axhline(mean, color=colour, ls="--", lw=1, label=f"{a['arm']}, as it is")
         elif a["cost"]["flops"]:
@@ -257,6 +265,24 @@ def draw(study, kept, out):
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3)  # above the points
+
+
+def draw(study, kept, out):
+    """curves.png, a panel for each starting model; cost.png, a panel for each task that is the first of an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms, models = kept["arms"], list(dict.fromkeys(a["model"] for a in kept["arms"] if a["chain"])) or [""]
+    curves, axes = plt.subplots(len(models), 1, figsize=(9, 4 * len(models)), squeeze=False, layout="constrained")
+    for ax, model in zip(axes.flat, models):
+        draw_curves(study, kept, ax, model)
+    tasks = list(dict.fromkeys(task for a in arms for task in [t for t in kept["tasks"] if a["accuracy"][t]["figure"]][:1])) or [""]
+    costs, axes = plt.subplots(len(tasks), 1, figsize=(9, max(4.5, 0.25 * len(arms)) * len(tasks)), squeeze=False)
+    colours = {model: f"C{i % 10}" for i, model in enumerate(dict.fromkeys(a["model"] for a in arms))}
+    for ax, task in zip(axes.flat, tasks):
+        draw_costs(arms, ax, task, colours)
     try:
         for name, figure in (("curves.png", curves), ("cost.png", costs)):
             figure.savefig(out / f".draft-{name}", dpi=120, bbox_inches="tight")

@@ -42,10 +42,11 @@ def parse(argv):
     parser.add_argument("--instruction", default="", help="put behind the question, for the teacher alone")
     parser.add_argument("--eval_examples", "--eval-examples", type=int, default=0, help="held-out examples that a run on this file sets apart: none are used")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="samples written at once")
+    parser.add_argument("--group", type=int, default=0, help="keep so many questions at a time: a killed command then goes on bit for bit; 0: each trace, faster")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.n < 1 or args.max_tokens < 1 or args.batch_size < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise UserError("--n, --max_tokens and --batch_size must be at least 1, --temperature not negative, --top_p above 0 and at most 1")
+    if args.n < 1 or args.max_tokens < 1 or args.batch_size < 1 or min(args.temperature, args.group) < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--n, --max_tokens and --batch_size must be at least 1, --temperature and --group not negative, --top_p above 0 and at most 1")
     if args.temperature == 0 and args.n > 1:
         raise UserError(f"--temperature 0 writes the same trace every time; leave out --n {args.n}")
     return args
@@ -68,28 +69,34 @@ def examples_of(args, subject):
 
 
 def write(args, subject, found, samples):
-    """Generate what is missing, a line for every finished sample. Returns (new tokens, seconds)."""
-    kept = samples.read()
-    keys = [(p, s) for p in range(len(found)) for s in range(args.n) if (p, s) not in kept]
-    if not keys:
-        return 0, 0.0
+    """Generate what is missing; a line for every finished sample, or with --group a whole group's, so that what is batched together stays so.
+    Returns the seconds."""
+    kept, size = samples.read(), args.group or len(found)
+    groups = [[(p, s) for p in range(lo, min(lo + size, len(found))) for s in range(args.n) if (p, s) not in kept] for lo in range(0, len(found), size)]
+    if not any(groups):
+        return 0.0
     model, tokens, began, shown = subject.model(), 0, time.perf_counter(), time.monotonic()
     with open(samples.folder / f"{samples.task}.part-0.jsonl", "a", encoding="utf-8") as file:
         file.write("\n" if file.tell() else "")  # a line that a kill cut off stays apart
+        for keys in groups:
+            finished = []
 
-        def keep(i, completion):
-            nonlocal tokens, shown
-            tokens += len(completion.tokens)
-            text = subject.tokenizer.decode(completion.tokens, skip_special=True)
-            file.write(line(dict(problem=keys[i][0], sample=keys[i][1], text=text, tokens=len(completion.tokens), stopped=completion.stopped)))
-            file.flush()
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(f"{tokens:,} tokens, {tokens / (time.perf_counter() - began):,.0f} a second", flush=True)
+            def keep(i, completion):
+                nonlocal tokens, shown
+                tokens += len(completion.tokens)
+                text = subject.tokenizer.decode(completion.tokens, skip_special=True)
+                finished.append(line(dict(problem=keys[i][0], sample=keys[i][1], text=text, tokens=len(completion.tokens), stopped=completion.stopped)))
+                if not args.group or len(finished) == len(keys):
+                    file.write("".join(finished))
+                    file.flush()
+                    finished.clear()
+                if time.monotonic() - shown > 10:
+                    shown = time.monotonic()
+                    print(f"{tokens:,} tokens, {tokens / (time.perf_counter() - began):,.0f} a second", flush=True)
 
-        generate(model, [found[p][1] for p, _ in keys], args.max_tokens, subject.stop_ids, vocab=subject.vocab, temperature=args.temperature,
-                 top_p=args.top_p, seeds=[seed_of(args.seed, args.data, *key) for key in keys], batch_size=args.batch_size, on_done=keep)  # fmt: skip
-    return tokens, time.perf_counter() - began
+            generate(model, [found[p][1] for p, _ in keys], args.max_tokens, subject.stop_ids, vocab=subject.vocab, temperature=args.temperature,
+                     top_p=args.top_p, seeds=[seed_of(args.seed, args.data, *key) for key in keys], batch_size=args.batch_size, on_done=keep)  # fmt: skip
+    return time.perf_counter() - began
 
 
 def judge(found, rows):
@@ -121,12 +128,12 @@ def run(args):
     samples = Samples(Path(args.out), "samples")
     samples.agree(identity)
     samples.begin(identity, {"name": args.teacher, "environment": environment()})
-    tokens, seconds = write(args, subject, found, samples)
+    seconds = write(args, subject, found, samples)
     rows = judge(found, {key: row for key, row in samples.read().items() if key[0] < len(found) and key[1] < args.n})
     with torch.device("meta"):
         shape = Transformer(subject.config)  # without weights: where nothing was missing none were read
     written = [found[p][1] for p, _ in rows], [row["tokens"] for row in rows.values()]
-    samples.finish(rows, tokens, seconds, flops=generation_flops(shape, *written, subject.vocab))
+    samples.finish(rows, 0, seconds, dict(tokens=sum(written[1]), flops=generation_flops(shape, *written, subject.vocab)))
     text, count = collect(args, subject, found, rows)
     replace_file(Path(args.out) / "traces.jsonl", text)
     right, ended = (sum(r[name] for r in rows.values()) for name in ("right", "stopped"))

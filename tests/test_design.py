@@ -42,4 +42,4 @@ def test_files_and_functions_stay_small(path):
 def test_the_whole_stays_under_its_limit():
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     lines = sum(len((ROOT / f).read_text().splitlines()) for f in files if not f.startswith(("tests/", "bench/")) and (ROOT / f).exists())
-    assert 0 < lines < 9400
+    assert 0 < lines < 9600

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,23 +89,19 @@ class Here:
     def __init__(self, job, out, place, gpus):
         first, *rest = map(str, job.command(out))
         main = train.main if first.endswith("train.py") else {"eval": eval.__main__, "eval.traces": eval.traces, "eval.divergence": eval.divergence}[rest[0]].main
-        log = out / "logs" / f"{job.name}.txt"
+        self.place, self.since, self.code = place, 0.0, 1
         made.append(job)
-        if job.label in self.broken:
-            log.write_text("nothing but trouble\n")
-            self.returncode = 1
-            return
-        with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            self.returncode = main(rest if main is train.main else rest[1:])
+        with open(study.log_of(out, job), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            if job.label in self.broken:
+                print("nothing but trouble")
+            else:
+                self.code = main(rest if main is train.main else rest[1:])
 
     def poll(self):
-        return self.returncode
+        return self.code
 
-    def terminate(self):
+    def stop(self, patience):
         """It is over already."""
-
-    def wait(self, seconds):
-        return self.returncode
 
 
 made = []
@@ -113,7 +110,7 @@ made = []
 @pytest.fixture
 def here(monkeypatch):
     made.clear()
-    monkeypatch.setattr(study, "start", Here)
+    monkeypatch.setattr(study, "Running", Here)
     monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Here, "broken", ())
     return made
@@ -134,7 +131,8 @@ def kinds(jobs):
 def test_jobs_are_made_once_each_behind_what_it_needs(tmp_path):
     plan = study_plan.read(write(tmp_path), seeds="0,1")
     jobs = plan.jobs
-    assert kinds(jobs) == ["eval"] * 7 + ["kl"] * 6 + ["train"] * 7  # the starting model and its evaluation serve both seeds
+    assert kinds(jobs) == ["eval"] * 8 + ["kl"] * 6 + ["train"] * 7  # the starting model serves both seeds; each asks it with random numbers of its own
+    assert [dict(plan.made["start", s].evals.options)["seed"] for s in (0, 1)] == [0, 1] and plan.made["kd", 1].before == plan.made["start", 1].evals
     assert len({job.name for job in jobs}) == len(jobs)
     for i, job in enumerate(jobs):
         assert all(need in jobs[:i] for need in job.needs)
@@ -153,6 +151,10 @@ def test_a_name_says_what_a_run_is_made_of(tmp_path):
     for old, new in (("lr = 1e-3", "lr = 2e-3"), ("sample_tokens = 4", "sample_tokens = 5"), ('chain = ["sft"]', 'chain = ["again"]'), ("batch_size = 4", "batch_size = 8")):
         assert old in FILE and name(FILE.replace(old, new)) != first  # its own knobs, those of the run before, of the starting model, common ones
     assert first == name(FILE.replace("limit = 8", "limit = 4"))  # how it is evaluated is not part of it
+    data = tmp_path / "data.jsonl"
+    text = FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', f'data = "{data}"\nsteps = 2\nlr')
+    names = [data.write_text(content) and (study_plan.contents.cache_clear() or name(text)) for content in ("one", "two", "one")]
+    assert names[0] == names[2] != names[1]  # a file is what it holds
 
 
 def test_traces_are_named_where_they_are_trained_on(tmp_path):
@@ -166,10 +168,16 @@ def test_traces_are_named_where_they_are_trained_on(tmp_path):
     ('mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlr', 'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlrr', "lrr"),
     ("lr = 1e-3", "kd_topk = 3", "[run.again]: kd_topk"), ("lr = 1e-3", "seed = 3", "seed is given by the study itself"),
     ('teacher = "@start"\nsteps', 'teacher = "@stat"\nsteps', "no @stat"), ('model = "tiny"', 'model = "@start"', "begins from itself"),
-    ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"), ("limit = 8", "limitt = 8", "limitt"), ('chain = []', "", "KeyError"),
+    ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"), ("limit = 8", "limitt = 8", "limitt"), ("chain = []", "", "[arm.start]: it needs chain"),
     ('tasks = "word_problems"', 'tasks = "word_problem"', "did you mean word_problems"), ('better = "sft"', 'better = "sftt"', "no arm 'sftt'"),
-    ("[study]", "[studi]", "studi"), ("seeds = [0]", "seeds = ", "TOML"), ("seeds = [0]", "seeds = []", "seeds = []"), ("[eval]", "[[eval]]", "[eval] is one table"),
-    ("[[claim]]", "[claim]", "[[claim]]s"), ("seeds = [0]", 'seeds = "x"', "seeds = 'x'"), ("chain = []", "chian = []", "chian"),
+    ("[study]", "[studi]", "studi"), ("seeds = [0]", "seeds = ", "TOML"), ("seeds = [0]", "seeds = []", "[study] seeds"), ("[eval]", "[[eval]]", "[eval] is one table"),
+    ("[[claim]]", "[claim]", "[[claim]]s"), ("seeds = [0]", 'seeds = "x"', "[study] seeds"), ("chain = []", "chian = []", "chian"),
+    ("seeds = [0]", "", "[study] seeds"), ("seeds = [0]", 'seeds = [0]\ngpus = "2"', "[study] gpus"), ("seeds = [0]", "seeds = [0]\ngpus = 0", "[study] gpus"),
+    ('data = "word_problems:4"', 'data = ["a", "b"]', "[traces.own] data: a text"), ('model = "@start"\nchain = []', "model = 3\nchain = []", "[arm.start] model"),
+    ("chain = []", 'chain = []\npaper = { gsm8k = "31.4" }', "[arm.start] paper"), ("chain = []", 'chain = []\npaper = "colapsed"', '"collapsed"'),
+    ("chain = []", "chain = []\neval = 3", "[arm.start] eval"), ('worse = "kd"', 'worse = "kd"\ntask = "gsm8"', "gsm8"), ('text = "one is better"', "", "[claim]: it needs text"),
+    ('text = "one is better"', "text = 3", "[claim] text"), ('model = "@start"\nchain = []', 'model = "tiny"\nchain = []', "random weights"),
+    ('model = "@start"\nchain = ["kd"]', 'model = "@start"\nchain = "kd"', "[arm.kd] chain"), ("max_tokens = 4\nkeep", "max_tokenss = 4\nkeep", "[traces.own]"),
 ])  # fmt: skip
 def test_wrong_files_are_one_line(old, new, said, tmp_path, capsys):
     assert old in FILE
@@ -178,11 +186,19 @@ def test_wrong_files_are_one_line(old, new, said, tmp_path, capsys):
     assert said in err and len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("argv,said", [(["--arms=stfart"], "no arm 'stfart'"), (["--seeds=a"], "seeds"), (["--at_once=-1"], "--at_once"), (["--outt=x"], "--outt")])
+@pytest.mark.parametrize("argv,said", [(["--arms=stfart"], "no arm 'stfart'"), (["--seeds=a"], "--seeds a"), (["--seeds=1.5"], "--seeds 1.5"), (["--report", "--out=nowhere"], "no study"), (["--at_once=-1"], "--at_once"), (["--outt=x"], "--outt")])
 def test_wrong_options_are_one_line(argv, said, tmp_path, capsys):
     assert study.main([write(tmp_path), *argv]) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and len(err.splitlines()) == 1
+
+
+def test_the_studies_of_the_readme_are_there():
+    lines = [line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python -m eval.study")]
+    for line in lines:
+        args = study.parse(line[3:])
+        assert study_plan.read(ROOT / args.file, args.seeds, args.arms, args.rehearse).jobs
+    assert len(lines) >= 3
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -207,10 +223,13 @@ def test_a_study_goes_on(tmp_path, here, capsys):
     assert kinds(here) == ["eval"] * 4 + ["kl"] * 3 + ["train"] * 4
     before = numbers(out)
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 11 and numbers(out) == before
+    assert study.main([file, f"--out={out}", "--report"]) == 0 and len(here) == 11 and numbers(out) == before
     run = study_plan.read(file).made["sft", 0].chain[0]
     (out / "done" / run.name).unlink()  # killed behind its last checkpoint
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 12 and numbers(out) == before
     assert "--resume" in here[-1].command(out)
+    shutil.rmtree(out / "runs" / run.name)  # gone: made again, and again the same
+    assert study.main([file, f"--out={out}"]) == 0 and len(here) == 13 and numbers(out) == before
     assert "sft_rl" in capsys.readouterr().out and all((out / f).exists() for f in ("report.md", "samples.md", "curves.png", "cost.png"))
 
 
@@ -227,18 +246,65 @@ def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, c
     assert "trouble" not in (out / "report.md").read_text()
 
 
-def test_what_the_user_can_mend_ends_the_study(tmp_path, here, capsys):
+def test_what_the_user_can_mend_is_said_when_the_rest_is_made(tmp_path, here, capsys):
     text = FILE.replace('mode = "kd"\ndata = "word_problems:8"', 'mode = "kd"\ndata = "nowhere.jsonl"')
-    assert study.main([write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=kd"]) == 2
+    assert study.main([write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=kd,sft"]) == 2
     err = capsys.readouterr().err.strip()
     assert "nowhere.jsonl" in err and "kd, seed 0: kd" in err and len(err.splitlines()) == 1
+    report = {a["arm"]: a for a in numbers(tmp_path / "out")["arms"]}
+    assert report["sft"]["seeds"] == [0] and report["kd"]["seeds"] == [] and "nowhere.jsonl" in report["kd"]["failed"]["0"]
 
 
 def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, here):
     plan = study_plan.read(write(tmp_path))
     job, out = plan.made["sft", 0].chain[0], tmp_path / "out"
     (out / "runs" / job.name / "checkpoints" / "step-1").mkdir(parents=True)
-    assert not study.whole(out, job)
+    (out / "done").mkdir()
+    (out / "done" / job.name).touch()
+    assert not study.done(out, job)
+    (out / "runs" / job.name / "curves.png").touch()
+    assert study.done(out, job)
+
+
+def test_a_moved_study_goes_on(tmp_path, here):
+    file, out, moved = write(tmp_path), tmp_path / "out", tmp_path / "moved"
+    assert study.main([file, f"--out={out}", "--arms=kd"]) == 0
+    before, job = numbers(out), study_plan.read(file).made["kd", 0].chain[0]
+    out.rename(moved)
+    (moved / "done" / job.name).unlink()
+    assert study.main([file, f"--out={moved}", "--arms=kd"]) == 0 and numbers(moved) == before
+    assert str(moved) in json.loads((moved / "runs" / job.name / "config.json").read_text())["teacher"]
+
+
+def test_equal_numbers_are_equal_jobs(tmp_path, here):
+    text = FILE.replace("[arm.start]\n", "[arm.start]\neval = { temperature = 1.0 }\n").replace("[arm.sft]\n", "[arm.sft]\neval = { temperature = 1 }\n")
+    plan = study_plan.read(write(tmp_path, text))
+    assert plan.made["start", 0].evals == plan.made["sft", 0].before != plan.made["kd", 0].before
+    assert len({job.name for job in plan.jobs}) == len(plan.jobs)
+
+
+def test_the_ranks_of_a_job_end_together(tmp_path):
+    """Two processes that find each other; where one fails, the other is stopped, and its code is the job's."""
+    (tmp_path / "logs").mkdir()
+
+    class Stub:
+        name, kind, program = "job", "train", ""
+        command = lambda self, out: ["-c", self.program]
+
+    def ended(program):
+        job = Stub()
+        job.program = program
+        running = study.Running(job, tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
+        for _ in range(600):
+            if (code := running.poll()) is not None:
+                return code
+            time.sleep(0.1)
+
+    assert ended("import os, time; print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT']) if os.environ['RANK'] == '0' else time.sleep(0.5)") == 0
+    world, port = study.last_words(tmp_path, Stub()).split()
+    assert world == "2" and int(port) > 1023
+    began = time.monotonic()
+    assert ended("import os, sys, time; sys.exit(2) if os.environ['RANK'] == '1' else time.sleep(60)") == 2 and time.monotonic() - began < 30
 
 
 def test_one_study_at_a_time_has_a_folder(tmp_path, here, capsys):

@@ -16,10 +16,11 @@ ARMS = {
 }
 CLAIMS = [
     {"text": "SFT harms", "better": "instruct", "worse": "sft"},
-    {"text": "SFT beats RL", "better": "sft", "worse": "grpo", "task": "gsm8k"},
+    {"text": "SFT beats RL", "better": "sft", "worse": "grpo"},
     {"text": "RL helps", "better": "grpo", "worse": "instruct"},
     {"text": "hybrids collapse", "better": "sft", "worse": "kd_grpo"},
     {"text": "not run", "better": "sft", "worse": "dapo"},
+    {"text": "on another task", "better": "instruct", "worse": "sft", "task": "gsm8k"},
 ]
 RIGHT = {("instruct", 0): 20, ("instruct", 1): 20, ("sft", 0): 8, ("sft", 1): 10, ("kd_grpo", 0): 30, ("grpo", 0): 38, ("grpo", 1): 6}  # of 40
 
@@ -67,9 +68,9 @@ def synthetic(out):
             kl.parent.mkdir(exist_ok=True)
             kl.write_text(json.dumps({"on_own": {"reverse_kl": 0.1 + 0.2 * seed, "top1": 0.9, "entropy": 0.5, "teacher_entropy": 0.7},
                                       "on_reference": {"forward_kl": 0.4, "top1": 0.8, "entropy": 0.3, "teacher_entropy": 0.6}}))  # fmt: skip
-        outcomes[arm, seed] = Outcome(chain, (traces,) if arm == "sft" else (), evals, kl if chain else None)
+        outcomes[arm, seed] = Outcome(chain, (traces,) if arm == "sft" else (), evals, out / "evals" / "instruct", kl if chain else None)
     failed = f"train.py: 5 steps in a row had no finite gradient in {out.resolve()}/runs/x"
-    outcomes["kd_grpo", 1] = Outcome((), (), None, None, failed)
+    outcomes["kd_grpo", 1] = Outcome((), (), None, None, None, failed)
     return outcomes
 
 
@@ -90,7 +91,7 @@ def test_accuracies_gains_and_costs(study):
     assert arms["instruct"]["accuracy"]["word_problems"] == {"figure": [0.5, 0.4, 0.6], "each": [0.5, 0.5], "over": "problems"}  # one evaluation: no news from seeds
     assert arms["kd_grpo"]["accuracy"]["word_problems"]["over"] == "problems" and arms["kd_grpo"]["seeds"] == [0]
     gain = arms["sft"]["gain"]["word_problems"]
-    assert arms["sft"]["start"] == "instruct" and gain["each"] == pytest.approx([-0.3, -0.25]) and gain["figure"][0] == pytest.approx(-0.275)
+    assert arms["instruct"]["gain"]["word_problems"]["figure"] is None and gain["each"] == pytest.approx([-0.3, -0.25]) and gain["figure"][0] == pytest.approx(-0.275)
     low, high = gain["over_problems"]
     assert -0.45 < low < -0.275 < high < -0.1 and gain["over_seeds"] == pytest.approx([-0.275 - t * sd / 2**0.5, -0.275 + t * sd / 2**0.5], rel=1e-5)
     assert gain["figure"][1] == pytest.approx(-0.275 - math.hypot(-0.275 - low, t * sd / 2**0.5), rel=1e-5)
@@ -109,9 +110,12 @@ def test_verdicts(study):
     assert verdicts["hybrids collapse"] == ("paper: collapsed", "gsm8k", "collapsed") and verdicts["not run"][0] == "-"
     assert verdicts["SFT beats RL"][0] == "not shown" and verdicts["SFT beats RL"][2] == pytest.approx(-23.1)  # seeds differ: -75 and +10 points
     assert verdicts["RL helps"][0] == "not shown" and verdicts["SFT harms"] == ("not shown", "gsm8k", pytest.approx(14.6))  # two seeds know little
+    assert verdicts["on another task"] == ("-", "gsm8k", pytest.approx(14.6))  # what was named was not evaluated, and nothing else is taken for it
     for right, expected in ((8, "agrees"), (38, "contradicts"), (21, "not shown")):  # one seed: sure of problems alone
-        outcomes = {(a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None) for a, n in (("instruct", 20), ("sft", right))}
+        outcomes = {(a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None, None) for a, n in (("instruct", 20), ("sft", right))}
         claim = judge(Study([0], ARMS, outcomes), CLAIMS[0])
+        unasked = judge(Study([0], {a: {**t, "paper": {}} for a, t in ARMS.items()}, outcomes), CLAIMS[0])  # the paper says nothing: the claim alone
+        assert unasked["verdict"] == expected and unasked["paper"] is None
         assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None and claims_table([claim])[1][-1] == f"{expected} (one seed)"
 
 
@@ -150,7 +154,7 @@ def test_samples(study):
 
 
 def test_a_study_with_nothing_done(tmp_path):
-    said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome((), (), None, None, "it\nbroke")}, CLAIMS)
+    said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome((), (), None, None, None, "it\nbroke")}, CLAIMS)
     assert "sft, seed 0 FAILED: it broke" in said
     assert "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
 
@@ -158,7 +162,7 @@ def test_a_study_with_nothing_done(tmp_path):
 def test_models_as_they_are(tmp_path):
     """The shape of comparison.toml: no chain at all, tasks under the paper's names, a folder as a model, one problem alone."""
     arms = {"a": {"model": "/somewhere/big-1.5b", "chain": [], "paper": {"olympiad": 6.2, "gsm8k": 62.5}}, "b": {"model": "hub/b", "chain": []}}
-    outcomes = {(arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None) for arm in arms}
+    outcomes = {(arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None, None) for arm in arms}
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
     (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
@@ -167,4 +171,4 @@ def test_models_as_they_are(tmp_path):
     assert "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student" in page and "/somewhere" not in page
     assert "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] == "gsm8k"
+    assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] is None and report["claims"][0]["verdict"] == "-"
