@@ -98,12 +98,13 @@ def word_problem(rng, style=_TERSE):
 
 
 def running_text(rng):
-    """What a model reads before it is taught to answer: one to four problems of the same split after one another, each solved in any style;
-    in one text of four the answers are marked. Question and answer are those of the first problem."""
-    marked, wanted, problems = rng.random() < 0.25, rng.randint(1, 4), []
+    """What a model reads before it is taught to answer: problems of the same split after one another, each solved in any style. One text in
+    eight is a single problem and marks its answer. Question and answer are those of the first problem."""
+    marked, problems = rng.random() < 1 / 8, []
+    wanted = 1 if marked else rng.randint(2, 4)
     while len(problems) < wanted:
         problem = word_problem(rng, rng.choice((_TERSE, _TALK, _LONG)))
-        if _held_out(problem[0]) == _held_out((problems or [problem])[0][0]):
+        if not problems or _held_out(problem[0]) == _held_out(problems[0][0]):
             problems.append(problem)
     solutions = [s if marked else s.partition(" ####")[0] for _, s, _ in problems]
     later = (f"\n\n{question}\n{solution}" for (question, _, _), solution in zip(problems[1:], solutions[1:]))

@@ -51,9 +51,9 @@ def test_running_text_holds_whole_problems_of_one_split():
             text = e.question + e.messages[1]["content"]
             problems = PROBLEM.findall(text)
             assert problems[0] == e.question and {_held_out(p) for p in problems} == {split == "heldout"}
-            assert e.answer == str(answered(e.question)) and text.count("####") in (0, len(problems))
+            assert e.answer == str(answered(e.question)) and text.count("####") == (len(problems) == 1)
             for solution, problem in zip(re.split(PROBLEM, text)[1:], problems, strict=True):
                 assert int(re.findall(r"\d+", solution)[-1]) == answered(problem)
             assert task.example("word_problems_text", split, f"0/{i}") == e
             found.append((len(problems), "####" in text, "<think>" in text))
-    assert {n for n, _, _ in found} == {1, 2, 3, 4} and 0.2 < sum(m for _, m, _ in found) / len(found) < 0.3
+    assert {n for n, _, _ in found} == {1, 2, 3, 4} and 0.08 < sum(m for _, m, _ in found) / len(found) < 0.17
