@@ -99,8 +99,8 @@ def word_problem(rng, style=_TERSE):
 
 def running_text(rng):
     """What a model reads before it is taught to answer: problems of the same split after one another, each solved in any style. One text in
-    eight is a single problem and marks its answer. Question and answer are those of the first problem."""
-    marked, problems = rng.random() < 1 / 8, []
+    four is a single problem and marks its answer. Question and answer are those of the first problem."""
+    marked, problems = rng.random() < 1 / 4, []
     wanted = 1 if marked else rng.randint(2, 4)
     while len(problems) < wanted:
         problem = word_problem(rng, rng.choice((_TERSE, _TALK, _LONG)))
