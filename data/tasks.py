@@ -1,10 +1,11 @@
 """Tasks that make their own problems: endless, seeded, with a held-out split by construction.
 
 A task is `make(rng) -> (question, solution, answer)` and a grader. Which split a problem belongs to is decided by a hash of
-its question, so no training problem is ever a held-out one, whatever the seed and however many are drawn.
+its question, so no training problem is ever a held-out one, whatever the seed, however many are drawn and in whatever style they are solved.
 """
 
 import dataclasses
+import functools
 import random
 import zlib
 from collections.abc import Callable
@@ -41,9 +42,13 @@ class Task:
         """The problem with this key ("{seed}/{index}") in "train" or "heldout"; the same key gives the same problem."""
         for attempt in range(10_000):
             question, solution, answer = self.make(random.Random(f"{name}/{key}/{attempt}"))
-            if (zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0) == (split == "heldout"):
+            if _held_out(question) == (split == "heldout"):
                 return _example(question, solution, answer, name, f"{name} problem {key}")
         raise ValueError(f"task {name} makes no problem for the {split} split")
+
+
+def _held_out(question):
+    return zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
 
 
 def _example(question, solution, answer, task, origin):
@@ -57,16 +62,28 @@ _STORY = {
     "-": ("{n} loses {b} {i}.", "{n} sells {b} {i}.", "{n} gives away {b} {i}."),
     "*": ("Then {n} has {b} times as many {i}.",),
 }
-_STEPS = {
+# A style of solving: what a step says, the total before it ({a}) and after it ({c}) included, and what is around the steps.
+_TERSE = "{steps} #### {c}", {
     "+": ("{a}+{b}={c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
     "-": ("{a}-{b}={c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
     "*": ("{a}*{b}={c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
 }
+_TALK = "{steps} {n} now has {c} {i}. #### {c}", {
+    "+": ("{n} has {a} {i}, {b} more makes {c} {i}.", "Then {n} has {b} more than {a} {i}: {c}.", "Adding {b} {i} to {a}, {n} now has {c}."),
+    "-": ("{n} has {a} {i}, {b} less leaves {c} {i}.", "Then {n} has {b} less than {a} {i}: {c}.", "Taking {b} {i} from {a}, {n} now has {c}."),
+    "*": ("{n} has {a} {i}, {b} times as many is {c}.", "Then {n} has {b} times {a} {i}: {c}.", "Having {a} {i} taken {b} times, {n} now has {c}."),
+}
+_LONG = "<think>{steps}</think> {n} has {c} {i}. #### {c}", {
+    "+": ("Adding {b}: {a}+{b}={c}, as {c}-{b}={a}.", "{b} more: {a}+{b}={c}, as {c}-{a}={b}.", "{a}+{b} is {b}+{a}, {a}+{b}={c}."),
+    "-": ("Taking {b}: {a}-{b}={c}, as {c}+{b}={a}.", "{b} less: {a}-{b}={c}, as {b}+{c}={a}.", "{a} is {b}+{c}, {a}-{b}={c}."),
+    "*": ("{b} times: {a}*{b}={c}.", "{a} taken {b} times: {b}*{a}={c}.", "{b} times {a} is {b}*{a}={c}."),
+}  # fmt: skip
 
 
-def word_problem(rng):
+def word_problem(rng, style=_TERSE):
     """Two or three steps with numbers up to 12. Each step is worded in one of three ways, as people word the same step
     differently: a sample shows one wording, a teacher's distribution knows all."""
+    frame, wordings = style
     name, item, total = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(1, 12)
     story, steps = [f"{name} has {total} {item}."], []
     for _ in range(rng.choice((2, 3))):
@@ -74,14 +91,31 @@ def word_problem(rng):
         b = rng.randint(2, 3) if op == "*" else rng.randint(1, min(12, total - 1) if op == "-" else 12)
         result = {"+": total + b, "-": total - b, "*": total * b}[op]
         story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
-        steps.append(rng.choice(_STEPS[op]).format(a=total, b=b, c=result))
+        steps.append(rng.choice(wordings[op]).format(a=total, b=b, c=result, n=name, i=item))
         total = result
     question = " ".join([*story, f"How many {item} now?"])
-    return question, " ".join([*steps, f"#### {total}"]), str(total)
+    return question, frame.format(steps=" ".join(steps), c=total, n=name, i=item), str(total)
+
+
+def running_text(rng):
+    """What a model reads before it is taught to answer: problems of the same split after one another, each solved in any style. One text in
+    four is a single problem and marks its answer. Question and answer are those of the first problem."""
+    marked, problems = rng.random() < 1 / 4, []
+    wanted = 1 if marked else rng.randint(2, 4)
+    while len(problems) < wanted:
+        problem = word_problem(rng, rng.choice((_TERSE, _TALK, _LONG)))
+        if not problems or _held_out(problem[0]) == _held_out(problems[0][0]):
+            problems.append(problem)
+    solutions = [s if marked else s.partition(" ####")[0] for _, s, _ in problems]
+    later = (f"\n\n{question}\n{solution}" for (question, _, _), solution in zip(problems[1:], solutions[1:]))
+    return problems[0][0], "".join([f"\n{solutions[0]}", *later]), problems[0][2]
 
 
 TASKS = {
     "word_problems": Task(word_problem, grade_number),
+    "word_problems_talk": Task(functools.partial(word_problem, style=_TALK), grade_number),
+    "word_problems_long": Task(functools.partial(word_problem, style=_LONG), grade_number),
+    "word_problems_text": Task(running_text, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),
     "humaneval": Task(None, grade_code, waits=True),

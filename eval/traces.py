@@ -54,7 +54,7 @@ def parse(argv):
 
 def examples_of(args, subject):
     """[(example, prompt ids)] of the training examples. Raises UserError, before a weight is read."""
-    formatter = Formatter(subject.tokenizer, "auto", args.system, args.instruction)
+    formatter = Formatter(subject.tokenizer, subject.settings.get("template", "auto"), args.system, args.instruction)  # as it was trained
     room = subject.config.max_position_embeddings
     data = Dataset(args.data, formatter, seed=0, max_tokens=room, vocab=subject.vocab, eval_examples=args.eval_examples, overlong="drop")
     if not len(data):

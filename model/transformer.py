@@ -48,9 +48,10 @@ PRESETS = {
     "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 11008),
     "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, vocab=152064, tie=False),
     "qwen3-0.6b": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, qkv_bias=False, qk_norm=True, max_position_embeddings=40960),
-    # the embedded task's teacher and student, and small bodies under the full vocabulary for benchmarks and tests
+    # the embedded task's teacher and student, the student of the study in small, and small bodies under the full vocabulary for benchmarks and tests
     "tiny-teacher": _qwen25(96, 3, 4, 2, 256, vocab=512),
     "tiny": _qwen25(96, 2, 4, 2, 256, vocab=512),
+    "mini": _qwen25(48, 2, 4, 2, 128, vocab=512),
     "small-teacher": _qwen25(384, 6, 6, 2, 1024, vocab=152064, tie=False),
     "small": _qwen25(256, 4, 4, 2, 704),
 }

@@ -1,6 +1,7 @@
 """Sequence-level distillation: traces that the grader finds right are kept, with where they are from, and SFT trains on them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -31,6 +32,7 @@ def writes(monkeypatch):
     def generate(model, prompts, limit, stop_ids, *, seeds, on_done, fail_after=10**9, **more):
         assert len(set(seeds)) == len(prompts)
         asked.append(len(prompts))
+        generate.first = tokenizer.decode(prompts[0])
         by_prompt = {}
         for i, prompt in enumerate(prompts):
             if i >= generate.fail_after:
@@ -80,6 +82,14 @@ def test_what_was_interrupted_goes_on(teacher, writes, tmp_path):
     matrices = 2 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 256) + 96 * 512  # two layers of `tiny` and the head, for each new token; then prompts and attention
     assert cut["flops"] == whole["flops"] and 1 < whole["flops"] / (2 * matrices * whole["tokens"]) < 2  # all samples, whoever wrote them
     assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0 and len(writes.asked) == 3  # nothing is missing
+
+
+def test_a_run_is_asked_as_it_was_trained(teacher, writes, tmp_path):
+    assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'a'}"]) == 0 and writes.first.startswith("<|im_start|>user")
+    run = tmp_path / "run" / "checkpoints" / "step-1"
+    shutil.copytree(teacher, run)
+    (tmp_path / "run" / "config.json").write_text('{"template": "plain"}')
+    assert traces.main([str(run), *ARGS, f"--out={tmp_path / 'b'}"]) == 0 and writes.first == writes.problems[0].question
 
 
 @pytest.mark.parametrize("change,said", [
