@@ -258,27 +258,25 @@ class _Plan:
             check(cfg := configuration.parse(Config, flags(given))[0])
         except UserError as e:
             raise UserError(f"[run.{name}]: {e}") from None
-        return {"mode": cfg.mode} | {k: self._value(v) if k in REFERRING else v for k, v in given.items()}
+        return {"mode": cfg.mode} | {k: self._value(v, k) if k in REFERRING else v for k, v in given.items()}
 
-    def _value(self, value):
+    def _value(self, value, key="model"):
         """What "@NAME" stands for: a Job, or the folder or hub id that [model.NAME] gives a name to."""
         if not str(value).startswith("@"):
             return value
-        name = value[1:]
+        name, kind = value[1:], "traces" if key == "data" else "model"
+        if name not in self.content[kind]:
+            raise UserError(f"{key} {value}: there is no [{kind}.{name}]; there are {', '.join(f'@{n}' for n in self.content[kind]) or 'none'}")
+        if kind == "traces":
+            return self._traces(name)
         if name in self.opened:
             raise UserError(f"[model.{name}] begins from itself")
         self.opened.add(name)
-        try:
-            if name in self.content["model"]:
-                table = self.content["model"][name]
-                chain = self._chain(table.get("chain", []), self._value(table["model"]), 0, f"model {name}")
-                return chain[-1] if chain else self._value(table["model"])
-            if name in self.content["traces"]:
-                return self._traces(name)
-        finally:
-            self.opened.remove(name)
-        known = ", ".join(f"@{n}" for n in [*self.content["model"], *self.content["traces"]])
-        raise UserError(f"no {value}: there is neither a [model.{name}] nor a [traces.{name}]; there are {known or 'none'}")
+        table = self.content["model"][name]
+        start = self._value(table["model"])
+        chain = self._chain(table.get("chain", []), start, 0, f"model {name}")
+        self.opened.remove(name)
+        return chain[-1] if chain else start
 
     def _traces(self, name):
         options = dict(self.content["traces"][name])

@@ -167,7 +167,7 @@ def test_traces_are_named_where_they_are_trained_on(tmp_path):
 @pytest.mark.parametrize("old,new,said", [
     ('mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlr', 'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlrr', "lrr"),
     ("lr = 1e-3", "kd_topk = 3", "[run.again]: kd_topk"), ("lr = 1e-3", "seed = 3", "seed is given by the study itself"),
-    ('teacher = "@start"\nsteps', 'teacher = "@stat"\nsteps', "no @stat"), ('model = "tiny"', 'model = "@start"', "begins from itself"),
+    ('teacher = "@start"\nsteps', 'teacher = "@stat"\nsteps', "teacher @stat: there is no [model.stat]"), ('model = "tiny"', 'model = "@start"', "begins from itself"),
     ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"), ("limit = 8", "limitt = 8", "limitt"), ("chain = []", "", "[arm.start]: it needs chain"),
     ('tasks = "word_problems"', 'tasks = "word_problem"', "did you mean word_problems"), ('better = "sft"', 'better = "sftt"', "no arm 'sftt'"),
     ("[study]", "[studi]", "studi"), ("seeds = [0]", "seeds = ", "TOML"), ("seeds = [0]", "seeds = []", "[study] seeds"), ("[eval]", "[[eval]]", "[eval] is one table"),
@@ -274,6 +274,12 @@ def test_a_moved_study_goes_on(tmp_path, here):
     (moved / "done" / job.name).unlink()
     assert study.main([file, f"--out={moved}", "--arms=kd"]) == 0 and numbers(moved) == before
     assert str(moved) in json.loads((moved / "runs" / job.name / "config.json").read_text())["teacher"]
+
+
+def test_a_model_and_its_traces_may_have_one_name(tmp_path):
+    text = FILE.replace("[traces.own]", "[traces.start]").replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@start"\nsteps = 2\nlr')
+    (traces,) = study_plan.read(write(tmp_path, text)).made["sft", 0].traces
+    assert traces.kind == "traces" and traces.needs[0].kind == "train"
 
 
 def test_equal_numbers_are_equal_jobs(tmp_path, here):
