@@ -81,7 +81,7 @@ def run(args):
     replace_file(Path(args.out), json.dumps(measured, indent=1) + "\n")
     print(f"{'':24}{'on own':>14}{'on reference':>14}")
     for measure in dict.fromkeys(m for means in measured.values() for m in means):
-        print(f"{measure:24}" + "".join(f"{means.get(measure, float('nan')):14.5f}" for means in measured.values()))
+        print(f"{measure:24}" + "".join(f"{means[measure]:14.5f}" if measure in means else f"{'-':>14}" for means in measured.values()))
 
 
 def main(argv):
