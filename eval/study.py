@@ -188,6 +188,7 @@ def run(args):
         if not (out / "done").is_dir():
             raise UserError(f"--report: there is no study in {out}")
         return print(report(), flush=True)
+    study.check_test_sets()
     places_free = places(study.gpus, args.at_once)
     try:
         for name in ("runs", "traces", "evals", "kl", "logs", "done"):

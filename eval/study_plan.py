@@ -15,8 +15,10 @@ from pathlib import Path
 import config as configuration
 import eval.__main__
 import eval.traces
+from data.tasks import TASKS
 from data.teacher_cache import weights_digest
 from errors import UserError
+from eval.benchmarks import find
 from knobs import Config, check
 from model.checkpoint import read_json
 from model.runs import RunFolder, replace_file
@@ -131,6 +133,14 @@ class Study:
             for job in filter(None, (*arm.chain, arm.evals, arm.before, arm.kl)):
                 visit(job)
         return list(found)
+
+    def check_test_sets(self):
+        """Refuse a study whose evaluations would find no test set, before anything is trained."""
+        for options in {job.options[1:] for job in self.jobs if job.kind == "eval"}:  # the first is the checkpoint
+            args = eval.__main__.parse(["checkpoint", *flags(dict(options))])
+            for task in args.tasks:
+                if not (task in TASKS and TASKS[task].make):
+                    find(task, args.data)
 
 
 def flags(given):

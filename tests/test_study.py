@@ -193,6 +193,14 @@ def test_wrong_options_are_one_line(argv, said, tmp_path, capsys):
     assert said in err and len(err.splitlines()) == 1
 
 
+def test_test_sets_are_looked_for_before_anything_is_trained(tmp_path, here, capsys):
+    text = FILE.replace('tasks = "word_problems"', f'tasks = "word_problems,gsm8k"\ndata = "{tmp_path}/sets"')
+    argv = [write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=start"]
+    assert study.main(argv) == 2 and not here and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err.strip()
+    assert "gsm8k" in err and "data.download" in err and len(err.splitlines()) == 1
+
+
 def test_the_studies_of_the_readme_are_there():
     lines = [line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python -m eval.study")]
     for line in lines:
