@@ -129,6 +129,14 @@ def test_the_papers_study_is_the_papers():
     assert {k: getattr(runs["rl"], k) for k in single if k not in passing} == {k: v for k, v in single.items() if k not in passing}
 
 
+def test_the_small_study_has_the_papers_arms():
+    study = tomllib.loads((ROOT / "recipes" / "study" / "mini.toml").read_text())
+    arms = {name.replace("instruct", "inst"): arm for name, arm in study["arm"].items() if "paper" in arm}
+    assert {name: arm["paper"] for name, arm in arms.items()} == {name: row if row == "collapsed" else {"gsm8k": row[-1]} for name, row in PAPER.items()}
+    for name, arm in arms.items():
+        assert "_".join([arm["model"].replace("@instruct", "inst").replace("@base", "base"), *arm["chain"]]) == name
+
+
 def combinations(sweep):
     """Every combination of the listed values and of both ends of every range."""
     choices = []
