@@ -111,10 +111,14 @@ def last_words(out, job):
     return lines[-1] if lines else "no word"
 
 
+def whole(out, job):
+    """Whether what a job makes is there. (A run that was told to stop ends well too, without its curves.)"""
+    ended = (out / "runs" / job.name / "curves.png").exists() if job.kind == "train" else True
+    return ended and job.product(out).exists()
+
+
 def done(out, job):
-    """Whether it ended well and what it made is there. (A run that was told to stop ends well too, without its curves.)"""
-    made = (out / "runs" / job.name / "curves.png").exists() if job.kind == "train" else True
-    return (out / "done" / job.name).exists() and made and job.product(out).exists()
+    return (out / "done" / job.name).exists() and whole(out, job)
 
 
 def run_jobs(study, out, free, report):
@@ -140,11 +144,10 @@ def run_jobs(study, out, free, report):
             for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
                 code, seconds = running.pop(job).poll(), time.monotonic() - process.since
                 free.append(process.place)
-                replace_file(out / "done" / job.name, "")
-                if code == 0 and done(out, job):
+                if code == 0 and whole(out, job):
+                    replace_file(out / "done" / job.name, "")
                     say(f"{job.label}: {seconds:.0f} s")
                     continue
-                (out / "done" / job.name).unlink()
                 failed[job] = code, f"{job.label}: {last_words(out, job)}"
                 replace_file(failure(out, job), failed[job][1])
                 say(f"FAILED {failed[job][1]}")

@@ -172,3 +172,15 @@ def test_models_as_they_are(tmp_path):
     assert "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] is None and report["claims"][0]["verdict"] == "-"
+
+
+def test_arms_on_tasks_of_their_own(tmp_path):
+    """An arm that is asked something else has its samples and its panel of costs too."""
+    arms, height = {"a": {"model": "m", "chain": []}, "b": {"model": "m", "chain": []}}, {}
+    for name, other in (("alike", "gsm8k"), ("apart", "mbpp")):
+        out = tmp_path / name
+        outcomes = {(arm, 0): Outcome((), (), evaluation(out / arm, 20, task=task), None, None) for arm, task in (("a", "gsm8k"), ("b", other))}
+        write(out, name, [0], arms, outcomes, [])
+        assert "## a, seed 0, on gsm8k\n" in (page := (out / "samples.md").read_text()) and f"## b, seed 0, on {other}\n" in page
+        height[name] = int.from_bytes((out / "cost.png").read_bytes()[20:24], "big")
+    assert height["apart"] > 1.5 * height["alike"]

@@ -92,6 +92,10 @@ def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch)
         for key in ("train/loss", "train/grad_norm"):
             assert b[key] == c[key]
             assert b[key] == pytest.approx(a[key], rel=2e-3)  # what fp16 log-probs cost
+    epoch = run(tmp_path, "epoch", f"--kd_topk={k}", "--steps=5")  # 20 examples, each read once by the teacher: what filling the cache takes
+    for rows in (first, again):
+        assert [row["train/teacher_tokens"] for row in rows if "train/tokens" in row] == [epoch[-1]["train/teacher_tokens"]] * 3
+    assert first[-1]["train/flops"] == again[-1]["train/flops"] > with_teacher[-1]["train/flops"]
 
 
 def test_a_shorter_list_costs_more(tmp_path):

@@ -80,8 +80,17 @@ def test_what_was_interrupted_goes_on(teacher, writes, tmp_path):
     assert (tmp_path / "cut" / "traces.jsonl").read_text() == (tmp_path / "whole" / "traces.jsonl").read_text()
     cut, whole = (json.loads((tmp_path / name / "samples.json").read_text())["generated"] for name in ("cut", "whole"))
     matrices = 2 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 256) + 96 * 512  # two layers of `tiny` and the head, for each new token; then prompts and attention
-    assert cut["flops"] == whole["flops"] and 1 < whole["flops"] / (2 * matrices * whole["tokens"]) < 2  # all samples, whoever wrote them
+    assert cut["tokens"] == whole["tokens"] and cut["flops"] == whole["flops"] and 1 < whole["flops"] / (2 * matrices * whole["tokens"]) < 2  # all samples, whoever wrote them
     assert traces.main([teacher, *ARGS, f"--out={tmp_path / 'cut'}"]) == 0 and len(writes.asked) == 3  # nothing is missing
+
+
+def test_a_group_is_kept_whole(teacher, writes, tmp_path):
+    writes.fail_after = 4
+    assert traces.main([teacher, *ARGS, "--group=2", f"--out={tmp_path / 'cut'}"]) == 130
+    assert not (tmp_path / "cut" / "samples.part-0.jsonl").read_text().strip()  # what is batched together stays so
+    writes.fail_after = 10**9
+    assert traces.main([teacher, *ARGS, "--group=2", f"--out={tmp_path / 'cut'}"]) == 0
+    assert writes.asked == [6, 6, 6, 6] and len((tmp_path / "cut" / "samples.jsonl").read_text().splitlines()) == 18
 
 
 def test_a_run_is_asked_as_it_was_trained(teacher, writes, tmp_path):
