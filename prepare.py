@@ -13,7 +13,7 @@ import torch
 
 import config as configuration
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Formatter, Stream
+from data.dataset import Dataset, Formatter, Stream, find_file, task_of
 from data.tasks import TASKS
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
@@ -21,7 +21,7 @@ from errors import RunFailed, UserError
 from eval.log import forward_flops, show_batch
 from kernels import backend
 from knobs import Config, check
-from model import parallel
+from model import lineage, parallel
 from model.checkpoint import ADAPTER, build_model, load_adapter, locate, read_config, stop_ids_of, tokenizer_folder
 from model.lora import LoraConfig, adapt, parse_targets
 from model.optim import build_optimizer
@@ -163,6 +163,40 @@ def cost_of(cache, documents, teacher_shape, vocab):
     return Counter(teacher_tokens=sum(lengths), flops=forward_flops(teacher, lengths, cache.what["positions"], vocab))
 
 
+PROMPT = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs")  # the knobs that say how questions are asked
+
+
+def training_record(cfg, dataset, begun_from):
+    """The Lineage of what this run will have trained: its own examples, and what was trained on before by those that it begins from or learns
+    from. begun_from: (name, folder) of each, None for random weights. A note is printed where one of those was trained on the held-out questions."""
+    before = lineage.Lineage(prompt={name: getattr(cfg, name) for name in PROMPT if hasattr(cfg, name)})
+    for name, folder in begun_from:
+        before += lineage.of_checkpoint(name, folder)
+    examples = [dataset.example(i) for i in range(len(dataset))]
+    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}  # an endless task: its own rule keeps what it holds out apart
+    if not task_of(cfg.data):
+        path = find_file(cfg.data)
+        entry |= {"data": cfg.data if not Path(cfg.data).exists() else f"{path.resolve().parent.name}/{path.name}"}
+        with open(path, "rb") as file:
+            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        if (path.parent / lineage.RECORD).exists():  # traces: of the teacher that wrote them
+            before += lineage.read(path.parent, f"traces {entry['data']}")
+        elif any(written_by_teacher(example) for example in examples):
+            before += lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
+    remembered = int(before.contains([example.question for example in dataset.held_out]).sum())
+    if remembered:
+        print(f"note: {remembered:,} of the {len(dataset.held_out):,} held-out questions were trained on by what this run begins from", flush=True)
+    turns = (m.get("content") for e in examples for m in e.messages if m["role"] == "user")
+    hashes = lineage.fingerprints(turn if isinstance(turn, str) else json.dumps(turn, ensure_ascii=False) for turn in turns)
+    return before + lineage.Lineage(hashes, (entry,))
+
+
+def written_by_teacher(example):
+    """Whether eval.traces made this row."""
+    source = getattr(example, "columns", {}).get("source")
+    return isinstance(source, dict) and "teacher" in source
+
+
 def prepare(cfg, held, launch):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
     until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
@@ -205,6 +239,12 @@ def prepare(cfg, held, launch):
     student_folder = embedded(cfg, rank, "student", STUDENT, launch) if distilled else student_folder
     teacher_folder = embedded(cfg, rank, "teacher", TEACHER, launch) if own_teacher else teacher_folder
     cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
+    if rank == 0:
+        begun_from = [(cfg.model, student_folder)]
+        begun_from += [(teacher_name, teacher_folder)] if has_teacher else []
+        begun_from += [(cfg.reference, origin)] if cfg.reference else []
+        begun_from += [(str(folder.step_folder(start)), folder.step_folder(start))] if start is not None else []
+        folder.lineage = training_record(cfg, dataset, begun_from)
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None or cfg.lora_rank else folder.step_folder(start)

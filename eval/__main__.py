@@ -49,6 +49,7 @@ def parse(argv):
     add("system", None, "the system prompt; a run's own unless given")
     add("instruction", None, "put behind every question; a run's own unless given, else the task's")
     add("prefill", "", "text that begins every answer")
+    add("chat_template_kwargs", None, "arguments of the chat template, as in enable_thinking=false,x=3 or JSON; a run's own unless given")
     add("limit", 0, "the first so many problems only; 0: all", int)
     add("seed", 0, "the same seed gives every sample the same random numbers", int)
     add("batch_size", 64, "samples written at once, per rank; the cache holds this many rows as long as the longest", int)
@@ -104,7 +105,7 @@ class Job:
     samples: results.Samples
     identity: dict  # what the samples depend on: they are kept together only if it agrees
     new_tokens: int
-    trained_on: int | None  # how many questions of the test set the checkpoint's run was trained on; None: not known
+    trained: trained.Trained  # how many questions of the test set the checkpoint was trained on, as far as that is known
 
 
 def plan(args):
@@ -117,7 +118,7 @@ def plan(args):
         seen = trained.seen(subject, sets, args.allow_trained)
         for benchmark in sets:
             words = args.prompt, args.system, args.instruction, args.prefill
-            asked = prompts.build(benchmark, subject.tokenizer, subject.settings, *words, args.limit)
+            asked = prompts.build(benchmark, subject.tokenizer, subject.settings, *words, args.limit, args.chat_template_kwargs)
             longest, positions = max(map(len, asked.ids)), subject.config.max_position_embeddings
             if longest >= positions:
                 raise UserError(f"{subject.name}: {benchmark.name} has a prompt of {longest:,} tokens, the model {positions:,} positions")
@@ -151,7 +152,8 @@ def fill(job, args, model, rank, world):
     parallel.barrier()  # everyone has read what was kept
     if rank == 0:
         job.samples.begin(job.identity, {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
-                                         "new_tokens": job.new_tokens, "trained_on": job.trained_on, "environment": environment()})  # fmt: skip
+                                         "new_tokens": job.new_tokens, "trained_on": job.trained.count, "unknown_training": job.trained.unknown,
+                                         "environment": environment()})  # fmt: skip
     parallel.barrier()
     ready = model() if groups else None
     clock = time.perf_counter()
@@ -228,21 +230,25 @@ def report(args, jobs, rows):
     conditions = [f"{sampling}, up to {args.max_tokens:,} new tokens. Rates in %; accuracy: the marked answer alone (strict), mean over all samples; "
                   "intervals: 95 %, problems resampled", *map(_stated, jobs)]  # fmt: skip
     conditions = list(dict.fromkeys(conditions))  # checkpoints that were asked the same share a line
+    training = trained.notes([(j.subject.label, j.benchmark.name, j.trained) for j in jobs])
     tables = [results.table(summaries), *([results.comparison_table(comparisons)] if comparisons else [])]
     out = Path(args.out)
-    listed = "\n".join(f"- {c}" for c in conditions)
+    listed = "\n".join(f"- {c}" for c in [*conditions, *training])
+    kept = {"conditions": [*conditions, *training], "training": training, "summaries": summaries, "comparisons": comparisons}
+    kept["trained_on"] = [[j.subject.label, j.benchmark.name, *j.trained] for j in jobs]
     replace_file(out / "summary.md", "\n\n".join([*map(results.markdown, tables), listed]) + "\n")
-    replace_file(out / "summary.json", json.dumps({"conditions": conditions, "summaries": summaries, "comparisons": comparisons}, indent=1) + "\n")
+    replace_file(out / "summary.json", json.dumps(kept, indent=1) + "\n")
     results.draw(summaries, out / "summary.png")
-    return "\n\n".join([*map(results.aligned, tables), *conditions, f"samples, summary.md, summary.json and summary.png are in {out}"])
+    said = [*map(results.aligned, tables), *conditions, *training]
+    return "\n\n".join([*said, f"samples, summary.md, summary.json and summary.png are in {out}"])
 
 
 def _stated(job):
     p, brief = job.identity["prompt"], lambda digest: (digest or "none")[:12]
-    words = "".join(f", {name} {p[name]!r}" for name in ("system", "instruction", "prefill") if p[name])
-    trained_on = f"; {job.subject.label} WAS TRAINED ON {job.trained_on or 'an unknown number'} of these questions" if job.trained_on != 0 else ""
+    words = "".join(f", {name} {p[name]!r}" for name in ("system", "instruction", "prefill", "chat_template_kwargs") if p.get(name))
+    cut = f"; up to {job.new_tokens:,} new tokens, for which the model has positions" if job.new_tokens < job.identity["max_tokens"] else ""
     return (f"{job.benchmark.name}: {p['kind']} prompt{words}; sha256 of the first prompt {brief(p['first_prompt_sha256'])}, "
-            f"of the template {brief(p['template_sha256'])}, of the test set {brief(job.benchmark.sha256)}{trained_on}")  # fmt: skip
+            f"of the template {brief(p['template_sha256'])}, of the test set {brief(job.benchmark.sha256)}{cut}")  # fmt: skip
 
 
 def compare(args, jobs, rows):

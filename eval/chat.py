@@ -7,6 +7,7 @@ folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or the folder of a run (
 import argparse
 import sys
 
+from data.tokenizer import parse_template_kwargs
 from errors import UserError
 from eval.load import find
 from model.generate import generate
@@ -38,16 +39,17 @@ def parse(argv):
     parser.add_argument("--top_k", "--top-k", type=int, default=0, help="sample from this many ids; 0: all")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per answer at most")
     parser.add_argument("--system", default="", help="the system prompt")
+    parser.add_argument("--chat_template_kwargs", "--chat-template-kwargs", help="arguments of the chat template, as in enable_thinking=false; the run's own unless given")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and lines give the same answers")
     parser.add_argument("--logp", action="store_true", help="after an answer, its number of tokens and their mean log-prob")
     return parser.parse_args(argv)
 
 
-def answer(subject, model, messages, args):
+def answer(subject, model, messages, args, template_kwargs):
     """Stream the assistant's next turn; returns its text."""
     tokenizer = subject.tokenizer
     chat = tokenizer.chat_template is not None
-    ids = tokenizer.encode(tokenizer.render(messages, generate=True) if chat else "".join(m["content"] for m in messages))
+    ids = tokenizer.encode(tokenizer.render(messages, generate=True, template_kwargs=template_kwargs) if chat else "".join(m["content"] for m in messages))
     limit = min(args.max_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         raise UserError(f"the conversation fills the model's {model.config.max_position_embeddings:,} positions")
@@ -68,6 +70,11 @@ def main(argv):
     try:
         args = parse(argv)
         subject = find(args.checkpoint)
+        given = args.chat_template_kwargs
+        text = subject.settings.get("chat_template_kwargs", "") if given is None else given
+        template_kwargs = parse_template_kwargs(text, "--chat_template_kwargs")
+        if given and subject.tokenizer.chat_template is None:
+            raise UserError(f"--chat_template_kwargs {given}: {subject.tokenizer.where} has no chat template; leave it out")
         model = subject.model()
         beginning = [{"role": "system", "content": args.system}] if args.system else []
         messages, prompt = list(beginning), "> " if sys.stdin.isatty() else ""
@@ -77,7 +84,7 @@ def main(argv):
                 messages = list(beginning)
             elif line:
                 messages.append({"role": "user", "content": line})
-                messages.append({"role": "assistant", "content": answer(subject, model, messages, args)})
+                messages.append({"role": "assistant", "content": answer(subject, model, messages, args, template_kwargs)})
     except EOFError:
         return 0
     except UserError as e:

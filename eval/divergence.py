@@ -47,7 +47,7 @@ def answers(folder, author, limit):
         asked, rows, found[about.stem] = identity["prompt"], samples.read(), []
         if not samples.path.exists() or asked["kind"] == "few_shot":
             raise UserError(f"{about}: {'few-shot prompts cannot' if samples.path.exists() else 'an unfinished evaluation cannot'} be compared")
-        formatter = Formatter(tokenizer, asked["kind"], asked["system"], asked["instruction"])
+        formatter = Formatter(tokenizer, asked["kind"], asked["system"], asked["instruction"], asked.get("chat_template_kwargs", {}))
         for problem, row in sorted((p, row) for (p, sample), row in rows.items() if sample == 0 and p < limit):
             example = Example(({"role": "user", "content": row["question"]}, {"role": "assistant", "content": ""}))
             prompt = [*formatter.prompt(example), *tokenizer.encode(asked["prefill"])]

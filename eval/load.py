@@ -10,7 +10,7 @@ import torch
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.report import run_of
-from model import parallel
+from model import lineage, parallel
 from model.checkpoint import ADAPTER, base_of, build_model, locate, read_config, read_json, stop_ids_of, tokenizer_folder
 from model.runs import RunFolder
 from model.transformer import ModelConfig
@@ -18,7 +18,8 @@ from model.transformer import ModelConfig
 
 @dataclasses.dataclass
 class Subject:
-    """name: as the user wrote it; run: the folder of the run that trained it, or None; settings: that run's config, or {}."""
+    """name: as the user wrote it; run: the folder of the run that trained it, or None; settings: that run's config, of a checkpoint that was
+    taken out of its run's folder what its record says of the training prompts, else {}."""
 
     name: str
     folder: Path
@@ -64,5 +65,5 @@ def find(name, tokenizer=""):
         raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
     tokenizer, config, run = Tokenizer.load(tokenizer or tokenizer_folder(folder)), read_config(name, folder), run_of(folder)
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
-    settings = read_json(run / "config.json") if run and (run / "config.json").is_file() else {}
+    settings = read_json(run / "config.json") if run and (run / "config.json").is_file() else lineage.prompt_of(folder)
     return Subject(str(name), folder, config, tokenizer, stop_ids, run, settings)

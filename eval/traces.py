@@ -3,11 +3,14 @@
     python -m eval.traces runs/my-teacher --data word_problems:200 --n 4 --out traces
     python train.py --mode sft --data traces/traces.jsonl
 
---out gets `samples.jsonl` (every sample with its verdict), `samples.json` (what it was asked under, with hashes) and `traces.jsonl` (the kept
-ones, as messages with the gold answer and where they are from). The same command goes on with what was interrupted.
+--out gets `samples.jsonl` (every sample with its verdict), `samples.json` (what it was asked under, with hashes), `traces.jsonl` (the kept
+ones, as messages with the gold answer and where they are from) and `trained_on.json` and `.bin` (what the teacher was trained on: keep them
+beside the traces, and a run on the traces knows it). The same command goes on with what was interrupted.
 """
 
 import argparse
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,15 +19,20 @@ import torch
 
 from data.dataset import Dataset, Formatter
 from data.tasks import TASKS, grade, judge_all
-from errors import UserError, as_command
+from data.tokenizer import parse_template_kwargs
+from errors import RunFailed, UserError, as_command
 from eval.__main__ import seed_of
 from eval.load import find
 from eval.log import generation_flops
 from eval.report import environment
 from eval.results import Samples, line
+from model import lineage
 from model.generate import generate
 from model.runs import replace_file
 from model.transformer import Transformer
+
+OPENING = re.compile(r"<think>\s*\Z")  # with which some templates begin the answer themselves
+READ_FIRST = {"question", "problem", "solution", "prompt", "completion", "reasoning_solution", "canonical_solution", "code"}  # a form of their own
 
 
 def parse(argv):
@@ -40,6 +48,7 @@ def parse(argv):
     parser.add_argument("--keep", choices=("right", "ended"), default="right", help="traces that the grader finds right, or all that came to an end")
     parser.add_argument("--system", default="", help="the system prompt, for the teacher alone")
     parser.add_argument("--instruction", default="", help="put behind the question, for the teacher alone")
+    parser.add_argument("--chat_template_kwargs", "--chat-template-kwargs", help="arguments of the chat template, as in enable_thinking=false; the teacher's own run's unless given")
     parser.add_argument("--eval_examples", "--eval-examples", type=int, default=0, help="held-out examples that a run on this file sets apart: none are used")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="samples written at once")
     parser.add_argument("--group", type=int, default=0, help="keep so many questions at a time: a killed command then goes on bit for bit; 0: each trace, faster")
@@ -54,7 +63,8 @@ def parse(argv):
 
 def examples_of(args, subject):
     """[(example, prompt ids)] of the training examples. Raises UserError, before a weight is read."""
-    formatter = Formatter(subject.tokenizer, subject.settings.get("template", "auto"), args.system, args.instruction)  # as it was trained
+    template = subject.settings.get("template", "auto")  # as it was trained
+    formatter = Formatter(subject.tokenizer, template, args.system, args.instruction, template_kwargs(args, subject))
     room = subject.config.max_position_embeddings
     data = Dataset(args.data, formatter, seed=0, max_tokens=room, vocab=subject.vocab, eval_examples=args.eval_examples, overlong="drop")
     if not len(data):
@@ -66,6 +76,13 @@ def examples_of(args, subject):
     if (longest := max(len(ids) for _, ids in found)) + args.max_tokens > room:
         raise UserError(f"--max_tokens {args.max_tokens:,} and the longest prompt ({longest:,}) exceed the model's {room:,} positions")
     return found
+
+
+def template_kwargs(args, subject):
+    """The arguments of the chat template: those given, else those that the teacher was trained with."""
+    given = args.chat_template_kwargs
+    text = subject.settings.get("chat_template_kwargs", "") if given is None else given
+    return parse_template_kwargs(text, "--chat_template_kwargs")
 
 
 def write(args, subject, found, samples):
@@ -110,21 +127,45 @@ def collect(args, subject, found, rows):
     """The text of traces.jsonl, and how many of it there are. Equal traces of a question are kept once."""
     lines, seen = [], set()
     for (problem, sample), row in rows.items():
-        example = found[problem][0]
+        example, prompt = found[problem]
         if not row["stopped"] or args.keep == "right" and not row["right"] or (problem, row["text"]) in seen:
             continue
         seen.add((problem, row["text"]))
-        turns = [m for m in example.messages if m["role"] != "assistant"] + [{"role": "assistant", "content": row["text"]}]
+        opening = OPENING.search(subject.tokenizer.decode(prompt[-16:]))
+        text = opening[0] + row["text"] if opening else row["text"]
         source = dict(teacher=subject.sha256, data=args.data, origin=example.origin, sample=sample)
-        lines.append(line(dict(messages=turns, answer=example.answer, task=example.task, source=source)))
+        trace = dict(messages=[*context(example), {"role": "assistant", "content": text}], answer=example.answer, task=example.task, source=source)
+        lines.append(line(trace | other_columns(example, trace)))
     return "".join(lines), len(lines)
+
+
+def context(example):
+    """The messages before the answer that the teacher was asked for, as they were. Earlier answers are not the teacher's: `"weight": 0` keeps
+    them out of what is trained on."""
+    messages = list(example.messages)
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
+def other_columns(example, trace):
+    """The row's columns that a trace keeps (tools, say): neither its question and answer, nor what the trace says itself. Raises UserError."""
+    columns = {name: value for name, value in getattr(example, "columns", {}).items() if name not in READ_FIRST and name not in trace}
+    for name, value in columns.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{example.origin}: column {name!r} holds a {type(value).__name__}, which JSON cannot; drop it or make it a text") from None
+    return columns
 
 
 def run(args):
     subject = find(args.teacher)
     found = examples_of(args, subject)
+    kwargs = template_kwargs(args, subject)
     identity = dict(teacher=subject.sha256, data=args.data, questions=len(found), temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
                     system=args.system, instruction=args.instruction, seed=args.seed, eval_examples=args.eval_examples)  # fmt: skip
+    identity |= {"chat_template_kwargs": kwargs} if kwargs else {}
     samples = Samples(Path(args.out), "samples")
     samples.agree(identity)
     samples.begin(identity, {"name": args.teacher, "environment": environment()})
@@ -135,6 +176,10 @@ def run(args):
     written = [found[p][1] for p, _ in rows], [row["tokens"] for row in rows.values()]
     samples.finish(rows, 0, seconds, dict(tokens=sum(written[1]), flops=generation_flops(shape, *written, subject.vocab)))
     text, count = collect(args, subject, found, rows)
+    try:
+        lineage.of_checkpoint(args.teacher, subject.folder).save_beside(Path(args.out))
+    except OSError as e:
+        raise RunFailed(f"{args.out}: what the teacher was trained on could not be written ({e.strerror})") from None
     replace_file(Path(args.out) / "traces.jsonl", text)
     right, ended = (sum(r[name] for r in rows.values()) for name in ("right", "stopped"))
     print(f"{len(found):,} questions × {args.n}: {ended:,} of {len(rows):,} came to an end, {right:,} are right; {count:,} different ones are kept in {args.out}/traces.jsonl")

@@ -1,57 +1,47 @@
-"""Whether a run has seen a test set's questions: its data, and the data of the runs that it began from or learned from."""
+"""Whether a checkpoint was trained on a test set's questions, as far as its own record knows (model/lineage.py)."""
 
-import hashlib
+from typing import NamedTuple
 
-from data.dataset import divide, find_file, task_of
 from errors import UserError
-from eval.benchmarks import EMBEDDED
-from eval.report import run_of
-from model.checkpoint import read_json
+from eval.benchmarks import Benchmark
+from eval.load import Subject
+from model import lineage
 
 
-def fingerprint(question):
-    """A question's hash, whatever its case and spaces."""
-    return hashlib.sha256(" ".join(question.split()).casefold().encode()).digest()
+class Trained(NamedTuple):
+    """count: how many questions of a test set the checkpoint was trained on; None: none that is known of, but not all of what it was trained on is
+    known. unknown: what nobody recorded anything about."""
+
+    count: int | None
+    unknown: tuple
 
 
-def trained_questions(run):
-    """{fingerprint: where it was trained on} of every file that trained the run, the one whose checkpoint it began from, its teacher,
-    and so on. Tasks that make their own problems are not asked: what they hold out is never trained on."""
-    questions, seen, waiting = {}, set(), [run]
-    while waiting:
-        run = waiting.pop()
-        if run is None or run in seen or not (run / "config.json").is_file():
-            continue
-        seen.add(run)
-        config = read_json(run / "config.json")
-        waiting += [run_of(config[key]) for key in ("model", "teacher") if config.get(key)]
-        data = str(config.get("data", ""))
-        if not data or task_of(data):
-            continue
-        try:
-            path = find_file(data)
-        except UserError:
-            message = f"{run} was trained on {data}, which is not there to be compared with a test set; --allow_trained evaluates all the same"
-            raise UserError(message) from None
-        training = divide(path, config.get("eval_examples", 0), config.get("train_examples", 0))[1]
-        questions |= {fingerprint(e.question): f"{e.origin} by {run}" for e in training}
-    return questions
-
-
-def seen(subject, sets, allowed=False):
-    """{benchmark: how many of its questions the Subject's run was trained on}; None: its data is not there to be compared.
-    Raises UserError unless all are 0, or `allowed`."""
-    try:
-        known = trained_questions(subject.run) if subject.run and any(b.file != EMBEDDED for b in sets) else {}
-    except UserError:
-        if allowed:
-            return {b.name: None if b.file != EMBEDDED else 0 for b in sets}
-        raise
-    counts = {}
+def seen(subject: Subject, sets: list[Benchmark], allowed: bool = False) -> dict[str, Trained]:
+    """{benchmark's name: Trained} for each of the sets. Raises UserError where a question was trained on, unless `allowed`."""
+    record = lineage.of_checkpoint(subject.name, subject.folder)
+    found = {}
     for benchmark in sets:
-        found = [known[p] for e in benchmark.examples if (p := fingerprint(e.question)) in known]
-        counts[benchmark.name] = len(found)
-        if found and not allowed:
-            raise UserError(f"{subject.name} was trained on {len(found):,} of {benchmark.name}'s {len(benchmark.examples):,} questions "
-                            f"(first: {found[0]}); --allow_trained evaluates all the same")  # fmt: skip
-    return counts
+        hits = record.contains([example.question for example in benchmark.examples])
+        count = int(hits.sum())
+        if count and not allowed:
+            first = benchmark.examples[int(hits.argmax())].origin
+            trained_on = ", ".join(str(entry.get("data")) for entry in record.data)
+            raise UserError(f"{subject.name} was trained on {count:,} of {benchmark.name}'s {len(hits):,} questions (first: {first}; "
+                            f"its training data: {trained_on}); --allow_trained evaluates all the same")  # fmt: skip
+        found[benchmark.name] = Trained(None if count == 0 and record.unknown else count, record.unknown)
+    return found
+
+
+def notes(found: list[tuple[str, str, Trained]]) -> list[str]:
+    """Sentences for a report on (checkpoint, task, Trained): what was trained on, and where nobody knows. Nothing on what was not trained on."""
+    lines, tasks_of = [], {}
+    for checkpoint, task, trained in found:
+        if trained.count:
+            least = "AT LEAST " if trained.unknown else ""
+            lines.append(f"{checkpoint} WAS TRAINED ON {least}{trained.count:,} of {task}'s questions")
+        elif trained.count is None:
+            tasks_of.setdefault((checkpoint, trained.unknown), []).append(task)
+    for (checkpoint, unknown), tasks in tasks_of.items():
+        lines.append(f"whether {checkpoint} was trained on questions of {', '.join(tasks)} is not known: nobody recorded what "
+                     f"{', '.join(unknown)} learned from")  # fmt: skip
+    return lines

@@ -27,6 +27,7 @@ class RunFolder:
 
     def __init__(self, path, keep=2):
         self.path, self.keep = Path(path), keep
+        self.lineage = None  # what the run's model was trained on (model/lineage.py), for its checkpoints
         self.checkpoints = self.path / "checkpoints"
 
     def steps(self):
@@ -46,6 +47,8 @@ class RunFolder:
                 shutil.rmtree(left_over, ignore_errors=True)
             (draft / "trainer").mkdir(parents=True)
             save_model(model, draft, tokenizer, stop_ids)
+            if self.lineage:
+                self.lineage.save(draft)
             save_file(_optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
             for file in draft.rglob("*"):

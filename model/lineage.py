@@ -1,0 +1,219 @@
+"""What a model was trained on, as its checkpoint carries it: so that it travels with copies and renames, where paths to data and runs would rot.
+
+A record is two files. `trained_on.bin` holds the hashes of every question that trained the model or one that it begins from or learned from
+(8 bytes each, sorted); `trained_on.json` says which data files they are of, from which models the record was gathered, and which of these
+nobody recorded anything about: with one of those a question that is not found may have been trained on all the same.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from model.checkpoint import ADAPTER, base_of, write_json
+
+RECORD, HASHES = "trained_on.json", "trained_on.bin"
+FORM = 1  # of the two files
+EDGE = 3  # lines or sentences that an instruction may put before a question, and behind it
+CHUNK = 20_000  # texts whose hashes are sorted together
+SAMPLED, BLOCK = 64, 4096  # blocks of a weight file, and their bytes, by which it is known again
+SENTENCE_END = re.compile(r"(?<=[.?!:]) |(?<=[.?!:][\"')*]) ")
+TAG = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?\w{1,20}>")
+
+
+# --- questions as hashes -------------------------------------------------------------------------------------------
+
+
+def fingerprint(question: str) -> int:
+    """A question's hash, whatever its case and spaces."""
+    return _hash(_normalised(question))
+
+
+def fingerprints(texts: Iterable[str]) -> np.ndarray:
+    """The sorted hashes of all questions that these user turns may hold: each turn as a whole, and without the first and last lines or
+    sentences, where instructions stand ("Question: ...", "... Put your answer in a box.")."""
+    found, chunk = [], set()
+    for text in texts:
+        chunk.add(text)
+        if len(chunk) == CHUNK:
+            found.append(_hashes(chunk))
+            chunk = set()
+    found.append(_hashes(chunk))
+    return np.unique(np.concatenate(found))
+
+
+def _hashes(texts):
+    made = {_hash(part) for text in texts for part in _parts(text)}
+    return np.fromiter(made, np.uint64, len(made))
+
+
+def _parts(text):
+    """A text, normalised, and what is left of it without up to EDGE lines, or sentences, at either end."""
+    whole = _normalised(text)
+    yield whole
+    lines = [line for line in map(_normalised, TAG.sub("\n", text).split("\n")) if line]
+    for pieces in (lines, SENTENCE_END.split(whole)):
+        last = len(pieces)
+        for begin in range(min(EDGE + 1, last)):
+            for end in range(max(begin + 1, last - EDGE), last + 1):
+                yield " ".join(pieces[begin:end])
+
+
+def _normalised(text):
+    return " ".join(text.split()).casefold()
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """What a model was trained on, all that it begins from or learned from included.
+
+    hashes: of the questions, sorted uint64. data: a dict for every data file or task. ancestors: names of the models that this was
+    gathered from. unknown: what of them nobody recorded; while it is empty, a question that is not found was not trained on.
+    prompt: how the training prompts were made (template, system prompt, suffix), for an evaluation that asks likewise.
+    """
+
+    hashes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))
+    data: tuple = ()
+    ancestors: tuple = ()
+    unknown: tuple = ()
+    prompt: dict = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: "Lineage") -> "Lineage":
+        """Both together; prompts are asked as `self` says."""
+        data = list(self.data)
+        data += [entry for entry in other.data if entry not in data]
+        ancestors = dict.fromkeys((*self.ancestors, *other.ancestors))
+        unknown = dict.fromkeys((*self.unknown, *other.unknown))
+        hashes = np.union1d(self.hashes, other.hashes)
+        return Lineage(hashes, tuple(data), tuple(ancestors), tuple(unknown), self.prompt)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the hashes."""
+        return hashlib.sha256(self.hashes.tobytes()).hexdigest()
+
+    def contains(self, questions: list[str]) -> np.ndarray:
+        """Whether each question was trained on, as booleans; False where something is `unknown` means: not that anybody knows."""
+        wanted = np.array([fingerprint(question) for question in questions], np.uint64)
+        if not len(self.hashes):
+            return np.zeros(len(wanted), bool)
+        place = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
+        return self.hashes[place] == wanted
+
+    def save(self, folder: Path) -> None:
+        """Write the record into a checkpoint's folder, whose weights are there already, and into its `adapter/`. The hashes are a link to those
+        of a checkpoint beside it, where it has the same ones. The caller moves the folder to its place: then the record appears as a whole."""
+        beside = (f for f in sorted(folder.parent.glob(f"step-*/{HASHES}")) if _stated(f.parent).get("sha256") == self.digest)
+        source = next(beside, None)
+        for place in (folder, folder / "adapter"):
+            if not place.is_dir():
+                continue
+            if source is None:
+                self.hashes.astype("<u8", copy=False).tofile(place / HASHES)
+            else:
+                _link(source, place / HASHES)
+            source = place / HASHES
+            write_json(place / RECORD, {
+                "form": FORM, "hashes": len(self.hashes), "sha256": self.digest, "weights": weights_mark(place), "data": self.data,
+                "ancestors": self.ancestors, "unknown": self.unknown, "prompt": self.prompt,
+            })  # fmt: skip
+
+    def save_beside(self, folder: Path) -> None:
+        """Write the record into a folder that is in use: the JSON file last, and without the right hashes it is known to be damaged."""
+        draft = folder / ".draft-lineage"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        self.save(draft)
+        for name in (HASHES, RECORD):
+            (draft / name).replace(folder / name)
+        draft.rmdir()
+
+
+def read(folder: Path, name: str) -> Lineage:
+    """The record in a folder. A record that is not there, or not whole, or of other weights, leaves `name` among the unknown."""
+    stated = _stated(folder)
+    if not stated:
+        damaged = (folder / RECORD).exists()
+        return Lineage(ancestors=(name,), unknown=(f"{name} ({RECORD} is damaged)" if damaged else name,))
+    try:
+        hashes = np.fromfile(folder / HASHES, "<u8").astype(np.uint64, copy=False)
+        lists = {key: tuple(stated[key]) for key in ("data", "ancestors", "unknown")}
+        found = Lineage(hashes, prompt=dict(stated["prompt"]), **lists)
+        whole = found.digest == stated["sha256"] and stated["form"] == FORM
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        return Lineage(ancestors=(name,), unknown=(f"{name} ({HASHES} is damaged)",))
+    others = () if stated.get("weights") in (None, weights_mark(folder)) else (f"{name} (its weights changed after {RECORD} was written)",)
+    return found + Lineage(ancestors=(name,), unknown=others)
+
+
+def of_checkpoint(name: str, folder: Path | None) -> Lineage:
+    """The record of what `name` stands for, an adapter's base included. folder: None for a preset, whose random weights have seen nothing."""
+    if folder is None:
+        return Lineage(ancestors=(name,))
+    found = read(folder, short_name(name, folder))
+    if not (folder / ADAPTER).is_file():
+        return found
+    base = base_of(folder)
+    return found if base == folder else found + read(base, short_name(str(base), base))
+
+
+def prompt_of(folder: Path) -> dict:
+    """How the training prompts of a checkpoint were made, as its record says; {} if it has none."""
+    prompt = _stated(folder).get("prompt")
+    return prompt if isinstance(prompt, dict) else {}
+
+
+def short_name(name: str, folder: Path) -> str:
+    """A checkpoint's name for people on other machines: a hub id as it is, of a run's checkpoint the run and the step, else the folder's name."""
+    if not Path(name).is_dir():
+        return name
+    path = folder.resolve()
+    if path.name == "adapter":
+        return f"{short_name(str(path.parent), path.parent)}/adapter"
+    return f"{path.parents[1].name}/{path.name}" if path.parent.name == "checkpoints" else path.name
+
+
+def weights_mark(folder: Path) -> str | None:
+    """A quick mark of a folder's weight files, of some blocks of each: training on, or storing them as another type, changes it. None: no weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for i in range(SAMPLED):
+                file.seek(max(0, size - BLOCK) * i // (SAMPLED - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest() if files else None
+
+
+def _stated(folder):
+    """trained_on.json of a folder, {} if there is none or it is damaged."""
+    try:
+        stated = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
+def _link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
