@@ -332,30 +332,30 @@ def test_comparison_of_two_checkpoints(tiny, tmp_path, run, says):
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
+def trained(home, name, data, *args):
+    """A run of one step."""
+    argv = ["--mode=sft", "--model=tiny", "--device=cpu", "--steps=1", "--batch_size=1", f"--data={data}", f"--runs={home}", f"--name={name}"]
+    assert train.main([*argv, "--eval_tokens=2", *(args or ["--eval_examples=0"])]) == 0
+    return home / name
+
+
 def test_rows_that_a_run_trained_on_are_refused_unless_asked_for(tmp_path, run):
-    sets = small_sets(tmp_path / "sets")
-    steps = {name: checkpoint(tmp_path / name / "checkpoints" / "step-3") for name in ("seen", "clean", "after")}
-    data = tmp_path / "mix.jsonl"
+    sets, data = small_sets(tmp_path / "sets"), tmp_path / "mix.jsonl"
     clean = [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(4)]
     data.write_text("".join(json.dumps(r) + "\n" for r in [*clean, {"question": " how much  is 8?", "answer": "#### 3"}]))
-    config = lambda name, **more: (tmp_path / name / "config.json").write_text(json.dumps({"data": str(data), "model": "tiny"} | more))
-    config("seen", eval_examples=0)
-    config("clean", data="word_problems:10")
-    config("after", data="word_problems", model=str(steps["seen"]))  # it began from the first
+    seen = trained(tmp_path, "seen", data)
+    after = trained(tmp_path, "after", "word_problems", f"--model={seen / 'checkpoints' / 'step-1'}")  # it began from the first
     base = ["--tasks", "word_problems,gsm8k", "--greedy", "--limit", 2, "--max_tokens", 2, "--data", sets, "--out", tmp_path / "out"]
-    for name in ("seen", "after"):
-        code, _, error = run(tmp_path / name, *base)
-        assert code == 2 and "trained on 1 of gsm8k's 3 questions" in error and "mix.jsonl:5" in error and error.count("\n") == 1
-    assert run(tmp_path / "clean", *base)[0] == 0
-    code, out, _ = run(tmp_path / "seen", *base, "--allow_trained")
-    assert code == 0 and "WAS TRAINED ON 1 of these" in out
-    for held_out in range(5):  # a question that the run only validated on was not trained on
-        config("seen", eval_examples=held_out)
+    for folder in (seen, after):
+        code, _, error = run(folder, *base)
+        assert code == 2 and "trained on 1 of gsm8k's 3 questions" in error and "test.jsonl:2" in error and "mix.jsonl" in error and error.count("\n") == 1
+    assert run(trained(tmp_path, "clean", "word_problems:10"), *base)[0] == 0
+    code, out, _ = run(seen, *base, "--allow_trained")
+    assert code == 0 and "WAS TRAINED ON 1 of gsm8k's questions" in out
+    for held_out in (1, 2, 3, 4):  # a question that the run only validated on was not trained on
         asked = [e.question for e in divide(data, held_out)[1]]
-        assert run(tmp_path / "seen", *base)[0] == (2 if " how much  is 8?" in asked else 0)
-    data.unlink()
-    code, _, error = run(tmp_path / "seen", *base)
-    assert code == 2 and "not there to be compared" in error and error.count("\n") == 1
+        folder = trained(tmp_path, f"held-out-{held_out}", data, f"--eval_examples={held_out}")
+        assert run(folder, *base)[0] == (2 if " how much  is 8?" in asked else 0)
 
 
 def test_mbpp_keeps_to_its_split_and_is_refused_where_a_run_did_not(tmp_path, run):
@@ -369,8 +369,7 @@ def test_mbpp_keeps_to_its_split_and_is_refused_where_a_run_did_not(tmp_path, ru
     (tmp_path / "other.json").write_text(json.dumps([problem(9) | {"task_id": 700}, problem(16) | {"task_id": 701}]))
     (tmp_path / "asked.json").write_text(json.dumps([{"prompt": examples[3].question, "completion": "def f(x): return x"}]))
     for name, data, count in (("own", sets / "mbpp" / "test.json", 0), ("other", tmp_path / "other.json", 1), ("asked", tmp_path / "asked.json", 1)):
-        checkpoint(tmp_path / name / "checkpoints" / "step-1")
-        (tmp_path / name / "config.json").write_text(json.dumps({"data": str(data), "model": "tiny"}))
+        trained(tmp_path, name, data)
         small = ["--greedy", "--limit", 1, "--max_tokens", 2, "--data", sets, "--out", tmp_path / "out"]
         code, _, error = run(tmp_path / name, "--tasks", "mbpp", *small)
         assert code == (2 if count else 0) and (not count or f"trained on {count} of mbpp's 500 questions" in error), error

@@ -1,0 +1,280 @@
+"""What a checkpoint knows of its training: it travels with renames and copies, counts what a chain of runs saw, and never takes unknown for none."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import prepare
+import train
+from data.tasks import Example
+from eval import __main__ as evaluation
+from eval import traces
+from model import lineage
+from model.lineage import Lineage, fingerprints
+from model.runs import RunFolder
+from tests.test_eval import checkpoint
+
+QUESTIONS = [f"Tom has {i} figs and buys {i + 1} more.\nHow many figs  has he now?" for i in range(6)]
+SFT = ["--mode=sft", "--model=tiny", "--device=cpu", "--steps=1", "--batch_size=1", "--eval_examples=0"]
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch):
+    """An empty working directory with a test set of six questions, and training files with three, one and none of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SRLM_DATA", raising=False)
+    row = lambda question: {"question": question, "answer": "So it is.\n#### 3"}
+    jsonl(tmp_path / "sets" / "gsm8k" / "test.jsonl", map(row, QUESTIONS))
+    jsonl(tmp_path / "three.jsonl", map(row, [*QUESTIONS[:3], "What is 1 + 1?"]))
+    jsonl(tmp_path / "one.jsonl", map(row, [QUESTIONS[3].upper().replace(" ", "  "), "What is 2 + 1?"]))
+    jsonl(tmp_path / "clean.jsonl", map(row, ["What is 1 + 1?", "What is 2 + 1?"]))
+    return tmp_path
+
+
+def ran(name, *args):
+    """A run's newest checkpoint."""
+    assert train.main([*SFT, f"--name={name}", "--runs=runs", *args]) == 0
+    folder = RunFolder(f"runs/{name}")
+    return folder.step_folder(folder.steps()[-1])
+
+
+def evaluated(capsys, place, *args, out="out"):
+    """(trained_on, what is said of it) of a whole evaluation; (its error, "") where it is refused."""
+    shutil.rmtree(out, ignore_errors=True)
+    argv = [str(place), "--tasks=gsm8k", "--data", os.path.abspath("sets"), "--greedy", "--limit=1", "--max_tokens=2", f"--out={out}", *args]
+    capsys.readouterr()
+    code = evaluation.main(argv)
+    error = capsys.readouterr().err
+    assert code in (0, 2), error
+    if code:
+        assert error.count("\n") == 1
+        return error, ""
+    summary = json.load(open(f"{out}/summary.json"))
+    ((label, task, count, unknown),) = summary["trained_on"]
+    about = json.load(open(f"{out}/{label}/gsm8k.json"))["about"]
+    assert task == "gsm8k" and about["trained_on"] == count and about["unknown_training"] == unknown
+    said = " ".join(line for line in summary["conditions"] if "trained on" in line.lower())
+    assert said in open(f"{out}/summary.md").read()
+    return count, said
+
+
+# --- hashes ----------------------------------------------------------------------------------------------------------
+
+Q = "Ann has 3 figs. She eats 1 of them!\nHow many are left?"
+HOLDS = [
+    Q, Q.upper(), Q.replace(" ", "\n\t "), f"{Q}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    f"{Q} Let's think step by step. Answer:", f"Question: {Q}\nAnswer:", f"Solve this problem.\n\n{Q}\n\nEnd with \"Answer:\".\nBe brief.",
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer "
+    f"is the answer to the problem.\n\n{Q}\n\nRemember to put your answer on its own line after \"Answer:\".",
+    f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n", f"<question>{Q}</question>",
+]  # fmt: skip
+HOLDS_NOT = [Q.replace("3", "4"), "How many are left?", "Ann has 3 figs.", "", Q[:-1] + " over?", Q.replace("figs. She", "figs, she")]
+
+
+@pytest.mark.parametrize("text", HOLDS)
+def test_a_question_is_found_whatever_stands_around_it(text):
+    record = Lineage(fingerprints(["Something else?", text]))
+    assert record.contains([Q, " ann HAS 3 figs. She eats 1 of them! How many are left?"]).all()
+    assert not record.contains([q for q in HOLDS_NOT if q not in ("How many are left?", "Ann has 3 figs.")]).any()
+
+
+@pytest.mark.parametrize("text", HOLDS_NOT)
+def test_another_question_or_a_part_of_one_is_not_taken_for_it(text):
+    assert not Lineage(fingerprints([text])).contains([Q]).any()
+
+
+def test_hashes_are_those_of_all_texts_in_whatever_pieces_they_are_sorted(monkeypatch):
+    texts = [f"Number {i}. Is it {i % 7}?" for i in range(50)] * 2
+    whole = fingerprints(texts)
+    monkeypatch.setattr(lineage, "CHUNK", 7)
+    assert np.array_equal(whole, fingerprints(texts)) and np.array_equal(whole, np.unique(whole)) and whole.dtype == np.uint64
+    assert len(whole) == 50 + 50 + 7  # each text and both of its sentences, of which seven are the same ones
+    assert Lineage(whole).contains([texts[0], "Is it 7?", texts[49]]).tolist() == [True, False, True] and not Lineage().contains([texts[0]]).any()
+
+
+# --- chains of runs ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkeypatch):
+    first = ran("A", "--data=three.jsonl")
+    ran("B", f"--model={first}", "--data=one.jsonl")
+    last = ran("C", "--model=runs/B/checkpoints/step-1", "--data=word_problems")
+    assert "trained on 4 of gsm8k's 6 questions" in evaluated(capsys, "runs/C")[0]
+    assert "test.jsonl:1" in evaluated(capsys, "runs/A")[0] and "trained on 3 of" in evaluated(capsys, "runs/A")[0]
+    shutil.copytree(last, world / "copied")
+    (world / "runs").rename(world / "archive")
+    for name in ("three", "one"):
+        (world / f"{name}.jsonl").unlink()
+    (world / "elsewhere").mkdir()
+    shutil.copytree(world / "sets", world / "elsewhere" / "sets")
+    monkeypatch.chdir(world / "elsewhere")
+    for place in ("../archive/C", "../archive/C/checkpoints/step-1", "../copied", world / "copied"):
+        assert "trained on 4 of gsm8k's 6 questions" in evaluated(capsys, place)[0]
+    count, said = evaluated(capsys, "../copied", "--allow_trained")
+    assert count == 4 and "WAS TRAINED ON 4 of gsm8k's questions" in said and "AT LEAST" not in said
+
+
+def test_none_is_said_only_where_all_is_known(world, capsys):
+    ran("clean", "--data=clean.jsonl")
+    assert evaluated(capsys, "runs/clean") == (0, "")
+    ran("endless", "--data=word_problems")
+    assert evaluated(capsys, "runs/endless") == (0, "")
+    checkpoint(world / "foreign" / "some-model")
+    count, said = evaluated(capsys, "foreign/some-model")
+    assert count is None and "gsm8k is not known" in said and "some-model" in said
+    ran("after", "--data=clean.jsonl", "--model=foreign/some-model")
+    count, said = evaluated(capsys, "runs/after")
+    assert count is None and "nobody recorded what some-model learned from" in said
+    ran("both", "--data=three.jsonl", "--model=foreign/some-model")
+    assert "trained on 3 of gsm8k's 6 questions" in evaluated(capsys, "runs/both")[0]
+    count, said = evaluated(capsys, "runs/both", "--allow_trained")
+    assert count == 3 and "WAS TRAINED ON AT LEAST 3" in said
+
+
+@pytest.mark.parametrize("damage,said", [
+    ("no json", "r/step-1"), ("no bin", "trained_on.bin is damaged"), ("cut json", "trained_on.json is damaged"), ("cut bin", "trained_on.bin is damaged"),
+    ("other bin", "trained_on.bin is damaged"), ("a list", "trained_on.json is damaged"), ("no unknown", "trained_on.bin is damaged"), ("weights", "its weights changed"),
+])  # fmt: skip
+def test_a_damaged_record_is_unknown(damage, said, capsys):
+    folder = ran("r", "--data=clean.jsonl")
+    record, hashes = folder / "trained_on.json", folder / "trained_on.bin"
+    stated = json.loads(record.read_text())
+    assert stated["unknown"] == [] and stated["hashes"] * 8 == len(hashes.read_bytes())
+    if damage.startswith("no "):
+        stated.pop("unknown")
+        record.write_text(json.dumps(stated)) if damage == "no unknown" else {"no json": record, "no bin": hashes}[damage].unlink()
+    elif damage.startswith("cut"):
+        file = {"cut json": record, "cut bin": hashes}[damage]
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "other bin":
+        hashes.write_bytes(bytes(len(hashes.read_bytes())))
+    elif damage == "a list":
+        record.write_text("[]")
+    else:
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-3:] = b"\0\0\0"
+        (folder / "model.safetensors").write_bytes(weights)
+    count, line = evaluated(capsys, folder)
+    assert count is None and said in line
+
+
+def test_teachers_and_references_count(capsys):
+    seen, clean = ran("seen", "--data=three.jsonl"), ran("base", "--data=clean.jsonl")
+    kd = ["--mode=kd", f"--teacher={seen}", f"--model={clean}", "--data=word_problems:4"]
+    ran("kd", *kd)
+    assert "trained on 3 of" in evaluated(capsys, "runs/kd")[0]
+    ran("cached", *kd, "--kd_signal=topk", "--kd_topk=4", "--kd_cache=cache")
+    assert "trained on 3 of" in evaluated(capsys, "runs/cached")[0]
+    rl = ["--mode=grpo", f"--model={clean}", "--data=word_problems:4", "--batch_size=2", "--grpo_samples=2", "--sample_tokens=2", "--grpo_beta=0.1"]
+    ran("rl", *rl, f"--reference={seen}")
+    assert "trained on 3 of" in evaluated(capsys, "runs/rl")[0]
+    ran("own", *rl)
+    assert evaluated(capsys, "runs/own") == (0, "")
+
+
+def test_the_embedded_teacher_and_student_are_known(capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "TEACHER", prepare.TEACHER | {"steps": 1, "batch_size": 2})
+    ran("kd", "--mode=kd", "--data=word_problems:4")
+    stated = json.load(open("runs/kd/checkpoints/step-1/trained_on.json"))
+    assert evaluated(capsys, "runs/kd") == (0, "") and "tiny-teacher" in stated["ancestors"]
+
+
+def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
+    base = ran("base", "--data=three.jsonl")
+    folder = ran("lora", f"--model={base}", "--data=one.jsonl", "--lora_rank=2")
+    shutil.copytree(folder, world / "merged")
+    for place in ("runs/lora", "merged", folder / "adapter"):
+        assert "trained on 4 of" in evaluated(capsys, place)[0]
+    (folder / "adapter" / "trained_on.json").unlink()  # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    assert "trained on 3 of" in evaluated(capsys, folder / "adapter")[0]
+    count, said = evaluated(capsys, folder / "adapter", "--allow_trained")
+    assert count == 3 and "AT LEAST" in said
+
+
+def test_a_resumed_run_keeps_what_it_had_seen(capsys, world):
+    ran("r", "--data=three.jsonl", "--steps=2", "--save_every=1")
+    links = [f"runs/r/checkpoints/step-{i}/trained_on.bin" for i in (1, 2)]
+    assert os.stat(links[0]).st_ino == os.stat(links[1]).st_ino  # written once
+    shutil.copy(world / "one.jsonl", world / "three.jsonl")  # the file has changed since
+    assert train.main(["--name=r", "--runs=runs", "--resume", "--steps=3"]) == 0
+    assert RunFolder("runs/r").steps() == [2, 3]
+    assert "trained on 4 of" in evaluated(capsys, "runs/r")[0]
+    assert os.stat("runs/r/checkpoints/step-3/trained_on.bin").st_ino != os.stat(links[1]).st_ino
+
+
+def test_held_out_questions_are_not_recorded_and_those_seen_before_are_noted(capsys):
+    folder = ran("half", "--data=sets/gsm8k/test.jsonl", "--eval_examples=4", "--eval_tokens=2")
+    trained = lineage.of_checkpoint("x", folder).contains(QUESTIONS)
+    assert trained.sum() == 2 and "trained on 2 of" in evaluated(capsys, "runs/half")[0]
+    ran("again", f"--model={folder}", "--data=sets/gsm8k/test.jsonl", "--eval_examples=4", "--eval_tokens=2")
+    assert "held-out questions" not in capsys.readouterr().out  # the same ones are held out
+    ran("other", f"--model={folder}", "--data=sets/gsm8k/test.jsonl", "--eval_examples=5", "--eval_tokens=2")
+    assert "note: 1 of the 5 held-out questions were trained on by what this run begins from" in capsys.readouterr().out
+
+
+def test_questions_in_conversations_count_whatever_is_asked_around_them(capsys, world):
+    turn = lambda role, content: {"role": role, "content": content}
+    rows = [
+        {"messages": [turn("system", "Be kind."), turn("user", f"{QUESTIONS[0]}\nPut your answer in \\boxed{{}}."), turn("assistant", "1")]},
+        {"messages": [turn("user", QUESTIONS[1]), turn("assistant", "3"), turn("user", "Are you sure?"), turn("assistant", "Yes.")]},
+        {"prompt": f"Question: {QUESTIONS[2]}\nAnswer:", "completion": " 5"},
+        {"messages": [turn("user", "Hello!"), turn("assistant", QUESTIONS[3])]},  # an answer is no question
+    ]
+    jsonl(world / "chat.jsonl", rows)
+    ran("chat", "--data=chat.jsonl")
+    assert "trained on 3 of" in evaluated(capsys, "runs/chat")[0]
+
+
+# --- traces --------------------------------------------------------------------------------------------------------
+
+
+def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
+    teacher = ran("teacher", "--data=three.jsonl")
+    argv = [str(teacher), "--data=word_problems:2", "--keep=ended", "--max_tokens=4", "--out=traces"]
+    assert traces.main(argv) == 0
+    jsonl(world / "traces" / "traces.jsonl", [{"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}]}])  # it wrote nothing
+    (world / "traces").rename(world / "moved")
+    ran("student", "--data=moved/traces.jsonl")
+    ran("by folder", "--data=moved/traces.jsonl", "--model=runs/student/checkpoints/step-1")
+    for name in ("student", "by folder"):
+        assert "trained on 3 of" in evaluated(capsys, f"runs/{name}")[0]
+
+
+def test_traces_without_their_record_have_an_unknown_teacher(world):
+    @dataclasses.dataclass(frozen=True)
+    class Row(Example):
+        columns: dict = dataclasses.field(default_factory=dict)
+
+    class Data:
+        held_out = []
+        columns = {"source": {"teacher": "ab12"}}
+        __len__ = lambda self: 1
+        example = lambda self, i: Row(({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}), columns=self.columns)
+
+    cfg = train.Config(mode="sft", data="clean.jsonl")
+    assert prepare.training_record(cfg, Data(), []).unknown == (f"the teacher that wrote {world.name}/clean.jsonl",)
+    Data.columns = {"source": "the web"}
+    assert prepare.training_record(cfg, Data(), []).unknown == ()
+
+
+# --- a checkpoint away from its run ----------------------------------------------------------------------------------
+
+
+def test_a_copied_checkpoint_is_asked_as_its_run_was_trained(world, capsys):
+    folder = ran("r", "--data=clean.jsonl", "--system_prompt=Be brief.", "--prompt_suffix= Go.")
+    shutil.copytree(folder, world / "copied")
+    for place in ("runs/r", "copied"):
+        evaluated(capsys, place)
+        (about,) = (world / "out").glob("*/gsm8k.json")
+        asked = json.loads(about.read_text())["identity"]["prompt"]
+        assert (asked["system"], asked["instruction"]) == ("Be brief.", " Go.")
