@@ -254,9 +254,15 @@ def _stated(job):
 def compare(args, jobs, rows):
     """[(checkpoint, other, task, paired figures)] of all checkpoints against --compare, on the problems that both have."""
     label = next(j.subject.label for j in jobs if j.subject.name == args.compare)
-    others = {j.benchmark.name: r for j, r in zip(jobs, rows) if j.subject.label == label}
-    return [(j.subject.label, label, j.benchmark.name, results.compare(r, others[j.benchmark.name]))
-            for j, r in zip(jobs, rows) if j.subject.label != label]  # fmt: skip
+    others = {j.benchmark.name: (j, r) for j, r in zip(jobs, rows) if j.subject.label == label}
+    found = []
+    for job, ours in zip(jobs, rows):
+        if job.subject.label == label:
+            continue
+        other, theirs = others[job.benchmark.name]
+        differing = results.asked_differently(job.samples.stated, other.samples.stated)
+        found.append((job.subject.label, label, job.benchmark.name, results.compare(ours, theirs) | {"asked_differently": differing}))
+    return found
 
 
 def evaluate(args):

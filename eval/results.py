@@ -113,6 +113,36 @@ def compare(rows, others):
     return paired([theirs[key] for key in both], [ours[key] for key in both])
 
 
+# What a comparison depends on besides the two models: {name for a report: key in a prompt's stated conditions}; and of the sampling's.
+PROMPT_CONDITIONS = {"prompt": "kind", "system": "system", "instruction": "instruction", "prefill": "prefill", "chat_template_kwargs": "chat_template_kwargs"}
+SAMPLING_CONDITIONS = ("temperature", "top_p", "max_tokens")
+
+
+def asked_differently(ours: dict | None, theirs: dict | None) -> dict:
+    """{name: (ours, theirs)} of the conditions in which two results of one task differ, {} where both were asked alike (seeds aside).
+    ours, theirs: what their <task>.json states; None where that is not there, and then nobody knows."""
+    if not ours or not theirs:
+        return {"conditions not known": ("-" if ours else None, "-" if theirs else None)}
+    conditions = [_conditions(stated) for stated in (ours, theirs)]
+    differing = {name: (value, conditions[1][name]) for name, value in conditions[0].items() if value != conditions[1][name]}
+    if len(differing) > 1:
+        differing.pop("template", None)  # the first prompt differs by what is named already
+    return differing
+
+
+def _conditions(stated):
+    identity, prompt = stated["identity"], stated["identity"]["prompt"]
+    found = {name: prompt.get(key) or None for name, key in PROMPT_CONDITIONS.items()}
+    found |= {name: identity.get(name) for name in SAMPLING_CONDITIONS}
+    found["max_tokens"] = stated["about"].get("new_tokens", found["max_tokens"])  # fewer where the model has no positions for them
+    return found | {"template": prompt.get("first_prompt")}  # as the chat templates make it: of one question
+
+
+def asked(differing: dict) -> str:
+    """A cell that says whether a pair was asked alike."""
+    return "differently: " + ", ".join(differing) if differing else "alike"
+
+
 def counts(rows):
     """{(problem, its question): (samples, right samples)}."""
     found = {}
@@ -146,8 +176,9 @@ def table(summaries):
 
 def comparison_table(comparisons):
     """[(checkpoint, other, task, paired figures)] as rows of strings."""
-    heading = ["checkpoint", "minus", "task", "problems", "difference", "p (sign flips)", "better on", "worse on"]
-    cells = lambda f: [str(f["problems"]), _cell("", [f["difference"], f["low"], f["high"]]), f"{f['p']:.2g}", str(f["better"]), str(f["worse"])]
+    heading = ["checkpoint", "minus", "task", "problems", "difference", "p (sign flips)", "better on", "worse on", "asked"]
+    cells = lambda f: [str(f["problems"]), _cell("", [f["difference"], f["low"], f["high"]]), f"{f['p']:.2g}", str(f["better"]), str(f["worse"]),
+                       asked(f["asked_differently"])]  # fmt: skip
     return [heading, *([c, o, t, *cells(f)] for c, o, t, f in comparisons)]
 
 

@@ -8,23 +8,25 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from errors import RunFailed
 from eval.report import read_metrics
-from eval.results import Samples, aligned, counts, markdown
+from eval.results import Samples, aligned, asked, asked_differently, counts, markdown
 from eval.statistics import paired, student_t
 from model.checkpoint import read_json
 from model.runs import replace_file
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
+MARK = " †"  # behind a gain whose two sides were asked differently
 SHOWN, LENGTH = 2, 1200  # samples of each verdict for an arm in samples.md, and their characters at most
 NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is over seeds by Student's t, for these problems (of two or
 three seeds it is wide: 12.7 and 4.3 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting model as it is.
 Cost: of the whole chain, mean over seeds. Runs and traces that arms share are charged to each in full (traces as teacher tokens, FLOPs and seconds); making
-the starting models and evaluating are not charged; nor the seconds (of an interrupted session, or of filling a teacher's cache) that nobody kept. Device hours: seconds times ranks. "-": not done, or not known."""
+the starting models and evaluating are not charged; nor the seconds (of an interrupted session, or of filling a teacher's cache) that nobody kept. Device hours: seconds times ranks. "-": not done, or not known. †: the arm and its start were asked differently, so that the gain is not of training alone."""
 CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired by problem and seed. Over problems: bootstrap of problems, seeds
 pooled (what if the problems were others?). Over seeds: Student's t of the seeds' differences (what if the runs were?). The interval beside the difference, and
 beside every gain above, holds both: their half-widths squared and added, rather too wide than too narrow; of one seed it knows of problems only. "agrees": it
@@ -60,6 +62,7 @@ class Study:
         self.columns = list(dict.fromkeys(c for table in arms.values() if isinstance(table.get("paper"), dict) for c in table["paper"]))
         self.papers = {arm: p if isinstance(p := table.get("paper"), dict) else dict.fromkeys(self.columns, p) for arm, table in arms.items()}
         self.counts = functools.cache(lambda evals, task: counts(samples(evals, task)))
+        self.stated = functools.cache(stated)
 
     def of(self, arm, task=None):
         """The seeds of an arm that are done."""
@@ -86,13 +89,16 @@ class Study:
         pairs = [[self.counts(evals, task) for evals in pair] for pair in evaluated]
         both = sorted(set.intersection(*(set(c) for pair in pairs for c in pair))) if pairs else ()
         if not both:
-            return {"figure": None, "each": [], "over_problems": None, "over_seeds": None}
+            return {"figure": None, "each": [], "over_problems": None, "over_seeds": None, "asked_differently": {}}
         ours_SPX, theirs_SPX = (np.array([[c[key] for key in both] for c in each]) for each in zip(*pairs))  # X: samples, right samples
         pooled = paired(theirs_SPX.sum(0).tolist(), ours_SPX.sum(0).tolist())
         each = (ours_SPX[..., 1] / ours_SPX[..., 0] - theirs_SPX[..., 1] / theirs_SPX[..., 0]).mean(1).tolist()
         (mean, low, high), (_, reach) = (pooled[name] for name in ("difference", "low", "high")), over_seeds(each)
         figure = [mean, max(-1.0, mean - math.hypot(mean - low, reach)), min(1.0, mean + math.hypot(high - mean, reach))]
-        return {"figure": figure, "each": each, "problems": len(both), "over_problems": [low, high],
+        differing = {}
+        for pair in evaluated:
+            differing = asked_differently(*(self.stated(evals, task) for evals in pair)) | differing
+        return {"figure": figure, "each": each, "problems": len(both), "asked_differently": differing, "over_problems": [low, high],
                 "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None}  # fmt: skip
 
     def mean(self, arm, measure):
@@ -101,9 +107,20 @@ class Study:
         return {k: None if None in (values := [f.get(k) for f in every]) else statistics.mean(values) for k in (every or [{}])[0]}
 
 
+def kept_samples(evals, task):
+    """The Samples of an evaluation of one checkpoint."""
+    return Samples(evals / read_json(evals / "summary.json")["summaries"][0][0], task)
+
+
 def samples(evals, task):
     """{(problem, sample): row} of an evaluation of one checkpoint."""
-    return Samples(evals / read_json(evals / "summary.json")["summaries"][0][0], task).read()
+    return kept_samples(evals, task).read()
+
+
+def stated(evals, task):
+    """What an evaluation says of its conditions; None: nothing."""
+    about = kept_samples(evals, task).about
+    return read_json(about) if about.exists() else None
 
 
 def over_seeds(values):
@@ -117,13 +134,19 @@ def cost(outcome):
     parts = []
     for run in outcome.chain:
         metrics = read_metrics(run)
-        last, seconds = {k: v for row in metrics for k, v in row.items()}, sum(row.get("train/seconds", 0.0) for row in metrics)
-        ranks = read_json(run / "environment.json")["ranks"] if (run / "environment.json").exists() else 1
-        parts.append([*(last.get(f"train/{k}") for k in ("tokens", "sampled_tokens", "teacher_tokens", "flops")), seconds, seconds * ranks / 3600])
-    for stated in (read_json(folder / "samples.json") for folder in dict.fromkeys(outcome.traces)):
-        made, ranks = stated["generated"], stated["about"].get("environment", {}).get("ranks", 1)
-        parts.append([0, 0, made["tokens"], made.get("flops"), made["seconds"], made["seconds"] * ranks / 3600])
+        last, timed = {k: v for row in metrics for k, v in row.items()}, [row["train/seconds"] for row in metrics if "train/seconds" in row]
+        ranks = read_json(run / "environment.json").get("ranks") if (run / "environment.json").exists() else None
+        tokens_and_flops = [last.get(f"train/{k}") for k in ("tokens", "sampled_tokens", "teacher_tokens", "flops")]
+        parts.append([*tokens_and_flops, *times(sum(timed) if timed else None, ranks)])
+    for about in (read_json(folder / "samples.json") for folder in dict.fromkeys(outcome.traces)):
+        made = about["generated"]
+        parts.append([0, 0, made.get("tokens"), made.get("flops"), *times(made.get("seconds"), about["about"].get("environment", {}).get("ranks"))])
     return {name: None if None in values else sum(values) for name, *values in zip(COSTS, *parts)} if parts else dict.fromkeys(COSTS, 0)
+
+
+def times(seconds, ranks):
+    """Seconds and device hours; None where they are not known."""
+    return seconds, None if seconds is None or ranks is None else seconds * ranks / 3600
 
 
 def divergence(outcome):
@@ -156,8 +179,28 @@ def numbers(study, title, outcomes, claims, hide):
             "accuracy": {task: study.accuracy(name, task) for task in study.tasks}, "gain": {task: study.gain(name, task) for task in study.tasks},
             "cost": study.mean(name, cost), "kl": study.mean(name, divergence),
         })  # fmt: skip
+    conditions = dict.fromkeys(line for s in study.summaries.values() for line in s["conditions"] if line not in s.get("training", ()))
     return {"title": title, "seeds": study.seeds, "tasks": study.tasks, "columns": study.columns, "arms": arms, "claims": [judge(study, c) for c in claims],
-            "conditions": list(dict.fromkeys(line for s in study.summaries.values() for line in s["conditions"]))}  # fmt: skip
+            "conditions": list(conditions), "training": training(study)}  # fmt: skip
+
+
+def training(study):
+    """Sentences on the test questions that arms were trained on, and on those of which nobody knows."""
+    lines, arms_of = [], {}
+    for (arm, seed), summary in study.summaries.items():
+        kept = {task: (count, unknown) for _, task, count, unknown in summary.get("trained_on", ())}
+        for task in study.figures[arm, seed]:
+            count, unknown = kept.get(task, (None, ["a checkpoint evaluated before this was kept"]))
+            if count:
+                lines.append(f"{arm}, seed {seed}, WAS TRAINED ON {'AT LEAST ' * bool(unknown)}{count:,} of {task}'s questions")
+            elif count is None:
+                arms_of.setdefault((task, *unknown), []).append(arm)
+    tasks_of = {}
+    for (task, *unknown), arms in arms_of.items():
+        tasks_of.setdefault((", ".join(dict.fromkeys(arms)), ", ".join(unknown)), []).append(task)
+    for (arms, unknown), tasks in tasks_of.items():
+        lines.append(f"Whether these arms were trained on questions of {', '.join(tasks)} is not known, for nobody recorded what {unknown} learned from: {arms}")
+    return lines
 
 
 def points(figure, sign=""):
@@ -174,20 +217,31 @@ def main_table(kept):
         row = {"arm": a["arm"], "chain": " → ".join([a["model"], *a["chain"]]), "seeds": f"{len(a['seeds'])} of {len(kept['seeds'])}"}
         for task in kept["tasks"]:
             row |= {task: points(a["accuracy"][task]["figure"])} | {k: v for k, v in said.items() if k == f"paper {task}"}
-            row[f"gain {task}"] = points(a["gain"][task]["figure"], "+")
+            row[f"gain {task}"] = points(a["gain"][task]["figure"], "+") + MARK * bool(a["gain"][task]["asked_differently"])
         costs = {k: cell(a["cost"].get(k), ".3g" if k in ("flops", "device_hours") else ",.0f") for k in COSTS}
         rows.append(row | said | {k.replace("_", " ").replace("flops", "FLOPs"): v for k, v in costs.items()})
     return rows
 
 
+def footnotes(kept):
+    """What the gains' marks stand for."""
+    lines = []
+    for a in kept["arms"]:
+        for task, gain in a["gain"].items():
+            if gain["asked_differently"]:
+                lines.append(f"†: {a['arm']} on {task} was asked {asked(gain['asked_differently'])}")
+    return lines
+
+
 def claims_table(claims):
-    rows = [["claim", "on", "ours: difference", "over problems", "over seeds", "seeds of that sign", "paper", "verdict"]]
+    rows = [["claim", "on", "ours: difference", "over problems", "over seeds", "seeds of that sign", "paper", "asked", "verdict"]]
     for c in claims:
         ours, each = c["ours"], c["ours"]["each"]
         signs = f"{sum(d * ours['figure'][0] > 0 for d in each)} of {len(each)}" if each else "-"
         paper = f"{c['paper']:+.1f} on {c['column']}" if isinstance(c["paper"], (int, float)) else c["paper"] or "-"
         figures = [points(ours[k], "+") for k in ("figure", "over_problems", "over_seeds")]
-        rows.append([c["text"], c["task"] or "-", *figures, signs, paper, c["verdict"] + " (one seed)" * (len(each) == 1 and "paper" not in c["verdict"])])
+        alike = asked(ours["asked_differently"]) if each else "-"
+        rows.append([c["text"], c["task"] or "-", *figures, signs, paper, alike, c["verdict"] + " (one seed)" * (len(each) == 1 and "paper" not in c["verdict"])])
     return rows
 
 
@@ -297,20 +351,22 @@ def write(out, title, seeds, arms, outcomes, claims):
     hide = lambda text: " ".join(text.replace(f"{out.resolve()}/", "").replace(f"{out}/", "").split())
     study = Study(seeds, arms, outcomes)
     kept = numbers(study, title, outcomes, claims, hide)
-    rows, asked, moved = main_table(kept), claims_table(kept["claims"]), kl_table(kept["arms"])
+    rows, claimed, moved = main_table(kept), claims_table(kept["claims"]), kl_table(kept["arms"])
     failed = [f"{a['arm']}, seed {seed} FAILED: {text}" for a in kept["arms"] for seed, text in a["failed"].items()]
     draw(study, kept, out)
     replace_file(out / "samples.md", samples_page(study))
     valid = json.loads(json.dumps(kept), parse_constant=lambda name: None)  # JSON has no NaN: the interval of a single problem
     replace_file(out / "report.json", json.dumps(valid, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    parts = [f"# {title}", *(f"- {line}" for line in kept["conditions"]), markdown([list(rows[0]), *(list(r.values()) for r in rows)]), *failed]
+    parts = [f"# {title}", *(f"- {line}" for line in [*kept["conditions"], *kept["training"]])]
+    parts += [markdown([list(rows[0]), *(list(r.values()) for r in rows)]), *footnotes(kept), *failed]
     parts += ["Failed seeds are left out of the means, which flatters their arms."] * bool(failed) + [NOTES]
-    parts += ["## What the paper concludes", markdown(asked), CLAIM_NOTES] * bool(claims)
+    parts += ["## What the paper concludes", markdown(claimed), CLAIM_NOTES] * bool(claims)
     parts += ["## Learning curves, on the examples that the runs held out", "![held-out accuracy against student tokens](curves.png)"]
     parts += ["## Accuracy against cost", "![accuracy against FLOPs](cost.png)"]
     parts += ["## How far the arms moved", markdown(moved), KL_NOTES] * (len(moved) > 1)
     replace_file(out / "report.md", "\n\n".join([*parts, "What the arms write: [samples.md](samples.md)"]) + "\n")
     first = [h for task in kept["tasks"][:1] for h in (task, f"gain {task}")] + [h for h in rows[0] if h.startswith("paper ")][:1]
     narrow = ["arm", "seeds", *first, "student tokens", "FLOPs", "seconds"]
-    tables = [[narrow, *([row[h] for h in narrow] for row in rows)], *[[[row[0], row[2], *row[5:]] for row in asked]] * bool(claims)]
-    return "\n\n".join([*map(aligned, tables), *failed, f"{out}: report.md, report.json, samples.md, curves.png, cost.png"])
+    tables = [[narrow, *([row[h] for h in narrow] for row in rows)], *[[[row[0], row[2], *row[5:]] for row in claimed]] * bool(claims)]
+    said = [*map(aligned, tables), *footnotes(kept), *(textwrap.fill(line, 150) for line in kept["training"]), *failed]
+    return "\n\n".join([*said, f"{out}: report.md, report.json, samples.md, curves.png, cost.png"])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval.study_report import Outcome, Study, claims_table, fenced, judge, write
+from eval.study_report import Outcome, Study, claims_table, cost, fenced, judge, write
 
 SEEDS, PROBLEMS = [0, 1], 40
 ARMS = {
@@ -41,13 +41,17 @@ def run(folder, steps, each, accuracies, ranks=1, more=True):
     return folder
 
 
-def evaluation(folder, right, text="so\n#### {p}", task="word_problems"):
-    """40 problems with two samples each, of which the first `right` problems are right in both."""
+def evaluation(folder, right, text="so\n#### {p}", task="word_problems", trained_on=0, unknown=(), prompt=(), **identity):
+    """40 problems with two samples each, of which the first `right` problems are right in both; asked at temperature 0.6 unless told otherwise."""
     rows = [dict(problem=p, sample=s, question=f"What is {p} + 0?", gold=str(p), text=text.format(p=p), tokens=7, stopped=s == 0, strict=p < right)
             for p in range(PROBLEMS) for s in (0, 1)]  # fmt: skip
     jsonl(folder / "ckpt-abc" / f"{task}.jsonl", rows)
     accuracy = [right / PROBLEMS, right / PROBLEMS - 0.1, right / PROBLEMS + 0.1]
-    summary = {"conditions": ["temperature 0.6, top-p 0.95"], "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]], "comparisons": []}
+    prompt = {"kind": "chat", "system": "", "instruction": " Go.", "prefill": "", "first_prompt": "What is 0 + 0? Go."} | dict(prompt)
+    identity = {"prompt": prompt, "temperature": 0.6, "top_p": 0.95, "max_tokens": 99, "seed": 0} | identity
+    (folder / "ckpt-abc" / f"{task}.json").write_text(json.dumps({"identity": identity, "about": {"new_tokens": identity["max_tokens"]}}))
+    summary = {"conditions": ["temperature 0.6, top-p 0.95", "a note on training"], "training": ["a note on training"], "comparisons": [],
+               "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]], "trained_on": [["ckpt-abc", task, trained_on, list(unknown)]]}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -134,6 +138,78 @@ def test_the_page(study):
         assert head.startswith(b"\x89PNG") and all(400 < int.from_bytes(head[i : i + 4], "big") < 3000 for i in (16, 20))
     assert not any(str(out) in (out / name).read_text() for name in ("report.md", "report.json", "samples.md"))
     assert "22.5 [0.0, 54.3]" in said and "not shown" in said and "FAILED" in said and max(map(len, said.splitlines())) <= 160
+
+
+ALIKE = [{}, {"seed": 5}]
+APART = [
+    ({"temperature": 1.0}, "temperature"), ({"top_p": 1.0}, "top_p"), ({"max_tokens": 8}, "max_tokens"), ({"prompt": {"kind": "plain"}}, "prompt"),
+    ({"prompt": {"system": "Be brief.", "first_prompt": "Be brief."}}, "system"), ({"prompt": {"instruction": ""}}, "instruction"),
+    ({"prompt": {"prefill": "So"}}, "prefill"), ({"prompt": {"chat_template_kwargs": {"x": 3}}}, "chat_template_kwargs"),
+    ({"prompt": {"first_prompt": "Q: 0 + 0?"}}, "template"), ({"temperature": 1.0, "prompt": {"kind": "plain"}}, "prompt, temperature"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change,said", [*((change, None) for change in ALIKE), *APART, ("nothing stated", "conditions not known")])
+def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said, tmp_path):
+    """A gain over the start and a claim, of two seeds of which the second alone was asked otherwise."""
+    start = evaluation(tmp_path / "start", 20)
+    outcomes = {}
+    for seed in (0, 1):
+        evals = evaluation(tmp_path / f"sft-{seed}", 8, **(change if seed and isinstance(change, dict) else {}))
+        outcomes |= {("instruct", seed): Outcome((), (), start, None, None), ("sft", seed): Outcome((), (), evals, start, None)}
+    if change == "nothing stated":
+        (tmp_path / "sft-1" / "ckpt-abc" / "word_problems.json").unlink()
+    text = write(tmp_path, "T", [0, 1], {name: ARMS[name] for name in ("instruct", "sft")}, outcomes, CLAIMS[:1])
+    page = (tmp_path / "report.md").read_text()
+    (gain,) = [line for line in page.splitlines() if line.startswith("| sft |")]
+    (claim,) = [line for line in page.splitlines() if line.startswith("| SFT harms |")]
+    note = f"†: sft on word_problems was asked differently: {said}"
+    for place, wanted in ((gain, " † |"), (page, note), (claim, f"| differently: {said} |"), (text, note), (text, f"differently: {said}  ")):
+        assert (wanted in place) == (said is not None)
+    assert ("| alike |" in claim) == (said is None) and "| instruct | instruct | 2 of 2 | 50.0 [40.0, 60.0] | - |" in page
+
+
+def test_what_was_trained_on_is_said_and_unknown_is_not_none(tmp_path):
+    about = {"a": (0, ()), "b": (None, ("Qwen/Base",)), "c": (None, ("Qwen/Base",)), "d": (3, ()), "e": (2, ("Qwen/Base",)), "f": None}
+    outcomes = {}
+    for arm, known in about.items():
+        evals = evaluation(tmp_path / arm, 20, trained_on=known and known[0], unknown=known[1] if known else ())
+        if known is None:
+            summary = json.loads((evals / "summary.json").read_text())
+            del summary["trained_on"]
+            (evals / "summary.json").write_text(json.dumps(summary))
+        outcomes[arm, 0] = Outcome((), (), evals, None, None)
+    write(tmp_path, "T", [0], {arm: {"model": "m", "chain": []} for arm in about}, outcomes, [])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["conditions"] == ["temperature 0.6, top-p 0.95"] and report["training"] == [
+        "d, seed 0, WAS TRAINED ON 3 of word_problems's questions", "e, seed 0, WAS TRAINED ON AT LEAST 2 of word_problems's questions",
+        "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what Qwen/Base learned from: b, c",
+        "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what a checkpoint evaluated before this was kept learned from: f",
+    ]  # fmt: skip
+    page = (tmp_path / "report.md").read_text()
+    assert all(f"- {line}" in page for line in report["training"])
+
+
+def test_costs_that_nobody_measured_are_not_0(tmp_path):
+    for missing in ("ranks", "environment", "seconds", "metrics"):
+        folder = run(tmp_path / missing, 3, 100, (0.1, 0.2))
+        if missing == "ranks":
+            (folder / "environment.json").write_text("{}")
+        elif missing == "environment":
+            (folder / "environment.json").unlink()
+        elif missing == "metrics":
+            (folder / "metrics.jsonl").unlink()
+        else:
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            jsonl(folder / "metrics.jsonl", [{k: v for k, v in row.items() if k != "train/seconds"} for row in rows])
+        found = cost(Outcome((folder,), (), None, None, None))
+        assert found["device_hours"] is None and found["seconds"] == (1.5 if missing in ("ranks", "environment") else None)
+        assert found["student_tokens"] == (None if missing == "metrics" else 300)
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    (traces / "samples.json").write_text(json.dumps({"about": {}, "generated": {"tokens": 5, "seconds": 2.0}}))
+    found = cost(Outcome((), (traces,), None, None, None))
+    assert (found["teacher_tokens"], found["seconds"], found["device_hours"], found["flops"]) == (5, 2.0, None, None)
 
 
 def test_equal_outcomes_have_equal_reports(study, tmp_path):
