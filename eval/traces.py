@@ -32,7 +32,10 @@ from model.runs import replace_file
 from model.transformer import Transformer
 
 OPENING = re.compile(r"<think>\s*\Z")  # with which some templates begin the answer themselves
-READ_FIRST = {"question", "problem", "solution", "prompt", "completion", "reasoning_solution", "canonical_solution", "code"}  # a form of their own
+READ_FIRST = set(
+    "question problem solution prompt completion reasoning_solution canonical_solution code test test_list conversations instruction input output "
+    "response chosen rejected text Body Question Equation Answer".split()
+)  # columns with which other forms say what the messages say
 
 
 def parse(argv):

@@ -329,6 +329,84 @@ def test_comparison_of_two_checkpoints(tiny, tmp_path, run, says):
     assert "-66.7 [" in out and "-66.7 [" in (tmp_path / "out" / "summary.md").read_text()
 
 
+def test_a_comparison_says_where_the_two_were_asked_differently(tmp_path, run):
+    """Runs that were trained with prompts of their own are asked with them: what differs stands in the table."""
+    sets = small_sets(tmp_path / "sets")
+    runs = {
+        "base": [], "twin": ["--seed=1"], "suffix": ["--prompt_suffix= Go."], "system": ["--system_prompt=Be kind."], "plain": ["--template=plain"],
+        "both": ["--prompt_suffix= Go.", "--system_prompt=Be kind."],
+    }  # fmt: skip
+    for name, args in runs.items():
+        trained(tmp_path, name, "word_problems:4", "--eval_examples=0", *args)
+    others = [tmp_path / name for name in runs if name != "base"]
+    argv = ["--tasks", "gsm8k", "--greedy", "--max_tokens", 2, "--data", sets, "--out", tmp_path / "out"]
+    code, out, error = run(*others, *argv, "--compare", tmp_path / "base")
+    assert code == 0, error
+    said = {line.split("-step")[0]: line for line in out.splitlines() if "base-step-1" in line and not line.startswith("base")}
+    page = (tmp_path / "out" / "summary.md").read_text()
+    wanted = {"twin": "alike", "suffix": "differently: instruction", "system": "differently: system", "plain": "differently: prompt",
+              "both": "differently: system, instruction"}  # fmt: skip
+    assert said.keys() == wanted.keys()
+    for name, words in wanted.items():
+        assert said[name].endswith(f" {words}") and any(line.startswith(f"| {name}-") and line.endswith(f"| {words} |") for line in page.splitlines())
+    kept = {c[0].split("-step")[0]: c[3]["asked_differently"] for c in json.loads((tmp_path / "out" / "summary.json").read_text())["comparisons"]}
+    assert kept["suffix"] == {"instruction": [" Go.", None]} and kept["twin"] == {}
+
+
+def test_answers_that_end_where_the_models_positions_do_are_stated_so(tmp_path, run):
+    """The cap on new tokens is the model's, not the one that was asked for, and a pair with other caps was asked differently."""
+    short, long = (checkpoint(tmp_path / name, seed=i, max_position_embeddings=n) for i, (name, n) in enumerate((("short", 90), ("long", 512))))
+    argv = ["--tasks", "word_problems", "--limit", 2, "--greedy", "--max_tokens", 100, "--instruction", "", "--out", tmp_path / "out"]
+    code, out, _ = run(short, *argv, "--compare", long)
+    assert code == 0 and out.count("new tokens, for which the model has positions") == 1 and "differently: max_tokens" in out
+    left = int(re.search(r"up to (\d+) new tokens, for", out)[1])
+    assert 0 < left < 90 and all(row["tokens"] <= left for row in map(json.loads, next((tmp_path / "out").glob("short*/*.jsonl")).read_text().splitlines()))
+
+
+def arguments_tokenizer():
+    """The embedded tokenizer with a template that shows its arguments: [thinks] and [x=3]."""
+    from data.tokenizer import Tokenizer
+
+    files = dict(train.embedded_tokenizer().files)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is not defined or enable_thinking %}[thinks]{% endif %}{% if x is defined %}[x={{ x }}]{% endif %}{% endif %}"
+    )
+    files["tokenizer_config.json"] = json.dumps(json.loads(files["tokenizer_config.json"]) | {"chat_template": template}).encode()
+    return Tokenizer(files, "the tokenizer with arguments")
+
+
+def test_arguments_of_the_chat_template_are_passed_and_stated(tmp_path, run):
+    sets, folder = small_sets(tmp_path / "sets"), checkpoint(tmp_path / "runs" / "r" / "checkpoints" / "step-1", tokenizer=arguments_tokenizer())
+    base = [folder, "--tasks", "gsm8k", "--greedy", "--limit", 1, "--max_tokens", 2, "--data", sets]
+    given = {"none": [], "off": ["--chat_template_kwargs", "enable_thinking=false"], "three": ["--chat-template-kwargs", '{"x": 3}']}
+    (tmp_path / "runs" / "r" / "config.json").write_text("{}")
+    ends = {"none": "[thinks]", "off": "assistant\n", "three": "[thinks][x=3]", "run's": "assistant\n[x=3]", "instead": "[thinks]"}
+    for name in ends:
+        if name == "run's":
+            (tmp_path / "runs" / "r" / "config.json").write_text('{"chat_template_kwargs": "enable_thinking=false,x=3"}')
+        argv = ["--chat_template_kwargs", ""] if name == "instead" else given.get(name, [])
+        code, out, error = run(*base, *argv, "--out", tmp_path / name)
+        assert code == 0 and stated(tmp_path / name, "gsm8k")["first_prompt"].endswith(ends[name]), error
+        kept = {"off": {"enable_thinking": False}, "three": {"x": 3}, "run's": {"enable_thinking": False, "x": 3}}.get(name)
+        assert stated(tmp_path / name, "gsm8k").get("chat_template_kwargs") == kept and (f"chat_template_kwargs {kept}" in out) == (kept is not None)
+    code, _, error = run(*base, "--out", tmp_path / "none", "--chat_template_kwargs", "x=3")
+    assert code == 2 and "another prompt" in error
+    code, _, error = run(*base, "--out", tmp_path / "plain", "--prompt", "plain", "--chat_template_kwargs", "x=3")
+    assert code == 2 and "without a chat template" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", CODE)
+def test_code_is_asked_for_with_its_own_words_whatever_a_run_puts_behind_its_questions(task, tmp_path):
+    benchmark, tokenizer = benchmarks.load(task, small_sets(tmp_path / "sets")), train.embedded_tokenizer()
+    for run in ({"prompt_suffix": "\nPut your answer in \\boxed{}."}, {"prompt_suffix": ""}, {}):
+        asked = prompts.build(benchmark, tokenizer, run)
+        assert asked.stated["instruction"] == benchmarks.PROGRAM and f"{benchmarks.PROGRAM}<|im_end|>" in asked.stated["first_prompt"]
+        assert prompts.build(benchmark, tokenizer, run, instruction=" Go.").stated["instruction"] == " Go."
+    math = benchmarks.load("gsm8k", tmp_path / "sets")
+    assert prompts.build(math, tokenizer, {"prompt_suffix": " Think."}).stated["instruction"] == " Think."
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import train
+from errors import UserError
 from eval import traces
 from model.checkpoint import build_model, save_model
 from model.generate import Completion
@@ -99,6 +100,82 @@ def test_a_run_is_asked_as_it_was_trained(teacher, writes, tmp_path):
     shutil.copytree(teacher, run)
     (tmp_path / "run" / "config.json").write_text('{"template": "plain"}')
     assert traces.main([str(run), *ARGS, f"--out={tmp_path / 'b'}"]) == 0 and writes.first == writes.problems[0].question
+
+
+def conversation(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch):
+    """Earlier answers stay, untrained, other fields and columns too; only the last answer is the teacher's."""
+    earlier = {"role": "assistant", "content": "I have 4.", "name": "Bo"}
+    before = [*conversation(("system", "Be kind."), ("user", "How many?")), earlier, *conversation(("user", "And with 3 more?"))]
+    rows = [{"messages": [*before, {"role": "assistant", "content": "It was 8."}], "answer": "7", "task": "word_problems"}]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, tokenizer = [], train.embedded_tokenizer()
+
+    def generate(model, asked, *_, on_done, **more):
+        prompts.extend(asked)
+        for i in range(len(asked)):
+            on_done(i, Completion(tokenizer.encode("It is\n#### 7"), [0.0], True))
+
+    monkeypatch.setattr(traces, "generate", generate)
+    assert traces.main([teacher, f"--data={tmp_path / 'talk.jsonl'}", "--max_tokens=20", f"--out={tmp_path / 't'}"]) == 0
+    assert tokenizer.decode(prompts[0]) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nI have 4.<|im_end|>"
+        "<|im_start|>user\nAnd with 3 more?<|im_end|>\n<|im_start|>assistant\n"
+    ).replace("4.<|im_end|><", "4.<|im_end|>\n<")
+    (row,) = [json.loads(line) for line in (tmp_path / "t" / "traces.jsonl").read_text().splitlines()]
+    assert row["messages"] == [*before[:2], earlier | {"weight": 0}, before[3], {"role": "assistant", "content": "It is\n#### 7"}]
+    assert (row["answer"], row["task"]) == ("7", "word_problems")
+
+
+class Row:
+    """An example whose row has other columns."""
+
+    def __init__(self, messages, /, **columns):
+        self.messages, self.columns, self.answer, self.task, self.origin = tuple(messages), columns, "7", "", "x.jsonl:3"
+
+
+def collected(example, prompt="", text="ok"):
+    subject = type("Subject", (), dict(tokenizer=train.embedded_tokenizer(), sha256="ab"))
+    args = type("Args", (), dict(keep="ended", data="x.jsonl"))
+    ids = subject.tokenizer.encode(prompt)
+    return json.loads(traces.collect(args, subject, [(example, ids)], {(0, 0): dict(text=text, stopped=True)})[0])
+
+
+def test_a_row_without_an_answer_of_its_own_keeps_its_question():
+    turns = conversation(("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert collected(Row(turns))["messages"] == [turns[0], turns[1] | {"weight": 0}, turns[2], {"role": "assistant", "content": "ok"}]
+    assert collected(Row(conversation(("user", "a"))))["messages"] == conversation(("user", "a"), ("assistant", "ok"))
+
+
+def test_other_columns_come_along_but_none_that_says_something_else(tmp_path):
+    turns, tools = conversation(("user", "a"), ("assistant", "b")), [{"type": "function", "function": {"name": "add"}}]
+    row = collected(Row(turns, tools=tools, nums=[1, 2], question="a", answer="#### 9", source="web", solution="b", messages="no", prompt="x"))
+    assert (row["tools"], row["nums"], row["answer"], row["source"]["teacher"]) == (tools, [1, 2], "7", "ab")
+    assert row.keys() == {"messages", "answer", "task", "source", "tools", "nums"}
+    with pytest.raises(UserError, match="x.jsonl:3: column 'raw' holds a bytes"):
+        collected(Row(turns, raw=b"1"))
+
+
+def test_a_tag_that_the_template_opens_is_part_of_the_trace():
+    turns = conversation(("user", "a"), ("assistant", "b"))
+    row = collected(Row(turns), "<|im_start|>assistant\n<think>\n", "So.\n</think>\nIt is 7.")
+    assert row["messages"][-1]["content"] == "<think>\nSo.\n</think>\nIt is 7."
+    assert collected(Row(turns), "<think> is a tag\n", "So.")["messages"][-1]["content"] == "So."
+
+
+def test_the_templates_arguments_are_the_runs_unless_given(teacher, writes, tmp_path):
+    from tests.test_eval import arguments_tokenizer
+
+    run = tmp_path / "run" / "checkpoints" / "step-1"
+    shutil.copytree(teacher, run)
+    arguments_tokenizer().save(run)
+    (tmp_path / "run" / "config.json").write_text('{"chat_template_kwargs": "x=3"}')
+    for name, argv, end in (("a", [], "[thinks][x=3]"), ("b", ["--chat_template_kwargs=enable_thinking=false"], "assistant\n"), ("c", ["--chat-template-kwargs="], "[thinks]")):
+        assert traces.main([str(run), *ARGS, *argv, f"--out={tmp_path / name}"]) == 0 and writes.first.endswith(end)
+    assert traces.main([str(run), *ARGS, f"--out={tmp_path / 'b'}"]) == 2  # other traces
 
 
 @pytest.mark.parametrize("change,said", [
