@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 
-from data.dataset import Formatter, check_text
+from data.formats import check_text
+from data.formatter import Formatter
 from errors import UserError
 
 KINDS = ("auto", "chat", "plain", "few_shot")

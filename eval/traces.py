@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, Formatter
+from data.dataset import Dataset
+from data.formatter import Formatter
 from data.tasks import TASKS, grade, judge_all
 from errors import UserError, as_command
 from eval.__main__ import seed_of
