@@ -43,6 +43,7 @@ class Config:
     template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
     system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
     prompt_suffix: str = knob("", "put behind the question")
+    chat_template_kwargs: str = knob("", "arguments of the chat template, as in enable_thinking=false, or a JSON object")
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
@@ -177,7 +178,7 @@ def check(cfg):
 def kept(stored):
     """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
     names = ["mode", "model", "tokenizer", "seed", "data", "train_examples", "overlong", "batch_size", "weighting"]
-    names += ["template", "system_prompt", "prompt_suffix", "lora_rank", "lora_alpha", "lora_rslora", "lora_targets"]
+    names += ["template", "system_prompt", "prompt_suffix", "chat_template_kwargs", "lora_rank", "lora_alpha", "lora_rslora", "lora_targets"]
     names += ["kd_prefix", "kd_mix", "kd_signal", "reference", "grpo_samples", "grpo_updates", "grpo_epochs"]
     if stored.get("grpo_updates", 1) * stored.get("grpo_epochs", 1) > 1:  # unspent samples were scored and weighted by these
         names += ["sample_temperature", "grpo_variant", "grpo_beta", "grpo_kl_in", "grpo_correction", "grpo_kd", "teacher"]

@@ -13,10 +13,11 @@ import torch
 
 import config as configuration
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Formatter, Stream, find_file, task_of
+from data.dataset import Dataset, Stream, find_file, task_of
+from data.formatter import Formatter
 from data.tasks import TASKS
 from data.teacher_cache import TeacherCache, weights_digest
-from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
+from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
 from errors import RunFailed, UserError
 from eval.log import forward_flops, show_batch
 from kernels import backend
@@ -169,10 +170,10 @@ PROMPT = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs") 
 def training_record(cfg, dataset, begun_from):
     """The Lineage of what this run will have trained: its own examples, and what was trained on before by those that it begins from or learns
     from. begun_from: (name, folder) of each, None for random weights. A note is printed where one of those was trained on the held-out questions."""
-    before = lineage.Lineage(prompt={name: getattr(cfg, name) for name in PROMPT if hasattr(cfg, name)})
+    before = lineage.Lineage(prompt={name: getattr(cfg, name) for name in PROMPT})
     for name, folder in begun_from:
         before += lineage.of_checkpoint(name, folder)
-    examples = [dataset.example(i) for i in range(len(dataset))]
+    examples = list(dataset.examples())
     entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}  # an endless task: its own rule keeps what it holds out apart
     if not task_of(cfg.data):
         path = find_file(cfg.data)
@@ -186,14 +187,13 @@ def training_record(cfg, dataset, begun_from):
     remembered = int(before.contains([example.question for example in dataset.held_out]).sum())
     if remembered:
         print(f"note: {remembered:,} of the {len(dataset.held_out):,} held-out questions were trained on by what this run begins from", flush=True)
-    turns = (m.get("content") for e in examples for m in e.messages if m["role"] == "user")
-    hashes = lineage.fingerprints(turn if isinstance(turn, str) else json.dumps(turn, ensure_ascii=False) for turn in turns)
+    hashes = lineage.fingerprints(m["content"] or "" for e in examples for m in e.messages if m["role"] == "user")
     return before + lineage.Lineage(hashes, (entry,))
 
 
 def written_by_teacher(example):
     """Whether eval.traces made this row."""
-    source = getattr(example, "columns", {}).get("source")
+    source = example.columns.get("source")
     return isinstance(source, dict) and "teacher" in source
 
 
@@ -213,15 +213,27 @@ def prepare(cfg, held, launch):
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
     teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(tokenizer_folder(teacher_folder))
     vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
+    template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
+    on_policy = cfg.mode == "grpo" or cfg.mode == "kd" and cfg.kd_prefix != "data"
     dataset = Dataset(
-        cfg.data, Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix), seed=cfg.seed, max_tokens=cfg.micro_tokens,
-        vocab=vocab, eval_examples=cfg.eval_examples, train_examples=cfg.train_examples, overlong=cfg.overlong, progress=rank == 0,
-    )  # fmt: skip
+        cfg.data,
+        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
+        seed=cfg.seed,
+        max_tokens=cfg.micro_tokens,
+        vocab=vocab,
+        eval_examples=cfg.eval_examples,
+        train_examples=cfg.train_examples,
+        overlong=cfg.overlong,
+        new_tokens=cfg.sample_tokens if on_policy else 0,
+        completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
+        progress=rank == 0,
+    )
     reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
-    if reward:
-        dataset.need_answers(unless=reward.function)
-    if cfg.mode == "grpo" or cfg.mode == "kd" and cfg.kd_prefix != "data":
-        dataset.need_room(cfg.sample_tokens)
+    if reward and not reward.function:
+        dataset.need_answers()
+    if rank == 0:
+        for note in dataset.notes:
+            print(f"{cfg.data}: {note}", flush=True)
     origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
     reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
     its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None

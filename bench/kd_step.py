@@ -30,7 +30,8 @@ WAYS = ("ours", "padded logits", "selected rows", "products")
 def load(data, tokenizer_folder):
     """(batch, shared vocabulary) of the first 8 rows."""
     from data.batch import Batch
-    from data.dataset import Formatter, read_rows, to_example
+    from data.formats import read_rows, to_example
+    from data.formatter import Formatter
     from data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(tokenizer_folder)

@@ -42,7 +42,7 @@ check(has_close_elements)
 
 def jobs_of(data):
     from data.code import find_code
-    from data.dataset import read_examples
+    from data.formats import read_examples
 
     if not data:
         return [(PROGRAM, TESTS)]

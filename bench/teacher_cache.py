@@ -15,7 +15,8 @@ import torch
 
 from bench.gpu import table
 from data.batch import Batch
-from data.dataset import Dataset, Formatter
+from data.dataset import Dataset
+from data.formatter import Formatter
 from data.tokenizer import Tokenizer
 from kernels.attention import PackedAttention
 from kernels.linear_kl import linear_kl

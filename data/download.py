@@ -12,7 +12,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from data.dataset import read_rows
+from data.formats import read_rows
 from errors import RunFailed, UserError
 
 _GITHUB = "https://raw.githubusercontent.com"

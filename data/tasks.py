@@ -20,16 +20,41 @@ HELD_OUT_SHARE = 8  # one problem in eight is held out
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """messages: [{"role", "content"}, …], the last one the assistant's; answer: the gold answer or None; origin: for errors."""
+    """A conversation and what its answer should be.
+
+    messages: dicts with role and content (data/formats.py has their other fields). The last one is the assistant's,
+    or the user's where nobody's answer is given (a prompt alone). answer: the gold answer, or None. origin: the
+    file and line, for errors. columns: the whole row, for reward functions; a column is an attribute, too.
+    """
 
     messages: tuple
     answer: str | None = None
     task: str = ""
     origin: str = ""
+    columns: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def question(self):
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+    def question(self) -> str:
+        """What the user said last."""
+        return next((m["content"] or "" for m in reversed(self.messages) if m["role"] == "user"), "")
+
+    @property
+    def opening(self) -> str:
+        """What the user said before the first answer. Rows with the same opening ask the same question: a longer
+        conversation begins like a shorter one, and several answers to one question are rows of their own."""
+        first = next((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), len(self.messages))
+        return "\n".join(m["content"] or "" for m in self.messages[:first] if m["role"] == "user")
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an assistant's turn to train on."""
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
+    def __getattr__(self, name: str) -> object:
+        columns = self.__dict__.get("columns", {})
+        if name in columns:
+            return columns[name]
+        raise AttributeError(f"the example has no {name!r}; its row has the columns {', '.join(columns) or 'of no file'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +143,8 @@ TASKS = {
     "word_problems_text": Task(running_text, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),
+    "number": Task(None, grade_number),  # this and the next: of any file, by the look of its answers
+    "answer": Task(None, grade_math),
     "humaneval": Task(None, grade_code, waits=True),
     "mbpp": Task(None, grade_code, waits=True),
 }

@@ -1,6 +1,14 @@
-"""Any `tokenizer.json`, the checkpoint's own chat template, and the vocabulary that two models share."""
+"""Any `tokenizer.json`, the checkpoint's own chat template, and the vocabulary that two models share.
+
+Text of a user stays text: `Tokenizer.escape` marks the control tokens' names in it, so that after the chat
+template has put its own control tokens around it, `Tokenizer.encode` makes ids of those and characters of the rest.
+"""
 
 import json
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +21,13 @@ FILES = (
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 _PROBE = "srlm-probe"
+# Behind the first character of a control token's name: that name is a user's text (a private-use character).
+_ESCAPE = "\U0010fffd"
+# In front of the control tokens that are meant as such, while a text with escapes is encoded. Not to be guessed.
+_MARK = f"\U0010fffc{secrets.token_hex(8)}"
+# Tags that models write themselves, whatever a tokenizer says of them: no control tokens in an answer.
+_ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -50,52 +65,128 @@ class Tokenizer:
         """One more than the largest id: rows of the head beyond are padding (151,665 of Qwen2.5's 151,936 are real)."""
         return max(self.id_to_token) + 1
 
-    def encode(self, text):
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    # --- text to ids -----------------------------------------------------------------------------
 
-    def encode_many(self, texts):
-        return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens are control tokens, but where `escape` marked them as a user's."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts."""
+        escaped = [i for i, text in enumerate(texts) if _ESCAPE in text]
+        if not escaped:
+            return [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        plain = [text for text in texts if _ESCAPE not in text]
+        plain_ids = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
+        marked = [self._mark_control_tokens(texts[i]) for i in escaped]
+        marked_ids = iter(self._marked_tokenizer.encode_batch(marked, add_special_tokens=False))
+        return [next(marked_ids if _ESCAPE in text else plain_ids).ids for text in texts]
 
     def decode(self, ids, skip_special=False):
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
+    def escape(self, text: str, in_answer: bool = False) -> str:
+        """A user's text with the control tokens' names in it marked, for `encode` to take them for characters.
+
+        Control tokens are those that the tokenizer calls special and, but for an assistant's own text
+        (`in_answer`), those with which the chat template structures a conversation (`<tool_call>`, `<think>`).
+        """
+        text = text.replace(_ESCAPE, _ESCAPE + _ESCAPE)
+        names = self._special_names if in_answer else self.control_names
+        return _any_of(names).sub(lambda match: match[0][0] + _ESCAPE + match[0][1:], text)
+
+    def unescape(self, text: str) -> str:
+        """What `escape` was given."""
+        return re.sub(f"{_ESCAPE}({_ESCAPE}?)", r"\1", text)
+
     @cached_property
+    def _special_names(self) -> frozenset[str]:
+        """Control tokens that no text may become, an assistant's neither: special ones, and those that end a text."""
+        names = {token["content"] for token in self.json.get("added_tokens", []) if token.get("special")}
+        names |= {token for token in self._named_tokens().values() if self._tokenizer.token_to_id(token) is not None}
+        if self.chat_template is not None:
+            names.add(self.turn_end)
+        return frozenset(names - set(_ANSWER_TAGS))
+
+    @cached_property
+    def control_names(self) -> frozenset[str]:
+        """Tokens that a user's text never becomes."""
+        template = self.chat_template or ""
+        added = [token["content"] for token in self.json.get("added_tokens", [])]
+        return self._special_names | {name for name in added if name in template and not name.isspace()}
+
+    def _named_tokens(self) -> dict[str, str]:
+        """Special tokens that tokenizer_config.json names, as chat templates get them."""
+        named = {name: _token(self.settings.get(name)) for name in _NAMED_TOKENS}
+        return {name: token for name, token in named.items() if isinstance(token, str) and token}
+
+    def _mark_control_tokens(self, text: str) -> str:
+        """The text without escapes, control tokens in the form in which `_marked_tokenizer` knows them."""
+        marked = _any_of(self.control_names).sub(lambda match: _MARK + match[0], text)
+        return self.unescape(marked)
+
+    @cached_property
+    def _marked_tokenizer(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, its control tokens under other names: their own names are characters like any."""
+        renamed = {name: _MARK + name for name in self.control_names}
+        content = json.loads(self.files["tokenizer.json"])
+        for token in content.get("added_tokens", []):
+            token["content"] = renamed.get(token["content"], token["content"])
+        vocab = content["model"].get("vocab")
+        if isinstance(vocab, dict):
+            content["model"]["vocab"] = {renamed.get(token, token): i for token, i in vocab.items()}
+        elif isinstance(vocab, list):
+            content["model"]["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
+        content["post_processor"] = None  # it names special tokens, and nothing here asks it to add any
+        unknown = content["model"].get("unk_token")
+        if unknown in renamed:
+            content["model"]["unk_token"] = renamed[unknown]
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        for name, other in renamed.items():
+            if tokenizer.token_to_id(other) != self._tokenizer.token_to_id(name):
+                raise UserError(f"{self.where}: {name} cannot be told apart from text that looks like it")
+        return tokenizer
+
+    # --- chat templates --------------------------------------------------------------------------
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        """Chat templates by their names; one alone is "default"."""
+        if "chat_template.jinja" in self.files:
+            return {"default": self.files["chat_template.jinja"].decode()}
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):
+            return {template["name"]: template["template"] for template in found}
+        return {"default": found} if found else {}
+
+    @property
     def chat_template(self):
         """The template's source, or None."""
-        if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode()
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        return template
+        return self._templates.get("default")
 
     @cached_property
-    def _compiled_template(self):
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def _compiled_templates(self) -> dict:
+        return {name: _compile(source, self.where) for name, source in self._templates.items()}
 
-        if self.chat_template is None:
+    def render(self, messages, generate=False, tools=None, template_kwargs=None):
+        """Messages as the template's text; generate=True ends where the assistant is to begin.
+
+        The template gets what `transformers` gives it: `tools` and `documents` (None where there are none), the
+        named special tokens, and `template_kwargs` (`enable_thinking`, ...). Raises UserError.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
             raise UserError(f"{self.where} has no chat template; use --template plain")
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-        env.globals["raise_exception"] = raise_exception
-        return env.from_string(self.chat_template)
-
-    def render(self, messages, generate=False):
-        """Messages as the template's text; generate=True ends where the assistant is to begin."""
-        from jinja2 import TemplateError
-
-        special = {k: _token(self.settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        values = {"tools": tools or None, "documents": None, **self._named_tokens(), **(template_kwargs or {})}
         try:
-            return self._compiled_template.render(
-                messages=list(messages), add_generation_prompt=generate, **{k: v for k, v in special.items() if v}
+            return self._compiled_templates[name].render(
+                messages=[_with_reasoning_names(message) for message in messages],
+                add_generation_prompt=generate,
+                **values,
             )
-        except TemplateError as e:
+        except Exception as e:  # a template is a program of somebody else's
             raise UserError(f"{self.where}: the chat template refuses these messages ({_first_line(e)})") from None
 
     @cached_property
@@ -110,7 +201,7 @@ class Tokenizer:
     def turn_end(self):
         """The token (text) with which the chat template ends an assistant's turn: `<|im_end|>` for Qwen, base models too."""
         text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}])
-        ids = self.encode(text.rpartition(_PROBE)[2].lstrip())
+        ids = self._tokenizer.encode(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False).ids
         special = {t["id"] for t in self.json.get("added_tokens", [])}
         return self.id_to_token[ids[0]] if ids and ids[0] in special else self.eos
 
@@ -121,22 +212,139 @@ class Tokenizer:
         return list(dict.fromkeys(i for i in ids if i is not None))
 
 
+def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> dict:
+    """`enable_thinking=false,name=x` or a JSON object as the chat template's arguments. Raises UserError."""
+    text = text.strip()
+    if not text:
+        return {}
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as e:
+            raise UserError(f"{option}: not valid JSON ({e})") from None
+    result = {}
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name.isidentifier():
+            raise UserError(f"{option}: {item.strip()!r}; write name=value,name=value or a JSON object")
+        try:
+            result[name] = json.loads(value.lower() if value.lower() in ("true", "false", "null", "none") else value)
+        except ValueError:
+            result[name] = None if value.lower() == "none" else value
+    return result
+
+
+def _compile(source: str, where: str):
+    """A chat template in the environment that `transformers` gives it. Raises UserError."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}: marks the assistant's text; here it is its text alone."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def strftime_now(form):
+        return datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        return environment.from_string(source)
+    except Exception as e:  # jinja2 raises RecursionError and others beside its own errors
+        raise UserError(f"{where}: the chat template is not valid ({_first_line(e)})") from None
+
+
+def _with_reasoning_names(message: dict) -> dict:
+    """Templates read an assistant's reasoning under one of three names; a message carries all of them."""
+    reasoning = message.get("reasoning_content")
+    return message | {"reasoning": reasoning, "thinking": reasoning} if reasoning else message
+
+
+def _any_of(names: frozenset[str]) -> re.Pattern:
+    """A pattern of any of these texts, the longest first. (re keeps the compiled ones.)"""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
 def shared_vocabulary(a, b):
     """How many ids two tokenizers share: the longest common id -> token prefix. UserError if they cut text differently.
 
     Logits of the two models are compared over this prefix, sliced before the softmax; rows beyond it are padding.
+    What decides ids is compared, not the files: a tokenizer that was loaded and saved by another version of a library
+    has other defaults written out in it.
     """
-    for part, name in (("normalizer", "normaliser"), ("pre_tokenizer", "pre-tokenizer")):
-        if a.json.get(part) != b.json.get(part):
-            raise UserError(f"{a.where} and {b.where} have different tokenizers ({name}); a teacher must share the student's")
-    if _merges(a) != _merges(b):
-        raise UserError(f"{a.where} and {b.where} have different tokenizers (merges); a teacher must share the student's")
+    parts_a, parts_b = _deciding_parts(a), _deciding_parts(b)
+    differing = next((name for name in parts_a if parts_a[name] != parts_b[name]), None)
+    if differing and (differing == "merges" or not _cut_alike(a, b)):
+        raise UserError(f"{a.where} and {b.where} have different tokenizers ({differing}); a teacher must share the student's")
     shared = 0
     while shared in a.id_to_token and a.id_to_token[shared] == b.id_to_token.get(shared):
         shared += 1
     if not shared:
         raise UserError(f"{a.where} and {b.where} share no token ids; a teacher must share the student's tokenizer")
     return shared
+
+
+def _deciding_parts(tokenizer) -> dict:
+    """What of a tokenizer decides how a text is cut, in the form in which the library writes it out."""
+    content = json.loads(tokenizer._tokenizer.to_str())  # older spellings and missing defaults become today's
+    model = content.get("model") or {}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    settings = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+    return {
+        "normaliser": _without_offsets(content.get("normalizer")),
+        "pre-tokenizer": _without_offsets(content.get("pre_tokenizer")),
+        "model": settings,
+        "merges": merges,
+    }
+
+
+def _without_offsets(part: object) -> object:
+    """A part of a tokenizer.json without what only says where in the text a token stands; a sequence of one is that one."""
+    if isinstance(part, list):
+        return [_without_offsets(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    result = {name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"}
+    for members in ("pretokenizers", "normalizers"):
+        if result.get("type") == "Sequence" and len(result.get(members, ())) == 1:
+            return result[members][0]
+    return result
+
+
+# Texts on which tokenizers that cut differently differ: digits, contractions, case, accents composed and not, scripts,
+# white space, line ends, punctuation, emoji, controls.
+_CUT_PROBES = [
+    "12345 1,234.50 3.14e-10 ٣٤٥ ½ Ⅷ x2y3", "I'll can't WON'T it's we'RE d'accord o’clock", "Hello  world   a    b",
+    " leading and trailing ", "a\nb\n\nc\r\nd\t\te\n   f", "é e\u0301 Å A\u030a ﬁ ﷺ Ⅷ ①", "naïve ÜBER straße İstanbul",
+    "日本語のテキスト。中文字符，한국어", "Привет мир Ελληνικά עברית العربية हिन्दी ไทย", "😀👩‍👩‍👧🏽 ♥️ ✓ →", "(a+b)*c/d == e_f != g->h; //x",
+    "{'k': [1, 2]}\n\tdef f(x):\n\t\treturn x**2", "\u200b\u00a0\u3000\ufeff\u2028|\x00\x1f\x7f", "#### \\boxed{\\frac{1}{2}} $x_{1}^{2}$ \\(y\\)",
+    "www.example.org/a?b=c&d=%20 user@host", "aaaaaaaaaaaaaaaa        ................", "_snake_case camelCase PascalCase ABC123abc", "",
+]  # fmt: skip
+
+
+def _cut_alike(a, b) -> bool:
+    """Whether two tokenizers whose files differ cut a set of awkward texts, and every one of them within another, alike."""
+    texts = [*_CUT_PROBES, *(x + y for x, y in zip(_CUT_PROBES, _CUT_PROBES[1:])), "".join(_CUT_PROBES)]
+    return a.encode_many(texts) == b.encode_many(texts)
 
 
 QWEN_SPLIT = (
@@ -168,11 +376,6 @@ def build_tiny(texts, vocab_size=512):
     settings["tokenizer_class"] = "Qwen2Tokenizer"
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
     return Tokenizer(files, "the embedded tokenizer")
-
-
-def _merges(tokenizer):
-    merges = tokenizer.json.get("model", {}).get("merges") or []
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
 
 
 def _token(value):

@@ -216,7 +216,7 @@ def judge(example, row):
     verdicts = {"strict": verdict.strict, "lenient": verdict.lenient, "parsed": verdict.parsed}
     if example.task in benchmarks.CODE:
         return row | verdicts | {"math_verify": None, "vote": False}
-    return row | verdicts | {"math_verify": grade_by_math_verify(text, example.answer), "vote": vote(text, words=example.task != "math")}
+    return row | verdicts | {"math_verify": grade_by_math_verify(text, example.answer), "vote": vote(text, words=example.task not in ("math", "answer"))}
 
 
 # --- the report ----------------------------------------------------------------------------------------------------

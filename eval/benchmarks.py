@@ -5,7 +5,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from data.dataset import SPLIT_SEED, SUFFIXES, read_examples, read_rows, to_example
+from data.dataset import SPLIT_SEED
+from data.formats import SUFFIXES, read_examples, read_rows, to_example
 from data.grade import marked_answer
 from data.tasks import TASKS, Example
 from errors import UserError

@@ -48,8 +48,11 @@ def parse(argv):
 def answer(subject, model, messages, args, template_kwargs):
     """Stream the assistant's next turn; returns its text."""
     tokenizer = subject.tokenizer
-    chat = tokenizer.chat_template is not None
-    ids = tokenizer.encode(tokenizer.render(messages, generate=True, template_kwargs=template_kwargs) if chat else "".join(m["content"] for m in messages))
+    shown = [m | {"content": tokenizer.escape(m["content"], in_answer=m["role"] == "assistant")} for m in messages]  # text stays text
+    if tokenizer.chat_template is None:
+        ids = tokenizer.encode("".join(m["content"] for m in shown))
+    else:
+        ids = tokenizer.encode(tokenizer.render(shown, generate=True, template_kwargs=template_kwargs))
     limit = min(args.max_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         raise UserError(f"the conversation fills the model's {model.config.max_position_embeddings:,} positions")

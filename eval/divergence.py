@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from data.batch import Batch
-from data.dataset import Formatter
+from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
 from errors import UserError, as_command

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 
-from data.dataset import Formatter, check_text
+from data.formats import check_text
+from data.formatter import Formatter
 from data.tokenizer import parse_template_kwargs
 from errors import UserError
 from eval.benchmarks import CODE

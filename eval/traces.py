@@ -10,14 +10,15 @@ beside the traces, and a run on the traces knows it). The same command goes on w
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, Formatter
+from data.dataset import Dataset
+from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
+from data.formatter import OPENED, Formatter
 from data.tasks import TASKS, grade, judge_all
 from data.tokenizer import parse_template_kwargs
 from errors import RunFailed, UserError, as_command
@@ -31,11 +32,9 @@ from model.generate import generate
 from model.runs import replace_file
 from model.transformer import Transformer
 
-OPENING = re.compile(r"<think>\s*\Z")  # with which some templates begin the answer themselves
-READ_FIRST = set(
-    "question problem solution prompt completion reasoning_solution canonical_solution code test test_list conversations instruction input output "
-    "response chosen rejected text Body Question Equation Answer".split()
-)  # columns with which other forms say what the messages say
+# Columns that say what a trace's messages and answer say already, in forms of their own.
+REPLACED = {*QUESTIONS, *RESPONSES, *GOLDS, *SYSTEM, "conversations", "instruction", "input", "output", "reasoning_solution", "groud_truth_solution",
+            "canonical_solution", "test", "entry_point", "code", "test_list"}  # fmt: skip
 
 
 def parse(argv):
@@ -69,7 +68,7 @@ def examples_of(args, subject):
     template = subject.settings.get("template", "auto")  # as it was trained
     formatter = Formatter(subject.tokenizer, template, args.system, args.instruction, template_kwargs(args, subject))
     room = subject.config.max_position_embeddings
-    data = Dataset(args.data, formatter, seed=0, max_tokens=room, vocab=subject.vocab, eval_examples=args.eval_examples, overlong="drop")
+    data = Dataset(args.data, formatter, seed=0, max_tokens=room, vocab=subject.vocab, eval_examples=args.eval_examples, overlong="drop", completions=False)
     if not len(data):
         raise UserError(f"--data {args.data} is endless; write {args.data}:1000 for its first 1,000 problems")
     found = [(e, formatter.prompt(e)) for e in map(data.example, range(len(data)))]
@@ -134,7 +133,7 @@ def collect(args, subject, found, rows):
         if not row["stopped"] or args.keep == "right" and not row["right"] or (problem, row["text"]) in seen:
             continue
         seen.add((problem, row["text"]))
-        opening = OPENING.search(subject.tokenizer.decode(prompt[-16:]))
+        opening = OPENED.search(subject.tokenizer.decode(prompt[-16:]))
         text = opening[0] + row["text"] if opening else row["text"]
         source = dict(teacher=subject.sha256, data=args.data, origin=example.origin, sample=sample)
         trace = dict(messages=[*context(example), {"role": "assistant", "content": text}], answer=example.answer, task=example.task, source=source)
@@ -153,7 +152,7 @@ def context(example):
 
 def other_columns(example, trace):
     """The row's columns that a trace keeps (tools, say): neither its question and answer, nor what the trace says itself. Raises UserError."""
-    columns = {name: value for name, value in getattr(example, "columns", {}).items() if name not in READ_FIRST and name not in trace}
+    columns = {name: value for name, value in example.columns.items() if name not in REPLACED and name not in trace}
     for name, value in columns.items():
         try:
             json.dumps(value)

@@ -10,7 +10,8 @@ import pytest
 
 from data import code, tasks
 from data.code import IMPORT, find_code, grade_code, humaneval, mbpp
-from data.dataset import Dataset, read_examples, read_rows, to_example
+from data.dataset import Dataset
+from data.formats import read_examples, read_rows, to_example
 from data.grade import Verdict
 from data.sandbox import at_once, check_many
 from data.tasks import grade

@@ -1,6 +1,5 @@
 """What a checkpoint knows of its training: it travels with renames and copies, counts what a chain of runs saw, and never takes unknown for none."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -251,15 +250,11 @@ def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
 
 
 def test_traces_without_their_record_have_an_unknown_teacher(world):
-    @dataclasses.dataclass(frozen=True)
-    class Row(Example):
-        columns: dict = dataclasses.field(default_factory=dict)
-
     class Data:
         held_out = []
         columns = {"source": {"teacher": "ab12"}}
         __len__ = lambda self: 1
-        example = lambda self, i: Row(({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}), columns=self.columns)
+        examples = lambda self: [Example(({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}), columns=self.columns)]
 
     cfg = train.Config(mode="sft", data="clean.jsonl")
     assert prepare.training_record(cfg, Data(), []).unknown == (f"the teacher that wrote {world.name}/clean.jsonl",)

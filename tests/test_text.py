@@ -6,7 +6,9 @@ import pytest
 
 import train
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Formatter, Stream, find_file, read_rows, to_example
+from data.dataset import Dataset, Stream, divide, find_file
+from data.formats import read_rows, to_example
+from data.formatter import Formatter
 from data.grade import parse_number
 from data.tasks import TASKS, Example, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
@@ -156,7 +158,8 @@ def test_every_form_in_every_container(tmp_path, suffix):
 )
 def test_other_questions_and_answers_are_left_as_they_are(answer):
     example = to_example({"question": "Q", "answer": answer}, "")
-    assert (example.messages[1]["content"], example.task, example.answer) == (answer, "", None)
+    short = answer if answer == "y = (x << 2) >> 1;" else None  # no longer than an answer, so it is one
+    assert (example.messages[1]["content"], example.answer) == (answer, short)
 
 
 @pytest.mark.parametrize(
@@ -203,9 +206,9 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ('{"question": "a", "answer": ""}', "'answer'"),
         ('{"problem": "a", "reasoning_solution": null}', "'reasoning_solution'"),
         ('{"text": "a"}', "fit no known form"),
-        ('{"messages": []}', "ends with the assistant"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "ends with the assistant"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "ends with the assistant"),
+        ('{"messages": []}', "must be a list of messages"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "must be a text"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "must be a text"),
         ('{"prompt": "\\ud800 ok"', "not valid JSON"),
         ("\xff\xfe", "not valid JSON"),
     ],
@@ -275,7 +278,7 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
 
 
 def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
-    path = str(write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (300, 3, 5)]))
+    path = str(write(tmp_path / "d.jsonl", [{"prompt": f"p{n}", "completion": "c " * n} for n in (300, 3, 5)]))
     longest_is_held_out = dict(eval_examples=2, max_tokens=100)
     assert any(len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out)
     with pytest.raises(UserError, match="d.jsonl:1.*--overlong drop"):

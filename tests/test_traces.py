@@ -6,6 +6,9 @@ import shutil
 import pytest
 
 import train
+from data.formats import to_example
+from data.formatter import Formatter
+from data.tokenizer import Tokenizer
 from errors import UserError
 from eval import traces
 from model.checkpoint import build_model, save_model
@@ -108,7 +111,7 @@ def conversation(*turns):
 
 def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch):
     """Earlier answers stay, untrained, other fields and columns too; only the last answer is the teacher's."""
-    earlier = {"role": "assistant", "content": "I have 4.", "name": "Bo"}
+    earlier = {"role": "assistant", "content": "I have 4.", "id": "m3"}
     before = [*conversation(("system", "Be kind."), ("user", "How many?")), earlier, *conversation(("user", "And with 3 more?"))]
     rows = [{"messages": [*before, {"role": "assistant", "content": "It was 8."}], "answer": "7", "task": "word_problems"}]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,6 +131,8 @@ def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch
     (row,) = [json.loads(line) for line in (tmp_path / "t" / "traces.jsonl").read_text().splitlines()]
     assert row["messages"] == [*before[:2], earlier | {"weight": 0}, before[3], {"role": "assistant", "content": "It is\n#### 7"}]
     assert (row["answer"], row["task"]) == ("7", "word_problems")
+    (document,) = Formatter(tokenizer).documents([to_example(row, "t:1")])
+    assert tokenizer.decode(document.tokens[document.weights != 0]) == "It is\n#### 7<|im_end|>"  # I have 4. is not trained on
 
 
 class Row:
@@ -148,6 +153,17 @@ def test_a_row_without_an_answer_of_its_own_keeps_its_question():
     turns = conversation(("user", "a"), ("assistant", "b"), ("user", "c"))
     assert collected(Row(turns))["messages"] == [turns[0], turns[1] | {"weight": 0}, turns[2], {"role": "assistant", "content": "ok"}]
     assert collected(Row(conversation(("user", "a"))))["messages"] == conversation(("user", "a"), ("assistant", "ok"))
+
+
+def test_prompts_alone_are_answered_too(teacher, tmp_path, monkeypatch):
+    tokenizer = train.embedded_tokenizer()
+    rows = [{"prompt": "How many?"}, {"prompt": conversation(("system", "Be kind."), ("user", "How many?"))}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(traces, "generate", lambda m, asked, *_, on_done, **k: [on_done(i, Completion(tokenizer.encode("7"), [0.0], True)) for i in range(len(asked))])
+    assert traces.main([teacher, f"--data={tmp_path / 'prompts.jsonl'}", "--keep=ended", "--max_tokens=9", f"--out={tmp_path / 't'}"]) == 0
+    found = [json.loads(line)["messages"] for line in (tmp_path / "t" / "traces.jsonl").read_text().splitlines()]
+    wanted = [conversation(("user", "How many?"), ("assistant", "7")), conversation(("system", "Be kind."), ("user", "How many?"), ("assistant", "7"))]
+    assert sorted(found, key=len) == wanted
 
 
 def test_other_columns_come_along_but_none_that_says_something_else(tmp_path):

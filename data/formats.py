@@ -1,0 +1,511 @@
+"""Rows of public data sets as Examples: every form that is understood, and what is refused by name.
+
+A row is a JSON object (or a Parquet row). The forms, by their columns:
+
+- chat: `messages` ([{role, content}, ...]) or ShareGPT's `conversations` ([{from, value}, ...]);
+- question and answer: one of `question`, `problem`, `prompt` (a text or a list of messages) with one of
+  `completion`, `solution`, `answer` (GSM8K, MATH, and most others), or with none of them where nobody's
+  answer is needed; a gold answer may stand in `answer` beside the other two;
+- Alpaca: `instruction`, `input`, `output`; CAMEL's traces: `problem`, `reasoning_solution`;
+- HumanEval and MBPP (data/code.py).
+
+What a row says is what is trained on: text stays as it is written, a column or a field of a message that
+would change the prompt or the training is used or refused by name, and columns that are not read are
+reported by `unread_columns`. Nothing here knows a tokenizer or a template; data/formatter.py does.
+"""
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.code import humaneval, mbpp, split_of
+from data.grade import LONGEST, marked_answer, parse_number
+from data.tasks import TASKS, Example
+from errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
+
+QUESTIONS = ("question", "problem", "prompt")
+RESPONSES = ("completion", "solution", "answer")
+GOLDS = ("answer", "final_answer", "expected_answer", "ground_truth")
+SYSTEM = ("system", "system_prompt")
+# Columns that are part of what a model has to see; there is no one way to put them into a prompt.
+PART_OF_QUESTION = frozenset(
+    "context contexts passage passages paragraph paragraphs article story background body premise "
+    "hypothesis scenario options option choices choice image images image_url audio audios video "
+    "videos table tables document documents history functions function starter_code input inputs".split()
+)
+ROW_WEIGHTS = ("weight", "loss_weight", "sample_weight")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+TRAIN_FIELDS = ("weight", "loss", "train", "training")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+
+GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?[\d,]*\.?\d+%?\.?)\s*\Z")
+# GSM8K's annotations for a calculator are no part of the text.
+GSM8K_CALCULATION = re.compile(r"<<[\d+\-*/().% ]+=[\d+\-*/().=% ]+>>")
+# CAMEL's GSM8K has \boxed{1},600 for `#### 1,600`: the box is around the first digits alone.
+CAMEL_BOX = re.compile(r"\\boxed\{(\d+)\}")
+SHORT_ANSWER = 200  # characters; a longer text is an explanation, not an answer to compare with
+PLAIN_WORDS = 3  # so many words in a row are a sentence
+
+
+# --- files -> rows -------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield (origin, row) for every row of a data file; origin is `file:line`, for errors.
+
+    The content decides what a file is, not its name: a `.json` may hold JSON Lines (what
+    `datasets.to_json` writes), a `.jsonl` one list. Raises UserError.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            start = _first_bytes(file, path)
+            if start.startswith(b"[") or path.name.removesuffix(".gz").endswith(".json"):
+                yield from _json_rows(file.read(), path)
+            else:
+                yield from _json_lines(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a gzip file, or cut off ({e})") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}") from None
+
+
+def _first_bytes(file, path: Path) -> bytes:
+    """The beginning of an open file without white space; the file is left behind a byte order mark."""
+    start = file.read(4096)
+    mark = b"\xef\xbb\xbf"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: its text is UTF-16; save it as UTF-8")
+    file.seek(len(mark) if start.startswith(mark) else 0)
+    return start.removeprefix(mark).lstrip()
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as e:
+        raise UserError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:row {number}", row
+
+
+def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, object]]:
+    """Rows of a file that is one JSON value: a list of rows. JSON Lines under such a name are read as those."""
+    try:
+        rows = json.loads(content, object_pairs_hook=_unique_keys)
+    except ValueError as whole_error:
+        lines = content.splitlines()
+        first = next((line for line in lines if line.strip()), b"")
+        try:
+            json.loads(first)
+        except ValueError:
+            raise UserError(f"{path}: not valid JSON ({whole_error})") from None
+        yield from _json_lines(lines, path)
+        return
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
+    if isinstance(rows, dict):
+        yield from _rows_of_object(rows, path)
+        return
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a data file holds objects, one a line or in one list; found a {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:item {number}", row
+
+
+def _rows_of_object(value: dict, path: Path) -> Iterator[tuple[str, object]]:
+    """A file of one object: {"data": [rows]}, {"train": [rows]}, or a single row."""
+    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    is_row = any(name in value for name in (*QUESTIONS, "messages", "conversations", "instruction"))
+    if is_row or not lists:
+        yield f"{path}:1", value
+        return
+    if len(lists) > 1:
+        raise UserError(f"{path}: which of its lists ({', '.join(lists)})? Save one of them as a file")
+    for number, row in enumerate(value[lists[0]], 1):
+        yield f"{path}:item {number}", row
+
+
+def _json_lines(lines, path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique_keys)
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: not valid JSON ({e})") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
+        yield f"{path}:{number}", row
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """An object's names and values; a name that stands there twice would lose one of its values."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return result
+
+
+# --- rows -> examples ----------------------------------------------------------------------------
+
+
+def read_examples(path: Path, split: str) -> list[Example]:
+    """The examples of a file; of rows that belong to a split by their data set's own rules those of
+    "train" or of "test"."""
+    rows = list(read_rows(path))
+    kept = [(origin, row) for origin, row in rows if not isinstance(row, dict) or split_of(row) in (None, split)]
+    if rows and not kept:
+        raise UserError(
+            f"{path}: none of its {len(rows):,} rows is for {split} "
+            "(HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)"
+        )
+    return [to_example(row, origin) for origin, row in kept]
+
+
+def to_example(row: object, origin: str) -> Example:
+    """A row of any known form as an Example. Raises UserError naming the row."""
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
+    check_all_text(row, origin)
+    values = {name: value for name, value in row.items() if value is not None}
+    if "reasoning_solution" in row:
+        values["reasoning_solution"] = row["reasoning_solution"]  # null is no prompt without an answer
+    for name, read, needed in (
+        ("humaneval", humaneval, {"prompt", "canonical_solution", "test"}),
+        ("mbpp", mbpp, {"code", "test_list"}),
+    ):
+        if needed <= row.keys():
+            question, solution, tests = read(row, origin)
+            return Example(_turns(question, solution), tests, name, origin, row)
+    messages, answer, task = _read_form(values, origin)
+    messages = _add_system(messages, values, origin)
+    _refuse_columns(values, origin)
+    return Example(messages, answer, task, origin, row)
+
+
+def unread_columns(example: Example) -> set[str]:
+    """Columns of an example's row that say something and that neither the prompt nor the gold answer is made of."""
+    if example.task in ("humaneval", "mbpp"):
+        return set()
+    read = {*QUESTIONS, *RESPONSES, *GOLDS, *SYSTEM, "messages", "conversations", "instruction", "output", "task"}
+    read |= {"tools", "reasoning_solution", "groud_truth_solution"}
+    if "instruction" in example.columns:
+        read |= {"input"}
+    return {name for name, value in example.columns.items() if name not in read and not _is_empty(value)}
+
+
+def check_all_text(value: object, origin: str) -> None:
+    """Refuse halves of characters anywhere in a row: no tokenizer takes them and no file keeps them."""
+    if isinstance(value, str):
+        check_text(value, origin)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            check_text(str(name), origin)
+            check_all_text(part, origin)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            check_all_text(part, origin)
+
+
+def check_text(text: str, origin: str) -> None:
+    """JSON and command lines can hold halves of characters, which no tokenizer takes and no file keeps."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"{text[e.start]!a} is half a character (a lone surrogate)"
+        raise UserError(f"{origin}: {half}; fix or drop that text") from None
+
+
+def _read_form(values: dict, origin: str) -> tuple[tuple, str | None, str]:
+    """(messages, gold answer or None, task) of a row without null columns."""
+    if "messages" in values or "conversations" in values:
+        name = "messages" if "messages" in values else "conversations"
+        messages = normalise_messages(values[name], origin, name)
+        return messages, *_gold(values, "", origin)
+    if "reasoning_solution" in values and "problem" in values:
+        return _read_camel(values, origin)
+    if "instruction" in values and "output" in values:
+        _need_texts(values, origin, "instruction", "output")
+        question = values["instruction"]
+        if not _is_empty(values.get("input")):
+            _need_texts(values, origin, "input")
+            question = f"{question}\n\n{values['input']}"
+        return _turns(question, values["output"]), *_gold(values, values["output"], origin)
+    return _read_question(values, origin)
+
+
+def _read_question(values: dict, origin: str) -> tuple[tuple, str | None, str]:
+    """Forms of a question and, in most, a response: GSM8K, MATH, prompt and completion, and their kin."""
+    asked = [name for name in QUESTIONS if name in values]
+    if not asked:
+        raise UserError(
+            f"{origin}: keys {sorted(values)} fit no known form (question, problem or prompt with answer, "
+            "solution or completion; messages; conversations; instruction+output; HumanEval, MBPP)"
+        )
+    question = values[asked[0]]
+    if any(values[name] != question for name in asked[1:]):
+        raise UserError(f"{origin}: both {asked[0]!r} and {asked[1]!r}: which of them is the question? Drop the other")
+    if isinstance(question, list):
+        messages = normalise_messages(question, origin, asked[0])
+    else:
+        _need_texts(values, origin, asked[0])
+        messages = ({"role": "user", "content": question},)
+    response = next((name for name in RESPONSES if name in values), None)
+    if response is None:
+        return messages, *_gold(values, "", origin)
+    value = values[response]
+    if isinstance(value, list) and response == "completion":
+        return (*messages, *normalise_messages(value, origin, response)), *_gold(values, "", origin)
+    if _is_number(value):
+        value = _plain_number(value, origin, response)
+    elif not isinstance(value, str) or not value.strip():
+        raise UserError(f"{origin}: {response!r} must be a text that is not empty")
+    answer, task = _gold(values, value, origin, is_solution=response == "solution")
+    if GSM8K_GOLD.search(value):
+        value = GSM8K_CALCULATION.sub("", value)
+    return (*messages, {"role": "assistant", "content": value}), answer, task
+
+
+def _read_camel(values: dict, origin: str) -> tuple[tuple, str | None, str]:
+    """Every trace is kept, right or wrong, as it is; the misspelt column is CAMEL's."""
+    _need_texts(values, origin, "problem", "reasoning_solution")
+    solution = str(values.get("groud_truth_solution"))
+    gold = GSM8K_GOLD.search(CAMEL_BOX.sub(r"#### \1", solution))
+    turns = _turns(values["problem"], values["reasoning_solution"])
+    return turns, gold and gold[1], "gsm8k" if gold else ""
+
+
+# --- gold answers --------------------------------------------------------------------------------
+
+
+def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -> tuple[str | None, str]:
+    """(gold answer, the task that grades it) of a row: from a column for it, else from its response.
+
+    A column that is there for the answer alone is taken as it is. A response is searched: GSM8K's last
+    line, MATH's box, or all of it where it is as short as an answer. (None, ""): nothing can be graded.
+    """
+    names = GOLDS if is_solution else (*GOLDS, "solution")
+    column = next((name for name in names if name in values and values[name] != response), None)
+    if column and _is_number(values[column]):
+        answer, task = _plain_number(values[column], origin, column), "number"
+    elif column and isinstance(values[column], str) and values[column].strip():
+        answer, task = gold_of_text(values[column])
+        if answer is None and len(values[column]) <= LONGEST:
+            answer, task = values[column].strip(), "answer"  # compared by its text
+    else:
+        answer, task = gold_of_text(response)
+        if response == values.get("completion") and task in ("number", "answer") and "\\boxed" not in response:
+            answer, task = None, ""  # a short completion is a text like any other
+    if is_solution and task in ("number", "answer"):
+        task = "math"  # MATH's answers are numbers now and then
+    named = values.get("task")
+    return answer, named if answer is not None and named in TASKS else task
+
+
+def gold_of_text(text: str) -> tuple[str | None, str]:
+    """(the answer that a response states, the task that grades it): "gsm8k" for `#### 18` as its last line,
+    "answer" for a box, "number" or "answer" for a text that is no longer than an answer; else (None, "")."""
+    if mark := GSM8K_GOLD.search(text):
+        return mark[1], "gsm8k"
+    if "\\boxed" in text or "\\fbox" in text:
+        boxed = marked_answer(text)
+        return (boxed, "answer") if boxed and len(boxed) <= LONGEST else (None, "")
+    text = text.strip()
+    if not text or len(text) > SHORT_ANSWER or "\n" in text or "####" in text:
+        return None, ""
+    if parse_number(text) is not None:
+        return text, "number"
+    bare = re.sub(r"\\[A-Za-z]+|\$", " ", text)
+    if re.search(rf"(?:\b[^\W\d_]{{2,}}[ ,.'-]+){{{PLAIN_WORDS - 1}}}[^\W\d_]{{2,}}", bare):
+        return None, ""
+    return text, "answer"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain_number(value: int | float, origin: str, name: str) -> str:
+    """A number as people write it: 18 and 18.0 are 18."""
+    if not math.isfinite(value):
+        raise UserError(f"{origin}: {name!r} is {value}, which is no answer")
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def normalise_messages(value: object, origin: str, name: str = "messages") -> tuple[dict, ...]:
+    """A conversation as {role, content, ...} dicts in the common names of their fields.
+
+    `reasoning_content` (also given as `reasoning` or `thinking`), `tool_calls` with arguments as objects,
+    `weight` (also `loss`, `train`, `training`; 0 is not trained on). Fields that are null are left out;
+    other fields stay for the template. Raises UserError naming what cannot be used.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise UserError(f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty")
+    return tuple(_normalise_message(message, f"{origin}: message {i}") for i, message in enumerate(value, 1))
+
+
+def _normalise_message(message: dict, where: str) -> dict:
+    fields = {name: value for name, value in message.items() if value is not None}
+    if "role" not in fields and "from" in fields:
+        fields = _from_sharegpt(fields, where)
+    role = fields.get("role")
+    if not isinstance(role, str) or not role:
+        raise UserError(f"{where} has no role; write {{role, content}}")
+    if not _is_empty(fields.get("function_call")):
+        raise UserError(f"{where}: 'function_call' is not read; write it as 'tool_calls'")
+    result = {"role": role, "content": _content(fields.get("content"), where)}
+    known = {"role", "content", "function_call", "tool_calls", *REASONING_FIELDS, *TRAIN_FIELDS}
+    if not _is_empty(fields.get("tool_calls")):
+        result["tool_calls"] = _tool_calls(fields["tool_calls"], where)
+    reasoning = _same_value(fields, REASONING_FIELDS, where)
+    if not _is_empty(reasoning):
+        if role != "assistant":
+            raise UserError(f"{where}: only an assistant's message has reasoning")
+        result["reasoning_content"] = _content(reasoning, where)
+    weight = _weight(fields, where)
+    if weight is not None and role == "assistant":
+        result["weight"] = weight
+    elif weight:
+        raise UserError(f"{where}: only the assistant's turns are trained on, and this {role} message asks for it")
+    said_otherwise = {"tool_calls", "reasoning_content"} & result.keys()
+    if result["content"] is None and not said_otherwise:
+        raise UserError(f"{where}: its content must be a text")
+    trained = role == "assistant" and result.get("weight") != 0
+    if trained and not said_otherwise and not result["content"].strip():
+        raise UserError(f"{where}: the assistant says nothing; drop the row, or give that message weight 0")
+    return result | {n: v for n, v in fields.items() if n not in known and not _is_empty(v)}
+
+
+def _from_sharegpt(fields: dict, where: str) -> dict:
+    """ShareGPT's `from` and `value`."""
+    role = SHAREGPT_ROLES.get(str(fields["from"]))
+    if role is None:
+        raise UserError(f"{where}: unknown 'from' {fields['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    rest = {name: value for name, value in fields.items() if name not in ("from", "value")}
+    return {"role": role, "content": fields.get("value")} | rest
+
+
+def _content(value: object, where: str) -> str | None:
+    """A text, or the texts of a list of parts; pictures and sounds are refused."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise UserError(f"{where}: its content must be a text")
+    texts = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f"{where}: content of type {kind!r} is not read; only texts are")
+    return "".join(texts)
+
+
+def _tool_calls(value: object, where: str) -> list[dict]:
+    """Calls as {"type": "function", "function": {"name", "arguments"}}; arguments that are JSON in a text
+    become an object, as templates expect them."""
+    calls = json_value(value)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' must be a list of calls")
+    result = []
+    for call in calls:
+        function = call.get("function", {k: v for k, v in call.items() if k in ("name", "arguments")})
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call has no function with a name")
+        function = dict(function, arguments=json_value(function.get("arguments", {})))
+        result.append({"type": "function", **call, "function": function})
+    return result
+
+
+def json_value(value: object) -> object:
+    """What a text of JSON holds (Parquet keeps calls and tools so); any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, (dict, list)) else value
+
+
+def _weight(fields: dict, where: str) -> float | None:
+    """How much a message counts in the loss, by any of the names that people use for it; None: not said."""
+    given = {name: _as_weight(name, fields[name], where) for name in TRAIN_FIELDS if name in fields}
+    return _same_value(given, TRAIN_FIELDS, where)
+
+
+def _as_weight(name: str, value: object, where: str) -> float:
+    if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+        raise UserError(f"{where}: {name!r} must be true, false or a number that is not negative; it is {value!r}")
+    return float(value)
+
+
+def _same_value(fields: dict, names: tuple[str, ...], where: str) -> object:
+    """The one value that a message has under several names of the same thing."""
+    given = {name: fields[name] for name in names if name in fields}
+    values = list(given.values())
+    if any(value != values[0] for value in values[1:]):
+        raise UserError(f"{where}: {' and '.join(map(repr, given))} say different things")
+    return values[0] if values else None
+
+
+def _add_system(messages: tuple, values: dict, origin: str) -> tuple:
+    """The conversation with the row's own system prompt in front of it."""
+    column = next((name for name in SYSTEM if not _is_empty(values.get(name))), None)
+    if column is None:
+        return messages
+    _need_texts(values, origin, column)
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] == values[column]:
+            return messages
+        raise UserError(f"{origin}: {column!r} and the first message are two system prompts; keep one of them")
+    return ({"role": "system", "content": values[column]}, *messages)
+
+
+def _refuse_columns(values: dict, origin: str) -> None:
+    """Refuse a row with a column that the prompt would have to show, or that weighs the row."""
+    alpaca = "instruction" in values and "output" in values
+    for name, value in values.items():
+        if alpaca and name == "input" or _is_empty(value):
+            continue
+        if name.lower() in PART_OF_QUESTION:
+            raise UserError(f"{origin}: the column {name!r} is part of the question; write it into the question's text")
+        if name in ROW_WEIGHTS and value != 1:
+            raise UserError(f"{origin}: the column {name!r} would weigh the row, which is not done; drop it or the row")
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, an empty text, list or object."""
+    return value is None or (isinstance(value, (str, list, dict, tuple)) and len(value) == 0)
+
+
+def _need_texts(values: dict, origin: str, *names: str) -> None:
+    for name in names:
+        if not isinstance(values[name], str) or not values[name].strip():
+            raise UserError(f"{origin}: {name!r} must be a text that is not empty")
+
+
+def _turns(user: str, assistant: str) -> tuple[dict, dict]:
+    return ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})
