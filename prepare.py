@@ -167,9 +167,18 @@ def cost_of(cache, documents, teacher_shape, vocab):
 PROMPT = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs")  # the knobs that say how questions are asked
 
 
-def training_record(cfg, dataset, begun_from):
-    """The Lineage of what this run will have trained: its own examples, and what was trained on before by those that it begins from or learns
-    from. begun_from: (name, folder) of each, None for random weights. A note is printed where one of those was trained on the held-out questions."""
+def training_record(cfg, dataset, student_folder, teacher_folder, reference_folder, resumed):
+    """The Lineage of what this run will have trained: its own examples, and what was trained on before by the models that it begins from or learns
+    from. Folders are None for random weights, and where there is no such model; resumed: the checkpoint that is continued, or None.
+
+    A note is printed where one of those models was trained on held-out questions."""
+    begun_from = [(cfg.model, student_folder)]
+    if teacher_folder:
+        begun_from.append((cfg.teacher or "the embedded teacher", teacher_folder))
+    if cfg.reference:
+        begun_from.append((cfg.reference, reference_folder))
+    if resumed:
+        begun_from.append((str(resumed), resumed))
     before = lineage.Lineage(prompt={name: getattr(cfg, name) for name in PROMPT})
     for name, folder in begun_from:
         before += lineage.of_checkpoint(name, folder)
@@ -252,11 +261,8 @@ def prepare(cfg, held, launch):
     teacher_folder = embedded(cfg, rank, "teacher", TEACHER, launch) if own_teacher else teacher_folder
     cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
     if rank == 0:
-        begun_from = [(cfg.model, student_folder)]
-        begun_from += [(teacher_name, teacher_folder)] if has_teacher else []
-        begun_from += [(cfg.reference, origin)] if cfg.reference else []
-        begun_from += [(str(folder.step_folder(start)), folder.step_folder(start))] if start is not None else []
-        folder.lineage = training_record(cfg, dataset, begun_from)
+        resumed = None if start is None else folder.step_folder(start)
+        folder.lineage = training_record(cfg, dataset, student_folder, teacher_folder, origin, resumed)
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None or cfg.lora_rank else folder.step_folder(start)

@@ -33,7 +33,7 @@ TAG = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?\w{1,20}>")
 
 def fingerprint(question: str) -> int:
     """A question's hash, whatever its case and spaces."""
-    return _hash(_normalised(question))
+    return int.from_bytes(_hash(_normalised(question)).digest(), "little")
 
 
 def fingerprints(texts: Iterable[str]) -> np.ndarray:
@@ -46,32 +46,54 @@ def fingerprints(texts: Iterable[str]) -> np.ndarray:
             found.append(_hashes(chunk))
             chunk = set()
     found.append(_hashes(chunk))
-    return np.unique(np.concatenate(found))
+    return _sorted(found)
 
 
 def _hashes(texts):
-    made = {_hash(part) for text in texts for part in _parts(text)}
-    return np.fromiter(made, np.uint64, len(made))
+    digests = set()
+    for text in texts:
+        whole = _normalised(text)
+        digests.add(_hash(whole).digest())
+        digests |= _spans(SENTENCE_END.split(whole))
+        lines = TAG.sub("\n", text).split("\n") if "<" in text else text.split("\n")
+        if len(lines) > 1:
+            digests |= _spans([line for line in map(_normalised, lines) if line])
+    return _sorted([np.frombuffer(b"".join(digests), "<u8")])
 
 
-def _parts(text):
-    """A text, normalised, and what is left of it without up to EDGE lines, or sentences, at either end."""
-    whole = _normalised(text)
-    yield whole
-    lines = [line for line in map(_normalised, TAG.sub("\n", text).split("\n")) if line]
-    for pieces in (lines, SENTENCE_END.split(whole)):
-        last = len(pieces)
-        for begin in range(min(EDGE + 1, last)):
-            for end in range(max(begin + 1, last - EDGE), last + 1):
-                yield " ".join(pieces[begin:end])
+def _spans(pieces):
+    """The digests of what is left of a text without up to EDGE pieces at either end."""
+    digests, last = set(), len(pieces)
+    encoded = [_encoded(piece) for piece in pieces]
+    for begin in range(min(EDGE + 1, last)):
+        digest = hashlib.blake2b(encoded[begin], digest_size=8)
+        if begin + 1 >= last - EDGE:
+            digests.add(digest.digest())
+        for i in range(begin + 1, last):
+            digest.update(b" ")
+            digest.update(encoded[i])
+            if i + 1 >= last - EDGE:
+                digests.add(digest.digest())
+    return digests
 
 
 def _normalised(text):
     return " ".join(text.split()).casefold()
 
 
+def _encoded(text):
+    return text.encode("utf-8", "replace")
+
+
 def _hash(text):
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return hashlib.blake2b(_encoded(text), digest_size=8)
+
+
+def _sorted(arrays):
+    """The different numbers of some arrays, in order: by a sort that is fast where the arrays are in order already."""
+    numbers = np.concatenate([np.zeros(0, np.uint64), *arrays])
+    numbers.sort(kind="stable")
+    return numbers[np.concatenate([np.ones(min(1, len(numbers)), bool), numbers[1:] != numbers[:-1]])]
 
 
 # --- records -------------------------------------------------------------------------------------------------------
@@ -98,7 +120,7 @@ class Lineage:
         data += [entry for entry in other.data if entry not in data]
         ancestors = dict.fromkeys((*self.ancestors, *other.ancestors))
         unknown = dict.fromkeys((*self.unknown, *other.unknown))
-        hashes = np.union1d(self.hashes, other.hashes)
+        hashes = _sorted([self.hashes, other.hashes]) if len(self.hashes) and len(other.hashes) else self.hashes if len(self.hashes) else other.hashes
         return Lineage(hashes, tuple(data), tuple(ancestors), tuple(unknown), self.prompt)
 
     @functools.cached_property

@@ -185,7 +185,7 @@ def test_the_embedded_teacher_and_student_are_known(capsys, monkeypatch):
     monkeypatch.setattr(prepare, "TEACHER", prepare.TEACHER | {"steps": 1, "batch_size": 2})
     ran("kd", "--mode=kd", "--data=word_problems:4")
     stated = json.load(open("runs/kd/checkpoints/step-1/trained_on.json"))
-    assert evaluated(capsys, "runs/kd") == (0, "") and "tiny-teacher" in stated["ancestors"]
+    assert evaluated(capsys, "runs/kd") == (0, "") and "the embedded teacher" in stated["ancestors"]
 
 
 def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
@@ -257,9 +257,9 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
         examples = lambda self: [Example(({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}), columns=self.columns)]
 
     cfg = train.Config(mode="sft", data="clean.jsonl")
-    assert prepare.training_record(cfg, Data(), []).unknown == (f"the teacher that wrote {world.name}/clean.jsonl",)
+    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == (f"the teacher that wrote {world.name}/clean.jsonl",)
     Data.columns = {"source": "the web"}
-    assert prepare.training_record(cfg, Data(), []).unknown == ()
+    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == ()
 
 
 # --- a checkpoint away from its run ----------------------------------------------------------------------------------

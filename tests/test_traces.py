@@ -179,6 +179,12 @@ def test_a_tag_that_the_template_opens_is_part_of_the_trace():
     turns = conversation(("user", "a"), ("assistant", "b"))
     row = collected(Row(turns), "<|im_start|>assistant\n<think>\n", "So.\n</think>\nIt is 7.")
     assert row["messages"][-1]["content"] == "<think>\nSo.\n</think>\nIt is 7."
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+    files = dict(train.embedded_tokenizer().files)
+    files["tokenizer_config.json"] = json.dumps(json.loads(files["tokenizer_config.json"]) | {"chat_template": template}).encode()
+    opening = Tokenizer(files, "a tokenizer whose template opens the block")
+    (document,) = Formatter(opening).documents([to_example(row, "t:1")])
+    assert opening.decode(document.tokens[document.weights != 0]) == "So.\n</think>\nIt is 7.<|im_end|>"  # what the teacher wrote
     assert collected(Row(turns), "<think> is a tag\n", "So.")["messages"][-1]["content"] == "So."
 
 
