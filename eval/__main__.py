@@ -231,12 +231,15 @@ def report(args, jobs, rows):
                   "intervals: 95 %, problems resampled", *map(_stated, jobs)]  # fmt: skip
     conditions = list(dict.fromkeys(conditions))  # checkpoints that were asked the same share a line
     training = trained.notes([(j.subject.label, j.benchmark.name, j.trained) for j in jobs])
+    listed = {f"{j.subject.label} on {j.benchmark.name}" for j in jobs}
+    if others := [name for name in jobs[0].samples.others() if name not in listed]:
+        conditions.append(f"not in this summary, though beside it: {', '.join(others)}")
     tables = [results.table(summaries), *([results.comparison_table(comparisons)] if comparisons else [])]
     out = Path(args.out)
-    listed = "\n".join(f"- {c}" for c in [*conditions, *training])
+    page = [*map(results.markdown, tables), "\n".join(f"- {c}" for c in [*conditions, *training])]
     kept = {"conditions": [*conditions, *training], "training": training, "summaries": summaries, "comparisons": comparisons}
     kept["trained_on"] = [[j.subject.label, j.benchmark.name, *j.trained] for j in jobs]
-    replace_file(out / "summary.md", "\n\n".join([*map(results.markdown, tables), listed]) + "\n")
+    replace_file(out / "summary.md", "\n\n".join(page) + "\n")
     replace_file(out / "summary.json", json.dumps(kept, indent=1) + "\n")
     results.draw(summaries, out / "summary.png")
     said = [*map(results.aligned, tables), *conditions, *training]

@@ -74,19 +74,21 @@ def summary(run, teacher_folder=None):
     for name in eval_names(metrics):
         if name.endswith("/problems") or "_from_" in name:
             continue
-        values = series(metrics, name)[1]
+        steps, values = series(metrics, name)
         of_teacher = series(teacher, name)[1]
-        rows.append([name, _show(name, values[0]), _show(name, values[-1]), _show(name, of_teacher[-1]) if of_teacher else "-"])
+        before = _show(name, values[0]) if steps[0] == 0 else "-"  # not evaluated then
+        rows.append([name, before, _show(name, values[-1]), _show(name, of_teacher[-1]) if of_teacher else "-"])
     for name in STEPWISE:
         if values := series(metrics, name)[1]:
             rows.append([name, f"{values[0]:.4f}", f"{sum(values[-20:]) / len(values[-20:]):.4f}", "-"])
     rows = [["", "before", "after", "teacher"], *rows]
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
-    tokens = metrics[-1].get("train/tokens") or next((m["train/tokens"] for m in reversed(metrics) if "train/tokens" in m), 0)
+    counted = series(metrics, "train/tokens")[1]
+    tokens = f"{counted[-1]:,}" if counted else "an unknown number of"
     seconds = sum(m.get("train/seconds", 0) for m in metrics)
     steps = metrics[-1]["step"] if metrics else 0
-    lines.append(f"{steps} steps, {tokens:,} tokens in {seconds:.0f} s of training; {run}/curves.png shows the curves")
+    lines.append(f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training; {run}/curves.png shows the curves")
     return "\n" + "\n".join(lines)
 
 

@@ -44,6 +44,11 @@ class Samples:
             if stored.get(key) != value:
                 raise UserError(f"{self.path} was made with another {key} ({_short(stored.get(key))}, now {_short(value)}); choose another --out")
 
+    def others(self):
+        """Results of other checkpoints and tasks in the same --out, as "checkpoint on task"."""
+        found = sorted(self.folder.parent.glob("*/*.json"))
+        return [f"{path.parent.name} on {path.stem}" for path in found if path != self.about]
+
     def begin(self, identity, about):
         """State the conditions; the time that earlier sessions took is kept."""
         self.agree(identity)  # another checkpoint of this very command may have the same weights, and other prompts
@@ -57,6 +62,7 @@ class Samples:
 
     def finish(self, rows, tokens, seconds, whole=()):
         """Write all samples in order, then drop the parts; `tokens` were generated in `seconds` since `begin`. whole: what all of them took, where that is known."""
+        self.agree(self.stated["identity"])  # another command may have begun in the same place
         self.stated["generated"] = {k: self.stated["generated"][k] + v for k, v in (("tokens", tokens), ("seconds", seconds))} | dict(whole)
         replace_file(self.about, json.dumps(self.stated, indent=2, ensure_ascii=False) + "\n")
         replace_file(self.path, "".join(line(rows[key]) for key in sorted(rows)))

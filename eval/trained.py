@@ -7,6 +7,8 @@ from eval.benchmarks import Benchmark
 from eval.load import Subject
 from model import lineage
 
+NAMED = 5  # data files in an error
+
 
 class Trained(NamedTuple):
     """count: how many questions of a test set the checkpoint was trained on; None: none that is known of, but not all of what it was trained on is
@@ -25,7 +27,8 @@ def seen(subject: Subject, sets: list[Benchmark], allowed: bool = False) -> dict
         count = int(hits.sum())
         if count and not allowed:
             first = benchmark.examples[int(hits.argmax())].origin
-            trained_on = ", ".join(str(entry.get("data")) for entry in record.data)
+            names = [str(entry.get("data")) for entry in record.data]
+            trained_on = ", ".join(names[:NAMED] + [f"{len(names) - NAMED} more"] * (len(names) > NAMED))
             raise UserError(f"{subject.name} was trained on {count:,} of {benchmark.name}'s {len(hits):,} questions (first: {first}; "
                             f"its training data: {trained_on}); --allow_trained evaluates all the same")  # fmt: skip
         found[benchmark.name] = Trained(None if count == 0 and record.unknown else count, record.unknown)

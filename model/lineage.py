@@ -120,8 +120,9 @@ class Lineage:
         data += [entry for entry in other.data if entry not in data]
         ancestors = dict.fromkeys((*self.ancestors, *other.ancestors))
         unknown = dict.fromkeys((*self.unknown, *other.unknown))
-        hashes = _sorted([self.hashes, other.hashes]) if len(self.hashes) and len(other.hashes) else self.hashes if len(self.hashes) else other.hashes
-        return Lineage(hashes, tuple(data), tuple(ancestors), tuple(unknown), self.prompt)
+        hashes = [h for h in (self.hashes, other.hashes) if len(h)]
+        merged = hashes[0] if len(hashes) == 1 else _sorted(hashes)
+        return Lineage(merged, tuple(data), tuple(ancestors), tuple(unknown), self.prompt)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -169,8 +170,9 @@ def read(folder: Path, name: str) -> Lineage:
     """The record in a folder. A record that is not there, or not whole, or of other weights, leaves `name` among the unknown."""
     stated = _stated(folder)
     if not stated:
-        damaged = (folder / RECORD).exists()
-        return Lineage(ancestors=(name,), unknown=(f"{name} ({RECORD} is damaged)" if damaged else name,))
+        ours = (folder / "trainer").is_dir()  # saved by a run, which writes a record
+        problem = f" ({RECORD} is damaged)" if (folder / RECORD).exists() else f" ({RECORD} is missing)" if ours else ""
+        return Lineage(ancestors=(name,), unknown=(name + problem,))
     try:
         hashes = np.fromfile(folder / HASHES, "<u8").astype(np.uint64, copy=False)
         lists = {key: tuple(stated[key]) for key in ("data", "ancestors", "unknown")}

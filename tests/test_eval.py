@@ -363,6 +363,27 @@ def test_answers_that_end_where_the_models_positions_do_are_stated_so(tmp_path, 
     assert 0 < left < 90 and all(row["tokens"] <= left for row in map(json.loads, next((tmp_path / "out").glob("short*/*.jsonl")).read_text().splitlines()))
 
 
+def test_a_summary_names_what_is_beside_it_and_not_in_it(tiny, tmp_path, run):
+    argv = ["--greedy", "--limit", 2, "--max_tokens", 2, "--out", tmp_path / "out"]
+    assert run(tiny, "--tasks", "word_problems_talk", *argv)[0] == 0
+    assert "not in this summary" not in (tmp_path / "out" / "summary.md").read_text()
+    code, out, _ = run(tiny, "--tasks", "word_problems", *argv)
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert code == 0 and all(re.search(r"not in this summary, though beside it: tiny-\w+ on word_problems_talk$", text, re.M) for text in (out, page))
+    assert "not in this summary" not in run(tiny, "--tasks", "word_problems,word_problems_talk", *argv)[1]
+
+
+def test_samples_of_other_conditions_are_not_summed_up(tmp_path):
+    """Another command began in the same folder while this one was generating."""
+    ours, theirs = (results.Samples(tmp_path / "c", "gsm8k") for _ in range(2))
+    ours.begin({"temperature": 0.6}, {})
+    (tmp_path / "c" / "gsm8k.json").unlink()
+    theirs.begin({"temperature": 1.0}, {})
+    with pytest.raises(UserError, match="another temperature"):
+        ours.finish({}, 0, 0.0)
+    assert not (tmp_path / "c" / "gsm8k.jsonl").exists()
+
+
 def arguments_tokenizer():
     """The embedded tokenizer with a template that shows its arguments: [thinks] and [x=3]."""
     from data.tokenizer import Tokenizer

@@ -141,7 +141,7 @@ def test_none_is_said_only_where_all_is_known(world, capsys):
 
 
 @pytest.mark.parametrize("damage,said", [
-    ("no json", "r/step-1"), ("no bin", "trained_on.bin is damaged"), ("cut json", "trained_on.json is damaged"), ("cut bin", "trained_on.bin is damaged"),
+    ("no json", "r/step-1 (trained_on.json is missing)"), ("no bin", "trained_on.bin is damaged"), ("cut json", "trained_on.json is damaged"), ("cut bin", "trained_on.bin is damaged"),
     ("other bin", "trained_on.bin is damaged"), ("a list", "trained_on.json is damaged"), ("no unknown", "trained_on.bin is damaged"), ("weights", "its weights changed"),
 ])  # fmt: skip
 def test_a_damaged_record_is_unknown(damage, said, capsys):

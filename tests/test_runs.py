@@ -205,3 +205,13 @@ def test_the_environment_is_known_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = environment()
     assert found["git_commit"] is None and found["git_dirty"] is None and found["packages"]["torch"]
+
+
+def test_what_was_not_measured_is_no_number_in_the_summary(tmp_path):
+    """Evaluated from step 4 on, tokens not counted."""
+    (tmp_path / "r").mkdir()
+    lines = [{"step": 4, "eval/w/accuracy": 0.25}, {"step": 5, "train/loss": 1.0, "train/seconds": 2.0}, {"step": 5, "eval/w/accuracy": 0.5}]
+    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = summary(tmp_path / "r")
+    row = next(line for line in text.splitlines() if line.startswith("eval/w/accuracy"))
+    assert row.split() == ["eval/w/accuracy", "-", "50.0%", "-"] and "an unknown number of tokens" in text
