@@ -55,9 +55,10 @@ def _hashes(texts):
         whole = _normalised(text)
         digests.add(_hash(whole).digest())
         digests |= _spans(SENTENCE_END.split(whole))
-        lines = TAG.sub("\n", text).split("\n") if "<" in text else text.split("\n")
-        if len(lines) > 1:
-            digests |= _spans([line for line in map(_normalised, lines) if line])
+        forms = [text, TAG.sub("\n", text)] if "<" in text else [text]  # a question may hold tags, and stand between tags
+        for lines in (form.split("\n") for form in forms):
+            if len(lines) > 1:
+                digests |= _spans([line for line in map(_normalised, lines) if line])
     return _sorted([np.frombuffer(b"".join(digests), "<u8")])
 
 

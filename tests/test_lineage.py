@@ -87,6 +87,12 @@ def test_a_question_is_found_whatever_stands_around_it(text):
     assert not record.contains([q for q in HOLDS_NOT if q not in ("How many are left?", "Ann has 3 figs.")]).any()
 
 
+def test_a_question_with_tags_in_it_is_found():
+    question = "What does <b>\ndo in HTML"
+    for text in (question, f"{question}\nAnswer in one word.", f"Say it.\n{question}"):
+        assert Lineage(fingerprints([text])).contains([question]).all()
+
+
 @pytest.mark.parametrize("text", HOLDS_NOT)
 def test_another_question_or_a_part_of_one_is_not_taken_for_it(text):
     assert not Lineage(fingerprints([text])).contains([Q]).any()
