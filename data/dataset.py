@@ -151,10 +151,12 @@ class Dataset:
 
     def _note_texts(self) -> None:
         """Say what was done with texts that another program would have made something else of."""
-        if self.formatter.escaped:
-            self.notes.append(f"{len(self.formatter.escaped):,} examples hold the names of control tokens; they are encoded as the characters they are")
-        if self.formatter.closed:
-            self.notes.append(f"{len(self.formatter.closed):,} answers have no reasoning, for which the generation prompt opens a block: they close it first")
+        if escaped := len(self.formatter.escaped):
+            self.notes.append(f"in the texts of {escaped:,} examples there are names of control tokens; they are encoded as characters")
+        if closed := len(self.formatter.closed):
+            self.notes.append(
+                f"the generation prompt opens a block of reasoning, which {closed:,} answers without any close before they begin"
+            )
         if self.dropped:
             self.notes.append(f"{self.dropped:,} examples are too long for --micro_tokens and dropped")
 

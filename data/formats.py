@@ -311,7 +311,8 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
             answer, task = values[column].strip(), "answer"  # compared by its text
     else:
         answer, task = gold_of_text(response)
-        if response == values.get("completion") and task in ("number", "answer") and "\\boxed" not in response:
+        is_text = response in (values.get("completion"), values.get("output"))
+        if is_text and task in ("number", "answer") and "\\boxed" not in response:
             answer, task = None, ""  # a short completion is a text like any other
     if is_solution and task in ("number", "answer"):
         task = "math"  # MATH's answers are numbers now and then

@@ -19,7 +19,7 @@ from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-COMMON_FIELDS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight"})
+COMMON_FIELDS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight", "shortened"})
 # Fields that link messages or describe them: a template may pass over them.
 LABELS = frozenset({"id", "tool_call_id", "message_id", "timestamp", "refusal", "annotations"})
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
@@ -78,6 +78,7 @@ class Formatter:
             messages = messages[:-1]
         if not self.chat:
             return "".join(message["content"] for message in messages)
+        messages = [m | {"shortened": True} if m["role"] == "assistant" else m for m in messages]
         text = self._render(messages, example, generate=True)
         self._check_rendered(messages, text, example)
         return text
@@ -128,8 +129,8 @@ class Formatter:
         except RewrittenTurns:
             pass
         self._check_untrained_turns(example)
-        trained = [i for i in turns if _weight(example.messages[i])]
-        return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in trained]
+        own = [i for i in turns if _weight(example.messages[i]) or i == turns[-1]]
+        return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in own]
 
     def documents(self, examples: list[Example]) -> list[Document]:
         """Documents in the examples' order."""
@@ -164,7 +165,7 @@ class Formatter:
     def _refuse_fields(self, messages: list[dict], example: Example) -> None:
         """Plain text has no place for anything but content."""
         for message in messages:
-            field = next((name for name in message if name not in ("role", "content", "weight", *LABELS)), None)
+            field = next((name for name in message if name not in ("role", "content", "weight", "shortened", *LABELS)), None)
             if field or message["content"] is None:
                 raise UserError(f"{example.origin}: plain text has no place for {field or 'a message without content'!r}; use a chat template")
         if json_value(example.columns.get("tools") or []):
@@ -182,7 +183,7 @@ class Formatter:
         return value
 
     def _render(self, messages: list[dict], example: Example, generate: bool = False) -> str:
-        shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        shown = [{k: v for k, v in message.items() if k not in ("weight", "shortened")} for message in messages]
         tools = self._escaped(json_value(example.columns.get("tools") or []))
         try:
             text = self.tokenizer.render(shown, generate, tools, self.template_kwargs)
@@ -196,6 +197,7 @@ class Formatter:
         """What the assistant has to write behind the generation prompt `prompt` for the last message, with its end."""
         message = messages[-1]
         said = list(_said(message))
+        self._check_other_fields(messages, message, example)
         whole = self._render(messages, example)
         if whole.startswith(prompt):
             turn, found, after = whole[len(prompt) :].rpartition(self.end)
@@ -231,7 +233,7 @@ class Formatter:
         self._check_roles(messages, example)
         said = []
         for message in messages:
-            if message["role"] == "assistant":  # templates take the reasoning out of earlier answers
+            if message.get("shortened"):
                 said += [(message["content"] or "").rpartition("</think>")[2], *_said_in_calls(message)]
             else:
                 said += _said(message)
@@ -297,8 +299,10 @@ def _continued(prompt: str, tag: str, content: str, reasoning: str | None) -> tu
 
 
 def _until(messages: tuple, turn: int) -> tuple:
-    """Messages up to an assistant's turn, of which that turn alone is trained on."""
-    before = [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in messages[:turn]]
+    """Messages up to an assistant's turn, of which that turn alone is trained on. "shortened": the template may leave
+    out the reasoning of the turns before, which are trained on with documents of their own."""
+    context = {"weight": 0.0, "shortened": True}
+    before = [m | context if m["role"] == "assistant" else m for m in messages[:turn]]
     return (*before, messages[turn])
 
 
@@ -338,8 +342,7 @@ def _leaves(value: object) -> Iterator[str]:
 def _holds(text: str, said: list[str]) -> bool:
     """Whether a text holds all of these, each in a place of its own, but for white space around them; as they are or as
     JSON writes them."""
-    for part in sorted({(len(p), i, p) for i, p in enumerate(said)}, reverse=True):
-        wanted = part[2].strip()
+    for wanted in sorted((part.strip() for part in said), key=len, reverse=True):
         forms = (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])
         found = next((form for form in forms if form in text), None)
         if found is None:

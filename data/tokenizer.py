@@ -7,7 +7,7 @@ template has put its own control tokens around it, `Tokenizer.encode` makes ids 
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -342,9 +342,27 @@ _CUT_PROBES = [
 
 
 def _cut_alike(a, b) -> bool:
-    """Whether two tokenizers whose files differ cut a set of awkward texts, and every one of them within another, alike."""
+    """Whether two tokenizers whose files differ cut text alike: by the same patterns, on awkward texts alone and joined,
+    and on words of the vocabulary in a mixed order."""
+    if sorted(_patterns(a.json)) != sorted(_patterns(b.json)):
+        return False
     texts = [*_CUT_PROBES, *(x + y for x, y in zip(_CUT_PROBES, _CUT_PROBES[1:])), "".join(_CUT_PROBES)]
+    words = [a.decode([i]) for i in sorted(a.id_to_token)]
+    texts += ["".join(words[start::997]) for start in range(0, min(997, len(words)), 31)]
     return a.encode_many(texts) == b.encode_many(texts)
+
+
+def _patterns(part: object) -> Iterator[str]:
+    """The regular expressions and texts by which a tokenizer.json splits and replaces."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            if name == "pattern":
+                yield json.dumps(value, sort_keys=True)
+            elif name not in ("model", "added_tokens", "decoder", "post_processor"):
+                yield from _patterns(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _patterns(value)
 
 
 QWEN_SPLIT = (

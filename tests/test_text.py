@@ -267,6 +267,53 @@ def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
         dataset(tiny, path, eval_examples=40)
 
 
+def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
+    """Several rows of a question (traces of a teacher, RL sets with copies): whatever the case, spaces and further turns."""
+    spellings = (lambda q: q, lambda q: f"  {q.upper()}\n", lambda q: q.replace(" ", "  "))
+    rows = [{"prompt": spell(f"what is {i} plus {i}?"), "completion": f"c{i}/{n}"} for i in range(30) for n, spell in enumerate(spellings)]
+    rows += [{"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "a"},
+                           {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes"}]} for i in range(30)]  # fmt: skip
+    held_out, rest = divide(write(tmp_path / "d.jsonl", rows), 10)
+    key = lambda e: " ".join(e.messages[0]["content"].lower().split())
+    questions = [key(e) for e in held_out]
+    assert len(held_out) == len(set(questions)) == 10 and not set(questions) & {key(e) for e in rest}
+    assert len(rest) == 20 * 4 and len({key(e) for e in rest}) == 20
+    assert len(divide(tmp_path / "d.jsonl", 0)[1]) == 120  # nothing is held out: every row is trained on
+    assert [e.origin for e in divide(tmp_path / "d.jsonl", 4)[0]] == [e.origin for e in held_out[:4]]
+    one = str(write(tmp_path / "one.jsonl", [{"prompt": "the same?", "completion": f"c{n}"} for n in range(9)]))
+    with pytest.raises(UserError, match="1 different questions"):
+        dataset(tiny, one, eval_examples=3)
+
+
+def test_prompts_alone_and_room_for_what_is_generated(tiny, tmp_path):
+    rows = [{"prompt": "p " * n, "answer": "3"} for n in (3, 30, 60)] + [{"prompt": "alone", "final_answer": "4"}]
+    path = str(write(tmp_path / "d.jsonl", rows))
+    with pytest.raises(UserError, match="d.jsonl:4: there is no assistant's answer to train on"):
+        dataset(tiny, path, eval_examples=0)
+    data = dataset(tiny, path, eval_examples=0, completions=False)
+    assert len(data) == 4 and all(not data.get(i).weights.any() for i in range(4))
+    assert all(data.get(i).tokens.tolist() == data.formatter.prompt(data.example(i)) for i in range(4))
+    longest = max(len(data.get(i)) for i in range(4))
+    room = dict(eval_examples=0, completions=False, max_tokens=longest + 20)
+    assert len(dataset(tiny, path, new_tokens=20, **room)) == 4
+    with pytest.raises(UserError, match="d.jsonl:3: --sample_tokens 21 and this prompt"):
+        dataset(tiny, path, new_tokens=21, **room)
+    kept = dataset(tiny, path, new_tokens=21, overlong="drop", **room)
+    assert len(kept) == 3 and any("too long" in note for note in kept.notes)
+    # a conversation's last prompt counts, not its first
+    turns = [("user", "a"), ("assistant", "b " * 40), ("user", "c"), ("assistant", "d")]
+    chat = str(write(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}]))
+    with pytest.raises(UserError, match="--sample_tokens 50"):
+        dataset(tiny, chat, eval_examples=0, completions=False, max_tokens=100, new_tokens=50)
+
+
+def test_what_a_user_should_know_of_the_data_is_said(tiny, tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "c <|im_end|>" if i == 3 else "c", "source": "x", "id": i} for i in range(8)]
+    notes = dataset(tiny, str(write(tmp_path / "d.jsonl", rows)), eval_examples=0).notes
+    assert "columns that are not read: id, source" in notes and any("of 1 examples there are names of control tokens" in n for n in notes)
+    assert dataset(tiny, "word_problems:5", eval_examples=2).notes == []
+
+
 def test_overlong_and_foreign_ids(tiny, tmp_path):
     path = write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (3, 300, 5)])
     with pytest.raises(UserError, match="d.jsonl:2.*--overlong drop"):

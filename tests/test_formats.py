@@ -1,0 +1,172 @@
+"""Rows of public data sets: read as they are written, or refused in one line."""
+
+import gzip
+import json
+import math
+
+import pytest
+
+from data.formats import gold_of_text, normalise_messages, read_rows, to_example, unread_columns
+from data.tasks import grade
+from errors import UserError
+
+
+def content(example):
+    return [(m["role"], m["content"]) for m in example.messages]
+
+
+QUESTION_AND_ANSWER = [("user", "Q?"), ("assistant", "A.")]
+
+
+@pytest.mark.parametrize(
+    "row,messages,answer,task",
+    [
+        ({"question": "Q?", "answer": "5"}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
+        ({"question": "Q?", "answer": 5}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
+        ({"question": "Q?", "answer": 5.0}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
+        ({"question": "Q?", "answer": 0.25}, [("user", "Q?"), ("assistant", "0.25")], "0.25", "number"),
+        ({"question": "Q?", "answer": "x^2+1"}, [("user", "Q?"), ("assistant", "x^2+1")], "x^2+1", "answer"),
+        ({"question": "Q?", "answer": "It is the third one."}, [("user", "Q?"), ("assistant", "It is the third one.")], None, ""),
+        ({"question": "Q?", "answer": "So \\boxed{7}."}, [("user", "Q?"), ("assistant", "So \\boxed{7}.")], "7", "answer"),
+        ({"problem": "Q?", "answer": "2"}, [("user", "Q?"), ("assistant", "2")], "2", "number"),
+        ({"problem": "Q?", "solution": "A.", "answer": "3"}, QUESTION_AND_ANSWER, "3", "math"),
+        ({"problem": "Q?", "solution": "A.", "answer": 3}, QUESTION_AND_ANSWER, "3", "math"),
+        ({"problem": "Q?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1", "type": "Algebra"},
+         [("user", "Q?"), ("assistant", "It is $\\boxed{\\frac{1}{2}}$.")], "\\frac{1}{2}", "math"),
+        ({"prompt": "Q?", "solution": "2"}, [("user", "Q?"), ("assistant", "2")], "2", "math"),
+        ({"prompt": "Q?", "completion": "A.", "solution": "12"}, QUESTION_AND_ANSWER, "12", "number"),
+        ({"prompt": "Q?", "completion": "A.", "answer": "12"}, QUESTION_AND_ANSWER, "12", "number"),
+        ({"prompt": "Q?", "completion": "42"}, [("user", "Q?"), ("assistant", "42")], None, ""),
+        ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}], "answer": "4"},
+         [("system", "S"), ("user", "Q?"), ("assistant", "4")], "4", "number"),
+        ({"prompt": [{"role": "user", "content": "Q?"}], "completion": [{"role": "assistant", "content": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+        ({"problem": "Q?", "final_answer": "9"}, [("user", "Q?")], "9", "number"),
+        ({"prompt": "Q?"}, [("user", "Q?")], None, ""),
+        ({"messages": [{"role": "user", "content": "Q?"}], "answer": "2"}, [("user", "Q?")], "2", "number"),
+        ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}], "answer": 2}, QUESTION_AND_ANSWER, "2", "number"),
+        ({"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+        ({"instruction": "Q?", "input": "", "output": "A."}, QUESTION_AND_ANSWER, None, ""),
+        ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, [("user", "Add.\n\n2 and 2"), ("assistant", "4")], None, ""),
+        ({"system": "S", "question": "Q?", "answer": "A."}, [("system", "S"), *QUESTION_AND_ANSWER], "A.", "answer"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]},
+                       {"role": "assistant", "content": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+    ],
+)  # fmt: skip
+def test_public_forms(row, messages, answer, task):
+    example = to_example(json.loads(json.dumps(row)), "f:1")
+    assert content(example) == messages
+    assert (example.answer, example.task) == (answer, task)
+    assert example.question.endswith(messages[[r for r, _ in messages].index("user")][1])
+
+
+def test_a_gold_answer_of_a_row_is_met_by_its_own_form():
+    for row in ({"question": "?", "answer": 12.0}, {"problem": "?", "answer": "12"}, {"prompt": "?", "solution": "12"}):
+        example = to_example(row, "f:1")
+        assert grade(example, "So \\boxed{12}.").strict and not grade(example, "So \\boxed{13}.").strict
+
+
+@pytest.mark.parametrize(
+    "row,words",
+    [
+        ({"question": "Q", "answer": "A", "context": "C"}, "'context' is part of the question"),
+        ({"question": "Q", "answer": "A", "Passage": "C"}, "'Passage' is part of the question"),
+        ({"question": "Q", "answer": "B", "options": ["A) 1", "B) 2"]}, "'options' is part of the question"),
+        ({"question": "Q", "answer": "B", "choices": {"text": ["1"], "label": ["A"]}}, "'choices' is part of the question"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "images": ["a.png"]}, "'images'"),
+        ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, "'history'"),
+        ({"question": "Q", "prompt": "P", "answer": "A"}, "which of them is the question"),
+        ({"question": "Q", "answer": "A", "system": "S", "weight": 0.5}, "'weight' would weigh the row"),
+        ({"messages": [{"role": "system", "content": "one"}, {"role": "user", "content": "Q"}], "system": "two"}, "two system prompts"),
+        ({"question": "Q", "answer": True}, "'answer' must be a text"),
+        ({"question": "Q", "answer": math.nan}, "is nan"),
+        ({"question": ["Q"], "answer": "A"}, "list of messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "content of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}]}, "says nothing"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": "no"}]}, "'weight' must be"),
+        ({"messages": [{"role": "user", "content": "Q", "train": True}, {"role": "assistant", "content": "A"}]}, "only the assistant's"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 1, "loss": False}]}, "different things"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "thinking": "a", "reasoning": "b"}]}, "different things"),
+        ({"messages": [{"role": "user", "content": "Q", "reasoning": "r"}]}, "only an assistant's message has reasoning"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "'tool_calls'"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "no function with a name"),
+        ({"messages": [{"content": "Q"}]}, "no role"),
+        ({"conversations": [{"from": "narrator", "value": "Q"}]}, "unknown 'from' 'narrator'"),
+        ({"chosen": "a", "rejected": "b"}, "fit no known form"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_by_name(row, words):
+    with pytest.raises(UserError) as e:
+        to_example(row, "f.jsonl:7")
+    assert "f.jsonl:7" in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_columns_are_there_for_reward_functions_and_the_unread_ones_are_named():
+    row = {"prompt": "Q", "completion": "A", "nums": [1, 2], "target": 3, "id": 9, "note": None}
+    example = to_example(row, "f:1")
+    assert example.columns["nums"] == [1, 2] and example.nums == [1, 2] and example.target == 3
+    assert unread_columns(example) == {"nums", "target", "id"}
+    with pytest.raises(AttributeError, match="no 'goal'; its row has the columns prompt, completion, nums"):
+        _ = example.goal
+
+
+def test_messages_in_common_names():
+    (call,) = normalise_messages([{
+        "role": "assistant", "content": None, "thinking": "hm", "loss": 0, "name": None, "refusal": None,
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    }], "f:1")  # fmt: skip
+    assert call["reasoning_content"] == "hm" and call["weight"] == 0.0 and "loss" not in call and "name" not in call
+    assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}} and "refusal" not in call
+
+
+@pytest.mark.parametrize(
+    "text,gold",
+    [
+        ("a\n#### 1,024", ("1,024", "gsm8k")), ("$12.50", ("$12.50", "number")), ("12 apples", ("12 apples", "number")),
+        ("(-\\infty, 3]", ("(-\\infty, 3]", "answer")), ("\\text{Evelyn}", ("\\text{Evelyn}", "answer")), ("B", ("B", "answer")),
+        ("the number of apples left", (None, "")), ("", (None, "")), ("one\ntwo", (None, "")), ("x" * 300, (None, "")),
+        ("#### Heading", (None, "")), ("see \\boxed{3}, or \\boxed{4}", ("4", "answer")),
+    ],
+)  # fmt: skip
+def test_the_gold_answer_of_a_response(text, gold):
+    assert gold_of_text(text) == gold
+
+
+ROWS = [{"question": "1+1?", "answer": "2\n#### 2"}, {"question": "1+2?", "answer": "3\n#### 3"}]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("form", ["lines", "list", "indented", "data"])
+def test_the_content_decides_what_a_file_is(tmp_path, name, mark, form):
+    text = {
+        "lines": "\n".join(map(json.dumps, ROWS)) + "\n",
+        "list": json.dumps(ROWS),
+        "indented": json.dumps(ROWS, indent=2),
+        "data": json.dumps({"version": 1, "data": ROWS}, indent=2),
+    }[form]
+    path = tmp_path / name
+    encoded = (mark + text).encode()
+    path.write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+    if form == "data" and "jsonl" in name:
+        pytest.skip("an object over several lines is no JSON Lines")
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ('{"a": 1, "a": 2}'.encode(), "stands twice"),
+        ("\ufeff[]".encode("utf-16"), "UTF-16"),
+        (b'{"question": "a"}\n{"question": ', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' * 5000, "not valid JSON"),
+        (b'{"train": [{"question": "a"}], "test": [{"question": "b"}]}', "which of its lists"),
+        (b"3", "found a int"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content, words):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as e:
+        list(read_rows(path))
+    assert "data.json" in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
