@@ -208,6 +208,8 @@ def unread_columns(example: Example) -> set[str]:
     read |= {"tools", "reasoning_solution", "groud_truth_solution"}
     if "instruction" in example.columns:
         read |= {"input"}
+    if isinstance(example.columns.get("source"), dict):  # where our own traces say that they are from
+        read |= {"source"}
     return {name for name, value in example.columns.items() if name not in read and not _is_empty(value)}
 
 
@@ -301,10 +303,14 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
     A column that is there for the answer alone is taken as it is. A response is searched: GSM8K's last
     line, MATH's box, or all of it where it is as short as an answer. (None, ""): nothing can be graded.
     """
+    named = values.get("task")
+    if named in TASKS and isinstance(values.get("answer"), str) and values["answer"] != response:
+        return values["answer"], named  # traces: the answer is in the form that the task's grader takes
     names = GOLDS if is_solution else (*GOLDS, "solution")
     column = next((name for name in names if name in values and values[name] != response), None)
     if column and _is_number(values[column]):
-        answer, task = _plain_number(values[column], origin, column), "number"
+        answer = _plain_number(values[column], origin, column)
+        task = named if named in TASKS else "number"
     elif column and isinstance(values[column], str) and values[column].strip():
         answer, task = gold_of_text(values[column])
         if answer is None and len(values[column]) <= LONGEST:
@@ -316,8 +322,7 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
             answer, task = None, ""  # a short completion is a text like any other
     if is_solution and task in ("number", "answer"):
         task = "math"  # MATH's answers are numbers now and then
-    named = values.get("task")
-    return answer, named if answer is not None and named in TASKS else task
+    return answer, task
 
 
 def gold_of_text(text: str) -> tuple[str | None, str]:
