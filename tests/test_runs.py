@@ -142,7 +142,7 @@ def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
 
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "embedded", interrupted)
-    rows = [{"prompt": "p", "completion": "c " * n} for n in (3000, 3, 5)]
+    rows = [{"prompt": f"p{n}", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
     assert "nowhere.jsonl" in refused(capsys, *kd, "--data=nowhere.jsonl")
