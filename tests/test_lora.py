@@ -257,7 +257,7 @@ def test_masks_keep_their_share_and_are_independent():
         dropout.begin(step)
         dropout.see(None, ((tokens_T + shift) % 50, positions_T))
         masked = dropout(torch.ones(len(tokens_T), width, dtype=torch.float64), layer)
-        assert len(masked.unique()) == 2 and float(masked.max()) == pytest.approx(1 / (1 - share), abs=3e-5)
+        assert len(masked.unique()) == 2 and float(masked.max()) == pytest.approx(1 / (1 - share), rel=1e-4)
         return (masked != 0).double()
 
     for share in (0.01, 0.1, 0.25, 0.5, 0.9):
