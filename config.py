@@ -1,6 +1,6 @@
 """A flat dataclass <-> command line, TOML and JSON.
 
-Precedence: defaults < `--config file.toml` < command line. Both spellings of a name (`--kd_ce`, `--kd-ce`), both ways of
+Precedence: defaults < defaults of a mode's or a variant's own < what a resumed run has stored < `--config file.toml` < command line. Both spellings of a name (`--kd_ce`, `--kd-ce`), both ways of
 giving a value (`--lr 1e-5`, `--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted,
 so wandb's `${args}` and `${args_no_boolean_flags}` both work.
 """
@@ -17,16 +17,28 @@ from errors import UserError
 ABOVE_0 = ("a value above 0",)  # in `only`: a number that switches something on
 
 
-def knob(default, help, only=None, choices=None, **by_mode):
-    """A config field. `only` names what must hold for a run to read it: {"mode": ("kd",), "kd_divergence": ("jsd",)}, or a list of
-    such, one of which must hold. by_mode: defaults of its own for a mode (`grpo=64`)."""
+def knob(default, help, only=None, choices=None, by=None):
+    """A config field.
+
+    only: what must hold for a run to read it, {"mode": ("kd",), "kd_divergence": ("jsd",)}, or a
+    list of such, one of which must hold.
+    by: defaults of its own where a knob that is declared before it has some value,
+    {"mode": {"grpo": 64}}; where several hold, the last one counts.
+    """
     only = [only or {}] if isinstance(only or {}, dict) else only
-    return dataclasses.field(default=default, metadata={"help": help, "only": only, "choices": choices, "by_mode": by_mode})
+    metadata = {"help": help, "only": only, "choices": choices, "by": by or {}}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def defaults(cls, mode):
-    """The defaults of a mode's own."""
-    return {f.name: f.metadata["by_mode"][mode] for f in dataclasses.fields(cls) if mode in f.metadata["by_mode"]}
+def with_defaults(cls, given):
+    """`given` ({name: value}), and for every other knob of `cls` the default that goes with it."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = field.default
+        for other, own_defaults in field.metadata["by"].items():
+            value = own_defaults.get(values[other], value)
+        values[field.name] = given.get(field.name, value)
+    return values
 
 
 def parse(cls, argv, base=None, kept=(), together=True):
@@ -66,7 +78,7 @@ def parse(cls, argv, base=None, kept=(), together=True):
             given[name] = _convert(_field(fields, name, f"{file}: {name}"), value, f"{file}: {name}")
     given |= from_argv
     stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
-    config = cls(**(defaults(cls, (stored | given).get("mode", "")) | stored | given))
+    config = cls(**with_defaults(cls, stored | given))
     for name, value in given.items():
         if name in kept and value != stored.get(name, value):
             raise UserError(f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run")
@@ -104,7 +116,9 @@ def usage(cls, program):
     for f in dataclasses.fields(cls):
         only = " or".join("".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in c.items()) for c in f.metadata["only"])
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        values = [str(f.default), *(f"{mode}: {v}" for mode, v in f.metadata["by_mode"].items())]
+        values = [str(f.default)]
+        for other, own_defaults in f.metadata["by"].items():
+            values += [f"{other}={at}: {value}" for at, value in own_defaults.items()]
         default = "" if f.default == "" and len(values) == 1 else f" [{', '.join(values)}]"
         lines.append(f"  --{f.name:<20} {f.metadata['help']}{choices}{default}{only}")
     return "\n".join(lines)

@@ -23,6 +23,11 @@ WITH_REFERENCE = GRPO | {"grpo_beta": ABOVE_0}
 ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
 
 
+def in_grpo(value):
+    """`by` of a knob whose default in grpo is another one."""
+    return {"mode": {"grpo": value}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
@@ -38,7 +43,7 @@ class Config:
     dtype: str = knob("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16", "float64"))
 
     data: str = knob("word_problems:800", "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset",
-                     grpo="word_problems")  # fmt: skip
+                     by=in_grpo("word_problems"))  # fmt: skip
     train_examples: int = knob(0, "train on this many examples only; 0: all")
     template: str = knob("auto", "how examples become text; auto: chat if the tokenizer has a template", choices=("auto", "chat", "plain"))
     system_prompt: str = knob("", "put before a conversation that has none (some templates bring their own)")
@@ -47,19 +52,19 @@ class Config:
     overlong: str = knob("error", "what to do with an example longer than --micro_tokens", choices=("error", "drop"))
     show_batch: int = knob(0, "print this many examples of the first batch, what is trained on marked, and stop")
 
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", grpo=200)
+    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", by=in_grpo(200))
     epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
-    batch_size: int = knob(32, "examples (in grpo: samples) per step, over all ranks", grpo=128)
+    batch_size: int = knob(32, "examples (in grpo: samples) per step, over all ranks", by=in_grpo(128))
     micro_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
     weighting: str = knob("token", "every token counts the same, or every sequence", only={"mode": ("sft", "kd")}, choices=WEIGHTINGS)
-    lr: float = knob(5e-3, "peak learning rate", grpo=3e-4)
+    lr: float = knob(5e-3, "peak learning rate", by=in_grpo(3e-4))
     warmup: int = knob(20, "steps of linear warm-up")
-    schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"), grpo="linear")
+    schedule: str = knob("cosine", "after the warm-up", choices=("constant", "linear", "cosine"), by=in_grpo("linear"))
     lr_floor: float = knob(0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")})
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.98, "AdamW")
     eps: float = knob(1e-8, "AdamW")
-    weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings", grpo=0.0)
+    weight_decay: float = knob(0.3, "AdamW, on matrices only: not on norms, biases, embeddings", by=in_grpo(0.0))
     clip: float = knob(1.0, "global gradient norm; 0: never clipped")
     max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
 
@@ -67,10 +72,10 @@ class Config:
     lora_alpha: float = knob(32.0, "the adapters' output is multiplied by this / rank", only=WITH_LORA)
     lora_rslora: bool = knob(False, "by this / square root of the rank instead", only=WITH_LORA)
     lora_targets: str = knob("all", "the linear layers that get one, as in q_proj,v_proj; all: the seven projections", only=WITH_LORA)
-    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out", only=WITH_LORA)
+    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out; not applied where log-probs are compared with a rollout's", only=WITH_LORA)
 
     teacher: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use", only=WITH_TEACHER)
-    kd_divergence: str = knob("forward_kl", "from the teacher", only=WITH_TEACHER, choices=DIVERGENCES, grpo="reverse_kl")
+    kd_divergence: str = knob("forward_kl", "from the teacher", only=WITH_TEACHER, choices=DIVERGENCES, by=in_grpo("reverse_kl"))
     kd_beta: float = knob(0.5, "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
                           only=[c | {"kd_divergence": WITH_BETA} for c in WITH_TEACHER])  # fmt: skip
     kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
@@ -91,21 +96,25 @@ class Config:
     sample_batch: int = knob(256, "sequences generated at once, per rank", only=ON_POLICY)
     sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=GRPO)
 
-    grpo_variant: str = knob("token", "the loss; grpo: DeepSeekMath's, token: DAPO's", only=GRPO, choices=VARIANTS)
+    grpo_variant: str = knob("token", "the loss, with its paper's baseline and clip bounds; grpo: DeepSeekMath's, token: DAPO's", only=GRPO, choices=VARIANTS)
     grpo_samples: int = knob(8, "samples per prompt", only=GRPO)
     grpo_reward: str = knob("accuracy", f"parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or path/to/file.py:function", only=GRPO)
-    grpo_baseline: str = knob("std", "what an advantage is measured against", only=GRPO, choices=BASELINES)
-    grpo_clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this", only=GRPO)
-    grpo_clip_high: float = knob(0.2, "and above 1 plus this", only=GRPO)
+    grpo_baseline: str = knob("std", "what an advantage is measured against", only=GRPO,
+                              choices=BASELINES, by={"grpo_variant": {"dr_grpo": "mean"}})  # fmt: skip
+    grpo_clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this; 1: it has no lower bound", only=GRPO,
+                                by={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}})  # fmt: skip
+    grpo_clip_high: float = knob(0.2, "and above 1 plus this", only=GRPO,
+                                 by={"grpo_variant": {"token": 0.28, "gspo": 4e-4}})  # fmt: skip
     grpo_beta: float = knob(0.0, "weight of the KL to the reference; 0: no reference is held", only=GRPO)
     reference: str = knob("", "a checkpoint folder, a hub id or a preset; empty: the policy as it starts", only=WITH_REFERENCE)
-    grpo_kl: str = knob("k3", "its estimate", only=WITH_REFERENCE, choices=KL_ESTIMATES)
-    grpo_kl_in: str = knob("loss", "where it goes", only=WITH_REFERENCE, choices=("loss", "reward"))
+    grpo_kl_in: str = knob("loss", "where the KL goes: into the loss, or off the reward", only=WITH_REFERENCE, choices=("loss", "reward"))
+    grpo_kl: str = knob("k3", "the KL's estimate; in the reward only k1 is right, in the loss k2 and k3 are", only=WITH_REFERENCE,
+                        choices=KL_ESTIMATES, by={"grpo_kl_in": {"reward": "k1"}})  # fmt: skip
     grpo_entropy: float = knob(0.0, "weight of an entropy bonus", only=GRPO)
     grpo_updates: int = knob(1, "optimizer steps that share one rollout, each on its own part", only=GRPO)
     grpo_epochs: int = knob(1, "passes over each rollout", only=GRPO)
-    grpo_refills: int = knob(0, "rounds in which groups without spread are replaced by fresh ones (dynamic sampling)", only=GRPO)
-    grpo_truncated: str = knob("keep", "samples that did not stop: train on them, or mask them", only=GRPO, choices=("keep", "mask"))
+    grpo_refills: int = knob(0, "rounds in which groups whose samples are all right or all wrong are replaced by fresh ones (dynamic sampling)", only=GRPO)
+    grpo_truncated: str = knob("keep", "samples that did not stop: train on them, or mask them (no loss, and no part of any divisor)", only=GRPO, choices=("keep", "mask"))
     grpo_truncated_cost: float = knob(0.0, "what such a sample loses of its reward", only=GRPO)
     grpo_overlong: int = knob(0, "over this many last tokens a sample loses up to 1 (soft length penalty)", only=GRPO)
     grpo_correction: str = knob("none", "importance weights for the sampler's rounding: none, cut at the cap, or masked outside it",
@@ -150,8 +159,7 @@ def check(cfg):
     need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
     need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
     need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
-    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
-    need(not (cfg.mode == "kd" and skew_is_zero), f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere")
+    check_divergence(cfg, need)
     need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine offers no CUDA device")
     need(0 <= cfg.kd_mix <= 1, "--kd_mix must be between 0 and 1")
@@ -173,6 +181,45 @@ def check(cfg):
         need(cfg.grpo_cap >= 1, "--grpo_cap must be at least 1")
         need(cfg.show_batch == 0, "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)")
         need(cfg.grpo_overlong <= cfg.sample_tokens, "--grpo_overlong must not exceed --sample_tokens")
+        check_kl_estimate(cfg, need)
+
+
+def check_divergence(cfg, need):
+    """Refuse a divergence that teaches nothing, and cross-entropy on the student's own text."""
+    has_divergence = cfg.mode == "kd" or cfg.mode == "grpo" and cfg.grpo_kd > 0
+    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
+    need(not (has_divergence and skew_is_zero),
+         f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; choose one below 1")  # fmt: skip
+    own_text = cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0
+    need(not own_text or cfg.kd_signal == "sampled" or cfg.kd_ce == 0,
+         "--kd_ce with --kd_prefix student would teach the student to repeat what it wrote itself, "
+         "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher")  # fmt: skip
+
+
+def check_kl_estimate(cfg, need):
+    """Refuse estimates whose gradient is not that of a KL where --grpo_kl_in puts them.
+
+    losses/grpo.py says what each estimate's gradient is.
+    """
+    if cfg.grpo_beta == 0:
+        return
+    need(cfg.grpo_kl_in == "loss" or cfg.grpo_kl == "k1",
+         f"--grpo_kl {cfg.grpo_kl} in the reward drives the policy away from its reference "
+         "(arXiv 2510.01555, 2512.21852); set --grpo_kl k1, or --grpo_kl_in loss")  # fmt: skip
+    need(cfg.grpo_kl_in == "reward" or cfg.grpo_kl != "k1",
+         "--grpo_kl k1 in the loss has a gradient that is 0 on average (arXiv 2510.01555, "
+         "2512.21852); set --grpo_kl k3 or k2, or --grpo_kl_in reward")  # fmt: skip
+
+
+def compares_with_rollout(cfg):
+    """Whether a run compares the policy's log-probs with those that it had when it sampled: a
+    rollout serves several updates, the sampler's rounding is corrected, or what is read off the
+    log-probs of the rollout (a KL in the reward, a teacher's signal) becomes an advantage."""
+    if cfg.mode == "grpo":
+        several_updates = cfg.grpo_updates * cfg.grpo_epochs > 1
+        kl_in_reward = cfg.grpo_beta > 0 and cfg.grpo_kl_in == "reward"
+        return several_updates or cfg.grpo_correction != "none" or kl_in_reward
+    return cfg.mode == "kd" and cfg.kd_signal == "sampled"
 
 
 def kept(stored):

@@ -58,7 +58,7 @@ STUDENT = dict(mode="kd")
 
 def embedded(cfg, rank, what, recipe, launch):
     """The folder of the embedded task's teacher or distilled student, trained on first use by the same loop, kept and shared by all runs."""
-    whole = Config(**configuration.defaults(Config, recipe["mode"]) | recipe)
+    whole = Config(**configuration.with_defaults(Config, recipe))
     knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
@@ -118,6 +118,9 @@ def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
 
 COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")  # of a run so far, over all ranks; its evaluations aside
 
+# optimizer steps that were not taken: for a gradient that was not finite, now and in a row; for one that was 0 everywhere
+STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
+
 
 @dataclasses.dataclass
 class Run:
@@ -141,7 +144,7 @@ class Run:
     start: int | None = None  # None: from the beginning; else the step of the checkpoint that is continued
     source: Iterator = None
     loss_fn: Callable = None
-    counters: dict = dataclasses.field(default_factory=lambda: dict.fromkeys((*COSTS, "skipped", "skipped_in_a_row"), 0))
+    counters: dict = dataclasses.field(default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0))
     cost: Counter = dataclasses.field(default_factory=Counter)  # this rank's since the last step, by the names of COSTS
 
 

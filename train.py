@@ -18,8 +18,8 @@ from eval.heldout import evaluate
 from eval.log import Log, forward_flops, generation_flops, peak_flops, step_flops
 from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
-from knobs import Config, check, kept
-from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
+from knobs import Config, check, compares_with_rollout, kept
+from losses.grpo import VARIANTS, grpo_loss
 from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model import parallel
@@ -28,7 +28,7 @@ from model.optim import clip_gradients, learning_rate
 from model.runs import StopSignal, stored_config
 from prepare import COSTS, TEACHER, embedded_tokenizer, prepare
 from rl.rollout import Mixed, Rollouts
-from rl.score import add_correction, add_logprobs
+from rl.score import add_correction, add_logprobs, kl_penalty
 
 __all__ = ["Config", "TEACHER", "check", "embedded_tokenizer", "forward_backward", "launch", "main"]  # what others take from here
 
@@ -92,22 +92,20 @@ def rewarded_rollouts(cfg, run):
         return *run.reward(example, text, len(completion.tokens), completion.stopped), text
 
     def score(documents):
-        if cfg.grpo_updates * cfg.grpo_epochs > 1 or cfg.grpo_correction != "none" or cfg.grpo_beta and cfg.grpo_kl_in == "reward":
+        if compares_with_rollout(cfg):
             log_probs(cfg, run, documents, "old_logp", run.model)
         if run.reference:
             log_probs(cfg, run, documents, "ref_logp", run.reference)
         if cfg.grpo_correction != "none":
             add_correction(documents, cfg.grpo_correction, cfg.grpo_cap, by_sequence=VARIANTS[cfg.grpo_variant][2])
 
-    def price(document):
-        gap = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
-        return cfg.grpo_beta * float(KL_ESTIMATES[cfg.grpo_kl](gap).sum())
-
+    kl_in_reward = cfg.grpo_beta > 0 and cfg.grpo_kl_in == "reward"
+    price = functools.partial(kl_penalty, beta=cfg.grpo_beta) if kl_in_reward else None
     weighting = functools.partial(constant_length, length=cfg.sample_tokens)
     return rollouts(
         cfg, run, run.model, judge, score, WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting), cfg.grpo_samples,
         baseline=cfg.grpo_baseline, updates=cfg.grpo_updates, epochs=cfg.grpo_epochs, refills=cfg.grpo_refills,
-        mask_truncated=cfg.grpo_truncated == "mask", price=price if cfg.grpo_beta and cfg.grpo_kl_in == "reward" else None,
+        mask_truncated=cfg.grpo_truncated == "mask", price=price, correctness=run.reward.correctness,
     )  # fmt: skip
 
 
@@ -177,6 +175,8 @@ def train(cfg, run, stop):
     trained, frozen = (sum(p.numel() for p in run.model.parameters() if p.requires_grad == t) for t in (True, False))
     log.say(f"{cfg.mode}: {trained:,} parameters{f' beside {frozen:,} frozen ones' if frozen else ''} on {run.world} x {run.device.type}, "
             f"{run.dataset.label}, {steps} steps -> {run.folder.path}" + (f" (resumed at step {start})" if run.start else ""))  # fmt: skip
+    if cfg.lora_dropout and compares_with_rollout(cfg):
+        log.say("--lora_dropout is not applied in this run: log-probs under a mask cannot be compared with those of the rollout")
     spent = 0.0
 
     for step in range(start, steps + 1):
@@ -197,24 +197,26 @@ def train(cfg, run, stop):
         batch = next(run.source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
         if cfg.lora_dropout:
-            run.model.dropout.begin(step)
+            run.model.dropout.begin(step, applied="old_logp" not in batch.fields)
         teacher = run.teacher if cfg.kd_signal != "sampled" else None  # its word is in the advantages already
         sums = forward_backward(run.model, teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device) if norm > 0 else {}
         parallel.sync_gradients(run.model)
         grad_norm, finite = clip_gradients(run.model, cfg.clip)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
-        if norm > 0 and finite:
+        if not finite:
+            counters["skipped"] += 1
+            counters["skipped_in_a_row"] += 1
+        elif grad_norm == 0:  # nothing to learn from: momentum and weight decay would move the weights all the same
+            counters["no_gradient"] += 1
+        else:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             run.optimizer.step()
             counters["skipped_in_a_row"] = 0
-        else:
-            counters["skipped"] += 1
-            counters["skipped_in_a_row"] += norm > 0  # a rollout without anything to learn from is no failure
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
-        values = step_metrics(run, batch, teacher, sums, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
+        values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock) | {"train/grad_norm": grad_norm, "train/lr": lr}
         spent += values["train/seconds"]
         log.metrics(step + 1, values)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
@@ -234,17 +236,18 @@ def train(cfg, run, stop):
     log.close()
 
 
-def step_metrics(run, batch, teacher, sums, seconds):
+def step_metrics(cfg, run, batch, teacher, sums, seconds):
     """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
     tokens = len(batch.tokens_T)
-    flops = step_flops(batch, run.model, teacher, run.vocab) if sums else 0  # no sums: nothing was computed
+    ratios_first = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2] and "old_logp" in batch.fields  # see grpo_loss
+    flops = step_flops(batch, run.model, teacher, run.vocab, head_passes=int(ratios_first)) if sums else 0  # no sums: nothing was computed
     run.cost.update(tokens=tokens, teacher_tokens=tokens if teacher and sums else 0, flops=flops)
     tokens, flops, *cost = parallel.all_reduce_sum([tokens, flops, *(run.cost[name] for name in COSTS)], run.device)
     run.cost.clear()
     run.counters |= {name: run.counters[name] + int(value) for name, value in zip(COSTS, cost)}
     name = lambda k: k if "/" in k else f"train/{k}"
     values = {name(k): total / count for k, (total, count) in parallel.reduce_metrics(sums | batch.metrics).items() if count}
-    values |= {f"train/{name}": run.counters[name] for name in (*COSTS, "skipped")}
+    values |= {f"train/{name}": run.counters[name] for name in (*COSTS, "skipped", "no_gradient")}
     values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
     if run.device.type == "cuda":
         values["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

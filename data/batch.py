@@ -130,8 +130,12 @@ def sequence_mean(document):
 
 
 def constant_length(document, length):
-    """Every token weighs 1/length and every sequence counts, so that long wrong answers are not cheaper (Dr. GRPO, arXiv 2503.20783)."""
-    return dataclasses.replace(document, weights=document.weights / length, share=1.0)
+    """Every token weighs 1/length and every sequence counts, so that long wrong answers are not cheaper (Dr. GRPO, arXiv 2503.20783).
+
+    A sequence without loss (a masked one) counts in no divisor, here as in the other two means.
+    """
+    counts = float(document.weights.any())
+    return dataclasses.replace(document, weights=document.weights / length, share=counts)
 
 
 WEIGHTINGS = {"token": token_mean, "sequence": sequence_mean}

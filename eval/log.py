@@ -64,11 +64,19 @@ class Log:
         parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
         parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
         parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
-        self.say("  ".join([*parts, f"{left / 60:.0f}m{left % 60:02.0f}s left"]))
+        parts += [f"no gradient {shown['no_gradient']}"] if shown["no_gradient"] else []
+        self.say("  ".join([*parts, f"{duration(left)} left"]))
 
     def close(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def duration(seconds):
+    """As in 0m32s, 59m59s, 2h00m00s. Rounded first: 59.7 seconds are a minute."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
 def append(path, text):
@@ -93,13 +101,27 @@ def cut_back(path, step):
         replace_file(path, "".join(kept))
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-              "4090": 165e12, "3090": 71e12, "A10": 125e12}  # dense bf16; fmt: skip
+# Dense bf16 FLOP/s summed in fp32, from NVIDIA's data sheets and architecture papers (half of what they
+# state with sparsity), by the device's whole name without "NVIDIA ": cards of one chip differ by a factor
+# of two (H100 SXM and PCIe, A10 and A10G, desktop and laptop). What is not listed has no known peak.
+PEAK_FLOPS = {
+    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H200": 989e12, "H200 NVL": 835e12, "GH200 480GB": 989e12, "GH200 144G HBM3e": 989e12,
+    "H800": 989e12, "H800 PCIe": 756e12, "H20": 148e12,
+    "B200": 2250e12, "GB200": 2500e12,
+    "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12, "A100-PCIE-80GB": 312e12, "A100 80GB PCIe": 312e12,
+    "A800-SXM4-40GB": 312e12, "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12,
+    "A10": 125e12, "A10G": 70e12, "A30": 165e12, "A40": 149.7e12, "RTX A6000": 154.8e12,
+    "L4": 121e12, "L20": 119.5e12, "L40": 181e12, "L40S": 362e12,
+    "RTX 6000 Ada Generation": 364e12, "GeForce RTX 5090": 209.5e12,
+    "GeForce RTX 4090": 165.2e12, "GeForce RTX 3090": 71e12,
+}  # fmt: skip
 
 
 def peak_flops(name):
-    """Dense bf16 FLOP/s of the GPU of this name, or None."""
-    return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+    """Dense bf16 FLOP/s of the GPU of exactly this name, or None."""
+    return PEAK_FLOPS.get(name.removeprefix("NVIDIA "))
 
 
 def forward_flops(model, lengths, rows, vocab):
@@ -115,14 +137,15 @@ def generation_flops(model, prompts, new, vocab):
     return forward_flops(model, read, sum(new), vocab) - forward_flops(model, shared, 0, vocab)
 
 
-def step_flops(batch, model, teacher, vocab):
+def step_flops(batch, model, teacher, vocab, head_passes=0):
     """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward but for the gradients of
-    frozen matrices."""
+    frozen matrices. head_passes: how often the head runs over the loss rows before, without gradients (GSPO's sequence ratios: once)."""
     tokens, rows = len(batch.tokens_T), len(batch.rows_N)
     forward = lambda m: forward_flops(m, batch.lengths, rows, vocab)
     spared = 2 * tokens * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
-    spared += 0 if model.head_VD.requires_grad else 2 * rows * model.config.hidden_size * vocab
-    return 3 * forward(model) - spared + (forward(teacher) if teacher else 0)
+    head = 2 * rows * model.config.hidden_size * vocab
+    spared += 0 if model.head_VD.requires_grad else head
+    return 3 * forward(model) + head_passes * head - spared + (forward(teacher) if teacher else 0)
 
 
 def show_batch(batch, tokenizer, count):

@@ -23,6 +23,7 @@ import torch
 from data.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, as_command
 from eval import study_plan, study_report
+from eval.log import duration
 from model.runs import replace_file
 
 PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and between reports
@@ -126,7 +127,7 @@ def run_jobs(study, out, free, report):
     the same. report(): called every REPORT seconds. Returns {job: (exit code, why it failed)}."""
     waiting, running, failed = [j for j in study.jobs if not done(out, j)], {}, {}
     total, began, shown, reported = len(waiting), time.monotonic(), time.monotonic(), time.monotonic()
-    say = lambda text: print(f"[{total - len(waiting) - len(running)}/{total} {(time.monotonic() - began) / 60:.0f}m] {text}", flush=True)
+    say = lambda text: print(f"[{total - len(waiting) - len(running)}/{total} {duration(time.monotonic() - began)}] {text}", flush=True)
     for job in waiting:
         failure(out, job).unlink(missing_ok=True)
     try:

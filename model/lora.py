@@ -13,7 +13,6 @@ import hashlib
 import torch
 
 from errors import UserError
-from model import parallel
 from model.transformer import Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,23 +48,64 @@ def parse_targets(text):
 
 
 class Dropout:
-    """What of a layer's input its adapter sees while training. The mask is drawn from (seed, step, micro-batch, rank, layer), never from
-    a global generator: a resumed run, and activations that are computed a second time, see the masks they would have seen."""
+    """What of a layer's input its adapter sees while training.
+
+    Whether a feature is kept is a hash of (seed, step, the document's tokens, position in it, layer,
+    feature): it belongs to the token, wherever its document lies. How the batch is cut into
+    micro-batches and ranks, a resumed run, activations that are computed a second time and the device
+    change nothing. Documents of the same tokens share their masks within a step.
+    """
 
     def __init__(self, share, seed):
-        self.share, self.seed, self.step, self.forwards = share, seed, 0, 0
+        self.share, self.seed, self.step, self.applied, self.key_T = share, seed, 0, True, None
+        # one feature costs 16 bits: it is kept if they are below `level`
+        self.level = min(max(round((1 - share) * 2**16), 1), 2**16 - 1)
 
-    def begin(self, step):
-        self.step, self.forwards = step, 0
+    def begin(self, step, applied=True):
+        """Before the forward passes of a step. applied=False: whole adapters, because log-probs are
+        compared with some that were taken without masks."""
+        self.step, self.applied = step, applied
 
-    def count(self, *_):
-        """Before every forward pass of the whole model: one with gradients is the next micro-batch."""
-        self.forwards += torch.is_grad_enabled()
+    def see(self, model, args):
+        """Before every forward pass of the whole model: a key for each of its tokens."""
+        if self.share and torch.is_grad_enabled():
+            tokens_T, positions_T, *_ = args
+            self.key_T = token_keys(tokens_T, positions_T)
 
-    def __call__(self, x, layer):
-        generator = torch.Generator(x.device).manual_seed(_seed(self.seed, self.step, self.forwards, parallel.rank(), layer))
-        keep = 1 - self.share
-        return x * torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+    def active(self, layer):
+        return self.share > 0 and self.applied and layer.training and torch.is_grad_enabled()
+
+    def __call__(self, x_TD, layer):
+        """x_TD with the features of `layer` (its name) that are left out set to 0, the others scaled up."""
+        stream_T1 = mix(self.key_T ^ _seed(self.seed, self.step, layer)).unsqueeze(1)
+        words = torch.arange(-(-x_TD.shape[1] // 4), device=x_TD.device)  # 64 bits are four features'
+        bits_TD = mix(stream_T1 + words * GOLDEN).view(torch.int16)[:, : x_TD.shape[1]]
+        kept_TD = bits_TD < self.level - 2**15  # of signed numbers
+        return x_TD * kept_TD * (2**16 / self.level)
+
+
+GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
+
+
+def mix(x):
+    """Every bit of the result depends on every bit of x, an int64 tensor whose products wrap around
+    (splitmix64's finaliser: Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x, bits):
+    """x >> bits with zeros shifted in: torch's own repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def token_keys(tokens_T, positions_T):
+    """For every packed token an int64 hash of its position and of all tokens of its document."""
+    document_T = (positions_T == 0).cumsum(0) - 1
+    place_T = mix((positions_T + 1) * GOLDEN)
+    sums_B = torch.zeros_like(tokens_T).index_add_(0, document_T, mix(place_T ^ tokens_T))
+    return mix(sums_B[document_T] ^ place_T)
 
 
 class LoraLinear(Linear):
@@ -82,10 +122,10 @@ class LoraLinear(Linear):
 
     def forward(self, x):
         # generation, evaluation and the scoring of samples run without gradients, and with the whole adapter
-        seen = self.masked(x) if self.dropout.share and self.training and torch.is_grad_enabled() else x
+        seen = self.masked(x) if self.dropout.active(self) else x
         return super().forward(x) + self.lora_B(self.lora_A(seen) * self.scale)
 
-    @torch.compiler.disable  # a generator of one's own does not compile, and the layer's name would make a graph for every layer
+    @torch.compiler.disable  # the layer's name and the step would make a graph for every layer and step
     def masked(self, x):
         return self.dropout(x, self.name)
 
@@ -113,7 +153,7 @@ def adapt(base, config, seed, dtype=torch.float32):
     base.requires_grad_(False)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # deepcopy takes what the memo holds for the copy
     model.lora, model.dropout = config, Dropout(config.dropout, seed)
-    model.register_forward_pre_hook(model.dropout.count)
+    model.register_forward_pre_hook(model.dropout.see)
     for name, layer in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if child in config.targets:

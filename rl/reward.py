@@ -18,6 +18,8 @@ PARTS = {
     "signed_accuracy": lambda text, verdict: 1.0 if verdict.strict else -1.0,
     "format": lambda text, verdict: format_reward(text),
 }
+VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say whether an answer is right
+PENALTIES = ("overlong", "truncated")  # what length costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,18 @@ class Reward:
         if self.truncated and not stopped:
             values["truncated"] = -self.truncated
         return sum(values.values()), values, verdict
+
+    def correctness(self, values):
+        """What a sample's {part: value} says of its correctness: dynamic sampling looks at nothing else.
+
+        That is the sum of the parts that are verdicts on the answer. Where the reward has none (or
+        gives them no weight): what the user's function returned, or the sum of all parts. Never a
+        penalty for length: samples that are all right differ by it, and teach nothing of right and
+        wrong (DAPO, arXiv 2503.14476, eq. 11).
+        """
+        verdicts = [name for name in VERDICTS if self.parts.get(name)]
+        names = verdicts or [name for name in values if name not in PENALTIES]
+        return sum(values[name] for name in names)
 
     def _ask(self, example, text):
         try:

@@ -21,17 +21,24 @@ from rl.advantage import group_advantages, spread
 
 @dataclasses.dataclass
 class Group:
-    """A prompt's samples. judged: per sample (reward, {part: value}, verdict, text), or [] where nothing is rewarded."""
+    """A prompt's samples. judged: per sample (reward, {part: value}, verdict, text), or [] where nothing is rewarded.
+    correctness: per sample what its reward says of that alone."""
 
     position: int
     example: object
     prompt: list
     completions: list
     judged: list
+    correctness: list
 
     @property
     def rewards(self):
         return [reward for reward, *_ in self.judged]
+
+    def teaches(self):
+        """Whether dynamic sampling keeps the group: some samples are better than others, by their
+        correctness (DAPO, arXiv 2503.14476, eq. 11), and their rewards say so."""
+        return spread(self.correctness) and spread(self.rewards)
 
 
 class Rollouts(Iterator):
@@ -40,18 +47,20 @@ class Rollouts(Iterator):
     prompt_at(position) -> (example, ids); write(prompts, seeds) -> completions; judge(example, completion) -> (reward, parts, verdict,
     text) or None; score(documents) adds their fields of trainer log-probs in place, or None; price(document) is taken off its reward
     (a KL to the reference, say). weighting: as in `data.batch`. A rollout
-    serves `updates` batches, `epochs` times over. refills: how often at most groups without spread are replaced by fresh ones
-    (dynamic sampling, DAPO, arXiv 2503.14476). mask_truncated: a sample that did not stop carries no loss.
+    serves `updates` batches, `epochs` times over. refills: how often at most groups that do not teach (`Group.teaches`) are replaced by
+    fresh ones (dynamic sampling). correctness(parts) -> what a sample's reward says of its correctness; None: the whole reward.
+    mask_truncated: a sample that did not stop carries no loss and counts in no divisor; its reward stays in its group's mean.
     """
 
     def __init__(
         self, prompt_at, write, judge, score, *, per_batch, samples, seed, weighting, baseline="std", updates=1, epochs=1,
-        refills=0, mask_truncated=False, price=None, logged=8, rank=0, world=1,
+        refills=0, mask_truncated=False, price=None, correctness=None, logged=8, rank=0, world=1,
     ):  # fmt: skip
         self.prompt_at, self.write, self.judge, self.score = prompt_at, write, judge, score
         self.per_batch, self.samples, self.seed, self.weighting, self.baseline = per_batch, samples, seed, weighting, baseline
         self.updates, self.epochs, self.refills, self.mask_truncated = updates, epochs, refills, mask_truncated
-        self.price, self.logged, self.rank, self.world = price, logged, rank, world
+        self.price, self.correctness = price, correctness
+        self.logged, self.rank, self.world = logged, rank, world
         self.position, self.pending = 0, []
 
     def __next__(self):
@@ -93,7 +102,7 @@ class Rollouts(Iterator):
             if found := [e for e in parallel.gather(error) if e]:
                 raise found[0]
             drawn += fresh
-            groups += (good := [g for g in fresh if not self.refills or spread(g.rewards)])
+            groups += (good := [g for g in fresh if not self.refills or g.teaches()])
             kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
             if len(kept) == wanted:
                 break
@@ -109,8 +118,13 @@ class Rollouts(Iterator):
         groups = []
         for i, (position, (example, ids)) in enumerate(zip(positions, prompts)):
             own = slice(i * self.samples, (i + 1) * self.samples)
-            groups.append(Group(position, example, ids, done[own], judged[own]))
+            correctness = [self._correctness(j) for j in judged[own]]
+            groups.append(Group(position, example, ids, done[own], judged[own], correctness))
         return groups
+
+    def _correctness(self, judged):
+        reward, parts, *_ = judged
+        return self.correctness(parts) if self.correctness else reward
 
     def _batches(self, groups, order):
         """`updates` batches (fewer if groups are) of whole groups, in the order in which they were drawn, whatever rank holds them."""
@@ -148,6 +162,7 @@ class Rollouts(Iterator):
         if judged:
             values["reward"] = [reward for reward, *_ in judged]
             values["spread"] = [spread(g.rewards) for g in groups]
+            values["correctness_spread"] = [spread(g.correctness) for g in groups]
             values["reward_std"] = [np.std(g.rewards) for g in groups]
             for name in sorted({name for _, parts, *_ in judged for name in parts}):
                 values[f"reward_{name}"] = [parts.get(name, 0.0) for _, parts, *_ in judged]

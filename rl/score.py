@@ -25,6 +25,16 @@ def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, de
             document.fields[name] = logp_T[start : start + len(document)].copy()
 
 
+def kl_penalty(document, beta):
+    """beta · Σ_t (log p(token) − log p_ref(token)) of a sample, in nats: what the reward loses.
+
+    The sum over a sample's tokens is the log-ratio of the whole sequence: its mean is the KL of the
+    policy's sequences from the reference's, and as a reward it has that KL's gradient (k1; see
+    `losses.grpo.KL_ESTIMATES` for why no other estimate may stand here).
+    """
+    return beta * float((document.fields["old_logp"] - document.fields["ref_logp"]).sum())
+
+
 @torch.no_grad()
 def likeliest(documents, model, k, *, temperature, vocab, micro_tokens, device):
     """Yields (ids_Rk, logp_RB) of the trained positions of the documents, in their order: what data/teacher_cache.py keeps."""

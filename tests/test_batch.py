@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import WEIGHTINGS, Batch, Document
+from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from errors import UserError
 
 
@@ -52,3 +52,13 @@ def test_a_document_too_long_and_an_empty_batch():
         Batch.pack([doc(*range(5))]).split(4)
     empty = Batch.pack([])
     assert empty.split(8) == [] and empty.normaliser == 0 and empty.tokens_T.dtype == torch.long
+
+
+def test_a_masked_document_counts_in_no_divisor():
+    """As if it had not been drawn: token mean, sequence mean and Dr. GRPO's constant alike."""
+    rest = [doc(1, 2, 3, 4, prompt=2), doc(5, 6)]
+    masked = Document(np.arange(5, dtype=np.int32), np.zeros(5))
+    means = [*WEIGHTINGS.values(), lambda d: constant_length(d, length=8)]
+    for mean, normaliser in zip(means, (3, 2, 2), strict=True):
+        assert Batch.pack(map(mean, [*rest, masked])).normaliser == Batch.pack(map(mean, rest)).normaliser == normaliser
+        assert Batch.pack([mean(masked)]).normaliser == 0

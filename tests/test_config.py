@@ -6,6 +6,7 @@ import json
 import pytest
 
 import config
+import train
 from config import knob
 from errors import UserError
 
@@ -20,6 +21,8 @@ class Example:
     kd_temperature: float = knob(1.0, "", only={"mode": ("kd",)})
     kd_divergence: str = knob("jsd", "", only={"mode": ("kd",)}, choices=("jsd", "forward_kl"))
     kd_beta: float = knob(0.5, "", only={"mode": ("kd",), "kd_divergence": ("jsd",)})
+    batch: int = knob(1, "", by={"mode": {"sft": 2}, "kd_divergence": {"forward_kl": 3}})
+    micro: int = knob(1, "", by={"batch": {3: 4}})
 
 
 def parse(*argv, base=None):
@@ -117,3 +120,58 @@ def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     assert parse("--config", str(path)) == got
+
+
+def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_path):
+    """default < the default that goes with another knob's value < stored < file < command line."""
+    chosen, by_mode = ["--kd_divergence=forward_kl"], parse("--mode=sft")
+    by_both = parse("--mode=sft", base={"kd_divergence": "forward_kl"})
+    assert (parse().batch, by_mode.batch, parse(*chosen).batch, by_both.batch) == (1, 2, 3, 3)
+    assert (parse(*chosen).micro, by_mode.micro) == (4, 1), "it follows a value that is itself a default"
+    file = tmp_path / "a.toml"
+    file.write_text("batch = 7\n")
+    assert parse(*chosen, base={"batch": 6}).batch == 6 and parse(base={"kd_divergence": "forward_kl"}).batch == 3
+    assert parse(*chosen, "--config", str(file), base={"batch": 6}).batch == 7
+    assert parse(*chosen, "--config", str(file), "--batch=8", base={"batch": 6}).batch == 8
+    file.write_text('kd_divergence = "forward_kl"\n')
+    assert parse("--config", str(file)).batch == 3 and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
+    assert config.resolved(parse(*chosen))["batch"] == 3
+    line = next(line for line in config.usage(Example, "x").splitlines() if "--batch" in line)
+    assert "[1, mode=sft: 2, kd_divergence=forward_kl: 3]" in line
+    assert Example(kd_divergence="forward_kl").batch == 1, "a config that is built directly holds the plain defaults"
+
+
+def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
+    seen = {}
+    for f in dataclasses.fields(train.Config):
+        for other, own_defaults in f.metadata["by"].items():
+            assert other in seen, f"{f.name} looks at {other}, which is declared later"
+            assert set(own_defaults) <= set(seen[other].metadata["choices"])
+            assert all(type(value) is f.type for value in own_defaults.values())
+        seen[f.name] = f
+
+
+@pytest.mark.parametrize(
+    "variant,baseline,low,high",
+    [
+        ("grpo", "std", 0.2, 0.2),
+        ("token", "std", 0.2, 0.28),  # DAPO, section 4.1
+        ("dr_grpo", "mean", 0.2, 0.2),  # Dr. GRPO, section 3.2: no division by the deviation
+        ("gspo", "std", 3e-4, 4e-4),  # GSPO, section 5.1
+        ("cispo", "std", 1.0, 0.2),  # MiniMax-M1, section 3.1: no lower bound
+    ],
+)
+def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
+    def settings(*more, base=None):
+        cfg = config.parse(train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base)[0]
+        train.check(cfg)
+        return cfg.grpo_baseline, cfg.grpo_clip_low, cfg.grpo_clip_high
+
+    assert settings() == (baseline, low, high)
+    assert settings("--grpo_baseline=leave_one_out", "--grpo_clip_low=0.1") == ("leave_one_out", 0.1, high)
+    assert settings("--grpo_clip_high=0.5", base={"grpo_clip_high": 0.3, "grpo_clip_low": 0.4}) == (baseline, 0.4, 0.5)
+
+
+def test_the_kls_estimate_goes_with_its_place():
+    kl = lambda *args: config.parse(train.Config, ["--mode=grpo", "--grpo_beta=0.1", *args])[0].grpo_kl
+    assert (kl(), kl("--grpo_kl_in=loss"), kl("--grpo_kl_in=reward"), kl("--grpo_kl=k2")) == ("k3", "k3", "k1", "k2")

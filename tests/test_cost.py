@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from eval.log import forward_flops, generation_flops
+from eval.log import Log, duration, forward_flops, generation_flops, peak_flops
 from eval.report import read_metrics
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model
@@ -29,6 +29,9 @@ CASES = {  # knobs, generations, tokens that the teacher reads for each that is 
     "kd by sampled tokens": ([*WRITTEN, "--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"], 4, 1, 0),
     "grpo": (GRPO, 4, 0, 0),
     "grpo, one rollout for four steps": (REUSED, 1, 1, 0),
+    "gspo, its ratios first": ([*GRPO, "--grpo_variant=gspo", "--grpo_updates=2"], 2, 0, 0),
+    "gspo, one update": ([*GRPO, "--grpo_variant=gspo"], 4, 0, 0),
+    "gspo and a teacher": ([*REUSED, "--grpo_variant=gspo"], 1, 1, 0),
     "grpo with lora": ([*GRPO, "--lora_rank=4"], 4, 0, 0),
 }
 
@@ -85,9 +88,43 @@ def test_a_checkpoint_from_before_these_were_counted_goes_on_from_0(here):
     assert train.main([*SMALL, *GRPO, "--steps=2"]) == 0
     state = Path("r/checkpoints/step-2/trainer/state.json")
     saved = json.loads(state.read_text())
-    assert saved["counters"].keys() == {*train.COSTS, "skipped", "skipped_in_a_row"}
+    assert saved["counters"].keys() == {*train.COSTS, "skipped", "skipped_in_a_row", "no_gradient"}
     state.write_text(json.dumps(saved | {"counters": {k: saved["counters"][k] for k in ("tokens", "skipped", "skipped_in_a_row")}}))
     assert train.main(["--name=r", "--runs=.", "--resume", "--steps=3"]) == 0
     second, third = read_metrics(Path("r"))[-2:]
     assert third["train/tokens"] > second["train/tokens"] and 0 < third["train/sampled_tokens"] <= 4 * 8
     assert 0 < third["train/flops"] < second["train/flops"]
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [
+        (0, "0m00s"), (0.4, "0m00s"), (29, "0m29s"), (31.6, "0m32s"), (59.4, "0m59s"), (59.6, "1m00s"), (61, "1m01s"), (92.2, "1m32s"),
+        (3599.4, "59m59s"), (3599.5, "1h00m00s"), (3661, "1h01m01s"), (90061, "25h01m01s"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_time_left_is_what_is_left(tmp_path, capsys):
+    values = {"train/loss": 1.0, "train/grad_norm": 1.0, "train/lr": 1e-3, "train/tokens_per_second": 9.0, "train/skipped": 0, "train/no_gradient": 0}
+    log = Log.__new__(Log)
+    log.rank = 0
+    for left, text in ((32.0, "0m32s left"), (29.0, "0m29s left"), (7322.0, "2h02m02s left")):
+        log.progress(500, 1000, values, left)
+        assert capsys.readouterr().out.endswith(f"  {text}\n")
+
+
+def test_peaks_are_those_of_the_named_card():
+    """Data sheets, dense bf16 in TFLOP/s; a card that is not listed has none, and never that of one with a similar name."""
+    known = {
+        "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA H800": 989,
+        "NVIDIA H20": 148, "NVIDIA GH200 480GB": 989, "NVIDIA B200": 2250, "NVIDIA A100-SXM4-80GB": 312, "A100-SXM4-40GB": 312,
+        "NVIDIA A100 80GB PCIe": 312, "NVIDIA A800-SXM4-80GB": 312, "NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA L4": 121,
+        "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 3090": 71,
+    }  # fmt: skip
+    assert {name: peak_flops(name) / 1e12 for name in known} == pytest.approx(known)
+    unknown = ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100", "NVIDIA A100-SXM-64GB",
+               "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A1000", "Tesla T4", "x86_64", "", "AMD Instinct MI300X"]  # fmt: skip
+    assert [peak_flops(name) for name in unknown] == [None] * len(unknown)

@@ -27,7 +27,7 @@ SAMPLES = [
 def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, beta, kl, entropy, temperature, vocab):
     """(the papers' mean loss, a record per trained token), every ratio, clip and sum spelled out; objectives turned into losses.
 
-    A masked sequence is as if it had not been drawn, but for Dr. GRPO, whose divisor is a constant.
+    A masked sequence is as if it had not been drawn, under every variant.
     """
     per_sequence, records, start = [], [], 0
     for d in documents:
@@ -68,7 +68,7 @@ def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, bet
     if variant in ("token", "cispo"):  # DAPO, eq. 8; CISPO, eq. 4
         return sum(sum(terms) for terms in per_sequence) / tokens, records
     if variant == "dr_grpo":
-        return sum(sum(terms) / LENGTH for terms in per_sequence) / len(documents), records
+        return sum(sum(terms) / LENGTH for terms in per_sequence) / sequences, records
     return sum(sum(terms) / len(terms) for terms in per_sequence) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5
 
 
@@ -146,7 +146,8 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
 
     got = {name: float(total / count) for name, (total, count) in metrics.items()}
     assert all(float(count) == len(records) for name, (_, count) in metrics.items() if name != "loss")
-    counts = {"token": len(records), "sequence": sum(not masked for *_, masked in SAMPLES), "constant": len(SAMPLES)}
+    sequences = sum(not masked for *_, masked in SAMPLES)
+    counts = {"token": len(records), "sequence": sequences, "constant": sequences}
     assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant][1]], rel=1e-12)
 
     def mean(of):

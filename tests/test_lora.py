@@ -152,40 +152,149 @@ def test_only_adapters_have_gradients_state_and_sync(monkeypatch):
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
-@pytest.mark.parametrize("mutant", [False, True])
-def test_how_the_batch_is_cut_does_not_change_the_gradient(mutant):
-    _, model = adapted(lora.LoraConfig(3, 7.0, dropout=0.2 * mutant))  # with dropout it does: masks belong to micro-batches
+DROPPING = lora.LoraConfig(3, 7.0, dropout=0.25)
+
+
+def dropping(checkpointing=False):
+    """A fresh model with dropout, at the beginning of step 4."""
+    _, model = adapted(DROPPING)
+    model.checkpointing = checkpointing
+    model.dropout.begin(4)
+    return model
+
+
+def rank_of_two(rank, world, port, shares, results):
+    """Rank 0 puts the gradient of the documents that both ranks hold."""
+    workers.setup(world, rank, port)
+    found = workers.gradient(dropping(), None, sft_loss, shares[rank], 23)[1].tolist()
+    if rank == 0:
+        results.put(found)
+    parallel.barrier()
+    parallel.close()
+
+
+def test_how_the_batch_is_cut_does_not_change_the_gradient():
+    """Micro-batches, order, activation checkpointing and ranks: masks belong to tokens of documents."""
     docs = documents(np.random.default_rng(1), 11)
-    want = workers.gradient(model, None, sft_loss, docs, 1000)[1]
-    cut = [(docs, 14), (docs, 23), (random.Random(0).sample(docs, len(docs)), 30)]
-    errors = [float((workers.gradient(model, None, sft_loss, d, m)[1] - want).norm() / want.norm()) for d, m in cut]
-    assert min(errors) > 1e-3 if mutant else max(errors) < 1e-10
+    shuffled = random.Random(0).sample(docs, len(docs))
+    for make in (lambda: adapted(lora.LoraConfig(3, 7.0))[1], dropping, lambda: dropping(checkpointing=True)):
+        want = workers.gradient(make(), None, sft_loss, docs, 1000)[1]
+        for cut, micro_tokens in ((docs, 14), (docs, 23), (shuffled, 30)):
+            assert (workers.gradient(make(), None, sft_loss, cut, micro_tokens)[1] - want).norm() < 1e-10 * want.norm()
+    want = workers.gradient(dropping(), None, sft_loss, docs, 1000)[1]
+    plain = workers.gradient(adapted(lora.LoraConfig(3, 7.0))[1], None, sft_loss, docs, 1000)[1]
+    assert (plain - want).norm() > 0.05 * want.norm(), "the masks do something"
+    for shares in ([docs[:5], docs[5:]], [[], docs]):
+        got = workers.spawned(rank_of_two, 2, shares)
+        assert (torch.tensor(got, dtype=torch.float64) - want).norm() < 1e-10 * want.norm()
 
 
-def test_dropout_belongs_to_seed_step_and_micro_batch():
-    config = lora.LoraConfig(3, 7.0, dropout=0.25)
+def test_masks_that_belong_to_the_micro_batch_would_fail(monkeypatch):
+    """What an earlier version did: it must not pass the comparison above."""
+    docs, count = documents(np.random.default_rng(1), 11), []
+
+    def per_micro_batch(tokens_T, positions_T):
+        count.append(1)
+        return lora.mix(torch.arange(len(tokens_T)) + 1000 * len(count))
+
+    monkeypatch.setattr(lora, "token_keys", per_micro_batch)
+    want = workers.gradient(dropping(), None, sft_loss, docs, 1000)[1]
+    count.clear()
+    assert (workers.gradient(dropping(), None, sft_loss, docs, 23)[1] - want).norm() > 1e-3 * want.norm()
+
+
+def test_the_gradient_on_average_over_masks_is_near_the_one_without():
+    """In a single layer, where the loss is linear in what the masks multiply, it is that one."""
+    _, model = adapted(DROPPING)
+    layer, x = model.layers[0].mlp.up_proj, torch.randn(7, 24, dtype=torch.float64)
+    seen = torch.zeros(7, 24, dtype=torch.float64)
+    for step in range(4000):
+        model.dropout.begin(step)
+        model.dropout.see(model, (torch.arange(7), torch.arange(7)))
+        seen += layer.masked(x) / 4000
+    error = (seen - x).abs() / x.abs()  # of a mean of 4,000: √(0.25 / 0.75 / 4000) = 0.009
+    assert error.max() < 5 * 0.0092 and error.mean() == pytest.approx(0.0092 * (2 / np.pi) ** 0.5, rel=0.2)
+
+
+def python_mix(x):
+    """splitmix64's finaliser in whole numbers, as published."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def test_masks_are_what_is_said_of_them():
+    """Recomputed in plain whole numbers, for documents that are packed one behind the other."""
+    _, model = adapted(DROPPING)
+    model.dropout.begin(4)
+    packed = [[3, 1, 4], [1, 5, 9, 2, 6], [7]]
+    tokens_T = torch.tensor([t for d in packed for t in d])
+    positions_T = torch.tensor([i for d in packed for i in range(len(d))])
+    model.dropout.see(model, (tokens_T, positions_T))
+    layer = model.layers[1].self_attn.o_proj
+    got = (layer.masked(torch.ones(9, 24, dtype=torch.float64)) != 0).tolist()
+    golden, want = 0x9E3779B97F4A7C15, []
+    for d in packed:
+        places = [python_mix((i + 1) * golden % 2**64) for i in range(len(d))]
+        whole = sum(python_mix(p ^ t) for p, t in zip(places, d)) % 2**64
+        for place in places:
+            stream = python_mix(python_mix(whole ^ place) ^ lora._seed(0, 4, layer.name) % 2**64)
+            words = [python_mix((stream + j * golden) % 2**64) for j in range(6)]
+            quarters = [(word >> shift) % 2**16 for word in words for shift in (0, 16, 32, 48)]
+            want.append([(q + 2**15) % 2**16 < 0.75 * 2**16 for q in quarters])  # signed: the lowest is -2^15
+    assert got == want
+
+
+def test_masks_keep_their_share_and_are_independent():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(5, 60, 200)
+    tokens_T = torch.from_numpy(rng.integers(0, 50, lengths.sum()))
+    positions_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+
+    def mask(share=0.25, seed=0, step=1, layer="layers.0.mlp.up_proj", shift=0, width=101):
+        """[T, width] of 0 and 1; no multiple of four is asked for."""
+        dropout = lora.Dropout(share, seed)
+        dropout.begin(step)
+        dropout.see(None, ((tokens_T + shift) % 50, positions_T))
+        masked = dropout(torch.ones(len(tokens_T), width, dtype=torch.float64), layer)
+        assert len(masked.unique()) == 2 and float(masked.max()) == pytest.approx(1 / (1 - share), rel=1e-4)
+        return (masked != 0).double()
+
+    for share in (0.01, 0.1, 0.25, 0.5, 0.9):
+        got, deviation = float(mask(share).mean()), (share * (1 - share) / len(tokens_T) / 101) ** 0.5
+        assert abs(got - (1 - share)) < 5 * deviation + 2**-17, share
+    first = mask()
+    assert torch.equal(first, mask())
+    limit = 5 / len(tokens_T) ** 0.5
+    features = torch.corrcoef(first.T) - torch.eye(101)
+    assert features.abs().max() < limit, "features of one token"
+    for other in (mask(step=2), mask(seed=5), mask(layer="layers.1.mlp.up_proj"), mask(shift=1), first.roll(1, 0)):
+        both = torch.stack((first.flatten(), other.flatten()))
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 5 / first.numel() ** 0.5
+        each = torch.corrcoef(torch.cat((first.T, other.T)))[:101, 101:]
+        assert each.abs().max() < limit, "the same and other features under another key"
+    per_token = first.sum(1)
+    assert float(per_token.var()) == pytest.approx(101 * 0.25 * 0.75, rel=0.1), "as many are kept as a coin would keep"
+
+
+def test_masks_belong_to_seed_step_and_document():
     docs = documents(np.random.default_rng(2), 6)
 
-    def step(number, seed=0, checkpointing=False):
-        model = shaken(lora.adapt(small(), config, seed, torch.float64))
+    def step(number, seed=0, checkpointing=False, applied=True):
+        model = shaken(lora.adapt(small(), DROPPING, seed, torch.float64))
         for layer in lora.adapters(model).values():
             layer.init_weights(0)  # adapters of one seed, masks of another
         shaken(model).checkpointing = checkpointing
         torch.manual_seed(random.randrange(1 << 30))  # the global state has no say
-        model.dropout.begin(number)
+        model.dropout.begin(number, applied)
         return workers.gradient(model, None, sft_loss, docs, 20)[1]
 
     first = step(1)
     assert torch.equal(first, step(1)) and torch.equal(first, step(1, checkpointing=True))
     assert not torch.allclose(first, step(2)) and not torch.allclose(first, step(1, seed=5))
+    assert torch.equal(step(1, applied=False), step(2, seed=5, applied=False))
 
-    _, model = adapted(config)
-    layer, other, x = model.layers[0].mlp.up_proj, model.layers[1].mlp.up_proj, torch.ones(4000, 24, dtype=torch.float64)
-    mask = layer.masked(x)
-    assert mask.unique().tolist() == [0, pytest.approx(4 / 3)] and float(mask.mean()) == pytest.approx(1, abs=0.01)
-    assert torch.equal(mask, layer.masked(x)) and not torch.equal(mask, other.masked(x))
-    model.dropout.count()  # the next micro-batch
-    assert not torch.equal(mask, layer.masked(x))
+    model = dropping()
     tokens = docs[0].tokens
     run = lambda: model(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)]))
     whole = shaken(lora.adapt(small(), lora.LoraConfig(3, 7.0), 0, torch.float64))
@@ -193,6 +302,9 @@ def test_dropout_belongs_to_seed_step_and_micro_batch():
     with torch.no_grad():
         assert torch.equal(run(), want)  # generation and scoring
     assert not torch.allclose(run(), want)
+    model.dropout.begin(4, applied=False)
+    assert torch.equal(run(), want)
+    model.dropout.begin(4)
     model.eval()
     assert torch.equal(run(), want)
 
@@ -281,6 +393,34 @@ def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, re
                 assert torch.allclose(logp, batch.select(batch.fields["ref_logp"]), atol=1e-5) == same
     metrics = [m for m in timeless(tmp_path / "r") if "train/ref_kl" in m]
     assert abs(metrics[0]["train/ref_kl"]) < 1e-9 and metrics[1]["train/ref_kl"] > 1e-7  # B = 0 at first, then the policy moves
+
+
+OFF = {
+    "several updates": ["--grpo_updates=2"],
+    "correction": ["--grpo_correction=truncate"],
+    "KL in the reward": ["--grpo_kl_in=reward"],
+    "sampled signal": ["--mode=kd", "--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"],
+}
+
+
+@pytest.mark.parametrize("kind", [*OFF, "one update"])
+def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, monkeypatch, capsys):
+    """At the first update of a rollout the ratio to the policy that sampled is 1, and the run says at its start that there is no dropout."""
+    args = [*GRPO, reward] if kind != "sampled signal" else [a for a in GRPO if not a.startswith(("--mode", "--grpo"))]
+    args += ["--teacher=tiny-teacher"] if kind == "sampled signal" else []
+    begun, begin = [], lora.Dropout.begin
+    monkeypatch.setattr(lora.Dropout, "begin", lambda self, *a, **more: begun.append(more["applied"]) or begin(self, *a, **more))
+    assert train.main([*args, *OFF.get(kind, []), "--lora_dropout=0.5", "--dtype=float64", f"--runs={tmp_path}", "--name=r"]) == 0
+    lines = [m for m in timeless(tmp_path / "r") if "train/old_kl" in m]
+    said = capsys.readouterr().out
+    assert len(lines) == 2 and lines[1]["train/grad_norm"] > 0
+    assert lines[0]["train/old_kl"] < 1e-12, "the adapters have moved when the second step begins, not yet at the first"
+    if kind == "one update":
+        assert begun == [True, True] and "not applied" not in said
+        return
+    assert begun == [False, False] and said.count("--lora_dropout is not applied") == 1
+    if kind != "several updates":
+        assert lines[1]["train/old_kl"] < 1e-12 and lines[1]["train/clip_low"] == lines[1]["train/clip_high"] == 0
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import config
 import train
 from eval.report import read_metrics
 from tests import test_train
@@ -100,7 +102,50 @@ def test_rollouts_without_anything_to_learn_from_do_not_end_a_run(start, tmp_pat
     """No sample is right, so every refill is in vain."""
     args = [*GRPO, f"--model={start}", "--grpo_reward=accuracy", "--grpo_refills=1", "--grpo_updates=2", "--steps=8", "--name=r"]
     assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
-    assert read_metrics(tmp_path / "runs/r")[-2]["train/skipped"] == 8
+    last = read_metrics(tmp_path / "runs/r")[-2]
+    assert (last["train/no_gradient"], last["train/skipped"]) == (8, 0)
+
+
+SPREAD_AT_FIRST = """
+count = 0
+
+def f(example, completion):
+    global count
+    count += 1
+    return float(count % 3) if count <= 16 else 1.0
+"""
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
+    """Two steps with advantages fill AdamW's momentum, three have none: weights and optimizer state stay as they are, to the bit."""
+    (tmp_path / "mine.py").write_text(SPREAD_AT_FIRST.replace("16", "8" if ranks else "16"))  # each rank counts its own samples
+    more = [f"--grpo_reward={tmp_path}/mine.py:f", "--weight_decay=0.5", "--save_every=1", "--keep=9", "--steps=5", "--eval_examples=0"]
+    code, said = run(*GRPO, f"--model={start}", *more, "--name=r", cwd=tmp_path, ranks=ranks)
+    assert code == 0, said
+    lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/no_gradient" in m]
+    assert [m["train/no_gradient"] for m in lines] == [0, 0, 1, 2, 3] and not any(m["train/skipped"] for m in lines)
+    assert [m["train/grad_norm"] > 0 for m in lines] == [True, True, False, False, False]
+    if not ranks:
+        assert "no gradient 3" in said
+
+    def tensors(step):
+        folder = tmp_path / f"runs/r/checkpoints/step-{step}"
+        return load_file(folder / "model.safetensors") | load_file(folder / "trainer/optimizer.safetensors")
+
+    first, moved = tensors(1), tensors(2)
+    assert any(not torch.equal(x, first[name]) for name, x in moved.items())
+    for step in (3, 4, 5):
+        assert tensors(step).keys() == moved.keys() and all(torch.equal(x, moved[name]) for name, x in tensors(step).items())
+
+
+def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(example, completion):\n    return 1.0\n")
+    for more in (["--grpo_entropy=0.01"], ["--grpo_beta=0.1", "--reference=tiny-teacher"]):
+        args = [*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/mine.py:f", "--steps=2", "--eval_examples=0", f"--name={more[0][2:]}"]
+        assert (done := run(*args, *more, cwd=tmp_path))[0] == 0, done[1]
+        lines = [m for m in read_metrics(tmp_path / f"runs/{more[0][2:]}") if "train/loss" in m]
+        assert lines[-1]["train/no_gradient"] == 0 and lines[0]["train/grad_norm"] > 0
 
 
 def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
@@ -177,12 +222,50 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(start, tmp_path, 
         (["--sample_temperature=inf"], "must be positive"),
         (["--sample_temperature=0"], "must be positive"),
         (["--grpo_beta=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
+        (["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k3"], "set --grpo_kl k1, or --grpo_kl_in loss"),
+        (["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k2"], "set --grpo_kl k1, or --grpo_kl_in loss"),
+        (["--grpo_beta=0.1", "--grpo_kl=k1"], "set --grpo_kl k3 or k2, or --grpo_kl_in reward"),
+        (["--grpo_kd=0.5", "--teacher=tiny-teacher", "--kd_divergence=skew_forward_kl", "--kd_beta=1"], "zero everywhere"),
+        (["--grpo_kd=0.5", "--teacher=tiny-teacher", "--kd_divergence=skew_reverse_kl", "--kd_beta=1"], "zero everywhere"),
+        (["--mode=kd", "--kd_prefix=student", "--kd_ce=0.1"], "set --kd_ce 0, or --kd_prefix data or teacher"),
+        (["--mode=kd", "--kd_prefix=student", "--kd_mix=0.5", "--kd_ce=1"], "set --kd_ce 0, or --kd_prefix data or teacher"),
     ],
 )
 def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
-    assert train.main([*GRPO, f"--model={start}", f"--runs={tmp_path}", *args]) == 2
+    common = GRPO if "--mode=kd" not in args else ["--mode=kd", "--device=cpu"]
+    assert train.main([*common, f"--model={start}", f"--runs={tmp_path}", *args]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl_in=reward"],
+        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k1"],
+        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl=k2"],
+        ["--mode=grpo", "--grpo_kd=0.5", "--kd_divergence=skew_forward_kl", "--kd_beta=0.9"],
+        ["--mode=grpo", "--grpo_kd=0.5", "--kd_divergence=jsd", "--kd_beta=1"],  # by convention the reverse KL
+        ["--mode=kd", "--kd_prefix=teacher", "--kd_ce=0.5"],
+        ["--mode=kd", "--kd_prefix=student", "--kd_mix=0", "--kd_ce=0.5"],  # all on the data
+    ],
+)
+def test_their_neighbours_work(args):
+    train.check(config.parse(train.Config, args)[0])
+
+
+def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path):
+    """config.json holds what was resolved: a resumed run has it whatever later defaults say."""
+    args = [*GRPO, f"--model={start}", reward, "--grpo_variant=gspo", "--grpo_beta=0.1", "--grpo_kl_in=reward", "--steps=1", "--name=r"]
+    assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
+    path = tmp_path / "runs/r/config.json"
+    stored = json.loads(path.read_text())
+    assert {k: stored[k] for k in ("grpo_clip_low", "grpo_clip_high", "grpo_baseline", "grpo_kl")} == {
+        "grpo_clip_low": 3e-4, "grpo_clip_high": 4e-4, "grpo_baseline": "std", "grpo_kl": "k1"
+    }  # fmt: skip
+    path.write_text(json.dumps(stored | {"grpo_clip_low": 0.125}))
+    assert (done := run("--name=r", "--resume", "--steps=2", cwd=tmp_path))[0] == 0, done[1]
+    assert json.loads(path.read_text())["grpo_clip_low"] == 0.125 and json.loads(path.read_text())["grpo_clip_high"] == 4e-4
 
 
 def test_grpo_on_real_gsm8k(real_data, start, tmp_path):

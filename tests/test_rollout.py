@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from data.batch import WEIGHTINGS, constant_length
+from data.grade import Verdict
+from data.tasks import Example
 from rl.advantage import group_advantages
+from rl.reward import parse_reward
 from rl.rollout import Mixed, Rollouts, sample_seed
 from tests import workers
 
@@ -109,6 +112,8 @@ def test_weights_share_and_masks():
     assert told(masked) == groups(range(6), mask_truncated=True)
     stopped = [c.stopped for p in range(6) for c in drawn(p)[1]]
     assert masked.normaliser == pytest.approx(sum(stopped)) and 0 < sum(stopped) < len(stopped)
+    masked = next(make(mask_truncated=True, weighting=CONSTANT, per_batch=6))
+    assert masked.normaliser == sum(stopped), "the divisor of Dr. GRPO counts no masked sample either"
     constant = next(make(weighting=CONSTANT, per_batch=6))
     assert constant.normaliser == 6 * SAMPLES and set(constant.weight_T.tolist()) == {0.0, 1 / 8}
     tokens = next(make(weighting=WEIGHTINGS["token"]))
@@ -140,6 +145,67 @@ def test_refills_replace_groups_without_spread(refills):
         position = stop
 
 
+# --- what dynamic sampling looks at: correctness, by the real rewards -----------------------------------------------------
+
+LIMIT = 8  # new tokens
+RIGHT, WRONG = Verdict(True, True, True), Verdict(False, False, True)
+
+
+def group_of(spec, samples, **more):
+    """The Group that Rollouts makes of (text, verdict, tokens, stopped) samples under a --grpo_reward, by their verdicts as given."""
+    reward = parse_reward(spec, LIMIT, **more)
+
+    def judge(example, completion):
+        text, verdict, tokens, stopped = completion.sample
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rl.reward.grade", lambda example, text: verdict)
+            return *reward(example, text, tokens, stopped), text
+
+    def write(prompts, seeds):
+        return [SimpleNamespace(tokens=[1] * s[2], logp=[-1.0] * s[2], stopped=s[3], sample=s) for s in samples]
+
+    example = Example(({"role": "user", "content": "1+1?"},), "2", "word_problems")
+    source = Rollouts(lambda position: (example, [1]), write, judge, None, per_batch=1, samples=len(samples), seed=0,
+                      weighting=WEIGHTINGS["token"], correctness=reward.correctness, refills=1)  # fmt: skip
+    (group,) = source._groups([0])
+    batch = next(source)
+    assert (len(batch.documents) > 0) == group.teaches(), "a group that does not teach is replaced, here by its like: none is left"
+    assert batch.metrics["rollout/correctness_spread"][0] / batch.metrics["rollout/correctness_spread"][1] == (len(set(group.correctness)) > 1)
+    return group
+
+
+BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
+
+
+@pytest.mark.parametrize(
+    "spec,more,samples,teaches",
+    [
+        ("accuracy", {"overlong": 4}, [("2", RIGHT, n, True) for n in (5, 6, 7, 8)], False),
+        ("accuracy", {"overlong": 4}, [("3", WRONG, n, True) for n in (5, 6, 7, 8)], False),
+        ("accuracy", {"truncated": 0.5}, [("2", RIGHT, 3, True), ("2", RIGHT, 8, False)], False),
+        ("signed_accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("2", RIGHT, 8, True)], False),
+        ("accuracy,format:0.5", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], False),
+        ("accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 5, True)], True),
+        ("accuracy,format", {}, [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True), ("3", WRONG, 3, True)], True),
+        ("lenient", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], False),
+        ("accuracy", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], True),
+        ("format", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 8, True)], False),
+        ("format", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
+        ("format,accuracy:0", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
+        ("signed_accuracy,format", {}, [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True)], False),  # -1 and +1, +1 and -1: all are 0
+    ],
+)
+def test_dynamic_sampling_looks_at_correctness(spec, more, samples, teaches):
+    assert group_of(spec, samples, **more).teaches() == teaches
+
+
+def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path):
+    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e')\n")
+    spec = f"{tmp_path}/mine.py:letters"
+    assert not group_of(spec, [("e", RIGHT, 5, True), ("e", WRONG, 8, False)], overlong=4, truncated=1.0).teaches()
+    assert group_of(spec, [("e", RIGHT, 5, True), ("ee", RIGHT, 5, True)]).teaches()
+
+
 def test_no_group_with_spread_gives_an_empty_batch_and_goes_on():
     same = lambda example, completion: (1.0, {}, SimpleNamespace(strict=True, lenient=True, parsed=True), "")  # noqa: E731
     source = make(judge=same, refills=2)
@@ -168,6 +234,7 @@ def test_metrics_are_sums_and_counts_over_the_rollout():
     }
     got = {name.removeprefix("rollout/"): value for name, value in batch.metrics.items()}
     assert got.pop("seconds")[1] == 1 and got.pop("kept") == (6, 6)
+    assert got.pop("correctness_spread") == got["spread"], "nothing else was said of correctness"
     assert got.pop("spread") == (sum(has_spread(p) for p in range(6)), 6)
     assert got.pop("reward_std") == (pytest.approx(sum(np.std(r) for r in rewards)), 6)
     assert got == {name: (pytest.approx(value), 18) for name, value in want.items()}
