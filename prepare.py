@@ -36,6 +36,8 @@ def choose_device(cfg):
     rank, world, local = parallel.init(kind)
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local} in the environment, but there are {torch.cuda.device_count()} GPUs to be seen; start fewer processes")
         torch.cuda.set_device(device)
     try:
         backend.use(cfg.kernels)
@@ -63,7 +65,7 @@ def embedded(cfg, rank, what, recipe, launch):
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
     if found := parallel.broadcast(finished_run(cfg.runs, knobs, whole.steps) if rank == 0 else None):
         return found
-    with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
+    with only_one(path.with_suffix(".lock"), rank, f"the embedded {what}"):  # the runs of a sweep may all be the first
         if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
             if rank == 0:
                 print(f"training the embedded {what} first (once; kept in {path})", flush=True)

@@ -23,7 +23,7 @@ from eval.heldout import compare, document
 from eval.load import find
 from eval.results import Samples
 from model.checkpoint import read_json
-from model.runs import replace_file
+from model.runs import handled, interrupt, replace_file
 
 
 def parse(argv):
@@ -85,7 +85,8 @@ def run(args):
 
 
 def main(argv):
-    return as_command("eval.divergence", lambda: run(parse(argv)))
+    with handled(interrupt):
+        return as_command("eval.divergence", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from eval.log import generation_flops
 from eval.report import environment
 from eval.results import Samples, line
 from model.generate import generate
-from model.runs import replace_file
+from model.runs import handled, interrupt, replace_file
 from model.transformer import Transformer
 
 
@@ -141,7 +141,8 @@ def run(args):
 
 
 def main(argv):
-    return as_command("eval.traces", lambda: run(parse(argv)))
+    with handled(interrupt):
+        return as_command("eval.traces", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.runs._flush", full)
+    monkeypatch.setattr("files.flush", full)
     with pytest.raises(RunFailed, match="config.json.*No space"):
         replace_file(path, "new")
     assert path.read_text() == "old"
