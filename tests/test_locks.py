@@ -11,6 +11,7 @@ import pytest
 
 import locks
 from errors import UserError
+from eval import study, study_plan
 from model.runs import only_one, open_run
 from tests.conftest import ROOT
 
@@ -118,6 +119,22 @@ def test_a_run_has_one_process_without_flock_too(tmp_path, monkeypatch):
             pass
     with open_run(tmp_path, "r", "sft", False, 2, {}, 0):  # nothing was trained: as good as new, whatever locks left behind
         pass
+
+
+def test_a_study_has_one_process_without_flock_too(tmp_path, monkeypatch, capsys):
+    without_flock(monkeypatch, "EOPNOTSUPP")
+    file = ROOT / "recipes/study/mini.toml"
+    argv = [str(file), "--seeds=0", f"--arms={next(iter(study_plan.read(file).arms))}", f"--out={tmp_path / 'o'}"]
+    codes = []
+
+    def meanwhile(*_):
+        codes.append(study.main(argv))
+        return {}
+
+    monkeypatch.setattr(study, "run_jobs", meanwhile)
+    monkeypatch.setattr(study.study_report, "write", lambda *_: "the report")
+    assert study.main(argv) == 0 and codes == [2] and len(list(tmp_path.glob("o/.lock-soft*"))) == 0
+    assert "o is in use by another process, " in capsys.readouterr().err
 
 
 def test_who_waits_says_so_again_and_again(tmp_path, monkeypatch, capsys):
