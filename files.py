@@ -110,6 +110,11 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
+def named(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere: reading that says so, where passing over it would lose the file."""
+    return path.is_file() or path.is_symlink()
+
+
 def reason(error: Exception) -> str:
     """An error's own words, on one line."""
     lines = str(error).splitlines()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
 
-from errors import UserError
+from errors import UserError, say
 from files import reason
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
@@ -81,7 +81,7 @@ def waiting_for(path: Path, what: str) -> Iterator[None]:
                 break
             except Busy as e:
                 if said is None or time.monotonic() - said >= SAY:
-                    print(f"waiting for {what}: {path} is held by {e}", flush=True)
+                    say(f"waiting for {what}: {path} is held by {e}")
                     said = time.monotonic()
                 time.sleep(ASK)
             except OSError as e:

@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from errors import UserError
-from files import read_text
+from files import named, read_text
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
@@ -38,7 +38,7 @@ class Tokenizer:
         files = {}
         for name in FILES:
             path = folder / name
-            if path.is_symlink() or path.exists() and (path.stat().st_size or name == "tokenizer.json"):
+            if named(path) and (not path.exists() or path.stat().st_size or name == "tokenizer.json"):
                 files[name] = read_text(path).encode()  # without a byte order mark, which the tokenizers library does not know
         return cls(files, folder)
 

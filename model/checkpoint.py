@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -12,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import UserError
-from files import HEAD, explain, read_json, reason, unreadable, write_json
+from errors import UserError, say
+from files import HEAD, explain, named, read_json, reason, unreadable, write_json
 from model import lora, parallel
 from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
 
@@ -28,7 +27,7 @@ def locate(name, option):
         return None
     folder = Path(name)
     if folder.is_dir():
-        if not (base_of(folder) / "config.json").is_file():
+        if not named(base_of(folder) / "config.json"):
             raise UserError(f"{option} {name}: the folder has no config.json")
         return folder
     if HUB_ID.fullmatch(name) and not folder.exists() and name.split("/")[0] not in ("runs", "checkpoints"):
@@ -46,7 +45,7 @@ def locate(name, option):
 def base_of(folder):
     """The folder of the base that a PEFT adapter names (if it is not there: of the base that lies beside the adapter); a checkpoint's own."""
     file = folder / ADAPTER
-    if not file.is_file():
+    if not named(file):
         return folder
     settings = read_json(file, finite=True)
     lora.check_peft(settings, file)
@@ -63,7 +62,7 @@ def base_of(folder):
 
 def tokenizer_folder(folder):
     """Where a checkpoint's tokenizer is: an adapter often leaves it to its base."""
-    return folder if (folder / "tokenizer.json").is_file() else base_of(folder)
+    return folder if named(folder / "tokenizer.json") else base_of(folder)
 
 
 def read_config(name, folder):
@@ -73,7 +72,8 @@ def read_config(name, folder):
         return PRESETS[name]
     base = base_of(folder)
     config = config_from_hf(read_json(base / "config.json", finite=True), folder)
-    if config.tie_word_embeddings and has_own_head(base):
+    stored = stored_tensors(base)  # headers only: a file that is missing or no weights at all is found before anything is loaded
+    if config.tie_word_embeddings and has_own_head(base, stored):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
 
@@ -81,7 +81,7 @@ def read_config(name, folder):
 def stop_ids_of(folder):
     """The end-of-sequence ids that a checkpoint's generation_config.json names."""
     path = folder and base_of(folder) / "generation_config.json"
-    if not path or not path.is_file():
+    if not path or not named(path):
         return []
     value = read_json(path, finite=True).get("eos_token_id")
     ids = [i for i in (value if isinstance(value, list) else [value]) if i is not None]
@@ -168,7 +168,7 @@ def _weight_files(folder):
     """(files, {tensor: file} as the index says, or {}): one file, or shards. Where both are there the single file counts, as it does
     for `transformers`; files that no index names are left alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or single.is_symlink() or not index.is_file():
+    if named(single) or not named(index):
         if wrong := unreadable(single):
             if wrong != "is not there":
                 raise UserError(f"{single} {wrong}")
@@ -198,31 +198,32 @@ def _instead(folder):
     return f"weights are read from safetensors files only{f', and it has {other.name}; save them as safetensors' if other else ''}"
 
 
-def has_own_head(folder: Path) -> bool:
-    """Whether a checkpoint holds an output head beside the embedding, with other values. Says so once, on rank 0."""
-    stored = stored_tensors(folder)
-    if "lm_head.weight" not in stored or "embed_tokens.weight" not in stored:
+def has_own_head(folder: Path, stored: dict[str, Stored]) -> bool:
+    """Whether a checkpoint's tensors hold an output head beside the embedding, with other values. Says so once, on rank 0."""
+    embedding, head = stored.get("embed_tokens.weight"), stored.get("lm_head.weight")
+    if embedding is None or head is None:
         return False
-    files = {stored[name].file for name in ("lm_head.weight", "embed_tokens.weight")}
-    return _heads_differ(folder, *(stored[name] for name in ("embed_tokens.weight", "lm_head.weight")), _stamp(files))
-
-
-def _stamp(files):
-    return tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in sorted(files))
-
-
-@functools.cache
-def _heads_differ(folder, embedding, head, stamp):
-    """stamp: of the files, so that the answer of others than these is not taken for theirs."""
     with open_tensors(embedding.file) as a, open_tensors(head.file) as b:
         one, other = a.get_tensor(embedding.key), b.get_tensor(head.key)
+    _check_float(embedding.file, embedding.key, one)
+    _check_float(head.file, head.key, other)
     if one.shape == other.shape:
         wide = torch.promote_types(one.dtype, other.dtype)
         if torch.equal(one.to(wide), other.to(wide)):
             return False
-    if parallel.speaks():
-        print(f"{folder}: config.json says tied, but the weights hold another {head.key}: it is used, and the model is untied", flush=True)
+    if parallel.speaks() and str(folder) not in _told:
+        _told.add(str(folder))
+        say(f"{folder}: config.json says tied, but the weights hold another {head.key}: it is used, and the model is untied")
     return True
+
+
+_told = set()  # folders of which that was said
+
+
+def _check_float(file, key, tensor):
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {key} is {kind}: quantised weights are not supported; name a checkpoint in bf16, fp16 or fp32")
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -249,9 +250,7 @@ def load_weights(model, folder):
                 if name not in wanted:
                     raise UserError(f"{file}: unexpected tensor {key}; config.json does not describe these weights")
                 tensor = tensors.get_tensor(key)
-                if tensor.dtype not in FLOATS:
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    raise UserError(f"{file}: {key} is {kind}: quantised weights are not supported; name a checkpoint in bf16, fp16 or fp32")
+                _check_float(file, key, tensor)
                 if tensor.shape != wanted[name].shape:
                     raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
                 if pair := pairs.get(name.removesuffix(".weight")):
@@ -269,10 +268,17 @@ def load_weights(model, folder):
 def read_adapter(folder):
     """(LoraConfig, {name of the layer: (A, B)}) of a folder in PEFT's form."""
     file = folder / "adapter_model.safetensors"
-    if not file.is_file() and not file.is_symlink():
+    if not named(file):
         raise UserError(f"{folder} has no {file.name}; adapters are read from safetensors files only")
     with open_tensors(file) as tensors:
-        found = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        found = {}
+        for key in tensors.keys():
+            tensor = tensors.get_tensor(key)
+            _check_float(file, key, tensor)
+            name = WRAPPERS.sub("", key).removeprefix("module.").replace(".default.weight", ".weight")  # PEFT's name of the adapter
+            if name in found:
+                raise UserError(f"{file}: {key} and another tensor are both {name}; keep the one that is meant")
+            found[name] = tensor
     return lora.from_peft(read_json(folder / ADAPTER, finite=True), found, folder)
 
 

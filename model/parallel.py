@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, say
 from files import reason
 
 BUCKET_ELEMENTS = 64 << 20
@@ -86,7 +86,7 @@ def init(device_type: str, patience: float | None = None) -> tuple[int, int, int
     here = place()
     if here.note and here.note not in _said:
         _said.add(here.note)
-        print(here.note, flush=True)
+        say(here.note)
     if here.world > 1 and not dist.is_initialized():
         _join(here, "nccl" if device_type == "cuda" else "gloo", patience)
     return here.rank, here.world, here.local_rank
@@ -98,7 +98,7 @@ _said = set()  # notes, once per process
 def _join(here, backend, patience):
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     waits = f"rank {here.rank} waits for the other {here.world - 1} of WORLD_SIZE={here.world} at {address}"
-    alarm = threading.Timer(30, print, (waits,), {"flush": True})
+    alarm = threading.Timer(30, say, (waits,))
     alarm.daemon = True
     alarm.start()
     try:

@@ -153,6 +153,13 @@ def test_quantised_weights_are_refused_by_name(tied, kind):
         ours(folder)
 
 
+def test_a_quantised_head_beside_a_tied_config_is_refused_by_name(tied):
+    folder, change = tied
+    change(lambda t: t | {HEAD: t[EMBEDDING].to(torch.float8_e4m3fn)})
+    with pytest.raises(UserError, match="lm_head.weight is float8_e4m3fn"):
+        ours(folder)
+
+
 def test_mixed_precisions_are_cast_as_transformers_casts_them(tied):
     folder, change = tied
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -348,3 +355,33 @@ def test_weights_are_loaded_only_after_all_headers_fit(tmp_path):
     with pytest.raises(UserError, match="are both norm.weight"):
         load_weights(model, tmp_path)
     assert torch.equal(model.norm.weight, before)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "adapter_config.json"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
+    """As a hub cache has them whose blobs were cleaned away: an optional file would be lost in silence."""
+    import train
+    from eval.load import find
+
+    theirs("qwen2-tied").save_pretrained(tmp_path / "in")
+    (tmp_path / "ck").mkdir()
+    save_model(ours(tmp_path / "in"), tmp_path / "ck", train.embedded_tokenizer(), [2])
+    (tmp_path / "ck" / name).unlink(missing_ok=True)
+    (tmp_path / "ck" / name).symlink_to("../../blobs/0a1b")
+    with pytest.raises(UserError, match=rf"{name}\S* is a link to ../../blobs/0a1b, which is not there") as e:
+        find(str(tmp_path / "ck"))
+    assert "\n" not in str(e.value)
+
+
+def test_weights_are_looked_at_before_anything_is_loaded_or_made(tmp_path, capsys):
+    """Whether tied or not: a run whose weights are not there leaves no folder behind."""
+    import train
+
+    (tmp_path / "ck").mkdir()
+    theirs("qwen2-untied").save_pretrained(tmp_path / "in")
+    save_model(ours(tmp_path / "in"), tmp_path / "ck", train.embedded_tokenizer(), [2])
+    (tmp_path / "ck/model.safetensors").write_text("Entry not found")
+    capsys.readouterr()
+    assert train.main(["--mode=sft", f"--model={tmp_path / 'ck'}", "--device=cpu", f"--runs={tmp_path / 'runs'}"]) == 2
+    err = capsys.readouterr().err
+    assert "model.safetensors" in err and "Entry not found" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
