@@ -1,4 +1,7 @@
-"""Reading files that a user may hand us, saying in one line what is wrong with one; and writing files whole or not at all."""
+"""Reading files that a user may hand us, with one line on what is wrong.
+
+And writing files that appear whole or not at all.
+"""
 
 import json
 import os
@@ -10,11 +13,14 @@ from errors import RunFailed, UserError
 HEAD = 4096  # bytes at a file's beginning that tell what it is
 
 # What a file holds when it is not the file that it should be.
+LFS = "is a git-lfs pointer, not the file: run git lfs pull in that folder"
+XET = "is a git-xet pointer, not the file: run git xet checkout in that folder"
+ANNEX = "is a git-annex pointer, not the file: run git annex get in that folder"
 POINTERS = (
-    (b"version https://git-lfs.github.com/spec/", "is a git-lfs pointer, not the file: run git lfs pull in that folder"),
-    (b"version https://hawser.github.com/spec/", "is a git-lfs pointer, not the file: run git lfs pull in that folder"),
-    (b"# xet version", "is a git-xet pointer, not the file: run git xet checkout in that folder, or download it again"),
-    (b"/annex/objects/", "is a git-annex pointer, not the file: run git annex get in that folder"),
+    (b"version https://git-lfs.github.com/spec/", LFS),
+    (b"version https://hawser.github.com/spec/", LFS),
+    (b"# xet version", XET),
+    (b"/annex/objects/", ANNEX),
 )
 MARKUP = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error")
 REPLIES = (
@@ -49,14 +55,15 @@ MAGIC = (
 WIDE_MARKS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
 
 
-# --- what is wrong with a file ---------------------------------------------------------------------------------------
+# --- what is wrong with a file ------------------------------------------------------------
 
 
 def explain(content: bytes, expected: str = "text") -> str | None:
     """Say what `content`, a file or its first bytes, is where it is not what it should be.
 
     expected: "text", "safetensors", or a kind of `MAGIC` such as "parquet" and "gzip".
-    Returns words that follow the file's name ("is a git-lfs pointer, ..."), or None if nothing was recognised.
+    Returns words that follow the file's name ("is a git-lfs pointer, ..."), or None if nothing was
+    recognised.
     """
     if not content:
         return "is empty"
@@ -64,8 +71,8 @@ def explain(content: bytes, expected: str = "text") -> str | None:
     for begin, words in POINTERS:
         if start.startswith(begin):
             return words
-    if b".git/annex/objects/" in content[:HEAD].splitlines()[0]:  # a link that was checked out as text
-        return "is a git-annex pointer, not the file: run git annex get in that folder"
+    if b".git/annex/objects/" in content[:HEAD].splitlines()[0]:  # a link, checked out as text
+        return ANNEX
     if start[:16].lower().startswith(MARKUP):
         return "is a web page (of an error or a login, perhaps), not the file: download it again"
     if len(content) < HEAD and start.startswith(REPLIES):
@@ -99,7 +106,7 @@ def _has_wide_letters(content: bytes) -> bool:
 
 
 def unreadable(path: Path) -> str | None:
-    """Say why there is no file to be read at `path`: words that follow its name; None if there is one."""
+    """Say why there is no file to be read at `path`, in words that follow its name, or None."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, which is not there"
@@ -111,7 +118,10 @@ def unreadable(path: Path) -> str | None:
 
 
 def named(path: Path) -> bool:
-    """Whether there is a file, or a link that leads nowhere: reading that says so, where passing over it would lose the file."""
+    """Whether there is a file, or a link that leads nowhere.
+
+    Reading such a link says what is wrong, where passing over it would lose the file in silence.
+    """
     return path.is_file() or path.is_symlink()
 
 
@@ -121,12 +131,15 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------
 
 
 def read_head(path: Path, expected: str = "text", label: str = "") -> bytes:
-    """The first bytes of a file. Raises UserError, which begins with `label` (empty: the path), if it cannot be read or if
-    they show that it is something other than `expected` (see `explain`)."""
+    """The first bytes of a file.
+
+    Raises UserError, which begins with `label` (empty: the path), if the file cannot be read or if
+    they show that it is something other than `expected` (see `explain`).
+    """
     return _read(path, expected, label, HEAD)
 
 
@@ -150,26 +163,30 @@ def _read(path, expected, label, count):
 
 
 def read_text(path: Path, label: str = "") -> str:
-    """A text file in UTF-8, without its byte order mark if it has one. Raises UserError like `read_head`, also for text in
-    another encoding."""
+    """A text file in UTF-8, without its byte order mark if it has one.
+
+    Raises UserError like `read_head`, also for text in another encoding.
+    """
     return decode_text(read_bytes(path, "text", label), label or str(path))
 
 
 def decode_text(content: bytes, label: str) -> str:
-    """`content` as UTF-8 text without a byte order mark. Raises UserError, which begins with `label`."""
+    """`content` as UTF-8 text without a byte order mark. The UserError begins with `label`."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[: e.start].count(b"\n") + 1
-        raise UserError(f"{label} is not UTF-8 text (byte 0x{content[e.start]:02x} in line {line}); save it as UTF-8") from None
+        where = f"byte 0x{content[e.start]:02x} in line {line}"
+        raise UserError(f"{label} is not UTF-8 text ({where}); save it as UTF-8") from None
 
 
 def read_json(path: Path, label: str = "", finite: bool = False) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises UserError like `read_text`, and for what `parse_json` refuses."""
+    """A file that holds one JSON object. Raises UserError like `read_text` and `parse_json`."""
     label = label or str(path)
     value = parse_json(read_text(path, label), label, finite)
     if not isinstance(value, dict):
-        raise UserError(f"{label}: expected a JSON object, found {_KINDS.get(type(value), 'a number')}")
+        found = _KINDS.get(type(value), "a number")
+        raise UserError(f"{label}: expected a JSON object, found {found}")
     return value
 
 
@@ -177,10 +194,15 @@ _KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "n
 
 
 def parse_json(text: str, label: str, finite: bool = False) -> Any:
-    """The value of a JSON text. Raises UserError, which begins with `label`: not JSON, a name twice in one object, nested too
-    deeply; with `finite` also NaN and Infinity, which are not JSON (our own files of figures may hold them)."""
+    """The value of a JSON text.
+
+    Raises UserError, which begins with `label`: not JSON, a name twice in one object, nested too
+    deeply; with `finite` also NaN and Infinity, which are not JSON (our own files of figures may
+    hold them).
+    """
+    constant = _no_constant if finite else None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant if finite else None)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except RecursionError:
         raise UserError(f"{label}: not valid JSON (nested too deeply)") from None
     except ValueError as e:
@@ -200,7 +222,7 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: Any) -> None:

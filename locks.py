@@ -1,8 +1,9 @@
 """A lock file that one process at a time may have, also where the file system has no locks.
 
-Where `flock` works the kernel keeps the lock, and a holder that dies gives it back. Elsewhere (Lustre without `-o flock`, some NFS
-and FUSE mounts) a file that only one process can create stands for it; it says who holds it, and one that died on this host is
-taken over. Of another host nobody can tell whether it died: then the message names the file to delete.
+Where `flock` works the kernel keeps the lock, and a holder that dies gives it back. Elsewhere
+(Lustre without `-o flock`, some NFS and FUSE mounts) a file that only one process can create stands
+for it; it says who holds it, and what a dead process of this host left is taken over. Of another
+host nobody can tell whether it died: then the message names the file to delete.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ from files import reason
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
 SAY = 30.0  # seconds between two lines that say so
-HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # what `flock` says of a lock that another has
+HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # from `flock`: another has the lock
 
 
 class Busy(Exception):
-    """Another process holds the lock; the message says of it what is known: "another process", "process 12 on that-host ..."."""
+    """Another process holds the lock. The message says which, as far as is known."""
 
 
 def soft_path(path: Path) -> Path:
@@ -35,7 +36,10 @@ def soft_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` inside `with`. Raises Busy if another process has it, OSError if it cannot be made."""
+    """Hold the lock file `path` inside `with`.
+
+    Raises Busy if another process has it, OSError if it cannot be made.
+    """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,8 +75,11 @@ def _holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def waiting_for(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` inside `with`, after whoever has it; a line says at once, and then every 30 seconds, what is
-    waited for. Raises UserError if the file cannot be made."""
+    """Hold the lock file `path` inside `with`, after whoever has it.
+
+    A line says at once, and then every 30 seconds, what is waited for. Raises UserError if the file
+    cannot be made.
+    """
     said = None
     with contextlib.ExitStack() as stack:
         while True:
