@@ -8,10 +8,12 @@ so wandb's `${args}` and `${args_no_boolean_flags}` both work.
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 
 from errors import UserError
+from files import parse_json, read_text, reason
 
 
 ABOVE_0 = ("a value above 0",)  # in `only`: a number that switches something on
@@ -88,21 +90,44 @@ def parse(cls, argv, base=None, kept=(), together=True):
 
 
 def read_file(path):
-    """A flat .toml or .json file as a dict."""
+    """A flat .toml or .json file as a dict. Raises UserError."""
     path = Path(path)
+    label, kind = f"--config {path}", path.suffix.lower()
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"{label} is a folder; name the file: {path / 'config.json'}")
+    text = read_text(path, label)
+    if kind in OTHER_FORMS:
+        raise UserError(f"{label}: {OTHER_FORMS[kind]} is not read; {TOML_FORM}")
     try:
-        text = path.read_text()
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as e:
-        raise UserError(f"--config {path}: {e.strerror or e}") from None
-    except (ValueError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path}: not valid {path.suffix[1:] or 'TOML'}: {e}") from None
+        values = parse_json(text, label) if kind == ".json" else tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{label}: not valid TOML: nested too deeply") from None
+    except ValueError as e:
+        if YAML_LINE.search(text):
+            raise UserError(f"{label} looks like YAML, which is not read; {TOML_FORM}") from None
+        if text.lstrip().startswith("{"):
+            raise UserError(f"{label} looks like JSON; give it a name that ends in .json") from None
+        raise UserError(f"{label}: not valid {kind[1:] or 'TOML'}: {reason(e)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected one object of names and values, found a {type(values).__name__}")
-    nested = [k for k, v in values.items() if isinstance(v, (dict, list))]
+        raise UserError(f"{label}: expected one object of names and values, found a {type(values).__name__}")
+    nested = {k: v for k, v in values.items() if isinstance(v, (dict, list))}
     if nested:
-        raise UserError(f"--config {path}: {nested[0]} is not a plain value; the configuration is flat")
+        name, value = next(iter(nested.items()))
+        if isinstance(value, dict) and "value" in value:
+            raise UserError(f"{label}: {name} is written as wandb writes it, {{\"value\": ...}}; write {name} = {_toml(value['value'])}, "
+                            "or name the config.json in the run's own folder, which is flat")  # fmt: skip
+        raise UserError(f"{label}: {name} is not a plain value; the configuration is flat")
     return values
+
+
+OTHER_FORMS = {".yaml": "YAML", ".yml": "YAML", ".py": "Python", ".ini": "INI", ".cfg": "INI", ".jsonl": "a list of JSON lines"}
+TOML_FORM = 'write TOML, one line for an option, as in lr = 1e-5 or data = "train.jsonl" (recipes/ has examples)'
+YAML_LINE = re.compile(r"^[\w-]+:(\s|$)", re.MULTILINE)
+
+
+def _toml(value):
+    """A value as it is written in a TOML file; anything but a plain one as its place only."""
+    return json.dumps(value) if isinstance(value, (str, int, float)) else "..."
 
 
 def resolved(config, without=()):

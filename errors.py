@@ -1,5 +1,6 @@
 """What goes wrong: for the user to mend, or not; and how a command says so."""
 
+import os
 import sys
 
 
@@ -9,6 +10,18 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that cannot go on through no fault of its input (disk full, loss not finite): one line, exit code 1."""
+
+
+def say(text, file=None):
+    """Print a line (file: standard output unless given). A terminal that was closed, or a pipe that nobody reads any more, ends
+    no run: from then on what is written there is lost."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())  # also what is still to be flushed when Python ends
+        os.close(nowhere)
 
 
 def as_command(name, run, interrupted="interrupted; the same command goes on"):
@@ -22,5 +35,5 @@ def as_command(name, run, interrupted="interrupted; the same command goes on"):
         code, text = 1, e
     except KeyboardInterrupt:
         code, text = 130, interrupted
-    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    say(f"{name}: {text}", sys.stderr)
     return code

@@ -18,7 +18,7 @@ from data.formatter import Formatter
 from data.tasks import TASKS
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, say
 from eval.log import forward_flops, show_batch
 from kernels import backend
 from knobs import Config, check
@@ -37,6 +37,8 @@ def choose_device(cfg):
     rank, world, local = parallel.init(kind)
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local} in the environment, but there are {torch.cuda.device_count()} GPUs to be seen; start fewer processes")
         torch.cuda.set_device(device)
     try:
         backend.use(cfg.kernels)
@@ -64,10 +66,10 @@ def embedded(cfg, rank, what, recipe, launch):
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
     if found := parallel.broadcast(finished_run(cfg.runs, knobs, whole.steps) if rank == 0 else None):
         return found
-    with only_one(path.with_suffix(".lock"), rank):  # the runs of a sweep may all be the first
+    with only_one(path.with_suffix(".lock"), rank, f"the embedded {what}"):  # the runs of a sweep may all be the first
         if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
             if rank == 0:
-                print(f"training the embedded {what} first (once; kept in {path})", flush=True)
+                say(f"training the embedded {what} first (once; kept in {path})")
             begun = parallel.broadcast((path / "config.json").exists())
             launch(dataclasses.replace(whole, name=path.name, runs=cfg.runs, resume=begun, device=cfg.device))
     if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
@@ -280,7 +282,7 @@ def prepare(cfg, held, launch):
     teacher = frozen(teacher_shape, teacher_folder) if has_teacher and not (cache and cache.whole) else None
     documents = [dataset.get(i) for i in range(len(dataset))] if cache else []
     if cache and not cache.whole:
-        print(f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}", flush=True)
+        say(f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}")
         cache.fill(likeliest(documents, teacher, cfg.kd_topk, temperature=cfg.kd_temperature, vocab=vocab, micro_tokens=cfg.micro_tokens, device=device))
     dataset.listed, teacher = cache, None if cache else teacher
     origin = origin if cfg.reference else student_folder

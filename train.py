@@ -155,7 +155,7 @@ def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device)
 
 
 def launch(cfg):
-    """Prepare and train; however that ends, the run's folder is free again and SIGTERM does what it did before."""
+    """Prepare and train; however that ends, the run's folder is free again and signals do what they did before."""
     with contextlib.ExitStack() as held:
         run = prepare(cfg, held, launch)
         if run is None:
@@ -180,7 +180,7 @@ def train(cfg, run, stop):
     spent = 0.0
 
     for step in range(start, steps + 1):
-        stopping = parallel.all_reduce_sum([stop.received], run.device)[0] > 0
+        stopping = parallel.all_reduce_sum([bool(stop.received)], run.device)[0] > 0
         seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
             run_on = dict(rank=run.rank, world=run.world, teacher=run.teacher, vocab=run.vocab)
@@ -226,7 +226,8 @@ def train(cfg, run, stop):
 
     run.source.close()
     if stopping:
-        log.say(f"stopped by a signal after step {step}; continue with --name {run.folder.path.name} --resume")
+        elsewhere = "" if cfg.runs == "runs" else f" --runs {cfg.runs}"
+        log.say(f"stopped by {stop.received or 'a signal'} after step {step}; continue with --name {run.folder.path.name}{elsewhere} --resume")
     elif run.rank == 0:
         try:
             draw_curves(run.folder.path)

@@ -14,18 +14,20 @@ would change the prompt or the training is used or refused by name, and columns 
 reported by `unread_columns`. Nothing here knows a tokenizer or a template; data/formatter.py does.
 """
 
+import codecs
 import gzip
 import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.code import humaneval, mbpp, split_of
 from data.grade import LONGEST, marked_answer, parse_number
 from data.tasks import TASKS, Example
 from errors import UserError
+from files import HEAD, explain, parse_json, read_head
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
 
@@ -65,13 +67,20 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     The content decides what a file is, not its name: a `.json` may hold JSON Lines (what
     `datasets.to_json` writes), a `.jsonl` one list. Raises UserError.
     """
+    expected = {".parquet": "parquet", ".gz": "gzip"}.get(path.suffix, "text")
+    read_head(path, expected)  # a pointer of git-lfs, a web page, another format
     try:
         if path.suffix == ".parquet":
             yield from _parquet_rows(path)
             return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            start = _first_bytes(file, path)
-            if start.startswith(b"[") or path.name.removesuffix(".gz").endswith(".json"):
+            start = file.read(HEAD)
+            if expected == "gzip" and (wrong := explain(start)):
+                raise UserError(f"{path}: its content {wrong}")
+            mark = codecs.BOM_UTF8 if start.startswith(codecs.BOM_UTF8) else b""
+            file.seek(len(mark))
+            is_list = start.removeprefix(mark).lstrip().startswith(b"[")
+            if is_list or path.name.removesuffix(".gz").endswith(".json"):
                 yield from _json_rows(file.read(), path)
             else:
                 yield from _json_lines(file, path)
@@ -79,16 +88,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: not a gzip file, or cut off ({e})") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from None
-
-
-def _first_bytes(file, path: Path) -> bytes:
-    """The beginning of an open file without white space; the file is left behind a byte order mark."""
-    start = file.read(4096)
-    mark = b"\xef\xbb\xbf"
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: its text is UTF-16; save it as UTF-8")
-    file.seek(len(mark) if start.startswith(mark) else 0)
-    return start.removeprefix(mark).lstrip()
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -106,18 +105,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, object]]:
     """Rows of a file that is one JSON value: a list of rows. JSON Lines under such a name are read as those."""
     try:
-        rows = json.loads(content, object_pairs_hook=_unique_keys)
-    except ValueError as whole_error:
+        rows = parse_json(content, str(path))
+    except UserError:
         lines = content.splitlines()
         first = next((line for line in lines if line.strip()), b"")
         try:
             json.loads(first)
-        except ValueError:
-            raise UserError(f"{path}: not valid JSON ({whole_error})") from None
+        except (ValueError, RecursionError):
+            first = None
+        if first is None:
+            raise
         yield from _json_lines(lines, path)
         return
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
     if isinstance(rows, dict):
         yield from _rows_of_object(rows, path)
         return
@@ -140,27 +139,10 @@ def _rows_of_object(value: dict, path: Path) -> Iterator[tuple[str, object]]:
         yield f"{path}:item {number}", row
 
 
-def _json_lines(lines, path: Path) -> Iterator[tuple[str, object]]:
+def _json_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_unique_keys)
-        except ValueError as e:
-            raise UserError(f"{path}:{number}: not valid JSON ({e})") from None
-        except RecursionError:
-            raise UserError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
-        yield f"{path}:{number}", row
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """An object's names and values; a name that stands there twice would lose one of its values."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object")
-    return result
+        if line.strip():
+            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
 
 
 # --- rows -> examples ----------------------------------------------------------------------------

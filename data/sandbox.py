@@ -26,6 +26,7 @@ from pathlib import Path
 
 from data.judge import receive, send
 from errors import RunFailed, UserError
+from model.parallel import place
 
 START_LIMIT = 60.0  # seconds for a helper to start on a busy machine
 GRACE = 20.0  # seconds beyond a program's own for the helper to clean up
@@ -60,7 +61,7 @@ def check(program, tests="", **limits):
 
 def at_once():
     """How many programs this process should run at a time: its share of the processors, where torchrun started others beside it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(os.sched_getaffinity(0)) // place().local_world)
 
 
 def check_many(jobs, workers=0, **limits):

@@ -15,6 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from errors import UserError
+from files import named, read_text
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
@@ -49,7 +50,12 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         folder = Path(folder)
-        return cls({name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}, folder)
+        files = {}
+        for name in FILES:
+            path = folder / name
+            if named(path) and (not path.exists() or path.stat().st_size or name == "tokenizer.json"):
+                files[name] = read_text(path).encode()  # without a byte order mark, which the tokenizers library does not know
+        return cls(files, folder)
 
     def save(self, folder):
         for name, content in self.files.items():

@@ -6,6 +6,7 @@ are the protocol of arXiv 2506.13404: temperature 0.6, top-p 0.95, up to 32,768 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -23,9 +24,10 @@ from errors import RunFailed, UserError
 from eval import benchmarks, prompts, results, trained
 from eval.load import Subject, find
 from eval.report import environment
+from files import replace_file
 from model import parallel
 from model.generate import generate
-from model.runs import replace_file
+from model.runs import handled, interrupt
 
 PROGRESS = 10.0  # seconds between progress lines
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank may wait for one whose answers are longer
@@ -290,7 +292,10 @@ def evaluate(args):
 
 def main(argv):
     try:
-        evaluate(parse(argv))
+        args = parse(argv)
+        # a rank that waits for another runs no handler of Python's: there the signal itself has to end it
+        with contextlib.nullcontext() if parallel.place().world > 1 else handled(interrupt):
+            evaluate(args)
         return 0
     except UserError as e:
         code, text = 2, e
@@ -300,7 +305,7 @@ def main(argv):
         code, text = 1, f"{e.filename or 'a file'}: {e.strerror or e}; the same command goes on"
     except KeyboardInterrupt:
         code, text = 130, "interrupted; the same command goes on"
-    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+    if parallel.speaks() or code == 1:
         print(f"eval: {text}", file=sys.stderr, flush=True)
     return code
 

@@ -22,8 +22,8 @@ from errors import UserError, as_command
 from eval.heldout import compare, document
 from eval.load import find
 from eval.results import Samples
-from model.checkpoint import read_json
-from model.runs import replace_file
+from files import read_json, replace_file
+from model.runs import handled, interrupt
 
 
 def parse(argv):
@@ -85,7 +85,8 @@ def run(args):
 
 
 def main(argv):
-    return as_command("eval.divergence", lambda: run(parse(argv)))
+    with handled(interrupt):
+        return as_command("eval.divergence", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

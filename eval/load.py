@@ -10,8 +10,9 @@ import torch
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.report import run_of
+from files import read_json
 from model import lineage, parallel
-from model.checkpoint import ADAPTER, base_of, build_model, locate, read_config, read_json, stop_ids_of, tokenizer_folder
+from model.checkpoint import ADAPTER, base_of, build_model, locate, read_config, stop_ids_of, tokenizer_folder
 from model.runs import RunFolder
 from model.transformer import ModelConfig
 

@@ -6,9 +6,9 @@ import os
 import secrets
 import sys
 
-from errors import RunFailed
+from errors import RunFailed, say
 from eval.report import environment
-from model.runs import replace_file
+from files import replace_file
 
 
 class Log:
@@ -55,7 +55,7 @@ class Log:
 
     def say(self, text):
         if not self.rank:
-            print(text, flush=True)
+            say(text)
 
     def progress(self, step, steps, values, left):
         shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}

@@ -1,7 +1,6 @@
 """What a run is read by: its environment, its metrics, a table and a picture."""
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 def environment():
     """Versions, git commit, device and command of this process."""
     import torch
+
+    from model import parallel
 
     def git(*args):
         try:
@@ -34,7 +35,7 @@ def environment():
         "git_dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "ranks": parallel.place().world,
         "python": platform.python_version(),
         "packages": {p: installed(p) for p in ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")},
     }

@@ -10,8 +10,7 @@ import numpy as np
 
 from errors import RunFailed, UserError
 from eval.statistics import intervals, majority_at_k, paired, pass_at_k
-from model.checkpoint import read_json
-from model.runs import replace_file
+from files import read_json, replace_file
 
 
 class Samples:

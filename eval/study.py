@@ -9,7 +9,7 @@ what was interrupted and skips what is done. --rehearse runs all of it in miniat
 """
 
 import argparse
-import fcntl
+import contextlib
 import os
 import signal
 import socket
@@ -21,10 +21,13 @@ from pathlib import Path
 import torch
 
 from data.confine import PR_PDEATHSIG, prctl
-from errors import RunFailed, UserError, as_command
+from errors import RunFailed, UserError, as_command, say
 from eval import study_plan, study_report
 from eval.log import duration
-from model.runs import replace_file
+from files import reason, replace_file
+from locks import Busy, lock
+from model import parallel
+from model.runs import StopSignal, handled, interrupt
 
 PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and between reports
 
@@ -71,12 +74,13 @@ class Running:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
+        environment = {k: v for k, v in os.environ.items() if k not in parallel.VARIABLES}  # a job of one process is one
         for rank in range(ranks):
             world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
             with open(log_of(out, job) if rank == 0 else out / "logs" / f"{job.name}.rank-{rank}.txt", "a") as log:
                 self.processes.append(subprocess.Popen(
                     [sys.executable, *map(str, job.command(out))], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=study_plan.ROOT,
-                    env=os.environ | place | {k: str(v) for k, v in world.items()}, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
+                    env=environment | place | {k: str(v) for k, v in world.items()}, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
                 ))  # fmt: skip
 
     def poll(self):
@@ -87,10 +91,13 @@ class Running:
             return wrong[0]
         return None if None in codes else 0
 
-    def stop(self, patience):
-        """A run that is told to stop saves a checkpoint first, after its step."""
+    def terminate(self):
         for process in self.processes:
             process.terminate()
+
+    def stop(self, patience):
+        """A run that is told to stop saves a checkpoint first, after its step."""
+        self.terminate()
         for process in self.processes:
             try:
                 process.wait(patience)
@@ -127,7 +134,7 @@ def run_jobs(study, out, free, report):
     the same. report(): called every REPORT seconds. Returns {job: (exit code, why it failed)}."""
     waiting, running, failed = [j for j in study.jobs if not done(out, j)], {}, {}
     total, began, shown, reported = len(waiting), time.monotonic(), time.monotonic(), time.monotonic()
-    say = lambda text: print(f"[{total - len(waiting) - len(running)}/{total} {duration(time.monotonic() - began)}] {text}", flush=True)
+    tell = lambda text: say(f"[{total - len(waiting) - len(running)}/{total} {duration(time.monotonic() - began)}] {text}")
     for job in waiting:
         failure(out, job).unlink(missing_ok=True)
     try:
@@ -147,14 +154,14 @@ def run_jobs(study, out, free, report):
                 free.append(process.place)
                 if code == 0 and whole(out, job):
                     replace_file(out / "done" / job.name, "")
-                    say(f"{job.label}: {seconds:.0f} s")
+                    tell(f"{job.label}: {seconds:.0f} s")
                     continue
                 failed[job] = code, f"{job.label}: {last_words(out, job)}"
                 replace_file(failure(out, job), failed[job][1])
-                say(f"FAILED {failed[job][1]}")
+                tell(f"FAILED {failed[job][1]}")
             if running and time.monotonic() - shown > PROGRESS:
                 shown = time.monotonic()
-                say("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
+                tell("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
             if time.monotonic() - reported > REPORT:
                 reported = time.monotonic()
                 report()
@@ -162,9 +169,12 @@ def run_jobs(study, out, free, report):
         raise RunFailed(f"{e.filename or out}: {e.strerror}; the same command goes on") from None
     finally:
         if running:
-            print("stopping; runs save a checkpoint first", flush=True)
-        for process in running.values():
-            process.stop(600)
+            say("stopping; runs save a checkpoint first")
+        with StopSignal():  # a scheduler that asks twice does not cut this short
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.stop(600)
     return failed
 
 
@@ -197,16 +207,15 @@ def run(args):
     try:
         for name in ("runs", "traces", "evals", "kl", "logs", "done"):
             (out / name).mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        held = contextlib.ExitStack()
+        held.enter_context(lock(out / ".lock"))
+    except Busy as e:
+        raise UserError(f"{out} is in use by {e}; wait for its end, or look at it with --report") from None
     except OSError as e:
-        raise UserError(f"--out {out} cannot be made ({e.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is in use by another process; wait for its end, or look at it with --report") from None
+        raise UserError(f"--out {out} cannot be made ({reason(e)})") from None
+    with held:
         failed = run_jobs(study, out, places_free, report)
-        print(report(), flush=True)
+        say(report())
     if failed:
         mendable = [text for code, text in failed.values() if code == 2]
         kind, text = (UserError, mendable[0]) if mendable else (RunFailed, next(iter(failed.values()))[1])
@@ -214,12 +223,8 @@ def run(args):
 
 
 def main(argv):
-    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(interrupt):
         return as_command("eval.study", lambda: run(parse(argv)))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

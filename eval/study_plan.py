@@ -19,9 +19,9 @@ from data.tasks import TASKS
 from data.teacher_cache import weights_digest
 from errors import UserError
 from eval.benchmarks import find
+from files import read_json, read_text, reason, replace_file
 from knobs import Config, check
-from model.checkpoint import read_json
-from model.runs import RunFolder, replace_file
+from model.runs import RunFolder
 from model.transformer import PRESETS
 
 TABLES = ("study", "eval", "common", "model", "traces", "run", "arm", "claim")
@@ -151,11 +151,9 @@ def read(path, seeds="", arms="", rehearsal=False):
     """The Study of a TOML file, every knob and option checked. seeds, arms: those of the file that are wanted, with commas between them
     (seeds may be others). rehearsal: the same study in miniature (see `miniature`). Raises UserError naming file and table."""
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid TOML ({e})") from None
+        content = tomllib.loads(read_text(Path(path)))
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise UserError(f"{path}: not valid TOML ({reason(e)})") from None
     if extra := set(content) - set(TABLES):
         raise UserError(f"{path}: unknown table [{min(extra)}]; there are {', '.join(TABLES)}")
     try:

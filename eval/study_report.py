@@ -17,8 +17,7 @@ from errors import RunFailed
 from eval.report import read_metrics
 from eval.results import Samples, aligned, asked, asked_differently, counts, markdown
 from eval.statistics import paired, student_t
-from model.checkpoint import read_json
-from model.runs import replace_file
+from files import read_json, replace_file
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
 MARK = " †"  # behind a gain whose two sides were asked differently

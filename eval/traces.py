@@ -27,9 +27,10 @@ from eval.load import find
 from eval.log import generation_flops
 from eval.report import environment
 from eval.results import Samples, line
+from files import replace_file
 from model import lineage
 from model.generate import generate
-from model.runs import replace_file
+from model.runs import handled, interrupt
 from model.transformer import Transformer
 
 # Columns that say what a trace's messages and answer say already, in forms of their own.
@@ -188,7 +189,8 @@ def run(args):
 
 
 def main(argv):
-    return as_command("eval.traces", lambda: run(parse(argv)))
+    with handled(interrupt):
+        return as_command("eval.traces", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Hugging Face checkpoints and PEFT adapters <-> ours. Only safetensors and JSON are read or written; nothing is ever unpickled."""
 
-import json
+import contextlib
+import dataclasses
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from errors import UserError
-from model import lora
+from errors import UserError, say
+from files import HEAD, explain, named, read_json, reason, unreadable, write_json
+from model import lora, parallel
 from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -23,7 +27,7 @@ def locate(name, option):
         return None
     folder = Path(name)
     if folder.is_dir():
-        if not (base_of(folder) / "config.json").is_file():
+        if not named(base_of(folder) / "config.json"):
             raise UserError(f"{option} {name}: the folder has no config.json")
         return folder
     if HUB_ID.fullmatch(name) and not folder.exists() and name.split("/")[0] not in ("runs", "checkpoints"):
@@ -41,9 +45,9 @@ def locate(name, option):
 def base_of(folder):
     """The folder of the base that a PEFT adapter names (if it is not there: of the base that lies beside the adapter); a checkpoint's own."""
     file = folder / ADAPTER
-    if not file.is_file():
+    if not named(file):
         return folder
-    settings = read_json(file)
+    settings = read_json(file, finite=True)
     lora.check_peft(settings, file)
     name = settings.get("base_model_name_or_path") or ""
     if (folder / "config.json").is_file() and not (name and Path(name).is_dir()):
@@ -58,19 +62,32 @@ def base_of(folder):
 
 def tokenizer_folder(folder):
     """Where a checkpoint's tokenizer is: an adapter often leaves it to its base."""
-    return folder if (folder / "tokenizer.json").is_file() else base_of(folder)
+    return folder if named(folder / "tokenizer.json") else base_of(folder)
 
 
 def read_config(name, folder):
-    """The ModelConfig of a preset (folder None) or of a checkpoint folder."""
-    return PRESETS[name] if folder is None else config_from_hf(read_json(base_of(folder) / "config.json"), folder)
+    """The ModelConfig of a preset (folder None) or of a checkpoint folder. One that says tied of weights that hold another head
+    is that of an untied model: the head that is there counts, as it does for `transformers`."""
+    if folder is None:
+        return PRESETS[name]
+    base = base_of(folder)
+    config = config_from_hf(read_json(base / "config.json", finite=True), folder)
+    stored = stored_tensors(base)  # headers only: a file that is missing or no weights at all is found before anything is loaded
+    if config.tie_word_embeddings and has_own_head(base, stored):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config
 
 
 def stop_ids_of(folder):
     """The end-of-sequence ids that a checkpoint's generation_config.json names."""
     path = folder and base_of(folder) / "generation_config.json"
-    ids = read_json(path).get("eos_token_id", []) if path and path.is_file() else []
-    return ids if isinstance(ids, list) else [ids]
+    if not path or not named(path):
+        return []
+    value = read_json(path, finite=True).get("eos_token_id")
+    ids = [i for i in (value if isinstance(value, list) else [value]) if i is not None]
+    if strange := next((i for i in ids if type(i) is not int), None):
+        raise UserError(f"{path}: eos_token_id {strange!r} is not a token's id")
+    return ids
 
 
 def build_model(config, folder, *, device, seed, weight_dtype=torch.float32, compute_dtype=None):
@@ -81,51 +98,188 @@ def build_model(config, folder, *, device, seed, weight_dtype=torch.float32, com
     return model.init_weights(seed) if folder is None else load_weights(model, folder)
 
 
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, opened for reading. Raises UserError that says what it is instead, inside `with` too."""
+    if wrong := unreadable(file):
+        raise UserError(f"{file} {wrong}")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as e:
+        with contextlib.suppress(OSError), open(file, "rb") as f:
+            if wrong := explain(f.read(HEAD), "safetensors"):
+                raise UserError(f"{file}: damaged or not a safetensors file: it {wrong}") from None
+        raise UserError(f"{file}: damaged or unreadable safetensors file ({reason(e)})") from None
+
+
+# What savers leave in front of a tensor's name, or within it, and what does not change what the tensor is: torch.compile,
+# DataParallel, FSDP and activation checkpointing wrap modules; PEFT wraps a model, and merging leaves the wrapper's name.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = ("module.", "base_model.", "model.")
+UNMERGED = ("lora_", ".base_layer.", "modules_to_save.", ".original_module.")
+
+
+def our_name(key: str) -> str:
+    """The name that we give a tensor of a checkpoint: without what savers put before it."""
+    name = WRAPPERS.sub("", key)
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint is: under which name in which file."""
+
+    file: Path
+    key: str
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """{our name: where it is} of a checkpoint folder's weights. Reads the files' headers only.
+
+    Raises UserError for files that are missing or not safetensors, for an index that does not fit them, and where two tensors
+    would get one name."""
+    files, listed = _weight_files(folder)
+    found = {}
+    for file in files:
+        with open_tensors(file) as tensors:
+            keys = list(tensors.keys())
+        for key in keys:
+            if listed.get(key, file) != file:
+                continue  # the index takes it from another file
+            name = our_name(key)
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # computed
+            if part := next((part for part in UNMERGED if part in key), None):
+                raise UserError(f"{file}: tensor {key} belongs to an adapter that is not merged ({part.strip('._')}); merge it with PEFT")
+            if name in found:
+                raise UserError(f"{folder}: {found[name].key} and {key} are both {name}; keep the one that is meant")
+            found[name] = Stored(file, key)
+        if lacking := sorted(key for key, where in listed.items() if where == file and key not in keys):
+            raise UserError(f"{file} has no tensor {lacking[0]}, which the index says is there; the download is incomplete or mixed up")
+    return found
+
+
+def _weight_files(folder):
+    """(files, {tensor: file} as the index says, or {}): one file, or shards. Where both are there the single file counts, as it does
+    for `transformers`; files that no index names are left alone."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if named(single) or not named(index):
+        if wrong := unreadable(single):
+            if wrong != "is not there":
+                raise UserError(f"{single} {wrong}")
+            raise UserError(f"{folder} has no {single.name}; {_instead(folder)}")
+        return [single], {}
+    listed = {}
+    weight_map = read_json(index, finite=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map must name the file of every tensor, found {weight_map!r:.40}")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name != PurePosixPath(name).name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: the file of {key} is {name!r:.80}; it must be a .safetensors file of this folder")
+        listed[key] = folder / name
+    files = sorted(set(listed.values()))
+    for file in files:
+        if wrong := unreadable(file):
+            raise UserError(f"{folder} has no {file.name}, which the index names; the download is incomplete" if wrong == "is not there" else f"{file} {wrong}")
+    return files, listed
+
+
+def _instead(folder):
+    """What a folder without model.safetensors has, and what to do about it."""
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        return f"it has {shards[0].name}, but model.safetensors.index.json, which says what is where, is missing"
+    other = next((f for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for f in sorted(folder.glob(pattern))), None)
+    return f"weights are read from safetensors files only{f', and it has {other.name}; save them as safetensors' if other else ''}"
+
+
+def has_own_head(folder: Path, stored: dict[str, Stored]) -> bool:
+    """Whether a checkpoint's tensors hold an output head beside the embedding, with other values. Says so once, on rank 0."""
+    embedding, head = stored.get("embed_tokens.weight"), stored.get("lm_head.weight")
+    if embedding is None or head is None:
+        return False
+    with open_tensors(embedding.file) as a, open_tensors(head.file) as b:
+        one, other = a.get_tensor(embedding.key), b.get_tensor(head.key)
+    _check_float(embedding.file, embedding.key, one)
+    _check_float(head.file, head.key, other)
+    if one.shape == other.shape:
+        wide = torch.promote_types(one.dtype, other.dtype)
+        if torch.equal(one.to(wide), other.to(wide)):
+            return False
+    if parallel.speaks() and str(folder) not in _told:
+        _told.add(str(folder))
+        say(f"{folder}: config.json says tied, but the weights hold another {head.key}: it is used, and the model is untied")
+    return True
+
+
+_told = set()  # folders of which that was said
+
+
+def _check_float(file, key, tensor):
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {key} is {kind}: quantised weights are not supported; name a checkpoint in bf16, fp16 or fp32")
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 @torch.no_grad()
 def load_weights(model, folder):
     """Copy a checkpoint (one safetensors file or an index of shards, with or without an adapter) into the model, casting to its dtype."""
     wanted = dict(model.named_parameters())
-    found = set()
     config, pairs = read_adapter(folder) if (folder / ADAPTER).is_file() else (None, {})
     if strange := next((layer for layer in pairs if f"{layer}.weight" not in wanted), None):
         raise UserError(f"{folder}: the adapter has a layer {strange} that its base has not")
-    for file in _weight_files(base_of(folder)):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for key in tensors.keys():
-                    name = key.removeprefix("model.")
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        continue  # some tied checkpoints store the head a second time
-                    if name not in wanted:
-                        raise UserError(f"{file}: unexpected tensor {key}; config.json does not describe these weights")
-                    tensor = tensors.get_tensor(key)
-                    if tensor.shape != wanted[name].shape:
-                        raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
-                    if pair := pairs.get(name.removesuffix(".weight")):
-                        _check_pair(name, pair, tensor.shape, folder)
-                        tensor = lora.merge(tensor, *pair, config.scale)
-                    wanted[name].copy_(tensor)
-                    found.add(name)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: damaged or unreadable safetensors file ({str(e).splitlines()[0]})") from None
-    missing = sorted(set(wanted) - found)
+    stored = stored_tensors(base_of(folder))
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:
+        # some tied checkpoints store the head a second time, and some only under the head's name
+        head = stored.pop("lm_head.weight")
+        stored.setdefault("embed_tokens.weight", head)
+    by_file = {}
+    for name, (file, key) in stored.items():
+        by_file.setdefault(file, []).append((name, key))
+    for file, names in by_file.items():
+        with open_tensors(file) as tensors:
+            for name, key in names:
+                if name not in wanted:
+                    raise UserError(f"{file}: unexpected tensor {key}; config.json does not describe these weights")
+                tensor = tensors.get_tensor(key)
+                _check_float(file, key, tensor)
+                if tensor.shape != wanted[name].shape:
+                    raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
+                if pair := pairs.get(name.removesuffix(".weight")):
+                    _check_pair(name, pair, tensor.shape, folder)
+                    tensor = lora.merge(tensor, *pair, config.scale)
+                wanted[name].copy_(tensor)
+    missing = sorted(set(wanted) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete")
+        tied = "; config.json says that the head is not tied" if missing == ["lm_head.weight"] else ""
+        raise UserError(f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete{tied}")
     return model
 
 
 def read_adapter(folder):
     """(LoraConfig, {name of the layer: (A, B)}) of a folder in PEFT's form."""
     file = folder / "adapter_model.safetensors"
-    if not file.is_file():
+    if not named(file):
         raise UserError(f"{folder} has no {file.name}; adapters are read from safetensors files only")
-    try:
-        return lora.from_peft(read_json(folder / ADAPTER), load_file(file), folder)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: damaged or unreadable safetensors file ({str(e).splitlines()[0]})") from None
+    with open_tensors(file) as tensors:
+        found = {}
+        for key in tensors.keys():
+            tensor = tensors.get_tensor(key)
+            _check_float(file, key, tensor)
+            name = WRAPPERS.sub("", key).removeprefix("module.").replace(".default.weight", ".weight")  # PEFT's name of the adapter
+            if name in found:
+                raise UserError(f"{file}: {key} and another tensor are both {name}; keep the one that is meant")
+            found[name] = tensor
+    return lora.from_peft(read_json(folder / ADAPTER, finite=True), found, folder)
 
 
 @torch.no_grad()
@@ -147,28 +301,15 @@ def _check_pair(name, pair, shape, folder):
         raise UserError(f"{folder}: the adapter of {name} is for a layer of {pair[1].shape[0]} x {pair[0].shape[1]}, not {shape[0]} x {shape[1]}")
 
 
-def _weight_files(folder):
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()})
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{folder} has no {file.name}; weights are read from safetensors files only")
-    return files
+# --- saving ------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that may be read by whom the umask says: the library makes them for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def save_model(model, folder, tokenizer, stop_ids):
@@ -179,7 +320,7 @@ def save_model(model, folder, tokenizer, stop_ids):
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     if lora.adapters(model):
         save_adapter(model, folder / "adapter")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype))
     eos = {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
     write_json(folder / "generation_config.json", eos | {"pad_token_id": stop_ids[-1], "do_sample": False})
@@ -191,8 +332,4 @@ def save_adapter(model, folder):
     folder.mkdir()
     settings, tensors = lora.to_peft(model)
     write_json(folder / ADAPTER, settings)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

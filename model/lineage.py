@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.checkpoint import ADAPTER, base_of, write_json
+from files import write_json
+from model.checkpoint import ADAPTER, base_of
 
 RECORD, HASHES = "trained_on.json", "trained_on.bin"
 FORM = 1  # of the two files

@@ -2,20 +2,114 @@
 
 import datetime
 import os
+import threading
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from errors import UserError, say
+from files import reason
+
 BUCKET_ELEMENTS = 64 << 20
+MEETING = 300.0  # seconds for which a process waits for the others to start
 
 
-def init(device_type, patience=None):
-    """(rank, world, local rank). Joins torchrun's process group if there is more than one rank. patience: seconds after which a rank
-    that waits for another gives up (None: torch's own 10 or 30 minutes)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=patience and datetime.timedelta(seconds=patience))
-    return int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0))
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+
+class Place(NamedTuple):
+    """Where this process stands among those that were started together. note: what was overlooked in the environment, or ""."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    note: str
+
+
+def place() -> Place:
+    """This process's place, by the variables that torchrun sets: the one reader of WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT.
+
+    Platforms set some of them without starting anything: a WORLD_SIZE above 1 with neither a rank nor an address to meet at is one
+    process. Raises UserError where they contradict each other.
+    """
+    world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
+    local_rank, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    size, number = world or 1, rank or 0
+    if size > 1 and rank is None:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        note = f"WORLD_SIZE={size}, but {', '.join(missing)} not set: this is one process of its own; torchrun starts several"
+        return Place(0, 1, 0, local_world or 1, note)
+    if world is None and number > 0:
+        note = f"RANK={number}, but WORLD_SIZE not set: this is one process of its own; torchrun starts several"
+        return Place(0, 1, 0, local_world or 1, note)
+    if number >= size:
+        raise UserError(f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; unset both, or use torchrun")
+    if size == 1:
+        return Place(0, 1, local_rank or 0, local_world or 1, "")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        both = " and ".join(missing)
+        raise UserError(f"RANK={number} and WORLD_SIZE={size} in the environment, but not {both}: unset the two, or use torchrun")
+    if not 0 < (_variable("MASTER_PORT", 1) or 0) < 1 << 16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; unset it, or use torchrun")
+    if local_rank is None:
+        local_rank = number % max(1, torch.cuda.device_count())  # srun and mpirun tell the rank only
+    return Place(number, size, local_rank, local_world or 1, "")
+
+
+def _variable(name, least):
+    """A whole number of the environment that is at least `least`; None where it is not set, or set to nothing."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(f"{name}={text} in the environment is not a whole number of at least {least}; unset it, or use torchrun")
+    return int(text)
+
+
+def speaks() -> bool:
+    """Whether this is the process that speaks for all, before `init` too and whatever the environment holds."""
+    if dist.is_initialized():
+        return rank() == 0
+    try:
+        return place().rank == 0
+    except UserError:
+        return True
+
+
+def init(device_type: str, patience: float | None = None) -> tuple[int, int, int]:
+    """(rank, world, local rank). Joins the process group if there is more than one rank. patience: seconds after which a rank
+    that waits for another gives up (None: torch's own 10 or 30 minutes). Raises UserError if the others cannot be met."""
+    here = place()
+    if here.note and here.note not in _said:
+        _said.add(here.note)
+        say(here.note)
+    if here.world > 1 and not dist.is_initialized():
+        _join(here, "nccl" if device_type == "cuda" else "gloo", patience)
+    return here.rank, here.world, here.local_rank
+
+
+_said = set()  # notes, once per process
+
+
+def _join(here, backend, patience):
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waits = f"rank {here.rank} waits for the other {here.world - 1} of WORLD_SIZE={here.world} at {address}"
+    alarm = threading.Timer(30, say, (waits,))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        meeting = dist.rendezvous("env://", here.rank, here.world, timeout=datetime.timedelta(seconds=MEETING))
+        store, _, _ = next(iter(meeting))
+    except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
+        raise UserError(f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, or use torchrun") from None
+    finally:
+        alarm.cancel()
+    limit = patience and datetime.timedelta(seconds=patience)
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
 
 
 def active():

@@ -4,21 +4,21 @@ A checkpoint appears whole or not at all: it is written beside its place, flushe
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from errors import RunFailed, UserError
+from files import flush, read_json, reason, replace_file, write_json
+from locks import Busy, lock, waiting_for
 from model import parallel
-from model.checkpoint import read_json, save_model, write_json
+from model.checkpoint import open_tensors, save_model, save_tensors
 
 
 class RunFolder:
@@ -49,16 +49,16 @@ class RunFolder:
             save_model(model, draft, tokenizer, stop_ids)
             if self.lineage:
                 self.lineage.save(draft)
-            save_file(_optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors")
+            save_tensors(_optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
             for file in draft.rglob("*"):
-                _flush(file)
+                flush(file)
             draft.rename(final)
-            _flush(self.checkpoints)
+            flush(self.checkpoints)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(draft, ignore_errors=True)
             kept = f"; the newest whole one is step {self.steps()[-1]}" if self.steps() else ""
-            raise RunFailed(f"checkpoint {final} could not be written ({_reason(e)}){kept}") from None
+            raise RunFailed(f"checkpoint {final} could not be written ({reason(e)}){kept}") from None
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)
         return final
@@ -66,16 +66,13 @@ class RunFolder:
     def load(self, step, model, optimizer):
         """Restore the optimizer of a model built from `step_folder(step)`, or from its adapter; returns the state that was saved beside it."""
         folder = self.step_folder(step)
-        try:
-            with safe_open(folder / "trainer" / "optimizer.safetensors", framework="pt", device="cpu") as tensors:
-                for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
-                    keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
-                    like = {"step": torch.float32}
-                    optimizer.state[p] = {
-                        (part := k.partition(".")[0]): tensors.get_tensor(k).to(p.device, like.get(part, p.dtype)) for k in keys
-                    }
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{folder}/trainer/optimizer.safetensors: damaged or unreadable ({_reason(e)})") from None
+        with open_tensors(folder / "trainer" / "optimizer.safetensors") as tensors:
+            for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+                keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
+                like = {"step": torch.float32}
+                optimizer.state[p] = {
+                    (part := k.partition(".")[0]): tensors.get_tensor(k).to(p.device, like.get(part, p.dtype)) for k in keys
+                }
         return read_json(folder / "trainer" / "state.json")
 
 
@@ -114,16 +111,16 @@ def _choose(runs, name, mode, resume, config, held):
                 if _begun(path):
                     continue
                 (path / "checkpoints").mkdir(parents=True, exist_ok=bool(name))  # a unique name: fails if another process was first
-            lock = held.enter_context(open(path / ".lock", "w"))
-            if not _lock(lock):
-                return UserError(f"run {path} is in use by another process; wait for its end or choose another --name")
+            held.enter_context(lock(path / ".lock"))
             if not resume:
                 replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
             return path
         except FileExistsError:
             continue
+        except Busy as e:
+            return UserError(f"run {path} is in use by {e}; wait for its end or choose another --name")
         except OSError as e:
-            return UserError(f"--runs {runs}: {path} cannot be made or opened ({e.strerror})")
+            return UserError(f"--runs {runs}: {path} cannot be made or opened ({reason(e)})")
         except RunFailed as e:
             return e
     return UserError(f"run {path} exists; continue it with --resume or choose another --name")
@@ -132,18 +129,8 @@ def _choose(runs, name, mode, resume, config, held):
 def _begun(path):
     """Whether a folder holds more than what a run has before it trains."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
-    return bool(found - {".lock", "config.json", "config.json.draft", "checkpoints"})
-
-
-def _lock(file):
-    """Whether this process now is the only one to hold the file's lock; closing the file, or dying, gives it back."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
+    found = {name for name in found if not name.startswith(".lock")}
+    return bool(found - {"config.json", "config.json.draft", "checkpoints"})
 
 
 def stored_config(runs, name):
@@ -156,55 +143,57 @@ def stored_config(runs, name):
     return read_json(path / "config.json") | {"runs": str(runs)}  # it may have been moved
 
 
-class StopSignal:
-    """Inside `with`, SIGTERM is only noted: the loop acts upon it between steps, saves and leaves."""
-
-    def __enter__(self):
-        self.received = False
-        self.before = signal.signal(signal.SIGTERM, self)
-        return self
-
-    def __call__(self, *_):
-        self.received = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.before)
+# Told to stop: by a user or a cluster (TERM), by a terminal that closes (HUP), by a scheduler before the time is up (Slurm's
+# --signal sends USR1 or USR2 by habit, a processor limit XCPU).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @contextlib.contextmanager
-def only_one(path, rank):
-    """Rank 0 holds a lock file that other processes wait for."""
+def handled(handler, signals=STOP_SIGNALS):
+    """Inside `with`, `handler` gets these signals; but for those that are ignored (HUP under nohup) or handled by no Python code.
+    Only the main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) the signals do what they did."""
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class StopSignal:
+    """Inside `with`, a signal to stop is only noted: the loop acts upon it between steps, saves and leaves."""
+
+    def __enter__(self):
+        self.received = ""  # the signal's name
+        self.handlers = contextlib.ExitStack()
+        self.handlers.enter_context(handled(self))
+        return self
+
+    def __call__(self, number, frame=None):
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        self.handlers.close()
+
+
+def interrupt(number, frame=None):
+    """A handler that ends a command as Ctrl-C does: its `finally` clauses run, and `as_command` says how to go on."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def only_one(path, rank, what):
+    """Rank 0 holds a lock file that other processes wait for. what: the thing that they wait for, in a line on the terminal."""
     if rank:
         yield
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
     except OSError as e:
-        raise UserError(f"{path} cannot be made ({e.strerror})") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise UserError(f"{path} cannot be made ({reason(e)})") from None
+    with waiting_for(path, what):
         yield
-
-
-def replace_file(path, text):
-    """Write a file that appears whole or not at all. Raises RunFailed if the disk refuses."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        _flush(draft)
-        draft.rename(path)
-    except OSError as e:
-        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
-
-
-def _flush(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reason(error):
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -6,7 +6,10 @@ Legend: T packed tokens, D hidden, V vocabulary rows, H query heads, K key-value
 """
 
 import dataclasses
+import math
 import types
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,45 +208,99 @@ class Transformer(nn.Module):
         return 2 * (matrices + attention)
 
 
-def config_from_hf(hf, where):
-    """A checkpoint's config.json (a dict) as ModelConfig. Raises UserError for what would be computed wrongly."""
+def config_from_hf(hf: dict[str, Any], where: Path | str) -> ModelConfig:
+    """A checkpoint's config.json (a dict) as ModelConfig. A null is a value that is not set. Raises UserError, which begins with
+    `where`, for what would be computed wrongly."""
+    hf = {name: value for name, value in hf.items() if value is not None}
 
     def refuse(what):
         raise UserError(f"{where}: {what} is not supported")
 
+    def value(name, default, kind):
+        """A value of config.json of this kind, of which `default` is one; without a default it has to be there."""
+        found = hf.get(name, default)
+        if found is None:
+            raise UserError(f"{where}: config.json has no {name!r}")
+        return _checked(found, name, kind, where)
+
     family = hf.get("model_type")
     if family not in ("qwen2", "qwen3"):
         refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
-    rope = hf.get("rope_parameters") or {}
-    for part in (rope, hf.get("rope_scaling") or {}):
-        kind = part.get("rope_type", part.get("type", "default"))
-        if kind != "default" or part.get("partial_rotary_factor", 1) != 1:
-            refuse(f"rope scaling {kind!r}")
-    rope = rope or hf.get("rope_scaling") or {}
-    if hf.get("use_sliding_window") and hf.get("sliding_window", 4096):  # 4096: what `transformers` takes where the key is missing
+    if hf.get("use_sliding_window") and value("sliding_window", 4096, "positive"):  # 4096: what `transformers` takes where the key is missing
         refuse("sliding-window attention")
+    layer_types = hf.get("layer_types", [])
+    other = next((kind for kind in layer_types if kind != "full_attention"), None) if isinstance(layer_types, list) else layer_types
+    if other is not None:
+        refuse(f"layer_types {other!r}")
     if hf.get("quantization_config"):
-        refuse(f"a quantised checkpoint ({hf['quantization_config'].get('quant_method', 'unknown method')})")
-    if hf.get("hidden_act", "silu") != "silu":
+        quantised = hf["quantization_config"]
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        refuse(f"a quantised checkpoint ({method})")
+    if value("hidden_act", "silu", "text") != "silu":
         refuse(f"hidden_act {hf['hidden_act']!r}")
-    try:
-        return ModelConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or hf.get("attention_bias", False),
-            qk_norm=family == "qwen3",
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=hf.get("max_position_embeddings", 32768),
-        )
-    except KeyError as e:
-        raise UserError(f"{where}: config.json has no {e.args[0]!r}") from None
+    heads, hidden = value("num_attention_heads", None, "count"), value("hidden_size", None, "count")
+    config = ModelConfig(
+        vocab_size=value("vocab_size", None, "count"),
+        hidden_size=hidden,
+        intermediate_size=value("intermediate_size", None, "count"),
+        num_layers=value("num_hidden_layers", None, "count"),
+        num_heads=heads,
+        num_kv_heads=value("num_key_value_heads", heads, "count"),
+        head_dim=value("head_dim", 128 if family == "qwen3" else hidden // heads, "count"),
+        tie_word_embeddings=value("tie_word_embeddings", False, "flag"),
+        qkv_bias=family == "qwen2" or value("attention_bias", False, "flag"),
+        qk_norm=family == "qwen3",
+        rope_theta=_rope_theta(hf, where),
+        rms_norm_eps=value("rms_norm_eps", 1e-6, "positive"),
+        max_position_embeddings=value("max_position_embeddings", 32768, "count"),
+    )
+    if config.num_heads % config.num_kv_heads:
+        refuse(f"num_attention_heads {config.num_heads} with num_key_value_heads {config.num_kv_heads}, which does not divide them,")
+    if config.head_dim % 2:
+        refuse(f"head_dim {config.head_dim}, which is odd,")
+    return config
+
+
+_KINDS = {"count": "a whole number above 0", "positive": "a number above 0", "flag": "true or false", "text": "a string", "object": "an object"}
+
+
+def _checked(found, name, kind, where):
+    """A value of config.json, if it is of this kind of `_KINDS`. Raises UserError."""
+    number = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
+    fits = {
+        "count": number and found == int(found),
+        "positive": number,
+        "flag": isinstance(found, bool),
+        "text": isinstance(found, str),
+        "object": isinstance(found, dict),
+    }
+    if not fits[kind]:
+        raise UserError(f"{where}: config.json has {name} {found!r:.60}, which is not {_KINDS[kind]}")
+    return int(found) if kind == "count" else found
+
+
+def _rope_theta(hf, where):
+    """The base of the rotary frequencies, wherever a version of `transformers` wrote it: on its own (4), in rope_parameters (5), there
+    for all layers or by their type. Raises UserError for frequencies that are scaled, and where two places differ."""
+    outside = _checked(hf.get("rope_theta", 10000.0), "rope_theta", "positive", where)
+    thetas = []
+    for name in ("rope_scaling", "rope_parameters"):
+        given = _checked(hf.get(name, {}), name, "object", where)
+        nested = {key: part for key, part in given.items() if isinstance(part, dict)}
+        if nested.keys() - {"full_attention"}:
+            raise UserError(f"{where}: {name} of {', '.join(sorted(nested))} is not supported")
+        given = given | nested.get("full_attention", {})
+        given = {key: value for key, value in given.items() if value is not None and key not in nested}
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind != "default" or given.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{where}: rope scaling {kind!r} is not supported")
+        if given:
+            thetas.append(_checked(given.get("rope_theta", outside), "rope_theta", "positive", where))
+    if hf.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{where}: rope scaling with partial_rotary_factor {hf['partial_rotary_factor']} is not supported")
+    if len(set(thetas)) > 1:
+        raise UserError(f"{where}: rope_scaling and rope_parameters have different rope_theta ({thetas[0]:g}, {thetas[1]:g}); keep one of them")
+    return float(thetas[0] if thetas else outside)
 
 
 def config_to_hf(config, eos_token_id, dtype):

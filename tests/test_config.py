@@ -95,6 +95,51 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, text):
     assert "bad.toml" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "name,content,words",
+    [
+        ("c.yaml", "lr: 1e-5\n", ["YAML is not read", "lr = 1e-5"]),
+        ("c.YML", "lr: 1e-5\n", ["YAML is not read"]),
+        ("c.toml", "lr: 1e-5\nsteps: 3\n", ["looks like YAML", "lr = 1e-5"]),
+        ("config", "_wandb:\n    value: 1\nlr:\n    value: 0.1\n", ["looks like YAML"]),
+        ("c.toml", '{"lr": 1}', ["looks like JSON", ".json"]),
+        ("c.py", "lr = 1e-5", ["Python is not read"]),
+        ("c.toml", "data = 'ä'".encode("utf-16"), ["save it as UTF-8"]),
+        ("c.json", '{"data": "ä"}'.encode("utf-16-le"), ["save it as UTF-8"]),
+        ("c.toml", "data = 'ä'".encode("latin-1"), ["not UTF-8", "line 1"]),
+        ("c.json", '{"lr": {"value": 0.001, "desc": null}, "steps": {"value": 3}}', ["lr is written as wandb writes it", "lr = 0.001", "config.json"]),
+        ("c.json", '{"lr": 1, "lr": 2}', ["'lr' is there twice"]),
+        ("c.json", '{"lr": ' + "[" * 100000, ["nested too deeply"]),
+        ("c.toml", "lr = " + "[" * 100000, ["not valid TOML"]),
+        ("c.json", "", ["is empty"]),
+        ("c.toml", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", ["git lfs pull"]),
+        ("c.toml", "<!DOCTYPE html><html>", ["web page"]),
+    ],
+)
+def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as e:
+        parse("--config", str(tmp_path / name))
+    assert f"--config {tmp_path / name}" in str(e.value) and "\n" not in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_a_folder_as_a_file_names_the_file_in_it(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        parse("--config", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"name the file: {tmp_path}/config.json"):
+        parse("--config", str(tmp_path))
+
+
+@pytest.mark.parametrize("name,text", [("a.toml", 'data = "ü"\r\nlr = 1e-5\r\n'), ("a.json", '{"data": "ü", "lr": 1e-5}')])
+def test_a_byte_order_mark_is_not_part_of_a_file(name, text, tmp_path):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    got = parse("--config", str(tmp_path / name))
+    assert (got.data, got.lr) == ("ü", 1e-5)
+
+
 def test_a_json_file_that_is_no_object_is_one_line_that_names_it(tmp_path):
     path = tmp_path / "list.json"
     path.write_text('["lr", 1]')

@@ -155,7 +155,7 @@ def test_the_content_decides_what_a_file_is(tmp_path, name, mark, form):
 @pytest.mark.parametrize(
     "content,words",
     [
-        ('{"a": 1, "a": 2}'.encode(), "stands twice"),
+        ('{"a": 1, "a": 2}'.encode(), "there twice"),
         ("\ufeff[]".encode("utf-16"), "UTF-16"),
         (b'{"question": "a"}\n{"question": ', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),

@@ -350,6 +350,7 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
         seen.append({(t.untyped_storage().data_ptr(), t.dtype) for t in tensors})
         return step(model, *args)
 
+    gc.collect()  # what tests before this one left in cycles
     before = [id(t) for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == (96, 256)]
     assert not before
     monkeypatch.setattr(train, "generate", writing)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from errors import UserError
 from model import lora
 from model.checkpoint import build_model, load_adapter, locate, read_adapter, read_config, save_adapter
+from model.transformer import PRESETS
 from tests.test_lora import CONFIG, adapted, saved, shaken
 from tests.test_model import SHAPES, logits, theirs
 
@@ -162,3 +163,27 @@ def test_missing_damaged_and_misplaced_adapters(adapter, tmp_path):
     folder = adapter / "adapter"
     got = load()
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: k.replace(".weight", ".default.weight"),
+        lambda k: "_orig_mod." + k,
+        lambda k: "module." + k,
+        lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+    ],
+    ids=["state dict", "compile", "ddp", "compiled inside"],
+)
+def test_an_adapter_saved_from_a_wrapped_model_is_the_same(rename, tmp_path):
+    base = build_model(PRESETS["mini"], None, device="cpu", seed=0)
+    save_adapter(lora.adapt(base, lora.LoraConfig(2, 4.0), 1), tmp_path / "a")
+    want = read_adapter(tmp_path / "a")[1]
+    file = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({rename(key): tensor for key, tensor in tensors.items()}, file)
+    got = read_adapter(tmp_path / "a")[1]
+    assert got.keys() == want.keys() and all(torch.equal(a, b) for key in want for a, b in zip(got[key], want[key]))
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match="lora_A.weight is int8"):
+        read_adapter(tmp_path / "a")

@@ -11,8 +11,9 @@ import train
 from errors import RunFailed, UserError
 from eval.log import cut_back
 from eval.report import environment, read_metrics, run_of, summary
+from files import replace_file
 from model.checkpoint import build_model
-from model.runs import RunFolder, open_run, replace_file
+from model.runs import RunFolder, open_run
 from tests.test_train import SMALL
 
 SFT = ["--mode=sft", "--device=cpu", *SMALL, "--steps=2", "--name=r"]
@@ -75,7 +76,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.runs._flush", full)
+    monkeypatch.setattr("files.flush", full)
     with pytest.raises(RunFailed, match="config.json.*No space"):
         replace_file(path, "new")
     assert path.read_text() == "old"

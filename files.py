@@ -1,0 +1,250 @@
+"""Reading files that a user may hand us, with one line on what is wrong.
+
+And writing files that appear whole or not at all.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from errors import RunFailed, UserError
+
+HEAD = 4096  # bytes at a file's beginning that tell what it is
+
+# What a file holds when it is not the file that it should be.
+LFS = "is a git-lfs pointer, not the file: run git lfs pull in that folder"
+XET = "is a git-xet pointer, not the file: run git xet checkout in that folder"
+ANNEX = "is a git-annex pointer, not the file: run git annex get in that folder"
+POINTERS = (
+    (b"version https://git-lfs.github.com/spec/", LFS),
+    (b"version https://hawser.github.com/spec/", LFS),
+    (b"# xet version", XET),
+    (b"/annex/objects/", ANNEX),
+)
+MARKUP = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error")
+REPLIES = (
+    b"Entry not found",
+    b"Repository not found",
+    b"Not Found",
+    b"404: Not Found",
+    b"404 Not Found",
+    b"Invalid username or password",
+    b"Access to model",
+    b"Access to dataset",
+    b"Access denied",
+    b'{"error"',
+)
+MAGIC = (
+    (b"\x1f\x8b", "gzip", "a gzip archive"),
+    (b"PK\x03\x04", "zip", "a zip archive, as torch.save writes too"),
+    (b"PAR1", "parquet", "a Parquet file"),
+    (b"ARROW1", "arrow", "an Arrow file"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "a zstd archive"),
+    (b"\xfd7zXZ\x00", "xz", "an xz archive"),
+    (b"BZh", "bzip2", "a bzip2 archive"),
+    (b"7z\xbc\xaf\x27\x1c", "7z", "a 7z archive"),
+    (b"GGUF", "gguf", "a GGUF file"),
+    (b"\x89HDF", "hdf5", "an HDF5 file"),
+    (b"\x93NUMPY", "numpy", "a NumPy file"),
+    (b"SQLite format 3\x00", "sqlite", "an SQLite database"),
+    (b"%PDF-", "pdf", "a PDF file"),
+    (b"\x89PNG", "png", "a PNG picture"),
+)
+# UTF-32 first: the mark of its little-endian form begins with that of UTF-16
+WIDE_MARKS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
+
+
+# --- what is wrong with a file ------------------------------------------------------------
+
+
+def explain(content: bytes, expected: str = "text") -> str | None:
+    """Say what `content`, a file or its first bytes, is where it is not what it should be.
+
+    expected: "text", "safetensors", or a kind of `MAGIC` such as "parquet" and "gzip".
+    Returns words that follow the file's name ("is a git-lfs pointer, ..."), or None if nothing was
+    recognised.
+    """
+    if not content:
+        return "is empty"
+    start = content[:HEAD].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for begin, words in POINTERS:
+        if start.startswith(begin):
+            return words
+    if b".git/annex/objects/" in content[:HEAD].splitlines()[0]:  # a link, checked out as text
+        return ANNEX
+    if start[:16].lower().startswith(MARKUP):
+        return "is a web page (of an error or a login, perhaps), not the file: download it again"
+    if len(content) < HEAD and start.startswith(REPLIES):
+        said = start.splitlines()[0][:60].decode("utf-8", "replace")
+        return f"is a server's refusal ({said}), not the file: download it again"
+    if not any(content):
+        return "holds only zero bytes: the download or a copy was cut off; fetch it again"
+    for begin, kind, words in MAGIC:
+        if content.startswith(begin):
+            return None if kind == expected else f"is {words}, whatever its name says"
+    if content[257:262] == b"ustar":
+        return "is a tar archive, whatever its name says"
+    if content[0] == 0x80 and len(content) > 1 and content[1] in (2, 3, 4, 5):
+        return "is a pickle, which is never read here; save it as safetensors"
+    if expected != "safetensors" and _is_safetensors(content):
+        return "is a safetensors file, whatever its name says"
+    if expected == "text" and (content.startswith(WIDE_MARKS) or _has_wide_letters(content)):
+        return "is UTF-16 or UTF-32 text; save it as UTF-8"
+    return None
+
+
+def _is_safetensors(content: bytes) -> bool:
+    length = int.from_bytes(content[:8], "little")
+    return 2 <= length < 100 << 20 and content[8:10] in (b'{"', b"{}", b"{ ")
+
+
+def _has_wide_letters(content: bytes) -> bool:
+    """Whether nearly every second byte is zero, as in UTF-16 without a byte order mark."""
+    head = content[:HEAD]
+    return len(head) >= 4 and max(head[0::2].count(0), head[1::2].count(0)) > 0.45 * len(head)
+
+
+def unreadable(path: Path) -> str | None:
+    """Say why there is no file to be read at `path`, in words that follow its name, or None."""
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which is not there"
+    if path.is_dir():
+        return "is a folder, not a file"
+    if not path.exists():
+        return "is not there"
+    return None
+
+
+def named(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere.
+
+    Reading such a link says what is wrong, where passing over it would lose the file in silence.
+    """
+    return path.is_file() or path.is_symlink()
+
+
+def reason(error: Exception) -> str:
+    """An error's own words, on one line."""
+    lines = str(error).splitlines()
+    return getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+
+
+# --- reading ------------------------------------------------------------------------------
+
+
+def read_head(path: Path, expected: str = "text", label: str = "") -> bytes:
+    """The first bytes of a file.
+
+    Raises UserError, which begins with `label` (empty: the path), if the file cannot be read or if
+    they show that it is something other than `expected` (see `explain`).
+    """
+    return _read(path, expected, label, HEAD)
+
+
+def read_bytes(path: Path, expected: str = "text", label: str = "") -> bytes:
+    """All of a file. Raises UserError like `read_head`."""
+    return _read(path, expected, label, -1)
+
+
+def _read(path, expected, label, count):
+    path, label = Path(path), label or str(path)
+    if wrong := unreadable(path):
+        raise UserError(f"{label} {wrong}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(count)
+    except OSError as e:
+        raise UserError(f"{label}: {reason(e)}") from None
+    if wrong := explain(content, expected):
+        raise UserError(f"{label} {wrong}")
+    return content
+
+
+def read_text(path: Path, label: str = "") -> str:
+    """A text file in UTF-8, without its byte order mark if it has one.
+
+    Raises UserError like `read_head`, also for text in another encoding.
+    """
+    return decode_text(read_bytes(path, "text", label), label or str(path))
+
+
+def decode_text(content: bytes, label: str) -> str:
+    """`content` as UTF-8 text without a byte order mark. The UserError begins with `label`."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        where = f"byte 0x{content[e.start]:02x} in line {line}"
+        raise UserError(f"{label} is not UTF-8 text ({where}); save it as UTF-8") from None
+
+
+def read_json(path: Path, label: str = "", finite: bool = False) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises UserError like `read_text` and `parse_json`."""
+    label = label or str(path)
+    value = parse_json(read_text(path, label), label, finite)
+    if not isinstance(value, dict):
+        found = _KINDS.get(type(value), "a number")
+        raise UserError(f"{label}: expected a JSON object, found {found}")
+    return value
+
+
+_KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+
+
+def parse_json(text: str | bytes, label: str, finite: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Raises UserError, which begins with `label`: not JSON, a name twice in one object, nested too
+    deeply; with `finite` also NaN and Infinity, which are not JSON (our own files of figures may
+    hold them).
+    """
+    constant = _no_constant if finite else None
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+    except RecursionError:
+        raise UserError(f"{label}: not valid JSON (nested too deeply)") from None
+    except ValueError as e:
+        raise UserError(f"{label}: not valid JSON ({reason(e)})") from None
+
+
+def _unique(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} is there twice")
+    return found
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- writing ------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, readable by people."""
+    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all. Raises RunFailed if the disk refuses."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        flush(draft)
+        draft.rename(path)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

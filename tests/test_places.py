@@ -1,0 +1,122 @@
+"""What the environment says of other processes, and what a platform says that started none."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data import sandbox
+from errors import UserError
+from eval.report import environment
+from model import parallel
+from tests.conftest import ROOT
+
+MEET = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in parallel.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "variables,want",
+    [
+        ({}, (0, 1, 0, 1)),
+        (dict(WORLD_SIZE="", RANK="", LOCAL_RANK="", LOCAL_WORLD_SIZE="", MASTER_ADDR="", MASTER_PORT=""), (0, 1, 0, 1)),
+        (dict(WORLD_SIZE="1"), (0, 1, 0, 1)),
+        (dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", **MEET), (0, 1, 0, 1)),
+        (dict(RANK="0"), (0, 1, 0, 1)),
+        (dict(LOCAL_WORLD_SIZE="4"), (0, 1, 0, 4)),
+        (dict(WORLD_SIZE=" 2 ", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", **MEET), (1, 2, 1, 2)),
+        (dict(WORLD_SIZE="16", RANK="9", LOCAL_RANK="", **MEET), (9, 16, 0, 1)),
+    ],
+)
+def test_places_that_are_clear(variables, want, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.place() == (*want, "") and environment()["ranks"] == want[1] and parallel.speaks() == (want[0] == 0)
+    assert sandbox.at_once() == max(1, len(os.sched_getaffinity(0)) // want[3])
+    if want[1] == 1:
+        assert parallel.init("cpu") == want[:3] and capsys.readouterr().out == ""
+
+
+def test_a_rank_without_a_local_rank_takes_its_share_of_the_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    for name, value in dict(WORLD_SIZE="16", RANK="9", **MEET).items():
+        monkeypatch.setenv(name, value)
+    assert parallel.place().local_rank == 1
+
+
+@pytest.mark.parametrize("variables", [dict(WORLD_SIZE="8"), dict(WORLD_SIZE="8", MASTER_ADDR="10.0.0.1"), dict(WORLD_SIZE="2", **MEET), dict(RANK="3"),
+                                       dict(WORLD_SIZE="4", LOCAL_RANK="3")])  # fmt: skip
+def test_what_a_platform_sets_without_starting_anything_is_one_process_that_says_so(variables, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "_said", set())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        assert parallel.init("cpu") == (0, 1, 0) and not parallel.active()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "one process" in line and all(f"{k}={v}" in line for k, v in variables.items() if k == "WORLD_SIZE")
+    assert parallel.speaks() and environment()["ranks"] == 1
+
+
+@pytest.mark.parametrize(
+    "variables,words",
+    [
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE=two .* not a whole number"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE=0 .* at least 1"),
+        (dict(WORLD_SIZE="-2"), "WORLD_SIZE=-2"),
+        (dict(WORLD_SIZE="2.0", RANK="0"), "WORLD_SIZE=2.0"),
+        (dict(WORLD_SIZE="²"), "WORLD_SIZE"),
+        (dict(RANK="x"), "RANK=x"),
+        (dict(WORLD_SIZE="2", RANK="2", **MEET), "RANK=2 with WORLD_SIZE=2"),
+        (dict(WORLD_SIZE="1", RANK="1"), "RANK=1 with WORLD_SIZE=1"),
+        (dict(WORLD_SIZE="2", RANK="0"), "not MASTER_ADDR and MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="a"), "not MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="a", MASTER_PORT="http"), "MASTER_PORT=http"),
+        (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="a", MASTER_PORT="70000"), "MASTER_PORT=70000"),
+        (dict(LOCAL_RANK="a"), "LOCAL_RANK=a"),
+        (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
+    ],
+)
+def test_contradictions_are_one_line(variables, words, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words) as e:
+        parallel.init("cpu")
+    assert "\n" not in str(e.value) and parallel.speaks()
+
+
+def test_no_combination_hangs_or_ends_in_a_traceback(monkeypatch):
+    """Every one of them is a place or a UserError."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    values = (None, "", "0", "1", "3", "x")
+    for world, rank, local, port in itertools.product(values, values, values, (None, "29500", "y")):
+        for name, value in dict(WORLD_SIZE=world, RANK=rank, LOCAL_RANK=local, MASTER_ADDR=port and "h", MASTER_PORT=port).items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        try:
+            place = parallel.place()
+        except UserError:
+            continue
+        assert 0 <= place.rank < place.world and (place.world == 1 or (rank, port) not in ((None, None), ("", None)))
+
+
+def test_who_waits_for_others_in_vain_says_so_in_one_line(tmp_path):
+    """A rendezvous that nobody else comes to."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = "import sys\nfrom model import parallel\nparallel.MEETING = 2.0\nimport train\nsys.exit(train.main(sys.argv[1:]))"
+    env = os.environ | dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, "--mode=sft", "--device=cpu"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("train.py: rank 0 waits for the other 1 of WORLD_SIZE=2") and "in vain" in last
+    assert "Traceback" not in done.stderr and time.monotonic() - began < 100

@@ -1,0 +1,200 @@
+"""Told to stop, by a terminal, a scheduler or a user: what was trained is saved; and runs outside the main thread."""
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import termios
+import threading
+import time
+
+import pytest
+
+import eval.__main__
+import eval.divergence
+import eval.traces
+import train
+from eval import study
+from model import parallel
+from model.runs import STOP_SIGNALS, RunFolder, handled
+from tests.test_train import SMALL, command, timeless
+
+QUICK = ["--device=cpu", "--steps=6", "--batch_size=4", "--eval_examples=0", "--save_every=0", "--warmup=2", "--data=word_problems:20"]
+NAMES = [s.name for s in STOP_SIGNALS]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sent_at(monkeypatch):
+    """sent_at(step, signal): this process gets the signal while it computes that step, once."""
+    rate = train.learning_rate
+
+    def arm(at, number):
+        waiting = [number]
+
+        def learning_rate(step, *rest):
+            if step == at and waiting:
+                os.kill(os.getpid(), waiting.pop())
+            return rate(step, *rest)
+
+        monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+    return arm
+
+
+def test_the_signals_are_those_of_terminals_and_schedulers():
+    assert NAMES == ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(name, sent_at, tmp_path, capsys):
+    before = [signal.getsignal(s) for s in STOP_SIGNALS]
+    sft = ["--mode=sft", *QUICK, "--runs=elsewhere"]
+    assert train.main([*sft, "--name=whole"]) == 0
+    sent_at(2, getattr(signal, name))
+    capsys.readouterr()
+    assert train.main([*sft, "--name=cut"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"stopped by {name} after step 3; continue with --name cut --runs elsewhere --resume"
+    assert RunFolder("elsewhere/cut").steps() == [3] and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+    assert train.main(last.partition("with ")[2].split()) == 0
+    assert timeless(tmp_path / "elsewhere/cut") == timeless(tmp_path / "elsewhere/whole") != []
+
+
+def test_what_is_ignored_stays_so_as_under_nohup(sent_at):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        sent_at(2, signal.SIGHUP)
+        assert train.main(["--mode=sft", *QUICK, "--name=r"]) == 0
+        assert RunFolder("runs/r").steps() == [6] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_a_signal_while_the_embedded_teacher_trains(sent_at, monkeypatch, capsys):
+    monkeypatch.setitem(train.TEACHER, "steps", 5)
+    sent_at(3, signal.SIGUSR1)
+    kd = ["--mode=kd", *QUICK, "--name=k"]
+    assert train.main(kd) == 1
+    err = capsys.readouterr().err
+    assert "stopped before the embedded teacher was ready; the same command goes on" in err and err.count("\n") == 1
+    assert train.main(kd) == 0 and RunFolder("runs/k").steps() == [6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("module,inner", [(eval.__main__, "evaluate"), (eval.traces, "run"), (eval.divergence, "run"), (study, "run")],
+                         ids=["eval", "traces", "divergence", "study"])  # fmt: skip
+def test_evaluations_and_studies_end_in_one_line(module, inner, name, monkeypatch, capsys):
+    before = [signal.getsignal(s) for s in STOP_SIGNALS]
+    unwound = []
+
+    def busy(*_):
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(30)
+        finally:
+            unwound.append(True)
+
+    monkeypatch.setattr(module, inner, busy)
+    monkeypatch.setattr(module, "parse", lambda argv: None)
+    assert module.main([]) == 130 and unwound
+    assert capsys.readouterr().err.strip().endswith("interrupted; the same command goes on")
+    assert [signal.getsignal(s) for s in STOP_SIGNALS] == before
+
+
+def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="nowhere", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "logs").mkdir()
+
+    class Stub:
+        name, kind = "job", "train"
+        command = lambda self, out: ["-c", "import os; print([n for n in os.environ if n in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT')])"]
+
+    running = study.Running(Stub(), tmp_path, {"OMP_NUM_THREADS": "1"}, 1)
+    while running.poll() is None:
+        time.sleep(0.05)
+    assert study.last_words(tmp_path, Stub()) == "[]"
+
+
+# --- nobody reads any more ---------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_closes_ends_no_run_before_it_is_saved(tmp_path):
+    argv, options = command("--mode=sft", *QUICK, "--steps=4000", "--log_every=1", "--name=t", cwd=tmp_path)
+    master, slave = pty.openpty()
+
+    def attach():  # the terminal that this session hangs on
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(argv, **options, stdin=slave, stdout=slave, stderr=slave, preexec_fn=attach)
+    os.close(slave)
+    seen = b""
+    while b"step    4/4000" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(120) == 0
+    (step,) = RunFolder(tmp_path / "runs/t").steps()
+    assert 4 <= step < 4000
+
+
+def test_a_pipe_that_nobody_reads_ends_no_run(tmp_path):
+    argv, options = command("--mode=sft", *QUICK, "--steps=30", "--log_every=1", "--name=p", cwd=tmp_path)
+    process = subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert RunFolder(tmp_path / "runs/p").steps() == [30]
+
+
+# --- in a thread ---------------------------------------------------------------------------------------------------------------
+
+
+def in_a_thread(function, *args):
+    found = []
+
+    def body():
+        found.append(function(*args))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return found[0]  # IndexError: it raised
+
+
+def test_runs_in_threads_save_resume_and_follow_each_other(tmp_path):
+    sft = ["--mode=sft", *SMALL, "--device=cpu"]
+    assert train.main([*sft, "--name=whole"]) == 0
+    assert in_a_thread(train.main, [*sft, "--name=a"]) == 0
+    assert timeless("runs/a") == timeless("runs/whole")
+    for step in (4, 6):  # a resumed run, in another thread
+        folder = RunFolder("runs/a").step_folder(step)
+        (folder if step == 6 else folder.with_name("none")).exists() and folder.rename(tmp_path / f"gone-{step}")
+    assert RunFolder("runs/a").steps() == [4]
+    assert in_a_thread(train.main, ["--name=a", "--resume"]) == 0
+    assert timeless("runs/a") == timeless("runs/whole") and RunFolder("runs/a").steps() == [4, 6]
+    grpo = ["--mode=grpo", "--device=cpu", "--model=tiny-teacher", "--steps=1", "--batch_size=4", "--grpo_samples=2", "--sample_tokens=8", "--eval_examples=0"]
+    for _ in range(2):
+        assert in_a_thread(train.main, [*grpo, "--data=word_problems:20"]) == 0
+    assert not parallel.active()
+
+
+def test_handlers_are_the_main_threads_alone():
+    def inside():
+        with handled(lambda *_: None):
+            return [signal.getsignal(s) for s in STOP_SIGNALS]
+
+    before = [signal.getsignal(s) for s in STOP_SIGNALS]
+    assert in_a_thread(inside) == before and inside() != before and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+
+
+def test_a_study_in_a_thread(monkeypatch):
+    monkeypatch.setattr(study, "run", lambda args: None)
+    monkeypatch.setattr(study, "parse", lambda argv: None)
+    assert in_a_thread(study.main, []) == 0
