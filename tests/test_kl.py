@@ -211,8 +211,8 @@ def moved(tmp_path_factory):
     with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()):
         assert train.main([*common, "--model=tiny-teacher", "--data=word_problems:400", "--steps=100", "--lr=3e-3", "--name=ref"]) == 0
         ref = cwd / "runs/ref/checkpoints/step-100"
-        assert train.main([*common, f"--model={ref}", "--data=word_problems_talk:200", "--steps=10", "--lr=3e-4", "--name=policy"]) == 0
-    return ref, cwd / "runs/policy/checkpoints/step-10"
+        assert train.main([*common, f"--model={ref}", "--data=word_problems_talk:200", "--steps=20", "--batch_size=8", "--lr=3e-4", "--name=policy"]) == 0
+    return ref, cwd / "runs/policy/checkpoints/step-20"
 
 
 @pytest.mark.slow
@@ -226,4 +226,4 @@ def test_a_run_with_a_zero_reward_goes_back_to_its_reference(moved, tmp_path, ar
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
         assert train.main([*args, f"--seed={seed}", "--save_every=0", "--name=r"]) == 0
     kl = [m["train/ref_kl"] for m in read_metrics(tmp_path / "runs/r") if "train/ref_kl" in m]
-    assert np.mean(kl[-10:]) < np.mean(kl[:10]) / 4
+    assert np.mean(kl[-5:]) < np.mean(kl[:5]) / 4
