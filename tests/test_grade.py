@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from data import grade as grading
-from data.grade import LONGEST, Verdict, format_reward, grade_exact, grade_math, grade_number, marked_answer, parse_number
-from data.math_worker import MathWorker
+from data.grade import LONGEST, Verdict, format_reward, grade_by_math_verify, grade_exact, grade_math, grade_number, marked_answer, parse_number
+from data.grading.numbers import canonical, tidy
+from data.grading.worker import MathWorker
 from data.tasks import TASKS, Example, grade
 from tests.conftest import ROOT
 
@@ -263,7 +264,7 @@ def test_a_pathological_expression_times_out_from_any_thread_and_the_next_call_w
         assert threading.current_thread() is not threading.main_thread()
         assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT  # starts the worker
         began = time.monotonic()
-        assert grade_math("\\boxed{9^{9^{9^{9}}}}", "7") == NOTHING
+        assert grade_by_math_verify("\\boxed{9^{9^{9^{9}}}}", "7") is False
         assert time.monotonic() - began < 4 and (worker.timeouts, worker.crashes) == (1, 0)
         return grade_math("\\boxed{\\sqrt{9}}", "3")
 
@@ -281,24 +282,26 @@ def test_many_threads_get_their_own_verdicts(worker):
 
 def test_a_worker_that_dies_hangs_or_raises(fake):
     w = fake(FAKE, limit=1.0)
-    assert w.compare("1", "1") == (True, True) and w.compare("1", "2") == (True, False)
+    assert w.math_verify("$1$", "1") == (True, True) and w.math_verify("$1$", "2") == (True, False)
     first = w.pid()
-    assert w.compare("raise", "1") == (False, False) and w.pid() == first and (w.timeouts, w.crashes) == (0, 0)
-    assert w.compare("die", "1") == (False, False) and (w.timeouts, w.crashes) == (0, 1)
-    assert w.compare("\ud800", "\ud800") == (True, True) and w.pid() != first
-    assert w.compare("sleep", "1") == (False, False) and (w.timeouts, w.crashes) == (1, 1)
-    assert w.compare("2", "2") == (True, True)
+    assert w.math_verify("raise", "1") == (False, False) and w.pid() == first and (w.timeouts, w.crashes) == (0, 0)
+    assert w.math_verify("die", "1") == (False, False) and (w.timeouts, w.crashes) == (0, 1)
+    assert w.math_verify("$\ud800$", "\ud800") == (True, True) and w.pid() != first
+    assert w.math_verify("sleep", "1") == (False, False) and (w.timeouts, w.crashes) == (1, 1)
+    assert w.math_verify("$2$", "2") == (True, True) and w.compare("\\sqrt{9}", "3") == (True, True)
     w._process.kill()  # from outside, between two questions
-    assert w.compare("3", "3") == (True, True) and (w.timeouts, w.crashes) == (1, 1)
+    assert w.math_verify("$3$", "3") == (True, True) and (w.timeouts, w.crashes) == (1, 1)
     w.close()
     assert w.pid() is None
 
 
-def test_without_math_verify_the_exact_comparison_remains(fake, monkeypatch):
+def test_without_math_verify_our_own_comparison_remains(fake, monkeypatch):
     w = fake("raise ImportError('not here')")
     monkeypatch.setattr(grading, "MATH_WORKER", w)
-    assert grade_math("\\boxed{\\sqrt{9}}", "3") == WRONG and w.missing and w.pid() is None
+    assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT and w.missing and grade_by_math_verify("\\boxed{3}", "3") is None
+    assert grade_math("\\boxed{\\int_0^1 6 x dx}", "3").strict is False
     assert grade_math("\\boxed{\\dfrac{x}{2}}", "\\frac x2") == grade_math("\\boxed{3.0}", "3") == RIGHT
+    w.close()
 
 
 def gone(pid):
@@ -365,7 +368,7 @@ def test_math500_golds_through_math_verify(real_data):
     """Every gold answer equals itself in math-verify too, also in other print; none equals the answer to another problem."""
     pytest.importorskip("math_verify")
     golds = [row["answer"] for row in rows(real_data / "math500/test.jsonl")]
-    same = lambda a, b: grading.MATH_WORKER.compare(grading._tidy(a), grading._tidy(b))
+    same = lambda a, b: grading.MATH_WORKER.math_verify(f"${tidy(a)}$", tidy(b))
     assert [g for g in golds if same(g, g) != (True, True)] == []
     otherwise = lambda g: g.replace("\\frac", "\\dfrac").replace(",", ", ").replace("+", " + ").replace("(", "\\left(").replace(")", "\\right)")
     assert [g for g in golds if not grade_math(f"\\boxed{{{otherwise(g)}}}", g).strict] == []
@@ -408,7 +411,7 @@ def fuzz(count, seed):
         assert number.lenient >= number.strict <= number.parsed and exact.lenient >= exact.strict, text
         assert format_reward(text) in (1.0, -1.0)
         parse_number(text)
-        grading._canonical(text)
+        canonical(text)
         assert time.process_time() - began < 1, text
 
 
