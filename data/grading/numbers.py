@@ -12,6 +12,7 @@ LONGEST = 500  # characters; a longer answer is no answer, and numbers of that l
 
 _TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|mathsf|operatorname)"
 TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}(?:\s*\^\s*\{?[23]\}?)?")
+_TEXT_ALONE = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"[−–]", "-"),
     (r"\{,\}(?=[0-9])", ","),
@@ -23,6 +24,7 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"\\%", "%"),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", " "),
     (rf"(?<=[0-9])\s*\^\s*\{{?\s*(?:{_TEXT_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?", ""),  # 12^{\mathrm{th}}
+    (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
 )]  # fmt: skip
@@ -42,7 +44,7 @@ def scientific(text: str) -> str:
 
 def canonical(text: str) -> str:
     """A form in which answers that differ in print alone are the same string."""
-    text = strip_marks(TEXT.sub(r"\1", tidy(text)))
+    text = strip_marks(_TEXT_ALONE.sub(r"\1", tidy(text)))
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
     return text.casefold() if text.isalpha() and len(text) > 2 else text  # Evelyn, east; not x against X
 
@@ -98,7 +100,7 @@ def named_number(text: str, words: bool = True) -> NamedNumber | None:
     if len(text) > LONGEST:
         return None
     *left, right = tidy(text).split("=")
-    names = [_left_name(piece) for piece in left]
+    names = [_left_name(piece, words) for piece in left]
     if None in names:
         return None
     value = _one_number(strip_marks(right), words)
@@ -108,16 +110,18 @@ def named_number(text: str, words: bool = True) -> NamedNumber | None:
 _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}))?'*(?:\([\w,\s\\]*\))?")
 
 
-def _left_name(piece):
-    """What a left side names: a symbol, "" for words and plain arithmetic, None for anything else."""
+def _left_name(piece, words):
+    """What a left side names: a symbol, "" for words and plain arithmetic, None for anything else (without `words` for xy and abc too)."""
     piece = piece.strip()
     if re.search(r"[<>!≤≥≠;\n]|\\(?:n?e|l|g)(?:e|eq|t|q)?(?:slant)?(?![A-Za-z])|,(?![0-9]{3})|\b(?:or|and)\b", piece) or not piece:
         return None
     bare = TEXT.sub(" total ", piece)
     letters = re.sub(r"\s+", "", re.sub(r"[{}]", "", bare))
+    if letters.isalpha() and len(letters) > 1 and not letters.isupper() and not words and not _is_word(letters):
+        return None
     if _SYMBOL.fullmatch(re.sub(r"\s+", "", bare)) and (len(letters) <= 2 or not letters.isalpha()):
         return letters
-    bare = scientific(re.sub(r"(?<=[0-9])\s*[xX]\s*(?=[0-9$(])", "*", bare))
+    bare = scientific(re.sub(r"(?<=[0-9])\s*[xX]\s*(?=[0-9$(])|(?<=\w)\s+[xX]\s+(?=[0-9$(])", "*", bare))
     bare = re.sub(r"\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z])", "*", bare)
     operators = re.search(r"[-+*/^]|[0-9]", bare)
     if operators and re.search(r"\\|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[0-9]\s*\(?\s*[A-Za-z]{1,2}(?![A-Za-z])", _without_units(bare)):
@@ -125,6 +129,10 @@ def _left_name(piece):
     if operators and not re.search(r"[0-9]", bare):
         return None  # AB + CD
     return ""
+
+
+def _is_word(letters):
+    return letters.lower() in ("sum", "ans", "max", "min") or (len(letters) > 3 and bool(re.search("[aeiou]", letters, re.IGNORECASE)))
 
 
 def _without_units(text):
@@ -161,8 +169,9 @@ def _is_unit_word(word, attached, last):
         return word in _UNIT_LETTERS or (word in "aA" and not attached and not last)
     if word.lower() in _SHORT_UNITS:
         return True
-    has_vowel = re.search("[aeiouy]" if len(word) > 3 else "[aeiou]", word, re.IGNORECASE)
-    return bool(has_vowel) if attached or len(word) == 2 else True
+    if attached and len(word) == 2:
+        return False  # 18ab
+    return not (attached or len(word) == 2) or bool(re.search("[aeiou]", word, re.IGNORECASE))
 
 
 def _only_marked_words(text):
@@ -207,7 +216,7 @@ UNITS = {
     for plural in ("", "s")
 }
 _QUANTITY = re.compile(
-    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?\s*\^?\s*(?P<power>[23])?", re.IGNORECASE
+    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?", re.IGNORECASE
 )
 
 
@@ -217,7 +226,7 @@ def quantity(text: str) -> tuple[str, Fraction] | None:
         return None
     text = re.sub(r"\\\$\s*([0-9.,]+)", r"\1 dollars", text.rpartition("=")[2])
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|°", " degrees ", text)
-    text = re.sub(r"[{}]", " ", re.sub(_TEXT_COMMAND + r"\s*\{([^{}]*)\}", r" \1 ", tidy(text)))
+    text = re.sub(r"[{}]", " ", _TEXT_ALONE.sub(r" \1 ", tidy(text)))
     text = strip_marks(re.sub(r"\\frac\s+([0-9]+)\s+([0-9]+)", r"\1/\2", text))
     total, dimension, at = Fraction(0), None, 0
     while at < len(text):
