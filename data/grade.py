@@ -68,7 +68,7 @@ def vote(text, words=True):
     marked = marked_answer(text)
     if not marked or len(marked) > LONGEST:
         return None
-    number = parse_number(marked, words)
+    number = None if time_of_day(marked) is not None and not words else parse_number(marked, words)
     if number is not None:
         return str(number)
     return _key(scientific(marked))
@@ -79,8 +79,8 @@ def _key(answer):
     minutes, text = time_of_day(answer), canonical(answer)
     if minutes is not None:
         return f"{minutes // 60}:{minutes % 60:02}"
-    if _is_word(answer):
-        return text
+    if _is_word(answer) or _CHOICE.fullmatch(text):
+        return text.strip("()")
     return MATH_WORKER.key(answer) or text
 
 
@@ -211,9 +211,12 @@ def _same_number(answer, gold):
     return ours.value == theirs.value and (not ours.name or not theirs.name or ours.name == theirs.name)
 
 
+_CHOICE = re.compile(r"\(?([A-Z])\)?")
+
+
 def _same_words(answer, gold):
     """Whether two letters of a choice are the same; False for a word that is not the gold one; None for what may be mathematics."""
-    choices = [re.fullmatch(r"\(?([A-Z])\)?", canonical(text)) for text in (answer, gold)]
+    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
     if all(choices):
         return choices[0][1] == choices[1][1]  # (C) is C
     return False if any(_is_word(text) for text in (answer, gold)) else None

@@ -264,6 +264,8 @@ def _equation(sides):
                 return Form("named", (symbol, form))
     trees = [read(_without_unit(side)) for side in sides]
     if not any(symbols(tree) for tree in trees):
+        if trees[0][0] == "num":
+            raise NotUnderstood("no arithmetic")  # 0 = 0
         return Form("expression", (trees[-1],))  # 16 + 2 = 18
     return Form("equation", tuple(("add", a, values.negative(b)) for a, b in zip(trees, trees[1:])))
 

@@ -57,11 +57,16 @@ def _same_matrices(gold, answer):
     return all(same(a, b) for row, other in zip(gold.parts, answer.parts) for a, b in zip(row, other))
 
 
+def _is_whole(tree):
+    value = values.exact(tree)
+    return value is not None and value.denominator == 1
+
+
 def _same_ratio(gold, answer):
-    """1:2 is 2:4, and as a value 1/2; longer ones are the same up to a factor."""
+    """1:2 is 2:4, and as a fraction 1/2 (but 1:1 is not 1); longer ones are the same up to a factor."""
     if {gold.kind, answer.kind} == {"ratio", "expression"}:
         ratio, value = (gold, answer) if gold.kind == "ratio" else (answer, gold)
-        return len(ratio.parts) == 2 and values.equal(("div", *ratio.parts), value.parts[0])
+        return len(ratio.parts) == 2 and not _is_whole(value.parts[0]) and values.equal(("div", *ratio.parts), value.parts[0])
     if len(gold.parts) != len(answer.parts):
         return False
     first, other = gold.parts[0], answer.parts[0]
@@ -196,22 +201,27 @@ def _without_repeats(forms):
 
 
 def key(text: str) -> str:
-    """A text that equal answers share: for votes. Raises NotUnderstood."""
+    """A text that equal answers share: for votes. Raises NotUnderstood.
+
+    A name before a value is left out, as the gold answer decides whether it has to be there: x = 5, y = 5 and 5 share a vote."""
     return _key(parse(text))
 
 
 def _key(form):
     kind, parts = form
-    if kind == "named" and parts[1].kind != "list":
+    if kind == "named":
         return _key(parts[1])  # the gold answer decides whether the name has to be there; a vote cannot know
     if kind == "function":
         return _key(Form("expression", (parts[2],)))
     if kind == "expression":
         return values.key(parts[0])
     if kind in ("reals", "between"):
-        return " u ".join(_piece_key(piece) for piece in real_set(form))
+        return " u ".join(_piece_key(piece) for piece in real_set(form)) or "empty"
     if kind == "tuple":
         return f"({', '.join(_key(part) for part in parts[1])})"
+    if _distinct_names(form):
+        by_name = sorted(parts[1], key=lambda item: item.parts[0])
+        return _key(Form("tuple", (False, tuple(item.parts[1] for item in by_name))))
     if kind == "list":
         keys = sorted(_key(part) for part in parts[1])
         keys = sorted(set(keys)) if parts[0] else keys
@@ -224,7 +234,7 @@ def _key(form):
         return " and ".join(values.direction(tree) for tree in parts) + " = 0"
     if kind == "relation":
         return f"{values.direction(parts[0], signed=True)} {'<=' if parts[1] else '<'} 0"
-    if len(parts) == 2:
+    if len(parts) == 2 and not _is_whole(("div", *parts)):
         return values.key(("div", *parts))
     return ":".join(values.key(("div", part, parts[0])) for part in parts)
 

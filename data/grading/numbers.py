@@ -13,6 +13,14 @@ LONGEST = 500  # characters; a longer answer is no answer, and numbers of that l
 _TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|mathsf|operatorname)"
 TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}(?:\s*\^\s*\{?[23]\}?)?")
 _TEXT_ALONE = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+
+
+def _braced_fraction(match):
+    """\\frac12 as \\frac{1}{2}; an empty argument stays empty."""
+    over, under = (match[i] if match[i] is not None else match[i + 1] for i in (1, 3))
+    return f"\\frac{{{over}}}{{{under}}}"
+
+
 _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"[−–]", "-"),
     (r"\{,\}(?=[0-9])", ","),
@@ -26,7 +34,7 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (rf"(?<=[0-9])\s*\^\s*\{{?\s*(?:{_TEXT_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?", ""),  # 12^{\mathrm{th}}
     (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
+    (r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", _braced_fraction),
 )]  # fmt: skip
 
 
@@ -126,8 +134,8 @@ def _left_name(piece, words):
     operators = re.search(r"[-+*/^]|[0-9]", bare)
     if operators and re.search(r"\\|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[0-9]\s*\(?\s*[A-Za-z]{1,2}(?![A-Za-z])", _without_units(bare)):
         return None  # an unknown among operators
-    if operators and not re.search(r"[0-9]", bare):
-        return None  # AB + CD
+    if operators and (not re.search(r"[0-9]", bare) or re.fullmatch(r"[-+]?[0-9.,]+", bare.strip())):
+        return None  # AB + CD; 18 = 18
     return ""
 
 
@@ -158,7 +166,7 @@ def _is_unit(rest):
     """Whether what follows a number leaves its value alone: words, m^2, km/h, % – not digits, operators, an unknown or '… and a half'."""
     rest = re.sub(r"(?<=[A-Za-z])\^?\s?[23²³](?![0-9²³])", "", rest)
     rest = re.sub(r"(?:^|(?<=[A-Za-z]))-(?=[A-Za-z]{2})", " ", rest)  # 18-inch, but not 18-x
-    if not all(c.isalpha() or c in " \t\n/.'()%*_`\"" for c in rest) or _CHANGES_VALUE.search(rest) or rest.strip() == "/":
+    if not all(c.isalpha() or c in " \t\n/.'()%*`\"" for c in rest) or _CHANGES_VALUE.search(rest) or rest.strip() == "/":
         return False
     words = list(re.finditer(r"[^\W_]+", rest))
     return all(_is_unit_word(m[0], attached=m.start() == 0, last=m is words[-1]) for m in words)

@@ -11,6 +11,7 @@ from data.grading.expression import NotUnderstood, symbols
 MAX_BITS = 200_000  # of a number that is computed exactly, and of a numeric value's exponent
 DIGITS = 150
 ONE = Fraction(1)
+SHOWN = 85  # digits in a key
 AGREE = 110  # digits; what is left absorbs the rounding of a few hundred operations
 
 def negative(tree: tuple) -> tuple:
@@ -252,8 +253,8 @@ def _points(names, discrete):
 
 
 def is_discrete(tree: tuple) -> bool:
-    """Whether an expression is meant for whole numbers: it has a factorial, a binomial, or a rounding of a variable in it."""
-    if tree[0] == "fn" and tree[1] in ("floor", "ceil", "factorial", "binomial") and symbols(tree):
+    """Whether an expression is meant for whole numbers: it rounds a variable."""
+    if tree[0] == "fn" and tree[1] in ("floor", "ceil") and symbols(tree):
         return True
     return any(is_discrete(part) for part in tree[1:] if isinstance(part, tuple))
 
@@ -334,12 +335,43 @@ def key(tree: tuple) -> str:
     value = exact(tree)
     if value is not None:
         return str(value)
-    mp, names = _context(), symbols(tree)
-    found = samples(tree, names, is_discrete(tree)) if names else [_sample(tree, {})]
+    infinite = {("const", "infty"): "oo", negative(("const", "infty")): "-oo"}
+    if tree in infinite:
+        return infinite[tree]
+    names = sorted(symbols(tree))
+    found = _positive_samples(tree, names)
     if not any(found):
         raise NotUnderstood("no value")
-    shown = ["-" if v is None else "0" if _is_zero(v) else mp.nstr(v.value, 25) for v in found]
-    return f"{' '.join(sorted(names))}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}" if names else shown[0]
+    shown = ["-" if value is None else _shown(value.value, value.size) for value in found]
+    return f"{' '.join(names)}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}" if names else shown[0]
+
+
+def _positive_samples(tree, names):
+    """The values where variables are positive, so that binomials and their polynomials share a key; also others of what folds a sign, as |x| does."""
+    if not names:
+        return [_sample(tree, {})]
+    points = _points(names, is_discrete(tree))
+    positive = [_sample(tree, point) for point in points if all(value > 0 for value in point.values())]
+    others = [_sample(tree, point) for point in points if any(value < 0 for value in point.values())] if _folds(tree) else []
+    return positive + others if None not in others else positive
+
+
+def _folds(tree):
+    """Whether an absolute value or an even root of a variable is in an expression."""
+    even_root = tree[0] == "pow" and (exact(tree[2]) or ONE).denominator % 2 == 0
+    if (even_root or tree[:2] == ("fn", "abs")) and symbols(tree):
+        return True
+    return any(_folds(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def _shown(value, size):
+    """A value's digits, without what is rounding."""
+    mp = _context()
+    if size > abs(value) * mp.mpf(10) ** 20 and not abs(value) <= size * mp.mpf(10) ** -AGREE:
+        raise NotUnderstood("lost digits")
+    parts = [part if abs(part) > size * mp.mpf(10) ** -AGREE else mp.mpf(0) for part in (mp.re(value), mp.im(value))]
+    digits = [mp.nstr(part, SHOWN) for part in parts]
+    return digits[0] if parts[1] == 0 else f"{digits[0]} + {digits[1]} i"
 
 
 def is_positive(value: object) -> bool:
@@ -354,6 +386,6 @@ def direction(tree: tuple, signed: bool = False) -> str:
     found = [value for value in samples(tree, names, is_discrete(tree)) if value is not None]
     if not names or not found or _is_zero(found[0]):
         raise NotUnderstood("no direction")
-    mp, unit = _context(), abs(found[0].value) if signed else found[0].value
-    shown = " ".join(mp.nstr(value.value / unit, 25) for value in found)
+    unit = abs(found[0].value) if signed else found[0].value
+    shown = " ".join(_shown(value.value / unit, value.size / abs(unit)) for value in found)
     return f"{' '.join(names)}: {hashlib.sha256(shown.encode()).hexdigest()[:16]}"
