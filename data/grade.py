@@ -71,7 +71,7 @@ def vote(text, words=True):
     number = None if time_of_day(marked) is not None and not words else parse_number(marked, words)
     if number is not None:
         return str(number)
-    return _key(scientific(marked))
+    return _key(scientific(_set_in_words(marked)))
 
 
 def _key(answer):
@@ -181,7 +181,7 @@ def _same_math(answer, gold):
     """(the answer was understood, it equals the gold one); the cheap comparisons first."""
     if not answer or len(answer) > LONGEST:
         return False, False
-    answer, gold = scientific(answer), scientific(gold)
+    answer, gold = (scientific(_set_in_words(text)) for text in (answer, gold))
     if canonical(answer) == canonical(gold):
         return (True, True) if canonical(gold) else (False, False)
     for same in (_same_time, _same_quantity, _same_number, _same_words):
@@ -189,6 +189,18 @@ def _same_math(answer, gold):
         if verdict is not None:
             return True, verdict
     return MATH_WORKER.compare(answer, gold)
+
+
+_EMPTY = re.compile(r"(?:thereare)?no(?:real)?solutions?(?:exists?)?|(?:the)?emptyset", re.IGNORECASE)
+_ALL_REALS = re.compile(r"all(?:real)?(?:numbers|reals)|allrealnumbers|anyrealnumber|(?:the)?realnumbers", re.IGNORECASE)
+
+
+def _set_in_words(text):
+    """\\emptyset for "no solution", \\mathbb{R} for "all real numbers"."""
+    bare = canonical(text)
+    if _EMPTY.fullmatch(bare):
+        return "\\emptyset"
+    return "\\mathbb{R}" if _ALL_REALS.fullmatch(bare) else text
 
 
 def _same_time(answer, gold):

@@ -3,17 +3,16 @@
 What cannot be read in full raises NotUnderstood. data/grading/compare.py says which forms are equal.
 """
 
-import itertools
 import re
 from typing import NamedTuple
 
 from data.grading import values
 from data.grading.expression import NotUnderstood, Token, read, symbols, tokens
 from data.grading.intervals import EMPTY, REALS, Piece, complement, intersection, normal, union
+from data.grading.layout import both_signs, closes_last, is_sign, split, with_thousands, without_stops
 from data.grading.numbers import UNITS, strip_marks, tidy
 
 MAX_ITEMS = 60
-OPENING, CLOSING = {"(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle"}, {")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle"}
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
 SWAPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!=", "=": "="}
 
@@ -42,57 +41,10 @@ class Form(NamedTuple):
 def parse(text: str) -> Form:
     """The form of a whole answer."""
     text = strip_marks(tidy(text)).strip()
-    items = _without_outer_marks(_with_thousands(tokens(text)))
+    items = without_stops(with_thousands(tokens(text)))
     if re.fullmatch(r"[A-Za-z]{3,}", text) or not items:
         raise NotUnderstood("a word")
     return _alternatives(items)
-
-
-def _with_thousands(items):
-    """1,000 as one number: where a run of digits and commas without white space is grouped in threes and is no list itself."""
-    spaced_comma = any(a.text == "," and b.spaced for a, b in zip(items, items[1:]))
-    found, at, depth = [], 0, 0
-    while at < len(items):
-        token = items[at]
-        depth += (token.text in OPENING and token.kind != "text") - (token.text in CLOSING and token.kind != "text")
-        end = at + 1
-        while token.kind == "number" and end + 1 < len(items) and _continues(items[end], items[end + 1]):
-            end += 2
-        run = "".join(t.text for t in items[at:end])
-        grouped = re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", run) and (spaced_comma or depth == 0)
-        found.extend([Token("number", run.replace(",", ""), token.spaced)] if grouped else items[at:end])
-        at = end
-    return found
-
-
-def _continues(comma, number):
-    return comma.text == "," and number.kind == "number" and not comma.spaced and not number.spaced
-
-
-def _without_outer_marks(items):
-    while items and items[-1].text in (".", ",", ";"):
-        items = items[:-1]
-    return items
-
-
-def _is(token, *texts):
-    return token.kind in ("symbol", "command", "word") and token.text in texts
-
-
-def _split(items, *separators):
-    """(the pieces between separators outside of all brackets, the separators); absolute values count as brackets too."""
-    pieces, found, depth, matrix = [[]], [], 0, 0
-    for token in items:
-        if token.kind == "environment":
-            matrix += 1 if token.text.startswith("\\begin") else -1
-        if token.kind in ("symbol", "command"):
-            depth += (token.text in OPENING) - (token.text in CLOSING)
-        if depth == 0 and matrix == 0 and _is(token, *separators):
-            pieces.append([])
-            found.append(token.text)
-        else:
-            pieces[-1].append(token)
-    return pieces, found
 
 
 def _variable(form):
@@ -101,14 +53,14 @@ def _variable(form):
 
 def _alternatives(items):
     """A list of answers, or a single one; inequalities that 'and' or 'or' connects are one set."""
-    pieces, connectors = _split(items, ",", ";", "or", "and")
+    pieces, connectors = split(items, ",", ";", "or", "and")
     pieces = [piece for piece in pieces if piece]
     if not pieces or len(pieces) > MAX_ITEMS:
         raise NotUnderstood("no answer, or too many")
-    signs = sum(_is(token, "\\pm", "\\mp") for token in items)
+    signs = sum(is_sign(token, "\\pm", "\\mp") for token in items)
     if len(pieces) == 1 and not signs:
         return _item(pieces[0])
-    forms = [_item(p) for piece in pieces for p in _both_signs(piece)]
+    forms = [_item(p) for piece in pieces for p in both_signs(piece)]
     conditions = [form.kind in ("reals", "between") for form in forms]
     if len(forms) > 1 and all(conditions) and len({_variable(form) for form in forms}) == 1:
         sets = [real_set(form) for form in forms]
@@ -130,33 +82,15 @@ def _inherit_names(forms):
     return tuple(form if form.kind == "named" else Form("named", (name, form)) for form in flat)
 
 
-def _both_signs(items):
-    """The tokens with each \\pm as + and as -, independently; \\mp follows the one \\pm beside it."""
-    places = [i for i, token in enumerate(items) if _is(token, "\\pm", "\\mp")]
-    if _is(items[0], "\\{") and _is(items[-1], "\\}"):
-        places = []  # {1 \pm 2, 3} is one set, whose members have the signs
-    linked = any(_is(items[i], "\\mp") for i in places)
-    if len(places) > 4:
-        raise NotUnderstood("too many signs")
-    for choice in itertools.product("+-", repeat=1 if linked else len(places)):
-        copy = list(items)
-        for i, place in enumerate(places):
-            chosen = choice[0] if linked else choice[i]
-            if _is(items[place], "\\mp"):
-                chosen = "-" if chosen == "+" else "+"
-            copy[place] = Token("symbol", chosen, items[place].spaced)
-        yield copy
-
-
 def _item(items):
     """One answer: relations first, then sets, brackets, and what is left as an expression."""
-    sides, relations = _split(items, *RELATIONS)
+    sides, relations = split(items, *RELATIONS)
     if relations:
         return _relation(sides, relations)
-    pieces, operators = _split(items, "\\cup", "\\cap", "\\setminus")
+    pieces, operators = split(items, "\\cup", "\\cap", "\\setminus")
     if operators:
         return _set_operation(pieces, operators)
-    for reader in (_known_set, _bracketed, _matrix, _numeral, _ratio):
+    for reader in (_known_set, _matrix, _bracketed, _numeral, _ratio):
         form = reader(items)
         if form is not None:
             return form
@@ -165,10 +99,10 @@ def _item(items):
 
 def _without_unit(items):
     """Without the words behind a value: \\text{cm}^2, or a unit that is no product of variables (square inches)."""
-    while len(items) > 1 and _is(items[-1], "%"):
+    while len(items) > 1 and is_sign(items[-1], "%"):
         items = items[:-1]
     end = len(items)
-    if end > 2 and _is(items[-2], "^") and items[-1].text in ("2", "3"):
+    if end > 2 and is_sign(items[-2], "^") and items[-1].text in ("2", "3"):
         end -= 2
     texts = end
     while texts > 1 and items[texts - 1].kind == "text" and items[texts - 2].text not in ("_", "{"):
@@ -277,7 +211,7 @@ def _symbol(items):
     try:
         tree = read(items)
     except NotUnderstood:
-        return "\\angle" + "".join(t.text for t in items[1:]) if items and _is(items[0], "\\angle", "\\triangle") else None
+        return "\\angle" + "".join(t.text for t in items[1:]) if items and is_sign(items[0], "\\angle", "\\triangle") else None
     if tree == ("const", "e") or tree == ("const", "i"):
         return tree[1]
     return tree[1] if tree[0] == "sym" else None
@@ -285,21 +219,23 @@ def _symbol(items):
 
 def _function_head(items):
     """(name, arguments) of f(x), f(x, y)."""
-    if len(items) < 4 or not _is(items[-1], ")"):
+    if len(items) < 4 or not is_sign(items[-1], ")"):
         return None
-    opening = next((i for i, token in enumerate(items) if _is(token, "(")), 0)
-    name = _symbol(items[:opening]) if opening else None
+    opening = next((i for i, token in enumerate(items) if is_sign(token, "(")), 0)
+    head = items[:opening]
+    inverse = [token.text for token in head[1:]] == ["^", "{", "-", "1", "}"]
+    name = _symbol(head[:1] if inverse else head) if opening else None
     arguments = items[opening + 1 : -1]
     letters = arguments[::2]
     if name is None or not all(t.kind == "letter" or t.kind == "command" for t in letters) or any(t.text != "," for t in arguments[1::2]):
         return None
-    return name, tuple(t.text for t in letters)
+    return name + "^-1" * inverse, tuple(t.text for t in letters)
 
 
 def _tuple_of_names(items):
-    if len(items) < 5 or not _is(items[0], "(") or not _is(items[-1], ")"):
+    if len(items) < 5 or not is_sign(items[0], "(") or not is_sign(items[-1], ")"):
         return None
-    names = [_symbol(piece) if piece else None for piece in _split(items[1:-1], ",")[0]]
+    names = [_symbol(piece) if piece else None for piece in split(items[1:-1], ",")[0]]
     return None if None in names else names
 
 
@@ -339,23 +275,23 @@ def _set_operation(pieces, operators):
 
 def _as_set(piece):
     """{0} of \\mathbb{R} \\setminus {0}, whose braces were meant to be seen."""
-    if len(piece) > 2 and _is(piece[0], "{") and _is(piece[-1], "}"):
+    if len(piece) > 2 and is_sign(piece[0], "{") and is_sign(piece[-1], "}"):
         return [Token("symbol", "\\{", False), *piece[1:-1], Token("symbol", "\\}", False)]
     return piece
 
 
 def _bracketed(items):
     """A tuple, an interval, or a set in braces: brackets around the whole, and not a product of parentheses."""
-    if _is(items[0], "]") and _is(items[-1], "[", "]"):
-        items = [Token("symbol", "(", False), *items[1:-1], Token("symbol", ")", False) if _is(items[-1], "[") else items[-1]]
-    if len(items) < 3 or not _is(items[0], "(", "[", "\\{", "\\langle") or not _is(items[-1], ")", "]", "\\}", "\\rangle"):
+    if is_sign(items[0], "]") and is_sign(items[-1], "[", "]"):
+        items = [Token("symbol", "(", False), *items[1:-1], Token("symbol", ")", False) if is_sign(items[-1], "[") else items[-1]]
+    if len(items) < 3 or not is_sign(items[0], "(", "[", "\\{", "\\langle") or not is_sign(items[-1], ")", "]", "\\}", "\\rangle"):
         return None
-    if _is(items[0], "\\{") and _is(items[-1], "\\}"):
+    if is_sign(items[0], "\\{") and is_sign(items[-1], "\\}"):
         return _braces(items[1:-1])
-    pieces, _ = _split(items[1:-1], ",", ";")
-    if len(pieces) < 2 or len(_split(items[:-1], "")[0]) != 1 or not _closes_last(items):
+    pieces, _ = split(items[1:-1], ",", ";")
+    if len(pieces) < 2 or len(split(items[:-1], "")[0]) != 1 or not closes_last(items):
         return None
-    if len(pieces) == 2 and (_is(items[0], "[") or _is(items[-1], "]") or any(_is(t, "\\infty") for t in items)):
+    if len(pieces) == 2 and (is_sign(items[0], "[") or is_sign(items[-1], "]") or any(is_sign(t, "\\infty") for t in items)):
         low, high = (_bound(piece) for piece in pieces)
         return Form("between", (low, high, (items[0].text == "[", items[-1].text == "]")))
     if items[0].text + items[-1].text not in ("()", "[]", "\\langle\\rangle"):
@@ -365,17 +301,6 @@ def _bracketed(items):
 
 def _fail():
     raise NotUnderstood("an empty place")
-
-
-def _closes_last(items):
-    """Whether the first bracket is closed by the last one: (1,2),(3,4) is no tuple."""
-    depth = 0
-    for i, token in enumerate(items):
-        if token.kind in ("symbol", "command"):
-            depth += (token.text in OPENING) - (token.text in CLOSING)
-        if depth == 0:
-            return i == len(items) - 1
-    return False
 
 
 def _bound(items):
@@ -388,9 +313,9 @@ def _bound(items):
 def _braces(items):
     """{1, 2, 3}, or {x : x > 3} and {x | x > 3}."""
     for separator in ("\\mid", ":", "|"):
-        head, found = _split(items, separator)
+        head, found = split(items, separator)
         if len(found) == 1 and len(head) == 2 and all(head):
-            name, _ = _split(head[0], "\\in")
+            name, _ = split(head[0], "\\in")
             domain = "".join(t.text for t in name[1]) if len(name) == 2 else "\\mathbb{R}"
             form = _alternatives(head[1])
             if form.kind != "reals" or _symbol(name[0]) != form.parts[1] or domain not in ("\\mathbb{R}", "\\mathbbR"):
@@ -403,12 +328,14 @@ def _braces(items):
 
 
 def _matrix(items):
+    if len(items) > 2 and items[0].text + items[-1].text in ("()", "[]") and items[1].text.startswith("\\begin{array}"):
+        items = items[1:-1]
     opening, closing = items[0], items[-1]
     if opening.kind != "environment" or not re.match(r"\\begin\{([pb]?matrix|array)\}", opening.text):
         return None
     if closing.kind != "environment" or any(token.kind == "environment" for token in items[1:-1]):
         raise NotUnderstood("matrices")
-    rows = [_split(row, "&")[0] for row in _split(items[1:-1], "\\\\")[0] if row]
+    rows = [split(row, "&")[0] for row in split(items[1:-1], "\\\\")[0] if row]
     if not rows or len({len(row) for row in rows}) != 1 or not all(cell for row in rows for cell in row):
         raise NotUnderstood("a ragged matrix")
     return Form("matrix", tuple(tuple(Form("expression", (read(cell),)) for cell in row) for row in rows))
@@ -435,7 +362,7 @@ def _numeral(items):
 
 
 def _ratio(items):
-    pieces, colons = _split(items, ":")
+    pieces, colons = split(items, ":")
     if not colons:
         return None
     return Form("ratio", tuple(read(piece) for piece in pieces))

@@ -74,6 +74,8 @@ def _token(kind, text, spaced):
     if kind == "text":
         inside = text[text.index("{") + 1 : -1].strip()
         inside = {"or": "or", "and": "and", "i": "i", "e": "e"}.get(inside, inside)
+        if inside == "to":
+            return Token("symbol", ":", spaced)
         if inside in ("or", "and", *FUNCTIONS):
             return Token("word", inside, spaced)
         return Token("letter" if len(inside) == 1 and inside.isalpha() else "text", inside, spaced)
@@ -304,18 +306,26 @@ class _Reader:
         lone = len(inside) == 2 and inside[1].text == ")" and (inside[0].kind in ("number", "letter") or inside[0].text[1:] in GREEK)
         if not lone and name[0] not in "fghFGH":
             return ("sym", name)
+        return ("fn", f"unknown {name}", *self.arguments())
+
+    def arguments(self):
+        """( … , … )"""
         self.take("(")
-        arguments = [self.sum()]
+        found = [self.sum()]
         while self.sees(","):
             self.take()
-            arguments.append(self.sum())
+            found.append(self.sum())
         self.take(")")
-        return ("fn", f"unknown {name}", *arguments)
+        return found
 
     def command(self):
         name = self.take().text[1:]
         if name in ("pi", "infty"):
             return ("const", name)
+        if name == "arcdegree":
+            return ("div", ("const", "pi"), ("num", Fraction(180)))
+        if name in ("max", "min"):
+            return ("fn", name, *self.arguments())
         if name in GREEK:
             return self.applied(self.subscripted("\\" + name))
         if name == "frac":

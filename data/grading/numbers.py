@@ -14,6 +14,8 @@ _TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|
 TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}(?:\s*\^\s*\{?[23]\}?)?")
 _TEXT_ALONE = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 
+_DEGREES = r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°"
+
 
 def _braced_fraction(match):
     """\\frac12 as \\frac{1}{2}; an empty argument stays empty."""
@@ -30,7 +32,7 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
     (r"\\?[$€£¥₹]", " "),
     (r"\\%", "%"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", " "),
+    (_DEGREES, " "),
     (rf"(?<=[0-9])\s*\^\s*\{{?\s*(?:{_TEXT_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?", ""),  # 12^{\mathrm{th}}
     (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -40,6 +42,8 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
 
 def tidy(text: str) -> str:
     """LaTeX and print variants of the same thing made one: minus signs, spacing, currency, degrees, ordinals, fractions."""
+    if re.search(r"sin|cos|tan|cot|sec|csc", text):  # here degrees are not a unit to leave aside
+        text = re.sub(_DEGREES, r" \\arcdegree ", text)
     for pattern, to in _TIDY:
         text = pattern.sub(to, text)
     return text
@@ -153,6 +157,8 @@ def _one_number(text, words):
     clock = re.fullmatch(r"([0-9]{1,2}):00(\s*(?:[ap]\.?\s*m\.?|o'?clock)?)", bare, re.IGNORECASE)
     if clock:
         return Fraction(clock[1])  # nine o'clock is 9
+    if re.fullmatch(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+", bare):
+        return Fraction(bare.replace(" ", ""))  # 12 000 000
     match = _NUMBER.match(re.sub(r"^([-+])\s+", r"\1", bare))
     if match is None:
         in_words = number_in_words(bare, unit=words)
@@ -224,7 +230,7 @@ UNITS = {
     for plural in ("", "s")
 }
 _QUANTITY = re.compile(
-    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?", re.IGNORECASE
+    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?(?:\s*(?:/|per\b)\s*(?P<per>[A-Za-z]+)\.?)?", re.IGNORECASE
 )
 
 
@@ -233,22 +239,28 @@ def quantity(text: str) -> tuple[str, Fraction] | None:
     if len(text) > LONGEST:
         return None
     text = re.sub(r"\\\$\s*([0-9.,]+)", r"\1 dollars", text.rpartition("=")[2])
-    text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|°", " degrees ", text)
+    text = re.sub(_DEGREES, " degrees ", text)
     text = re.sub(r"[{}]", " ", _TEXT_ALONE.sub(r" \1 ", tidy(text)))
     text = strip_marks(re.sub(r"\\frac\s+([0-9]+)\s+([0-9]+)", r"\1/\2", text))
     total, dimension, at = Fraction(0), None, 0
     while at < len(text):
         match = _QUANTITY.match(text, at)
         value = match and _value(_NUMBER.match(match["value"]))
-        unit = match and (UNITS.get(match["unit"]) or UNITS.get(match["unit"].lower() if len(match["unit"]) > 1 else ""))
-        if value is None or unit is None:
+        unit, per = (match and _unit(match["unit"]), match and match["per"] and _unit(match["per"]))
+        if value is None or unit is None or (match["per"] and per is None):
             return None
+        if match["per"]:
+            unit = f"{unit[0]}/{per[0]}", unit[1] / per[1]
         power = int(match["power"] or {"s": 2, "c": 3}.get((match["square"] or " ")[0].lower(), 1))
         if dimension not in (None, (unit[0], power)):
             return None
         dimension, at = (unit[0], power), match.end()
         total += value * unit[1] ** power
     return None if dimension is None else (f"{dimension[0]}^{dimension[1]}", total)
+
+
+def _unit(name):
+    return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 1 else None)
 
 
 _CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?:\s*([ap])\.?\s*m\.?|(\s*o'?\s*clock))?", re.IGNORECASE)

@@ -199,6 +199,10 @@ def _function(name, parts):
         return mp.cos(inner + shift) + 3 * shift + 2, sum(part.size for part in parts) * 4 + 4
     if name == "abs":
         return abs(x), size
+    if name in ("max", "min"):
+        if any(mp.im(part.value) != 0 for part in parts):
+            raise Undefined
+        return {"max": max, "min": min}[name](mp.re(part.value) for part in parts), max(part.size for part in parts)
     if name in ("floor", "ceil"):
         if not real:
             raise Undefined
