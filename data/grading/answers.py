@@ -382,6 +382,8 @@ def real_set(form, points=False):
         left, right = closed
         if (left and ends[0] is None) or (right and ends[1] is None):
             raise NotUnderstood("infinity is no member")
+        if None not in ends and not (left and right) and values.equal(*ends):
+            raise NotUnderstood("nothing between its ends")  # (0, 0) is a point of the plane, not the empty set
         return normal([Piece(ends[0], left, ends[1], right)])
     if points and form.kind == "list" and form.parts[0] and all(f.kind == "expression" for f in form.parts[1]):
         return normal([Piece(f.parts[0], True, f.parts[0], True) for f in form.parts[1]])
