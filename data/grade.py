@@ -9,7 +9,16 @@ import re
 from collections import deque
 from dataclasses import dataclass
 
-from data.grading.numbers import LONGEST, canonical, named_number, numbers_in, parse_number, quantity, scientific, time_of_day
+from data.grading.numbers import (
+    LONGEST,
+    canonical,
+    named_number,
+    numbers_in,
+    parse_number,
+    quantity,
+    scientific,
+    time_of_day,
+)
 from data.grading.worker import MathWorker
 
 TAIL = 10_000  # characters at the end of a text in which an unmarked answer is looked for
@@ -52,7 +61,8 @@ def grade_math(text, answer):
 
 def grade_exact(text, answer):
     """Whether the completion's answer is the gold string, spaces aside."""
-    same = lambda found: found is not None and "".join(found.split()) == "".join(answer.split())
+    def same(found):
+        return found is not None and "".join(found.split()) == "".join(answer.split())
     marked = marked_answer(text)
     return Verdict(same(marked), same(marked) or same(marked_answer(text, unclosed=True)), marked is not None)
 

@@ -1,41 +1,38 @@
-"""Answers read by their form: equations, inequalities, intervals, sets, tuples, lists, matrices, numerals of another base, values.
+"""Answers read by their form: equations, inequalities, intervals, sets, tuples, lists, matrices,
+numerals of another base, values.
 
-What cannot be read in full raises NotUnderstood. data/grading/compare.py says which forms are equal.
+What cannot be read in full raises NotUnderstood. data/grading/compare.py says which forms are
+equal.
 """
 
 import re
-from typing import NamedTuple
 
 from data.grading import values
-from data.grading.expression import NotUnderstood, Token, read, symbols, tokens
-from data.grading.intervals import EMPTY, REALS, Piece, complement, intersection, normal, union
-from data.grading.layout import both_signs, closes_last, is_sign, split, with_thousands, without_stops
+from data.grading.expression import read, symbols
+from data.grading.forms import Form, real_set
+from data.grading.intervals import (
+    EMPTY,
+    REALS,
+    Piece,
+    complement,
+    intersection,
+    normal,
+    union,
+)
+from data.grading.layout import (
+    both_signs,
+    closes_last,
+    is_sign,
+    split,
+    with_thousands,
+    without_stops,
+)
 from data.grading.numbers import UNITS, strip_marks, tidy
+from data.grading.tokens import NotUnderstood, Token, tokens
 
 MAX_ITEMS = 60
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
 SWAPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!=", "=": "="}
-
-
-class Form(NamedTuple):
-    """An answer's kind, and its parts:
-
-    expression (tree)             2x + 3
-    named      (name, form)       y = 2x + 3
-    function   (name, arguments, tree)   f(x) = 2x + 3
-    equation   (tree, ...)        left side minus right side, one for each `=`
-    relation   (tree, may be 0)   tree < 0 of an inequality that is not solved
-    reals      (pieces, variable or None)    x > 3, (0, 1) \\cup {2}
-    between    (low, high, closed)   the interval [1, 3); closed is (True, False)
-    tuple      (in square brackets, forms)
-    list       (in braces, forms)   roots in any order
-    matrix     rows of forms
-    numeral    (digits, base)
-    ratio      trees
-    """
-
-    kind: str
-    parts: tuple
 
 
 def parse(text: str) -> Form:
@@ -66,7 +63,10 @@ def _alternatives(items):
         sets = [real_set(form) for form in forms]
         variable = _variable(forms[0])
         result = union(sets) if "or" in connectors or variable is None else intersection(sets)
-        return Form("reals", (union(sets) if result == EMPTY and "and" not in connectors else result, variable))
+        return Form(
+            "reals",
+            (union(sets) if result == EMPTY and "and" not in connectors else result, variable),
+        )
     return forms[0] if len(forms) == 1 else Form("list", (False, _inherit_names(forms)))
 
 
@@ -98,7 +98,8 @@ def _item(items):
 
 
 def _without_unit(items):
-    """Without the words behind a value: \\text{cm}^2, or a unit that is no product of variables (square inches)."""
+    """Without the words behind a value: \\text{cm}^2, or a unit that is no product of variables
+    (square inches)."""
     while len(items) > 1 and is_sign(items[-1], "%"):
         items = items[:-1]
     end = len(items)
@@ -113,12 +114,19 @@ def _without_unit(items):
     while start > 1 and items[start - 1].kind == "letter":
         start -= 1
     words = "".join((" " if t.spaced else "") + t.text for t in items[start:end]).split()
-    if words and start > 0 and all(len(w) > 1 and (w in UNITS or w in ("square", "cubic", "unit", "units", "sq")) for w in words):
+    if (
+        words
+        and start > 0
+        and all(
+            len(w) > 1 and (w in UNITS or w in ("square", "cubic", "unit", "units", "sq"))
+            for w in words
+        )
+    ):
         return items[:start]
     return items
 
 
-# --- relations -------------------------------------------------------------------------------------------------------
+# --- relations ------------------------------------------------------------------------------------
 
 
 def _relation(sides, relations):
@@ -137,12 +145,15 @@ def _relation(sides, relations):
     if len(relations) == 1 and relations[0] != "!=":
         smaller_first = relations[0].startswith("<")
         small, large = trees if smaller_first else reversed(trees)
-        return Form("relation", (("add", small, values.negative(large)), relations[0].strip("<>") == "="))
+        return Form(
+            "relation", (("add", small, values.negative(large)), relations[0].strip("<>") == "=")
+        )
     raise NotUnderstood("a relation")
 
 
 def _isolated(left, relation, right):
-    """(name, pieces) of `name < constant`, of `constant > name` and of |name| < constant; None of another relation."""
+    """(name, pieces) of `name < constant`, of `constant > name` and of |name| < constant; None of
+    another relation."""
     if symbols(left) == set() and symbols(right):
         left, relation, right = right, SWAPPED[relation], left
     absolute = left[:2] == ("fn", "abs")
@@ -152,7 +163,11 @@ def _isolated(left, relation, right):
     pieces = _ray(relation, right)
     if absolute:
         mirrored = _ray(SWAPPED[relation], values.negative(right))
-        pieces = intersection([pieces, mirrored]) if relation in ("<", "<=", "!=") else union([pieces, mirrored])
+        pieces = (
+            intersection([pieces, mirrored])
+            if relation in ("<", "<=", "!=")
+            else union([pieces, mirrored])
+        )
     return inner[1], pieces
 
 
@@ -179,7 +194,8 @@ def _membership(left, right):
 
 
 def _equation(sides):
-    """name = value (also the first and the last of a chain), f(x) = value, or the sides of an equation."""
+    """name = value (also the first and the last of a chain), f(x) = value, or the sides of an
+    equation."""
     first, last = sides[0], sides[-1]
     function = _function_head(first)
     if function:
@@ -189,7 +205,10 @@ def _equation(sides):
         return _named_tuple(names, _item(last))
     middle = [read(side) for side in sides[1:-1]]
     for name, value in ((first, last), (last, first)):
-        if middle and (name is last or not all(values.equal(tree, read(_without_unit(last))) for tree in middle)):
+        if middle and (
+            name is last
+            or not all(values.equal(tree, read(_without_unit(last))) for tree in middle)
+        ):
             continue  # x = 5 + 13 = 18 names x; a line (x - 1)/2 = y/3 = z has three sides
         symbol = _symbol(name)
         if symbol is not None:
@@ -211,7 +230,11 @@ def _symbol(items):
     try:
         tree = read(items)
     except NotUnderstood:
-        return "\\angle" + "".join(t.text for t in items[1:]) if items and is_sign(items[0], "\\angle", "\\triangle") else None
+        return (
+            "\\angle" + "".join(t.text for t in items[1:])
+            if items and is_sign(items[0], "\\angle", "\\triangle")
+            else None
+        )
     if tree == ("const", "e") or tree == ("const", "i"):
         return tree[1]
     return tree[1] if tree[0] == "sym" else None
@@ -227,7 +250,11 @@ def _function_head(items):
     name = _symbol(head[:1] if inverse else head) if opening else None
     arguments = items[opening + 1 : -1]
     letters = arguments[::2]
-    if name is None or not all(t.kind == "letter" or t.kind == "command" for t in letters) or any(t.text != "," for t in arguments[1::2]):
+    if (
+        name is None
+        or not all(t.kind == "letter" or t.kind == "command" for t in letters)
+        or any(t.text != "," for t in arguments[1::2])
+    ):
         return None
     return name + "^-1" * inverse, tuple(t.text for t in letters)
 
@@ -245,10 +272,12 @@ def _named_tuple(names, form):
         raise NotUnderstood("a tuple of another length")
     if len(forms) > 1:
         return form
-    return Form("list", (False, tuple(Form("named", pair) for pair in zip(names, forms[0].parts[1]))))
+    return Form(
+        "list", (False, tuple(Form("named", pair) for pair in zip(names, forms[0].parts[1])))
+    )
 
 
-# --- sets, brackets, matrices ----------------------------------------------------------------------------------------
+# --- sets, brackets, matrices ---------------------------------------------------------------------
 
 
 def _known_set(items):
@@ -281,22 +310,37 @@ def _as_set(piece):
 
 
 def _bracketed(items):
-    """A tuple, an interval, or a set in braces: brackets around the whole, and not a product of parentheses."""
+    """A tuple, an interval, or a set in braces: brackets around the whole, and not a product of
+    parentheses."""
     if is_sign(items[0], "]") and is_sign(items[-1], "[", "]"):
-        items = [Token("symbol", "(", False), *items[1:-1], Token("symbol", ")", False) if is_sign(items[-1], "[") else items[-1]]
-    if len(items) < 3 or not is_sign(items[0], "(", "[", "\\{", "\\langle") or not is_sign(items[-1], ")", "]", "\\}", "\\rangle"):
+        items = [
+            Token("symbol", "(", False),
+            *items[1:-1],
+            Token("symbol", ")", False) if is_sign(items[-1], "[") else items[-1],
+        ]
+    if (
+        len(items) < 3
+        or not is_sign(items[0], "(", "[", "\\{", "\\langle")
+        or not is_sign(items[-1], ")", "]", "\\}", "\\rangle")
+    ):
         return None
     if is_sign(items[0], "\\{") and is_sign(items[-1], "\\}"):
         return _braces(items[1:-1])
     pieces, _ = split(items[1:-1], ",", ";")
     if len(pieces) < 2 or len(split(items[:-1], "")[0]) != 1 or not closes_last(items):
         return None
-    if len(pieces) == 2 and (is_sign(items[0], "[") or is_sign(items[-1], "]") or any(is_sign(t, "\\infty") for t in items)):
+    if len(pieces) == 2 and (
+        is_sign(items[0], "[")
+        or is_sign(items[-1], "]")
+        or any(is_sign(t, "\\infty") for t in items)
+    ):
         low, high = (_bound(piece) for piece in pieces)
         return Form("between", (low, high, (items[0].text == "[", items[-1].text == "]")))
     if items[0].text + items[-1].text not in ("()", "[]", "\\langle\\rangle"):
         raise NotUnderstood("brackets")
-    return Form("tuple", (items[0].text == "[", tuple(_item(piece) for piece in pieces if piece or _fail())))
+    return Form(
+        "tuple", (items[0].text == "[", tuple(_item(piece) for piece in pieces if piece or _fail()))
+    )
 
 
 def _fail():
@@ -318,7 +362,11 @@ def _braces(items):
             name, _ = split(head[0], "\\in")
             domain = "".join(t.text for t in name[1]) if len(name) == 2 else "\\mathbb{R}"
             form = _alternatives(head[1])
-            if form.kind != "reals" or _symbol(name[0]) != form.parts[1] or domain not in ("\\mathbb{R}", "\\mathbbR"):
+            if (
+                form.kind != "reals"
+                or _symbol(name[0]) != form.parts[1]
+                or domain not in ("\\mathbb{R}", "\\mathbbR")
+            ):
                 raise NotUnderstood("a set")
             return Form("reals", (form.parts[0], None))
     form = _alternatives(items)
@@ -328,20 +376,37 @@ def _braces(items):
 
 
 def _matrix(items):
-    if len(items) > 2 and items[0].text + items[-1].text in ("()", "[]") and items[1].text.startswith("\\begin{array}"):
+    if (
+        len(items) > 2
+        and items[0].text + items[-1].text in ("()", "[]")
+        and items[1].text.startswith("\\begin{array}")
+    ):
         items = items[1:-1]
     opening, closing = items[0], items[-1]
-    if opening.kind != "environment" or not re.match(r"\\begin\{([pb]?matrix|array)\}", opening.text):
+    if opening.kind != "environment" or not re.match(
+        r"\\begin\{([pb]?matrix|array)\}", opening.text
+    ):
         return None
     if closing.kind != "environment" or any(token.kind == "environment" for token in items[1:-1]):
         raise NotUnderstood("matrices")
     rows = [split(row, "&")[0] for row in split(items[1:-1], "\\\\")[0] if row]
-    if not rows or len({len(row) for row in rows}) != 1 or not all(cell for row in rows for cell in row):
+    if (
+        not rows
+        or len({len(row) for row in rows}) != 1
+        or not all(cell for row in rows for cell in row)
+    ):
         raise NotUnderstood("a ragged matrix")
-    return Form("matrix", tuple(tuple(Form("expression", (read(cell),)) for cell in row) for row in rows))
+    return Form(
+        "matrix", tuple(tuple(Form("expression", (read(cell),)) for cell in row) for row in rows)
+    )
 
 
-_BASES = {w: i for i, w in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)} | {"sixteen": 16}
+_BASES = {
+    w: i
+    for i, w in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+    )
+} | {"sixteen": 16}
 
 
 def _numeral(items):
@@ -366,25 +431,3 @@ def _ratio(items):
     if not colons:
         return None
     return Form("ratio", tuple(read(piece) for piece in pieces))
-
-
-def real_set(form, points=False):
-    """The set of real numbers that a form is, or None: (1, 2) as an open interval, and with `points` {1, 2}."""
-    if form.kind == "reals":
-        return form.parts[0]
-    if form.kind == "tuple" and not form.parts[0] and [f.kind for f in form.parts[1]] == ["expression"] * 2:
-        form = Form("between", (*form.parts[1], (False, False)))
-    if form.kind == "between":
-        low, high, closed = form.parts
-        if low is None or high == "-":
-            raise NotUnderstood("an interval that begins at infinity")
-        ends = [None if end in (None, "-") else end.parts[0] for end in (low, high)]
-        left, right = closed
-        if (left and ends[0] is None) or (right and ends[1] is None):
-            raise NotUnderstood("infinity is no member")
-        if None not in ends and not (left and right) and values.equal(*ends):
-            raise NotUnderstood("nothing between its ends")  # (0, 0) is a point of the plane, not the empty set
-        return normal([Piece(ends[0], left, ends[1], right)])
-    if points and form.kind == "list" and form.parts[0] and all(f.kind == "expression" for f in form.parts[1]):
-        return normal([Piece(f.parts[0], True, f.parts[0], True) for f in form.parts[1]])
-    return None

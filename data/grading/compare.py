@@ -4,19 +4,25 @@ An equation is not what stands behind its last `=`; order counts in tuples and n
 """
 
 from data.grading import values
-from data.grading.answers import Form, parse, real_set
-from data.grading.expression import NotUnderstood, symbols
+from data.grading.answers import parse
+from data.grading.expression import symbols
+from data.grading.forms import Form, real_set
 from data.grading.intervals import same_set
 
 
 def compare(answer: str, gold: str) -> bool:
-    """Whether the answer equals the gold one; raises NotUnderstood where either cannot be read in full."""
+    """Whether the answer equals the gold one; raises NotUnderstood where either cannot be read in
+    full."""
     return same(parse(gold), parse(answer))
 
 
 def same(gold: Form, answer: Form) -> bool:
     """Whether two forms are equal."""
-    if gold.kind in ("equation", "named", "function") or answer.kind in ("equation", "named", "function"):
+    if gold.kind in ("equation", "named", "function") or answer.kind in (
+        "equation",
+        "named",
+        "function",
+    ):
         return _same_with_names(gold, answer)
     if gold.kind == "list" or answer.kind == "list":
         return _same_lists(gold, answer)
@@ -48,13 +54,19 @@ def _same_relations(gold, answer):
 
 def _same_tuples(gold, answer):
     pairs = list(zip(gold.parts[1], answer.parts[1]))
-    return gold.parts[0] == answer.parts[0] and len(gold.parts[1]) == len(answer.parts[1]) and all(same(*pair) for pair in pairs)
+    return (
+        gold.parts[0] == answer.parts[0]
+        and len(gold.parts[1]) == len(answer.parts[1])
+        and all(same(*pair) for pair in pairs)
+    )
 
 
 def _same_matrices(gold, answer):
     if [len(row) for row in gold.parts] != [len(row) for row in answer.parts]:
         return False
-    return all(same(a, b) for row, other in zip(gold.parts, answer.parts) for a, b in zip(row, other))
+    return all(
+        same(a, b) for row, other in zip(gold.parts, answer.parts) for a, b in zip(row, other)
+    )
 
 
 def _is_whole(tree):
@@ -63,14 +75,22 @@ def _is_whole(tree):
 
 
 def _same_ratio(gold, answer):
-    """1:2 is 2:4, and as a fraction 1/2 (but 1:1 is not 1); longer ones are the same up to a factor."""
+    """1:2 is 2:4, and as a fraction 1/2 (but 1:1 is not 1); longer ones are the same up to a
+    factor."""
     if {gold.kind, answer.kind} == {"ratio", "expression"}:
         ratio, value = (gold, answer) if gold.kind == "ratio" else (answer, gold)
-        return len(ratio.parts) == 2 and not _is_whole(value.parts[0]) and values.equal(("div", *ratio.parts), value.parts[0])
+        return (
+            len(ratio.parts) == 2
+            and not _is_whole(value.parts[0])
+            and values.equal(("div", *ratio.parts), value.parts[0])
+        )
     if len(gold.parts) != len(answer.parts):
         return False
     first, other = gold.parts[0], answer.parts[0]
-    return all(values.equal(("mul", a, other), ("mul", b, first)) for a, b in zip(gold.parts[1:], answer.parts[1:]))
+    return all(
+        values.equal(("mul", a, other), ("mul", b, first))
+        for a, b in zip(gold.parts[1:], answer.parts[1:])
+    )
 
 
 _SAME = {
@@ -82,11 +102,12 @@ _SAME = {
     "numeral": lambda gold, answer: gold == answer,
 }
 
-# --- names and equations ---------------------------------------------------------------------------------------------
+# --- names and equations --------------------------------------------------------------------------
 
 
 def _same_with_names(gold, answer):
-    """Equations. x = 5 is 5 and never y = 5; y = 2x + 3 is 2x + 3, and any equation that is a constant multiple of it."""
+    """Equations. x = 5 is 5 and never y = 5; y = 2x + 3 is 2x + 3, and any equation that is a
+    constant multiple of it."""
     if gold.kind == "function" or answer.kind == "function":
         return _same_functions(gold, answer)
     if gold.kind == answer.kind == "named" and gold.parts[0] == answer.parts[0]:
@@ -108,7 +129,9 @@ def _same_equations(gold, answer):
 
 
 def _is_solved(form):
-    return form.kind == "named" and not (form.parts[1].kind == "expression" and symbols(form.parts[1].parts[0]))
+    return form.kind == "named" and not (
+        form.parts[1].kind == "expression" and symbols(form.parts[1].parts[0])
+    )
 
 
 def _as_equation(form):
@@ -139,11 +162,12 @@ def _renamed(tree, names):
     return tuple(_renamed(part, names) if isinstance(part, tuple) else part for part in tree)
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------
 
 
 def _same_lists(gold, answer):
-    """The same members in any order; a set in braces counts each once, and is its member where it has but one."""
+    """The same members in any order; a set in braces counts each once, and is its member where it
+    has but one."""
     if "list" not in (gold.kind, answer.kind):
         raise AssertionError("one of both is a list")
     if {gold.kind, answer.kind} & {"reals", "between"}:
@@ -160,8 +184,15 @@ def _same_lists(gold, answer):
     elif "list" not in (gold.kind, answer.kind) or gold.kind != answer.kind:
         return False
     for names, bare in ((0, 1), (1, 0)):
-        if _distinct_names((gold, answer)[names]) and not any(form.kind == "named" for form in lists[bare]):
-            return _in_order(*([form.parts[1] if form.kind == "named" else form for form in forms] for forms in lists))
+        if _distinct_names((gold, answer)[names]) and not any(
+            form.kind == "named" for form in lists[bare]
+        ):
+            return _in_order(
+                *(
+                    [form.parts[1] if form.kind == "named" else form for form in forms]
+                    for forms in lists
+                )
+            )
     return _same_members(*lists)
 
 
@@ -197,7 +228,7 @@ def _without_repeats(forms):
     return found
 
 
-# --- votes -----------------------------------------------------------------------------------------------------------
+# --- votes ----------------------------------------------------------------------------------------
 
 
 def key(text: str) -> str:
@@ -210,7 +241,9 @@ def key(text: str) -> str:
 def _key(form):
     kind, parts = form
     if kind == "named":
-        return _key(parts[1])  # the gold answer decides whether the name has to be there; a vote cannot know
+        return _key(
+            parts[1]
+        )  # the gold answer decides whether the name has to be there; a vote cannot know
     if kind == "function":
         return _key(Form("expression", (parts[2],)))
     if kind == "expression":

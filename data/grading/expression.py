@@ -1,106 +1,31 @@
-"""LaTeX expressions as trees, and whether two of them have the same value: exactly for rational numbers, else numerically with 150 digits.
+"""LaTeX expressions as trees.
 
-An expression that is not understood in full raises NotUnderstood: nothing is skipped, so no part of an answer goes unread. Values with
-variables are compared at fixed pseudo-random points (Schwartz-Zippel), which costs milliseconds where a symbolic simplification may not end.
+An expression that is not understood in full raises NotUnderstood: nothing is skipped, so no part
+of an answer goes unread. data/grading/values.py says what a tree is worth.
 """
 
 import re
 from fractions import Fraction
-from typing import NamedTuple
+
+from data.grading.tokens import FUNCTIONS, GREEK, NotUnderstood, Token
 
 MAX_DEPTH = 40
-FUNCTIONS = ("arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log lg exp").split()
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon phi varphi chi psi"
-    " omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell".split()
-)
 ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm boldsymbol bm".split()
-BRACKETS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\langle": "\\rangle"}
-
-
-class NotUnderstood(Exception):
-    """The text is no expression that this file can read."""
-
-
-class Token(NamedTuple):
-    """kind: number, letter, word (a function's name, or what \\text holds), command, symbol, or begin / end of a matrix."""
-
-    kind: str
-    text: str
-    spaced: bool  # white space before it
-
-
-_TOKENS = re.compile(
-    r"""(?P<space>\s+)|(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(?P<environment>\\(?:begin|end)\{[a-z]*\*?\}(?:\{[clr|]*\})?)"""
-    r"""|(?P<text>\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|operatorname)\*?\s*\{[^{}]*\})|(?P<command>\\(?:[A-Za-z]+|[{}|\\]))"""
-    rf"""|(?P<word>(?<![A-Za-z])(?:{"|".join(FUNCTIONS)}|sqrt|pi|or|and|infinity|inf|base|mod)(?![A-Za-z]))|(?P<letter>[A-Za-z])"""
-    r"""|(?P<symbol><=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])""",
-)
-_ALIASES = {
-    "\\cdot": "*", "\\times": "*", "\\ast": "*", "**": "^", "\\div": "/", "\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\\lbrace": "\\{",
-    "\\rbrace": "\\}", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">",
-    "\\ne": "!=", "\\neq": "!=", "\\lor": "or", "\\vee": "or", "\\land": "and", "\\wedge": "and", "\\colon": ":", "\\mid": "\\mid", "\\lbrack": "[",
-    "\\rbrack": "]", "\\backslash": "\\setminus", "\\varnothing": "\\emptyset", "\\infin": "\\infty", "inf": "\\infty", "infinity": "\\infty",
-    "pi": "\\pi", "sqrt": "\\sqrt", "\\varepsilon": "\\epsilon", "\\varphi": "\\phi", "\\dbinom": "\\binom", "\\tbinom": "\\binom",
-    "\\arcsin": "arcsin", "\\arccos": "arccos", "\\arctan": "arctan",
-}  # fmt: skip
-_UNICODE = str.maketrans({
-    "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ",
-    "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ",
-    "∅": "\\emptyset ", "ℝ": "\\mathbb{R} ", "²": "^2 ", "³": "^3 ",
-})  # fmt: skip
-
-
-def tokens(text: str) -> list[Token]:
-    """The tokens of tidy text; raises NotUnderstood at a character that is none."""
-    text = re.sub(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text.translate(_UNICODE))
-    text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)
-    text = re.sub(r"(?<![A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
-    found, at, spaced = [], 0, False
-    while at < len(text):
-        match = _TOKENS.match(text, at)
-        if match is None:
-            raise NotUnderstood(text[at])
-        at, kind = match.end(), match.lastgroup
-        if kind == "space":
-            spaced = True
-            continue
-        found.append(_token(kind, match[0], spaced))
-        spaced = False
-    return found
-
-
-def _token(kind, text, spaced):
-    if kind == "text":
-        inside = text[text.index("{") + 1 : -1].strip()
-        inside = {"or": "or", "and": "and", "i": "i", "e": "e"}.get(inside, inside)
-        if inside == "to":
-            return Token("symbol", ":", spaced)
-        if inside in ("or", "and", *FUNCTIONS):
-            return Token("word", inside, spaced)
-        return Token("letter" if len(inside) == 1 and inside.isalpha() else "text", inside, spaced)
-    text = _ALIASES.get(text, text)
-    if kind == "command" and text[1:] in FUNCTIONS:
-        return Token("word", text[1:], spaced)
-    if text in ("or", "and", *FUNCTIONS, "base", "mod"):
-        return Token("word", text, spaced)
-    if text.startswith("\\") and kind in ("command", "word"):
-        return Token("command", text, spaced)
-    return Token("symbol" if kind in ("command", "symbol") else kind, text, spaced)
-
-
-def _repeating(match):
-    """0.1\\overline{6} as the fraction that it is."""
-    whole, fixed, cycle = match[1] or "0", match[2], match[3]
-    value = Fraction(int(whole + fixed + cycle) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(cycle) - 1))
-    return f"({value.numerator}/{value.denominator})"
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+BRACKETS = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "\\{": "\\}",
+    "|": "|",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+    "\\langle": "\\rangle",
+}
 
 
 def read(items: list[Token]) -> tuple:
-    """The tree of an expression: nested tuples ("num", Fraction), ("sym", name), ("const", "pi"), ("add", …), ("pow", base, exponent), …"""
+    """The tree of an expression: nested tuples ("num", Fraction), ("sym", name), ("const", "pi"),
+    ("add", …), ("pow", base, exponent), …"""
     if not items:
         raise NotUnderstood("nothing")
     reader = _Reader(items)
@@ -111,7 +36,8 @@ def read(items: list[Token]) -> tuple:
 
 
 class _Reader:
-    """Recursive descent over tokens. Each method reads one kind of thing from where the reader stands and returns its tree."""
+    """Recursive descent over tokens. Each method reads one kind of thing from where the reader
+    stands and returns its tree."""
 
     def __init__(self, items):
         self.items, self.at, self.depth, self.bars = list(items), 0, 0, 0
@@ -121,7 +47,11 @@ class _Reader:
         return self.items[self.at] if self.at < len(self.items) else None
 
     def sees(self, *texts):
-        return self.next is not None and self.next.kind in ("symbol", "command", "word") and self.next.text in texts
+        return (
+            self.next is not None
+            and self.next.kind in ("symbol", "command", "word")
+            and self.next.text in texts
+        )
 
     def take(self, *texts):
         """The next token, which has to be one of these if any are named."""
@@ -166,16 +96,24 @@ class _Reader:
     def implicit(self, left):
         """left next: a product without a sign, or a mixed number."""
         before, after = self.items[self.at - 1], self.items[self.at + 1 : self.at + 2]
-        if self.next.kind == "number" and (before.kind == "number" or not (before.text == ")" or after and after[0].text == "^")):
+        if self.next.kind == "number" and (
+            before.kind == "number" or not (before.text == ")" or after and after[0].text == "^")
+        ):
             raise NotUnderstood("a number behind a factor")  # but (n - 2) 2^n
-        mixed = left[0] == "num" and left[1].denominator == 1 and before.kind == "number" and self.sees("\\frac")
+        mixed = (
+            left[0] == "num"
+            and left[1].denominator == 1
+            and before.kind == "number"
+            and self.sees("\\frac")
+        )
         right = self.power()
         if mixed and right[0] == "div" and right[1][0] == right[2][0] == "num":
             return ("add", left, right)
         return ("mul", left, right)
 
     def divisor(self, first, over):
-        """What is divided by: 1/2 x is x/2 and t/RC is t/(RC); where readers disagree (1/2x, x/y z), nothing."""
+        """What is divided by: 1/2 x is x/2 and t/RC is t/(RC); where readers disagree (1/2x, x/y
+        z), nothing."""
         if not self.starts_factor():
             return first
         if first[0] == "num" and _is_number(over):
@@ -199,7 +137,18 @@ class _Reader:
         if token.kind in ("number", "letter", "word"):
             return True
         if token.kind == "command":
-            return token.text not in ("\\}", "\\rfloor", "\\rceil", "\\rangle", "\\in", "\\cup", "\\cap", "\\setminus", "\\mid", "\\\\")
+            return token.text not in (
+                "\\}",
+                "\\rfloor",
+                "\\rceil",
+                "\\rangle",
+                "\\in",
+                "\\cup",
+                "\\cap",
+                "\\setminus",
+                "\\mid",
+                "\\\\",
+            )
         return token.text in ("(", "[", "{") or (token.text == "|" and not self.bars)
 
     def power(self):
@@ -266,7 +215,12 @@ class _Reader:
         if self.sees("{"):
             return self.group("{")
         token = self.next
-        if token is not None and token.kind == "number" and token.text.isdigit() and len(token.text) > 1:
+        if (
+            token is not None
+            and token.kind == "number"
+            and token.text.isdigit()
+            and len(token.text) > 1
+        ):
             self.items[self.at] = Token("number", token.text[1:], False)
             return ("num", Fraction(token.text[0]))
         return self.atom()
@@ -299,11 +253,16 @@ class _Reader:
                 parts.append(token.text)
 
     def applied(self, name):
-        """f(x): a function's value where the name is one of a function's, or where one number or symbol stands in the parentheses."""
+        """f(x): a function's value where the name is one of a function's, or where one number or
+        symbol stands in the parentheses."""
         if not self.sees("("):
             return ("sym", name)
         inside = self.items[self.at + 1 : self.at + 3]
-        lone = len(inside) == 2 and inside[1].text == ")" and (inside[0].kind in ("number", "letter") or inside[0].text[1:] in GREEK)
+        lone = (
+            len(inside) == 2
+            and inside[1].text == ")"
+            and (inside[0].kind in ("number", "letter") or inside[0].text[1:] in GREEK)
+        )
         if not lone and name[0] not in "fghFGH":
             return ("sym", name)
         return ("fn", f"unknown {name}", *self.arguments())
@@ -343,7 +302,10 @@ class _Reader:
 
     def fraction(self):
         raw = " ".join(t.text for t in self.items[self.at : self.at + 12])
-        derivative = re.match(r"\{? ?(?:d|\\partial)\b(?: \^ \{? ?\d ?\}?)? ?([^{}]*?) ?\}? \{ (?:d|\\partial) (\S+)(?: \^ \{? ?\d ?\}?)? \}", raw)
+        derivative = re.match(
+            r"\{? ?(?:d|\\partial)\b(?: \^ \{? ?\d ?\}?)? ?([^{}]*?) ?\}? \{ (?:d|\\partial) (\S+)(?: \^ \{? ?\d ?\}?)? \}",
+            raw,
+        )
         if derivative:  # a symbol of its own, not d times something
             over, under = self.raw_group(), self.raw_group()
             return ("sym", f"derivative {over} / {under}")
@@ -369,7 +331,10 @@ class _Reader:
         if base is not None and name != "log":
             raise NotUnderstood("a base")
         argument = self.argument()
-        if power == ("mul", ("num", Fraction(-1)), ("num", Fraction(1))) and "arc" + name in FUNCTIONS:
+        if (
+            power == ("mul", ("num", Fraction(-1)), ("num", Fraction(1)))
+            and "arc" + name in FUNCTIONS
+        ):
             name, power = "arc" + name, None
         tree = ("fn", name, argument)
         if name == "lg":
@@ -379,12 +344,17 @@ class _Reader:
         return tree if power is None else ("pow", tree, power)
 
     def argument(self):
-        """What a function without braces is of: a group, or the product that follows up to the next function or parenthesis."""
+        """What a function without braces is of: a group, or the product that follows up to the next
+        function or parenthesis."""
         if self.sees("(", "{", "[", "|"):
             return ("fn", "abs", self.group("|")) if self.sees("|") else self.group(self.next.text)
         sign = self.take().text if self.sees("+", "-") else "+"
         factors = [self.power()]
-        while self.starts_factor() and self.next.kind in ("letter", "number", "command") and not self.sees("(", "\\lfloor"):
+        while (
+            self.starts_factor()
+            and self.next.kind in ("letter", "number", "command")
+            and not self.sees("(", "\\lfloor")
+        ):
             if self.next.kind == "number":
                 raise NotUnderstood("a number behind a factor")
             factors.append(self.power())

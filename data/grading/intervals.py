@@ -1,14 +1,17 @@
-"""Sets of real numbers as sorted pieces: unions of intervals and points whose ends are constants (or, for one interval, expressions)."""
+"""Sets of real numbers as sorted pieces: unions of intervals and points whose ends are constants
+(or, for one interval, expressions)."""
 
 import functools
 from typing import NamedTuple
 
 from data.grading import values
-from data.grading.expression import NotUnderstood, symbols
+from data.grading.expression import symbols
+from data.grading.tokens import NotUnderstood
 
 
 class Piece(NamedTuple):
-    """An interval from low to high, which are trees or None for infinity; each end belongs to it or does not."""
+    """An interval from low to high, which are trees or None for infinity; each end belongs to it or
+    does not."""
 
     low: tuple | None
     low_closed: bool
@@ -50,7 +53,11 @@ def normal(pieces: list[Piece]) -> tuple[Piece, ...]:
     for piece in sorted(pieces, key=functools.cmp_to_key(_starts)) if len(pieces) > 1 else pieces:
         if merged and _touch(merged[-1], piece):
             last = merged.pop()
-            piece = last._replace(high=piece.high, high_closed=piece.high_closed) if _ends(last, piece) < 0 else last
+            piece = (
+                last._replace(high=piece.high, high_closed=piece.high_closed)
+                if _ends(last, piece) < 0
+                else last
+            )
         merged.append(piece)
     return tuple(merged)
 
@@ -107,7 +114,10 @@ def complement(pieces: tuple) -> tuple[Piece, ...]:
 def same_set(a: tuple, b: tuple) -> bool:
     """Whether two normal sets have the same pieces."""
     return len(a) == len(b) and all(
-        p.low_closed == q.low_closed and p.high_closed == q.high_closed and _same_end(p.low, q.low) and _same_end(p.high, q.high)
+        p.low_closed == q.low_closed
+        and p.high_closed == q.high_closed
+        and _same_end(p.low, q.low)
+        and _same_end(p.high, q.high)
         for p, q in zip(a, b)
     )
 

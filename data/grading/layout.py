@@ -1,27 +1,42 @@
-"""The outer layout of an answer's tokens: brackets, separators, thousands, and both signs of \\pm."""
+"""The outer layout of an answer's tokens: brackets, separators, thousands, and both signs of
+\\pm."""
 
 import itertools
 import re
 from collections.abc import Iterator
 
-from data.grading.expression import NotUnderstood, Token
+from data.grading.tokens import NotUnderstood, Token
 
-OPENING, CLOSING = {"(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle"}, {")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle"}
+OPENING, CLOSING = (
+    {"(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle"},
+    {")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle"},
+)
 
 
 def with_thousands(items: list[Token]) -> list[Token]:
-    """1,000 as one number: where a run of digits and commas without white space is grouped in threes and is no list itself."""
+    """1,000 as one number: where a run of digits and commas without white space is grouped in
+    threes and is no list itself."""
     spaced_comma = any(a.text == "," and b.spaced for a, b in zip(items, items[1:]))
     found, at, depth = [], 0, 0
     while at < len(items):
         token = items[at]
-        depth += (token.text in OPENING and token.kind != "text") - (token.text in CLOSING and token.kind != "text")
+        depth += (token.text in OPENING and token.kind != "text") - (
+            token.text in CLOSING and token.kind != "text"
+        )
         end = at + 1
-        while token.kind == "number" and end + 1 < len(items) and _continues(items[end], items[end + 1]):
+        while (
+            token.kind == "number"
+            and end + 1 < len(items)
+            and _continues(items[end], items[end + 1])
+        ):
             end += 2
         run = "".join(t.text for t in items[at:end])
-        grouped = re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", run) and (spaced_comma or depth == 0)
-        found.extend([Token("number", run.replace(",", ""), token.spaced)] if grouped else items[at:end])
+        grouped = re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", run) and (
+            spaced_comma or depth == 0
+        )
+        found.extend(
+            [Token("number", run.replace(",", ""), token.spaced)] if grouped else items[at:end]
+        )
         at = end
     return found
 
@@ -59,7 +74,8 @@ def split(items: list[Token], *separators: str) -> tuple[list[list[Token]], list
 
 
 def both_signs(items: list[Token]) -> Iterator[list[Token]]:
-    """The tokens with each \\pm as + and as -, independently; \\mp follows the one \\pm beside it."""
+    """The tokens with each \\pm as + and as -, independently; \\mp follows the one \\pm beside
+    it."""
     places = [i for i, token in enumerate(items) if is_sign(token, "\\pm", "\\mp")]
     if is_sign(items[0], "\\{") and is_sign(items[-1], "\\}"):
         places = []  # {1 \pm 2, 3} is one set, whose members have the signs

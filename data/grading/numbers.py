@@ -1,4 +1,5 @@
-"""Answers that are one number, a quantity with its unit, or a time of day, read exactly from the ways in which people write them."""
+"""Answers that are one number, a quantity with its unit, or a time of day, read exactly from the
+ways in which people write them."""
 
 import re
 from fractions import Fraction
@@ -6,11 +7,15 @@ from typing import NamedTuple
 
 from data.grading.words import number_in_words
 
-LONGEST = 500  # characters; a longer answer is no answer, and numbers of that length cost nothing to read
+LONGEST = (
+    500  # characters; a longer answer is no answer, and numbers of that length cost nothing to read
+)
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
-_TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|mathsf|operatorname)"
+_TEXT_COMMAND = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|mathsf|operatorname)"
+)
 TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}(?:\s*\^\s*\{?[23]\}?)?")
 _TEXT_ALONE = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 
@@ -33,7 +38,8 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"\\?[$€£¥₹]", " "),
     (r"\\%", "%"),
     (_DEGREES, " "),
-    (rf"(?<=[0-9])\s*\^\s*\{{?\s*(?:{_TEXT_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?", ""),  # 12^{\mathrm{th}}
+    (rf"(?<=[0-9])\s*\^\s*\{{?\s*(?:{_TEXT_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?",
+    ""),  # 12^{\mathrm{th}}
     (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", _braced_fraction),
@@ -41,7 +47,8 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
 
 
 def tidy(text: str) -> str:
-    """LaTeX and print variants of the same thing made one: minus signs, spacing, currency, degrees, ordinals, fractions."""
+    """LaTeX and print variants of the same thing made one: minus signs, spacing, currency, degrees,
+    ordinals, fractions."""
     if re.search(r"sin|cos|tan|cot|sec|csc", text):  # here degrees are not a unit to leave aside
         text = re.sub(_DEGREES, r" \\arcdegree ", text)
     for pattern, to in _TIDY:
@@ -51,18 +58,23 @@ def tidy(text: str) -> str:
 
 def scientific(text: str) -> str:
     """4.5e33, which a reader of mathematics takes for 4.5 · e · 33, as 4.5 \\times 10^{33}."""
-    return re.sub(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?!\w)", r"\1 \\times 10^{\2}", text)
+    return re.sub(
+        r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?!\w)", r"\1 \\times 10^{\2}", text
+    )
 
 
 def canonical(text: str) -> str:
     """A form in which answers that differ in print alone are the same string."""
     text = strip_marks(_TEXT_ALONE.sub(r"\1", tidy(text)))
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
-    return text.casefold() if text.isalpha() and len(text) > 2 else text  # Evelyn, east; not x against X
+    return (
+        text.casefold() if text.isalpha() and len(text) > 2 else text
+    )  # Evelyn, east; not x against X
 
 
 def strip_marks(text: str) -> str:
-    """Without markdown emphasis, quotes, and the stops of a sentence; 5! and f' keep what is theirs."""
+    """Without markdown emphasis, quotes, and the stops of a sentence; 5! and f' keep what is
+    theirs."""
     return text.lstrip('*_`" \t\n').rstrip('*_`" \t\n.,:;')
 
 
@@ -73,7 +85,7 @@ def _plain_text(text):
     return re.sub(r"[{}]", " ", TEXT.sub(r" \1 ", text))
 
 
-# --- one number ------------------------------------------------------------------------------------------------------
+# --- one number -----------------------------------------------------------------------------------
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -82,7 +94,8 @@ _NUMBER = re.compile(
 )  # fmt: skip
 _SCALE = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CHANGES_VALUE = re.compile(
-    r"\b(?:or|and|half|halves|plus|minus|pi|squared|cubed|factorial|over|divided|tenths?|hundredths?|thousandths?|sqrt)\b", re.IGNORECASE
+    r"\b(?:or|and|half|halves|plus|minus|pi|squared|cubed|factorial|over|divided|tenths?|hundredths?|thousandths?|sqrt)\b",
+    re.IGNORECASE,
 )
 _UNIT_LETTERS = set("mgshlLNJWVACFK")  # one letter that stands for a unit; 18 x is no number
 _SHORT_UNITS = set(
@@ -92,7 +105,8 @@ _SHORT_UNITS = set(
 
 
 def parse_number(text: str, words: bool = True) -> Fraction | None:
-    """The one number that `text` is, or None: '$1,234.50', '-3 apples', '18\\%', '\\frac{1}{2}', '16 + 2 = 18', '1 1/2', 'twelve'.
+    """The one number that `text` is, or None: '$1,234.50', '-3 apples', '18\\%', '\\frac{1}{2}',
+    '16 + 2 = 18', '1 1/2', 'twelve'.
 
     What stands before an `=` is a name or plain arithmetic: an equation in unknowns is no number. Units may follow the number;
     without `words` only marked as text (`\\text{cm}`), so that 2k is no number."""
@@ -101,7 +115,8 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
 
 
 class NamedNumber(NamedTuple):
-    """A number, and the symbol that it is the value of: "x" of `x = 5`, "" of `5`, of `Total = 5` and of `3 + 2 = 5`."""
+    """A number, and the symbol that it is the value of: "x" of `x = 5`, "" of `5`, of `Total = 5`
+    and of `3 + 2 = 5`."""
 
     name: str
     value: Fraction
@@ -123,28 +138,50 @@ _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}))?'*(?:\([\w,\s\\]*\))?"
 
 
 def _left_name(piece, words):
-    """What a left side names: a symbol, "" for words and plain arithmetic, None for anything else (without `words` for xy and abc too)."""
+    """What a left side names: a symbol, "" for words and plain arithmetic, None for anything else
+    (without `words` for xy and abc too)."""
     piece = piece.strip()
-    if re.search(r"[<>!≤≥≠;\n]|\\(?:n?e|l|g)(?:e|eq|t|q)?(?:slant)?(?![A-Za-z])|,(?![0-9]{3})|\b(?:or|and)\b", piece) or not piece:
+    if (
+        re.search(
+            r"[<>!≤≥≠;\n]|\\(?:n?e|l|g)(?:e|eq|t|q)?(?:slant)?(?![A-Za-z])|,(?![0-9]{3})|\b(?:or|and)\b",
+            piece,
+        )
+        or not piece
+    ):
         return None
     bare = TEXT.sub(" total ", piece)
     letters = re.sub(r"\s+", "", re.sub(r"[{}]", "", bare))
-    if letters.isalpha() and len(letters) > 1 and not letters.isupper() and not words and not _is_word(letters):
+    if (
+        letters.isalpha()
+        and len(letters) > 1
+        and not letters.isupper()
+        and not words
+        and not _is_word(letters)
+    ):
         return None
     if _SYMBOL.fullmatch(re.sub(r"\s+", "", bare)) and (len(letters) <= 2 or not letters.isalpha()):
         return letters
-    bare = scientific(re.sub(r"(?<=[0-9])\s*[xX]\s*(?=[0-9$(])|(?<=\w)\s+[xX]\s+(?=[0-9$(])", "*", bare))
+    bare = scientific(
+        re.sub(r"(?<=[0-9])\s*[xX]\s*(?=[0-9$(])|(?<=\w)\s+[xX]\s+(?=[0-9$(])", "*", bare)
+    )
     bare = re.sub(r"\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z])", "*", bare)
     operators = re.search(r"[-+*/^]|[0-9]", bare)
-    if operators and re.search(r"\\|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[0-9]\s*\(?\s*[A-Za-z]{1,2}(?![A-Za-z])", _without_units(bare)):
+    if operators and re.search(
+        r"\\|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[0-9]\s*\(?\s*[A-Za-z]{1,2}(?![A-Za-z])",
+        _without_units(bare),
+    ):
         return None  # an unknown among operators
-    if operators and (not re.search(r"[0-9]", bare) or re.fullmatch(r"[-+]?[0-9.,]+", bare.strip())):
+    if operators and (
+        not re.search(r"[0-9]", bare) or re.fullmatch(r"[-+]?[0-9.,]+", bare.strip())
+    ):
         return None  # AB + CD; 18 = 18
     return ""
 
 
 def _is_word(letters):
-    return letters.lower() in ("sum", "ans", "max", "min") or (len(letters) > 3 and bool(re.search("[aeiou]", letters, re.IGNORECASE)))
+    return letters.lower() in ("sum", "ans", "max", "min") or (
+        len(letters) > 3 and bool(re.search("[aeiou]", letters, re.IGNORECASE))
+    )
 
 
 def _without_units(text):
@@ -162,17 +199,26 @@ def _one_number(text, words):
     match = _NUMBER.match(re.sub(r"^([-+])\s+", r"\1", bare))
     if match is None:
         in_words = number_in_words(bare, unit=words)
-        return in_words if in_words is not None and (words or _only_marked_words(text) or bare.isascii()) else None
+        return (
+            in_words
+            if in_words is not None and (words or _only_marked_words(text) or bare.isascii())
+            else None
+        )
     if not (words or _only_marked_words(text)):
         return None
     return _value(match) if _is_unit(match.string[match.end() :]) else None
 
 
 def _is_unit(rest):
-    """Whether what follows a number leaves its value alone: words, m^2, km/h, % – not digits, operators, an unknown or '… and a half'."""
+    """Whether what follows a number leaves its value alone: words, m^2, km/h, % – not digits,
+    operators, an unknown or '… and a half'."""
     rest = re.sub(r"(?<=[A-Za-z])\^?\s?[23²³](?![0-9²³])", "", rest)
     rest = re.sub(r"(?:^|(?<=[A-Za-z]))-(?=[A-Za-z]{2})", " ", rest)  # 18-inch, but not 18-x
-    if not all(c.isalpha() or c in " \t\n/.'()%*`\"" for c in rest) or _CHANGES_VALUE.search(rest) or rest.strip() == "/":
+    if (
+        not all(c.isalpha() or c in " \t\n/.'()%*`\"" for c in rest)
+        or _CHANGES_VALUE.search(rest)
+        or rest.strip() == "/"
+    ):
         return False
     words = list(re.finditer(r"[^\W_]+", rest))
     return all(_is_unit_word(m[0], attached=m.start() == 0, last=m is words[-1]) for m in words)
@@ -189,14 +235,24 @@ def _is_unit_word(word, attached, last):
 
 
 def _only_marked_words(text):
+    """Whether all words are marked as text, or are no product of variables: 12 apples."""
+    text = re.sub(
+        r"(?<=[0-9a-z])\s+([A-Za-z]{4,})(?![A-Za-z])",
+        lambda m: "" if _is_word(m[1]) else m[0],
+        text,
+    )
     return not re.search(r"[^\W\d_]", TEXT.sub("", text).replace("\\frac", ""))
 
 
 def _value(match):
-    """A match of _NUMBER as a Fraction, or None for a division by zero or more digits than an answer has."""
+    """A match of _NUMBER as a Fraction, or None for a division by zero or more digits than an
+    answer has."""
     if match.end() - match.start() > LONGEST:
         return None
-    part = lambda name: Fraction((match[name] or "0").replace(",", ""))
+
+    def part(name):
+        return Fraction((match[name] or "0").replace(",", ""))
+
     if match["under"] and not part("under"):
         return None
     value = part("whole") + part("over") / part("under") if match["under"] else part("plain")
@@ -210,13 +266,16 @@ def numbers_in(text: str) -> list[Fraction]:
     return [v for v in values if v is not None]
 
 
-# --- quantities and times --------------------------------------------------------------------------------------------
+# --- quantities and times -------------------------------------------------------------------------
 
 _UNIT_NAMES = {
-    "length": {"mm millimeter millimetre": "1/10", "cm centimeter centimetre": 1, "m meter metre": 100, "km kilometer kilometre": 100_000,
-               "in inch inches": "2.54", "ft foot feet": "30.48", "yd yard": "91.44", "mi mile": "160934.4"},
+    "length": {"mm millimeter millimetre": "1/10", "cm centimeter centimetre": 1,
+    "m meter metre": 100, "km kilometer kilometre": 100_000,
+               "in inch inches": "2.54", "ft foot feet": "30.48", "yd yard": "91.44",
+               "mi mile": "160934.4"},
     "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800},
-    "mass": {"mg milligram": "1/1000", "g gram": 1, "kg kilogram": 1000, "lb pound": "453.59237", "oz ounce": "28.349523125"},
+    "mass": {"mg milligram": "1/1000", "g gram": 1, "kg kilogram": 1000,
+    "lb pound": "453.59237", "oz ounce": "28.349523125"},
     "volume": {"ml milliliter millilitre": 1, "cl centiliter": 10, "l L liter litre": 1000},
     "money": {"cent": 1, "dollar": 100},
     "percent": {"% percent": 1},
@@ -230,12 +289,14 @@ UNITS = {
     for plural in ("", "s")
 }
 _QUANTITY = re.compile(
-    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?(?:\s*(?:/|per\b)\s*(?P<per>[A-Za-z]+)\.?)?", re.IGNORECASE
+    rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?(?:\s*(?:/|per\b)\s*(?P<per>[A-Za-z]+)\.?)?",
+    re.IGNORECASE,
 )
 
 
 def quantity(text: str) -> tuple[str, Fraction] | None:
-    """(dimension, value in its base unit) of a number with a known unit, '2 hours 30 minutes' included; None without one."""
+    """(dimension, value in its base unit) of a number with a known unit, '2 hours 30 minutes'
+    included; None without one."""
     if len(text) > LONGEST:
         return None
     text = re.sub(r"\\\$\s*([0-9.,]+)", r"\1 dollars", text.rpartition("=")[2])
@@ -263,7 +324,9 @@ def _unit(name):
     return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 1 else None)
 
 
-_CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?:\s*([ap])\.?\s*m\.?|(\s*o'?\s*clock))?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"([0-9]{1,2})(?::([0-9]{2}))?(?:\s*([ap])\.?\s*m\.?|(\s*o'?\s*clock))?", re.IGNORECASE
+)
 
 
 def time_of_day(text: str) -> int | None:

@@ -1,17 +1,22 @@
-"""What the worker is asked: our own comparison of answers first, math-verify only for mathematics that ours does not read."""
+"""What the worker is asked: our own comparison of answers first, math-verify only for mathematics
+that ours does not read."""
 
 import re
 
 from data.grading import compare as forms
-from data.grading.expression import NotUnderstood
+from data.grading.tokens import NotUnderstood
 
 try:
     from math_verify import LatexExtractionConfig, parse, verify
 except ImportError:
     parse = None
 
-_CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|det|gcd|max|min|ln|log|pmod|bmod|choose|partial|nabla)(?![A-Za-z])")
-_NO_VALUE = re.compile(r"[=<>$,;&]|\\(?:n?eq?|l[et]|leq|g[et]|geq|in|cup|cap|text|begin|pm|or|and|boxed|\{)(?![A-Za-z])")
+_CALCULUS = re.compile(
+    r"\\(?:i*int|oint|sum|prod|lim|det|gcd|max|min|ln|log|pmod|bmod|choose|partial|nabla)(?![A-Za-z])"
+)
+_NO_VALUE = re.compile(
+    r"[=<>$,;&]|\\(?:n?eq?|l[et]|leq|g[et]|geq|in|cup|cap|text|begin|pm|or|and|boxed|\{)(?![A-Za-z])"
+)
 
 
 def warm_up() -> bool:
@@ -35,9 +40,15 @@ def _compare(answer, gold):
     except (NotUnderstood, RecursionError):
         pass
     understood = _key(answer) is not None
-    # Left alone math-verify reduces equations to their right side, and reads the beginning of what it cannot read:
-    # it is asked about single values that have a sum, an integral or the like in them, and has to agree with itself.
-    if parse is None or _NO_VALUE.search(answer + gold) or not (_CALCULUS.search(answer) or _CALCULUS.search(gold)):
+    # Left alone math-verify reduces equations to their right side, and reads the beginning of
+    # what it cannot read:
+    # it is asked about single values that have a sum, an integral or the like in them, and has to
+    # agree with itself.
+    if (
+        parse is None
+        or _NO_VALUE.search(answer + gold)
+        or not (_CALCULUS.search(answer) or _CALCULUS.search(gold))
+    ):
         return [understood, False]
     there, back = _verify(answer, gold), _verify(gold, answer)
     return [understood or there[0], there[1] and back[1]]
@@ -51,8 +62,15 @@ def _key(text):
 
 
 def _verify(answer, gold):
-    # No fall-back to plain numbers or strings: it would find an 18 in any text that is not mathematics.
-    read, wrong = [parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None) for text in (answer, gold)], [False, False]
+    # No fall-back to plain numbers or strings: it would find an 18 in any text that is not
+    # mathematics.
+    read, wrong = (
+        [
+            parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+            for text in (answer, gold)
+        ],
+        [False, False],
+    )
     return [True, bool(verify(read[1], read[0], timeout_seconds=None))] if all(read) else wrong
 
 

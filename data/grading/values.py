@@ -1,4 +1,5 @@
-"""The values of expressions: exact for rational constants, else numeric with 150 digits at fixed pseudo-random points."""
+"""The values of expressions: exact for rational constants, else numeric with 150 digits at fixed
+pseudo-random points."""
 
 import functools
 import hashlib
@@ -6,7 +7,8 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from data.grading.expression import NotUnderstood, symbols
+from data.grading.expression import symbols
+from data.grading.tokens import NotUnderstood
 
 MAX_BITS = 200_000  # of a number that is computed exactly, and of a numeric value's exponent
 DIGITS = 150
@@ -14,15 +16,18 @@ ONE = Fraction(1)
 SHOWN = 85  # digits in a key
 AGREE = 110  # digits; what is left absorbs the rounding of a few hundred operations
 
+
 def negative(tree: tuple) -> tuple:
     """The tree of the value with its sign changed."""
     return ("mul", ("num", -ONE), tree)
 
 
-# --- exact -----------------------------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
+
 
 def exact(tree: tuple) -> Fraction | None:
-    """The value of a rational constant, or None where the tree is none or its value would be too large to hold."""
+    """The value of a rational constant, or None where the tree is none or its value would be too
+    large to hold."""
     try:
         return _exact(tree)
     except (NotUnderstood, ZeroDivisionError):
@@ -60,7 +65,10 @@ def _exact_power(base, exponent):
         raise NotUnderstood("0^0")
     if base in (1, 0, -1) and abs(exponent.numerator) > MAX_BITS:
         raise NotUnderstood("too large")
-    if abs(exponent.numerator) * (base.numerator.bit_length() + base.denominator.bit_length()) > MAX_BITS:
+    if (
+        abs(exponent.numerator) * (base.numerator.bit_length() + base.denominator.bit_length())
+        > MAX_BITS
+    ):
         raise NotUnderstood("too large")
     return base**exponent.numerator
 
@@ -93,11 +101,12 @@ def _exact_function(name, arguments):
     return Fraction(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
 
 
-# --- numeric ---------------------------------------------------------------------------------------------------------
+# --- numeric --------------------------------------------------------------------------------------
 
 
 class Value(NamedTuple):
-    """value: a number of mpmath; size: what rounding is relative to, larger than |value| after cancellation; varies: it has variables in it."""
+    """value: a number of mpmath; size: what rounding is relative to, larger than |value| after
+    cancellation; varies: it has variables in it."""
 
     value: object
     size: object
@@ -119,7 +128,8 @@ class Undefined(Exception):
 
 
 def evaluate(tree: tuple, point: dict) -> Value:
-    """The value of a tree where each variable has the value that `point` gives it; raises Undefined or NotUnderstood."""
+    """The value of a tree where each variable has the value that `point` gives it; raises Undefined
+    or NotUnderstood."""
     mp = _context()
     kind = tree[0]
     if kind == "num":
@@ -146,7 +156,9 @@ def evaluate(tree: tuple, point: dict) -> Value:
         value, size = _function(tree[1], parts)
     if not mp.isfinite(value) or mp.mag(size) > MAX_BITS:
         raise Undefined
-    return Value(value, max(size, abs(value)), varies or (kind == "fn" and tree[1].startswith("unknown")))
+    return Value(
+        value, max(size, abs(value)), varies or (kind == "fn" and tree[1].startswith("unknown"))
+    )
 
 
 def _product(parts):
@@ -170,13 +182,21 @@ def _power(base, exponent, exponent_tree):
     mp = _context()
     fraction = exact(exponent_tree)
     if _is_zero(base):
-        if fraction is None and (exponent.varies or mp.im(exponent.value) != 0) or mp.re(exponent.value) <= 0:
+        if (
+            fraction is None
+            and (exponent.varies or mp.im(exponent.value) != 0)
+            or mp.re(exponent.value) <= 0
+        ):
             raise Undefined
-        return mp.mpf(0), base.size ** min(exponent.value, 1) if mp.im(exponent.value) == 0 else mp.mpf(1)
+        return mp.mpf(0), base.size ** min(exponent.value, 1) if mp.im(
+            exponent.value
+        ) == 0 else mp.mpf(1)
     if abs(exponent.value) * (abs(mp.mag(base.value)) + 2) > MAX_BITS:
         raise Undefined
     value, whole = exponent.value, mp.isint(exponent.value)
-    relative = (base.size / abs(base.value)) * (1 + abs(value)) + exponent.size * (1 + abs(mp.log(base.value)))
+    relative = (base.size / abs(base.value)) * (1 + abs(value)) + exponent.size * (
+        1 + abs(mp.log(base.value))
+    )
     negative = mp.im(base.value) == 0 and mp.re(base.value) < 0
     if negative and not whole:
         if fraction is not None and fraction.denominator % 2:  # the real root
@@ -202,25 +222,38 @@ def _function(name, parts):
     if name in ("max", "min"):
         if any(mp.im(part.value) != 0 for part in parts):
             raise Undefined
-        return {"max": max, "min": min}[name](mp.re(part.value) for part in parts), max(part.size for part in parts)
+        return {"max": max, "min": min}[name](mp.re(part.value) for part in parts), max(
+            part.size for part in parts
+        )
     if name in ("floor", "ceil"):
         if not real:
             raise Undefined
         nearest = mp.nint(x)
-        return (nearest if abs(x - nearest) <= size * mp.mpf(10) ** -AGREE else getattr(mp, name)(x)), size + 1
+        return (
+            nearest if abs(x - nearest) <= size * mp.mpf(10) ** -AGREE else getattr(mp, name)(x)
+        ), size + 1
     if name in ("factorial", "binomial"):
         return _combinatorial(name, [part.value for part in parts])
     if name in ("ln", "log"):
         if _is_zero(parts[0]) or (parts[0].varies and not (real and x > 0)):
             raise Undefined
         return mp.log(x), abs(mp.log(x)) + size / abs(x)
-    if abs(x) > 10**4 or (name.startswith("arc") and parts[0].varies and not (real and abs(x) <= 1) and name != "arctan"):
+    if abs(x) > 10**4 or (
+        name.startswith("arc")
+        and parts[0].varies
+        and not (real and abs(x) <= 1)
+        and name != "arctan"
+    ):
         raise Undefined
-    function = {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan}.get(name) or getattr(mp, name)
+    function = {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan}.get(name) or getattr(
+        mp, name
+    )
     result = function(x)
     if abs(result) > 10**30 and name in ("tan", "cot", "sec", "csc"):
         raise Undefined  # a pole
-    slope = abs(result) ** (1 if name in ("exp", "sinh", "cosh") else 2) + 1  # of the derivative's order, or larger
+    slope = (
+        abs(result) ** (1 if name in ("exp", "sinh", "cosh") else 2) + 1
+    )  # of the derivative's order, or larger
     return result, abs(result) + size * slope
 
 
@@ -238,21 +271,26 @@ def _fraction_of(text):
     return _context().mpf(int.from_bytes(digits)) / 2**96
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 POSITIVE, MIXED, WHOLE = 5, 5, 8  # how many points of each kind
 
 
 def _points(names, discrete):
-    """Points at which expressions with these variables are compared: positive, of either sign, and whole ones; only whole ones if `discrete`."""
+    """Points at which expressions with these variables are compared: positive, of either sign, and
+    whole ones; only whole ones if `discrete`."""
     mp = _context()
     points = []
     for i in range(0 if discrete else POSITIVE):
-        points.append({name: mp.mpf("0.2") + 4 * _fraction_of(f"{name} positive {i}") for name in names})
+        points.append(
+            {name: mp.mpf("0.2") + 4 * _fraction_of(f"{name} positive {i}") for name in names}
+        )
     for i in range(0 if discrete else MIXED):
         points.append({name: 6 * _fraction_of(f"{name} mixed {i}") - 3 for name in names})
     for i in range(WHOLE):
-        points.append({name: mp.mpf(int(2 + 29 * _fraction_of(f"{name} whole {i}"))) for name in names})
+        points.append(
+            {name: mp.mpf(int(2 + 29 * _fraction_of(f"{name} whole {i}"))) for name in names}
+        )
     return points
 
 
@@ -287,7 +325,8 @@ def equal(a: tuple, b: tuple) -> bool:
 
 
 def ratio(a: tuple, b: tuple) -> object | None:
-    """The constant c with a = c · b at all points, or None where there is none (or either expression vanishes)."""
+    """The constant c with a = c · b at all points, or None where there is none (or either
+    expression vanishes)."""
     if not symbols(a) or not symbols(b):
         return None
     pairs = [(x, y) for x, y in _sample_pairs(a, b) if not (_is_zero(x) and _is_zero(y))]
@@ -317,7 +356,8 @@ def _needed(a, b):
 
 
 def _agree(x, y):
-    """Whether two values are the same but for rounding; where rounding has eaten all digits they are not shown to be."""
+    """Whether two values are the same but for rounding; where rounding has eaten all digits they
+    are not shown to be."""
     mp, size = _context(), x.size + y.size
     known = size <= mp.mpf(10) ** 40 or size <= max(abs(x.value), abs(y.value)) * mp.mpf(10) ** 40
     return known and abs(x.value - y.value) <= size * mp.mpf(10) ** -AGREE
@@ -347,16 +387,27 @@ def key(tree: tuple) -> str:
     if not any(found):
         raise NotUnderstood("no value")
     shown = ["-" if value is None else _shown(value.value, value.size) for value in found]
-    return f"{' '.join(names)}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}" if names else shown[0]
+    return (
+        f"{' '.join(names)}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}"
+        if names
+        else shown[0]
+    )
 
 
 def _positive_samples(tree, names):
-    """The values where variables are positive, so that binomials and their polynomials share a key; also others of what folds a sign, as |x| does."""
+    """The values where variables are positive, so that binomials and their polynomials share a key;
+    also others of what folds a sign, as |x| does."""
     if not names:
         return [_sample(tree, {})]
     points = _points(names, is_discrete(tree))
-    positive = [_sample(tree, point) for point in points if all(value > 0 for value in point.values())]
-    others = [_sample(tree, point) for point in points if any(value < 0 for value in point.values())] if _folds(tree) else []
+    positive = [
+        _sample(tree, point) for point in points if all(value > 0 for value in point.values())
+    ]
+    others = (
+        [_sample(tree, point) for point in points if any(value < 0 for value in point.values())]
+        if _folds(tree)
+        else []
+    )
     return positive + others if None not in others else positive
 
 
@@ -373,7 +424,10 @@ def _shown(value, size):
     mp = _context()
     if size > abs(value) * mp.mpf(10) ** 20 and not abs(value) <= size * mp.mpf(10) ** -AGREE:
         raise NotUnderstood("lost digits")
-    parts = [part if abs(part) > size * mp.mpf(10) ** -AGREE else mp.mpf(0) for part in (mp.re(value), mp.im(value))]
+    parts = [
+        part if abs(part) > size * mp.mpf(10) ** -AGREE else mp.mpf(0)
+        for part in (mp.re(value), mp.im(value))
+    ]
     digits = [mp.nstr(part, SHOWN) for part in parts]
     return digits[0] if parts[1] == 0 else f"{digits[0]} + {digits[1]} i"
 
@@ -385,7 +439,8 @@ def is_positive(value: object) -> bool:
 
 
 def direction(tree: tuple, signed: bool = False) -> str:
-    """A text that all multiples of an expression share; of `signed` ones those by a positive factor. For votes on equations."""
+    """A text that all multiples of an expression share; of `signed` ones those by a positive
+    factor. For votes on equations."""
     names = sorted(symbols(tree))
     found = [value for value in samples(tree, names, is_discrete(tree)) if value is not None]
     if not names or not found or _is_zero(found[0]):

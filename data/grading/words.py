@@ -1,4 +1,5 @@
-"""Numbers in words: 'twelve', 'twenty-one', 'three hundred and five', 'one half', 'two and three quarters'."""
+"""Numbers in words: 'twelve', 'twenty-one', 'three hundred and five', 'one half', 'two and three
+quarters'."""
 
 import re
 from fractions import Fraction
@@ -6,17 +7,34 @@ from fractions import Fraction
 _SMALL = {word: i for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 )}  # fmt: skip
-_TENS = {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+_TENS = {
+    word: 10 * i
+    for i, word in enumerate(
+        "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
+    )
+}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {"half": 2, "halves": 2}
 for _i, _word in enumerate("third quarter fifth sixth seventh eighth ninth tenth".split(), start=3):
     _PARTS[_word] = _PARTS[_word + "s"] = _i
 _PARTS["fourth"] = _PARTS["fourths"] = 4
-NUMBER_WORDS = {*_SMALL, *_TENS, *_SCALES, *_PARTS, "hundred", "and", "a", "an", "minus", "negative"}
+NUMBER_WORDS = {
+    *_SMALL,
+    *_TENS,
+    *_SCALES,
+    *_PARTS,
+    "hundred",
+    "and",
+    "a",
+    "an",
+    "minus",
+    "negative",
+}
 
 
 def number_in_words(text: str, unit: bool = False) -> Fraction | None:
-    """The number that `text` spells, or None; with `unit` one word that is no number may follow ('twelve apples')."""
+    """The number that `text` spells, or None; with `unit` one word that is no number may follow
+    ('twelve apples')."""
     if not re.fullmatch(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+)*", text.strip()):
         return None
     words = re.split(r"[\s-]+", text.strip().lower())
@@ -52,7 +70,8 @@ def _part(words):
 
 
 def _whole(words):
-    """The value of a whole number's words, or None where they do not make one ('two three', 'and five')."""
+    """The value of a whole number's words, or None where they do not make one ('two three', 'and
+    five')."""
     total, current, allowed, last_scale = 0, None, True, 10**15
     for i, word in enumerate(words):
         if word in _SMALL:
@@ -65,7 +84,12 @@ def _whole(words):
                 return None
             current, allowed = (current or 0) + _TENS[word], False
         elif word == "hundred":
-            if i == 0 or words[i - 1] not in _SMALL and words[i - 1] != "a" or not 0 < (current or 1) < 20:
+            if (
+                i == 0
+                or words[i - 1] not in _SMALL
+                and words[i - 1] != "a"
+                or not 0 < (current or 1) < 20
+            ):
                 return None
             current, allowed = (current or 1) * 100, True
         elif word in _SCALES:

@@ -1,7 +1,10 @@
-"""Mathematics compared in a process of its own, so that no expression can hang, crash or swell a run.
+"""Mathematics compared in a process of its own, so that no expression can hang, crash or swell a
+run.
 
-Some answers never finish in sympy, and math-verify's own time limit is SIGALRM: main thread only, and deaf while one long
-multiplication runs. So a long-lived worker answers one JSON line per question, and whoever waits for it kills it when time is up.
+Some answers never finish in sympy, and math-verify's own time limit is SIGALRM: main thread only,
+and deaf while one long
+multiplication runs. So a long-lived worker answers one JSON line per question, and whoever waits
+for it kills it when time is up.
 This file is both sides: imported by the run, executed as the worker.
 """
 
@@ -17,7 +20,8 @@ MEMORY_LIMIT = 4 << 30  # bytes of address space: a huge power is refused, not p
 
 
 class MathWorker:
-    """Asks one worker process, started at the first question and again after a kill. Any thread may ask; questions queue.
+    """Asks one worker process, started at the first question and again after a kill. Any thread may
+    ask; questions queue.
 
     limit: seconds per question. timeouts, crashes: questions that ended so. missing: math-verify cannot be imported."""
 
@@ -26,11 +30,13 @@ class MathWorker:
         self._lock, self._process, self._owner = threading.Lock(), None, None
 
     def compare(self, answer: str, gold: str) -> tuple[bool, bool]:
-        """(the answer was understood, it equals the gold one); (False, False) after a time-out or a crash."""
+        """(the answer was understood, it equals the gold one); (False, False) after a time-out or a
+        crash."""
         return tuple(self._ask("compare", answer, gold) or (False, False))
 
     def math_verify(self, text: str, gold: str) -> tuple[bool, bool] | None:
-        """The same from math-verify alone, which finds the answer in the whole text by its own rules; None where it cannot be imported."""
+        """The same from math-verify alone, which finds the answer in the whole text by its own
+        rules; None where it cannot be imported."""
         reply = self._ask("math_verify", text, gold)
         return None if self.missing else tuple(reply or (False, False))
 
@@ -65,7 +71,11 @@ class MathWorker:
 
     def _start(self):
         """Whether a worker is running, if need be a new one."""
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+        if (
+            self._process is not None
+            and self._owner == os.getpid()
+            and self._process.poll() is None
+        ):
             return True
         self.close()
         self._process, self._owner = subprocess.Popen(
@@ -78,7 +88,8 @@ class MathWorker:
         return ready is not None
 
     def _exchange(self, question, limit):
-        """(the reply or None, whether time was up). Without a reply the worker is ended: its next line would answer this question."""
+        """(the reply or None, whether time was up). Without a reply the worker is ended: its next
+        line would answer this question."""
         reply, expired, process = None, threading.Event(), self._process
         timer = threading.Timer(limit, lambda: (expired.set(), process.kill()))
         timer.daemon = True
@@ -99,9 +110,12 @@ class MathWorker:
 
 
 def serve():
-    """The worker's side: reads questions until the pipe closes, which is when the run ends, however it ends."""
+    """The worker's side: reads questions until the pipe closes, which is when the run ends, however
+    it ends."""
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # this folder's module names are not top-level ones
+    sys.path[:] = [
+        p for p in sys.path if os.path.abspath(p) != here
+    ]  # this folder's module names are not top-level ones
     sys.path.append(os.path.dirname(os.path.dirname(here)))
     replies, sys.stdout = sys.stdout, sys.stderr
 
@@ -114,7 +128,8 @@ def serve():
     send([questions.warm_up()])
     for line in sys.stdin:
         question, *texts, limit = json.loads(line)
-        # The system ends a worker that outlives its parent in the midst of a question, whatever Python is doing.
+        # The system ends a worker that outlives its parent in the midst of a question, whatever
+        # Python is doing.
         signal.setitimer(signal.ITIMER_REAL, limit + 1)
         reply = questions.ask(question, *texts)
         signal.setitimer(signal.ITIMER_REAL, 0)
