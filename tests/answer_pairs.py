@@ -1,4 +1,4 @@
-"""Pairs of answers that are equal or not, by kind: what a mathematician who reads both would say. Written before looking at any grader."""
+"""Pairs of answers that are equal or not, by kind: what a mathematician who reads both would say."""
 
 # kind: (equal pairs, unequal pairs), one "gold | answer" a line; a \x01 stands for a bar within an answer
 PAIRS = {
@@ -478,6 +478,147 @@ e^{2t} | e^{t}
 m | n
 1 + 2i | 1 + i
 \frac{x}{2} | \frac{2}{x}
+""",
+    ),
+    "hard to tell apart": (
+        r"""
+A \cup B | A\cup B
+f'(x) | f^{\prime}(x)
+2n, n \in \mathbb{Z} | 2n, n\in \mathbb{Z}
+\frac{\pi}{4} + k\pi | k\pi + \frac{\pi}{4}
+x = \frac{\pi}{4} + k\pi, k \in \mathbb{Z} | x = k \pi + \frac\pi4, k\in\mathbb{Z}
+|AB| = 5 | 5
+\theta = 5 | 5
+\overline{AB} = 5 | 5
+m\angle ABC = 5 | 5
+\sqrt{9} + 2 = 5 | 5
+x<1 \lor x>2 | x<1 \text{ or } x > 2
+x \in \{1,2\} | \{1,2\}
+\text{no solution} | \emptyset
+\text{all real numbers} | \mathbb{R}
+f^{-1}(x) = \frac{x-1}{2} | \frac{x-1}{2}
+\cos 60^\circ | \frac12
+10 \text{ m/s} | 36 \text{ km/h}
+\left[\begin{array}{c} 1 \\ 2 \end{array}\right] | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\max(a,b) | \max(b,a)
+3 \text{ to } 2 | 3:2
+5 \text{ feet } 3 \text{ inches} | 63 \text{ inches}
+y-1 = 2(x-3) | y = 2x-5
+x = 2 \pm \sqrt{3} | 2 \pm \sqrt{3}
+(\pm 1, 0) | (1,0),(-1,0)
+(-\infty,-2]\cup[2,\infty) | |x| \ge 2
+x > 2, x < 5 | (2,5)
+""",
+        r"""
+3 | 3 \text{ or more}
+3 | \text{not } 3
+3\sqrt{2} | 3\sqrt{2} \text{ or more}
+3\sqrt{2} | 3\sqrt2 \text{ and a half}
+x > 3 | x > 3 \text{ or } x < 1
+5 | x > 5
+5 | \approx 5
+5 | 5 \pm 1
+5 | 5 \text{ or } -5
+\frac{1}{2} | \frac{1}{2}, \frac{1}{3}
+10 | 10, 10
+2,500 | 2, 500
+1234 | 12, 34
+\sqrt{5} | \sqrt{-5}
+3i | 3
+3i | -3i
+x^2+1 | x^2-1
+x^{2} | x_{2}
+a_1 | a_2
+2^{x} | x^{2}
+\frac{a}{b} | \frac{b}{a}
+\ln x | \log_2 x
+\cos x | \sin x
+30^\circ | 60^\circ
+30^\circ | 30 \text{ radians}
+[0,2\pi) | [0,2\pi]
+(0,\pi) | (0,2\pi)
+\{0, \pi\} | \{0, 2\pi\}
+y=x^2 | x=y^2
+x=y | x=-y
+x + y = 1 | x - y = 1
+x + y = 1 | x + y < 1
+x + y \le 1 | x + y \ge 1
+ax+by=c | ax+by=d
+|x| = 3 | x = 3
+x^2 = 9 | x = 3
+x^2 = 9 | x^2 = 3
+0.1 | 0.01
+1.0e-10 | 1.1e-10
+1e-18 | 1e-19
+1e-18 | 0.000
+10^{30} | 10^{30} - 1
+\frac{1}{10^{30}} | \frac{1}{10^{30}+1}
+123_4 | 123_5
+123_4 | 27
+A1_{16} | A1_{12}
+9:15 AM | 9:15 PM
+9:15 | 9.15
+3 \text{ hours} | 3 \text{ minutes}
+3 \text{ feet} | 3 \text{ inches}
+3 \text{ kg} | 3 \text{ g}
+\text{red} | \text{blue}
+\text{Tuesday} | \text{Thursday}
+\text{yes} | \text{no}
+\begin{pmatrix} 1 \\ 0 \end{pmatrix} | \begin{pmatrix} 0 \\ 1 \end{pmatrix}
+\langle 1,2,3 \rangle | \langle 3,2,1 \rangle
+(x-1)(x-2) | (x-1)(x+2)
+\sqrt{a^2+b^2} | a+b
+e^{x} | e^{-x}
+n! | (n-1)!
+\binom{n}{2} | \binom{n}{3}
+\sum_{k=1}^{n} k | \sum_{k=1}^{n} k^2
+\int_0^1 x dx | \int_0^1 x^2 dx
+\lim_{x\to0} x | \lim_{x\to1} x
+f'(x) | f(x)
+f(x+1) | f(x-1)
+f(2) | f(3)
+P(A \cap B) | P(A \cup B)
+A \cup B | A \cap B
+A \subset B | B \subset A
+x \equiv 1 \pmod 3 | x \equiv 2 \pmod 3
+p \land q | p \lor q
+-5 | 5
+-x | x
+1,2,3 | 1,2,3,4
+(1,2) | (1,2),(3,4)
+[1,2] | [1,3]
+\{x \mid x \ge 3\} | \{x \mid x > 3\}
+\mathbb{Z} | \mathbb{R}
+\mathbb{N} | \mathbb{Z}
+x \in \mathbb{Z} | x \in \mathbb{R}
+2n, n \in \mathbb{Z} | 2n+1, n\in\mathbb{Z}
+\frac{\pi}{4} + k\pi | \frac{\pi}{4} + 2k\pi
+1:2 | 1:3
+\text{(A)} | \text{(B)}
+\overline{AB} | \overline{AC}
+\angle A | \angle B
+\$5 | 5 \text{ cents}
+50\% | 5\%
+12 | 21
+\text{twelve} | 11
+x=1,y=2,z=3 | x=1,y=3,z=2
+a<b<c | a<c<b
+1<x<2 | 1<y<2
+x\geq 1 | x\leq 1
+(-\infty, -1) | (-1, \infty)
+\sqrt[3]{2} | \sqrt{2}
+0.333 | \frac13
+\frac{22}{7} | \pi
+\sin x = 3 | x = 3
+x! = 6 | x=6
+\sqrt{x} = 3 | 3
+\ln x = 1 | 1
+sin x = 1 | x = 1
+\lfloor x \rfloor = 3 | 3
+x<1 \lor x>2 | x<1 \land x > 2
+x \in \{1,2\} | x \in \{1,3\}
+\sin 30^\circ | \sin 30
+10 \text{ m/s} | 10 \text{ km/h}
 """,
     ),
 }

@@ -27,7 +27,7 @@ from data.grading.layout import (
     with_thousands,
     without_stops,
 )
-from data.grading.numbers import UNITS, strip_marks, tidy
+from data.grading.numbers import UNITS, is_unit, strip_marks, tidy
 from data.grading.tokens import NotUnderstood, Token, tokens
 
 MAX_ITEMS = 60
@@ -50,7 +50,7 @@ def _variable(form):
 
 def _alternatives(items):
     """A list of answers, or a single one; inequalities that 'and' or 'or' connects are one set."""
-    pieces, connectors = split(items, ",", ";", "or", "and")
+    pieces, connectors = split(items, ",", ";", "or", "and", "\\lor", "\\land")
     pieces = [piece for piece in pieces if piece]
     if not pieces or len(pieces) > MAX_ITEMS:
         raise NotUnderstood("no answer, or too many")
@@ -62,11 +62,19 @@ def _alternatives(items):
     if len(forms) > 1 and all(conditions) and len({_variable(form) for form in forms}) == 1:
         sets = [real_set(form) for form in forms]
         variable = _variable(forms[0])
-        result = union(sets) if "or" in connectors or variable is None else intersection(sets)
+        either = "or" in connectors or "\\lor" in connectors
+        result = union(sets) if either or variable is None else intersection(sets)
         return Form(
             "reals",
-            (union(sets) if result == EMPTY and "and" not in connectors else result, variable),
+            (
+                union(sets)
+                if result == EMPTY and not {"and", "\\land"} & set(connectors)
+                else result,
+                variable,
+            ),
         )
+    if {"\\lor", "\\land"} & set(connectors):
+        raise NotUnderstood("logic")
     return forms[0] if len(forms) == 1 else Form("list", (False, _inherit_names(forms)))
 
 
@@ -109,6 +117,8 @@ def _without_unit(items):
     while texts > 1 and items[texts - 1].kind == "text" and items[texts - 2].text not in ("_", "{"):
         texts -= 1
     if texts < end:
+        if not all(is_unit(f" {token.text} ") for token in items[texts:end]):
+            raise NotUnderstood("words that are no unit")  # 3 or more
         return items[:texts]
     start = end
     while start > 1 and items[start - 1].kind == "letter":
@@ -180,11 +190,16 @@ def _ray(relation, bound):
     return normal([Piece(bound, closed, None, False)])
 
 
+_NUMBER_SETS = [("sym", f"mathbb {letter}") for letter in "ZNQC"]
+
+
 def _membership(left, right):
     name = read(left)
     if name[0] != "sym":
         raise NotUnderstood("what is in the set")
     form = _item(right)
+    if form.kind == "expression" and form.parts[0] in _NUMBER_SETS:
+        return Form("named", (name[1], form))
     pieces = real_set(form)
     if form.kind == "list" and form.parts[0]:
         return Form("named", (name[1], form))

@@ -1,6 +1,7 @@
 """Whether two answers that were read are equal, and a text that equal answers share.
 
-An equation is not what stands behind its last `=`; order counts in tuples and not in sets and lists of roots; open ends are not closed ones.
+An equation is not what stands behind its last `=`; order counts in tuples and not in sets and lists
+of roots; open ends are not closed ones.
 """
 
 from data.grading import values
@@ -234,7 +235,9 @@ def _without_repeats(forms):
 def key(text: str) -> str:
     """A text that equal answers share: for votes. Raises NotUnderstood.
 
-    A name before a value is left out, as the gold answer decides whether it has to be there: x = 5, y = 5 and 5 share a vote."""
+    A name before a value is left out, as the gold answer decides whether it has to be there:
+    x = 5, y = 5 and 5 share a vote.
+    """
     return _key(parse(text))
 
 

@@ -5,6 +5,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from data.grading.tokens import GREEK
 from data.grading.words import number_in_words
 
 LONGEST = (
@@ -49,7 +50,9 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
 def tidy(text: str) -> str:
     """LaTeX and print variants of the same thing made one: minus signs, spacing, currency, degrees,
     ordinals, fractions."""
-    if re.search(r"sin|cos|tan|cot|sec|csc", text):  # here degrees are not a unit to leave aside
+    if re.search(
+        r"(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text
+    ):  # here degrees are not a unit to leave aside
         text = re.sub(_DEGREES, r" \\arcdegree ", text)
     for pattern, to in _TIDY:
         text = pattern.sub(to, text)
@@ -66,6 +69,7 @@ def scientific(text: str) -> str:
 def canonical(text: str) -> str:
     """A form in which answers that differ in print alone are the same string."""
     text = strip_marks(_TEXT_ALONE.sub(r"\1", tidy(text)))
+    text = re.sub(r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ";", text)  # 2, 500 is not 2,500
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
     return (
         text.casefold() if text.isalpha() and len(text) > 2 else text
@@ -108,8 +112,9 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     """The one number that `text` is, or None: '$1,234.50', '-3 apples', '18\\%', '\\frac{1}{2}',
     '16 + 2 = 18', '1 1/2', 'twelve'.
 
-    What stands before an `=` is a name or plain arithmetic: an equation in unknowns is no number. Units may follow the number;
-    without `words` only marked as text (`\\text{cm}`), so that 2k is no number."""
+    What stands before an `=` is a name or plain arithmetic: an equation in unknowns is no number.
+    Units may follow the number; without `words` only words that are marked as text (`\\text{cm}`) or
+    cannot be variables (`apples`), so that 2k is no number."""
     named = named_number(text, words)
     return named and named.value
 
@@ -134,6 +139,13 @@ def named_number(text: str, words: bool = True) -> NamedNumber | None:
     return None if value is None else NamedNumber(names[0] if names else "", value)
 
 
+_IN_NAMES = {
+    *GREEK, *"angle measuredangle triangle overline widehat mathbb vec times cdot div frac sqrt pi".split()
+}  # fmt: skip
+_OF_UNKNOWN = re.compile(
+    r"\||[A-Za-z]\s*!|(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs|floor|ceil)(?![a-z])"
+    r"|\\sqrt[^0-9]*[A-Za-z]"
+)
 _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}))?'*(?:\([\w,\s\\]*\))?")
 
 
@@ -149,7 +161,9 @@ def _left_name(piece, words):
         or not piece
     ):
         return None
-    bare = TEXT.sub(" total ", piece)
+    bare = TEXT.sub(" total ", re.sub(r"\|([A-Z]{1,3})\|", r"\1", piece))
+    if not set(re.findall(r"\\([A-Za-z]+|\S)", bare)) <= _IN_NAMES or _OF_UNKNOWN.search(bare):
+        return None  # |x|, \\sin x, x!: a value of the unknown is not its name
     letters = re.sub(r"\s+", "", re.sub(r"[{}]", "", bare))
     if (
         letters.isalpha()
@@ -206,10 +220,10 @@ def _one_number(text, words):
         )
     if not (words or _only_marked_words(text)):
         return None
-    return _value(match) if _is_unit(match.string[match.end() :]) else None
+    return _value(match) if is_unit(match.string[match.end() :]) else None
 
 
-def _is_unit(rest):
+def is_unit(rest: str) -> bool:
     """Whether what follows a number leaves its value alone: words, m^2, km/h, % – not digits,
     operators, an unknown or '… and a half'."""
     rest = re.sub(r"(?<=[A-Za-z])\^?\s?[23²³](?![0-9²³])", "", rest)

@@ -40,10 +40,9 @@ def _compare(answer, gold):
     except (NotUnderstood, RecursionError):
         pass
     understood = _key(answer) is not None
-    # Left alone math-verify reduces equations to their right side, and reads the beginning of
-    # what it cannot read:
-    # it is asked about single values that have a sum, an integral or the like in them, and has to
-    # agree with itself.
+    # Left alone math-verify reduces equations to their right side, and reads the beginning of what
+    # it cannot read: it is asked about single values that have a sum, an integral or the like in
+    # them, and has to agree with itself.
     if (
         parse is None
         or _NO_VALUE.search(answer + gold)
@@ -61,22 +60,20 @@ def _key(text):
         return None
 
 
+def _read(text):
+    # No fall-back to plain numbers or strings: it would find an 18 in text that is no mathematics.
+    return parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+
+
 def _verify(answer, gold):
-    # No fall-back to plain numbers or strings: it would find an 18 in any text that is not
-    # mathematics.
-    read, wrong = (
-        [
-            parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-            for text in (answer, gold)
-        ],
-        [False, False],
-    )
-    return [True, bool(verify(read[1], read[0], timeout_seconds=None))] if all(read) else wrong
+    read, gold_read = _read(answer), _read(gold)
+    if not read or not gold_read:
+        return [bool(read), False]
+    return [True, bool(verify(gold_read, read, timeout_seconds=None))]
 
 
 def _math_verify(text, gold):
     if parse is None:
         return [False, False]
     parsed = parse(text, parsing_timeout=None)
-    read_gold = parse(f"${gold}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-    return [bool(parsed), bool(parsed and verify(read_gold, parsed, timeout_seconds=None))]
+    return [bool(parsed), bool(parsed and verify(_read(gold), parsed, timeout_seconds=None))]

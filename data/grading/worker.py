@@ -23,7 +23,9 @@ class MathWorker:
     """Asks one worker process, started at the first question and again after a kill. Any thread may
     ask; questions queue.
 
-    limit: seconds per question. timeouts, crashes: questions that ended so. missing: math-verify cannot be imported."""
+    limit: seconds per question. timeouts, crashes: questions that ended so.
+    missing: math-verify cannot be imported.
+    """
 
     def __init__(self, limit=5.0):
         self.limit, self.timeouts, self.crashes, self.missing = limit, 0, 0, False
