@@ -70,12 +70,17 @@ def test_a_bare_numeral_of_another_base_is_right_in_lenient_alone():
 
 # A vote knows no gold: units and the names of values are left aside, so these share one though a
 # gold can tell them apart, …
-POOLED = {"x = 5 | y = 5", "f(x)=x+1 | g(x)=x+1", "x > 2 | y > 2",
+POOLED = {
+    "30^\\circ | 30 \\text{ radians}", "ax+by=c | ax+by=d", "3 \\text{ hours} | 3 \\text{ minutes}",
+    "3 \\text{ feet} | 3 \\text{ inches}", "3 \\text{ kg} | 3 \\text{ g}", "\\$5 | 5 \\text{ cents}", "1<x<2 | 1<y<2",
+    "10 \\text{ m/s} | 10 \\text{ km/h}","x = 5 | y = 5", "f(x)=x+1 | g(x)=x+1", "x > 2 | y > 2",
     "5 \\text{ cm} | 5 \\text{ m}", "5 \\text{ cm} | 5 \\text{ cm}^2",
           "2 \\text{ hours} | 2 \\text{ minutes}",
           "5 \\text{ dollars} | 5 \\text{ cents}"}  # fmt: skip
 # … and these do not though they are equal: other units, and an equation beside one side of it.
-APART = {"y = 2x + 3 | y - 2x = 3", "y = 2x + 3 | 2x - y + 3 = 0",
+APART = {
+    "10 \\text{ m/s} | 36 \\text{ km/h}", "5 \\text{ feet } 3 \\text{ inches} | 63 \\text{ inches}",
+    "y-1 = 2(x-3) | y = 2x-5","y = 2x + 3 | y - 2x = 3", "y = 2x + 3 | 2x - y + 3 = 0",
     "f(x) = 2x+1 | f(t) = 2t + 1", "y = -\\frac{1}{2}x + 4 | x + 2y = 8",
          "5 \\text{ cm} | 0.05 \\text{ m}", "5 \\text{ cm} | 50 \\text{ mm}",
          "2 \\text{ hours} | 120 \\text{ minutes}",

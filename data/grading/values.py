@@ -384,6 +384,9 @@ def key(tree: tuple) -> str:
         return infinite[tree]
     names = sorted(symbols(tree))
     found = _positive_samples(tree, names)
+    simple = None if names or not found[0] else _simple_fraction(found[0])
+    if simple is not None:
+        return str(simple)  # \\log_2 8 shares the key of 3
     if not any(found):
         raise NotUnderstood("no value")
     shown = ["-" if value is None else _shown(value.value, value.size) for value in found]
@@ -391,6 +394,17 @@ def key(tree: tuple) -> str:
         f"{' '.join(names)}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}"
         if names
         else shown[0]
+    )
+
+
+def _simple_fraction(found):
+    """The fraction with a small denominator that a numeric value is but for rounding, or None."""
+    mp = _context()
+    if mp.im(found.value) != 0 or not mp.mpf(10) ** -6 < abs(found.value) < mp.mpf(10) ** 20:
+        return None
+    near = Fraction(mp.nstr(mp.re(found.value), 40)).limit_denominator(10**6)
+    return (
+        near if _agree(found, Value(mp.mpf(near.numerator) / near.denominator, 1, False)) else None
     )
 
 
