@@ -69,7 +69,6 @@ def scientific(text: str) -> str:
 def canonical(text: str) -> str:
     """A form in which answers that differ in print alone are the same string."""
     text = strip_marks(_TEXT_ALONE.sub(r"\1", tidy(text)))
-    text = re.sub(r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ";", text)  # 2, 500 is not 2,500
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
     return (
         text.casefold() if text.isalpha() and len(text) > 2 else text
