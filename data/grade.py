@@ -8,12 +8,21 @@ not marked, as people do who read a completion: the gap between both is what a m
 import re
 from collections import deque
 from dataclasses import dataclass
-from fractions import Fraction
 
-from data.math_worker import MathWorker
+from data.grading.numbers import (
+    LONGEST,
+    canonical,
+    named_number,
+    numbers_in,
+    parse_number,
+    quantity,
+    scientific,
+    time_of_day,
+)
+from data.grading.worker import MathWorker
 
-LONGEST = 500  # characters; a longer answer is no answer, and numbers of that length cost nothing to read
 TAIL = 10_000  # characters at the end of a text in which an unmarked answer is looked for
+PASSED_OVER = 8  # marks without an answer that are passed over; unclosed ones cost time
 MATH_WORKER = MathWorker()  # starts no process before the first question
 
 
@@ -36,11 +45,13 @@ def grade_number(text, answer):
 
 
 def grade_math(text, answer):
-    """Whether the completion's expression equals the gold one: as text, as numbers, else as mathematics (math-verify, where installed)."""
+    """Whether the completion's expression equals the gold one: as text, as numbers, else as mathematics by its form.
+
+    A numeral of another base has to name it: `52` for `52_9` is right in lenient only."""
     marked = marked_answer(text)
     if marked is not None:
         parsed, same = _same_math(marked, answer)
-        return Verdict(same, same, parsed)
+        return Verdict(same, same or _bare_digits(marked, answer), parsed)
     cut_off = marked_answer(text, unclosed=True)
     if cut_off is not None:
         return Verdict(False, _same_math(cut_off, answer)[1], False)
@@ -50,14 +61,15 @@ def grade_math(text, answer):
 
 def grade_exact(text, answer):
     """Whether the completion's answer is the gold string, spaces aside."""
-    same = lambda found: found is not None and "".join(found.split()) == "".join(answer.split())
+    def same(found):
+        return found is not None and "".join(found.split()) == "".join(answer.split())
     marked = marked_answer(text)
     return Verdict(same(marked), same(marked) or same(marked_answer(text, unclosed=True)), marked is not None)
 
 
 def grade_by_math_verify(text, answer):
     """Whether math-verify, left to find the answer in the whole text by itself, takes it for the gold one; None where it is missing."""
-    verdict = MATH_WORKER.compare(_scientific(text[-TAIL:]), _scientific(answer), whole=True)
+    verdict = MATH_WORKER.math_verify(scientific(text[-TAIL:]), scientific(answer))
     return None if verdict is None else verdict[1]
 
 
@@ -66,8 +78,20 @@ def vote(text, words=True):
     marked = marked_answer(text)
     if not marked or len(marked) > LONGEST:
         return None
-    number = parse_number(marked, words)
-    return _canonical(_scientific(marked)) if number is None else str(number)
+    number = None if time_of_day(marked) is not None and not words else parse_number(marked, words)
+    if number is not None:
+        return str(number)
+    return _key(scientific(_set_in_words(marked)))
+
+
+def _key(answer):
+    """What equal answers that are no plain numbers share."""
+    minutes, text = time_of_day(answer), canonical(answer)
+    if minutes is not None:
+        return f"{minutes // 60}:{minutes % 60:02}"
+    if _is_word(answer) or _CHOICE.fullmatch(text):
+        return text.strip("()")
+    return MATH_WORKER.key(answer) or text
 
 
 def format_reward(text):
@@ -80,14 +104,22 @@ def format_reward(text):
 # --- finding the answer --------------------------------------------------------------------------------------------
 
 _MARK = re.compile(r"#{4,}|\\(?:boxed|fbox)(?![A-Za-z])|<answer>")
+_HEADING = re.compile(r"[\W_]*(?:(?:Step|Part|Case|Phase|Method|Approach|Problem|Question|Example|Section|Stage|Task)\s+(?:[0-9]+|[A-Z]|[IVX]+)\b"
+                      r"|\(?[0-9]{1,2}\\?[.):]\)?\s.*?[^\W\d_]{2}|[0-9]{1,2}(?:st|nd|rd|th)\s+[A-Za-z])")  # fmt: skip
 
 
 def marked_answer(text, unclosed=False):
-    """What the last mark holds, or None; with `unclosed` also an <answer> that ends with the text. At most LONGEST + 1 characters."""
-    for mark in reversed(deque(_MARK.finditer(text), maxlen=8)):  # a few suffice: only unclosed ones are passed over
+    """What the last mark holds, or None; with `unclosed` also an <answer> that ends with the text. At most LONGEST + 1 characters.
+
+    A Markdown heading (`#### Step 1: Add`, `#### 3. Compute`, `#### Check` with text below it) is no mark."""
+    end, passed = len(text.rstrip()), 0
+    for mark in reversed(deque(_MARK.finditer(text), maxlen=256)):  # so many suffice for any number of headings
         if mark[0].startswith("#"):
             # the line, or the next one where it is empty; `<answer>#### 18</answer>` ends with the tag
-            found = re.compile(r"\s*([^\n]*)").match(text, mark.end())[1].partition("</answer>")[0]
+            line = re.compile(r"\s*([^\n]*)").match(text, mark.end())
+            if _is_heading(line[1], begins_line=_begins_line(text, mark.start()), last=line.end() >= end):
+                continue
+            found = line[1].partition("</answer>")[0]
         elif mark[0].startswith("\\"):
             found = _boxed(text, mark.end())
         else:
@@ -95,7 +127,29 @@ def marked_answer(text, unclosed=False):
             found = inside if closing or unclosed else None
         if found is not None:
             return found.strip()[: LONGEST + 1]
+        passed += 1
+        if passed == PASSED_OVER:
+            break
     return None
+
+
+def _begins_line(text, at):
+    return text[max(0, text.rfind("\n", 0, at) + 1, at - 4) : at].strip() == "" and (at < 4 or "\n" in text[at - 4 : at])
+
+
+def _is_heading(line, begins_line, last):
+    """Whether a line behind #### is a heading: numbered, a step's, or a capitalised title with text below it."""
+    line = line[:LONGEST].strip()
+    if not begins_line or not line:
+        return False
+    if _HEADING.match(line):
+        return True
+    title = re.match(r"[\W_]*([^\W\d_]{2,})", line)
+    return bool(title) and not last and title[1][0].isupper() and not re.match(r"[$\\({\[]", line)
+
+
+def _without_heading(match):
+    return "" if _is_heading(match[1], begins_line=True, last=False) else match[0]
 
 
 def _boxed(text, start):
@@ -115,110 +169,19 @@ def _lenient_number(text):
     """The number a reader would take: the only one of a marked answer, the one that "the answer is", else the last of the text."""
     marked = marked_answer(text, unclosed=True)
     if marked is not None:
-        found = _numbers(marked.rpartition("=")[2])
+        found = numbers_in(marked.rpartition("=")[2])
         if found:
             return found[0] if len(set(found)) == 1 else None
-    tail = text[-TAIL:]
+    tail = re.sub(r"(?m)^ {0,3}#{1,6}[ \t]+(.*)$", _without_heading, text[-TAIL:])
     stated = list(re.finditer(r"answer is\b", tail, re.IGNORECASE))
     if stated:
         tail = tail[stated[-1].end() :].lstrip(" \t\n:*")
         sentence = re.split(r"[.!?](?:\s|$)|\n", tail, maxsplit=1)[0]
-        found = _numbers(sentence.rpartition("=")[2])
+        found = numbers_in(sentence.rpartition("=")[2])
         if found:
             return found[0]
-    found = _numbers(re.sub(r"(?m)^[ \t]*[0-9]{1,3}[.)][ \t]+(?=\S)", "", tail))  # "2. Then …" is the number of a step
+    found = numbers_in(re.sub(r"(?m)^[ \t]*[0-9]{1,3}[.)][ \t]+(?=\S)", "", tail))  # "2. Then …" is the number of a step
     return found[-1] if found else None
-
-
-# --- numbers -------------------------------------------------------------------------------------------------------
-
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])[-+])?(?<![\w.])(?:(?:(?P<whole>[0-9]+)\s+)?(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})|(?P<plain>{_DIGITS}))"
-    r"(?:\s*(?P<scale>hundred|thousand|million|billion)s?\b)?", re.IGNORECASE,
-)  # fmt: skip
-_SCALE = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}(?:\s*\^\s*\{?[23]\}?)?")
-_CHANGES_VALUE = re.compile(r"\b(?:or|and|half|halves|plus|minus|pi)\b", re.IGNORECASE)
-
-
-def parse_number(text, words=True):
-    """The one number that `text` is, as a Fraction, or None: '$1,234.50', '-3 apples', '18\\%', '\\frac{1}{2}', '16 + 2 = 18', '1 1/2'.
-
-    Units may follow; without `words` only marked as text (`\\text{cm}`), so that 2k is no number."""
-    if len(text) > LONGEST:
-        return None
-    *left, right = _tidy(text).split("=")
-    if any(re.search(r"[<>!]$|[;\n]|,(?![0-9]{3})|\b(?:or|and)\b", piece) for piece in left):
-        return None  # a relation or several equations, not one
-    right = _strip_marks(right)
-    match = _NUMBER.match(re.sub(r"^([-+])\s+", r"\1", _strip_marks(_plain_text(right))))
-    if match is None or not (words or _only_marked_words(right)):
-        return None
-    return _value(match) if _is_unit(match.string[match.end() :]) else None
-
-
-def _is_unit(rest):
-    """Whether what follows a number leaves its value alone: words, m^2, km/h, % – not digits, operators or '… and a half'."""
-    rest = re.sub(r"(?<=[A-Za-z])\^?\s?[23²³](?![0-9²³])", "", rest)
-    rest = re.sub(r"(?:^|(?<=[A-Za-z]))-(?=[A-Za-z]{2})", " ", rest)  # 18-inch, but not 18-x
-    return all(c.isalpha() or c in " \t\n/.'()%*_`\"" for c in rest) and not _CHANGES_VALUE.search(rest)
-
-
-def _only_marked_words(text):
-    return not re.search(r"[^\W\d_]", _TEXT.sub("", text).replace("\\frac", ""))
-
-
-def _value(match):
-    """A match of _NUMBER as a Fraction, or None for a division by zero or more digits than an answer has."""
-    if match.end() - match.start() > LONGEST:
-        return None
-    part = lambda name: Fraction((match[name] or "0").replace(",", ""))
-    if match["under"] and not part("under"):
-        return None
-    value = part("whole") + part("over") / part("under") if match["under"] else part("plain")
-    return value * _SCALE.get((match["scale"] or "").lower(), 1) * (-1 if match["sign"] == "-" else 1)
-
-
-def _numbers(text):
-    """The values of all numbers in `text`, in order."""
-    values = [_value(m) for m in _NUMBER.finditer(_plain_text(_tidy(text)))]
-    return [v for v in values if v is not None]
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-_TIDY = [(re.compile(pattern), to) for pattern, to in (
-    (r"[−–]", "-"),
-    (r"\{,\}(?=[0-9])", ","),
-    (r"(?<!\\)\\(?:!\s*|,|(?:left|right|displaystyle)(?![A-Za-z]))|[\u2009\u202f]", ""),
-    (r"(?<!\\)\\(?:[;: ()\[\]]|q?quad(?![A-Za-z]))|~|\u00a0", " "),
-    (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
-    (r"\\?[$€£¥₹]", " "),
-    (r"\\%", "%"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", " "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
-)]  # fmt: skip
-
-
-def _tidy(text):
-    """LaTeX and print variants of the same thing made one: minus signs, spacing, currency, degrees, fractions."""
-    for pattern, to in _TIDY:
-        text = pattern.sub(to, text)
-    return text
-
-
-def _plain_text(text):
-    """Tidy text with fractions as 1/2, the words of `\\text{…}` bare and other braces gone."""
-    text = re.sub(r"(?<=[0-9])\s*\\frac", r" \\frac", text)  # 1\frac{4}{5} is 1 4/5
-    text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2 ", text)
-    return re.sub(r"[{}]", " ", _TEXT.sub(r" \1 ", text))
-
-
-def _strip_marks(text):
-    """Without markdown emphasis, quotes, and the stops of a sentence; 5! and f' keep what is theirs."""
-    return text.lstrip('*_`" \t\n').rstrip('*_`" \t\n.,:;')
 
 
 # --- mathematics ---------------------------------------------------------------------------------------------------
@@ -228,23 +191,65 @@ def _same_math(answer, gold):
     """(the answer was understood, it equals the gold one); the cheap comparisons first."""
     if not answer or len(answer) > LONGEST:
         return False, False
-    answer, gold = _scientific(answer), _scientific(gold)
-    if _canonical(answer) == _canonical(gold):
-        return True, True
-    ours, theirs = parse_number(answer, words=False), parse_number(gold, words=False)
-    if ours is not None and theirs is not None:
-        return True, ours == theirs
-    verdict = MATH_WORKER.compare(_strip_marks(_tidy(answer)), _strip_marks(_tidy(gold)))
-    return (True, False) if verdict is None else verdict
+    answer, gold = (scientific(_set_in_words(text)) for text in (answer, gold))
+    if canonical(answer) == canonical(gold):
+        return (True, True) if canonical(gold) else (False, False)
+    for same in (_same_time, _same_quantity, _same_number, _same_words):
+        verdict = same(answer, gold)
+        if verdict is not None:
+            return True, verdict
+    return MATH_WORKER.compare(answer, gold)
 
 
-def _scientific(text):
-    """4.5e33, which math-verify would read as 4.5 · e · 33, as 4.5 \\times 10^{33}."""
-    return re.sub(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?!\w)", r"\1 \\times 10^{\2}", text)
+_EMPTY = re.compile(r"(?:thereare)?no(?:real)?solutions?(?:exists?)?|(?:the)?emptyset", re.IGNORECASE)
+_ALL_REALS = re.compile(r"all(?:real)?(?:numbers|reals)|allrealnumbers|anyrealnumber|(?:the)?realnumbers", re.IGNORECASE)
 
 
-def _canonical(text):
-    """A form in which answers that differ in print alone are the same string."""
-    text = _strip_marks(_TEXT.sub(r"\1", _tidy(text)))
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
-    return text.casefold() if text.isalpha() and len(text) > 2 else text  # Evelyn, east; not x against X
+def _set_in_words(text):
+    """\\emptyset for "no solution", \\mathbb{R} for "all real numbers"."""
+    bare = canonical(text)
+    if _EMPTY.fullmatch(bare):
+        return "\\emptyset"
+    return "\\mathbb{R}" if _ALL_REALS.fullmatch(bare) else text
+
+
+def _same_time(answer, gold):
+    """Whether two times of day are the same; None where one is none."""
+    times = time_of_day(answer), time_of_day(gold)
+    return None if None in times else times[0] == times[1]
+
+
+def _same_quantity(answer, gold):
+    """Whether two numbers with known units are the same quantity; None where one has no unit: then units are left aside."""
+    quantities = quantity(answer), quantity(gold)
+    return None if None in quantities else quantities[0] == quantities[1]
+
+
+def _same_number(answer, gold):
+    """Whether two numbers are equal; where both have a name (x = 5) it has to be the same."""
+    ours, theirs = named_number(answer, words=False), named_number(gold, words=False)
+    if ours is None or theirs is None:
+        return None
+    return ours.value == theirs.value and (not ours.name or not theirs.name or ours.name == theirs.name)
+
+
+_CHOICE = re.compile(r"\(?([A-Z])\)?")
+
+
+def _same_words(answer, gold):
+    """Whether two letters of a choice are the same; False for a word that is not the gold one; None for what may be mathematics."""
+    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
+    if all(choices):
+        return choices[0][1] == choices[1][1]  # (C) is C
+    return False if any(_is_word(text) for text in (answer, gold)) else None
+
+
+def _is_word(text):
+    text = canonical(text)
+    return bool(re.fullmatch(r"[A-Za-z]{3,}", text)) and text not in ("infinity", "inf")
+
+
+def _bare_digits(answer, gold):
+    """Whether the answer is the digits of a gold numeral of another base, without saying so: 52 for 52_9."""
+    numeral = re.fullmatch(r"([0-9A-F]+)_\{?([0-9]+)\}?", canonical(gold))
+    return bool(numeral) and canonical(answer) == numeral[1]

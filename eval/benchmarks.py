@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import re
+from decimal import Decimal
 from pathlib import Path
 
 from data.dataset import SPLIT_SEED
 from data.formats import SUFFIXES, read_examples, read_rows, to_example
-from data.grade import marked_answer
+from data.grade import marked_answer, parse_number
 from data.tasks import TASKS, Example
 from errors import UserError
 
@@ -48,7 +49,7 @@ def _minerva(row, origin):
 
 
 def _olympiad(row, origin):
-    return row["question"], "\n".join(row["solution"]), ", ".join(answer.replace("$", "") for answer in row["final_answer"])
+    return row["question"], "\n".join(row["solution"]), ", ".join(str(answer).replace("$", "") for answer in row["final_answer"]) or None
 
 
 def _svamp(row, origin):
@@ -57,7 +58,14 @@ def _svamp(row, origin):
 
 
 def _plain(number):
-    return str(int(number)) if number == int(number) else repr(number)
+    """A gold number as text, whatever type a file gives it: 12, 12.0, "12", "12.0" and "1,234" alike; raises ValueError for no number."""
+    if isinstance(number, bool) or not isinstance(number, (int, float, str)):
+        raise ValueError(f"its answer is no number: {number!r}")
+    text = number.strip() if isinstance(number, str) else f"{Decimal(repr(number)):f}"  # not 1e-07
+    value = parse_number(text)
+    if value is None:
+        raise ValueError(f"its answer is no number: {number!r}")
+    return str(value) if value.denominator == 1 else text
 
 
 # name -> (the task of data/tasks.py that grades, a row -> (question, solution, gold answer))
@@ -102,9 +110,9 @@ def _math_set(name, path):
     for origin, row in read_rows(path):
         try:
             question, solution, answer = read(row, origin)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{origin}: not a row of {name} ({type(e).__name__}: {e}); put the set's own file there") from None
-        if answer is None:
+        if answer is None or not answer.strip():
             raise UserError(f"{origin}: {name} has no gold answer here; put the set's own file there")
         yield Example(({"role": "user", "content": question}, {"role": "assistant", "content": solution}), answer, task, origin)
 

@@ -16,12 +16,12 @@ MAY = {
     "eval": {"model", "data", "kernels"},
 }
 PARTS = {*MAY, "config", "knobs", "prepare", "train", "tests", "bench"}
-FILES = sorted(p for part in MAY for p in (ROOT / part).glob("*.py"))
+FILES = sorted(p for part in MAY for p in (ROOT / part).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_imports_follow_the_layout(path):
-    part = path.parent.name
+    part = path.relative_to(ROOT).parts[0]
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:

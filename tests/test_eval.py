@@ -207,6 +207,29 @@ def test_every_set_is_read_and_graded(tmp_path):
     assert embedded == tuple(held_out.example("word_problems", "heldout", f"0/{i}") for i in range(400))  # those of a run's own evaluation
 
 
+@pytest.mark.parametrize("written,gold", [
+    (12, "12"), (12.0, "12"), ("12", "12"), ("12.0", "12"), (" 12 ", "12"), ("1,234", "1234"), (0.5, "0.5"), ("0.5", "0.5"), (-3.0, "-3"), (1e16, "1" + "0" * 16),
+    (1e-7, "0.0000001"), ("12 apples", "12"),
+])  # fmt: skip
+@pytest.mark.parametrize("task", ["svamp", "amc23"])
+def test_a_gold_number_is_the_same_whatever_its_type(tmp_path, task, written, gold):
+    row = {"svamp": {"Body": "There are figs", "Question": "How many?", "Equation": "( 1.0 )", "Answer": written}, "amc23": {"problem": "Find it.", "answer": written}}[task]
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "test.jsonl").write_text(json.dumps(row))
+    (example,) = benchmarks.load(task, tmp_path).examples
+    assert grade(example, f"So \\boxed{{{gold}}}").strict and not grade(example, f"So \\boxed{{{gold}1}}").strict
+    assert task == "amc23" and isinstance(written, str) or example.answer == gold
+
+
+@pytest.mark.parametrize("written", [None, True, "", "many", [12], {"a": 1}, float("nan"), float("inf")])
+def test_a_gold_that_is_no_number_is_refused_by_its_row(tmp_path, written):
+    (tmp_path / "svamp").mkdir()
+    row = {"Body": "There are figs", "Question": "How many?", "Equation": "( 1.0 )", "Answer": written}
+    (tmp_path / "svamp" / "test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="test.jsonl:1: not a row of svamp"):
+        benchmarks.load("svamp", tmp_path)
+
+
 # --- resumption and ranks ----------------------------------------------------------------------------------------------
 
 SAMPLED = ["--tasks", "word_problems", "--n", 3, "--k", "1,3", "--limit", 8, "--max_tokens", 12, "--temperature", 1, "--batch_size", 5]

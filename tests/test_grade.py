@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from data import grade as grading
-from data.grade import LONGEST, Verdict, format_reward, grade_exact, grade_math, grade_number, marked_answer, parse_number
-from data.math_worker import MathWorker
+from data.grade import LONGEST, Verdict, format_reward, grade_by_math_verify, grade_exact, grade_math, grade_number, marked_answer, parse_number
+from data.grading.numbers import canonical, tidy
+from data.grading.worker import MathWorker
 from data.tasks import TASKS, Example, grade
 from tests.conftest import ROOT
 
@@ -44,6 +45,29 @@ def test_the_mark_that_begins_last_counts(text, found):
     assert marked_answer(text) == found
 
 
+HEADINGS = [
+    ("#### Step 1: Add\n9 + 9, so \\boxed{18}.\n\n#### Check\nIt fits.", "18"),
+    ("<answer>18</answer>\n#### 2. Verify the sum\nIt fits.", "18"), ("\\boxed{18}\n#### Step 3", "18"), ("\\boxed{18}\n#### **Step 3:** check\nyes", "18"),
+    ("\\boxed{18}\n\n#### 3) Done with it\nyes", "18"), ("\\boxed{18}\n#### 2nd way to see it\nyes", "18"), ("\\boxed{18}\n##### Final Answer:\nas above", "18"),
+    ("\\boxed{18}\n#### Conclusion\nIt is done.", "18"), ("#### 18\n\n#### Explanation\nNine and nine.", "18"), ("#### 1. Read\nNine.\n#### 2. Compute the total\nEighteen.", None),
+    ("#### 18 apples\nbye", "18 apples"), ("#### $1,234.50\nbye", "$1,234.50"), ("\\boxed{3}\n#### 18", "18"), ("\\boxed{3}\n#### 18.\nbye", "18."),
+    ("\\boxed{3} and #### 18\nbye", "18"), ("#### Paris", "Paris"), ("#### x = 5\nbye", "x = 5"), ("#### -3\nbye", "-3"), ("#### \\frac{1}{2}\nbye", "\\frac{1}{2}"),
+    ("#### **18**\nbye", "**18**"), ("####\n18\nbye", "18"), ("#### Check\n" * 300 + "x", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,found", HEADINGS, ids=range(len(HEADINGS)))
+def test_a_heading_is_no_mark(text, found):
+    assert marked_answer(text) == found
+
+
+def test_the_number_of_a_heading_is_no_answer():
+    assert grade_number("#### 1. Read\nNine and nine.\n#### 2. Compute the total\nIt is eighteen.", "2") == NOTHING
+    assert grade_number("#### Step 1: Read\nNine.\n#### Step 2: Compute\nSo she has 18 apples.", "18") == LENIENT
+    assert grade_number("So she has 18 apples.\n### Step 3: Check 5 times\nFine.", "18") == LENIENT
+    assert grade_number("#### Step 1: Add\nSo \\boxed{18}.\n#### Check\nIt fits.", "18") == RIGHT
+
+
 def test_an_answer_cut_off_counts_in_lenient_only():
     assert marked_answer("<answer>7", unclosed=True) == "7" and marked_answer("<answer>6</answer> <answer>7", unclosed=True) == "7"
     assert grade_number("<answer>18", "18") == grade_math("<answer>\\frac{x}{2}", "\\frac x2") == LENIENT
@@ -59,7 +83,7 @@ EIGHTEENS = """18|18.|18,|18:|+18|18.0|18.00|018|$18|$18.|$ 18|18$|18 $|\\$18|$\
 **18**|**18.**|*18*|`18`|"18"|__18__|**$18**|**18** apples|\\text{18}|\\textbf{18}|18\\text{ cm}|18 \\text{ cm}^2|18\\,\\text{m}
 18\\mbox{ inches}^{2}|\\mathrm{18}
 x = 5 + 13 = 18|x = 18|x=18.|16 + 2 = 18|16 + 2 = $18|$x = 18$|36/2|36 / 2|\\frac{36}{2}|\\dfrac{36}{2}|17 \\frac{2}{2}|17 2/2|16,000 - 15,982 = 18
-0.18 hundred"""
+0.18 hundred|18th|18^{\\text{th}}|18 AM|18:00|eighteen|eighteen dollars|Total = 18|m\\angle A = 18|f(3) = 18|2 x 9 = 18|9 eggs + 9 eggs = 18 eggs"""
 
 
 @pytest.mark.parametrize("written", [w for line in EIGHTEENS.splitlines() for w in line.split("|")])
@@ -90,7 +114,7 @@ def test_numbers(written, value):
     """|none|.|..|-|--3|18 or 19|18 19|18, 19|18; 19|18 and 19|17 or 18|18 or so|18 and a half|18-19|16 + 2|18 + x|18 - x|1,00|1,2345|1.2.3|18..5
 5:30
 about 18|The answer is 18|x > 18|x >= 18|x <= 18|x != 18|x \\neq 18|x ≠ 18|≤18|x = 3, y = 18|x = 3 or x = 18|x = 3; x = 18|x = 3 and y = 18|x =|= =
-1/0|0/0
+1/0|0/0|18x|18 x|18ab|18/|18 squared|18 hundredths|2x = 18|x + y = 18|2x - 3y = 18|x^2 = 18|18 = 18|52_{\\text{nine}}|18 = x
 \\frac{1}{0}|18\\frac{1}{0}|10^2|10^{2}|5_8|2 \\pi|2 pi|3\\sqrt{2}|1e5|18e400|nan|inf|-inf|Infinity|NaN|１８|١٨|18½|½|Ⅷ|18²²|±18|18\x00|\\frac
 \\frac{1}|\\frac{}{}|\ud800""".replace(
         "\n", "|"
@@ -263,7 +287,7 @@ def test_a_pathological_expression_times_out_from_any_thread_and_the_next_call_w
         assert threading.current_thread() is not threading.main_thread()
         assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT  # starts the worker
         began = time.monotonic()
-        assert grade_math("\\boxed{9^{9^{9^{9}}}}", "7") == NOTHING
+        assert grade_by_math_verify("\\boxed{9^{9^{9^{9}}}}", "7") is False
         assert time.monotonic() - began < 4 and (worker.timeouts, worker.crashes) == (1, 0)
         return grade_math("\\boxed{\\sqrt{9}}", "3")
 
@@ -281,24 +305,26 @@ def test_many_threads_get_their_own_verdicts(worker):
 
 def test_a_worker_that_dies_hangs_or_raises(fake):
     w = fake(FAKE, limit=1.0)
-    assert w.compare("1", "1") == (True, True) and w.compare("1", "2") == (True, False)
+    assert w.math_verify("$1$", "1") == (True, True) and w.math_verify("$1$", "2") == (True, False)
     first = w.pid()
-    assert w.compare("raise", "1") == (False, False) and w.pid() == first and (w.timeouts, w.crashes) == (0, 0)
-    assert w.compare("die", "1") == (False, False) and (w.timeouts, w.crashes) == (0, 1)
-    assert w.compare("\ud800", "\ud800") == (True, True) and w.pid() != first
-    assert w.compare("sleep", "1") == (False, False) and (w.timeouts, w.crashes) == (1, 1)
-    assert w.compare("2", "2") == (True, True)
+    assert w.math_verify("raise", "1") == (False, False) and w.pid() == first and (w.timeouts, w.crashes) == (0, 0)
+    assert w.math_verify("die", "1") == (False, False) and (w.timeouts, w.crashes) == (0, 1)
+    assert w.math_verify("$\ud800$", "\ud800") == (True, True) and w.pid() != first
+    assert w.math_verify("sleep", "1") == (False, False) and (w.timeouts, w.crashes) == (1, 1)
+    assert w.math_verify("$2$", "2") == (True, True) and w.compare("\\sqrt{9}", "3") == (True, True)
     w._process.kill()  # from outside, between two questions
-    assert w.compare("3", "3") == (True, True) and (w.timeouts, w.crashes) == (1, 1)
+    assert w.math_verify("$3$", "3") == (True, True) and (w.timeouts, w.crashes) == (1, 1)
     w.close()
     assert w.pid() is None
 
 
-def test_without_math_verify_the_exact_comparison_remains(fake, monkeypatch):
+def test_without_math_verify_our_own_comparison_remains(fake, monkeypatch):
     w = fake("raise ImportError('not here')")
     monkeypatch.setattr(grading, "MATH_WORKER", w)
-    assert grade_math("\\boxed{\\sqrt{9}}", "3") == WRONG and w.missing and w.pid() is None
+    assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT and w.missing and grade_by_math_verify("\\boxed{3}", "3") is None
+    assert grade_math("\\boxed{\\int_0^1 6 x dx}", "3").strict is False
     assert grade_math("\\boxed{\\dfrac{x}{2}}", "\\frac x2") == grade_math("\\boxed{3.0}", "3") == RIGHT
+    w.close()
 
 
 def gone(pid):
@@ -365,7 +391,7 @@ def test_math500_golds_through_math_verify(real_data):
     """Every gold answer equals itself in math-verify too, also in other print; none equals the answer to another problem."""
     pytest.importorskip("math_verify")
     golds = [row["answer"] for row in rows(real_data / "math500/test.jsonl")]
-    same = lambda a, b: grading.MATH_WORKER.compare(grading._tidy(a), grading._tidy(b))
+    same = lambda a, b: grading.MATH_WORKER.math_verify(f"${tidy(a)}$", tidy(b))
     assert [g for g in golds if same(g, g) != (True, True)] == []
     otherwise = lambda g: g.replace("\\frac", "\\dfrac").replace(",", ", ").replace("+", " + ").replace("(", "\\left(").replace(")", "\\right)")
     assert [g for g in golds if not grade_math(f"\\boxed{{{otherwise(g)}}}", g).strict] == []
@@ -408,7 +434,7 @@ def fuzz(count, seed):
         assert number.lenient >= number.strict <= number.parsed and exact.lenient >= exact.strict, text
         assert format_reward(text) in (1.0, -1.0)
         parse_number(text)
-        grading._canonical(text)
+        canonical(text)
         assert time.process_time() - began < 1, text
 
 

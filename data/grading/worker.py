@@ -1,7 +1,10 @@
-"""math-verify in a process of its own, so that no expression can hang, crash or swell a run.
+"""Mathematics compared in a process of its own, so that no expression can hang, crash or swell a
+run.
 
-Some answers (`9^{9^{9^9}}`) never finish, and math-verify's own time limit is SIGALRM: main thread only, and deaf while one long
-multiplication runs. So a long-lived worker answers one JSON line per question, and whoever waits for it kills it when time is up.
+Some answers never finish in sympy, and math-verify's own time limit is SIGALRM: main thread only,
+and deaf while one long
+multiplication runs. So a long-lived worker answers one JSON line per question, and whoever waits
+for it kills it when time is up.
 This file is both sides: imported by the run, executed as the worker.
 """
 
@@ -17,31 +20,45 @@ MEMORY_LIMIT = 4 << 30  # bytes of address space: a huge power is refused, not p
 
 
 class MathWorker:
-    """Asks one worker process, started at the first question and again after a kill. Any thread may ask; questions queue.
+    """Asks one worker process, started at the first question and again after a kill. Any thread may
+    ask; questions queue.
 
-    limit: seconds per question. timeouts, crashes: questions that ended so. missing: math-verify cannot be imported."""
+    limit: seconds per question. timeouts, crashes: questions that ended so.
+    missing: math-verify cannot be imported.
+    """
 
     def __init__(self, limit=5.0):
         self.limit, self.timeouts, self.crashes, self.missing = limit, 0, 0, False
         self._lock, self._process, self._owner = threading.Lock(), None, None
 
-    def compare(self, answer, gold, whole=False):
-        """(answer could be parsed, answer equals gold); (False, False) after a time-out or a crash; None without math-verify.
+    def compare(self, answer: str, gold: str) -> tuple[bool, bool]:
+        """(the answer was understood, it equals the gold one); (False, False) after a time-out or a
+        crash."""
+        return tuple(self._ask("compare", answer, gold) or (False, False))
 
-        whole: `answer` is a text in which math-verify is to find the answer by its own rules."""
+    def math_verify(self, text: str, gold: str) -> tuple[bool, bool] | None:
+        """The same from math-verify alone, which finds the answer in the whole text by its own
+        rules; None where it cannot be imported."""
+        reply = self._ask("math_verify", text, gold)
+        return None if self.missing else tuple(reply or (False, False))
+
+    def key(self, text: str) -> str | None:
+        """A text that equal answers share; None where the answer was not understood."""
+        return self._ask("key", text)
+
+    def _ask(self, *question):
+        """The reply to one question; None after a time-out or a crash."""
         with self._lock:
+            reply, expired = None, False
             for _ in range(2):  # a worker found dead before its time is replaced once
-                reply, expired = None, False
-                if self.missing or not self._start():
+                if not self._start():
                     break
-                reply, expired = self._exchange([answer, gold, self.limit, *[True] * whole], self.limit)
+                reply, expired = self._exchange([*question, self.limit], self.limit)
                 if reply or expired:
                     break
-            if self.missing:
-                return None
             self.timeouts += expired
             self.crashes += not (reply or expired)
-            return tuple(reply or (False, False))
+            return reply and reply[0]
 
     def close(self):
         """Ends the worker, if there is one; the next question starts another."""
@@ -56,7 +73,11 @@ class MathWorker:
 
     def _start(self):
         """Whether a worker is running, if need be a new one."""
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+        if (
+            self._process is not None
+            and self._owner == os.getpid()
+            and self._process.poll() is None
+        ):
             return True
         self.close()
         self._process, self._owner = subprocess.Popen(
@@ -66,12 +87,11 @@ class MathWorker:
         ), os.getpid()  # fmt: skip
         ready, _ = self._exchange(None, START_LIMIT)
         self.missing = ready == [False]
-        if self.missing:
-            self.close()
-        return ready == [True]
+        return ready is not None
 
     def _exchange(self, question, limit):
-        """(the reply or None, whether time was up). Without a reply the worker is ended: its next line would answer this question."""
+        """(the reply or None, whether time was up). Without a reply the worker is ended: its next
+        line would answer this question."""
         reply, expired, process = None, threading.Event(), self._process
         timer = threading.Timer(limit, lambda: (expired.set(), process.kill()))
         timer.daemon = True
@@ -92,35 +112,30 @@ class MathWorker:
 
 
 def serve():
-    """The worker's side: reads questions until the pipe closes, which is when the run ends, however it ends."""
+    """The worker's side: reads questions until the pipe closes, which is when the run ends, however
+    it ends."""
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # this folder's module names are not top-level ones
+    sys.path[:] = [
+        p for p in sys.path if os.path.abspath(p) != here
+    ]  # this folder's module names are not top-level ones
+    sys.path.append(os.path.dirname(os.path.dirname(here)))
     replies, sys.stdout = sys.stdout, sys.stderr
-    send = lambda reply: print(json.dumps(reply), file=replies, flush=True)
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError:
-        return send([False])
+
+    def send(reply):
+        print(json.dumps(reply), file=replies, flush=True)
+
+    from data.grading import questions
+
     _limit_memory()
-
-    def compare(answer, gold, whole=False):
-        # No fall-back to plain numbers or strings: it would find an 18 in any text that is not mathematics.
-        read = lambda text: parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-        parsed = parse(answer, parsing_timeout=None) if whole else read(answer)
-        return [bool(parsed), bool(parsed and verify(read(gold), parsed, timeout_seconds=None))]
-
-    compare("x", "x+1")  # the first call compiles patterns
-    send([True])
+    send([questions.warm_up()])
     for line in sys.stdin:
-        answer, gold, limit, *whole = json.loads(line)
-        # The system ends a worker that outlives its parent in the midst of a question, whatever Python is doing.
+        question, *texts, limit = json.loads(line)
+        # The system ends a worker that outlives its parent in the midst of a question, whatever
+        # Python is doing.
         signal.setitimer(signal.ITIMER_REAL, limit + 1)
-        try:
-            reply = compare(answer, gold, bool(whole))
-        except Exception:  # noqa: BLE001 (whatever sympy raises, the answer is not shown to be right)
-            reply = [False, False]
+        reply = questions.ask(question, *texts)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        send(reply)
+        send([reply])
 
 
 def _limit_memory():
