@@ -243,7 +243,7 @@ def prepare(cfg, held, launch):
         progress=rank == 0,
     )
     reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
-    if reward and not reward.function:
+    if reward and reward.reads_gold:
         dataset.need_answers()
     if rank == 0:
         for note in dataset.notes:

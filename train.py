@@ -89,7 +89,8 @@ def rewarded_rollouts(cfg, run):
 
     def judge(example, completion):
         text = run.tokenizer.decode(completion.tokens, skip_special=True)
-        return *run.reward(example, text, len(completion.tokens), completion.stopped), text
+        opened = run.dataset.formatter.opened(example)
+        return *run.reward(example, text, len(completion.tokens), completion.stopped, opened), text
 
     def score(documents):
         if compares_with_rollout(cfg):

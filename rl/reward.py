@@ -11,7 +11,7 @@ from data.grade import Verdict, format_reward
 from data.tasks import TASKS, grade
 from errors import UserError
 
-# part -> f(text, verdict). The signed ones are the paper's (arXiv 2506.13404, section 3): +1 or −1
+# part -> f(text, verdict), the text with the tag that the prompt opened. The signed ones are the paper's (arXiv 2506.13404, section 3): +1 or −1
 PARTS = {
     "accuracy": lambda text, verdict: float(verdict.strict),
     "lenient": lambda text, verdict: float(verdict.lenient),
@@ -24,7 +24,9 @@ PENALTIES = ("overlong", "truncated")  # what length costs
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """reward(example, text, tokens, stopped) -> (total, {part: value}, verdict). Built by `parse_reward`.
+    """reward(example, text, tokens, stopped, opened) -> (total, {part: value}, verdict). Built by `parse_reward`.
+
+    text: the completion. opened: the tag with which the generation prompt has begun it (`<think>`), else empty.
 
     overlong: from limit − overlong tokens on, a sample loses linearly up to 1 (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
     truncated: what a sample that never stopped loses.
@@ -37,13 +39,18 @@ class Reward:
     overlong: int = 0
     truncated: float = 0.0
 
-    def __call__(self, example, text, tokens, stopped):
+    @property
+    def reads_gold(self) -> bool:
+        """Whether it looks at gold answers: without them it would be the same for every sample."""
+        return any(self.parts.get(name) for name in VERDICTS)
+
+    def __call__(self, example, text, tokens, stopped, opened=""):
         known = example.answer is not None and example.task in TASKS
         verdict = grade(example, text) if known else Verdict(False, False, False)
         if self.function:
             values = {"function": self._ask(example, text)}
         else:
-            values = {name: weight * PARTS[name](text, verdict) for name, weight in self.parts.items()}
+            values = {name: weight * PARTS[name](opened + text, verdict) for name, weight in self.parts.items()}
         if self.overlong:
             values["overlong"] = -min(1.0, max(0, tokens - (self.limit - self.overlong)) / self.overlong)
         if self.truncated and not stopped:
