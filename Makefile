@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
 
-.PHONY: kd grpo sft study test test-slow bench bench-gpu lines clean
+.PHONY: kd grpo sft study test test-slow bench bench-gpu clean
 
 kd: $(VENV)/run
 	$(BIN)/torchrun train.py --mode kd
@@ -21,7 +21,7 @@ sft: $(VENV)/run
 study: $(VENV)/run
 	$(BIN)/python -m eval.study recipes/study/mini.toml --seeds 0
 
-test: $(VENV)/dev lines
+test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 tests
 
 test-slow: $(VENV)/dev
@@ -33,9 +33,6 @@ bench: $(VENV)/run
 
 bench-gpu: $(VENV)/run
 	for what in head attention decode train_step; do $(BIN)/python -m bench.$$what || exit; done
-
-lines:
-	@echo "$$(git ls-files '*.py' | grep -vE '^(tests|bench)/' | xargs cat | wc -l) lines of Python outside tests and bench (limit 9,600)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -211,6 +211,34 @@ def written_by_teacher(example):
     return isinstance(source, dict) and "teacher" in source
 
 
+def load_data(cfg, tokenizer, vocab, rank):
+    """(the Dataset, the Reward or None), every example measured; what a user should know of the data is printed."""
+    on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
+    template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
+    dataset = Dataset(
+        cfg.data,
+        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
+        seed=cfg.seed,
+        max_tokens=cfg.micro_tokens,
+        vocab=vocab,
+        eval_examples=cfg.eval_examples,
+        train_examples=cfg.train_examples,
+        overlong=cfg.overlong,
+        new_tokens=cfg.sample_tokens if on_policy else 0,
+        completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
+        progress=rank == 0,
+    )
+    reward = None
+    if cfg.mode == "grpo":
+        reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost)
+        if reward.reads_gold:
+            dataset.need_answers()
+    if rank == 0:
+        for note in dataset.notes:
+            say(f"{cfg.data}: {note}")
+    return dataset, reward
+
+
 def prepare(cfg, held, launch):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
     until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
@@ -227,27 +255,7 @@ def prepare(cfg, held, launch):
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
     teacher_tokenizer = embedded_tokenizer() if own_teacher else teacher_folder and Tokenizer.load(tokenizer_folder(teacher_folder))
     vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
-    template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
-    on_policy = cfg.mode == "grpo" or cfg.mode == "kd" and cfg.kd_prefix != "data"
-    dataset = Dataset(
-        cfg.data,
-        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
-        seed=cfg.seed,
-        max_tokens=cfg.micro_tokens,
-        vocab=vocab,
-        eval_examples=cfg.eval_examples,
-        train_examples=cfg.train_examples,
-        overlong=cfg.overlong,
-        new_tokens=cfg.sample_tokens if on_policy else 0,
-        completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
-        progress=rank == 0,
-    )
-    reward = parse_reward(cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost) if cfg.mode == "grpo" else None
-    if reward and reward.reads_gold:
-        dataset.need_answers()
-    if rank == 0:
-        for note in dataset.notes:
-            print(f"{cfg.data}: {note}", flush=True)
+    dataset, reward = load_data(cfg, tokenizer, vocab, rank)
     origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
     reference_shape = read_config(cfg.reference or cfg.model, origin) if cfg.mode == "grpo" and cfg.grpo_beta else None
     its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from data.code import humaneval, mbpp, split_of
 from data.grade import LONGEST, marked_answer, parse_number
+from data.messages import check_all_text, is_empty, normalise_messages
 from data.tasks import TASKS, Example
 from errors import UserError
 from files import HEAD, explain, parse_json, read_head
@@ -42,12 +43,6 @@ PART_OF_QUESTION = frozenset(
     "videos table tables document documents history functions function starter_code input inputs".split()
 )
 ROW_WEIGHTS = ("weight", "loss_weight", "sample_weight")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-TRAIN_FIELDS = ("weight", "loss", "train", "training")
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
 
 GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?[\d,]*\.?\d+%?\.?)\s*\Z")
 # GSM8K's annotations for a calculator are no part of the text.
@@ -192,29 +187,7 @@ def unread_columns(example: Example) -> set[str]:
         read |= {"input"}
     if isinstance(example.columns.get("source"), dict):  # where our own traces say that they are from
         read |= {"source"}
-    return {name for name, value in example.columns.items() if name not in read and not _is_empty(value)}
-
-
-def check_all_text(value: object, origin: str) -> None:
-    """Refuse halves of characters anywhere in a row: no tokenizer takes them and no file keeps them."""
-    if isinstance(value, str):
-        check_text(value, origin)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            check_text(str(name), origin)
-            check_all_text(part, origin)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            check_all_text(part, origin)
-
-
-def check_text(text: str, origin: str) -> None:
-    """JSON and command lines can hold halves of characters, which no tokenizer takes and no file keeps."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        half = f"{text[e.start]!a} is half a character (a lone surrogate)"
-        raise UserError(f"{origin}: {half}; fix or drop that text") from None
+    return {name for name, value in example.columns.items() if name not in read and not is_empty(value)}
 
 
 def _read_form(values: dict, origin: str) -> tuple[tuple, str | None, str]:
@@ -228,7 +201,7 @@ def _read_form(values: dict, origin: str) -> tuple[tuple, str | None, str]:
     if "instruction" in values and "output" in values:
         _need_texts(values, origin, "instruction", "output")
         question = values["instruction"]
-        if not _is_empty(values.get("input")):
+        if not is_empty(values.get("input")):
             _need_texts(values, origin, "input")
             question = f"{question}\n\n{values['input']}"
         return _turns(question, values["output"]), *_gold(values, values["output"], origin)
@@ -337,131 +310,9 @@ def _plain_number(value: int | float, origin: str, name: str) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-# --- messages ------------------------------------------------------------------------------------
-
-
-def normalise_messages(value: object, origin: str, name: str = "messages") -> tuple[dict, ...]:
-    """A conversation as {role, content, ...} dicts in the common names of their fields.
-
-    `reasoning_content` (also given as `reasoning` or `thinking`), `tool_calls` with arguments as objects,
-    `weight` (also `loss`, `train`, `training`; 0 is not trained on). Fields that are null are left out;
-    other fields stay for the template. Raises UserError naming what cannot be used.
-    """
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise UserError(f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty")
-    return tuple(_normalise_message(message, f"{origin}: message {i}") for i, message in enumerate(value, 1))
-
-
-def _normalise_message(message: dict, where: str) -> dict:
-    fields = {name: value for name, value in message.items() if value is not None}
-    if "role" not in fields and "from" in fields:
-        fields = _from_sharegpt(fields, where)
-    role = fields.get("role")
-    if not isinstance(role, str) or not role:
-        raise UserError(f"{where} has no role; write {{role, content}}")
-    if not _is_empty(fields.get("function_call")):
-        raise UserError(f"{where}: 'function_call' is not read; write it as 'tool_calls'")
-    result = {"role": role, "content": _content(fields.get("content"), where)}
-    known = {"role", "content", "function_call", "tool_calls", *REASONING_FIELDS, *TRAIN_FIELDS}
-    if not _is_empty(fields.get("tool_calls")):
-        result["tool_calls"] = _tool_calls(fields["tool_calls"], where)
-    reasoning = _same_value(fields, REASONING_FIELDS, where)
-    if not _is_empty(reasoning):
-        if role != "assistant":
-            raise UserError(f"{where}: only an assistant's message has reasoning")
-        result["reasoning_content"] = _content(reasoning, where)
-    weight = _weight(fields, where)
-    if weight is not None and role == "assistant":
-        result["weight"] = weight
-    elif weight:
-        raise UserError(f"{where}: only the assistant's turns are trained on, and this {role} message asks for it")
-    said_otherwise = {"tool_calls", "reasoning_content"} & result.keys()
-    if result["content"] is None and not said_otherwise:
-        raise UserError(f"{where}: its content must be a text")
-    trained = role == "assistant" and result.get("weight") != 0
-    if trained and not said_otherwise and not result["content"].strip():
-        raise UserError(f"{where}: the assistant says nothing; drop the row, or give that message weight 0")
-    return result | {n: v for n, v in fields.items() if n not in known and not _is_empty(v)}
-
-
-def _from_sharegpt(fields: dict, where: str) -> dict:
-    """ShareGPT's `from` and `value`."""
-    role = SHAREGPT_ROLES.get(str(fields["from"]))
-    if role is None:
-        raise UserError(f"{where}: unknown 'from' {fields['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
-    rest = {name: value for name, value in fields.items() if name not in ("from", "value")}
-    return {"role": role, "content": fields.get("value")} | rest
-
-
-def _content(value: object, where: str) -> str | None:
-    """A text, or the texts of a list of parts; pictures and sounds are refused."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise UserError(f"{where}: its content must be a text")
-    texts = []
-    for part in value:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UserError(f"{where}: content of type {kind!r} is not read; only texts are")
-    return "".join(texts)
-
-
-def _tool_calls(value: object, where: str) -> list[dict]:
-    """Calls as {"type": "function", "function": {"name", "arguments"}}; arguments that are JSON in a text
-    become an object, as templates expect them."""
-    calls = json_value(value)
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{where}: 'tool_calls' must be a list of calls")
-    result = []
-    for call in calls:
-        function = call.get("function", {k: v for k, v in call.items() if k in ("name", "arguments")})
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{where}: a tool call has no function with a name")
-        function = dict(function, arguments=json_value(function.get("arguments", {})))
-        result.append({"type": "function", **call, "function": function})
-    return result
-
-
-def json_value(value: object) -> object:
-    """What a text of JSON holds (Parquet keeps calls and tools so); any other value as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return found if isinstance(found, (dict, list)) else value
-
-
-def _weight(fields: dict, where: str) -> float | None:
-    """How much a message counts in the loss, by any of the names that people use for it; None: not said."""
-    given = {name: _as_weight(name, fields[name], where) for name in TRAIN_FIELDS if name in fields}
-    return _same_value(given, TRAIN_FIELDS, where)
-
-
-def _as_weight(name: str, value: object, where: str) -> float:
-    if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
-        raise UserError(f"{where}: {name!r} must be true, false or a number that is not negative; it is {value!r}")
-    return float(value)
-
-
-def _same_value(fields: dict, names: tuple[str, ...], where: str) -> object:
-    """The one value that a message has under several names of the same thing."""
-    given = {name: fields[name] for name in names if name in fields}
-    values = list(given.values())
-    if any(value != values[0] for value in values[1:]):
-        raise UserError(f"{where}: {' and '.join(map(repr, given))} say different things")
-    return values[0] if values else None
-
-
 def _add_system(messages: tuple, values: dict, origin: str) -> tuple:
     """The conversation with the row's own system prompt in front of it."""
-    column = next((name for name in SYSTEM if not _is_empty(values.get(name))), None)
+    column = next((name for name in SYSTEM if not is_empty(values.get(name))), None)
     if column is None:
         return messages
     _need_texts(values, origin, column)
@@ -476,17 +327,12 @@ def _refuse_columns(values: dict, origin: str) -> None:
     """Refuse a row with a column that the prompt would have to show, or that weighs the row."""
     alpaca = "instruction" in values and "output" in values
     for name, value in values.items():
-        if alpaca and name == "input" or _is_empty(value):
+        if alpaca and name == "input" or is_empty(value):
             continue
         if name.lower() in PART_OF_QUESTION:
             raise UserError(f"{origin}: the column {name!r} is part of the question; write it into the question's text")
         if name in ROW_WEIGHTS and value != 1:
             raise UserError(f"{origin}: the column {name!r} would weigh the row, which is not done; drop it or the row")
-
-
-def _is_empty(value: object) -> bool:
-    """Whether a value says nothing: null, an empty text, list or object."""
-    return value is None or (isinstance(value, (str, list, dict, tuple)) and len(value) == 0)
 
 
 def _need_texts(values: dict, origin: str, *names: str) -> None:

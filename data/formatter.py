@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Document
-from data.formats import check_text, json_value
+from data.messages import check_text, json_value
 from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError

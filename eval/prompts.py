@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 
-from data.formats import check_text
 from data.formatter import Formatter
+from data.messages import check_text
 from data.tokenizer import parse_template_kwargs
 from errors import UserError
 from eval.benchmarks import CODE

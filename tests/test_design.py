@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import tokenize
 
 import pytest
 
@@ -39,7 +40,17 @@ def test_files_and_functions_stay_small(path):
             assert node.end_lineno - node.lineno < 80, f"{node.name} has {node.end_lineno - node.lineno} lines"
 
 
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+TOKENS = 122_000  # what the whole may have outside tests and bench; LOG.md says what raised it
+
+
 def test_the_whole_stays_under_its_limit():
+    """Size in tokens: unlike lines they cannot be saved by making lines longer."""
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    lines = sum(len((ROOT / f).read_text().splitlines()) for f in files if not f.startswith(("tests/", "bench/")) and (ROOT / f).exists())
-    assert 0 < lines < 9600
+    total = 0
+    for name in files:
+        if name.startswith(("tests/", "bench/")) or not (ROOT / name).exists():
+            continue
+        with open(ROOT / name, "rb") as file:
+            total += sum(token.type not in NO_CODE for token in tokenize.tokenize(file.readline))
+    assert 0 < total <= TOKENS

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from data.formats import gold_of_text, normalise_messages, read_rows, to_example, unread_columns
+from data.formats import gold_of_text, read_rows, to_example, unread_columns
+from data.messages import normalise_messages
 from data.tasks import grade
 from errors import UserError
 
