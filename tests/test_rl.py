@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 
 import config
 import train
+from data.tokenizer import Tokenizer
 from eval.report import read_metrics
+from model.generate import Completion
 from tests import test_train
+from tests.chat_templates import OPENED
 from tests.test_train import SMALL, timeless
 
 GRPO = ["--mode=grpo", *SMALL, "--batch_size=8", "--grpo_samples=4", "--sample_tokens=10", "--steps=6", "--lr=1e-3"]
@@ -146,6 +149,46 @@ def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start
         assert (done := run(*args, *more, cwd=tmp_path))[0] == 0, done[1]
         lines = [m for m in read_metrics(tmp_path / f"runs/{more[0][2:]}") if "train/loss" in m]
         assert lines[-1]["train/no_gradient"] == 0 and lines[0]["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "opens,text,parts",
+    [
+        (True, "6 and 6.\n</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": 1.0}),
+        (True, "<think>6 and 6.</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": -1.0}),  # the tag twice
+        (False, "6 and 6.\n</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": -1.0}),
+        (False, "<think>6 and 6.</think>\n<answer>13</answer>", {"accuracy": 0.0, "format": 1.0}),
+    ],
+)
+def test_the_format_is_that_of_prompt_and_completion_together(start, tmp_path, monkeypatch, opens, text, parts):
+    """A template whose generation prompt opens <think>: the best completion there can be begins behind it."""
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    if opens:
+        (folder / "chat_template.jinja").write_text(OPENED)
+    tokenizer = Tokenizer.load(folder)
+
+    def write(model, prompts, *args, **more):
+        assert all(tokenizer.decode(p).endswith("<think>\n") == opens for p in prompts)
+        ids = [*tokenizer.encode(text), tokenizer.stop_ids()[0]]
+        return [Completion(ids, [-1.0] * len(ids), True) for _ in prompts]
+
+    monkeypatch.setattr(train, "generate", write)
+    (tmp_path / "d.jsonl").write_text('{"question": "6+6?", "answer": "12"}\n')
+    args = [f"--model={folder}", "--data=d.jsonl", "--eval_examples=0", "--steps=1", "--grpo_reward=accuracy,format", "--sample_tokens=90"]
+    code, said = run(*GRPO, *args, "--name=r", cwd=tmp_path)
+    assert code == 0, said
+    samples = [json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()]
+    assert samples and all(s["parts"] == parts for s in samples)
+
+
+def test_rewards_that_read_no_gold_answer_need_none(start, tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(4)))
+    args = [f"--model={start}", "--data=d.jsonl", "--eval_examples=0", "--steps=1"]
+    code, said = run(*GRPO, *args, "--name=a", cwd=tmp_path)
+    assert code == 2 and "d.jsonl:" in said and "no answer that a grader knows (4 such)" in said
+    code, said = run(*GRPO, *args, "--name=b", "--grpo_reward=format", cwd=tmp_path)
+    assert code == 0, said
 
 
 def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
