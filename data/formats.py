@@ -3,9 +3,10 @@
 A row is a JSON object (or a Parquet row). The forms, by their columns:
 
 - chat: `messages` ([{role, content}, ...]) or ShareGPT's `conversations` ([{from, value}, ...]);
-- question and answer: one of `question`, `problem`, `prompt` (a text or a list of messages) with one of
-  `completion`, `solution`, `answer` (GSM8K, MATH, and most others), or with none of them where nobody's
-  answer is needed; a gold answer may stand in `answer` beside the other two;
+- question and answer: one of `question`, `problem`, `prompt`, `query` (a text or a list of messages) with one
+  of `completion`, `response`, `generated_solution`, `solution`, `answer` (GSM8K, MATH, and most others), or with
+  none of them where nobody's answer is needed; a gold answer may stand beside them in `answer`, `final_answer`,
+  `expected_answer`, `ground_truth` or verl's `reward_model` ({"ground_truth"});
 - Alpaca: `instruction`, `input`, `output`; CAMEL's traces: `problem`, `reasoning_solution`;
 - HumanEval and MBPP (data/code.py).
 
@@ -32,8 +33,9 @@ from files import HEAD, explain, parse_json, read_head
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
 
-QUESTIONS = ("question", "problem", "prompt")
-RESPONSES = ("completion", "solution", "answer")
+QUESTIONS = ("question", "problem", "prompt", "query")
+TEXTS = ("completion", "response", "generated_solution", "output")  # responses that are no answers, however short
+RESPONSES = (*TEXTS[:3], "solution", "answer")
 GOLDS = ("answer", "final_answer", "expected_answer", "ground_truth")
 SYSTEM = ("system", "system_prompt")
 # Columns that are part of what a model has to see; there is no one way to put them into a prompt.
@@ -182,7 +184,7 @@ def unread_columns(example: Example) -> set[str]:
     if example.task in ("humaneval", "mbpp"):
         return set()
     read = {*QUESTIONS, *RESPONSES, *GOLDS, *SYSTEM, "messages", "conversations", "instruction", "output", "task"}
-    read |= {"tools", "reasoning_solution", "groud_truth_solution"}
+    read |= {"tools", "chat_template_kwargs", "reward_model", "reasoning_solution", "groud_truth_solution"}
     if "instruction" in example.columns:
         read |= {"input"}
     if isinstance(example.columns.get("source"), dict):  # where our own traces say that they are from
@@ -228,7 +230,7 @@ def _read_question(values: dict, origin: str) -> tuple[tuple, str | None, str]:
     if response is None:
         return messages, *_gold(values, "", origin)
     value = values[response]
-    if isinstance(value, list) and response == "completion":
+    if isinstance(value, list) and response in TEXTS:
         return (*messages, *normalise_messages(value, origin, response)), *_gold(values, "", origin)
     if _is_number(value):
         value = _plain_number(value, origin, response)
@@ -261,6 +263,8 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
     named = values.get("task")
     if named in TASKS and isinstance(values.get("answer"), str) and values["answer"] != response:
         return values["answer"], named  # traces: the answer is in the form that the task's grader takes
+    if isinstance(values.get("reward_model"), dict) and values["reward_model"].get("ground_truth") is not None:
+        values = {"ground_truth": values["reward_model"]["ground_truth"]}  # verl's form
     names = GOLDS if is_solution else (*GOLDS, "solution")
     column = next((name for name in names if name in values and values[name] != response), None)
     if column and _is_number(values[column]):
@@ -272,7 +276,7 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
             answer, task = values[column].strip(), "answer"  # compared by its text
     else:
         answer, task = gold_of_text(response)
-        is_text = response in (values.get("completion"), values.get("output"))
+        is_text = any(response == values.get(name) for name in TEXTS)
         if is_text and task in ("number", "answer") and "\\boxed" not in response:
             answer, task = None, ""  # a short completion is a text like any other
     if is_solution and task in ("number", "answer"):

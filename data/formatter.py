@@ -185,13 +185,22 @@ class Formatter:
     def _render(self, messages: list[dict], example: Example, generate: bool = False) -> str:
         shown = [{k: v for k, v in message.items() if k not in ("weight", "shortened")} for message in messages]
         tools = self._escaped(json_value(example.columns.get("tools") or []))
+        kwargs = self._template_kwargs(example)
         try:
-            text = self.tokenizer.render(shown, generate, tools, self.template_kwargs)
+            text = self.tokenizer.render(shown, generate, tools, kwargs)
         except UserError as e:
             raise UserError(f"{example.origin}: {e}") from None
-        if tools and text == self.tokenizer.render(shown, generate, None, self.template_kwargs):
+        if tools and text == self.tokenizer.render(shown, generate, None, kwargs):
             raise UserError(f"{example.origin}: the chat template has no place for 'tools'; drop that column, or give a template that shows them")
         return text
+
+    def _template_kwargs(self, example: Example) -> dict:
+        """The template's arguments: the run's, and over them those of the row (TRL's column of that name)."""
+        own = json_value(example.columns.get("chat_template_kwargs") or {})
+        if not isinstance(own, dict):
+            raise UserError(f"{example.origin}: 'chat_template_kwargs' must be an object")
+        given = {name: value for name, value in own.items() if value is not None}
+        return self.template_kwargs | self._escaped(given)
 
     def _completion(self, messages: list[dict], prompt: str, example: Example) -> str:
         """What the assistant has to write behind the generation prompt `prompt` for the last message, with its end."""
@@ -249,7 +258,7 @@ class Formatter:
             words = [f"srlmword{i}x" for i in range(len(roles))]
             probe = [{"role": role, "content": word} for role, word in zip(roles, words)]
             try:
-                text = self.tokenizer.render(probe, True, None, self.template_kwargs)
+                text = self.tokenizer.render(probe, True, None, self._template_kwargs(example))
                 lost = next((role for role, word in zip(roles, words) if word not in text), None)
             except UserError:  # a template that looks into contents; what is said is compared all the same
                 lost = None

@@ -265,6 +265,15 @@ def test_the_prompt_of_a_conversation_without_an_answer_is_all_of_it(tiny):
     assert whole(tiny, d) == tiny.render(example.messages, generate=True)
 
 
+def test_a_row_brings_arguments_of_its_own(tiny):
+    formatter = Formatter(with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False})
+    row = {"question": "Q", "answer": "A", "chat_template_kwargs": {"enable_thinking": True, "python_tools": None}}
+    (own,) = formatter.documents([to_example(row, "f:1")])
+    (of_the_run,) = formatter.documents([to_example({"question": "Q", "answer": "A"}, "f:2")])
+    assert trained(tiny, own) == "<think>\n\n</think>\n\nA<|im_end|>" and trained(tiny, of_the_run) == "A<|im_end|>"
+    assert whole(tiny, own) == whole(tiny, of_the_run)
+
+
 def test_template_arguments():
     assert parse_template_kwargs("enable_thinking=false, n=3,name=x") == {"enable_thinking": False, "n": 3, "name": "x"}
     assert parse_template_kwargs('{"a": [1]}') == {"a": [1]} and parse_template_kwargs("") == {}
