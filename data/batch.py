@@ -124,9 +124,9 @@ def token_mean(document):
 
 
 def sequence_mean(document):
-    """Every sequence counts the same: its trained tokens share a weight of 1."""
-    total = document.weights.sum()
-    return dataclasses.replace(document, weights=document.weights / total) if total else document
+    """Every sequence counts the same: its trained tokens share a weight of 1 (of what its turns weigh, where that is said)."""
+    trained = np.count_nonzero(document.weights)
+    return dataclasses.replace(document, weights=document.weights / trained) if trained else document
 
 
 def constant_length(document, length):

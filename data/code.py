@@ -60,9 +60,9 @@ def mbpp(row, origin):
 
 def split_of(row):
     """"train" or "test" for rows that may not be trained on by their own rules, None where there is no such rule, "" for neither."""
-    if "canonical_solution" in row:
+    if row.get("canonical_solution") is not None:
         return "test"
-    if "test_list" in row:
+    if row.get("test_list") is not None:
         number = row.get("task_id")
         return "train" if number in MBPP_TRAIN else "test" if number in MBPP_TEST else ""
     return None

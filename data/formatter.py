@@ -6,6 +6,7 @@ token that ends the turn. Nothing of a message is lost: what the template leaves
 """
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -14,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Document
-from data.messages import check_text, json_value
+from data.messages import check_all_text, check_text, is_empty, json_value, normalise_tools
 from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError
 
 COMMON_FIELDS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight", "shortened"})
 # Fields that link messages or describe them: a template may pass over them.
-LABELS = frozenset({"id", "tool_call_id", "message_id", "timestamp", "refusal", "annotations"})
+LABELS = frozenset("id tool_call_id message_id timestamp refusal annotations info metadata source model".split())
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 CLOSED_BLOCK = re.compile(r"</(?:think|thinking|thought|reasoning)>\s*\Z")
 
@@ -64,6 +65,11 @@ class Formatter:
         check_text(prompt_suffix, "--prompt_suffix")
         if self.template_kwargs and not self.chat:
             raise UserError("--chat_template_kwargs are read by a chat template only; leave them out with --template plain")
+        for name in self.template_kwargs:
+            if name not in tokenizer.template_arguments:
+                near = difflib.get_close_matches(name, tokenizer.template_arguments, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"--chat_template_kwargs: the chat template of {tokenizer.where} reads no {name!r}{hint}")
 
     # --- what a model is given and what it has to write ------------------------------------------
 
@@ -80,14 +86,12 @@ class Formatter:
             return "".join(message["content"] for message in messages)
         messages = [m | {"shortened": True} if m["role"] == "assistant" else m for m in messages]
         text = self._render(messages, example, generate=True)
-        self._check_rendered(messages, text, example)
+        self._check_rendered(messages, text, messages, example)
         return text
 
     def opened(self, example: Example) -> str:
         """The tag of a reasoning block that the generation prompt opens (`<think>`), so that the model writes on in
         it; else an empty text."""
-        if not self.chat:
-            return ""
         found = OPENED.search(self.prompt_text(example))
         return f"<{found[1]}>" if found else ""
 
@@ -101,9 +105,10 @@ class Formatter:
         if not messages or messages[-1]["role"] != "assistant":
             return [Segment(self.prompt_text(example), 0.0)]
         if not self.chat:
-            before = "".join(message["content"] for message in messages[:-1])
-            return [Segment(before, 0.0), Segment(messages[-1]["content"] + self.end, _weight(messages[-1]))]
-        segments, so_far = [], ""
+            before = self.prompt_text(example)
+            content = self._raw_completion(messages[-1], before, example)
+            return [Segment(before, 0.0), Segment(content + self.end, _weight(messages[-1]))]
+        segments, so_far, seen = [], "", 0
         for i, message in enumerate(messages):
             is_last = i == len(messages) - 1
             if message["role"] != "assistant" or not (_weight(message) or is_last):
@@ -111,10 +116,10 @@ class Formatter:
             prompt = self._render(messages[:i], example, generate=True)
             if not prompt.startswith(so_far):
                 raise RewrittenTurns(f"{example.origin}: the chat template rewrites earlier turns; split the conversation")
-            self._check_rendered(messages[:i], prompt, example)
+            self._check_rendered(messages[seen:i], prompt[len(so_far) :], messages[:i], example)
             completion = self._completion(messages[: i + 1], prompt, example)
             segments += [Segment(prompt[len(so_far) :], 0.0), Segment(completion, _weight(message))]
-            so_far = prompt + completion
+            so_far, seen = prompt + completion, i + 1
         return segments
 
     def split_turns(self, example: Example) -> list[Example]:
@@ -148,16 +153,17 @@ class Formatter:
     # --- a conversation as the template gets it --------------------------------------------------
 
     def _conversation(self, example: Example) -> list[dict]:
-        """The messages with suffix and system prompt, control tokens in their texts escaped."""
+        """The messages with suffix and system prompt."""
         messages = [dict(message) for message in example.messages]
         user = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if user and self.prompt_suffix:
             user["content"] = (user["content"] or "") + self.prompt_suffix
         if self.system_prompt and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        if not self.chat:
-            self._refuse_fields(messages, example)
-        escaped = [self._escaped(message) for message in messages]
+        if self.chat:
+            return messages
+        self._refuse_fields(messages, example)
+        escaped = [message | {"content": self.tokenizer.escape(message["content"])} for message in messages]
         if escaped != messages:
             self.escaped.add(example.origin)
         return escaped
@@ -168,29 +174,38 @@ class Formatter:
             field = next((name for name in message if name not in ("role", "content", "weight", "shortened", *LABELS)), None)
             if field or message["content"] is None:
                 raise UserError(f"{example.origin}: plain text has no place for {field or 'a message without content'!r}; use a chat template")
-        if json_value(example.columns.get("tools") or []):
-            raise UserError(f"{example.origin}: plain text has no place for 'tools'; use a chat template")
+        for name in ("tools", "chat_template_kwargs"):
+            if json_value(example.columns.get(name) or []):
+                raise UserError(f"{example.origin}: plain text has no place for {name!r}; use a chat template")
+        if sum(message["role"] not in ("system", "assistant") for message in messages) > 1:
+            raise UserError(f"{example.origin}: plain text cannot show who says what in a conversation of several turns; use a chat template")
 
-    def _escaped(self, value: object, in_answer: bool = False) -> object:
-        """Texts anywhere in a message with their control tokens escaped; roles and names of fields are kept."""
+    def _escaped(self, value: object) -> object:
+        """Texts anywhere in a value, names of fields too, with their control tokens escaped."""
         if isinstance(value, str):
-            return self.tokenizer.escape(value, in_answer)
+            return self.tokenizer.escape(value)
         if isinstance(value, list):
-            return [self._escaped(part, in_answer) for part in value]
+            return [self._escaped(part) for part in value]
         if isinstance(value, dict):
-            in_answer = in_answer or value.get("role") == "assistant"
-            return {k: v if k == "role" else self._escaped(v, in_answer) for k, v in value.items()}
+            return {self._escaped(name): self._escaped(part) for name, part in value.items()}
         return value
 
     def _render(self, messages: list[dict], example: Example, generate: bool = False) -> str:
+        """The template's text, in which a user's control tokens are escaped. Raises UserError if escaping them would
+        change what the template makes of the messages, or if it does not show the row's tools."""
         shown = [{k: v for k, v in message.items() if k not in ("weight", "shortened")} for message in messages]
-        tools = self._escaped(json_value(example.columns.get("tools") or []))
-        kwargs = self._template_kwargs(example)
+        tools, kwargs = normalise_tools(example.columns.get("tools"), example.origin), self._template_kwargs(example)
+        escaped = self._escaped([shown, tools, kwargs])
         try:
-            text = self.tokenizer.render(shown, generate, tools, kwargs)
+            text = self.tokenizer.render(escaped[0], generate, escaped[1], escaped[2])
+            if escaped != [shown, tools, kwargs]:
+                self.escaped.add(example.origin)
+                if self.tokenizer.unescape(text) != self.tokenizer.render(shown, generate, tools, kwargs):
+                    raise UserError("the chat template looks into texts that hold names of control tokens; take those out")
+            without_tools = self.tokenizer.render(escaped[0], generate, None, escaped[2]) if tools else ""
         except UserError as e:
             raise UserError(f"{example.origin}: {e}") from None
-        if tools and text == self.tokenizer.render(shown, generate, None, kwargs):
+        if tools and text == without_tools:
             raise UserError(f"{example.origin}: the chat template has no place for 'tools'; drop that column, or give a template that shows them")
         return text
 
@@ -199,71 +214,86 @@ class Formatter:
         own = json_value(example.columns.get("chat_template_kwargs") or {})
         if not isinstance(own, dict):
             raise UserError(f"{example.origin}: 'chat_template_kwargs' must be an object")
-        given = {name: value for name, value in own.items() if value is not None}
-        return self.template_kwargs | self._escaped(given)
+        given = {name: value for name, value in own.items() if not is_empty(value)}
+        check_all_text(given, example.origin)
+        strange = next((name for name in given if name not in self.tokenizer.template_arguments), None)
+        if strange:
+            raise UserError(f"{example.origin}: the chat template reads no {strange!r} of 'chat_template_kwargs'; drop it")
+        return self.template_kwargs | given
 
     def _completion(self, messages: list[dict], prompt: str, example: Example) -> str:
         """What the assistant has to write behind the generation prompt `prompt` for the last message, with its end."""
         message = messages[-1]
-        said = list(_said(message))
         self._check_other_fields(messages, message, example)
+        said = [self.tokenizer.escape(text) for text in _said(message)]
+        content = message["content"] or ""
+        if CLOSED_BLOCK.search(prompt) and content.lstrip().startswith("<think>"):
+            raise UserError(
+                f"{example.origin}: the generation prompt ends with a finished <think> block and the answer begins with another; "
+                "give --chat_template_kwargs enable_thinking=true, or take the reasoning out"
+            )
         whole = self._render(messages, example)
         if whole.startswith(prompt):
             turn, found, after = whole[len(prompt) :].rpartition(self.end)
             turn = turn if found else after.rstrip("\n")  # a template that does not end turns
             if (found or len(said) > 1) and _holds(turn, said):
                 return turn + self.end
-        content = message["content"] or ""
+            said = [text for text in said if not _holds(turn, [text])] or said
+        handled = [message["content"]] + ([message.get("reasoning_content")] if OPENED.search(prompt) else [])
+        lost = next((text for text in said if self.tokenizer.unescape(text) not in handled), None)
+        if lost is not None:
+            lost = self.tokenizer.unescape(lost)
+            raise UserError(
+                f"{example.origin}: the chat template has no place for {lost[:60]!r} of the assistant's {_field_of(message, lost)}; "
+                "write it into the content, or give a template that shows it"
+            )
+        escaped = {name: self.tokenizer.escape(message.get(name) or "") for name in ("content", "reasoning_content")}
+        return self._raw_completion(escaped, prompt, example) + self.end
+
+    def _raw_completion(self, message: dict, prompt: str, example: Example) -> str:
+        """The assistant's content itself, behind what the prompt has opened."""
         opened = OPENED.search(prompt)
-        if opened:
-            content, closes = _continued(prompt, opened[1], content, message.get("reasoning_content"))
-            if closes:
-                self.closed.add(example.origin)
-            said = [text for text in said if text not in (message["content"], message.get("reasoning_content"))]
-        elif CLOSED_BLOCK.search(prompt) and content.lstrip().startswith("<think>"):
-            raise UserError(
-                f"{example.origin}: the generation prompt ends with a finished <think> block and the answer begins with another; "
-                "give --chat_template_kwargs enable_thinking=true, or take the reasoning out"
-            )
-        else:
-            said = [text for text in said if text != message["content"]]
-        if said:
-            field = "tool_calls" if message.get("tool_calls") else "reasoning_content"
-            raise UserError(
-                f"{example.origin}: the chat template has no place for the assistant's {field}; write it into the content, "
-                "or give a template that shows it"
-            )
-        return content + self.end
+        if not opened:
+            return message["content"]
+        text, closes = _continued(prompt, opened[1], message["content"], message.get("reasoning_content"))
+        if closes:
+            self.closed.add(example.origin)
+        return text
 
     # --- nothing is left out ---------------------------------------------------------------------
 
-    def _check_rendered(self, messages: list[dict], text: str, example: Example) -> None:
-        """Refuse a prompt that lacks something that its messages say."""
-        self._check_roles(messages, example)
+    def _check_rendered(self, messages: list[dict], text: str, conversation: list[dict], example: Example) -> None:
+        """Refuse a part of a prompt that lacks something that its messages, a part of the conversation, say."""
+        self._check_roles(conversation, example)
         said = []
         for message in messages:
-            if message.get("shortened"):
-                said += [(message["content"] or "").rpartition("</think>")[2], *_said_in_calls(message)]
+            content = (message["content"] or "").strip()
+            if message.get("shortened") and content.startswith("<think>"):
+                said += [content.rpartition("</think>")[2], *_said_in_calls(message)]
+            elif message.get("shortened"):
+                said += [content, *_said_in_calls(message)]
             else:
                 said += _said(message)
-            self._check_other_fields(messages, message, example)
+            self._check_other_fields(conversation, message, example)
+        said = [self.tokenizer.escape(part) for part in said]
         if not _holds(text, said):
             lost = next((part for part in said if not _holds(text, [part])), said[0])
             raise UserError(f"{example.origin}: the chat template leaves out {self.tokenizer.unescape(lost)[:60]!r}; use another template")
 
     def _check_roles(self, messages: list[dict], example: Example) -> None:
         """Refuse roles whose messages the template passes over, found out with words of their own as contents."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._roles_rendered:
+        roles, kwargs = tuple(message["role"] for message in messages), self._template_kwargs(example)
+        key = (roles, json.dumps(kwargs, sort_keys=True))
+        if key not in self._roles_rendered:
             words = [f"srlmword{i}x" for i in range(len(roles))]
             probe = [{"role": role, "content": word} for role, word in zip(roles, words)]
             try:
-                text = self.tokenizer.render(probe, True, None, self._template_kwargs(example))
+                text = self.tokenizer.render(probe, True, None, kwargs)
                 lost = next((role for role, word in zip(roles, words) if word not in text), None)
             except UserError:  # a template that looks into contents; what is said is compared all the same
                 lost = None
-            self._roles_rendered[roles] = lost
-        if lost := self._roles_rendered[roles]:
+            self._roles_rendered[key] = lost
+        if lost := self._roles_rendered[key]:
             raise UserError(f"{example.origin}: the chat template passes over the role {lost!r}; drop such messages, or give a template that shows them")
 
     def _check_other_fields(self, messages: list[dict], message: dict, example: Example) -> None:
@@ -281,8 +311,12 @@ class Formatter:
         text = self._render(messages, example)
         for message in messages:
             is_untrained = message["role"] == "assistant" and not _weight(message)
-            if is_untrained and not _holds(text, list(_said(message))):
-                raise UserError(f"{example.origin}: the chat template leaves out the reasoning of a turn with weight 0; take it out of the row")
+            said = [self.tokenizer.escape(part) for part in _said(message)]
+            if is_untrained and not message.get("shortened") and not _holds(text, said):
+                raise UserError(
+                    f"{example.origin}: the chat template leaves out the reasoning of a turn with weight 0; take it out of the "
+                    'row, or write "shortened": true into that message'
+                )
 
 
 class RewrittenTurns(UserError):
@@ -325,6 +359,11 @@ def _said(message: dict) -> Iterator[str]:
         if message.get(name):
             yield message[name]
     yield from _said_in_calls(message)
+
+
+def _field_of(message: dict, text: str) -> str:
+    """The field of a message that says a text."""
+    return next((name for name in ("content", "reasoning_content") if message.get(name) == text), "tool_calls")
 
 
 def _said_in_calls(message: dict) -> Iterator[str]:

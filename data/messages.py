@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 from errors import UserError
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FIELDS = ("weight", "loss", "train", "training")
+ROLE = re.compile(r"[A-Za-z][\w -]*")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
@@ -30,19 +32,21 @@ def _normalise_message(message: dict, where: str) -> dict:
     if "role" not in fields and "from" in fields:
         fields = _from_sharegpt(fields, where)
     role = fields.get("role")
-    if not isinstance(role, str) or not role:
-        raise UserError(f"{where} has no role; write {{role, content}}")
+    if not isinstance(role, str) or not ROLE.fullmatch(role):
+        raise UserError(f"{where} has no role, or not a plain word for one; write {{role, content}}")
     if not is_empty(fields.get("function_call")):
         raise UserError(f"{where}: 'function_call' is not read; write it as 'tool_calls'")
     result = {"role": role, "content": _content(fields.get("content"), where)}
     known = {"role", "content", "function_call", "tool_calls", *REASONING_FIELDS, *TRAIN_FIELDS}
-    if not is_empty(fields.get("tool_calls")):
+    if not is_empty(json_value(fields.get("tool_calls"))):
         result["tool_calls"] = _tool_calls(fields["tool_calls"], where)
     reasoning = _same_value(fields, REASONING_FIELDS, where)
     if not is_empty(reasoning):
         if role != "assistant":
             raise UserError(f"{where}: only an assistant's message has reasoning")
         result["reasoning_content"] = _content(reasoning, where)
+        if "<think>" in (result["content"] or ""):
+            raise UserError(f"{where}: its reasoning is in a field of its own and in <think> too; keep one of them")
     weight = _weight(fields, where)
     if weight is not None and role == "assistant":
         result["weight"] = weight
@@ -59,10 +63,15 @@ def _normalise_message(message: dict, where: str) -> dict:
 
 def _from_sharegpt(fields: dict, where: str) -> dict:
     """ShareGPT's `from` and `value`."""
-    role = SHAREGPT_ROLES.get(str(fields["from"]))
-    if role is None:
-        raise UserError(f"{where}: unknown 'from' {fields['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
     rest = {name: value for name, value in fields.items() if name not in ("from", "value")}
+    if "value" in fields and "content" in rest:
+        raise UserError(f"{where}: both 'value' and 'content'; keep one of them")
+    author = str(fields["from"])
+    if author == "function_call":  # LLaMA-Factory's: the value is the call
+        return {"role": "assistant", "content": None, "tool_calls": fields.get("value")} | rest
+    role = SHAREGPT_ROLES.get(author)
+    if role is None:
+        raise UserError(f"{where}: unknown 'from' {author!r}; known are {', '.join(SHAREGPT_ROLES)}")
     return {"role": role, "content": fields.get("value")} | rest
 
 
@@ -88,16 +97,37 @@ def _tool_calls(value: object, where: str) -> list[dict]:
     """Calls as {"type": "function", "function": {"name", "arguments"}}; arguments that are JSON in a text
     become an object, as templates expect them."""
     calls = json_value(value)
+    calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where}: 'tool_calls' must be a list of calls")
+    check_all_text(calls, where)
     result = []
     for call in calls:
-        function = call.get("function", {k: v for k, v in call.items() if k in ("name", "arguments")})
+        function = call.get("function", {k: v for k, v in call.items() if k not in ("id", "type", "index")})
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where}: a tool call has no function with a name")
-        function = dict(function, arguments=json_value(function.get("arguments", {})))
-        result.append({"type": "function", **call, "function": function})
+        strange = next((name for name in function if name not in ("name", "arguments", "description")), None)
+        strange = strange or next((k for k in call if k not in ("id", "type", "index", "function", "name", "arguments")), None)
+        if strange:
+            raise UserError(f"{where}: {strange!r} of a tool call is not read; a call has a name and 'arguments'")
+        arguments = json_value(function.get("arguments"))
+        function = dict(function, arguments={} if arguments is None else arguments)
+        check_all_text(function, where)  # also what was JSON in a text
+        labels = {name: part for name, part in call.items() if name in ("id", "index")}
+        result.append({"type": "function", **labels, "function": function})
     return result
+
+
+def normalise_tools(value: object, origin: str) -> list[dict]:
+    """A row's `tools`: a list of objects, also as JSON in a text; [] for none."""
+    tools = json_value(value)
+    if tools is None or tools in ("", "null", "None", [], {}):
+        return []
+    tools = [tools] if isinstance(tools, dict) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{origin}: 'tools' must be a list of objects, or JSON of one")
+    check_all_text(tools, origin)
+    return tools
 
 
 def json_value(value: object) -> object:

@@ -16,6 +16,7 @@ from data.grade import grade_math, grade_number
 from data.sandbox import at_once
 
 HELD_OUT_SHARE = 8  # one problem in eight is held out
+FEW_WORDS = 8  # of a user who asks about what the system said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,16 @@ class Example:
 
     @property
     def opening(self) -> str:
-        """What the user said before the first answer. Rows with the same opening ask the same question: a longer
-        conversation begins like a shorter one, and several answers to one question are rows of their own."""
-        first = next((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), len(self.messages))
-        return "\n".join(m["content"] or "" for m in self.messages[:first] if m["role"] == "user")
+        """What was asked before the first answer, empty if nothing was. Rows with the same opening ask the same question:
+        a longer conversation begins like a shorter one, and several answers to one question are rows of their own. It is
+        the user's text; what the system says belongs to it where the user says little ("Summarise the text.")."""
+        asked = next((i for i, m in enumerate(self.messages) if m["role"] == "user"), len(self.messages))
+        answered = next((i for i, m in enumerate(self.messages) if i > asked and m["role"] == "assistant"), len(self.messages))
+        before = self.messages[:answered]
+        user = "\n".join(m["content"] or "" for m in before if m["role"] == "user")
+        if len(user.split()) >= FEW_WORDS:
+            return user
+        return "\n".join([user, *(m["content"] or "" for m in before if m["role"] not in ("user", "assistant"))]).strip()
 
     @property
     def has_answer(self) -> bool:

@@ -28,6 +28,7 @@ _ESCAPE = "\U0010fffd"
 _MARK = f"\U0010fffc{secrets.token_hex(8)}"
 # Tags that models write themselves, whatever a tokenizer says of them: no control tokens in an answer.
 _ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>")
+CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -89,37 +90,34 @@ class Tokenizer:
         return [next(marked_ids if _ESCAPE in text else plain_ids).ids for text in texts]
 
     def decode(self, ids, skip_special=False):
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of ids; skip_special leaves out control tokens, but not the tags that an answer is marked by."""
+        if skip_special:
+            ids = [i for i in ids if i not in self._control_ids]
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def escape(self, text: str, in_answer: bool = False) -> str:
-        """A user's text with the control tokens' names in it marked, for `encode` to take them for characters.
-
-        Control tokens are those that the tokenizer calls special and, but for an assistant's own text
-        (`in_answer`), those with which the chat template structures a conversation (`<tool_call>`, `<think>`).
-        """
+    def escape(self, text: str) -> str:
+        """A user's text with the control tokens' names in it marked, for `encode` to take them for characters."""
         text = text.replace(_ESCAPE, _ESCAPE + _ESCAPE)
-        names = self._special_names if in_answer else self.control_names
-        return _any_of(names).sub(lambda match: match[0][0] + _ESCAPE + match[0][1:], text)
+        return _any_of(self.control_names).sub(lambda match: match[0][0] + _ESCAPE + match[0][1:], text)
 
     def unescape(self, text: str) -> str:
         """What `escape` was given."""
         return re.sub(f"{_ESCAPE}({_ESCAPE}?)", r"\1", text)
 
     @cached_property
-    def _special_names(self) -> frozenset[str]:
-        """Control tokens that no text may become, an assistant's neither: special ones, and those that end a text."""
-        names = {token["content"] for token in self.json.get("added_tokens", []) if token.get("special")}
+    def control_names(self) -> frozenset[str]:
+        """Tokens that no text of a user becomes: those that the tokenizer calls special or names for a purpose, those
+        in the form <|...|>, and the one that ends a turn. `<think>` and `<tool_call>` in a text are what they say."""
+        added = self.json.get("added_tokens", [])
+        names = {t["content"] for t in added if t.get("special") or CONTROL_FORM.fullmatch(t["content"])}
         names |= {token for token in self._named_tokens().values() if self._tokenizer.token_to_id(token) is not None}
         if self.chat_template is not None:
             names.add(self.turn_end)
         return frozenset(names - set(_ANSWER_TAGS))
 
     @cached_property
-    def control_names(self) -> frozenset[str]:
-        """Tokens that a user's text never becomes."""
-        template = self.chat_template or ""
-        added = [token["content"] for token in self.json.get("added_tokens", [])]
-        return self._special_names | {name for name in added if name in template and not name.isspace()}
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.token_to_id(name) for name in self.control_names)
 
     def _named_tokens(self) -> dict[str, str]:
         """Special tokens that tokenizer_config.json names, as chat templates get them."""
@@ -173,8 +171,19 @@ class Tokenizer:
         return self._templates.get("default")
 
     @cached_property
+    def template_arguments(self) -> frozenset[str]:
+        """The names that the chat templates read and do not set themselves."""
+        from jinja2 import meta
+
+        names = set()
+        for template in self._compiled_templates.values():
+            source = self._templates[template.name]
+            names |= meta.find_undeclared_variables(template.environment.parse(source))
+        return frozenset(names)
+
+    @cached_property
     def _compiled_templates(self) -> dict:
-        return {name: _compile(source, self.where) for name, source in self._templates.items()}
+        return {name: _compile(source, name, self.where) for name, source in self._templates.items()}
 
     def render(self, messages, generate=False, tools=None, template_kwargs=None):
         """Messages as the template's text; generate=True ends where the assistant is to begin.
@@ -240,7 +249,7 @@ def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> 
     return result
 
 
-def _compile(source: str, where: str):
+def _compile(source: str, name: str, where: str):
     """A chat template in the environment that `transformers` gives it. Raises UserError."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
@@ -273,7 +282,9 @@ def _compile(source: str, where: str):
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
-        return environment.from_string(source)
+        template = environment.from_string(source)
+        template.name = name
+        return template
     except Exception as e:  # jinja2 raises RecursionError and others beside its own errors
         raise UserError(f"{where}: the chat template is not valid ({_first_line(e)})") from None
 

@@ -48,7 +48,7 @@ def parse(argv):
 def answer(subject, model, messages, args, template_kwargs):
     """Stream the assistant's next turn; returns its text."""
     tokenizer = subject.tokenizer
-    shown = [m | {"content": tokenizer.escape(m["content"], in_answer=m["role"] == "assistant")} for m in messages]  # text stays text
+    shown = [m | {"content": tokenizer.escape(m["content"])} for m in messages]  # text stays text
     if tokenizer.chat_template is None:
         ids = tokenizer.encode("".join(m["content"] for m in shown))
     else:

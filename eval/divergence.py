@@ -54,7 +54,7 @@ def answers(folder, author, limit):
             if problem == 0 and hashlib.sha256(str(prompt).encode()).hexdigest() != asked["first_prompt_sha256"]:
                 raise UserError(f"{about}: {author.name} now makes another prompt of the first question; was its tokenizer changed?")
             ended = row["stopped"] and (about.stem, asked["kind"]) != ("humaneval", "plain")  # by other text, which is cut off
-            found[about.stem].append(document(prompt, [*tokenizer.encode(tokenizer.escape(row["text"], in_answer=True)), *identity["stop_ids"][:ended]]))
+            found[about.stem].append(document(prompt, [*tokenizer.encode(tokenizer.escape(row["text"])), *identity["stop_ids"][:ended]]))
     if not any(found.values()):
         raise UserError(f"--evals {folder}: no answers of {author.name} to the first {limit} problems; `python -m eval` writes them")
     return found

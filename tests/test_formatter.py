@@ -67,7 +67,7 @@ def test_text_is_cut_as_transformers_cuts_it_without_special_tokens(real_data):
         assert [int(i) for i in d.tokens[d.weights > 0]] == [*alone, 151_645]
         assert [int(i) for i in d.tokens].count(151_645) == 3 and list(d.tokens).count(151_644) == 3
     usual = "No control tokens, <think>4</think> <tool_call> 12"
-    assert ours.encode(ours.escape(usual, in_answer=True)) == theirs(usual, add_special_tokens=False)["input_ids"]
+    assert ours.encode(ours.escape(usual)) == theirs(usual, add_special_tokens=False)["input_ids"]
 
 
 def test_a_vocabulary_that_holds_its_control_tokens_as_words(tiny):
@@ -153,7 +153,7 @@ def test_reasoning_in_a_field_of_its_own(tiny, field, template):
     formatter = Formatter(other)
     (d,) = formatter.documents([to_example(row, "f:1")])
     assert whole(other, d) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\nthree fours\n</think>\n\n12<|im_end|>"
-    with pytest.raises(UserError, match="f:1: .*no place for the assistant's reasoning_content"):
+    with pytest.raises(UserError, match="f:1: .*no place for 'three fours' of the assistant's reasoning_content"):
         Formatter(tiny).documents([to_example(row, "f:1")])
     with pytest.raises(UserError, match="f:1: plain text has no place for 'reasoning_content'"):
         Formatter(tiny, "plain").documents([to_example(row, "f:1")])
@@ -209,7 +209,7 @@ def test_tool_calls_are_trained_on(tiny, content, arguments):
 def test_what_a_template_does_not_show_is_refused_by_name(tiny):
     call = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     cases = [
-        (tiny, {"messages": call}, "no place for the assistant's tool_calls"),
+        (tiny, {"messages": call}, "no place for 'weather' of the assistant's tool_calls"),
         (tiny, {"question": "Q", "answer": "A", "tools": TOOLS}, "no place for 'tools'"),
         (with_template(tiny, "two_roles"), {"system": "S", "question": "Q", "answer": "A"}, "passes over the role 'system'"),
         (with_template(tiny, "two_roles"), {"messages": [{"role": "human", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "'human'"),

@@ -204,7 +204,7 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ("[1]", "expected an object"),
         ('{"question": 3, "answer": "x"}', "'question'"),
         ('{"question": "a", "answer": ""}', "'answer'"),
-        ('{"problem": "a", "reasoning_solution": null}', "'reasoning_solution'"),
+        ('{"problem": "a", "reasoning_solution": 3}', "'reasoning_solution'"),
         ('{"text": "a"}', "fit no known form"),
         ('{"messages": []}', "must be a list of messages"),
         ('{"messages": [{"role": "user", "content": 3}]}', "must be a text"),
