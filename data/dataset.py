@@ -61,17 +61,20 @@ def task_of(name):
 
 
 def question_key(example: Example) -> bytes:
-    """The same for rows that ask the same question, whatever its case and white space."""
-    return hashlib.blake2b(" ".join(example.opening.split()).casefold().encode(), digest_size=16).digest()
+    """The same for rows that ask the same question, whatever its case and white space; a row that asks nothing has its own."""
+    asked = " ".join(example.opening.split()).casefold() or repr(example.messages)
+    return hashlib.blake2b(asked.encode(), digest_size=16).digest()
 
 
-def divide(path: Path, eval_examples: int, train_examples: int = 0) -> tuple[list[Example], list[Example]]:
+def divide(
+    path: Path, eval_examples: int, train_examples: int = 0, notes: list[str] | None = None
+) -> tuple[list[Example], list[Example]]:
     """(held-out examples, those to train on) of a file: the same ones for every seed.
 
     Questions are divided, not rows: of a question that is held out no row is trained on, and one row is held out.
-    train_examples: the first so many of the rest only; 0: all.
+    train_examples: the first so many of the rest only; 0: all. notes: gets sentences on rows that are left out.
     """
-    examples = read_examples(path, "train")
+    examples = read_examples(path, "train", notes)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
     keys = [question_key(example) for example in examples] if eval_examples else []
     held_out = {}
@@ -80,6 +83,9 @@ def divide(path: Path, eval_examples: int, train_examples: int = 0) -> tuple[lis
             break
         held_out.setdefault(keys[i], examples[i])
     rest = [examples[i] for i in order if not held_out or keys[i] not in held_out]
+    withheld = len(examples) - len(rest) - len(held_out)
+    if withheld and notes is not None:
+        notes.append(f"{withheld:,} more rows ask one of the {len(held_out):,} held-out questions; they are not trained on")
     return list(held_out.values()), rest[: train_examples or None]
 
 
@@ -137,7 +143,7 @@ class Dataset:
     def _read(self, eval_examples: int, train_examples: int, progress: bool) -> None:
         """The examples of a file."""
         path = find_file(self.name)
-        self.held_out, training = divide(path, eval_examples, train_examples)
+        self.held_out, training = divide(path, eval_examples, train_examples, self.notes)
         first = next(iter([*self.held_out, *training]), None)
         named = first is not None and first.task not in ("", "number", "answer")
         self.label = first.task if named else path.stem.removesuffix(".jsonl")
@@ -214,7 +220,7 @@ class Dataset:
         if completions:
             for example in examples:
                 if not example.has_answer:
-                    raise UserError(f"{example.origin}: there is no assistant's answer to train on; grpo and --kd_prefix student take prompts alone")
+                    raise UserError(f"{example.origin}: it ends without an assistant's answer to train on; grpo and --kd_prefix student take prompts alone")
             examples = [part for example in examples for part in self.formatter.split_turns(example)]
             documents = self.formatter.documents(examples)
         else:

@@ -19,8 +19,9 @@ def normalise_messages(value: object, origin: str, name: str = "messages") -> tu
     """A conversation as {role, content, ...} dicts in the common names of their fields.
 
     `reasoning_content` (also given as `reasoning` or `thinking`), `tool_calls` with arguments as objects,
-    `weight` (also `loss`, `train`, `training`; 0 is not trained on). Fields that are null are left out;
-    other fields stay for the template. Raises UserError naming what cannot be used.
+    `weight` (also `loss`, `train`, `training`; 0 is not trained on). "shortened": true says that the template may
+    leave out the reasoning of a turn that is not trained on. Fields that are null are left out; other fields stay
+    for the template. Raises UserError naming what cannot be used.
     """
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise UserError(f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty")

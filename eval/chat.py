@@ -7,6 +7,9 @@ folder in Hugging Face form (Qwen2.5, Qwen3), a hub id, or the folder of a run (
 import argparse
 import sys
 
+from data.formatter import Formatter
+from data.messages import check_text
+from data.tasks import Example
 from data.tokenizer import parse_template_kwargs
 from errors import UserError
 from eval.load import find
@@ -38,21 +41,26 @@ def parse(argv):
     parser.add_argument("--top_p", "--top-p", type=float, default=0.95, help="sample from the likeliest ids with this mass")
     parser.add_argument("--top_k", "--top-k", type=int, default=0, help="sample from this many ids; 0: all")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per answer at most")
-    parser.add_argument("--system", default="", help="the system prompt")
+    parser.add_argument("--system", help="the system prompt; the run's own unless given")
     parser.add_argument("--chat_template_kwargs", "--chat-template-kwargs", help="arguments of the chat template, as in enable_thinking=false; the run's own unless given")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and lines give the same answers")
     parser.add_argument("--logp", action="store_true", help="after an answer, its number of tokens and their mean log-prob")
     return parser.parse_args(argv)
 
 
-def answer(subject, model, messages, args, template_kwargs):
-    """Stream the assistant's next turn; returns its text."""
+def prompt_ids(formatter, messages):
+    """Ids of a conversation up to the assistant's turn, asked as the run asked; without a template its texts in a row."""
+    if formatter.chat:
+        return formatter.prompt(Example(tuple(messages), origin="the conversation"))
+    text = formatter.system_prompt + "".join(message["content"] for message in messages) + formatter.prompt_suffix
+    return formatter.tokenizer.encode(formatter.tokenizer.escape(text))
+
+
+def answer(subject, model, messages, args, formatter):
+    """Stream the assistant's next turn; returns its text, with the tag that the prompt opened."""
     tokenizer = subject.tokenizer
-    shown = [m | {"content": tokenizer.escape(m["content"])} for m in messages]  # text stays text
-    if tokenizer.chat_template is None:
-        ids = tokenizer.encode("".join(m["content"] for m in shown))
-    else:
-        ids = tokenizer.encode(tokenizer.render(shown, generate=True, template_kwargs=template_kwargs))
+    ids = prompt_ids(formatter, messages)
+    opened = formatter.opened(Example(tuple(messages), origin="the conversation")) if formatter.chat else ""
     limit = min(args.max_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         raise UserError(f"the conversation fills the model's {model.config.max_position_embeddings:,} positions")
@@ -66,7 +74,7 @@ def answer(subject, model, messages, args, template_kwargs):
     if args.logp:
         mean = sum(result.logp) / len(result.logp)
         print(f"[{len(result.tokens)} tokens, mean log-prob {mean:.4f}{'' if result.stopped else ', cut off'}]", flush=True)
-    return stream.text
+    return opened + stream.text
 
 
 def main(argv):
@@ -78,16 +86,19 @@ def main(argv):
         template_kwargs = parse_template_kwargs(text, "--chat_template_kwargs")
         if given and subject.tokenizer.chat_template is None:
             raise UserError(f"--chat_template_kwargs {given}: {subject.tokenizer.where} has no chat template; leave it out")
+        settings = subject.settings
+        system = settings.get("system_prompt", "") if args.system is None else args.system
+        formatter = Formatter(subject.tokenizer, settings.get("template", "auto"), system, settings.get("prompt_suffix", ""), template_kwargs)
         model = subject.model()
-        beginning = [{"role": "system", "content": args.system}] if args.system else []
-        messages, prompt = list(beginning), "> " if sys.stdin.isatty() else ""
+        messages, prompt = [], "> " if sys.stdin.isatty() else ""
         while True:
             line = input(prompt).strip()
+            check_text(line, "that line")
             if line == "/new":
-                messages = list(beginning)
+                messages = []
             elif line:
                 messages.append({"role": "user", "content": line})
-                messages.append({"role": "assistant", "content": answer(subject, model, messages, args, template_kwargs)})
+                messages.append({"role": "assistant", "content": answer(subject, model, messages, args, formatter)})
     except EOFError:
         return 0
     except UserError as e:

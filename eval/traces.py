@@ -144,11 +144,12 @@ def collect(args, subject, found, rows):
 
 def context(example):
     """The messages before the answer that the teacher was asked for, as they were. Earlier answers are not the teacher's: `"weight": 0` keeps
-    them out of what is trained on."""
+    them out of what is trained on, "shortened" lets the template leave out their reasoning, as it did for the teacher."""
     messages = list(example.messages)
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
+    answered = {"weight": 0, "shortened": True}
+    return [message | answered if message["role"] == "assistant" else message for message in messages]
 
 
 def other_columns(example, trace):

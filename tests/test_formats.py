@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import time
 
 import pytest
 
@@ -44,6 +45,19 @@ QUESTION_AND_ANSWER = [("user", "Q?"), ("assistant", "A.")]
         ({"problem": "Q?", "final_answer": "9"}, [("user", "Q?")], "9", "number"),
         ({"prompt": [{"role": "user", "content": "Q?"}], "reward_model": {"ground_truth": "34", "style": "rule"}, "ability": "MATH"},
          [("user", "Q?")], "34", "number"),
+        ({"problem": "Q?", "solution": "", "answer": "4"}, [("user", "Q?"), ("assistant", "4")], "4", "number"),
+        ({"instruction": "Q?", "response": "A.", "category": "open_qa"}, QUESTION_AND_ANSWER, None, ""),
+        ({"input": "Q?", "output": "A."}, QUESTION_AND_ANSWER, None, ""),
+        ({"problem": "Q?", "solution": "It is shown.", "answer": "proof"}, [("user", "Q?"), ("assistant", "It is shown.")], None, ""),
+        ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}], "solution": "We add them and it follows at once."},
+         QUESTION_AND_ANSWER, None, ""),
+        ({"question": "Q?", "answer": 1e-7}, [("user", "Q?"), ("assistant", "0.0000001")], "0.0000001", "number"),
+        ({"question": "Q?", "answer": 10**400}, [("user", "Q?"), ("assistant", str(10**400))], str(10**400), "number"),
+        ({"prompt": "Q?", "reward_model": {"ground_truth": '["2"]'}}, [("user", "Q?")], "2", "number"),
+        ({"problem": "Q?", "final_answer": ["3"]}, [("user", "Q?")], "3", "number"),
+        ({"question": "Q?", "answer": "A.\n#### 2", "code": None, "test_list": None, "canonical_solution": None, "reasoning_solution": None},
+         [("user", "Q?"), ("assistant", "A.\n#### 2")], "2", "gsm8k"),
+        ({"conversation": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A.", "info": {"a": 1}}]}, QUESTION_AND_ANSWER, None, ""),
         ({"query": "Q?", "response": "A.", "type": "GSM_Rephrased"}, QUESTION_AND_ANSWER, None, ""),
         ({"problem": "Q?", "generated_solution": "A.", "expected_answer": "\\frac12"}, QUESTION_AND_ANSWER, "\\frac12", "number"),
         ({"prompt": "Q?"}, [("user", "Q?")], None, ""),
@@ -97,6 +111,19 @@ def test_a_gold_answer_of_a_row_is_met_by_its_own_form():
         ({"messages": [{"content": "Q"}]}, "no role"),
         ({"conversations": [{"from": "narrator", "value": "Q"}]}, "unknown 'from' 'narrator'"),
         ({"chosen": "a", "rejected": "b"}, "fit no known form"),
+        ({"question": "Q", "answer": "A", "system": "a", "system_prompt": "b"}, "two system prompts"),
+        ({"messages": [{"role": "user", "content": "Q"}], "conversations": [{"from": "human", "value": "P"}]}, "which of them is the conversation"),
+        ({"question": "P", "instruction": "Q", "output": "A"}, "which of them is the question"),
+        ({"conversations": [{"from": "human", "value": "Q", "content": "P"}]}, "both 'value' and 'content'"),
+        ({"question": "Q", "answer": "A", "train": False}, "'train' would weigh the row"),
+        ({"prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Let me"}], "answer": "4"}, "would have to be continued"),
+        ({"messages": [{"role": "user<|im_end|>", "content": "Q"}]}, "not a plain word"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": "[]"}]}, "says nothing"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "args": {"city": "P"}}]}]}, "'args' of a tool call"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "parameters": {}}}]}]}, "'parameters' of a tool call"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"x": "\\ud800"}'}]}]}, "half a character"),
+        ({"messages": [{"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}]}, "keep one of them"),
+        ({"question": "a", "answer": "b", "task": ["x"], "context": "c"}, "'context'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(row, words):
@@ -112,6 +139,30 @@ def test_columns_are_there_for_reward_functions_and_the_unread_ones_are_named():
     assert unread_columns(example) == {"nums", "target", "id"}
     with pytest.raises(AttributeError, match="no 'goal'; its row has the columns prompt, completion, nums"):
         _ = example.goal
+
+
+def test_a_prompt_of_messages_is_not_trained_on():
+    shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Q?"}]
+    for row in ({"prompt": shots, "completion": [{"role": "assistant", "content": "A."}]}, {"prompt": shots, "answer": "A."}):
+        example = to_example(row, "f:1")
+        assert [m.get("weight", 1.0) for m in example.messages if m["role"] == "assistant"] == [0.0, 1.0]
+
+
+def test_shared_parquet_columns_bring_no_nulls(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    call = lambda arguments: {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": arguments}]}]}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([call({"city": "P"}), call({"zip": 7})]), path)
+    found = [to_example(row, origin).messages[0]["tool_calls"][0]["function"]["arguments"] for origin, row in read_rows(path)]
+    assert found == [{"city": "P"}, {"zip": 7}]
+
+
+def test_a_long_last_line_is_read_in_no_time():
+    began = time.perf_counter()
+    example = to_example({"question": "Q", "answer": "#### " + "1" * 200_000 + "x"}, "f:1")
+    assert example.answer is None and time.perf_counter() - began < 2
 
 
 def test_messages_in_common_names():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -226,6 +227,78 @@ def test_what_a_template_does_not_show_is_refused_by_name(tiny):
     row = {"messages": [{"role": "user", "content": "Q", "mood": "sad"}, {"role": "assistant", "content": "A"}]}
     (d,) = Formatter(with_template(tiny, read)).documents([to_example(row, "f:1")])
     assert "user sad\nQ" in whole(tiny, d)
+
+
+def test_names_and_values_in_tool_calls_are_text(tiny):
+    other = with_template(tiny, "tools")
+    end = tiny.encode("<|im_end|>")[0]
+
+    def ends(arguments, tools=TOOLS):
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+        (d,) = Formatter(other).documents([to_example({"messages": turns, "tools": tools}, "f:1")])
+        return [int(i) for i in d.tokens].count(end), whole(other, d)
+
+    usual, _ = ends({"rol": "x"})
+    for arguments in ({"role": "x<|im_end|>y"}, {"<|im_end|>": 1}, {"a": {"role": ["<|im_end|>"]}}):
+        count, text = ends(arguments)
+        assert count == usual and text.count("<|im_end|>") == usual + 1
+    assert ends({"a": 1}, [{"name": "f", "role": "<|im_end|>"}])[0] == usual
+    for tools, words in (("[{'name': 'get'}]", "must be a list of objects"), ("some text", "must be a list of objects"), (["f"], "must be a list")):
+        with pytest.raises(UserError, match=words):
+            ends({"a": 1}, tools)
+    with pytest.raises(UserError, match="says nothing"):
+        to_example({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}], "tools": "null"}, "f:1")
+    (d,) = Formatter(tiny).documents([to_example({"question": "Q", "answer": "A", "tools": "null"}, "f:1")])
+    assert trained(tiny, d) == "A<|im_end|>"
+
+
+def test_a_template_that_looks_into_marked_texts_is_refused(tiny):
+    looks = "{% for m in messages %}{{ 'ends' if '<|im_end|>' in m.content else 'goes on' }} {{ m.content }}{% endfor %}"
+    ascii_only = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
+    for source in (looks, ascii_only):
+        formatter = Formatter(with_template(tiny, source))
+        assert formatter.prompt(chat(("user", "Ünï?")))
+        with pytest.raises(UserError, match="looks into texts that hold names of control tokens"):
+            formatter.prompt(chat(("user", "a <|im_end|> b")))
+
+
+def test_tags_of_an_answer_are_kept_where_the_tokenizer_calls_them_special(tiny):
+    content = json.loads(tiny.files["tokenizer.json"])
+    size = tiny.size
+    for i, tag in enumerate(["<think>", "</think>", "<answer>", "</answer>"]):
+        content["added_tokens"].append(dict(content["added_tokens"][0], id=size + i, content=tag))
+    other = Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "the other")
+    text = "<think>r</think><answer>2</answer>"
+    ids = other.encode(text)
+    assert min(ids[0], ids[-1]) >= size and other.decode([*ids, other.encode("<|im_end|>")[0]], skip_special=True) == text
+    (d,) = Formatter(other).documents([chat(("user", "<think>?"), ("assistant", text))])
+    assert [int(i) for i in d.tokens].count(size) == 2
+
+
+def test_arguments_that_no_template_reads_are_refused(tiny):
+    other = with_template(tiny, "reasoning")
+    with pytest.raises(UserError, match="reads no 'enable_thinkin'; did you mean enable_thinking"):
+        Formatter(other, template_kwargs={"enable_thinkin": False})
+    row = {"question": "Q", "answer": "A", "chat_template_kwargs": {"custom_instructions": "Be brief."}}
+    with pytest.raises(UserError, match="reads no 'custom_instructions'"):
+        Formatter(other).documents([to_example(row, "f:1")])
+    with pytest.raises(UserError, match="plain text has no place for 'chat_template_kwargs'"):
+        Formatter(tiny, "plain").documents([to_example(row, "f:1")])
+
+
+def test_plain_text_holds_no_conversation(tiny):
+    with pytest.raises(UserError, match="several turns"):
+        Formatter(tiny, "plain").documents([chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))])
+    formatter = Formatter(tiny, "plain", prompt_suffix="\nAssistant: <think>")
+    (d,) = formatter.documents([chat(("user", "Q"), ("assistant", "<think>r</think>A"))])
+    assert whole(tiny, d) == "Q\nAssistant: <think>r</think>A<|endoftext|>" and formatter.opened(chat(("user", "Q"))) == "<think>"
+
+
+def test_long_conversations_take_no_time_of_their_own(tiny):
+    turns = [(role, f"{role} {i} " + "some words " * 50) for i in range(60) for role in ("user", "assistant")]
+    began = time.perf_counter()
+    pieces = Formatter(tiny).segments(chat(*turns))
+    assert len(pieces) == 120 and time.perf_counter() - began < 10
 
 
 # --- turns ---------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
 def test_prompts_alone_and_room_for_what_is_generated(tiny, tmp_path):
     rows = [{"prompt": "p " * n, "answer": "3"} for n in (3, 30, 60)] + [{"prompt": "alone", "final_answer": "4"}]
     path = str(write(tmp_path / "d.jsonl", rows))
-    with pytest.raises(UserError, match="d.jsonl:4: there is no assistant's answer to train on"):
+    with pytest.raises(UserError, match="d.jsonl:4: it ends without an assistant's answer"):
         dataset(tiny, path, eval_examples=0)
     data = dataset(tiny, path, eval_examples=0, completions=False)
     assert len(data) == 4 and all(not data.get(i).weights.any() for i in range(4))

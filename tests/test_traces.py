@@ -129,7 +129,7 @@ def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch
         "<|im_start|>user\nAnd with 3 more?<|im_end|>\n<|im_start|>assistant\n"
     ).replace("4.<|im_end|><", "4.<|im_end|>\n<")
     (row,) = [json.loads(line) for line in (tmp_path / "t" / "traces.jsonl").read_text().splitlines()]
-    assert row["messages"] == [*before[:2], earlier | {"weight": 0}, before[3], {"role": "assistant", "content": "It is\n#### 7"}]
+    assert row["messages"] == [*before[:2], earlier | {"weight": 0, "shortened": True}, before[3], {"role": "assistant", "content": "It is\n#### 7"}]
     assert (row["answer"], row["task"]) == ("7", "word_problems")
     (document,) = Formatter(tokenizer).documents([to_example(row, "t:1")])
     assert tokenizer.decode(document.tokens[document.weights != 0]) == "It is\n#### 7<|im_end|>"  # I have 4. is not trained on
@@ -151,7 +151,7 @@ def collected(example, prompt="", text="ok"):
 
 def test_a_row_without_an_answer_of_its_own_keeps_its_question():
     turns = conversation(("user", "a"), ("assistant", "b"), ("user", "c"))
-    assert collected(Row(turns))["messages"] == [turns[0], turns[1] | {"weight": 0}, turns[2], {"role": "assistant", "content": "ok"}]
+    assert collected(Row(turns))["messages"] == [turns[0], turns[1] | {"weight": 0, "shortened": True}, turns[2], {"role": "assistant", "content": "ok"}]
     assert collected(Row(conversation(("user", "a"))))["messages"] == conversation(("user", "a"), ("assistant", "ok"))
 
 
