@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import Batch, Document
-from data.formats import SUFFIXES, read_examples, unread_columns
+from data.formats import SUFFIXES, read_examples, to_example, unread_columns
 from data.formatter import Formatter
 from data.tasks import TASKS, Example
 from errors import UserError
+
+__all__ = ["Dataset", "Formatter", "Order", "Stream", "divide", "find_file", "task_of", "to_example"]  # what others take from here
 
 REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
