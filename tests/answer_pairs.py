@@ -496,7 +496,6 @@ x<1 \lor x>2 | x<1 \text{ or } x > 2
 x \in \{1,2\} | \{1,2\}
 \text{no solution} | \emptyset
 \text{all real numbers} | \mathbb{R}
-f^{-1}(x) = \frac{x-1}{2} | \frac{x-1}{2}
 \cos 60^\circ | \frac12
 10 \text{ m/s} | 36 \text{ km/h}
 \left[\begin{array}{c} 1 \\ 2 \end{array}\right] | \begin{pmatrix} 1 \\ 2 \end{pmatrix}

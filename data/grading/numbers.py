@@ -5,11 +5,16 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from data.grading.tokens import GREEK
 from data.grading.words import number_in_words
 
 LONGEST = (
     500  # characters; a longer answer is no answer, and numbers of that length cost nothing to read
+)
+
+GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+    "rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma "
+    "Upsilon Phi Psi Omega hbar ell".split()
 )
 
 # --- text -----------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@ that ours does not read."""
 
 import re
 
-from data.grading import compare as forms
-from data.grading.tokens import NotUnderstood
+from data.grading import forms
+from data.grading.reader import NotUnderstood
 
 try:
     from math_verify import LatexExtractionConfig, parse, verify
