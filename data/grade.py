@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from data.grading.numbers import (
     LONGEST,
     canonical,
-    named_number,
     numbers_in,
     parse_number,
     quantity,
@@ -226,11 +225,9 @@ def _same_quantity(answer, gold):
 
 
 def _same_number(answer, gold):
-    """Whether two numbers are equal; where both have a name (x = 5) it has to be the same."""
-    ours, theirs = named_number(answer, words=False), named_number(gold, words=False)
-    if ours is None or theirs is None:
-        return None
-    return ours.value == theirs.value and (not ours.name or not theirs.name or ours.name == theirs.name)
+    """Whether two numbers are equal; None where one is none."""
+    numbers = [parse_number(text, words=False) for text in (answer, gold)]
+    return None if None in numbers else numbers[0] == numbers[1]
 
 
 _CHOICE = re.compile(r"\(?([A-Z])\)?")

@@ -365,9 +365,8 @@ f(x)=x, f(x)=2-x | f(x)=x
 \text{(C)} | C
 \text{(C)} | \textbf{C}
 \text{even} | even
-\text{east} | East
 3:2 | 6:4
-3:2 | \frac{3}{2}
+\text{east} | East
 """,
         r"""
 9:00 AM | 9:00 PM
@@ -487,10 +486,8 @@ f'(x) | f^{\prime}(x)
 2n, n \in \mathbb{Z} | 2n, n\in \mathbb{Z}
 \frac{\pi}{4} + k\pi | k\pi + \frac{\pi}{4}
 x = \frac{\pi}{4} + k\pi, k \in \mathbb{Z} | x = k \pi + \frac\pi4, k\in\mathbb{Z}
-|AB| = 5 | 5
 \theta = 5 | 5
 \overline{AB} = 5 | 5
-m\angle ABC = 5 | 5
 \sqrt{9} + 2 = 5 | 5
 x<1 \lor x>2 | x<1 \text{ or } x > 2
 x \in \{1,2\} | \{1,2\}

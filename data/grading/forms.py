@@ -11,7 +11,6 @@ inequality "<" or "<=", tree               tree < 0 of one that is not solved
 reals      variable or None, whether it holds minus infinity's end, cuts      x > 3, (0, 1) ∪ {2}
 tuple      brackets, forms                 also matrices ("matrix 2") and numerals ("52_9")
 list       whether in braces, forms        roots in any order
-ratio      tree                            3:2
 
 A cut is (tree, 0 or 1): the place just before or just behind a number, where a set begins or ends.
 """
@@ -152,11 +151,10 @@ def _matrix(rows, *cells):
     return ("tuple", f"matrix {rows}", *(("value", _arithmetic(cell)) for cell in cells))
 
 
-def _ratio(_, *trees):
-    first, *others = map(_arithmetic, trees)
-    if len(others) == 1:
-        return ("ratio", ("div", first, others[0]))
-    return ("tuple", ":", *(("value", ("div", other, first)) for other in others))
+def _ratio(_, first, *others):
+    """3:2:1, whose members count up to a factor."""
+    parts = [("div", _arithmetic(other), _arithmetic(first)) for other in others]
+    return ("tuple", ":", *(("value", part) for part in parts))
 
 
 def _set_operation(operators, *nodes):
@@ -355,8 +353,6 @@ def same(gold: tuple, answer: tuple) -> bool:
         return _same_sets(gold, answer)
     if "list" in kinds:
         return _same_lists(gold, answer)
-    if kinds == {"ratio", "value"}:  # 1:2 is 1/2, but 1:1 is not 1
-        return _is_fraction(gold[1]) and values.equal(gold[1], answer[1])
     if len(kinds) > 1:
         return False
     if gold[0] == "tuple":
@@ -364,10 +360,6 @@ def same(gold: tuple, answer: tuple) -> bool:
     if gold[0] == "inequality":  # the same up to a positive factor
         return gold[1] == answer[1] and values.ratio(gold[2], answer[2]) == 1
     return values.equal(gold[1], answer[1])
-
-
-def _is_fraction(tree):
-    return ("sym", "whole") if symbols(tree) else "/" in values.key(tree)
 
 
 def _same_sets(gold, answer):
@@ -478,10 +470,8 @@ def _key(form):
     kind, *parts = form
     if kind == "named":
         return _key(parts[1])
-    if kind in ("value", "function") or kind == "ratio" and _is_fraction(parts[0]):
+    if kind in ("value", "function"):
         return values.key(parts[-1])
-    if kind == "ratio":
-        return f"1:{values.key(parts[0])}"
     if kind == "reals":
         ends, sides = [values.key(cut[0]) for cut in parts[2:]], [cut[1] for cut in parts[2:]]
         is_pair = sides == [1, 0] and not parts[1]  # (1, 2) may be one as well

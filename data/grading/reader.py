@@ -2,8 +2,8 @@
 
 An expression is ("num", Fraction), ("sym", name), ("const", name), ("add" | "mul" | "div" | "pow",
 tree, ...) or ("fn", name, tree, ...). Around expressions there are ("list", connectors, node, ...),
-("relation", signs, node, ...), ("set", operation, node, node), ("ratio", node, ...),
-("group", brackets, node), ("matrix", rows) and ("pm", 1 or -1, node). What cannot be read in full
+("relation", signs, node, ...), ("set", operations, node, ...),
+("ratio", colons, node, ...), ("group", brackets, node), ("matrix", rows) and ("pm", 1 or -1, node). What cannot be read in full
 raises NotUnderstood: no part of an answer goes unread.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data.grading.numbers import GREEK, UNITS, is_unit, strip_marks, tidy
 
 MAX_DEPTH = 40
-FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log lg exp".split()
+FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp".split()
 ARITHMETIC = ("add", "mul", "div", "pow", "fn")
 CONNECTORS = (",", ";", "or", "and", "\\lor", "\\land")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
@@ -23,8 +23,7 @@ BRACKETS = {
     "\\lceil": ["\\rceil"], "\\langle": ["\\rangle"],
 }  # fmt: skip
 ACCENTS = (
-    "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm bm "
-    "angle triangle"
+    "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm bm"
 ).split()
 
 
@@ -52,19 +51,19 @@ _TOKEN = re.compile(
     rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{'|'.join(_WORDS)})(?![A-Za-z])"
     r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z]))"
 )
-_ALIASES = {
-    "\\cdot": "*", "\\times": "*", "\\ast": "*", "**": "^", "\\div": "/", "\\lvert": "|",
-    "\\rvert": "|", "\\vert": "|", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
-    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=",
-    "\\vee": "\\lor", "\\wedge": "\\land", "\\backslash": "\\setminus",
-    "\\varnothing": "\\emptyset", "inf": "\\infty", "infinity": "\\infty", "pi": "\\pi",
-    "sqrt": "\\sqrt", "\\dbinom": "\\binom", "\\tbinom": "\\binom",
-}  # fmt: skip
-_UNICODE = str.maketrans({
-    "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "∞": "\\infty ", "π": "\\pi ",
-    "√": "\\sqrt ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "θ": "\\theta ",
-    "∅": "\\emptyset ", "ℝ": "\\mathbb{R} ",
-})  # fmt: skip
+_SPELLINGS = r"""
+* \cdot \times \ast|^ **|/ \div|| \lvert \rvert \vert|<= \le \leq \leqslant|>= \ge \geq \geqslant
+< \lt|> \gt|!= \ne \neq|\lor \vee|\land \wedge|\setminus \backslash|\emptyset \varnothing
+\infty inf infinity|\pi pi|\sqrt sqrt|\binom \dbinom \tbinom"""
+_ALIASES = {}
+for _line in re.split(r"\n|(?<!\|)\|(?=\S)", _SPELLINGS):
+    _sign, *_others = _line.split() or [""]
+    _ALIASES |= dict.fromkeys(_others, _sign)
+_UNICODE = dict(zip(
+    map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
+    r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} "
+    .split("|"),
+))  # fmt: skip
 
 
 def tokens(text: str) -> list[Token]:
@@ -106,7 +105,7 @@ _DERIVATIVE = re.compile(
 
 def _opaque(match):
     """\\frac{dM}{dt} as a symbol of its own, and not d times something."""
-    return f"\\text{{derivative {re.sub(r'[{} ]', '', match[1] + '/' + match[2])}}}"
+    return f"\\bm{{{re.sub(r'[{} ]', '', match[1] + '/' + match[2])}}}"
 
 
 def _repeating(match):
@@ -400,11 +399,9 @@ class _Reader:
             return ("const", name)
         if name == "arcdegree":
             return ("div", ("const", "pi"), ("num", Fraction(180)))
-        if name == "emptyset":
-            return ("sym", "\\emptyset")
         if name in ("max", "min"):
             return ("fn", name, *self.arguments())
-        if name in GREEK:
+        if name in GREEK or name == "emptyset":
             return self.applied(self.subscripted("\\" + name))
         if name == "frac":
             return ("div", self.single(), self.single())
@@ -413,12 +410,6 @@ class _Reader:
             return ("pow", self.atom(), ("div", ("num", Fraction(1)), degree))
         if name == "binom":
             return ("fn", "binomial", self.single(), self.single())
-        if name in ("angle", "triangle"):
-            start = self.at
-            while self.next is not None and self.next.kind == "letter":
-                self.subscripted(self.take())
-            named = [token.text for token in self.items[start : self.at]]
-            return ("sym", f"{name} {''.join(named)}")
         if name in ACCENTS:
             return self.applied(self.subscripted(f"{name} {self.raw_group()}"))
         raise NotUnderstood("\\" + name)
@@ -436,9 +427,7 @@ class _Reader:
         argument = self.argument()
         if power == negative(("num", Fraction(1))) and "arc" + name in FUNCTIONS:
             name, power = "arc" + name, None
-        if name == "lg":
-            base = ("num", Fraction(10))
-        tree = ("fn", "log" if name in ("ln", "lg") else name, argument)
+        tree = ("fn", "log" if name == "ln" else name, argument)
         if base is not None:
             tree = ("div", tree, ("fn", "log", base))
         return tree if power is None else ("pow", tree, power)
