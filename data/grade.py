@@ -193,11 +193,20 @@ def _same_math(answer, gold):
     answer, gold = (scientific(_set_in_words(text)) for text in (answer, gold))
     if canonical(answer) == canonical(gold):
         return (True, True) if canonical(gold) else (False, False)
-    for same in (_same_time, _same_quantity, _same_number, _same_words):
-        verdict = same(answer, gold)
-        if verdict is not None:
-            return True, verdict
+    for read in (time_of_day, quantity, _plain_number):  # units without a partner are left aside
+        values = read(answer), read(gold)
+        if None not in values:
+            return True, values[0] == values[1]
+    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
+    if all(choices):
+        return True, choices[0][1] == choices[1][1]  # (C) is C
+    if _is_word(answer) or _is_word(gold):
+        return True, False
     return MATH_WORKER.compare(answer, gold)
+
+
+def _plain_number(text):
+    return parse_number(text, words=False)
 
 
 _EMPTY = re.compile(r"(?:thereare)?no(?:real)?solutions?(?:exists?)?|(?:the)?emptyset", re.IGNORECASE)
@@ -212,33 +221,7 @@ def _set_in_words(text):
     return "\\mathbb{R}" if _ALL_REALS.fullmatch(bare) else text
 
 
-def _same_time(answer, gold):
-    """Whether two times of day are the same; None where one is none."""
-    times = time_of_day(answer), time_of_day(gold)
-    return None if None in times else times[0] == times[1]
-
-
-def _same_quantity(answer, gold):
-    """Whether two numbers with known units are the same quantity; None where one has no unit: then units are left aside."""
-    quantities = quantity(answer), quantity(gold)
-    return None if None in quantities else quantities[0] == quantities[1]
-
-
-def _same_number(answer, gold):
-    """Whether two numbers are equal; None where one is none."""
-    numbers = [parse_number(text, words=False) for text in (answer, gold)]
-    return None if None in numbers else numbers[0] == numbers[1]
-
-
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
-
-
-def _same_words(answer, gold):
-    """Whether two letters of a choice are the same; False for a word that is not the gold one; None for what may be mathematics."""
-    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
-    if all(choices):
-        return choices[0][1] == choices[1][1]  # (C) is C
-    return False if any(_is_word(text) for text in (answer, gold)) else None
 
 
 def _is_word(text):

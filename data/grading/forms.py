@@ -4,8 +4,7 @@ An equation is not what stands behind its last `=`; order counts in tuples and n
 of roots; open ends are not closed ones. A form is a nested tuple, its kind first:
 
 value      tree                            2x + 3
-named      name, form                      y = 2x + 3
-function   name, arguments, tree           f(x) = 2x + 3
+named      tree, form                      y = 2x + 3, f(x) = 2x + 3
 equation   trees                           left side minus right side, one for each `=`
 inequality "<" or "<=", tree               tree < 0 of one that is not solved
 reals      variable or None, whether it holds minus infinity's end, cuts      x > 3, (0, 1) ∪ {2}
@@ -80,17 +79,7 @@ def _alternatives(connectors, nodes):
         return ("reals", name, *met[2:])
     if {"\\lor", "\\land"} & set(connectors):
         raise NotUnderstood("logic")
-    return ("list", False, *_all_named(forms))
-
-
-def _all_named(forms):
-    """x = 1, 2 names both; (x, y) = (1, 2) is x = 1, y = 2 already."""
-    flat = []
-    for form in forms:
-        flat.extend(form[2:] if form[:2] == ("list", False) else [form])
-    if flat[0][0] == "named" and all(form[0] == "value" for form in flat[1:]):
-        return [flat[0], *(("named", flat[0][1], form) for form in flat[1:])]
-    return flat
+    return ("list", False, *forms)
 
 
 def _both_signs(node):
@@ -219,7 +208,7 @@ def _membership(left, right):
     if left[0] != "sym":
         raise NotUnderstood("what is in the set")
     if right in NUMBER_SETS or form[:2] == ("list", True):
-        return ("named", left[1], form)
+        return ("named", left, form)
     form = as_reals(form)
     if form is None:
         raise NotUnderstood("a set")
@@ -230,17 +219,18 @@ def _equation(sides):
     """name = value (also the first and the last of a chain), f(x) = value, or the sides of an
     equation."""
     first, last = sides[0], sides[-1]
-    if first[0] == "fn" and first[1].startswith("unknown"):
-        if all(argument[0] == "sym" for argument in first[2:]):
-            return ("function", first[1], first[2:], _arithmetic(last))
     if first[:2] == ("group", "()") and all(node[0] == "sym" for node in first[2][2:]):
-        return _named_tuple([node[1] for node in first[2][2:]], _form(last))
+        form, names = _form(last), first[2][2:]
+        if form[0] != "tuple" or len(form) - 2 != len(names):
+            raise NotUnderstood("a tuple of another length")
+        return ("list", False, *(("named", *pair) for pair in zip(names, form[2:])))
     for name, value in ((first, last), (last, first)):
-        chained = len(sides) == 2 or name is first and _all_equal(sides[1:])
-        if chained and name in (("const", "e"), ("const", "i")) or name[0] == "sym" and chained:
+        # x = 5 + 13 = 18 names x; a line (x - 1)/2 = y/3 = z has three sides
+        chained = name is first and all(values.equal(side, last) for side in sides[1:-1])
+        if _is_name(name) and (len(sides) == 2 or chained):
             form = _form(value)
-            if form[0] != "value" or name[1] not in symbols(value):
-                return ("named", name[1], form)
+            if form[0] != "value" or name[0] == "fn" or not symbols(name) & symbols(value):
+                return ("named", name, form)
     trees = [_arithmetic(side) for side in sides]
     if not any(map(symbols, trees)):
         if first[0] == "num":
@@ -249,17 +239,12 @@ def _equation(sides):
     return ("equation", *(("add", a, negative(b)) for a, b in zip(trees, trees[1:])))
 
 
-def _all_equal(trees):
-    """Whether x = 5 + 13 = 18 names x; a line (x - 1)/2 = y/3 = z has three sides."""
-    return all(values.equal(_arithmetic(tree), _arithmetic(trees[-1])) for tree in trees)
-
-
-def _named_tuple(names, form):
-    if form[0] == "list":
-        return form
-    if form[0] != "tuple" or len(form) - 2 != len(names):
-        raise NotUnderstood("a tuple of another length")
-    return ("list", False, *(("named", *pair) for pair in zip(names, form[2:])))
+def _is_name(tree):
+    """Whether a side is x, e, or f(x)."""
+    function = tree[0] == "fn" and tree[1].startswith("unknown")
+    if function:
+        return all(argument[0] == "sym" for argument in tree[2:])
+    return tree[0] == "sym" or tree in (("const", "e"), ("const", "i"))
 
 
 _READERS = {
@@ -345,8 +330,6 @@ def compare(answer: str, gold: str) -> bool:
 def same(gold: tuple, answer: tuple) -> bool:
     """Whether two forms are equal."""
     kinds = {gold[0], answer[0]}
-    if "function" in kinds:
-        return _same_functions(gold, answer)
     if kinds & {"equation", "named"}:
         return _same_with_names(gold, answer)
     if kinds == {"list", "reals"} or "reals" in kinds and "list" not in kinds:
@@ -376,9 +359,11 @@ def _in_order(gold, answer):
 
 def _same_with_names(gold, answer):
     """Equations. x = 5 is 5 and never y = 5; y = 2x + 3 is 2x + 3, and any equation that is a
-    constant multiple of it."""
-    if gold[0] == answer[0] == "named" and gold[1] == answer[1]:
-        return same(gold[2], answer[2])
+    constant multiple of it; f(x) = 2x is f(n) = 2n."""
+    if gold[0] == answer[0] == "named" and gold[1][:2] == answer[1][:2]:
+        if len(gold[1]) != len(answer[1]):
+            return False
+        return same(gold[2], _renamed(answer[2], dict(zip(answer[1][2:], gold[1][2:]))))
     if gold[0] == answer[0] or {gold[0], answer[0]} == {"named", "equation"}:
         a, b = _as_equation(gold), _as_equation(answer)
         if None in (a, b) or len(a) != len(b):
@@ -395,21 +380,7 @@ def _as_equation(form):
         return form[1:]
     if form[2][0] != "value" or not symbols(form[2][1]):
         return None
-    name = ("const" if form[1] in ("e", "i") else "sym", form[1])
-    return (("add", name, negative(form[2][1])),)
-
-
-def _same_functions(gold, answer):
-    """f(x) = 2x is f(n) = 2n, and 2x; with y = 2x beside it the name does not matter."""
-    if gold[0] == answer[0]:
-        (_, name, arguments, tree), (_, other, letters, theirs) = gold, answer
-        if name != other or len(arguments) != len(letters):
-            return False
-        return values.equal(tree, _renamed(theirs, dict(zip(letters, arguments))))
-    function, other = (gold, answer) if gold[0] == "function" else (answer, gold)
-    if other[0] == "named" and other[1] in ("y", function[1].removeprefix("unknown ")):
-        other = other[2]
-    return other[0] == "value" and values.equal(function[3], other[1])
+    return (("add", form[1], negative(form[2][1])),)
 
 
 def _renamed(tree, names):
@@ -426,17 +397,11 @@ def _same_lists(gold, answer):
         if _distinct_names(named) and "named" not in [part[0] for part in other[2:]]:
             in_order = other[0] == "tuple" or other[:2] == ("list", False)
             return in_order and _in_order([part[2] for part in named[2:]], other[2:])
-    if any(form[:2] == ("list", True) for form in (gold, answer)):
-        forms = [_without_repeats(parts) for parts in forms]
-    elif gold[0] != answer[0]:
+    braces = any(form[:2] == ("list", True) for form in (gold, answer))
+    if not braces and (gold[0] != answer[0] or len(gold) != len(answer)):
         return False
-    left = list(forms[1])
-    for item in forms[0]:
-        match = next((i for i, other in enumerate(left) if same(item, other)), None)
-        if match is None:
-            return False
-        del left[match]
-    return not left
+    counts = [[sum(same(item, x) for x in part) for part in forms] for item in forms[0] + forms[1]]
+    return all(a and b if braces else a == b for a, b in counts)
 
 
 def _distinct_names(form):
@@ -445,14 +410,6 @@ def _distinct_names(form):
         return False
     names = [item[1] for item in form[2:]]
     return len(names) > 1 and len(set(names)) == len(names)
-
-
-def _without_repeats(forms):
-    found = []
-    for form in forms:
-        if not any(same(form, other) for other in found):
-            found.append(form)
-    return found
 
 
 # --- votes ----------------------------------------------------------------------------------------
@@ -470,8 +427,8 @@ def _key(form):
     kind, *parts = form
     if kind == "named":
         return _key(parts[1])
-    if kind in ("value", "function"):
-        return values.key(parts[-1])
+    if kind == "value":
+        return values.key(parts[0])
     if kind == "reals":
         ends, sides = [values.key(cut[0]) for cut in parts[2:]], [cut[1] for cut in parts[2:]]
         is_pair = sides == [1, 0] and not parts[1]  # (1, 2) may be one as well
