@@ -496,7 +496,6 @@ x \in \{1,2\} | \{1,2\}
 \cos 60^\circ | \frac12
 10 \text{ m/s} | 36 \text{ km/h}
 \left[\begin{array}{c} 1 \\ 2 \end{array}\right] | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
-\max(a,b) | \max(b,a)
 3 \text{ to } 2 | 3:2
 5 \text{ feet } 3 \text{ inches} | 63 \text{ inches}
 y-1 = 2(x-3) | y = 2x-5

@@ -443,5 +443,5 @@ def _key(form):
         keys = sorted(set(keys)) if parts[0] else keys
         return keys[0] if parts[0] and len(keys) == 1 else f"list {keys}"
     if kind == "equation":
-        return " and ".join(values.direction(tree) for tree in parts) + " = 0"
-    return f"{values.direction(parts[1], signed=True)} {parts[0]} 0"
+        return " and ".join(values.key(tree, scaled=True) for tree in parts) + " = 0"
+    raise NotUnderstood("an inequality, whose multiples share no text")

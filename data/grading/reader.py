@@ -120,7 +120,6 @@ def prepared(text: str) -> str:
     text = strip_marks(tidy(text).translate(_UNICODE)).strip()
     text = re.sub(r"([0-9]+)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text)
     text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)
-    text = re.sub(r"(?<![A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
     text = re.sub(r"\\text\s*\{\s*to\s*\}", ":", text)
     text = _LAST_UNIT.sub(r"\\text{\1}", _DERIVATIVE.sub(_opaque, text))
     if ", " in text or not re.search(r"[(\[{]", text):  # else (1,000) may be a pair
@@ -261,18 +260,11 @@ class _Reader:
         return ("mul", left, right)
 
     def divisor(self, first, over):
-        """What is divided by: 1/2 x is x/2 and t/RC is t/(RC); where readers disagree (1/2x, x/y
-        z), nothing."""
-        if not self.starts_factor():
-            return first
-        if first[0] == "num" and _is_number(over):
-            if self.next.spaced or self.sees("(", "\\pi", "\\sqrt"):
-                return first
-            raise NotUnderstood("1/2x")
-        while self.starts_factor():
-            if self.next.kind != "letter" or self.next.spaced or first[0] == "num":
+        """What is divided by: 1/2 x is x/2; where readers disagree (1/2x, x/y z), nothing."""
+        if self.starts_factor():
+            clear = self.next.spaced or self.sees("(", "\\pi", "\\sqrt")
+            if not (clear and first[0] == "num" and _is_number(over)):
                 raise NotUnderstood("an ambiguous divisor")
-            first = ("mul", first, self.power())
         return first
 
     def signed_power(self):
@@ -340,9 +332,10 @@ class _Reader:
         if token.kind == "text" and token.text:
             return ("sym", self.take())
         if token.kind == "letter":
-            if token.text in "ei" and self.after() not in ("_", "'"):
-                return ("const", self.take())
-            return self.applied(self.subscripted(self.take()))
+            name = self.take()
+            if name in "ei" and not self.sees("_", "'"):
+                return ("const", name)
+            return self.applied(self.subscripted(name))
         if token.kind == "matrix":
             return self.matrix()
         if self.sees(*BRACKETS):
@@ -350,10 +343,6 @@ class _Reader:
         if self.sees(*FUNCTIONS):
             return self.function()
         return self.command()
-
-    def after(self):
-        """The text of the token behind the next one, or nothing."""
-        return "".join(token.text for token in self.items[self.at + 1 : self.at + 2])
 
     def single(self):
         """The argument of a command: a group, or one token."""
@@ -399,8 +388,6 @@ class _Reader:
             return ("const", name)
         if name == "arcdegree":
             return ("div", ("const", "pi"), ("num", Fraction(180)))
-        if name in ("max", "min"):
-            return ("fn", name, *self.arguments())
         if name in GREEK or name == "emptyset":
             return self.applied(self.subscripted("\\" + name))
         if name == "frac":

@@ -63,10 +63,8 @@ def _operation(name, numbers, real):
     if name.startswith("unknown"):
         inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
         return inside**3 + inside + _draw(name)
-    if name in ("max", "min", "floor", "ceil", "factorial", "binomial") and not real:
+    if name in ("floor", "ceil", "factorial", "binomial") and not real:
         raise Undefined
-    if name in ("max", "min"):
-        return {"max": max, "min": min}[name](numbers)
     if name in ("floor", "ceil"):
         nearest = mp.nint(x)
         close = abs(x - nearest) < mp.mpf(10) ** -STABLE
@@ -152,24 +150,16 @@ def sign(tree: tuple) -> int | None:
 
 
 def _points(*trees):
-    """Points at which expressions are compared: positive, of either sign, and whole ones; only
-    whole ones where a variable is rounded."""
+    """Points at which expressions are compared: positive, of either sign, and whole ones."""
     names = sorted(set().union(*map(symbols, trees)))
     if not names:
         return [{}]
     shapes = [("positive", 0.2, 4, 2**20)] * 3 + [("mixed", -3, 6, 2**20)] * 4
-    shapes = [] if any(map(_is_discrete, trees)) else shapes
+    shapes += [("whole", 2, 29, 1)] * 5
     return [
         {name: _draw(f"{name} {kind} {i}", *shape) for name in names}
-        for i, (kind, *shape) in enumerate([*shapes, *[("whole", 2, 29, 1)] * 5])
+        for i, (kind, *shape) in enumerate(shapes)
     ]
-
-
-def _is_discrete(tree):
-    """Whether an expression is meant for whole numbers: it rounds a variable."""
-    if tree[0] == "fn" and tree[1] in ("floor", "ceil") and symbols(tree):
-        return True
-    return any(_is_discrete(part) for part in tree[1:] if isinstance(part, tuple))
 
 
 def _samples(*trees):
@@ -207,29 +197,14 @@ def ratio(a: tuple, b: tuple) -> int | None:
 # --- votes ----------------------------------------------------------------------------------------
 
 
-def key(tree: tuple) -> str:
-    """A text that expressions of the same value share."""
-    for sign, infinity in (("", ("const", "infty")), ("-", negative(("const", "infty")))):
-        if tree == infinity:
-            return sign + "oo"
+def key(tree: tuple, scaled: bool = False) -> str:
+    """A text that expressions of the same value share; with `scaled` all their multiples do."""
     found = [_sample(tree, point) for point in _points(tree)]
-    if not any(found):
+    known = [value for value in found if value and not (scaled and _is_zero(value))]
+    if not known:
         raise NotUnderstood("no value")
-    return _digest(tree, found)
-
-
-def direction(tree: tuple, signed: bool = False) -> str:
-    """A text that all multiples of an expression share; of `signed` ones those by a positive
-    factor."""
-    found = [_sample(tree, point) for point in _points(tree)]
-    units = [value for value in found if value and not _is_zero(value)]
-    if not symbols(tree) or not units:
-        raise NotUnderstood("no direction")
-    unit = list(map(abs, units[0])) if signed else units[0]
-    return _digest(tree, [value and _divided(value, unit) for value in found])
-
-
-def _digest(tree, found):
+    if scaled:
+        found = [value and _divided(value, known[0]) for value in found]
     shown, names = [_shown(value) if value else "-" for value in found], sorted(symbols(tree))
     if not names:
         return shown[0]
