@@ -119,7 +119,6 @@ x \in [-2,7] | -2 \le x \le 7
 \{x \mid x > 3\} | (3,\infty)
 \{x : -1 \le x < 4\} | [-1,4)
 (-\infty,\infty) | \mathbb{R}
-2x + 3y < 6 | 6 > 3y + 2x
 (0, 1) | 0 < t < 1
 """,
         r"""

@@ -80,7 +80,7 @@ POOLED = {
 APART = {
     "10 \\text{ m/s} | 36 \\text{ km/h}", "5 \\text{ feet } 3 \\text{ inches} | 63 \\text{ inches}",
     "y-1 = 2(x-3) | y = 2x-5","y = 2x + 3 | y - 2x = 3", "y = 2x + 3 | 2x - y + 3 = 0",
-    "f(x) = 2x+1 | f(t) = 2t + 1", "\\infty | +\\infty", "2x + 3y < 6 | 6 > 3y + 2x", "y = -\\frac{1}{2}x + 4 | x + 2y = 8",
+    "f(x) = 2x+1 | f(t) = 2t + 1", "\\infty | +\\infty", "y = -\\frac{1}{2}x + 4 | x + 2y = 8",
          "5 \\text{ cm} | 0.05 \\text{ m}", "5 \\text{ cm} | 50 \\text{ mm}",
          "2 \\text{ hours} | 120 \\text{ minutes}",
          "2.5 \\text{ hours} | 2 \\text{ hours } 30 \\text{ minutes}",

@@ -133,17 +133,13 @@ def _divided(x, y):
     return found
 
 
-def _sign(found):
-    zero, (_, value) = _is_zero(found), found
-    if zero is None or abs(_mp().im(value)) > abs(value) * _unit():
-        return None
-    return 0 if zero else int(_mp().sign(_mp().re(value)))
-
-
 def sign(tree: tuple) -> int | None:
     """-1, 0 or 1 of a real constant; None for anything else."""
     found = None if symbols(tree) else _sample(tree, {})
-    return found and _sign(found)
+    zero = found and _is_zero(found)
+    if zero is None or abs(_mp().im(found[1])) > abs(found[1]) * _unit():
+        return None
+    return 0 if zero else int(_mp().sign(_mp().re(found[1])))
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -179,19 +175,15 @@ def equal(a: tuple, b: tuple) -> bool:
     return bool(found) and all(_is_zero(difference) for (difference,) in found)
 
 
-def ratio(a: tuple, b: tuple) -> int | None:
-    """The sign (0 if it is not real) of the constant c with a = c · b at all points; None where
-    there is no such c, or an expression has no variables or vanishes."""
+def proportional(a: tuple, b: tuple) -> bool:
+    """Whether a = c · b at all points with one constant c, and neither vanishes."""
     if not symbols(a) or not symbols(b):
-        return None
+        return False
     found = [pair for pair in _samples(a, b) if not all(map(_is_zero, pair))]
     if len(found) < 4 or any(_is_zero(value) is not False for pair in found for value in pair):
-        return None
+        return False
     first, *others = [_divided(*pair) for pair in found]
-    for other in others:
-        if not _is_zero([p - q for p, q in zip(first, other)]):
-            return None
-    return _sign(first) or 0
+    return all(_is_zero([p - q for p, q in zip(first, other)]) for other in others)
 
 
 # --- votes ----------------------------------------------------------------------------------------
