@@ -13,7 +13,8 @@ from data.grade import grade_math, grade_number, vote
 from data.grading import forms, values
 from data.grading.forms import parse
 from data.grading.numbers import canonical, quantity, time_of_day
-from data.grading.reader import NotUnderstood, read
+from data.grading.reader import read
+from data.grading.tokens import NotUnderstood
 from data.grading.values import equal
 from data.grading.words import number_in_words
 from tests.answer_pairs import PAIRS, pairs
@@ -37,6 +38,13 @@ def test_pairs_are_equal_or_not_as_a_reader_says(kind):
     of_kind = [(gold, answer, expected) for k, gold, answer, expected in pairs() if k == kind]
     wrong = [pair for pair in of_kind if strict(pair[1], pair[0]) != pair[2]]
     assert wrong == [] and len(of_kind) >= 12
+
+
+def test_nothing_behind_an_answer_goes_unread():
+    for gold in ("864 \\mbox{ inches}^2", "12\\pi \\text{ cm}^2", "(a+5)(b+2)", "\\cos (2t)"):
+        assert strict(gold, gold)
+        for behind in ("1", " 1", "^4", "{}1", " \\text{or so}", "+", "="):
+            assert not strict(gold + behind, gold), (gold, behind)
 
 
 def test_there_are_enough_pairs_of_both_verdicts():

@@ -18,7 +18,8 @@ from functools import cmp_to_key
 
 from data.grading import values
 from data.grading.numbers import canonical
-from data.grading.reader import ARITHMETIC, MINUS_ONE, NotUnderstood, negative, read, symbols
+from data.grading.reader import ARITHMETIC, negative, read, symbols
+from data.grading.tokens import NotUnderstood
 
 MAX_ITEMS = 60
 INFINITY = ("const", "infty")

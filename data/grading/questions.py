@@ -1,10 +1,10 @@
-"""What the worker is asked: our own comparison of answers first, math-verify only for mathematics
-that ours does not read."""
+"""What the worker is asked: our own comparison of answers, their keys for votes, and what math-verify
+alone says of a whole text."""
 
 import re
 
 from data.grading import forms
-from data.grading.reader import NotUnderstood
+from data.grading.tokens import NotUnderstood
 
 try:
     from math_verify import LatexExtractionConfig, parse, verify

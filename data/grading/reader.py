@@ -2,19 +2,17 @@
 
 An expression is ("num", Fraction), ("sym", name), ("const", name), ("add" | "mul" | "div" | "pow",
 tree, ...) or ("fn", name, tree, ...). Around expressions there are ("list", connectors, node, ...),
-("relation", signs, node, ...), ("set", operations, node, ...),
-("ratio", colons, node, ...), ("group", brackets, node), ("matrix", rows) and ("pm", 1 or -1, node). What cannot be read in full
-raises NotUnderstood: no part of an answer goes unread.
+("relation", signs, node, ...), ("set", operations, node, ...), ("ratio", colons, node, ...),
+("group", brackets, node), ("matrix", rows, node, ...) and ("pm", 1 or -1, node). What cannot be
+read in full raises NotUnderstood: no part of an answer goes unread.
 """
 
-import re
 from fractions import Fraction
-from typing import NamedTuple
 
-from data.grading.numbers import GREEK, UNITS, is_unit, strip_marks, tidy
+from data.grading.numbers import GREEK, is_unit
+from data.grading.tokens import FUNCTIONS, NotUnderstood, prepared, tokens
 
 MAX_DEPTH = 40
-FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp".split()
 ARITHMETIC = ("add", "mul", "div", "pow", "fn")
 CONNECTORS = (",", ";", "or", "and", "\\lor", "\\land")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
@@ -22,114 +20,8 @@ BRACKETS = {
     "(": ")]", "[": ")]", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"],
     "\\lceil": ["\\rceil"], "\\langle": ["\\rangle"],
 }  # fmt: skip
-ACCENTS = (
-    "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm bm"
-).split()
-
-
-class NotUnderstood(Exception):
-    """The text is no answer that can be read in full."""
-
-
-# --- tokens ---------------------------------------------------------------------------------------
-
-
-class Token(NamedTuple):
-    """kind: number, letter, text (what \\text holds), sign (symbols, commands, functions' names),
-    or begin / end of a matrix."""
-
-    kind: str
-    text: str
-    spaced: bool  # white space before it
-
-
-_WORDS = [*FUNCTIONS, "sqrt", "pi", "or", "and", "infinity", "inf"]
-_TOKEN = re.compile(
-    r"(?P<spaced>\s*)(?:(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-    r"|\\(?P<matrix>begin|end)\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?"
-    r"|\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\*?\s*\{(?P<text>[^{}]*)\}"
-    rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{'|'.join(_WORDS)})(?![A-Za-z])"
-    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z]))"
-)
-_SPELLINGS = r"""
-* \cdot \times \ast|^ **|/ \div|| \lvert \rvert \vert|<= \le \leq \leqslant|>= \ge \geq \geqslant
-< \lt|> \gt|!= \ne \neq|\lor \vee|\land \wedge|\setminus \backslash|\emptyset \varnothing
-\infty inf infinity|\pi pi|\sqrt sqrt|\binom \dbinom \tbinom"""
-_ALIASES = {}
-for _line in re.split(r"\n|(?<!\|)\|(?=\S)", _SPELLINGS):
-    _sign, *_others = _line.split() or [""]
-    _ALIASES |= dict.fromkeys(_others, _sign)
-_UNICODE = dict(zip(
-    map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
-    r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} "
-    .split("|"),
-))  # fmt: skip
-
-
-def tokens(text: str) -> list[Token]:
-    """The tokens of tidy text; raises NotUnderstood at a character that is none."""
-    found, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise NotUnderstood(text[at])
-        kind, at = match.lastgroup, match.end()
-        content = match[kind]
-        if kind == "text":
-            content = content.strip()
-            if content in ("or", "and", *FUNCTIONS):
-                kind = "sign"
-            elif len(content) == 1 and content.isalpha():
-                kind = "letter"
-        elif kind == "sign":
-            content = _ALIASES.get(content, content)
-            if content[1:] in FUNCTIONS:
-                content = content[1:]
-        found.append(Token(kind, content, bool(match["spaced"])))
-    return found
-
-
-# --- text before it is tokens ---------------------------------------------------------------------
-
-_UNIT_WORDS = "|".join(name for name in UNITS if len(name) > 1 and name.isalpha())
-_LAST_UNIT = re.compile(
-    rf"(?<=[\s0-9}})])((?:(?:square|cubic|sq|units?|{_UNIT_WORDS})(?:\s+|(?=\^)|$))+)"
-    r"(?=(?:\^\{?[23]\}?)?$)"
-)
-_D = r"\{\s*((?:d|\\partial)(?:\s*\^\s*\{?[0-9]\}?)?\s*"
-_DERIVATIVE = re.compile(
-    rf"\\frac\s*{_D}(?:\\?[A-Za-z]+(?:_(?:\w|\{{\w+\}}))?)?)\s*\}}"
-    rf"\s*{_D}\\?[A-Za-z]+(?:\s*\^\s*\{{?[0-9]\}}?)?)\s*\}}"
-)
-
-
-def _opaque(match):
-    """\\frac{dM}{dt} as a symbol of its own, and not d times something."""
-    return f"\\bm{{{re.sub(r'[{} ]', '', match[1] + '/' + match[2])}}}"
-
-
-def _repeating(match):
-    """0.1\\overline{6} as the fraction that it is."""
-    whole, fixed, cycle = match.groups()
-    over = int(whole + fixed + cycle) - int(whole + fixed)
-    return f"({over}/{10 ** len(fixed) * (10 ** len(cycle) - 1)})"
-
-
-def prepared(text: str) -> str:
-    """Tidy text in which each thing is written in the one way that Reader knows."""
-    text = strip_marks(tidy(text).translate(_UNICODE)).strip()
-    text = re.sub(r"([0-9]+)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text)
-    text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)
-    text = re.sub(r"\\text\s*\{\s*to\s*\}", ":", text)
-    text = _LAST_UNIT.sub(r"\\text{\1}", _DERIVATIVE.sub(_opaque, text))
-    if ", " in text or not re.search(r"[(\[{]", text):  # else (1,000) may be a pair
-        grouped = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])"
-        text = re.sub(grouped, lambda match: match[0].replace(",", ""), text)
-    return text
-
-
-# --- the reader -----------------------------------------------------------------------------------
-
+_ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm"
+ACCENTS = f"{_ACCENTS} bm".split()
 MINUS_ONE = ("num", Fraction(-1))
 
 
@@ -230,7 +122,8 @@ class _Reader:
                 raise NotUnderstood("words that are no unit")  # 3 or more
             if self.sees("^"):
                 self.take()
-                self.atom()
+                if self.atom() not in (("num", 2), ("num", 3)):
+                    raise NotUnderstood("no power of a unit")
 
     def product(self):
         result = self.power()
@@ -250,8 +143,7 @@ class _Reader:
         """left next: a product without a sign, or a mixed number."""
         before, after = self.items[self.at - 1], self.items[self.at + 1 : self.at + 2]
         if self.next.kind == "number":
-            squared = after and after[0].text == "^"
-            if before.kind == "number" or not (before.text == ")" or squared):
+            if before.kind == "number" or not after or after[0].text != "^":
                 raise NotUnderstood("a number behind a factor")  # but (n - 2) 2^n
         mixed = left[0] == "num" and before.text.isdigit() and self.sees("\\frac")
         right = self.power()

@@ -5,7 +5,8 @@ import functools
 import hashlib
 from fractions import Fraction
 
-from data.grading.reader import NotUnderstood, negative, symbols
+from data.grading.reader import negative, symbols
+from data.grading.tokens import NotUnderstood
 
 PRECISIONS = 350, 500  # digits: any number of MAX_BITS is exact
 MAX_BITS = 1100
