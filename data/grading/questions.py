@@ -1,7 +1,5 @@
-"""What the worker is asked: our own comparison of answers, their keys for votes, and what math-verify
-alone says of a whole text."""
-
-import re
+"""What the worker is asked: our own comparison of answers, their keys for votes, and what
+math-verify alone says of a whole text."""
 
 from data.grading import forms
 from data.grading.tokens import NotUnderstood
