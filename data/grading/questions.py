@@ -9,6 +9,7 @@ try:
 except ImportError:
     parse = None
 
+
 def warm_up() -> bool:
     """Whether math-verify is there; the first call compiles its patterns."""
     ask("compare", "x", "x+1")
