@@ -1,8 +1,10 @@
-"""Answers compared: the one place that decides whether a completion is right, for reward and evaluation alike.
+"""Answers compared: the one place that decides whether a completion is right, for reward and
+evaluation alike.
 
-A completion marks its final answer as `#### x`, `\\boxed{x}` or `<answer>x</answer>`; the mark that begins last counts. Strict is the
-verdict to reward and report: the marked answer, and nothing but it, is the gold one. Lenient also takes an answer that is
-not marked, as people do who read a completion: the gap between both is what a model loses to form.
+A completion marks its final answer as `#### x`, `\\boxed{x}` or `<answer>x</answer>`; the mark that
+begins last counts. Strict is the verdict to reward and report: the marked answer, and nothing but
+it, is the gold one. Lenient also takes an answer that is not marked, as people do who read a
+completion: the gap between both is what a model loses to form.
 """
 
 import re
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 from data.grading.numbers import (
     LONGEST,
     canonical,
-    named_number,
     numbers_in,
     parse_number,
     quantity,
@@ -28,7 +29,8 @@ MATH_WORKER = MathWorker()  # starts no process before the first question
 
 @dataclass(frozen=True)
 class Verdict:
-    """strict: the marked answer is right; lenient: or an unmarked one is; parsed: a marked answer was found and understood."""
+    """strict: the marked answer is right; lenient: or an unmarked one is; parsed: a marked answer
+    was found and understood."""
 
     strict: bool
     lenient: bool
@@ -36,7 +38,8 @@ class Verdict:
 
 
 def grade_number(text, answer):
-    """Whether the completion's number equals the gold one: exact rational values, decorations and units aside."""
+    """Whether the completion's number equals the gold one: exact rational values, decorations and
+    units aside."""
     gold, marked = parse_number(answer), marked_answer(text)
     got = None if marked is None else parse_number(marked)
     strict = got is not None and got == gold
@@ -45,7 +48,8 @@ def grade_number(text, answer):
 
 
 def grade_math(text, answer):
-    """Whether the completion's expression equals the gold one: as text, as numbers, else as mathematics by its form.
+    """Whether the completion's expression equals the gold one: as text, as numbers, else as
+    mathematics by its form.
 
     A numeral of another base has to name it: `52` for `52_9` is right in lenient only."""
     marked = marked_answer(text)
@@ -64,24 +68,26 @@ def grade_exact(text, answer):
     def same(found):
         return found is not None and "".join(found.split()) == "".join(answer.split())
     marked = marked_answer(text)
-    return Verdict(same(marked), same(marked) or same(marked_answer(text, unclosed=True)), marked is not None)
+    right = same(marked)
+    return Verdict(right, right or same(marked_answer(text, unclosed=True)), marked is not None)
 
 
 def grade_by_math_verify(text, answer):
-    """Whether math-verify, left to find the answer in the whole text by itself, takes it for the gold one; None where it is missing."""
+    """Whether math-verify, left to find the answer in the whole text by itself, takes it for the
+    gold one; None where it is missing."""
     verdict = MATH_WORKER.math_verify(scientific(text[-TAIL:]), scientific(answer))
     return None if verdict is None else verdict[1]
 
 
 def vote(text, words=True):
-    """The marked answer in a form that its different spellings share (numbers by value), to be counted; None without one."""
+    """The marked answer in a form that its different spellings share (numbers by value), to be
+    counted; None without one."""
     marked = marked_answer(text)
     if not marked or len(marked) > LONGEST:
         return None
-    number = None if time_of_day(marked) is not None and not words else parse_number(marked, words)
-    if number is not None:
-        return str(number)
-    return _key(scientific(_set_in_words(marked)))
+    is_time = not words and time_of_day(marked) is not None
+    number = None if is_time else parse_number(marked, words)
+    return _key(scientific(_set_in_words(marked))) if number is None else str(number)
 
 
 def _key(answer):
@@ -95,36 +101,45 @@ def _key(answer):
 
 
 def format_reward(text):
-    """+1.0 for exactly `<think>…</think><answer>…</answer>`, neither empty and only white space around, else -1.0 (arXiv 2506.13404)."""
+    """+1.0 for exactly `<think>…</think><answer>…</answer>`, neither empty and only white space
+    around, else -1.0 (arXiv 2506.13404)."""
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    match = once and re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
+    pattern = r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*"
+    match = once and re.fullmatch(pattern, text, re.DOTALL)
     return 1.0 if match and match[1].strip() and match[2].strip() else -1.0
 
 
-# --- finding the answer --------------------------------------------------------------------------------------------
+# --- finding the answer ---------------------------------------------------------------------------
 
-_MARK = re.compile(r"#{4,}|\\(?:boxed|fbox)(?![A-Za-z])|<answer>")
-_HEADING = re.compile(r"[\W_]*(?:(?:Step|Part|Case|Phase|Method|Approach|Problem|Question|Example|Section|Stage|Task)\s+(?:[0-9]+|[A-Z]|[IVX]+)\b"
-                      r"|\(?[0-9]{1,2}\\?[.):]\)?\s.*?[^\W\d_]{2}|[0-9]{1,2}(?:st|nd|rd|th)\s+[A-Za-z])")  # fmt: skip
+_MARK = re.compile(r"(?m)(?P<line>^\s{0,3})?#{4,}|\\(?:boxed|fbox)(?![A-Za-z])|<answer>")
+_STEPS = "Step|Part|Case|Phase|Method|Approach|Problem|Question|Example|Section|Stage|Task"
+_HEADING = re.compile(
+    rf"[\W_]*(?:(?:{_STEPS})\s+(?:[0-9]+|[A-Z]|[IVX]+)\b"
+    r"|\(?[0-9]{1,2}\\?[.):]\)?\s.*?[^\W\d_]{2}|[0-9]{1,2}(?:st|nd|rd|th)\s+[A-Za-z])"
+)
+_TITLE = re.compile(r"(?![$\\({\[])[\W_]*(?=[A-Z])[^\W\d_]{2}")
 
 
 def marked_answer(text, unclosed=False):
-    """What the last mark holds, or None; with `unclosed` also an <answer> that ends with the text. At most LONGEST + 1 characters.
+    """What the last mark holds, or None; with `unclosed` also an <answer> that ends with the text.
+    At most LONGEST + 1 characters.
 
-    A Markdown heading (`#### Step 1: Add`, `#### 3. Compute`, `#### Check` with text below it) is no mark."""
+    A Markdown heading (`#### Step 1: Add`, `#### 3. Compute`, `#### Check` with text below it) is
+    no mark."""
     end, passed = len(text.rstrip()), 0
-    for mark in reversed(deque(_MARK.finditer(text), maxlen=256)):  # so many suffice for any number of headings
-        if mark[0].startswith("#"):
-            # the line, or the next one where it is empty; `<answer>#### 18</answer>` ends with the tag
-            line = re.compile(r"\s*([^\n]*)").match(text, mark.end())
-            if _is_heading(line[1], begins_line=_begins_line(text, mark.start()), last=line.end() >= end):
-                continue
-            found = line[1].partition("</answer>")[0]
-        elif mark[0].startswith("\\"):
+    for mark in reversed(deque(_MARK.finditer(text), maxlen=256)):  # enough for any headings
+        if mark[0].startswith("\\"):
             found = _boxed(text, mark.end())
-        else:
+        elif mark[0] == "<answer>":
             inside, closing, _ = text[mark.end() :].partition("</answer>")
             found = inside if closing or unclosed else None
+        else:
+            # the line, or the next one where it is empty; `<answer>#### 18</answer>` ends with the
+            # tag
+            line = re.compile(r"\s*([^\n]*)").match(text, mark.end())
+            if mark["line"] is not None and _is_heading(line[1], last=line.end() >= end):
+                continue
+            found = line[1].partition("</answer>")[0]
         if found is not None:
             return found.strip()[: LONGEST + 1]
         passed += 1
@@ -133,27 +148,16 @@ def marked_answer(text, unclosed=False):
     return None
 
 
-def _begins_line(text, at):
-    return text[max(0, text.rfind("\n", 0, at) + 1, at - 4) : at].strip() == "" and (at < 4 or "\n" in text[at - 4 : at])
-
-
-def _is_heading(line, begins_line, last):
-    """Whether a line behind #### is a heading: numbered, a step's, or a capitalised title with text below it."""
+def _is_heading(line, last):
+    """Whether a line behind #### is a heading: numbered, a step's, or a capitalised title with text
+    below it."""
     line = line[:LONGEST].strip()
-    if not begins_line or not line:
-        return False
-    if _HEADING.match(line):
-        return True
-    title = re.match(r"[\W_]*([^\W\d_]{2,})", line)
-    return bool(title) and not last and title[1][0].isupper() and not re.match(r"[$\\({\[]", line)
-
-
-def _without_heading(match):
-    return "" if _is_heading(match[1], begins_line=True, last=False) else match[0]
+    return bool(_HEADING.match(line) or not last and _TITLE.match(line))
 
 
 def _boxed(text, start):
-    """The group that opens at `start`, braces balanced and `\\{` no brace, or the word there (`\\boxed 3`); None if it never closes."""
+    """The group that opens at `start`, braces balanced and `\\{` no brace, or the word there
+    (`\\boxed 3`); None if it never closes."""
     piece = text[start : start + 4 * LONGEST]
     if not piece.lstrip().startswith("{"):
         return re.match(r"\s*([^\s$]*)", piece)[1] or None
@@ -162,17 +166,23 @@ def _boxed(text, start):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0 and token[0] == "}":
             return piece[piece.index("{") + 1 : token.start()]
-    return piece if len(piece) == 4 * LONGEST else None  # too long for an answer: found, and wrong
+    return piece if len(piece) == 4 * LONGEST else None  # too long: found, and wrong
 
 
 def _lenient_number(text):
-    """The number a reader would take: the only one of a marked answer, the one that "the answer is", else the last of the text."""
+    """The number a reader would take: the only one of a marked answer, the one that "the answer
+    is", else the last of the text."""
     marked = marked_answer(text, unclosed=True)
     if marked is not None:
         found = numbers_in(marked.rpartition("=")[2])
         if found:
             return found[0] if len(set(found)) == 1 else None
-    tail = re.sub(r"(?m)^ {0,3}#{1,6}[ \t]+(.*)$", _without_heading, text[-TAIL:])
+    lines = text[-TAIL:].split("\n")
+    heading = re.compile(r" {0,3}#{1,6}[ \t]+(.*)")
+    found = [heading.match(line) for line in lines]
+    tail = "\n".join(
+        line for line, match in zip(lines, found) if not (match and _is_heading(match[1], False))
+    )
     stated = list(re.finditer(r"answer is\b", tail, re.IGNORECASE))
     if stated:
         tail = tail[stated[-1].end() :].lstrip(" \t\n:*")
@@ -180,11 +190,12 @@ def _lenient_number(text):
         found = numbers_in(sentence.rpartition("=")[2])
         if found:
             return found[0]
-    found = numbers_in(re.sub(r"(?m)^[ \t]*[0-9]{1,3}[.)][ \t]+(?=\S)", "", tail))  # "2. Then …" is the number of a step
+    steps = r"(?m)^[ \t]*[0-9]{1,3}[.)][ \t]+(?=\S)"  # "2. Then …" is the number of a step
+    found = numbers_in(re.sub(steps, "", tail))
     return found[-1] if found else None
 
 
-# --- mathematics ---------------------------------------------------------------------------------------------------
+# --- mathematics ----------------------------------------------------------------------------------
 
 
 def _same_math(answer, gold):
@@ -194,54 +205,38 @@ def _same_math(answer, gold):
     answer, gold = (scientific(_set_in_words(text)) for text in (answer, gold))
     if canonical(answer) == canonical(gold):
         return (True, True) if canonical(gold) else (False, False)
-    for same in (_same_time, _same_quantity, _same_number, _same_words):
-        verdict = same(answer, gold)
-        if verdict is not None:
-            return True, verdict
+    for read in (time_of_day, quantity, _plain_number):  # units without a partner are left aside
+        values = read(answer), read(gold)
+        if None not in values:
+            return True, values[0] == values[1]
+    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
+    if all(choices):
+        return True, choices[0][1] == choices[1][1]  # (C) is C
+    if _is_word(answer) or _is_word(gold):
+        return True, False
     return MATH_WORKER.compare(answer, gold)
 
 
-_EMPTY = re.compile(r"(?:thereare)?no(?:real)?solutions?(?:exists?)?|(?:the)?emptyset", re.IGNORECASE)
-_ALL_REALS = re.compile(r"all(?:real)?(?:numbers|reals)|allrealnumbers|anyrealnumber|(?:the)?realnumbers", re.IGNORECASE)
+def _plain_number(text):
+    return parse_number(text, words=False)
+
+
+_IN_WORDS = {
+    "\\emptyset": r"(?:thereare)?no(?:real)?solutions?(?:exists?)?|(?:the)?emptyset",
+    "\\mathbb{R}": r"(?:all|any|the)?realnumbers?|allreals|allnumbers",
+}
 
 
 def _set_in_words(text):
     """\\emptyset for "no solution", \\mathbb{R} for "all real numbers"."""
     bare = canonical(text)
-    if _EMPTY.fullmatch(bare):
-        return "\\emptyset"
-    return "\\mathbb{R}" if _ALL_REALS.fullmatch(bare) else text
-
-
-def _same_time(answer, gold):
-    """Whether two times of day are the same; None where one is none."""
-    times = time_of_day(answer), time_of_day(gold)
-    return None if None in times else times[0] == times[1]
-
-
-def _same_quantity(answer, gold):
-    """Whether two numbers with known units are the same quantity; None where one has no unit: then units are left aside."""
-    quantities = quantity(answer), quantity(gold)
-    return None if None in quantities else quantities[0] == quantities[1]
-
-
-def _same_number(answer, gold):
-    """Whether two numbers are equal; where both have a name (x = 5) it has to be the same."""
-    ours, theirs = named_number(answer, words=False), named_number(gold, words=False)
-    if ours is None or theirs is None:
-        return None
-    return ours.value == theirs.value and (not ours.name or not theirs.name or ours.name == theirs.name)
+    for sign, pattern in _IN_WORDS.items():
+        if re.fullmatch(pattern, bare, re.IGNORECASE):
+            return sign
+    return text
 
 
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
-
-
-def _same_words(answer, gold):
-    """Whether two letters of a choice are the same; False for a word that is not the gold one; None for what may be mathematics."""
-    choices = [_CHOICE.fullmatch(canonical(text)) for text in (answer, gold)]
-    if all(choices):
-        return choices[0][1] == choices[1][1]  # (C) is C
-    return False if any(_is_word(text) for text in (answer, gold)) else None
 
 
 def _is_word(text):
@@ -250,6 +245,7 @@ def _is_word(text):
 
 
 def _bare_digits(answer, gold):
-    """Whether the answer is the digits of a gold numeral of another base, without saying so: 52 for 52_9."""
+    """Whether the answer is the digits of a gold numeral of another base, without saying so: 52 for
+    52_9."""
     numeral = re.fullmatch(r"([0-9A-F]+)_\{?([0-9]+)\}?", canonical(gold))
     return bool(numeral) and canonical(answer) == numeral[1]

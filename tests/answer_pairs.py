@@ -119,7 +119,6 @@ x \in [-2,7] | -2 \le x \le 7
 \{x \mid x > 3\} | (3,\infty)
 \{x : -1 \le x < 4\} | [-1,4)
 (-\infty,\infty) | \mathbb{R}
-2x + 3y < 6 | 6 > 3y + 2x
 (0, 1) | 0 < t < 1
 """,
         r"""
@@ -365,9 +364,8 @@ f(x)=x, f(x)=2-x | f(x)=x
 \text{(C)} | C
 \text{(C)} | \textbf{C}
 \text{even} | even
-\text{east} | East
 3:2 | 6:4
-3:2 | \frac{3}{2}
+\text{east} | East
 """,
         r"""
 9:00 AM | 9:00 PM
@@ -487,20 +485,16 @@ f'(x) | f^{\prime}(x)
 2n, n \in \mathbb{Z} | 2n, n\in \mathbb{Z}
 \frac{\pi}{4} + k\pi | k\pi + \frac{\pi}{4}
 x = \frac{\pi}{4} + k\pi, k \in \mathbb{Z} | x = k \pi + \frac\pi4, k\in\mathbb{Z}
-|AB| = 5 | 5
 \theta = 5 | 5
 \overline{AB} = 5 | 5
-m\angle ABC = 5 | 5
 \sqrt{9} + 2 = 5 | 5
 x<1 \lor x>2 | x<1 \text{ or } x > 2
 x \in \{1,2\} | \{1,2\}
 \text{no solution} | \emptyset
 \text{all real numbers} | \mathbb{R}
-f^{-1}(x) = \frac{x-1}{2} | \frac{x-1}{2}
 \cos 60^\circ | \frac12
 10 \text{ m/s} | 36 \text{ km/h}
 \left[\begin{array}{c} 1 \\ 2 \end{array}\right] | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
-\max(a,b) | \max(b,a)
 3 \text{ to } 2 | 3:2
 5 \text{ feet } 3 \text{ inches} | 63 \text{ inches}
 y-1 = 2(x-3) | y = 2x-5

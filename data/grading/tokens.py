@@ -1,101 +1,121 @@
-"""The tokens of LaTeX mathematics: numbers, letters, commands, words, with the many spellings of
-one sign made one."""
+"""The text of an answer, and its tokens, with the many spellings of one sign made one."""
 
 import re
-from fractions import Fraction
 from typing import NamedTuple
 
-FUNCTIONS = ("arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log lg exp").split()
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon phi varphi chi psi"
-    " omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell".split()
-)
+from data.grading.numbers import UNITS, strip_marks, tidy
+
+FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp".split()
 
 
 class NotUnderstood(Exception):
-    """The text is no expression that this file can read."""
+    """The text is no answer that can be read in full."""
 
 
 class Token(NamedTuple):
-    """kind: number, letter, word (a function's name, or what \\text holds), command, symbol, or
-    begin / end of a matrix."""
+    """kind: number, letter, text (what \\text holds), sign (symbols, commands, functions' names),
+    or begin / end of a matrix."""
 
     kind: str
     text: str
     spaced: bool  # white space before it
 
 
-_TOKENS = re.compile(
-    r"""(?P<space>\s+)|(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(?P<environment>\\(?:begin|end)\{[a-z]*\*?\}(?:\{[clr|]*\})?)"""
-    r"""|(?P<text>\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|operatorname)\*?\s*\{[^{}]*\})|(?P<command>\\(?:[A-Za-z]+|[{}|\\]))"""
-    rf"""|(?P<word>(?<![A-Za-z])(?:{"|".join(FUNCTIONS)}|sqrt|pi|or|and|infinity|inf|base|mod)(?![A-Za-z]))|(?P<letter>[A-Za-z])"""
-    r"""|(?P<symbol><=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])""",
+_WORDS = [*FUNCTIONS, "sqrt", "pi", "or", "and", "infinity", "inf"]
+_TOKEN = re.compile(
+    r"(?P<spaced>\s*)(?:(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+    r"|\\(?P<matrix>begin|end)\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?"
+    r"|\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\*?\s*\{(?P<text>[^{}]*)\}"
+    rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{'|'.join(_WORDS)})(?![A-Za-z])"
+    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z]))"
 )
-_ALIASES = {
-    "\\cdot": "*", "\\times": "*", "\\ast": "*", "**": "^", "\\div": "/", "\\lvert": "|",
-    "\\rvert": "|", "\\vert": "|", "\\lbrace": "\\{",
-    "\\rbrace": "\\}", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
-    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">",
-    "\\ne": "!=", "\\neq": "!=", "\\vee": "\\lor", "\\wedge": "\\land", "\\colon": ":", "\\mid": "\\mid", "\\lbrack": "[",
-    "\\rbrack": "]", "\\backslash": "\\setminus", "\\varnothing": "\\emptyset",
-    "\\infin": "\\infty", "inf": "\\infty", "infinity": "\\infty",
-    "pi": "\\pi", "sqrt": "\\sqrt", "\\varepsilon": "\\epsilon", "\\varphi": "\\phi",
-    "\\dbinom": "\\binom", "\\tbinom": "\\binom",
-    "\\arcsin": "arcsin", "\\arccos": "arccos", "\\arctan": "arctan",
-}  # fmt: skip
-_UNICODE = str.maketrans({
-    "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "≤": "\\le ", "≥": "\\ge ",
-    "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ",
-    "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "θ": "\\theta ",
-    "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ",
-    "∅": "\\emptyset ", "ℝ": "\\mathbb{R} ", "²": "^2 ", "³": "^3 ",
-})  # fmt: skip
+_SPELLINGS = r"""
+* \cdot \times \ast
+^ **
+/ \div
+| \lvert \rvert \vert
+<= \le \leq \leqslant
+>= \ge \geq \geqslant
+< \lt
+> \gt
+!= \ne \neq
+\lor \vee
+\land \wedge
+\setminus \backslash
+\emptyset \varnothing
+\infty inf infinity
+\pi pi
+\sqrt sqrt
+\binom \dbinom \tbinom
+"""
+_ALIASES = {}
+for _line in _SPELLINGS.strip().splitlines():
+    _sign, *_others = _line.split()
+    _ALIASES |= dict.fromkeys(_others, _sign)
+_UNICODE = dict(zip(
+    map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
+    r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} "
+    .split("|"),
+))  # fmt: skip
 
 
 def tokens(text: str) -> list[Token]:
     """The tokens of tidy text; raises NotUnderstood at a character that is none."""
-    text = re.sub(
-        r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text.translate(_UNICODE)
-    )
-    text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)
-    text = re.sub(r"(?<![A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
-    found, at, spaced = [], 0, False
+    found, at = [], 0
     while at < len(text):
-        match = _TOKENS.match(text, at)
+        match = _TOKEN.match(text, at)
         if match is None:
             raise NotUnderstood(text[at])
-        at, kind = match.end(), match.lastgroup
-        if kind == "space":
-            spaced = True
-            continue
-        found.append(_token(kind, match[0], spaced))
-        spaced = False
+        kind, at = match.lastgroup, match.end()
+        content = match[kind]
+        if kind == "text":
+            content = content.strip()
+            if content in ("or", "and", *FUNCTIONS):
+                kind = "sign"
+            elif len(content) == 1 and content.isalpha():
+                kind = "letter"
+        elif kind == "sign":
+            content = _ALIASES.get(content, content)
+            if content[1:] in FUNCTIONS:
+                content = content[1:]
+        found.append(Token(kind, content, bool(match["spaced"])))
     return found
 
 
-def _token(kind, text, spaced):
-    if kind == "text":
-        inside = text[text.index("{") + 1 : -1].strip()
-        inside = {"or": "or", "and": "and", "i": "i", "e": "e"}.get(inside, inside)
-        if inside == "to":
-            return Token("symbol", ":", spaced)
-        if inside in ("or", "and", *FUNCTIONS):
-            return Token("word", inside, spaced)
-        return Token("letter" if len(inside) == 1 and inside.isalpha() else "text", inside, spaced)
-    text = _ALIASES.get(text, text)
-    if kind == "command" and text[1:] in FUNCTIONS:
-        return Token("word", text[1:], spaced)
-    if text in ("or", "and", *FUNCTIONS, "base", "mod"):
-        return Token("word", text, spaced)
-    if text.startswith("\\") and kind in ("command", "word"):
-        return Token("command", text, spaced)
-    return Token("symbol" if kind in ("command", "symbol") else kind, text, spaced)
+# --- text before it is tokens ---------------------------------------------------------------------
+
+_UNIT_WORDS = "|".join(name for name in UNITS if len(name) > 1 and name.isalpha())
+_LAST_UNIT = re.compile(
+    rf"(?<=[\s0-9}})])((?:(?:square|cubic|sq|units?|{_UNIT_WORDS})(?:\s+|(?=\^)|$))+)"
+    r"(?=(?:\^\{?[23]\}?)?$)"
+)
+_D = r"\{\s*((?:d|\\partial)(?:\s*\^\s*\{?[0-9]\}?)?\s*"
+_DERIVATIVE = re.compile(
+    rf"\\frac\s*{_D}(?:\\?[A-Za-z]+(?:_(?:\w|\{{\w+\}}))?)?)\s*\}}"
+    rf"\s*{_D}\\?[A-Za-z]+(?:\s*\^\s*\{{?[0-9]\}}?)?)\s*\}}"
+)
+
+
+def _opaque(match):
+    """\\frac{dM}{dt} as a symbol of its own, and not d times something."""
+    return f"\\bm{{{re.sub(r'[{} ]', '', match[1] + '/' + match[2])}}}"
 
 
 def _repeating(match):
     """0.1\\overline{6} as the fraction that it is."""
-    whole, fixed, cycle = match[1] or "0", match[2], match[3]
-    value = Fraction(
-        int(whole + fixed + cycle) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(cycle) - 1)
-    )
-    return f"({value.numerator}/{value.denominator})"
+    whole, fixed, cycle = match.groups()
+    over = int(whole + fixed + cycle) - int(whole + fixed)
+    return f"({over}/{10 ** len(fixed) * (10 ** len(cycle) - 1)})"
+
+
+def prepared(text: str) -> str:
+    """Tidy text in which each thing is written in the one way that Reader knows."""
+    text = strip_marks(tidy(text).translate(_UNICODE)).strip()
+    text = re.sub(r"([0-9]+)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text)
+    text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)
+    text = re.sub(r"\\text\s*\{\s*to\s*\}", ":", text)
+    text = _LAST_UNIT.sub(r"\\text{\1}", _DERIVATIVE.sub(_opaque, text))
+    if ", " in text or not re.search(r"[(\[{]", text):  # else (1,000) may be a pair
+        grouped = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])"
+        text = re.sub(grouped, lambda match: match[0].replace(",", ""), text)
+    return text

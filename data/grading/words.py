@@ -1,35 +1,34 @@
-"""Numbers in words: 'twelve', 'twenty-one', 'three hundred and five', 'one half', 'two and three
-quarters'."""
+"""Numbers in words: 'twelve', 'twenty-one', 'three hundred and five', 'two and a half'."""
 
 import re
 from fractions import Fraction
 
-_SMALL = {word: i for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-)}  # fmt: skip
-_TENS = {
-    word: 10 * i
-    for i, word in enumerate(
-        "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
-    )
-}
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PARTS = {"half": 2, "halves": 2}
-for _i, _word in enumerate("third quarter fifth sixth seventh eighth ninth tenth".split(), start=3):
-    _PARTS[_word] = _PARTS[_word + "s"] = _i
-_PARTS["fourth"] = _PARTS["fourths"] = 4
-NUMBER_WORDS = {
-    *_SMALL,
-    *_TENS,
-    *_SCALES,
-    *_PARTS,
-    "hundred",
-    "and",
-    "a",
-    "an",
-    "minus",
-    "negative",
-}
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SCALES = "thousand million billion trillion".split()
+_PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()
+
+
+def _below_thousand():
+    names = {word: i for i, word in enumerate(_SMALL)}
+    for i, ten in enumerate(_TENS, start=2):
+        names[ten] = 10 * i
+        names |= {f"{ten} {one}": 10 * i + j for j, one in enumerate(_SMALL[1:10], start=1)}
+    for i, one in enumerate(_SMALL[1:], start=1):  # nineteen hundred, too
+        rests = {f" {rest}": value for rest, value in names.items() if 0 < value < 100} | {"": 0}
+        names |= {f"{one} hundred{rest}": 100 * i + value for rest, value in rests.items()}
+    return names
+
+
+_NAMES = _below_thousand()
+_NUMBER_WORDS = {*" ".join(_NAMES).split(), *_SCALES, "and", "a", "an", "minus", "negative"}
+_LARGE = "|".join(["hundred", *_SCALES])
+_FRACTION = re.compile(
+    rf"(?:(?P<whole>.+) and )?(?P<over>.+?) (?P<part>{'|'.join(_PARTS)}|halve|fourth)s?"
+)
 
 
 def number_in_words(text: str, unit: bool = False) -> Fraction | None:
@@ -38,68 +37,34 @@ def number_in_words(text: str, unit: bool = False) -> Fraction | None:
     if not re.fullmatch(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+)*", text.strip()):
         return None
     words = re.split(r"[\s-]+", text.strip().lower())
-    if unit and len(words) > 1 and words[-1] not in NUMBER_WORDS:
+    fraction_words = {*_PARTS, *(part + "s" for part in _PARTS), "halves", "fourths"}
+    if unit and len(words) > 1 and words[-1] not in _NUMBER_WORDS | fraction_words:
         words.pop()
-    sign = 1
-    if words[0] in ("minus", "negative"):
-        sign, words = -1, words[1:]
-    value = _mixed(words)
-    return None if value is None else sign * value
-
-
-def _mixed(words):
-    """A whole number, a fraction, or both with 'and' between them."""
-    if not words:
+    sign = -1 if words[0] in ("minus", "negative") else 1
+    spelled = " ".join(words[sign < 0 :])
+    match = _FRACTION.fullmatch(spelled)
+    if match is None:
+        value = _whole(spelled)
+        return None if value is None else sign * value
+    whole = _whole(match["whole"]) if match["whole"] else Fraction(0)
+    over = _whole(re.sub(r"^an?$", "one", match["over"]))
+    under = {"halve": 2, "fourth": 4}.get(match["part"]) or _PARTS.index(match["part"]) + 2
+    if None in (whole, over) or (whole and over >= under):
         return None
-    if words[-1] not in _PARTS:
-        return _whole(words)
-    for i in [i for i, word in enumerate(words) if word == "and"]:
-        whole, part = _whole(words[:i]), _part(words[i + 1 :])
-        if whole is not None and part is not None and part < 1:
-            return whole + part
-    return _part(words)
+    return sign * (whole + over / Fraction(under))
 
 
-def _part(words):
-    """'half', 'a half', 'two thirds'."""
-    if not words or words[-1] not in _PARTS:
-        return None
-    alone = words == ["half"] or words[:-1] in (["a"], ["an"])  # a "third" alone is an ordinal
-    over = 1 if alone else _whole(words[:-1])
-    return None if over is None else over / Fraction(_PARTS[words[-1]])
-
-
-def _whole(words):
+def _whole(text):
     """The value of a whole number's words, or None where they do not make one ('two three', 'and
     five')."""
-    total, current, allowed, last_scale = 0, None, True, 10**15
-    for i, word in enumerate(words):
-        if word in _SMALL:
-            follows_tens = i > 0 and words[i - 1] in _TENS and 0 < _SMALL[word] < 10
-            if not (allowed or follows_tens):
+    text = re.sub(rf"^a (?={_LARGE})", "one ", text)
+    rest, value = re.sub(rf"\b({_LARGE}) and (?=.)", r"\1 ", text), Fraction(0)
+    for power, scale in reversed(list(enumerate(_SCALES, start=1))):
+        head, found, behind = rest.partition(f" {scale}")
+        if found:
+            if head not in _NAMES or behind[:1].strip():
                 return None
-            current, allowed = (current or 0) + _SMALL[word], False
-        elif word in _TENS:
-            if not allowed:
-                return None
-            current, allowed = (current or 0) + _TENS[word], False
-        elif word == "hundred":
-            if (
-                i == 0
-                or words[i - 1] not in _SMALL
-                and words[i - 1] != "a"
-                or not 0 < (current or 1) < 20
-            ):
-                return None
-            current, allowed = (current or 1) * 100, True
-        elif word in _SCALES:
-            if i == 0 or _SCALES[word] >= last_scale or (current is None and words[i - 1] != "a"):
-                return None
-            last_scale = _SCALES[word]
-            total, current, allowed = total + (current or 1) * last_scale, None, True
-        elif word == "and":
-            if i == 0 or i == len(words) - 1 or words[i - 1] not in (*_SCALES, "hundred"):
-                return None
-        elif word != "a" or i > 0 or len(words) == 1 or words[1] not in (*_SCALES, "hundred"):
-            return None
-    return Fraction(total + (current or 0)) if words else None
+            value, rest = value + _NAMES[head] * 1000**power, behind.strip()
+            if not rest:
+                return value
+    return value + _NAMES[rest] if rest in _NAMES else None

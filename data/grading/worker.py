@@ -80,11 +80,13 @@ class MathWorker:
         ):
             return True
         self.close()
-        self._process, self._owner = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms, and with it a verdict, may follow the hash seed
+        # sympy's order of terms, and with it a verdict, may follow the hash seed
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is the run's to handle
-        ), os.getpid()  # fmt: skip
+        )  # fmt: skip
+        self._owner = os.getpid()
         ready, _ = self._exchange(None, START_LIMIT)
         self.missing = ready == [False]
         return ready is not None
