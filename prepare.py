@@ -189,8 +189,10 @@ def training_record(cfg, dataset, student_folder, teacher_folder, reference_fold
     for name, folder in begun_from:
         before += lineage.of_checkpoint(name, folder)
     examples = list(dataset.examples())
-    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}  # an endless task: its own rule keeps what it holds out apart
-    if not task_of(cfg.data):
+    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}
+    if task_of(cfg.data):
+        examples = []  # a task's own rule keeps what it holds out apart, and its problems are all much alike
+    else:
         path = find_file(cfg.data)
         entry |= {"data": cfg.data if not Path(cfg.data).exists() else f"{path.resolve().parent.name}/{path.name}"}
         with open(path, "rb") as file:

@@ -28,8 +28,8 @@ CHUNK = 20_000  # texts whose hashes are sorted together
 SAMPLED, BLOCK = 64, 4096  # blocks of a weight file, and their bytes, by which it is known again
 
 # Tokens that are hashed together, and neighbours of which one hash is kept. WINDOW is small beside
-# NGRAM so that the hashes of a question cover all of its tokens but WINDOW - 1 at either end.
-NGRAM, WINDOW = 11, 3
+# NGRAM so that the hashes of a question cover all of its tokens, but for WINDOW - 1 at either end.
+NGRAM, WINDOW = 12, 2
 SPAN = NGRAM + WINDOW - 1  # tokens of a question that is found wherever it stands
 BASE = np.uint64(0x9E3779B97F4A7C15)
 # Words, numbers, letters of other scripts, signs of mathematics. What copies of a question differ in
