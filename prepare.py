@@ -15,7 +15,7 @@ import config as configuration
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, Stream, find_file, task_of
 from data.formatter import Formatter
-from data.tasks import TASKS
+from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
 from errors import RunFailed, UserError, say
@@ -175,6 +175,7 @@ PROMPT = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs") 
 def training_record(cfg, dataset, student_folder, teacher_folder, reference_folder, resumed):
     """The Lineage of what this run will have trained: its own examples, and what was trained on before by the models that it begins from or learns
     from. Folders are None for random weights, and where there is no such model; resumed: the checkpoint that is continued, or None.
+    Of the examples all that the assistant does not say counts: the user's, the system's and tools' turns, and what the options add to every prompt.
 
     A note is printed where one of those models was trained on held-out questions."""
     begun_from = [(cfg.model, student_folder)]
@@ -188,8 +189,10 @@ def training_record(cfg, dataset, student_folder, teacher_folder, reference_fold
     for name, folder in begun_from:
         before += lineage.of_checkpoint(name, folder)
     examples = list(dataset.examples())
-    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}  # an endless task: its own rule keeps what it holds out apart
-    if not task_of(cfg.data):
+    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}
+    if task_of(cfg.data):
+        examples = []  # a task's own rule keeps what it holds out apart, and its problems are all much alike
+    else:
         path = find_file(cfg.data)
         entry |= {"data": cfg.data if not Path(cfg.data).exists() else f"{path.resolve().parent.name}/{path.name}"}
         with open(path, "rb") as file:
@@ -201,8 +204,18 @@ def training_record(cfg, dataset, student_folder, teacher_folder, reference_fold
     remembered = int(before.contains([example.question for example in dataset.held_out]).sum())
     if remembered:
         print(f"note: {remembered:,} of the {len(dataset.held_out):,} held-out questions were trained on by what this run begins from", flush=True)
-    hashes = lineage.fingerprints(m["content"] or "" for e in examples for m in e.messages if m["role"] == "user")
+    hashes = lineage.fingerprints(prompt_texts(cfg, examples))
     return before + lineage.Lineage(hashes, (entry,))
+
+
+def prompt_texts(cfg: Config, examples: list[Example]) -> Iterator[str]:
+    """All texts of the prompts: worked examples may stand in any of them."""
+    yield cfg.system_prompt
+    yield cfg.prompt_suffix
+    for example in examples:
+        for message in example.messages:
+            if message["role"] != "assistant":
+                yield message["content"] or ""
 
 
 def written_by_teacher(example):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from random import Random
 
 import numpy as np
 import pytest
@@ -69,33 +70,98 @@ def evaluated(capsys, place, *args, out="out"):
 
 # --- hashes ----------------------------------------------------------------------------------------------------------
 
-Q = "Ann has 3 figs. She eats 1 of them!\nHow many are left?"
-HOLDS = [
-    Q, Q.upper(), Q.replace(" ", "\n\t "), f"{Q}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-    f"{Q} Let's think step by step. Answer:", f"Question: {Q}\nAnswer:", f"Solve this problem.\n\n{Q}\n\nEnd with \"Answer:\".\nBe brief.",
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer "
-    f"is the answer to the problem.\n\n{Q}\n\nRemember to put your answer on its own line after \"Answer:\".",
-    f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n", f"<question>{Q}</question>",
-]  # fmt: skip
-HOLDS_NOT = [Q.replace("3", "4"), "How many are left?", "Ann has 3 figs.", "", Q[:-1] + " over?", Q.replace("figs. She", "figs, she")]
+LONG = "Ann has 3 figs. She eats 1 of them!\nHow many are left?"  # 13 tokens
+SHORT = "Simplify $\\sqrt{50} - \\sqrt{8}$."
+CODE = "What does <b>\ndo in HTML"
+WRAPPINGS = {
+    "alone": "@",
+    "R1-Zero's": "A conversation between User and Assistant. The Assistant thinks first and answers then, "
+                 "i.e., <think> thoughts </think> <answer> answer </answer>. User: @ Assistant:",
+    "four sentences": "You are good at maths. Think before you answer. Be brief. Write in English. @",
+    "five behind": "@ Think first. Then write. Check what you wrote. Be brief. Write in English.",
+    "worked examples": "Question: What is 1 + 1?\nAnswer: 2\n\n@uestion: And 2 + 1?\nAnswer: 3\n\n@uestion: @\nAnswer:",
+    "bold label": "**Question:** @\n\n**Answer:**",
+    "bold": "**@**",
+    "labels on a line": "Q: @ A:",
+    "quoted": "Solve: \"@\"",
+    "curly quotes": "Solve: \u201c@\u201d",
+    "single quotes": "Solve '@' now",
+    "suffix": "@\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "suffix without a space": "@Please reason step by step, and put your final answer within \\boxed{}.",
+    "DAPO's": "Solve the following math problem step by step. The last line of your response should be of the form "
+              "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n@\n\n"
+              "Remember to put your answer on its own line after \"Answer:\".",
+    "Alpaca's": "Below is an instruction.\n\n### Instruction:\n@\n\n### Response:",
+    "ChatML": "<|im_start|>user\n@<|im_end|>\n<|im_start|>assistant\n",
+    "DeepSeek's": "<\uff5cUser\uff5c>@<\uff5cAssistant\uff5c><think>\n",
+    "Llama's": "<s>[INST] @ [/INST]",
+    "tags": "<question>@</question>",
+    "a list": "1. @\n2. What else?",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOLDS)
-def test_a_question_is_found_whatever_stands_around_it(text):
-    record = Lineage(fingerprints(["Something else?", text]))
-    assert record.contains([Q, " ann HAS 3 figs. She eats 1 of them! How many are left?"]).all()
-    assert not record.contains([q for q in HOLDS_NOT if q not in ("How many are left?", "Ann has 3 figs.")]).any()
+@pytest.mark.parametrize("question", [LONG, SHORT, CODE])
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_a_question_is_found_whatever_stands_around_it(name, question):
+    record = Lineage(fingerprints(["Something else?", WRAPPINGS[name].replace("@", question)]))
+    assert record.contains([question]).all()
+    others = [LONG.replace("3", "4"), LONG.replace("eats 1", "eats 2"), SHORT.replace("8", "7"), "", "Who?"]
+    assert not record.contains(others).any()
 
 
-def test_a_question_with_tags_in_it_is_found():
-    question = "What does <b>\ndo in HTML"
-    for text in (question, f"{question}\nAnswer in one word.", f"Say it.\n{question}"):
+@pytest.mark.parametrize("question", [LONG, SHORT])
+@pytest.mark.parametrize("change", [
+    str.upper, str.lower, lambda q: q.replace(" ", "\n\t "), lambda q: q.replace("-", "\u2212").replace("'", "\u2019"),
+    lambda q: q.replace("$", "\\("), lambda q: q.replace("3", "\uff13"), lambda q: q.replace(". She", ", she"),
+])  # fmt: skip
+def test_a_question_is_found_in_other_characters(change, question):
+    assert Lineage(fingerprints([f"Solve it: {change(question)}\nBe brief."])).contains([question]).all()
+
+
+def test_words_with_capitals_inside_are_found_in_any_case():
+    question = "Ben has an iPhone that is 4 years old and takes the measure of pH for Mr. McDonald."
+    for text in (question, question.upper(), question.lower(), question + "Please answer."):
         assert Lineage(fingerprints([text])).contains([question]).all()
+    question = "Find all of the points on the side AC of the right triangle ABC"
+    assert Lineage(fingerprints([question + "Please answer."])).contains([question]).all()
+
+
+def random_words(random, count):
+    return [random.choice("abcdefgh") + random.choice("xyz") for _ in range(count)]
+
+
+def test_every_run_of_13_tokens_is_found_wherever_it_stands():
+    random = Random(0)
+    for length in [*range(13, 60), 300] * 4:
+        question = random_words(random, length)
+        text = random_words(random, random.randrange(40)) + question + random_words(random, random.randrange(40))
+        assert Lineage(fingerprints([" ".join(text)])).contains([" ".join(question)]).all()
+
+
+def test_a_question_with_another_token_inside_is_not_found():
+    """Whichever token it is, but for the first and the last."""
+    random = Random(1)
+    for length in range(13, 60):
+        question = random_words(random, length)
+        record = Lineage(fingerprints([" ".join(question)]))
+        others = []
+        for i in range(1, length - 1):
+            others.append(" ".join([*question[:i], "other", *question[i + 1 :]]))
+        assert record.contains([" ".join(question), *others]).tolist() == [True] + [False] * len(others)
+
+
+def test_languages_without_spaces_are_found():
+    question = "\u5c0f\u660e\u67093\u4e2a\u82f9\u679c\uff0c\u4ed6\u53c8\u4e70\u4e865\u4e2a\u3002\u4ed6\u73b0\u5728\u6709\u51e0\u4e2a\u82f9\u679c\uff1f"
+    record = Lineage(fingerprints([f"\u8bf7\u89e3\u7b54{question}\u8bf7\u9010\u6b65\u601d\u8003"]))
+    assert record.contains([question, question.replace("5", "6")]).tolist() == [True, False]
+
+
+HOLDS_NOT = [LONG.replace("3", "4"), "How many are left?", "Ann has 3 figs.", "", LONG.replace("figs", "pears")]
 
 
 @pytest.mark.parametrize("text", HOLDS_NOT)
 def test_another_question_or_a_part_of_one_is_not_taken_for_it(text):
-    assert not Lineage(fingerprints([text])).contains([Q]).any()
+    assert not Lineage(fingerprints([text])).contains([LONG]).any()
 
 
 def test_hashes_are_those_of_all_texts_in_whatever_pieces_they_are_sorted(monkeypatch):
@@ -132,8 +198,10 @@ def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkey
 def test_none_is_said_only_where_all_is_known(world, capsys):
     ran("clean", "--data=clean.jsonl")
     assert evaluated(capsys, "runs/clean") == (0, "")
-    ran("endless", "--data=word_problems")
-    assert evaluated(capsys, "runs/endless") == (0, "")
+    for data in ("word_problems", "word_problems:4"):  # they are told apart from their test problems by a rule of their own
+        folder = ran(data.replace(":", "-"), f"--data={data}")
+        assert json.loads((folder / "trained_on.json").read_text())["hashes"] == 0
+        assert evaluated(capsys, folder) == (0, "")
     checkpoint(world / "foreign" / "some-model")
     count, said = evaluated(capsys, "foreign/some-model")
     assert count is None and "gsm8k is not known" in said and "some-model" in said
@@ -148,7 +216,7 @@ def test_none_is_said_only_where_all_is_known(world, capsys):
 
 @pytest.mark.parametrize("damage,said", [
     ("no json", "r/step-1 (trained_on.json is missing)"), ("no bin", "trained_on.bin is damaged"), ("cut json", "trained_on.json is damaged"), ("cut bin", "trained_on.bin is damaged"),
-    ("other bin", "trained_on.bin is damaged"), ("a list", "trained_on.json is damaged"), ("no unknown", "trained_on.bin is damaged"), ("weights", "its weights changed"),
+    ("other bin", "trained_on.bin is damaged"), ("a list", "trained_on.json is damaged"), ("no unknown", "trained_on.bin is damaged"), ("form 1", "trained_on.json is of another version"), ("weights", "its weights changed"),
 ])  # fmt: skip
 def test_a_damaged_record_is_unknown(damage, said, capsys):
     folder = ran("r", "--data=clean.jsonl")
@@ -163,6 +231,8 @@ def test_a_damaged_record_is_unknown(damage, said, capsys):
         file.write_bytes(file.read_bytes()[:-8])
     elif damage == "other bin":
         hashes.write_bytes(bytes(len(hashes.read_bytes())))
+    elif damage == "form 1":
+        record.write_text(json.dumps(stated | {"form": 1}))
     elif damage == "a list":
         record.write_text("[]")
     else:
@@ -234,10 +304,21 @@ def test_questions_in_conversations_count_whatever_is_asked_around_them(capsys, 
         {"messages": [turn("user", QUESTIONS[1]), turn("assistant", "3"), turn("user", "Are you sure?"), turn("assistant", "Yes.")]},
         {"prompt": f"Question: {QUESTIONS[2]}\nAnswer:", "completion": " 5"},
         {"messages": [turn("user", "Hello!"), turn("assistant", QUESTIONS[3])]},  # an answer is no question
+        {"messages": [turn("system", f"Answer as here.\n{QUESTIONS[4]} 9."), turn("user", "Hm?"), turn("assistant", "1")]},
     ]
     jsonl(world / "chat.jsonl", rows)
     ran("chat", "--data=chat.jsonl")
-    assert "trained on 3 of" in evaluated(capsys, "runs/chat")[0]
+    assert "trained on 4 of" in evaluated(capsys, "runs/chat")[0]
+    ran("asked", "--data=clean.jsonl", f"--system_prompt=As here: {QUESTIONS[5]} 11.")
+    assert "trained on 1 of" in evaluated(capsys, "runs/asked")[0]
+
+
+def test_all_turns_but_the_assistants_are_prompts():
+    roles = ("system", "user", "assistant", "tool", "developer", "assistant")
+    example = Example(tuple({"role": role, "content": f"{i} {role}"} for i, role in enumerate(roles)))
+    cfg = train.Config(mode="sft", system_prompt="Be kind.", prompt_suffix=" Go.")
+    texts = list(prepare.prompt_texts(cfg, [example]))
+    assert texts == ["Be kind.", " Go.", "0 system", "1 user", "3 tool", "4 developer"]
 
 
 # --- traces --------------------------------------------------------------------------------------------------------
