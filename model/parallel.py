@@ -3,12 +3,13 @@
 import datetime
 import os
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from errors import UserError, say
+from errors import RunFailed, UserError, say
 from files import reason
 
 BUCKET_ELEMENTS = 64 << 20
@@ -182,6 +183,44 @@ def gather(value):
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def on_rank_0(rank: int, call: Callable[[], Any]) -> Any:
+    """What `call` returns on rank 0, or the error that it raises there, on every rank.
+
+    Work of rank 0 alone (a lock, a file) would otherwise fail alone: the other ranks would wait for
+    it at the next sum, and end in a traceback of the process group.
+
+    Args:
+        rank: Of this process.
+        call: Called on rank 0 only. What it returns must be picklable, and small.
+
+    Raises:
+        UserError or RunFailed as `call` does. Any other error of it is raised on rank 0, and the
+        other ranks raise a RunFailed that names it.
+    """
+    value = told = unforeseen = None
+    if rank == 0:
+        try:
+            value = call()
+        except (UserError, RunFailed) as e:
+            told = e
+        except Exception as e:  # the others must hear of it, whatever it is
+            unforeseen = e
+            told = RunFailed(f"rank 0 failed ({type(e).__name__}: {reason(e)})")
+    value, told = broadcast((value, told))
+    if unforeseen:
+        raise unforeseen
+    if told:
+        raise told
+    return value
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise the first rank's error on every rank, if one has any. error: this rank's, or None."""
+    for found in gather(error):
+        if found:
+            raise found
 
 
 def reduce_metrics(sums):

@@ -99,8 +99,7 @@ class Rollouts(Iterator):
                 fresh = self._groups(positions[self.rank :: self.world])
             except (UserError, RunFailed) as e:  # a reward of the user's, say: every rank must hear of it
                 error = e
-            if found := [e for e in parallel.gather(error) if e]:
-                raise found[0]
+            parallel.raise_on_all(error)
             drawn += fresh
             groups += (good := [g for g in fresh if not self.refills or g.teaches()])
             kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
