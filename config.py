@@ -127,6 +127,8 @@ def read_file(path):
     label, kind = f"--config {path}", path.suffix.lower()
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{label} is a folder; name the file: {path / 'config.json'}")
+    if path.is_file() and path.stat().st_size == 0 and kind not in (".json", *OTHER_FORMS):
+        return {}  # valid TOML, which sets nothing
     text = read_text(path, label)
     if kind in OTHER_FORMS:
         raise UserError(f"{label}: {OTHER_FORMS[kind]} is not read; {TOML_FORM}")

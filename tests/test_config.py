@@ -126,6 +126,13 @@ def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, 
         assert word in str(e.value)
 
 
+@pytest.mark.parametrize("name,content", [("c.toml", b""), ("c", b""), ("c.toml", b"\n# nothing\n"), ("c.toml", b"\xef\xbb\xbf")])
+def test_a_toml_file_without_a_line_sets_nothing(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    cfg, given = config.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
+    assert cfg == Example(lr=2.0) and given == {"lr"}
+
+
 def test_a_folder_as_a_file_names_the_file_in_it(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         parse("--config", str(tmp_path))
