@@ -8,6 +8,7 @@ so wandb's `${args}` and `${args_no_boolean_flags}` both work.
 import dataclasses
 import difflib
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -36,10 +37,36 @@ def with_defaults(cls, given):
     """`given` ({name: value}), and for every other knob of `cls` the default that goes with it."""
     values = {}
     for field in dataclasses.fields(cls):
-        value = field.default
-        for other, own_defaults in field.metadata["by"].items():
-            value = own_defaults.get(values[other], value)
-        values[field.name] = given.get(field.name, value)
+        values[field.name] = given.get(field.name, _default(field, values))
+    return values
+
+
+def _default(field, values):
+    """A field's default beside the `values` of the fields that are declared before it."""
+    default = field.default
+    for other, own_defaults in field.metadata["by"].items():
+        default = own_defaults.get(values[other], default)
+    return default
+
+
+def _layered(cls, layers):
+    """{name: value} of several such, later ones over earlier ones.
+
+    A layer that changes a knob which brings defaults of its own (`by`) changes these too: where an
+    earlier layer has just the default that went with the old value (as a run's config.json does,
+    which holds every knob), that is dropped, and the new value's default counts. Values that were
+    chosen stay.
+    """
+    values = {}
+    for layer in layers:
+        before, after, remaining = with_defaults(cls, values), {}, dict(values)
+        for field in dataclasses.fields(cls):
+            name = field.name
+            changed = [k for k in field.metadata["by"] if k in values and after[k] != before[k]]
+            if changed and values.get(name) == _default(field, before):
+                del remaining[name]
+            after[name] = (remaining | layer).get(name, _default(field, after))
+        values = remaining | layer
     return values
 
 
@@ -74,13 +101,18 @@ def parse(cls, argv, base=None, kept=(), together=True):
                 value = args.pop(0)
         from_argv[name] = _convert(field, value, f"--{name}")
 
-    given = {}
+    layers = []
     for file in files:
+        layers.append({})
         for name, value in read_file(file).items():
-            given[name] = _convert(_field(fields, name, f"{file}: {name}"), value, f"{file}: {name}")
-    given |= from_argv
+            where = f"{file}: {name}"
+            layers[-1][name] = _convert(_field(fields, name, where), value, where)
+    layers.append(from_argv)
     stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
-    config = cls(**with_defaults(cls, stored | given))
+    values = _layered(cls, [stored, *layers])
+    config = cls(**with_defaults(cls, values))
+    names = [name for layer in layers for name in layer if name in values]
+    given = {name: values[name] for name in names}
     for name, value in given.items():
         if name in kept and value != stored.get(name, value):
             raise UserError(f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run")
@@ -95,6 +127,8 @@ def read_file(path):
     label, kind = f"--config {path}", path.suffix.lower()
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{label} is a folder; name the file: {path / 'config.json'}")
+    if path.is_file() and path.stat().st_size == 0 and kind not in (".json", *OTHER_FORMS):
+        return {}  # valid TOML, which sets nothing
     text = read_text(path, label)
     if kind in OTHER_FORMS:
         raise UserError(f"{label}: {OTHER_FORMS[kind]} is not read; {TOML_FORM}")
@@ -172,6 +206,8 @@ def _convert(field, value, where):
             if isinstance(value, bool):
                 raise ValueError
             value = float(value)
+            if not math.isfinite(value):
+                raise UserError(f"{where}: {value} is not a number that is finite")
         elif not isinstance(value, str):
             raise ValueError
     except (ValueError, KeyError, OverflowError):

@@ -33,8 +33,9 @@ REPLIES = (
     b"Access to model",
     b"Access to dataset",
     b"Access denied",
-    b'{"error"',
 )
+# The names in a server's answer in JSON, beside "error"; a row of data has others.
+REPLY_NAMES = {"error", "errors", "message", "messages", "status", "statuscode", "code", "detail", "details", "path", "timestamp", "requestid"}
 MAGIC = (
     (b"\x1f\x8b", "gzip", "a gzip archive"),
     (b"PK\x03\x04", "zip", "a zip archive, as torch.save writes too"),
@@ -75,7 +76,7 @@ def explain(content: bytes, expected: str = "text") -> str | None:
         return ANNEX
     if start[:16].lower().startswith(MARKUP):
         return "is a web page (of an error or a login, perhaps), not the file: download it again"
-    if len(content) < HEAD and start.startswith(REPLIES):
+    if len(content) < HEAD and (start.startswith(REPLIES) or _is_error_object(start)):
         said = start.splitlines()[0][:60].decode("utf-8", "replace")
         return f"is a server's refusal ({said}), not the file: download it again"
     if not any(content):
@@ -92,6 +93,17 @@ def explain(content: bytes, expected: str = "text") -> str | None:
     if expected == "text" and (content.startswith(WIDE_MARKS) or _has_wide_letters(content)):
         return "is UTF-16 or UTF-32 text; save it as UTF-8"
     return None
+
+
+def _is_error_object(text: bytes) -> bool:
+    """Whether a whole file is one JSON object that says what went wrong, and nothing else."""
+    if not text.startswith(b"{"):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value.get("error")) and {name.lower() for name in value} <= REPLY_NAMES
 
 
 def _is_safetensors(content: bytes) -> bool:

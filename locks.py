@@ -1,9 +1,13 @@
 """A lock file that one process at a time may have, also where the file system has no locks.
 
 Where `flock` works the kernel keeps the lock, and a holder that dies gives it back. Elsewhere
-(Lustre without `-o flock`, some NFS and FUSE mounts) a file that only one process can create stands
-for it; it says who holds it, and what a dead process of this host left is taken over. Of another
-host nobody can tell whether it died: then the message names the file to delete.
+(Lustre without `-o flock`, some NFS and FUSE mounts) a second file that only one process can create
+stands for it, the soft lock; it says who holds it, and what a dead process of this host left is
+removed. Of another host nobody can tell whether it died: then the message names the file to delete.
+
+A folder may be mounted both ways on two nodes, so each kind of holder looks for the other kind: a
+holder by `flock` writes who it is into the lock file and then looks for a soft lock; a soft one
+creates its file and then looks into the lock file. Whoever comes second sees the first.
 """
 
 import contextlib
@@ -14,14 +18,14 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import SoftFileLock, Timeout
+from typing import NamedTuple
 
 from errors import UserError, say
 from files import reason
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
 SAY = 30.0  # seconds between two lines that say so
+TAKEOVER = 60.0  # seconds after which whoever was removing a dead holder's file is taken for dead too
 HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # from `flock`: another has the lock
 
 
@@ -40,37 +44,184 @@ def lock(path: Path) -> Iterator[None]:
 
     Raises Busy if another process has it, OSError if it cannot be made.
     """
-    with open(path, "w") as file:
+    with open(path, "a+", encoding="utf-8") as file:  # not "w": the file may say who holds it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            soft = None
+            has_flock = True
         except OSError as e:
             if e.errno in HELD:
                 raise Busy("another process") from None
-            soft = SoftFileLock(soft_path(path), timeout=0)
-            try:
-                soft.acquire()
-            except Timeout:
-                raise Busy(_holder(soft_path(path))) from None
-        try:
+            has_flock = False
+        with _flock_holder(file, path) if has_flock else _soft_holder(path):
             yield
-        finally:
-            if soft:
-                soft.release()
 
 
-def _holder(path: Path) -> str:
-    """Who holds a soft lock, as its file says: process id, host, start time, one a line."""
+@contextlib.contextmanager
+def _flock_holder(file, path):
+    """Inside `with`, the lock file of which this process has the flock says so."""
+    try:
+        with contextlib.suppress(OSError):  # a full disk keeps no lock away
+            file.truncate(0)
+            file.write(_record())
+            file.flush()
+        soft = soft_path(path)
+        if soft.exists() and not _remove_dead(soft):
+            raise Busy(_described(soft))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+
+
+@contextlib.contextmanager
+def _soft_holder(path):
+    """Inside `with`, a soft lock of this process stands beside the lock file `path`."""
+    soft, record = soft_path(path), _record()
+    _create_soft(soft, record)
+    try:
+        holder = _holder(path)
+        if holder and not _is_dead(holder):
+            raise Busy(_described(path))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if soft.read_text(encoding="utf-8") == record:  # not another's, after ours was deleted
+                soft.unlink()
+
+
+def _create_soft(soft, record):
+    for _ in range(2):
+        try:
+            with open(soft, "x", encoding="utf-8") as file:
+                _write_or_unlink(file, record)
+            return
+        except FileExistsError:
+            if not _remove_dead(soft):
+                break
+    raise Busy(_described(soft))
+
+
+def _write_or_unlink(file, record):
+    try:
+        file.write(record)
+        file.flush()
+    except BaseException:  # a full disk, an interrupt: nobody could tell whose an empty one is
+        Path(file.name).unlink(missing_ok=True)
+        raise
+
+
+# --- who holds a lock -------------------------------------------------------------------------
+
+
+class Holder(NamedTuple):
+    """What the file of a lock says. start: tells a process from a later one with its id."""
+
+    pid: int
+    host: str
+    start: int | None
+
+
+def _record() -> str:
+    """This process, as it is written into a lock: process id, host, start time, one a line.
+
+    It is the form of the filelock package (4.3).
+    """
+    start = _start(os.getpid())
+    lines = [str(os.getpid()), _host(), *([] if start is None else [str(start)])]
+    return "".join(line + "\n" for line in lines)
+
+
+def _holder(path: Path) -> Holder | None:
+    """Who a lock's file names; None if nobody, or if it is gone or not written yet."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []  # given back meanwhile
-    if len(lines) < 2:
+        return None
+    if len(lines) < 2 or not _is_number(lines[0]):
+        return None
+    start = int(lines[2]) if len(lines) > 2 and _is_number(lines[2]) else None
+    return Holder(int(lines[0]), lines[1], start)
+
+
+def _is_number(text):
+    return text.isascii() and text.isdigit()
+
+
+def _described(path: Path) -> str:
+    """Who holds a lock, by what its file says, and what to do about one that may be dead."""
+    holder = _holder(path)
+    if holder is None:
         return f"another process (if there is none, delete {path})"
-    pid, host = lines[:2]
-    if host == socket.gethostname():
-        return f"another process, {pid}"
-    return f"process {pid} on {host} (if it is gone, delete {path})"
+    if holder.host == _host():
+        return f"another process, {holder.pid}"
+    return f"process {holder.pid} on {holder.host} (if it is gone, delete {path})"
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Whether a holder is certainly gone: its process is of this host, and there is none, or another
+    one that began later."""
+    if holder.host != _host():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # of another user
+    now = _start(holder.pid)
+    return None not in (now, holder.start) and now != holder.start
+
+
+def _host() -> str:
+    """The name of this host; in a container its process ids are its own, and that is said too."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = OUTERMOST
+    return socket.gethostname() + ("" if namespace == OUTERMOST else f"?pidns-{namespace:x}")
+
+
+OUTERMOST = 0xEFFFFFFC  # Linux's first namespace of process ids
+
+
+def _start(pid: int) -> int | None:
+    """When a process began, in ticks since the boot, behind the boot's id; None if nobody can say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        return None
+    ticks = stat.rpartition(")")[2].split()[19]  # the name before it may hold spaces and brackets
+    return int(boot.strip().replace("-", ""), 16) << 64 | int(ticks)
+
+
+# --- what the dead left behind ----------------------------------------------------------------
+
+
+def _remove_dead(soft: Path) -> bool:
+    """Remove a soft lock whose holder is certainly dead. Returns whether it is gone now.
+
+    One process at a time may do that, and it looks again first: of two that saw a dead holder, the
+    slower one would else remove the lock that the faster one has created meanwhile.
+    """
+    holder = _holder(soft)
+    if holder is None or not _is_dead(holder):
+        return not soft.exists()
+    takeover = soft.with_name(soft.name + "-takeover")
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - takeover.stat().st_mtime > TAKEOVER:
+            takeover.unlink()
+    try:
+        takeover.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    try:
+        holder = _holder(soft)
+        if holder and _is_dead(holder):
+            soft.unlink(missing_ok=True)
+        return not soft.exists()
+    finally:
+        takeover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def embedded(cfg, rank, what, recipe, launch):
     knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
     sources = [(Path(__file__).parent / f).read_bytes() for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")]
     path = Path(cfg.runs) / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
-    if found := parallel.broadcast(finished_run(cfg.runs, knobs, whole.steps) if rank == 0 else None):
+    if found := parallel.on_rank_0(rank, functools.partial(finished_run, cfg.runs, knobs, whole.steps)):
         return found
     with only_one(path.with_suffix(".lock"), rank, f"the embedded {what}"):  # the runs of a sweep may all be the first
         if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
@@ -286,9 +286,12 @@ def prepare(cfg, held, launch):
     student_folder = embedded(cfg, rank, "student", STUDENT, launch) if distilled else student_folder
     teacher_folder = embedded(cfg, rank, "teacher", TEACHER, launch) if own_teacher else teacher_folder
     cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
-    if rank == 0:
+
+    def record():
         resumed = None if start is None else folder.step_folder(start)
         folder.lineage = training_record(cfg, dataset, student_folder, teacher_folder, origin, resumed)
+
+    parallel.on_rank_0(rank, record)
 
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     weights = student_folder if start is None or cfg.lora_rank else folder.step_folder(start)

@@ -181,16 +181,17 @@ def train(cfg, run, stop):
     spent = 0.0
 
     for step in range(start, steps + 1):
-        stopping = parallel.all_reduce_sum([bool(stop.received)], run.device)[0] > 0
+        stopping, failed = parallel.all_reduce_sum([bool(stop.received), bool(log.error)], run.device)
+        if failed:
+            raise parallel.broadcast(log.error)
         seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
             run_on = dict(rank=run.rank, world=run.world, teacher=run.teacher, vocab=run.vocab)
             log.evaluation(step, steps, *evaluate(run.model, run.dataset, run.stop_ids, sft_loss, cfg.micro_tokens, cfg.eval_tokens, **run_on))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
             state = {"source": parallel.gather(run.source.state()), "counters": counters}
-            if run.rank == 0:
-                run.folder.save(step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state)
-            parallel.barrier()
+            save = functools.partial(run.folder.save, step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state)
+            parallel.on_rank_0(run.rank, save)
         if step == steps or stopping:
             break
 
@@ -226,10 +227,17 @@ def train(cfg, run, stop):
             raise RunFailed(f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite gradient; lower --lr or look at the data")
 
     run.source.close()
+    parallel.on_rank_0(run.rank, functools.partial(finish, cfg, run, log, step, stop, stopping))
+
+
+def finish(cfg, run, log, step, stop, stopping):
+    """The last words of a run after `step`. Raises RunFailed if something of it could not be written."""
+    if log.error:
+        raise log.error
     if stopping:
         elsewhere = "" if cfg.runs == "runs" else f" --runs {cfg.runs}"
         log.say(f"stopped by {stop.received or 'a signal'} after step {step}; continue with --name {run.folder.path.name}{elsewhere} --resume")
-    elif run.rank == 0:
+    else:
         try:
             draw_curves(run.folder.path)
         except OSError as e:

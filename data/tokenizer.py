@@ -242,6 +242,8 @@ def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> 
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not name.isidentifier():
             raise UserError(f"{option}: {item.strip()!r}; write name=value,name=value or a JSON object")
+        if name in result:
+            raise UserError(f"{option}: {name} is there twice; give it one value")
         try:
             result[name] = json.loads(value.lower() if value.lower() in ("true", "false", "null", "none") else value)
         except ValueError:

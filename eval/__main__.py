@@ -152,23 +152,23 @@ def fill(job, args, model, rank, world):
     groups = [[(p, s) for p in mine[lo : lo + size] for s in range(args.n) if (p, s) not in kept] for lo in range(0, len(mine), size)]
     groups = [keys for keys in groups if keys]
     parallel.barrier()  # everyone has read what was kept
-    if rank == 0:
-        job.samples.begin(job.identity, {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
-                                         "new_tokens": job.new_tokens, "trained_on": job.trained.count, "unknown_training": job.trained.unknown,
-                                         "environment": environment()})  # fmt: skip
-    parallel.barrier()
+    about = {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
+             "new_tokens": job.new_tokens, "trained_on": job.trained.count, "unknown_training": job.trained.unknown}  # fmt: skip
+    parallel.on_rank_0(rank, lambda: job.samples.begin(job.identity, about | {"environment": environment()}))
     ready = model() if groups else None
-    clock = time.perf_counter()
-    written = write(job, args, ready, groups, rank) if groups else 0
+    clock, written, error = time.perf_counter(), 0, None
+    try:
+        written = write(job, args, ready, groups, rank) if groups else 0
+    except (OSError, UserError, RunFailed) as e:
+        error = e
+    parallel.raise_on_all(error)
     tokens, seconds = zip(*parallel.gather((written, time.perf_counter() - clock)))
     rows = job.samples.read()
     ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
     graded = judge_all(judge, [(examples[problem], rows[problem, sample]) for problem, sample in ungraded])
     for part in parallel.gather(dict(zip(ungraded, graded))):
         rows |= part
-    if rank == 0:
-        job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0)
-    parallel.barrier()
+    parallel.on_rank_0(rank, lambda: job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0))
     return {key: rows[key] for key in wanted}
 
 
@@ -286,8 +286,7 @@ def evaluate(args):
             return loaded[1]
 
         rows.append(fill(job, args, model, rank, world))
-    if rank == 0:
-        print(report(args, jobs, rows), flush=True)
+    parallel.on_rank_0(rank, lambda: print(report(args, jobs, rows), flush=True))
 
 
 def main(argv):

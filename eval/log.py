@@ -1,5 +1,6 @@
 """What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, wandb, the progress line. Silent but on rank 0."""
 
+import functools
 import itertools
 import json
 import os
@@ -9,15 +10,18 @@ import sys
 from errors import RunFailed, say
 from eval.report import environment
 from files import replace_file
+from model import parallel
 
 
 class Log:
-    """Written on rank 0 only. config: the resolved knobs, kept as config.json. resume_step: later lines are cut off (None: all)."""
+    """Written on rank 0 only. config: the resolved knobs, kept as config.json. resume_step: later lines are cut off (None: all).
+    error: the RunFailed of the first line that could not be written, on rank 0, or None: the loop tells all ranks of it at its next step."""
 
     def __init__(self, folder, config, resume_step, rank):
-        self.folder, self.rank, self.wandb = folder, rank, None
-        if rank:
-            return
+        self.folder, self.rank, self.wandb, self.error = folder, rank, None, None
+        parallel.on_rank_0(rank, functools.partial(self._open, folder, config, resume_step))
+
+    def _open(self, folder, config, resume_step):
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_back(folder / name, -1 if resume_step is None else resume_step)
         replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -39,14 +43,20 @@ class Log:
     def metrics(self, step, values):
         if self.rank:
             return
-        append(self.folder / "metrics.jsonl", json.dumps({"step": step} | values) + "\n")
+        self._append("metrics.jsonl", json.dumps({"step": step} | values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def samples(self, step, samples):
         lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
         if not self.rank and lines:
-            append(self.folder / "samples.jsonl", lines)
+            self._append("samples.jsonl", lines)
+
+    def _append(self, name, text):
+        try:
+            append(self.folder / name, text)
+        except RunFailed as e:
+            self.error = self.error or e
 
     def evaluation(self, step, steps, metrics, samples):
         self.metrics(step, metrics)

@@ -130,7 +130,7 @@ def asked_differently(ours: dict | None, theirs: dict | None) -> dict:
         return {"conditions not known": ("-" if ours else None, "-" if theirs else None)}
     conditions = [_conditions(stated) for stated in (ours, theirs)]
     differing = {name: (value, conditions[1][name]) for name, value in conditions[0].items() if value != conditions[1][name]}
-    if len(differing) > 1:
+    if any(name in differing for name in PROMPT_CONDITIONS):
         differing.pop("template", None)  # the first prompt differs by what is named already
     return differing
 

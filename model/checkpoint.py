@@ -17,6 +17,7 @@ from model import lora, parallel
 from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights of a checkpoint, in one file or in several
 ADAPTER = "adapter_config.json"  # a folder that holds it is a PEFT adapter, loaded merged into its base
 
 
@@ -43,15 +44,23 @@ def locate(name, option):
 
 
 def base_of(folder):
-    """The folder of the base that a PEFT adapter names (if it is not there: of the base that lies beside the adapter); a checkpoint's own."""
+    """The folder of the base that a PEFT adapter names, or of the base that lies beside it where it names none; a checkpoint's own.
+
+    Raises UserError where an adapter names a base that is not here and a whole model lies beside it: that may be the base, or what
+    came of merging the adapter into it, and merging twice would be a model that nobody trained.
+    """
     file = folder / ADAPTER
     if not named(file):
         return folder
     settings = read_json(file, finite=True)
     lora.check_peft(settings, file)
     name = settings.get("base_model_name_or_path") or ""
-    if (folder / "config.json").is_file() and not (name and Path(name).is_dir()):
+    has_config, here = (folder / "config.json").is_file(), bool(name) and Path(name).is_dir()
+    if has_config and (not name or here and Path(name).samefile(folder)):
         return folder
+    if has_config and not here and any(named(folder / weights) for weights in (SINGLE, INDEX)):
+        raise UserError(f"{file} names the base {name}, which is no folder here, and a whole model lies beside it: delete {ADAPTER} if the adapter "
+                        'is merged into that model, or make base_model_name_or_path "" if it is the base without it')  # fmt: skip
     if not name:
         raise UserError(f"{file}: no base_model_name_or_path; name the base's folder there, or put its config.json and weights beside it")
     base = locate(name, f"{file}: base_model_name_or_path")
@@ -141,16 +150,19 @@ class Stored(NamedTuple):
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """{our name: where it is} of a checkpoint folder's weights. Reads the files' headers only.
 
-    Raises UserError for files that are missing or not safetensors, for an index that does not fit them, and where two tensors
-    would get one name."""
+    Raises UserError for files that are missing or not safetensors, for an index that does not fit them, where a tensor is in two of
+    the files that an index names (shards of two savings, mixed up), and where two tensors would get one name."""
     files, listed = _weight_files(folder)
-    found = {}
+    keys_of, file_of, found = {}, {}, {}
     for file in files:
         with open_tensors(file) as tensors:
-            keys = list(tensors.keys())
+            keys_of[file] = list(tensors.keys())
+        for key in keys_of[file]:
+            if other := file_of.get(key):
+                raise UserError(f"{folder}: tensor {key} is in two files, {other.name} and {file.name}; download or save the checkpoint again")
+            file_of[key] = file
+    for file, keys in keys_of.items():
         for key in keys:
-            if listed.get(key, file) != file:
-                continue  # the index takes it from another file
             name = our_name(key)
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # computed
@@ -167,7 +179,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def _weight_files(folder):
     """(files, {tensor: file} as the index says, or {}): one file, or shards. Where both are there the single file counts, as it does
     for `transformers`; files that no index names are left alone."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if named(single) or not named(index):
         if wrong := unreadable(single):
             if wrong != "is not there":

@@ -263,7 +263,8 @@ def short_name(name: str, folder: Path) -> str:
 
 
 def weights_mark(folder: Path) -> str | None:
-    """A quick mark of a folder's weight files, of some blocks of each: training on, or storing them as another type, changes it. None: no weights."""
+    """A quick mark of a folder's weight files: a digest of each one's size and of SAMPLED blocks of BLOCK bytes, spread evenly over
+    it. What lies between these blocks does not change it. None: no weights."""
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:

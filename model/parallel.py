@@ -3,12 +3,13 @@
 import datetime
 import os
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from errors import UserError, say
+from errors import RunFailed, UserError, say
 from files import reason
 
 BUCKET_ELEMENTS = 64 << 20
@@ -32,12 +33,16 @@ def place() -> Place:
     """This process's place, by the variables that torchrun sets: the one reader of WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE,
     MASTER_ADDR and MASTER_PORT.
 
-    Platforms set some of them without starting anything: a WORLD_SIZE above 1 with neither a rank nor an address to meet at is one
-    process. Raises UserError where they contradict each other.
+    Platforms set some of them without starting anything: a WORLD_SIZE above 1 without a RANK, with an address to meet at or
+    without, is one process, and so is a RANK above 0 without a WORLD_SIZE. But not where a launcher says that it started several
+    tasks (LAUNCHERS): each of them would do the whole work for itself. Raises UserError then, and where the variables contradict
+    each other.
     """
     world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
     local_rank, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
     size, number = world or 1, rank or 0
+    if (size > 1 and rank is None) or (world is None and rank is not None):
+        _refuse_several_tasks(world, rank)
     if size > 1 and rank is None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         note = f"WORLD_SIZE={size}, but {', '.join(missing)} not set: this is one process of its own; torchrun starts several"
@@ -58,6 +63,39 @@ def place() -> Place:
     if local_rank is None:
         local_rank = number % max(1, torch.cuda.device_count())  # srun and mpirun tell the rank only
     return Place(number, size, local_rank, local_world or 1, "")
+
+
+class Launcher(NamedTuple):
+    """A program that starts processes, by the variables that it sets in each of them."""
+
+    name: str
+    tasks: str
+    rank: str
+    local_rank: str
+
+
+LAUNCHERS = (
+    Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    Launcher("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+def _refuse_several_tasks(world, rank):
+    """Raise UserError if one of WORLD_SIZE and RANK is missing in one of several tasks of a launcher."""
+    for launcher in LAUNCHERS:
+        tasks = os.environ.get(launcher.tasks, "").strip()
+        if not (tasks.isascii() and tasks.isdigit() and int(tasks) > 1 and os.environ.get(launcher.rank)):
+            continue
+        if rank is None:
+            found = f"WORLD_SIZE={world}, but RANK not set"
+            export = f"RANK=${launcher.rank} LOCAL_RANK=${launcher.local_rank}"
+        else:
+            found = f"RANK={rank}, but WORLD_SIZE not set"
+            export = f"WORLD_SIZE=${launcher.tasks}"
+        raise UserError(f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export {export} in each task "
+                        "(or unset it, for tasks that are processes of their own)")  # fmt: skip
 
 
 def _variable(name, least):
@@ -145,6 +183,44 @@ def gather(value):
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def on_rank_0(rank: int, call: Callable[[], Any]) -> Any:
+    """What `call` returns on rank 0, or the error that it raises there, on every rank.
+
+    Work of rank 0 alone (a lock, a file) would otherwise fail alone: the other ranks would wait for
+    it at the next sum, and end in a traceback of the process group.
+
+    Args:
+        rank: Of this process.
+        call: Called on rank 0 only. What it returns must be picklable, and small.
+
+    Raises:
+        UserError or RunFailed as `call` does. Any other error of it is raised on rank 0, and the
+        other ranks raise a RunFailed that names it.
+    """
+    value = told = unforeseen = None
+    if rank == 0:
+        try:
+            value = call()
+        except (UserError, RunFailed) as e:
+            told = e
+        except Exception as e:  # the others must hear of it, whatever it is
+            unforeseen = e
+            told = RunFailed(f"rank 0 failed ({type(e).__name__}: {reason(e)})")
+    value, told = broadcast((value, told))
+    if unforeseen:
+        raise unforeseen
+    if told:
+        raise told
+    return value
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise the first rank's error on every rank, if one has any. error: this rank's, or None."""
+    for found in gather(error):
+        if found:
+            raise found
 
 
 def reduce_metrics(sums):

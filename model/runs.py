@@ -4,6 +4,7 @@ A checkpoint appears whole or not at all: it is written beside its place, flushe
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import signal
@@ -89,41 +90,41 @@ def open_run(runs, name, mode, resume, keep, config, rank):
     moment can be resumed. A folder in which nothing was trained yet is as good as a new one.
     """
     with contextlib.ExitStack() as held:
-        path = parallel.broadcast(_choose(runs, name, mode, resume, config, held) if rank == 0 else None)
-        if isinstance(path, Exception):
-            raise path
-        folder = RunFolder(path, keep)
-        saved = parallel.broadcast(folder.steps() if rank == 0 else None)
+        choose = functools.partial(_choose, runs, name, mode, resume, config, held)
+        folder = RunFolder(parallel.on_rank_0(rank, choose), keep)
+        saved = parallel.on_rank_0(rank, folder.steps)
         yield folder, saved[-1] if resume and saved else None
 
 
 def _choose(runs, name, mode, resume, config, held):
-    """The path of the run, locked until `held` is closed; or what is wrong with it."""
+    """The path of the run, locked until `held` is closed. Raises UserError or RunFailed."""
     if name and ("/" in name or name.startswith(".")):
-        return UserError(f"--name {name} must be a plain folder name")
+        raise UserError(f"--name {name} must be a plain folder name")
     stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
     for path in (Path(runs) / n for n in names):
         try:
             if resume and not path.exists():
-                return UserError(f"--resume: there is no run {path}")
+                raise UserError(f"--resume: there is no run {path}")
             if not resume:
                 if _begun(path):
                     continue
                 (path / "checkpoints").mkdir(parents=True, exist_ok=bool(name))  # a unique name: fails if another process was first
-            held.enter_context(lock(path / ".lock"))
-            if not resume:
-                replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+            with contextlib.ExitStack() as taken:
+                taken.enter_context(lock(path / ".lock"))
+                if not resume:
+                    if _begun(path):  # another process had it, and is done
+                        continue
+                    replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+                held.push(taken.pop_all())
             return path
         except FileExistsError:
             continue
         except Busy as e:
-            return UserError(f"run {path} is in use by {e}; wait for its end or choose another --name")
+            raise UserError(f"run {path} is in use by {e}; wait for its end or choose another --name") from None
         except OSError as e:
-            return UserError(f"--runs {runs}: {path} cannot be made or opened ({reason(e)})")
-        except RunFailed as e:
-            return e
-    return UserError(f"run {path} exists; continue it with --resume or choose another --name")
+            raise UserError(f"--runs {runs}: {path} cannot be made or opened ({reason(e)})") from None
+    raise UserError(f"run {path} exists; continue it with --resume or choose another --name")
 
 
 def _begun(path):
@@ -187,13 +188,16 @@ def interrupt(number, frame=None):
 
 @contextlib.contextmanager
 def only_one(path, rank, what):
-    """Rank 0 holds a lock file that other processes wait for. what: the thing that they wait for, in a line on the terminal."""
-    if rank:
-        yield
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path} cannot be made ({reason(e)})") from None
-    with waiting_for(path, what):
+    """Rank 0 holds a lock file that other processes wait for, its own other ranks with it. what: the thing that they wait for, in a
+    line on the terminal. Raises UserError on every rank if the file cannot be made."""
+    with contextlib.ExitStack() as held:
+
+        def take():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"{path} cannot be made ({reason(e)})") from None
+            held.enter_context(waiting_for(path, what))
+
+        parallel.on_rank_0(rank, take)
         yield

@@ -86,13 +86,20 @@ def parse_reward(spec, limit, overlong=0, truncated=0.0):
         return Reward({}, load_function(path, name), spec, limit, overlong, truncated)
     parts = {}
     for item in spec.split(","):
-        part, _, weight = item.strip().partition(":")
+        part, _, text = item.strip().partition(":")
         try:
-            parts[part] = float(weight or 1)
+            weight = float(text or 1)
         except ValueError:
-            raise UserError(f"--grpo_reward {spec}: {weight!r} is not a number") from None
-        if part not in PARTS or not math.isfinite(parts[part]):
+            raise UserError(f"--grpo_reward {spec}: {text!r} is not a number") from None
+        if part not in PARTS:
             raise UserError(f"--grpo_reward {spec}: no {item.strip()!r}; choose from {', '.join(PARTS)}, or write path/to/file.py:function")
+        if not math.isfinite(weight):
+            raise UserError(f"--grpo_reward {spec}: {text} is not a number that is finite")
+        if part in parts:
+            raise UserError(f"--grpo_reward {spec}: {part} is there twice; give it one weight")
+        parts[part] = weight
+    if not any(parts.values()):
+        raise UserError(f"--grpo_reward {spec}: every weight is 0, so nothing is rewarded; give a part another weight")
     return Reward(parts, None, spec, limit, overlong, truncated)
 
 

@@ -16,7 +16,7 @@ from data.batch import Batch, Document
 from data.tasks import judge_all
 from errors import RunFailed, UserError
 from model import parallel
-from rl.advantage import group_advantages, spread
+from rl.advantage import group_advantages, kl_advantages, spread
 
 
 @dataclasses.dataclass
@@ -45,8 +45,8 @@ class Rollouts(Iterator):
     """Endless batches of `per_batch` groups over all ranks.
 
     prompt_at(position) -> (example, ids); write(prompts, seeds) -> completions; judge(example, completion) -> (reward, parts, verdict,
-    text) or None; score(documents) adds their fields of trainer log-probs in place, or None; price(document) is taken off its reward
-    (a KL to the reference, say). weighting: as in `data.batch`. A rollout
+    text) or None; score(documents) adds their fields of trainer log-probs in place, or None; price(document) is a penalty in
+    nats, a KL to the reference, that is taken off its reward on a scale of its own (`kl_advantages`). weighting: as in `data.batch`. A rollout
     serves `updates` batches, `epochs` times over. refills: how often at most groups that do not teach (`Group.teaches`) are replaced by
     fresh ones (dynamic sampling). correctness(parts) -> what a sample's reward says of its correctness; None: the whole reward.
     mask_truncated: a sample that did not stop carries no loss and counts in no divisor; its reward stays in its group's mean.
@@ -99,8 +99,7 @@ class Rollouts(Iterator):
                 fresh = self._groups(positions[self.rank :: self.world])
             except (UserError, RunFailed) as e:  # a reward of the user's, say: every rank must hear of it
                 error = e
-            if found := [e for e in parallel.gather(error) if e]:
-                raise found[0]
+            parallel.raise_on_all(error)
             drawn += fresh
             groups += (good := [g for g in fresh if not self.refills or g.teaches()])
             kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
@@ -135,14 +134,21 @@ class Rollouts(Iterator):
         ordinal = {position: i for i, position in enumerate(order)}
         for group, documents in zip(groups, made):
             if group.judged:
-                rewards = [r - (self.price(d) if self.price else 0.0) for r, d in zip(group.rewards, documents)]
-                for d, advantage in zip(documents, group_advantages(rewards, self.baseline)):
+                for d, advantage in zip(documents, self._advantages(group, documents)):
                     d.fields["advantage"] = np.full(len(d), advantage)
             for d, completion in zip(documents, group.completions):
                 if self.mask_truncated and not completion.stopped:  # not earlier: its log-probs have a price
                     d.weights[:] = 0
             batches[ordinal[group.position] * len(batches) // len(order)] += documents
         return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
+
+    def _advantages(self, group, documents):
+        """[G]: of the rewards, normalised as the baseline says; the KL is on its own scale."""
+        advantages_G = group_advantages(group.rewards, self.baseline)
+        if self.price:
+            prices = [self.price(d) for d in documents]
+            advantages_G = advantages_G + kl_advantages(prices, self.baseline)
+        return advantages_G
 
     def _documents(self, group):
         made = []

@@ -9,6 +9,7 @@ import config
 import train
 from config import knob
 from errors import UserError
+from knobs import kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,13 @@ def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, 
         assert word in str(e.value)
 
 
+@pytest.mark.parametrize("name,content", [("c.toml", b""), ("c", b""), ("c.toml", b"\n# nothing\n"), ("c.toml", b"\xef\xbb\xbf")])
+def test_a_toml_file_without_a_line_sets_nothing(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    cfg, given = config.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
+    assert cfg == Example(lr=2.0) and given == {"lr"}
+
+
 def test_a_folder_as_a_file_names_the_file_in_it(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         parse("--config", str(tmp_path))
@@ -220,3 +228,90 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
 def test_the_kls_estimate_goes_with_its_place():
     kl = lambda *args: config.parse(train.Config, ["--mode=grpo", "--grpo_beta=0.1", *args])[0].grpo_kl
     assert (kl(), kl("--grpo_kl_in=loss"), kl("--grpo_kl_in=reward"), kl("--grpo_kl=k2")) == ("k3", "k3", "k1", "k2")
+
+
+@pytest.fixture(params=["stored", "file"])
+def reuse(request, tmp_path):
+    """reuse(values, *args) -> the config of a command line over the values of a run's config.json:
+    those of a run that is resumed, or read by --config."""
+
+    def parsed(values, *args):
+        if request.param == "stored":
+            return config.parse(train.Config, list(args), values, kept(values))[0]
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values))
+        return config.parse(train.Config, ["--config", str(path), *args])[0]
+
+    return parsed
+
+
+def stored_by(*args):
+    return config.resolved(config.parse(train.Config, list(args))[0], without=("name", "resume"))
+
+
+@pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("new,brings", [
+    ("grpo", ("std", 0.2, 0.2)),
+    ("token", ("std", 0.2, 0.28)),
+    ("dr_grpo", ("mean", 0.2, 0.2)),
+    ("gspo", ("std", 3e-4, 4e-4)),
+    ("cispo", ("std", 1.0, 0.2)),
+])  # fmt: skip
+def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, new, brings, reuse):
+    def settings(values, *args):
+        cfg = reuse(values, *args)
+        return cfg.grpo_baseline, cfg.grpo_clip_low, cfg.grpo_clip_high
+
+    run = stored_by("--mode=grpo", f"--grpo_variant={old}")
+    assert settings(run, f"--grpo_variant={new}") == brings
+    assert settings(run, f"--grpo_variant={new}", "--grpo_clip_low=0.1") == (brings[0], 0.1, brings[2])
+    chosen = stored_by("--mode=grpo", f"--grpo_variant={old}", "--grpo_clip_high=0.5", "--grpo_baseline=leave_one_out")
+    assert settings(chosen, f"--grpo_variant={new}") == ("leave_one_out", brings[1], 0.5)
+    assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
+
+
+def test_other_knobs_with_defaults_of_their_own_go_along_too(reuse):
+    run = stored_by("--mode=grpo", "--grpo_beta=0.1")
+    assert run["grpo_kl"] == "k3" and reuse(run, "--grpo_kl_in=reward").grpo_kl == "k1"
+    assert reuse(run | {"grpo_kl": "k2"}, "--grpo_kl_in=reward").grpo_kl == "k2"
+    assert reuse(run, "--grpo_kl_in=loss").grpo_kl == "k3"
+
+
+def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored_by("--mode=sft", "--warmup=7", "--weight_decay=0.1") | {"data": "mine.jsonl"}))
+    sft = ["--config", str(path)]
+    # weighting is one of sft's knobs that grpo does not read: refused as ever
+    with pytest.raises(UserError, match="weighting is not read with mode=grpo"):
+        config.parse(train.Config, [*sft, "--mode=grpo"])
+    got = config.parse(train.Config, [*sft, "--mode=grpo"], together=False)[0]
+    assert (got.steps, got.batch_size, got.lr, got.schedule) == (200, 128, 3e-4, "linear")
+    assert (got.warmup, got.weight_decay, got.data) == (7, 0.1, "mine.jsonl")
+    assert config.parse(train.Config, [*sft, "--mode=kd"])[0].lr == 5e-3
+
+
+def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
+    one, two = tmp_path / "1.json", tmp_path / "2.toml"
+    one.write_text(json.dumps({"kd_divergence": "forward_kl", "batch": 3, "micro": 4}))
+    two.write_text('kd_divergence = "jsd"\n')
+    got = parse(f"--config={one}", f"--config={two}")
+    assert (got.batch, got.micro) == (1, 1), "micro follows batch, whose default changed"
+    two.write_text('kd_divergence = "jsd"\nbatch = 3\n')
+    got = parse(f"--config={one}", f"--config={two}")
+    assert (got.batch, got.micro) == (3, 4), "what the later file says itself counts"
+    one.write_text(json.dumps({"batch": 1}))
+    assert parse(f"--config={one}", "--kd_divergence=forward_kl").batch == 1, "a file that says nothing of the other knob chose its value"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_no_knob_takes_what_is_not_finite(value, tmp_path):
+    floats = [f.name for f in dataclasses.fields(train.Config) if f.type is float]
+    assert "lr" in floats and "grpo_cap" in floats and len(floats) > 15
+    for name in floats:
+        with pytest.raises(UserError, match=f"--{name}: .* is not a number that is finite"):
+            config.parse(train.Config, [f"--{name}={value}"], together=False)
+    (tmp_path / "c.toml").write_text(f"lr = {'inf' if '9' in value else value}\n")
+    (tmp_path / "c.json").write_text('{"lr": -Infinity}')
+    for name in ("c.toml", "c.json"):
+        with pytest.raises(UserError, match=f"{name}: lr: .* is not a number that is finite"):
+            config.parse(train.Config, ["--config", str(tmp_path / name)])

@@ -376,6 +376,28 @@ def test_a_comparison_says_where_the_two_were_asked_differently(tmp_path, run):
     assert kept["suffix"] == {"instruction": [" Go.", None]} and kept["twin"] == {}
 
 
+PROMPT = {"kind": "chat", "system": "", "instruction": "", "first_prompt": "<user>1+1?"}
+
+
+@pytest.mark.parametrize("prompt,sampling,said", [
+    ({}, {}, []),
+    ({"first_prompt": "[INST]1+1?"}, {}, ["template"]),
+    ({"first_prompt": "[INST]1+1?"}, {"temperature": 0.5}, ["temperature", "template"]),
+    ({"first_prompt": "[INST]1+1?"}, {"top_p": 0.5, "max_tokens": 9}, ["top_p", "max_tokens", "template"]),
+    ({"first_prompt": "<user>1+1? Go.", "instruction": " Go."}, {"temperature": 0.5}, ["instruction", "temperature"]),
+    ({"first_prompt": "1+1?", "kind": "plain"}, {}, ["prompt"]),
+    ({"first_prompt": "<user>1+1?<think>", "chat_template_kwargs": {"enable_thinking": False}}, {}, ["chat_template_kwargs"]),
+])  # fmt: skip
+def test_a_template_that_differs_is_named_unless_the_prompts_conditions_say_it(prompt, sampling, said):
+    """How samples are drawn does not explain a first prompt that differs."""
+
+    def stated(prompt, sampling):
+        conditions = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 64} | sampling
+        return {"identity": {"prompt": PROMPT | prompt} | conditions, "about": {}}
+
+    assert list(results.asked_differently(stated(prompt, sampling), stated({}, {}))) == said
+
+
 def test_answers_that_end_where_the_models_positions_do_are_stated_so(tmp_path, run):
     """The cap on new tokens is the model's, not the one that was asked for, and a pair with other caps was asked differently."""
     short, long = (checkpoint(tmp_path / name, seed=i, max_position_embeddings=n) for i, (name, n) in enumerate((("short", 90), ("long", 512))))

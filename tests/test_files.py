@@ -51,6 +51,8 @@ def zipped():
         (b"Entry not found", "Entry not found"),
         (b"404: Not Found", "404: Not Found"),
         (b'{"error":"Invalid credentials"}', "refusal"),
+        (b'{"error": {"code": 401}, "message": "no"}\n', "refusal"),
+        (b'{\n  "statusCode": 404,\n  "error": "Not Found",\n  "message": "gone"\n}', "refusal"),
         (b"", "is empty"),
         (bytes(10000), "zero bytes"),
         (gzip.compress(b"{}"), "gzip"),
@@ -78,7 +80,11 @@ def test_safetensors_under_another_name(tmp_path):
     assert files.explain((tmp_path / "tokenizer.json").read_bytes(), "safetensors") is None
 
 
-@pytest.mark.parametrize("kind,content", [("parquet", parquet()), ("gzip", gzip.compress(b"x")), ("text", b"[1]"), ("text", "ü\n".encode() * 3000)])
+@pytest.mark.parametrize("kind,content", [("parquet", parquet()), ("gzip", gzip.compress(b"x")), ("text", b"[1]"), ("text", "ü\n".encode() * 3000),
+                                          ("text", b'{"error": null, "question": "1+1?", "answer": "2"}\n'),
+                                          ("text", b'{"error": "a slip of the pen", "fix": "none"}'),
+                                          ("text", b'{"error": null}'), ("text", b'{"error": "x"}\n{"error": "y"}\n'),
+                                          ("text", b'{"error": "' + b"x" * 9000 + b'"}'), ("text", b'{"error": ')])  # fmt: skip
 def test_what_is_as_expected_is_not_explained(kind, content):
     assert files.explain(content, kind) is None and files.explain(content[: files.HEAD], kind) is None
 

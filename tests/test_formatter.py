@@ -351,7 +351,7 @@ def test_template_arguments():
     assert parse_template_kwargs("enable_thinking=false, n=3,name=x") == {"enable_thinking": False, "n": 3, "name": "x"}
     assert parse_template_kwargs('{"a": [1]}') == {"a": [1]} and parse_template_kwargs("") == {}
     assert parse_template_kwargs("a=None,b=True") == {"a": None, "b": True}
-    for bad in ("enable_thinking", "=3", "a b=1", "{", "[1]"):
+    for bad in ("enable_thinking", "=3", "a b=1", "{", "[1]", "n=3,n=4"):
         with pytest.raises(UserError, match="--chat_template_kwargs"):
             parse_template_kwargs(bad)
 

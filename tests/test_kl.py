@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from data.batch import Batch, Document
+from data.batch import WEIGHTINGS, Batch, Document
+from data.grade import Verdict
 from eval.report import read_metrics
 from losses.grpo import KL_ESTIMATES, grpo_loss
-from rl.advantage import group_advantages
+from rl.advantage import BASELINES, group_advantages, kl_advantages
+from rl.rollout import Rollouts
 from rl.score import kl_penalty
 
 IDS, STOP, BETA = 3, 2, 0.4
@@ -114,8 +118,7 @@ class Sequences:
         """The gradient of a run whose reward is −BETA · the estimate, summed over a sample."""
         documents = self.documents()
         for d in documents:
-            gaps = torch.from_numpy(d.fields["old_logp"] - d.fields["ref_logp"])
-            loss = kl_penalty(d, BETA) if estimate == "k1" else BETA * float(KL_ESTIMATES[estimate](gaps).sum())
+            loss = penalty(d, estimate, BETA)
             d.fields = {"advantage": np.full(len(d), 0.7 - loss)}  # a baseline changes nothing on average
         return self.gradient(documents)
 
@@ -167,6 +170,14 @@ def test_estimates_in_the_loss_are_gradients_of_the_next_tokens_kl(longest):
 # --- training on nothing but the KL ----------------------------------------------------------------------------------------
 
 
+def penalty(document, estimate, beta=1.0):
+    """What the KL in the reward costs a sample; by an estimate that is refused: what it would cost."""
+    if estimate == "k1":
+        return kl_penalty(document, beta)
+    gaps = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
+    return beta * float(KL_ESTIMATES[estimate](gaps).sum())
+
+
 def trained(place, estimate, seed, steps=100, groups=2, samples=8):
     """(KL of whole sequences before, after) of GRPO steps on samples whose reward is 0, at beta 1."""
     world, rng = Sequences(3, seed), np.random.default_rng(seed)
@@ -176,11 +187,10 @@ def trained(place, estimate, seed, steps=100, groups=2, samples=8):
         documents, draw = [], world.sampler(rng)
         for _ in range(groups):
             group = draw(samples)
-            gaps = [torch.from_numpy(d.fields["old_logp"] - d.fields["ref_logp"]) for d in group]
-            rewards = [0.0] * samples
+            advantages_G = group_advantages([0.0] * samples, "std")
             if place == "reward":
-                rewards = [-float(KL_ESTIMATES[estimate](gap).sum()) for gap in gaps]
-            for d, advantage in zip(group, group_advantages(rewards, "std")):
+                advantages_G = advantages_G + kl_advantages([penalty(d, estimate) for d in group], "std")
+            for d, advantage in zip(group, advantages_G):
                 d.fields["advantage"] = np.full(len(d), advantage)
             documents += group
         optimizer.zero_grad()
@@ -201,6 +211,73 @@ def test_what_is_refused_does_not_take_it_down(place, estimate):
     """Or what is refused would not have to be."""
     ratios = [after / before for before, after in (trained(place, estimate, seed) for seed in range(3))]
     assert min(ratios) > 0.5 and max(ratios) > 1
+
+
+def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
+    """(gradient of a group's step with the KL in the reward, the rollout's metrics), as `Rollouts` makes
+    it. The completions are samples of the policy; the fields that it needs are written beside them."""
+    world = Sequences(3)
+    samples = len(rewards)
+    group = world.sampler(np.random.default_rng(1))(samples)
+
+    def write(prompts, seeds):
+        return [SimpleNamespace(tokens=d.tokens[1:].tolist(), logp=[0.0] * (len(d) - 1), stopped=True) for d in group]
+
+    left = list(rewards)
+
+    def judge(example, completion):
+        reward = left.pop(0)
+        return reward, {"accuracy": reward}, Verdict(reward > 0, reward > 0, True), ""
+
+    def score(documents):
+        for document, sampled in zip(documents, group):
+            document.fields |= sampled.fields
+
+    source = Rollouts(
+        lambda position: (SimpleNamespace(question="", answer=""), [0]), write, judge, score, per_batch=1, samples=samples,
+        seed=0, weighting=WEIGHTINGS["token"], baseline=baseline, price=functools.partial(kl_penalty, beta=beta),
+    )  # fmt: skip
+    batch = next(source)
+    return world.gradient(batch.documents), batch
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_kl_in_the_reward_is_proportional_to_beta(baseline):
+    """Where the task rewards are equal nothing else has a gradient, and no baseline may normalise it."""
+    one, batch = kl_gradient(1.0, baseline)
+    assert float(one.norm()) > 1e-3
+    for beta in (1e-4, 0.02, 7.0):
+        other, _ = kl_gradient(beta, baseline)
+        assert_same(other, beta * one)
+    assert kl_gradient(0.0, baseline)[0].norm() == 0
+    assert batch.metrics["rollout/spread"] == (0.0, 1) and batch.metrics["rollout/reward"] == (8.0, 8)
+
+
+@pytest.mark.parametrize("baseline,of_rewards,times", [
+    ("std", 1 / (math.sqrt(4 / 3) + 1e-4), 1.0),  # rewards 1 −1 −1 1: mean 0, variance over G − 1: 4/3
+    ("mean", 1.0, 1.0),
+    ("leave_one_out", 4 / 3, 4 / 3),
+])  # fmt: skip
+def test_advantages_of_rewards_and_penalties_by_hand(baseline, of_rewards, times):
+    rewards, penalties = [1.0, -1.0, -1.0, 1.0], [0.5, 0.1, -0.3, 0.1]  # mean penalty 0.1
+    got = group_advantages(rewards, baseline) + kl_advantages(penalties, baseline)
+    from_kl = [-0.4 * times, 0.0, 0.4 * times, 0.0]
+    assert got == pytest.approx([sign * of_rewards + kl for sign, kl in zip((1, -1, -1, 1), from_kl)], rel=1e-12)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
+    """By the definition, from the samples' log-probs; penalties are small beside the rewards' deviation."""
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    _, batch = kl_gradient(0.1, baseline, rewards)
+    penalties = [0.1 * (d.fields["old_logp"] - d.fields["ref_logp"]).sum() for d in batch.documents]
+    deviation = np.std(rewards, ddof=1) + 1e-4 if baseline == "std" else 1.0
+    for i, d in enumerate(batch.documents):
+        others = [j for j in range(8) if j != i] if baseline == "leave_one_out" else list(range(8))
+        of_task = (rewards[i] - np.mean([rewards[j] for j in others])) / deviation
+        of_kl = penalties[i] - np.mean([penalties[j] for j in others])
+        assert d.fields["advantage"] == pytest.approx(np.full(len(d), of_task - of_kl), rel=1e-9, abs=1e-12)
+    assert np.std(penalties) > 1e-3
 
 
 @pytest.fixture(scope="module")

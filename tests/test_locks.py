@@ -78,6 +78,165 @@ def test_the_dead_of_another_host_are_named_not_taken_for_dead(tmp_path, monkeyp
         pass
 
 
+def without_exchange(monkeypatch):
+    """As NFS, Lustre, 9p and most FUSE mounts answer renameat2(RENAME_EXCHANGE), by which the filelock
+    package takes over what the dead left: who relies on it gets nothing there."""
+    exchange = pytest.importorskip("filelock._filesystem._exchange")
+    monkeypatch.setattr(exchange, "_rename_call", lambda: (lambda *_: errno.EINVAL, 2))
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """holder(error) -> a process that holds a.lock, its flock failing with this error; killed at the end."""
+    started = []
+
+    def start(name):
+        started.append(python(HOLD.format(path=str(tmp_path / "a.lock")), tmp_path, name))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK"])
+def test_the_dead_are_followed_where_files_cannot_be_exchanged(name, tmp_path, monkeypatch, holder):
+    without_flock(monkeypatch, name)
+    without_exchange(monkeypatch)
+    kill(holder(name))
+    path = tmp_path / "a.lock"
+    assert locks.soft_path(path).exists()
+    with locks.lock(path), pytest.raises(locks.Busy, match=f"another process, {os.getpid()}$"), locks.lock(path):
+        pass
+    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_whoever_removes_the_dead_does_it_alone(flock, tmp_path, monkeypatch, holder):
+    kill(holder("ENOSYS"))
+    if not flock:
+        without_flock(monkeypatch, "ENOSYS")
+    path, takeover = tmp_path / "a.lock", tmp_path / "a.lock-soft-takeover"
+    takeover.touch()
+    dead = locks.soft_path(path).read_text()
+    with pytest.raises(locks.Busy), locks.lock(path):
+        pass
+    assert locks.soft_path(path).read_text() == dead and takeover.exists()
+    os.utime(takeover, (time.time() - 61,) * 2)  # it died in the middle of it
+    with locks.lock(path):
+        pass
+    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_process_is_known_by_its_start_not_by_its_number_alone(flock, tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    soft = locks.soft_path(path)
+    with monkeypatch.context() as m:
+        without_flock(m, "ENOSYS")
+        with locks.lock(path):
+            pid, host, start = soft.read_text().splitlines()
+    ticks = int(open(f"/proc/{os.getpid()}/stat").read().rpartition(")")[2].split()[19])
+    assert int(pid) == os.getpid() and int(start) % 2**64 == ticks
+    if not flock:
+        without_flock(monkeypatch, "ENOSYS")
+    for alive in (f"{pid}\n{host}\n{start}\n", f"{pid}\n{host}\n", f"{pid}\n{host}-2\n7\n", ""):
+        soft.write_text(alive)
+        with pytest.raises(locks.Busy), locks.lock(path):
+            pass
+        assert soft.read_text() == alive
+    for dead in (f"{pid}\n{host}\n{int(start) + 1}\n", f"{2**22 + 1}\n{host}\n{start}\n", f"{10**30}\n{host}\n"):
+        soft.write_text(dead)
+        with locks.lock(path):
+            pass
+        assert not soft.exists()
+
+
+def test_a_soft_lock_that_was_deleted_and_taken_by_another_is_not_given_back(tmp_path, monkeypatch):
+    without_flock(monkeypatch, "ENOSYS")
+    soft = locks.soft_path(tmp_path / "a.lock")
+    with locks.lock(tmp_path / "a.lock"):
+        soft.write_text("4242\nnode-17\n99\n")
+    assert soft.read_text() == "4242\nnode-17\n99\n"
+
+
+# --- a folder that knows flock on one node, and not on another ------------------------------------
+
+
+def test_flock_is_no_lock_against_a_soft_holder_that_lives(tmp_path, holder):
+    path = tmp_path / "a.lock"
+    process = holder("ENOLCK")
+    with pytest.raises(locks.Busy, match=f"another process, {process.pid}"), locks.lock(path):
+        pass
+    kill(process)
+    with locks.lock(path):
+        assert not locks.soft_path(path).exists()
+    locks.soft_path(path).write_text("4242\nnode-17\n99\n")
+    with pytest.raises(locks.Busy, match=r"process 4242 on node-17 \(if it is gone, delete .*a.lock-soft\)"), locks.lock(path):
+        pass
+
+
+def test_a_soft_lock_is_none_against_a_holder_by_flock_that_lives(tmp_path, monkeypatch, holder):
+    path = tmp_path / "a.lock"
+    process = holder("")
+    without_flock(monkeypatch, "ENOLCK")
+    with pytest.raises(locks.Busy, match=f"another process, {process.pid}"), locks.lock(path):
+        pass
+    assert not locks.soft_path(path).exists()
+    kill(process)
+    assert path.read_text()  # the dead could not clear it
+    with locks.lock(path):
+        pass
+    monkeypatch.undo()
+    with locks.lock(path):
+        assert path.read_text().startswith(f"{os.getpid()}\n")
+        with pytest.raises(locks.Busy), locks.lock(path):  # who fails to get it leaves what it says
+            pass
+        assert path.read_text().startswith(f"{os.getpid()}\n")
+    assert path.read_text() == ""
+
+
+CONTEND = """
+import sys, time
+from pathlib import Path
+import locks
+folder = Path({folder!r})
+print("ready", flush=True)
+while not (folder / "go").exists():
+    time.sleep(0.001)
+won, end = 0, time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        with locks.lock(folder / "a.lock"):
+            (folder / "inside").mkdir()  # fails if another one is in
+            time.sleep(0.002)
+            (folder / "inside").rmdir()
+            won += 1
+    except locks.Busy:
+        pass
+    time.sleep(0.001)
+print(won)
+"""
+
+
+def test_of_processes_with_and_without_flock_never_two_are_in(tmp_path):
+    contenders = [python(CONTEND.format(folder=str(tmp_path)), tmp_path, name) for name in ("", "ENOSYS", "", "ENOLCK")]
+    for process in contenders:
+        assert process.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    said = [process.communicate(timeout=60)[0] for process in contenders]
+    assert all(text.strip().isdigit() for text in said), said
+    by_kind = [int(said[0]) + int(said[2]), int(said[1]) + int(said[3])]
+    assert min(by_kind) > 0, said
+    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
+
+
 RACE = """
 import sys, time
 from pathlib import Path

@@ -1,6 +1,7 @@
 """LoRA beside PEFT: outputs, gradients and files both ways; adapters that are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from model import lora
-from model.checkpoint import build_model, load_adapter, locate, read_adapter, read_config, save_adapter
+from model.checkpoint import build_model, load_adapter, locate, read_adapter, read_config, save_adapter, save_model
 from model.transformer import PRESETS
 from tests.test_lora import CONFIG, adapted, saved, shaken
 from tests.test_model import SHAPES, logits, theirs
@@ -158,11 +159,44 @@ def test_missing_damaged_and_misplaced_adapters(adapter, tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match="has no adapter_model.safetensors"):
         load()
+    (tmp_path / "three").mkdir()
+    folder = rewritten(adapter, tmp_path / "three", {"base_model_name_or_path": None})
     for file in ("config.json", "model.safetensors"):  # the base beside its adapter
-        (adapter / "adapter" / file).write_bytes((adapter / "base" / file).read_bytes())
-    folder = adapter / "adapter"
-    got = load()
+        (folder / file).write_bytes((adapter / "base" / file).read_bytes())
+    for name in (None, "", str(adapter / "base"), str(folder)):
+        (folder / "adapter_config.json").write_text(json.dumps(json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": name}))
+        got = load()
+        assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "/home/somebody/base"])
+def test_an_adapter_beside_its_merged_model_is_not_merged_again(name, adapter, tmp_path):
+    """PEFT's `merge_and_unload` saved into the adapter's folder, whose base was elsewhere."""
+    folder = rewritten(adapter, tmp_path, {"base_model_name_or_path": name})
+    (tmp_path / "whole").mkdir()
+    whole = rewritten(adapter, tmp_path / "whole")
+    merged = build_model(read_config("", whole), whole, device="cpu", seed=0)
+    save_model(merged, folder, SimpleNamespace(save=str), [0])
+    for load in (lambda: locate(str(folder), "--model"), lambda: read_config("", folder)):
+        with pytest.raises(UserError, match=f"names the base {name}, .* delete adapter_config.json if .* or make base_model_name_or_path \"\"") as e:
+            load()
+        assert "\n" not in str(e.value)
+    (folder / "adapter_config.json").unlink()
+    got = build_model(read_config("", folder), folder, device="cpu", seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), merged.parameters(), strict=True))
+
+
+def test_a_config_beside_an_adapter_is_no_base(adapter, tmp_path):
+    """Some trainers leave the base's config.json with the adapter: the base is still the one that is named."""
+    folder = rewritten(adapter, tmp_path)
+    want = build_model(read_config("", folder), folder, device="cpu", seed=0)
+    (folder / "config.json").write_bytes((adapter / "base/config.json").read_bytes())
+    got = build_model(read_config("", locate(str(folder), "--model")), folder, device="cpu", seed=0)
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/away/x"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="base_model_name_or_path gone/away/x: no such folder"):
+        locate(str(folder), "--model")
 
 
 @pytest.mark.parametrize(

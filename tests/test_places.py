@@ -20,7 +20,8 @@ MEET = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    for name in parallel.VARIABLES:
+    of_launchers = [name for launcher in parallel.LAUNCHERS for name in launcher[1:]]
+    for name in (*parallel.VARIABLES, *of_launchers):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -65,6 +66,45 @@ def test_what_a_platform_sets_without_starting_anything_is_one_process_that_says
     (line,) = capsys.readouterr().out.splitlines()
     assert "one process" in line and all(f"{k}={v}" in line for k, v in variables.items() if k == "WORLD_SIZE")
     assert parallel.speaks() and environment()["ranks"] == 1
+
+
+SLURM = dict(SLURM_NTASKS="2", SLURM_PROCID="1", SLURM_LOCALID="1")
+OPEN_MPI = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0")
+
+
+@pytest.mark.parametrize(
+    "variables,words",
+    [
+        (dict(WORLD_SIZE="2", **MEET, **SLURM), r"WORLD_SIZE=2, but RANK .* 2 tasks of Slurm: .* torchrun, or export RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID"),
+        (dict(WORLD_SIZE="2") | SLURM | dict(SLURM_PROCID="0"), "tasks of Slurm"),
+        (dict(WORLD_SIZE="2", LOCAL_RANK="1", **OPEN_MPI), r"2 tasks of Open MPI: .* RANK=\$OMPI_COMM_WORLD_RANK"),
+        (dict(WORLD_SIZE="8", PMI_SIZE="8", PMI_RANK="3"), r"8 tasks of MPI: .* RANK=\$PMI_RANK"),
+        (dict(WORLD_SIZE="8", MV2_COMM_WORLD_SIZE="8", MV2_COMM_WORLD_RANK="3"), "8 tasks of MVAPICH"),
+        (dict(RANK="0", **SLURM), r"RANK=0, but WORLD_SIZE .* export WORLD_SIZE=\$SLURM_NTASKS"),
+        (dict(RANK="1", **OPEN_MPI), "RANK=1, but WORLD_SIZE"),
+    ],
+)
+def test_tasks_of_a_launcher_that_do_not_know_each_other_are_refused(variables, words, monkeypatch):
+    """Each of them would train the whole run for itself."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words) as e:
+        parallel.init("cpu")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("variables,want", [
+    (dict(WORLD_SIZE="8", SLURM_NTASKS="1", SLURM_PROCID="0"), (0, 1, 0, 1)),  # a pod or a job of one task
+    (dict(WORLD_SIZE="8", SLURM_NTASKS="4"), (0, 1, 0, 1)),  # a shell of salloc is no task
+    (dict(WORLD_SIZE="8", PMI_SIZE="", PMI_RANK="0"), (0, 1, 0, 1)),
+    (SLURM, (0, 1, 0, 1)),  # as many runs as there are tasks: nothing says that they belong together
+    (dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", **MEET, **SLURM), (1, 2, 1, 1)),
+    (dict(WORLD_SIZE="1", **SLURM), (0, 1, 0, 1)),
+])  # fmt: skip
+def test_what_a_launcher_sets_beside_a_place_that_is_clear(variables, want, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.place()[:4] == want
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from data.batch import WEIGHTINGS, constant_length
 from data.grade import Verdict
 from data.tasks import Example
+from errors import UserError
 from rl.advantage import group_advantages
 from rl.reward import parse_reward
 from rl.rollout import Mixed, Rollouts, sample_seed
@@ -172,6 +173,23 @@ def group_of(spec, samples, **more):
     assert (len(batch.documents) > 0) == group.teaches(), "a group that does not teach is replaced, here by its like: none is left"
     assert batch.metrics["rollout/correctness_spread"][0] / batch.metrics["rollout/correctness_spread"][1] == (len(set(group.correctness)) > 1)
     return group
+
+
+@pytest.mark.parametrize("spec,words", [
+    ("accuracy,accuracy", "accuracy is there twice"),
+    ("accuracy:1,format:0.5, accuracy:0.2", "accuracy is there twice"),
+    ("accuracy:0", "every weight is 0"),
+    ("accuracy:0,format:-0.0", "every weight is 0"),
+    ("accuracy:nan", "nan is not a number that is finite"),
+    ("accuracy:1,format:inf", "inf is not a number that is finite"),
+    ("accuracy:x", "'x' is not a number"),
+    ("beauty", "no 'beauty'; choose from accuracy"),
+])  # fmt: skip
+def test_rewards_that_say_nothing_or_two_things_are_refused(spec, words):
+    with pytest.raises(UserError, match=f"--grpo_reward {spec}: {words}") as e:
+        parse_reward(spec, LIMIT)
+    assert "\n" not in str(e.value)
+    assert parse_reward("accuracy:0, format:-1", LIMIT).parts == {"accuracy": 0.0, "format": -1.0}
 
 
 BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants

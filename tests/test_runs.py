@@ -1,5 +1,6 @@
 """A run's folder from the outside: who may have it, what of it survives a kill, what may change when it is resumed."""
 
+import contextlib
 import fcntl
 import json
 import signal
@@ -13,6 +14,7 @@ from eval.log import cut_back
 from eval.report import environment, read_metrics, run_of, summary
 from files import replace_file
 from model.checkpoint import build_model
+from model import runs
 from model.runs import RunFolder, open_run
 from tests.test_train import SMALL
 
@@ -216,3 +218,28 @@ def test_what_was_not_measured_is_no_number_in_the_summary(tmp_path):
     text = summary(tmp_path / "r")
     row = next(line for line in text.splitlines() if line.startswith("eval/w/accuracy"))
     assert row.split() == ["eval/w/accuracy", "-", "50.0%", "-"] and "an unknown number of tokens" in text
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_no_new_one(tmp_path, monkeypatch):
+    """Between the look at a folder and its lock the other one took it, trained, and let it go."""
+    locked = runs.lock
+
+    @contextlib.contextmanager
+    def late(path):
+        if not (path.parent / "metrics.jsonl").exists() and len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 0:
+            replace_file(path.parent / "config.json", '{"steps": 9}')
+            (path.parent / "metrics.jsonl").write_text('{"step": 9}\n')
+        with locked(path):
+            yield
+
+    monkeypatch.setattr(runs, "lock", late)
+    with pytest.raises(UserError, match="run runs/r exists; continue it with --resume"), open_run("runs", "r", "sft", False, 2, {}, 0):
+        pass
+    assert (tmp_path / "runs/r/config.json").read_text() == '{"steps": 9}'
+    with locked(tmp_path / "runs/r/.lock"):  # nobody holds it
+        pass
+    (tmp_path / "runs/r/metrics.jsonl").unlink()
+    with open_run("runs", "", "sft", False, 2, {}, 0) as (folder, start):  # without a name: the next one that is free
+        assert start is None and folder.path.name.endswith("-1")
+        (other,) = tmp_path.glob("runs/*/metrics.jsonl")
+        assert other.parent != folder.path and other.parent.name == folder.path.name.removesuffix("-1")

@@ -214,15 +214,40 @@ def test_an_index_that_does_not_fit_its_shards(shards):
         ours(folder)
 
 
-def test_a_tensor_counts_where_the_index_says_and_stray_files_do_not(shards):
+def test_stray_files_do_not_count(shards):
     folder, path, index = shards
     before = ours(folder).state_dict()
-    other = next(f for f in sorted(set(index["weight_map"].values())) if f != index["weight_map"][NORM])
-    save_file(load_file(folder / other) | {NORM: torch.full((48,), 7.0)}, folder / other, metadata={"format": "pt"})
-    save_file({"model.strange": torch.ones(1)}, folder / "optimizer.safetensors")
+    save_file({"model.strange": torch.ones(1), NORM: torch.ones(48)}, folder / "optimizer.safetensors")
     (folder / "consolidated.safetensors").write_bytes(b"")
     after = ours(folder).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tensor_in_two_shards_is_refused_by_name(shards, place):
+    """transformers takes the one of the file that it reads last, whatever the index says."""
+    folder, path, index = shards
+    other = [f for f in sorted(set(index["weight_map"].values())) if f != index["weight_map"][NORM]][place]
+    save_file(load_file(folder / other) | {NORM: torch.full((48,), 7.0)}, folder / other, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"tensor {NORM} is in two files, model-.*safetensors and model-.*safetensors; ") as e:
+        ours(folder)
+    assert other in str(e.value) and index["weight_map"][NORM] in str(e.value) and "\n" not in str(e.value)
+    file = index["weight_map"][NORM]
+    without = {key: tensor for key, tensor in load_file(folder / file).items() if key != NORM}
+    save_file(without, folder / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{file} has no tensor {NORM}, which the index says is there"):
+        ours(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen2-untied", "qwen3"])
+@pytest.mark.parametrize("size", ["5KB", "20KB", "60KB"])
+def test_shards_as_transformers_saves_them_hold_no_tensor_twice(family, size, tmp_path):
+    """Whatever their size, tied or not, and saved over an older saving in as many files."""
+    model = theirs(family)
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert agrees(tmp_path)
 
 
 def test_one_file_comes_before_a_stale_index_as_in_transformers(shards):

@@ -1,5 +1,7 @@
 """What a spawned rank runs in `test_invariance.py` and `test_rollout.py`; a module of its own so that it can be imported by name."""
 
+import contextlib
+import io
 import os
 import socket
 
@@ -25,10 +27,10 @@ def spawned(main, world, *arguments):
     return done
 
 
-def setup(world, rank, port):
+def setup(world, rank, port, patience=None):
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    parallel.init("cpu")
+    parallel.init("cpu", patience)
 
 
 def gradient(model, teacher, loss_fn, documents, micro_tokens):
@@ -64,6 +66,27 @@ def rollout_main(rank, world, port, sources, describe, batches, results):
     every = parallel.gather(told)
     if rank == 0:
         results.put(every)
+    parallel.barrier()
+    parallel.close()
+
+
+def failing_main(rank, world, port, jobs, results):
+    """jobs: [(main, argv, rank that is sabotaged, its context manager)]; rank 0 puts, for each job, every rank's (exit code, or the
+    name of what was raised; standard error)."""
+    setup(world, rank, port, patience=60)  # a rank that waits for one that failed alone gives up
+    told = []
+    for main, argv, sabotaged, sabotage in jobs:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+            if rank == sabotaged:
+                stack.enter_context(sabotage())
+            try:
+                code = main(argv)
+            except Exception as e:
+                code = type(e).__name__
+        told.append(parallel.gather((code, said.getvalue())))
+    if rank == 0:
+        results.put(told)
     parallel.barrier()
     parallel.close()
 
