@@ -1,6 +1,7 @@
 """Shared by all tests: the repository's root on the path, one thread per process, real data where it is at hand."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+
+for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup; runs that the tests start would ignore them, too
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
