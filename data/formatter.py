@@ -391,9 +391,10 @@ def _holds(text: str, said: list[str]) -> bool:
     """Whether a text holds all of these, each in a place of its own, but for white space around them; as they are or as
     JSON writes them."""
     for wanted in sorted((part.strip() for part in said), key=len, reverse=True):
-        forms = (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])
-        found = next((form for form in forms if form in text), None)
-        if found is None:
-            return False
-        text = text.replace(found, "\0", 1)
+        if wanted not in text:
+            in_json = (json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])
+            wanted = next((form for form in in_json if form in text), None)
+            if wanted is None:
+                return False
+        text = text.replace(wanted, "\0", 1)
     return True

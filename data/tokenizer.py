@@ -98,7 +98,7 @@ class Tokenizer:
     def escape(self, text: str) -> str:
         """A user's text with the control tokens' names in it marked, for `encode` to take them for characters."""
         text = text.replace(_ESCAPE, _ESCAPE + _ESCAPE)
-        return _any_of(self.control_names).sub(lambda match: match[0][0] + _ESCAPE + match[0][1:], text)
+        return self._control_pattern.sub(lambda match: match[0][0] + _ESCAPE + match[0][1:], text)
 
     def unescape(self, text: str) -> str:
         """What `escape` was given."""
@@ -116,6 +116,12 @@ class Tokenizer:
         return frozenset(names - set(_ANSWER_TAGS))
 
     @cached_property
+    def _control_pattern(self) -> re.Pattern:
+        """Any of the control names, the longest first."""
+        longest_first = sorted(self.control_names, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.token_to_id(name) for name in self.control_names)
 
@@ -126,7 +132,7 @@ class Tokenizer:
 
     def _mark_control_tokens(self, text: str) -> str:
         """The text without escapes, control tokens in the form in which `_marked_tokenizer` knows them."""
-        marked = _any_of(self.control_names).sub(lambda match: _MARK + match[0], text)
+        marked = self._control_pattern.sub(lambda match: _MARK + match[0], text)
         return self.unescape(marked)
 
     @cached_property
@@ -295,12 +301,6 @@ def _with_reasoning_names(message: dict) -> dict:
     """Templates read an assistant's reasoning under one of three names; a message carries all of them."""
     reasoning = message.get("reasoning_content")
     return message | {"reasoning": reasoning, "thinking": reasoning} if reasoning else message
-
-
-def _any_of(names: frozenset[str]) -> re.Pattern:
-    """A pattern of any of these texts, the longest first. (re keeps the compiled ones.)"""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def shared_vocabulary(a, b):
