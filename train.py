@@ -89,7 +89,7 @@ def rewarded_rollouts(cfg, run):
 
     def judge(example, completion):
         text = run.tokenizer.decode(completion.tokens, skip_special=True)
-        opened = run.dataset.formatter.opened(example)
+        opened = run.dataset.formatter.opened(example) if "format" in run.reward.parts else ""  # no other part looks at it
         return *run.reward(example, text, len(completion.tokens), completion.stopped, opened), text
 
     def score(documents):

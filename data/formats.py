@@ -213,7 +213,16 @@ def unread_columns(example: Example) -> set[str]:
     if isinstance(example.columns.get("source"), dict):  # where our own traces say that they are from
         read |= {"source"}
     unused = {name for name in GOLDS if example.answer is None and isinstance(example.columns.get(name), (list, dict))}
+    unused |= {name for name in (*QUESTIONS, *TEXTS, "solution", "instruction") if _is_passed_over(example, name)}
     return {n for n, value in example.columns.items() if (n not in read or n in unused) and not is_empty(value)}
+
+
+def _is_passed_over(example: Example, name: str) -> bool:
+    """Whether a column's text is neither in the conversation nor where the gold answer is from: another one went before it."""
+    text = example.columns.get(name)
+    if not isinstance(text, str) or any(text in (m["content"] or "") for m in example.messages):
+        return False
+    return not (name == "solution" and example.answer is not None and example.answer in text)
 
 
 def _is_alpaca(values: dict) -> bool:

@@ -126,16 +126,18 @@ class Formatter:
         """The example itself, or, where the template writes earlier turns otherwise than it trains them (Qwen3 takes
         their reasoning out), one example for each of its trained turns, with what comes before it as the prompt."""
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if not self.chat or len(turns) < 2:
+        if not self.chat or len(turns) < 2 or not self._rewrites_turns(example):
             return [example]
-        try:
-            self.segments(example)
-            return [example]
-        except RewrittenTurns:
-            pass
         self._check_untrained_turns(example)
         own = [i for i in turns if _weight(example.messages[i]) or i == turns[-1]]
         return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in own]
+
+    def _rewrites_turns(self, example: Example) -> bool:
+        try:
+            self.segments(example)
+        except RewrittenTurns:
+            return True
+        return False
 
     def documents(self, examples: list[Example]) -> list[Document]:
         """Documents in the examples' order."""

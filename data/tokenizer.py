@@ -90,9 +90,9 @@ class Tokenizer:
         return [next(marked_ids if _ESCAPE in text else plain_ids).ids for text in texts]
 
     def decode(self, ids, skip_special=False):
-        """The text of ids; skip_special leaves out control tokens, but not the tags that an answer is marked by."""
+        """The text of ids; skip_special leaves out special tokens, but not the tags that an answer is marked by."""
         if skip_special:
-            ids = [i for i in ids if i not in self._control_ids]
+            ids = [i for i in ids if i not in self._special_ids]
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def escape(self, text: str) -> str:
@@ -122,8 +122,9 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.token_to_id(name) for name in self.control_names)
+    def _special_ids(self) -> frozenset[int]:
+        added = self.json.get("added_tokens", [])
+        return frozenset(t["id"] for t in added if t.get("special") and t["content"] not in _ANSWER_TAGS)
 
     def _named_tokens(self) -> dict[str, str]:
         """Special tokens that tokenizer_config.json names, as chat templates get them."""

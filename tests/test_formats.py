@@ -141,6 +141,19 @@ def test_columns_are_there_for_reward_functions_and_the_unread_ones_are_named():
         _ = example.goal
 
 
+def test_a_column_that_another_one_goes_before_is_named():
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
+    for row, unread in (
+        ({"messages": turns, "problem": "Q?", "solution": "Another way.", "answer": "2"}, {"solution"}),
+        ({"messages": turns, "question": "Another?"}, {"question"}),
+        ({"problem": "Q?", "generated_solution": "A.", "solution": "B.", "expected_answer": "2"}, {"solution"}),
+        ({"prompt": "Q?", "completion": "A.", "solution": "So \\boxed{12}."}, set()),  # the gold answer is from it
+        ({"question": "Q?", "answer": "<<1+1=2>>2\n#### 2"}, set()),
+        ({"instruction": "Q", "input": "x", "output": "A."}, set()),
+    ):
+        assert unread_columns(to_example(row, "f:1")) == unread, row
+
+
 def test_a_prompt_of_messages_is_not_trained_on():
     shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Q?"}]
     for row in ({"prompt": shots, "completion": [{"role": "assistant", "content": "A."}]}, {"prompt": shots, "answer": "A."}):

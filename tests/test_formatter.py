@@ -275,6 +275,15 @@ def test_tags_of_an_answer_are_kept_where_the_tokenizer_calls_them_special(tiny)
     assert [int(i) for i in d.tokens].count(size) == 2
 
 
+def test_tokens_that_are_not_special_stay_in_what_is_read(tiny):
+    content = json.loads(tiny.files["tokenizer.json"])
+    content["added_tokens"].append(dict(content["added_tokens"][0], id=tiny.size, content="<|file_sep|>", special=False))
+    other = Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "the other")
+    ids = other.encode("a<|file_sep|>b<|im_end|>")
+    assert tiny.size in ids and other.decode(ids, skip_special=True) == "a<|file_sep|>b"
+    assert tiny.size not in other.encode(other.escape("a<|file_sep|>b"))
+
+
 def test_arguments_that_no_template_reads_are_refused(tiny):
     other = with_template(tiny, "reasoning")
     with pytest.raises(UserError, match="reads no 'enable_thinkin'; did you mean enable_thinking"):
