@@ -83,7 +83,9 @@ def parse(cls, argv, base=None, kept=(), together=True):
     while args:
         arg = args.pop(0)
         if not arg.startswith("--"):
-            raise UserError(f"{arg!r} is not an option; options are written --name value or --name=value")
+            raise UserError(
+                f"{arg!r} is not an option; options are written --name value or --name=value"
+            )
         name, has_value, value = arg[2:].partition("=")
         name = name.replace("-", "_")
         if name == "config":
@@ -115,7 +117,9 @@ def parse(cls, argv, base=None, kept=(), together=True):
     given = {name: values[name] for name in names}
     for name, value in given.items():
         if name in kept and value != stored.get(name, value):
-            raise UserError(f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run")
+            raise UserError(
+                f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run"
+            )
         if together and not _reads(config, fields[name]):
             raise UserError(_unread(config, fields[name]))
     return config, set(given)
@@ -143,18 +147,29 @@ def read_file(path):
             raise UserError(f"{label} looks like JSON; give it a name that ends in .json") from None
         raise UserError(f"{label}: not valid {kind[1:] or 'TOML'}: {reason(e)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{label}: expected one object of names and values, found a {type(values).__name__}")
+        raise UserError(
+            f"{label}: expected one object of names and values, found a {type(values).__name__}"
+        )
     nested = {k: v for k, v in values.items() if isinstance(v, (dict, list))}
     if nested:
         name, value = next(iter(nested.items()))
         if isinstance(value, dict) and "value" in value:
-            raise UserError(f"{label}: {name} is written as wandb writes it, {{\"value\": ...}}; write {name} = {_toml(value['value'])}, "
-                            "or name the config.json in the run's own folder, which is flat")  # fmt: skip
+            raise UserError(
+                f'{label}: {name} is written as wandb writes it, {{"value": ...}}; write {name} = {_toml(value["value"])}, '
+                "or name the config.json in the run's own folder, which is flat"
+            )
         raise UserError(f"{label}: {name} is not a plain value; the configuration is flat")
     return values
 
 
-OTHER_FORMS = {".yaml": "YAML", ".yml": "YAML", ".py": "Python", ".ini": "INI", ".cfg": "INI", ".jsonl": "a list of JSON lines"}
+OTHER_FORMS = {
+    ".yaml": "YAML",
+    ".yml": "YAML",
+    ".py": "Python",
+    ".ini": "INI",
+    ".cfg": "INI",
+    ".jsonl": "a list of JSON lines",
+}
 TOML_FORM = 'write TOML, one line for an option, as in lr = 1e-5 or data = "train.jsonl" (recipes/ has examples)'
 YAML_LINE = re.compile(r"^[\w-]+:(\s|$)", re.MULTILINE)
 
@@ -166,14 +181,21 @@ def _toml(value):
 
 def resolved(config, without=()):
     """The knobs that this run reads, no others; valid again as a `--config` file. `without`: names to leave out."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _reads(config, f) and f.name not in without}
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if _reads(config, f) and f.name not in without
+    }
 
 
 def usage(cls, program):
     """The text of --help: every knob with its default."""
     lines = [f"usage: {program} [--config file.toml] [--name value ...]", ""]
     for f in dataclasses.fields(cls):
-        only = " or".join("".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in c.items()) for c in f.metadata["only"])
+        only = " or".join(
+            "".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in c.items())
+            for c in f.metadata["only"]
+        )
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         values = [str(f.default)]
         for other, own_defaults in f.metadata["by"].items():
@@ -183,13 +205,24 @@ def usage(cls, program):
     return "\n".join(lines)
 
 
-_BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_BOOLS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 def _field(fields, name, where):
     if name not in fields:
         near = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
-        raise UserError(f"{where} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        raise UserError(
+            f"{where} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
     return fields[name]
 
 
@@ -238,7 +271,14 @@ def _reads(config, field):
 
 def _unread(config, field):
     """Why this run does not read the knob, by the condition that is nearest to holding."""
-    key, values = next(iter(min((_unmet(config, c) for c in field.metadata["only"]), key=lambda unmet: ("mode" in unmet, len(unmet))).items()))
+    key, values = next(
+        iter(
+            min(
+                (_unmet(config, c) for c in field.metadata["only"]),
+                key=lambda unmet: ("mode" in unmet, len(unmet)),
+            ).items()
+        )
+    )
     readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
     near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
     hint = f" (nearest that is: {near[0]})" if near else ""

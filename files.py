@@ -35,7 +35,20 @@ REPLIES = (
     b"Access denied",
 )
 # The names in a server's answer in JSON, beside "error"; a row of data has others.
-REPLY_NAMES = {"error", "errors", "message", "messages", "status", "statuscode", "code", "detail", "details", "path", "timestamp", "requestid"}
+REPLY_NAMES = {
+    "error",
+    "errors",
+    "message",
+    "messages",
+    "status",
+    "statuscode",
+    "code",
+    "detail",
+    "details",
+    "path",
+    "timestamp",
+    "requestid",
+}
 MAGIC = (
     (b"\x1f\x8b", "gzip", "a gzip archive"),
     (b"PK\x03\x04", "zip", "a zip archive, as torch.save writes too"),

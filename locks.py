@@ -25,7 +25,9 @@ from files import reason
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
 SAY = 30.0  # seconds between two lines that say so
-TAKEOVER = 60.0  # seconds after which whoever was removing a dead holder's file is taken for dead too
+TAKEOVER = (
+    60.0  # seconds after which whoever was removing a dead holder's file is taken for dead too
+)
 HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # from `flock`: another has the lock
 
 

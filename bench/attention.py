@@ -27,7 +27,29 @@ from kernels.attention import PackedAttention
 
 HEADS = {64: (14, 2), 128: (12, 2)}
 # tokens of GSM8K's 7,473 training rows in the Qwen2.5 chat template: every 5th percentile; the mean is 180
-GSM8K = [75, 108, 118, 126, 132, 139, 145, 151, 157, 163, 169, 176, 185, 193, 201, 211, 222, 237, 257, 287, 472]
+GSM8K = [
+    75,
+    108,
+    118,
+    126,
+    132,
+    139,
+    145,
+    151,
+    157,
+    163,
+    169,
+    176,
+    185,
+    193,
+    201,
+    211,
+    222,
+    237,
+    257,
+    287,
+    472,
+]
 LIMIT = 5e-3  # relative error of bf16 results: twice what the roundings of probabilities and results leave (output 2.0e-3, gradients 2.5e-3)
 
 
@@ -44,7 +66,10 @@ def gsm8k_lengths(tokens):
 def inputs(lengths, size, device, seed=0):
     """q, k, v and the gradient from above."""
     g = torch.Generator(device=device).manual_seed(seed)
-    dtype, (heads, kv_heads) = torch.bfloat16 if device.type == "cuda" else torch.float32, HEADS[size]
+    dtype, (heads, kv_heads) = (
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        HEADS[size],
+    )
     make = lambda n: torch.randn(sum(lengths), n, size, generator=g, device=device, dtype=dtype)
     return [make(n).requires_grad_() for n in (heads, kv_heads, kv_heads)], make(heads)
 
@@ -55,8 +80,12 @@ def exact(qkv, upstream, lengths):
     outputs, group = [], qkv[0].shape[1] // qkv[1].shape[1]
     for q, k, v in zip(*(x.split(lengths) for x in leaves), strict=True):
         score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) * q.shape[2] ** -0.5
-        score = score.masked_fill(torch.ones(len(q), len(q), device=q.device, dtype=torch.bool).triu(1), -torch.inf)
-        outputs.append(torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1)))
+        score = score.masked_fill(
+            torch.ones(len(q), len(q), device=q.device, dtype=torch.bool).triu(1), -torch.inf
+        )
+        outputs.append(
+            torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1))
+        )
     o = torch.cat(outputs)
     return o.detach(), *torch.autograd.grad(o, leaves, upstream.double())
 
@@ -68,13 +97,16 @@ def ours(qkv, upstream, lengths):
 
 @contextlib.contextmanager
 def form(name, device):
-    """"table": the configurations in use; "other": the other form of each on Hopper."""
+    """ "table": the configurations in use; "other": the other form of each on Hopper."""
     if device.type != "cuda" or name == "table":
         yield
         return
     from kernels import triton_attention
 
-    kept, triton_attention.configs_for = triton_attention.configs_for, lambda device, size: triton_attention.OTHER[size]
+    kept, triton_attention.configs_for = (
+        triton_attention.configs_for,
+        lambda device, size: triton_attention.OTHER[size],
+    )
     try:
         yield
     finally:
@@ -82,7 +114,11 @@ def form(name, device):
 
 
 def forms(device):
-    return ("table", "other") if device.type == "cuda" and torch.cuda.get_device_capability()[0] == 9 else ("table",)
+    return (
+        ("table", "other")
+        if device.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
+        else ("table",)
+    )
 
 
 def check(device, size, dry):
@@ -90,21 +126,47 @@ def check(device, size, dry):
     lengths = [0, 1, 7, 8, 9, 30] if dry else [0, 1, 127, 128, 129, 0, 63, 64, 65, 1000, 2500]
     qkv, upstream = inputs(lengths, size, device)
     got = ours(qkv, upstream, lengths)
-    errors = {name: gpu.relative_error(a, b) for name, a, b in zip(("o", "dq", "dk", "dv"), got, exact(qkv, upstream, lengths), strict=True)}
-    alone = [ours([x.detach().split(lengths)[i].requires_grad_() for x in qkv], upstream.split(lengths)[i], [n]) for i, n in enumerate(lengths) if n]
-    apart = all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*alone), got, strict=True))
+    errors = {
+        name: gpu.relative_error(a, b)
+        for name, a, b in zip(
+            ("o", "dq", "dk", "dv"), got, exact(qkv, upstream, lengths), strict=True
+        )
+    }
+    alone = [
+        ours(
+            [x.detach().split(lengths)[i].requires_grad_() for x in qkv],
+            upstream.split(lengths)[i],
+            [n],
+        )
+        for i, n in enumerate(lengths)
+        if n
+    ]
+    apart = all(
+        torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*alone), got, strict=True)
+    )
     changed = len(lengths) - 2
     poisoned = [x.detach().clone() for x in qkv]
     for x in poisoned:
         x.split(lengths)[changed].fill_(float("nan"))
     after = ours([x.requires_grad_() for x in poisoned], upstream, lengths)
     parted = [(a.split(lengths), b.split(lengths)) for a, b in zip(got, after, strict=True)]
-    kept = all(torch.equal(a[i], b[i]) for a, b in parted for i in range(len(lengths)) if i != changed)
+    kept = all(
+        torch.equal(a[i], b[i]) for a, b in parted for i in range(len(lengths)) if i != changed
+    )
     many = [20] * 2 if dry else [2048] * 16
     qkv, upstream = inputs(many, size, device, 1)
     unequal = gpu.unequal_repeats(lambda: ours(qkv, upstream, many), 2 if dry else 100)
-    right = max(errors.values()) <= LIMIT and kept and unequal == 0 and (apart or dry)  # the reference pads: not equal to the bit
-    return dict(E=size, **errors, packed_equals_alone=apart, nan_stays_inside=kept, unequal_repeats=unequal, right=right)
+    right = (
+        max(errors.values()) <= LIMIT and kept and unequal == 0 and (apart or dry)
+    )  # the reference pads: not equal to the bit
+    return dict(
+        E=size,
+        **errors,
+        packed_equals_alone=apart,
+        nan_stays_inside=kept,
+        unequal_repeats=unequal,
+        right=right,
+    )
 
 
 def checks(device, dry):
@@ -130,7 +192,13 @@ def dense(qkv, lengths, kind):
 
     def f(q, k, v, group):
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(shaped(q), shaped(k), shaped(v), is_causal=True, enable_gqa=group).transpose(1, 2).flatten(0, 1)
+            return (
+                F.scaled_dot_product_attention(
+                    shaped(q), shaped(k), shaped(v), is_causal=True, enable_gqa=group
+                )
+                .transpose(1, 2)
+                .flatten(0, 1)
+            )
 
     return grouped_or_repeated(qkv, f)
 
@@ -144,8 +212,14 @@ def varlen(qkv, lengths):
     bounds = torch.tensor([0, *lengths], device=qkv[0].device).cumsum(0).int()
 
     def f(q, k, v, group):
-        more = dict(enable_gqa=True) if group and FLAG in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 has no flag, and groups
-        return varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), window_size=(-1, 0), **more)
+        more = (
+            dict(enable_gqa=True)
+            if group and FLAG in inspect.signature(varlen_attn).parameters
+            else {}
+        )  # torch 2.11 has no flag, and groups
+        return varlen_attn(
+            q, k, v, bounds, bounds, max(lengths), max(lengths), window_size=(-1, 0), **more
+        )
 
     return grouped_or_repeated(qkv, f)
 
@@ -157,7 +231,9 @@ def flex(qkv, lengths, compiled):
     device, tokens = qkv[0].device, sum(lengths)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     seen = lambda b, h, i, j: (i >= j) & (document[i] == document[j])
-    mask = (torch.compile(create_block_mask) if compiled else create_block_mask)(seen, None, None, tokens, tokens, device=device)
+    mask = (torch.compile(create_block_mask) if compiled else create_block_mask)(
+        seen, None, None, tokens, tokens, device=device
+    )
     attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
     def f(q, k, v, group):
@@ -182,9 +258,16 @@ def ways(lengths, device):
     attend = PackedAttention(lengths, device)
     found = {f"srlm {name}": lambda qkv: (lambda: attend(0, *qkv), qkv) for name in forms(device)}
     if len(set(lengths)) == 1:
-        kinds = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+        kinds = (
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+        )
         kinds = kinds if device.type == "cuda" else (SDPBackend.MATH,)
-        found |= {f"sdpa {kind.name.lower()}": lambda qkv, kind=kind: dense(qkv, lengths, kind) for kind in kinds}
+        found |= {
+            f"sdpa {kind.name.lower()}": lambda qkv, kind=kind: dense(qkv, lengths, kind)
+            for kind in kinds
+        }
     found["varlen_attn"] = lambda qkv: varlen(qkv, lengths)
     found["flex_attention"] = lambda qkv: flex(qkv, lengths, device.type == "cuda")
     return found
@@ -194,14 +277,25 @@ def speed(name, build, qkv, upstream, lengths, device):
     """Milliseconds and TFLOP/s of a way, forward and backward, and its distance from the first one's output."""
     heads, size = qkv[0].shape[1:]
     flops = 4 * heads * size * sum(n * (n + 1) / 2 for n in lengths)
-    with form(name.removeprefix("srlm "), device) if name.startswith("srlm") else contextlib.nullcontext():
+    with (
+        form(name.removeprefix("srlm "), device)
+        if name.startswith("srlm")
+        else contextlib.nullcontext()
+    ):
         attend, leaves = build(qkv)
         with torch.no_grad():
             forward = gpu.milliseconds(attend, device)
         o = attend()
-        backward = gpu.milliseconds(lambda: torch.autograd.grad(o, leaves, upstream, retain_graph=True), device)
+        backward = gpu.milliseconds(
+            lambda: torch.autograd.grad(o, leaves, upstream, retain_graph=True), device
+        )
     rate = lambda factor, ms: factor * flops / ms / 1e9
-    return dict(forward_ms=forward, backward_ms=backward, forward_tflops=rate(1, forward), backward_tflops=rate(2.5, backward)), o.detach()
+    return dict(
+        forward_ms=forward,
+        backward_ms=backward,
+        forward_tflops=rate(1, forward),
+        backward_tflops=rate(2.5, backward),
+    ), o.detach()
 
 
 def speeds(device, dry, minutes, rows):
@@ -217,17 +311,26 @@ def speeds(device, dry, minutes, rows):
                 if gpu.late(minutes):
                     return
                 got, why = gpu.attempt(lambda: speed(name, build, qkv, upstream, lengths, device))
-                figures, o = got or (dict.fromkeys(("forward_ms", "backward_ms", "forward_tflops", "backward_tflops")), None)
+                figures, o = got or (
+                    dict.fromkeys(
+                        ("forward_ms", "backward_ms", "forward_tflops", "backward_tflops")
+                    ),
+                    None,
+                )
                 first = o if first is None else first
                 apart = None if o is None or first is None else gpu.relative_error(o, first)
-                rows.append(dict(E=size, shape=shape, way=name) | figures | dict(apart=apart, note=why))
+                rows.append(
+                    dict(E=size, shape=shape, way=name) | figures | dict(apart=apart, note=why)
+                )
                 print(gpu.table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench.attention")
     parser.add_argument("--json", default="attention.json")
-    parser.add_argument("--only-check", action="store_true", help="checks alone; the last line is their record")
+    parser.add_argument(
+        "--only-check", action="store_true", help="checks alone; the last line is their record"
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no measurement later")
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -240,7 +343,11 @@ def main(argv=None):
     with gpu.kept(record, args.json):
         speeds(device, args.dry, args.minutes, record.setdefault("speeds", []))
         print(gpu.table(record["speeds"]))
-        record["other_assemblers"] = {} if args.dry else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.attention", 90))
+        record["other_assemblers"] = (
+            {}
+            if args.dry
+            else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.attention", 90))
+        )
     return gpu.finish(record, args.json)
 
 

@@ -30,9 +30,15 @@ EDGES = [0, 1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1000, 1023, 1024]
 def cache(lengths, size, slots, steps, device, empty=float("nan")):
     """Queries, keys, values and lengths; `empty` lies beyond the ends."""
     g = torch.Generator(device=device).manual_seed(len(lengths))
-    dtype, (heads, kv_heads) = torch.bfloat16 if device.type == "cuda" else torch.float32, HEADS[size]
+    dtype, (heads, kv_heads) = (
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        HEADS[size],
+    )
     make = lambda *shape: torch.randn(*shape, generator=g, device=device, dtype=dtype)
-    kv, length_B = make(2, len(lengths), kv_heads, slots, size), torch.tensor(lengths, device=device)
+    kv, length_B = (
+        make(2, len(lengths), kv_heads, slots, size),
+        torch.tensor(lengths, device=device),
+    )
     beyond_BS = torch.arange(slots, device=device) >= length_B.unsqueeze(1)
     kv.masked_fill_(beyond_BS[None, :, None, :, None], empty)
     return make(len(lengths), steps, heads, size), *kv, length_B
@@ -46,7 +52,9 @@ def exact(q, k, v, length_B):
             seen = length - steps + i + 1
             if seen > 0:
                 keys, values = (x[b, :, :seen].double().repeat_interleave(group, 0) for x in (k, v))
-                p = (torch.einsum("he,hse->hs", q[b, i].double(), keys) * q.shape[3] ** -0.5).softmax(1)
+                p = (
+                    torch.einsum("he,hse->hs", q[b, i].double(), keys) * q.shape[3] ** -0.5
+                ).softmax(1)
                 o[b, i] = torch.einsum("hs,hse->he", p, values)
     return o
 
@@ -76,7 +84,12 @@ def check(device, size, dry):
     q, k, v, length_B = cache(lengths, size, slots, 1, device)
     whole = decode_attention(q, k, v, length_B)
     cut = slots - 76 if not dry else slots  # a cache of another capacity
-    alone = [decode_attention(q[i : i + 1], k[i : i + 1, :, :cut], v[i : i + 1, :, :cut], length_B[i : i + 1]) for i in range(len(lengths))]
+    alone = [
+        decode_attention(
+            q[i : i + 1], k[i : i + 1, :, :cut], v[i : i + 1, :, :cut], length_B[i : i + 1]
+        )
+        for i in range(len(lengths))
+    ]
     apart = torch.equal(torch.cat(alone), whole)
     replay, (out,) = graphed(lambda: (decode_attention(q, k, v, length_B),), device)
     followed = []
@@ -87,8 +100,22 @@ def check(device, size, dry):
     empty = not out.any().item()
     case = cache([1024] * 64 if not dry else [40] * 2, size, 1100 if not dry else 80, 1, device)
     unequal = gpu.unequal_repeats(lambda: (decode_attention(*case),), 2 if dry else 100)
-    right = max(errors.values()) <= LIMIT and all(followed) and empty and unequal == 0 and (apart or dry)
-    return dict(E=size, **errors, alone_equals_batch=apart, graph_follows=all(followed), empty_is_zero=empty, unequal_repeats=unequal, right=right)
+    right = (
+        max(errors.values()) <= LIMIT
+        and all(followed)
+        and empty
+        and unequal == 0
+        and (apart or dry)
+    )
+    return dict(
+        E=size,
+        **errors,
+        alone_equals_batch=apart,
+        graph_follows=all(followed),
+        empty_is_zero=empty,
+        unequal_repeats=unequal,
+        right=right,
+    )
 
 
 def checks(device, dry):
@@ -112,7 +139,9 @@ def copy_ceiling(device, dry):
 def masked_sdpa(q, k, v, length_B):
     """What a user has in PyTorch: the whole capacity under a mask."""
     seen = torch.arange(k.shape[2], device=k.device) < length_B[:, None, None, None]
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=True
+    ).transpose(1, 2)
 
 
 def speeds(device, dry):
@@ -120,9 +149,16 @@ def speeds(device, dry):
     layers, context = (2, 40) if dry else (24, 1024)
     for size in HEADS:
         for batch in (2, 3) if dry else (64, 256):
-            cases = [cache([context] * batch, size, context + 64, 1, device, empty=0.0) for _ in range(layers)]
+            cases = [
+                cache([context] * batch, size, context + 64, 1, device, empty=0.0)
+                for _ in range(layers)
+            ]
             needed = 2 * cases[0][1].element_size() * batch * HEADS[size][1] * context * size
-            for name, attend in (("srlm", decode_attention), ("reference", decode_reference), ("masked sdpa", masked_sdpa)):
+            for name, attend in (
+                ("srlm", decode_attention),
+                ("reference", decode_reference),
+                ("masked sdpa", masked_sdpa),
+            ):
 
                 def measure(attend=attend, cases=cases):
                     replay, _ = graphed(lambda: tuple(attend(*case) for case in cases), device)
@@ -130,7 +166,11 @@ def speeds(device, dry):
 
                 ms, why = gpu.attempt(measure)
                 rate = needed / ms * 1e3 if ms else None
-                figures = dict(microseconds_a_layer=ms and ms * 1e3, bytes_per_s=rate, of_copy=rate and rate / ceiling)
+                figures = dict(
+                    microseconds_a_layer=ms and ms * 1e3,
+                    bytes_per_s=rate,
+                    of_copy=rate and rate / ceiling,
+                )
                 rows.append(dict(E=size, batch=batch, way=name) | figures | dict(note=why))
             del cases
     return dict(copy_bytes_per_s=ceiling, decode=rows)
@@ -156,33 +196,48 @@ def engine(device, dry):
 
     config, n, new = (PRESETS["tiny"], 3, 6) if dry else (PRESETS["qwen2.5-0.5b"], 256, 512)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = build_model(config, None, device=device, seed=0, weight_dtype=dtype, compute_dtype=dtype)
+    model = build_model(
+        config, None, device=device, seed=0, weight_dtype=dtype, compute_dtype=dtype
+    )
     compiled = copy.deepcopy(model)
     for block in compiled.layers if device.type == "cuda" else ():
         block.compile_halves()
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (n, 64), generator=g).tolist()
-    ours = lambda model, m: sum(len(c.tokens) for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n))
-    runs = {"srlm": lambda m: ours(model, m)} | ({"srlm, compiled": lambda m: ours(compiled, m)} if device.type == "cuda" else {})
+    ours = lambda model, m: sum(
+        len(c.tokens)
+        for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n)
+    )
+    runs = {"srlm": lambda m: ours(model, m)} | (
+        {"srlm, compiled": lambda m: ours(compiled, m)} if device.type == "cuda" else {}
+    )
     theirs, why = gpu.attempt(lambda: reference(model).to(device, dtype))
     if theirs:
         rows = torch.tensor(prompts, device=device)
         sample = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-        generated = lambda m: theirs.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=m, **sample)
+        generated = lambda m: theirs.generate(
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=m, **sample
+        )
         runs["transformers generate"] = lambda m: generated(m)[:, 64:].numel()
         if device.type == "cuda" and hasattr(theirs, "generate_batch"):
             from transformers import GenerationConfig
 
             settings = lambda m: GenerationConfig(max_new_tokens=m, eos_token_id=-1, **sample)
-            batch = lambda m: theirs.generate_batch(inputs=prompts, generation_config=settings(m), progress_bar=False)
-            runs["transformers continuous batching"] = lambda m: sum(len(r.generated_tokens) for r in batch(m).values())
+            batch = lambda m: theirs.generate_batch(
+                inputs=prompts, generation_config=settings(m), progress_bar=False
+            )
+            runs["transformers continuous batching"] = lambda m: sum(
+                len(r.generated_tokens) for r in batch(m).values()
+            )
     found = [] if theirs else [dict(way="transformers", tokens_per_s=None, seconds=None, note=why)]
     for name, f in runs.items():
         got, why = gpu.attempt(lambda: (f(4), wall(lambda: f(new), device))[1])
         seconds, tokens = got or (None, None)
         if got and tokens != n * new:  # a way that gave up on the way has no rate
             seconds, tokens, why = None, None, f"{tokens:,} tokens of {n * new:,}"
-        found.append(dict(way=name, tokens_per_s=seconds and tokens / seconds, seconds=seconds, note=why))
+        found.append(
+            dict(way=name, tokens_per_s=seconds and tokens / seconds, seconds=seconds, note=why)
+        )
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 
@@ -190,7 +245,9 @@ def engine(device, dry):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench.decode")
     parser.add_argument("--json", default="decode.json")
-    parser.add_argument("--only-check", action="store_true", help="checks alone; the last line is their record")
+    parser.add_argument(
+        "--only-check", action="store_true", help="checks alone; the last line is their record"
+    )
     parser.add_argument("--no-engine", action="store_true", help="leave the whole engine out")
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -202,14 +259,22 @@ def main(argv=None):
         return 0 if record["right"] else 1
     with gpu.kept(record, args.json):
         record |= speeds(device, args.dry)
-        print(f"copy ceiling {record['copy_bytes_per_s'] / 1e12:.2f} TB/s\n{gpu.table(record['decode'])}")
+        print(
+            f"copy ceiling {record['copy_bytes_per_s'] / 1e12:.2f} TB/s\n{gpu.table(record['decode'])}"
+        )
         if not args.no_engine:
             backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
             found, why = gpu.attempt(lambda: engine(device, args.dry))
-            record["engine"] = found or [dict(way="srlm", tokens_per_s=None, seconds=None, note=why)]
+            record["engine"] = found or [
+                dict(way="srlm", tokens_per_s=None, seconds=None, note=why)
+            ]
             print(gpu.table(record["engine"]))
         late = args.dry or gpu.late(6)
-        record["other_assemblers"] = {} if late else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.decode", 60))
+        record["other_assemblers"] = (
+            {}
+            if late
+            else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.decode", 60))
+        )
     return gpu.finish(record, args.json)
 
 

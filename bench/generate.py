@@ -29,7 +29,9 @@ def reference(model):
     from model.transformer import config_to_hf
 
     transformers.logging.set_verbosity_error()
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_to_hf(model.config, None, "float32"))).eval()
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**config_to_hf(model.config, None, "float32"))
+    ).eval()
     theirs.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
     theirs.tie_weights()
     return theirs
@@ -38,16 +40,37 @@ def reference(model):
 def run_ours(model, prompts, limit, stop_ids, batch_size):
     from model.generate import generate
 
-    return [len(c.tokens) for c in generate(model, prompts, limit, stop_ids, temperature=1.0, seeds=range(len(prompts)), batch_size=batch_size)]
+    return [
+        len(c.tokens)
+        for c in generate(
+            model,
+            prompts,
+            limit,
+            stop_ids,
+            temperature=1.0,
+            seeds=range(len(prompts)),
+            batch_size=batch_size,
+        )
+    ]
 
 
 def run_theirs(theirs, prompts, lengths, batch_size):
     for lo in range(0, len(prompts), batch_size):
-        rows, ends = torch.tensor(prompts[lo : lo + batch_size]), torch.tensor(lengths[lo : lo + batch_size])
+        rows, ends = (
+            torch.tensor(prompts[lo : lo + batch_size]),
+            torch.tensor(lengths[lo : lo + batch_size]),
+        )
         theirs.generate(
-            rows, attention_mask=torch.ones_like(rows), max_new_tokens=int(ends.max()), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            pad_token_id=0, stopping_criteria=[lambda ids, scores, ends=ends: ids.shape[1] - PROMPT >= ends],
-        )  # fmt: skip
+            rows,
+            attention_mask=torch.ones_like(rows),
+            max_new_tokens=int(ends.max()),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+            stopping_criteria=[lambda ids, scores, ends=ends: ids.shape[1] - PROMPT >= ends],
+        )
 
 
 def timed(f, *args):
@@ -66,12 +89,18 @@ def compare(name, model, theirs, prompts, limit, stop_ids, batch_size, repeats):
         print(".", end="", file=sys.stderr, flush=True)
     mean = sum(lengths) / len(lengths)
     facts = f"{name:<22}{len(prompts):>4} sequences, {mean:5.1f} tokens on average, {max(lengths):>3} at most, {batch_size:>2} rows:"
-    gain = f"{statistics.median(other):8.1f} transformers, ours {statistics.median(a / b for a, b in zip(ours, other)):.2f}x" if theirs else ""
+    gain = (
+        f"{statistics.median(other):8.1f} transformers, ours {statistics.median(a / b for a, b in zip(ours, other)):.2f}x"
+        if theirs
+        else ""
+    )
     print(f"\r{facts}{statistics.median(ours):8.1f} tokens/s {gain}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -90,8 +119,10 @@ def main():
         run_theirs(theirs, prompts[:16], [2] * 16, 16)
     hidden, logits = torch.randn(16, model.config.hidden_size), torch.empty(16, vocab)
     floor = statistics.median(timed(torch.mm, hidden, model.head_VD.t())[0] for _ in range(9))
-    print(f"{vocab:,} ids, {args.threads} threads, torch {torch.__version__}; the head's product of 16 rows: {floor * 1e3:.1f} ms, "
-          f"so at most {16 / floor:.0f} tokens/s for {len(logits)} rows by that product")  # fmt: skip
+    print(
+        f"{vocab:,} ids, {args.threads} threads, torch {torch.__version__}; the head's product of 16 rows: {floor * 1e3:.1f} ms, "
+        f"so at most {16 / floor:.0f} tokens/s for {len(logits)} rows by that product"
+    )
     compare("equal lengths", model, theirs, prompts[:16], EQUAL, [], 16, args.repeats)
     compare("ragged", model, theirs, prompts, MOST, stop_ids, 64, args.repeats)
     compare("ragged, refilled", model, theirs, prompts, MOST, stop_ids, 16, args.repeats)

@@ -20,24 +20,33 @@ def device_or_exit(dry):
     if dry:
         return torch.device("cpu")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        print("this benchmark needs an NVIDIA GPU of compute capability 8.0 or more; none is here", file=sys.stderr)
+        print(
+            "this benchmark needs an NVIDIA GPU of compute capability 8.0 or more; none is here",
+            file=sys.stderr,
+        )
         sys.exit(2)
     return torch.device("cuda")
 
 
 def environment(device):
-    record = dict(torch=torch.__version__, python=platform.python_version(), device="cpu", commit=commit())
+    record = dict(
+        torch=torch.__version__, python=platform.python_version(), device="cpu", commit=commit()
+    )
     if device.type == "cuda":
         import triton
 
-        record |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__)
+        record |= dict(
+            device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__
+        )
         record |= dict(ptxas=os.environ.get("TRITON_PTXAS_PATH", "bundled"))
     return record
 
 
 def commit():
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
 
@@ -79,7 +88,9 @@ def relative_error(got, want):
 def unequal_repeats(f, times):
     """How many of `times` more calls give other bits than the first."""
     first = [x.clone() for x in f()]
-    return sum(not all(torch.equal(a, b) for a, b in zip(first, f(), strict=True)) for _ in range(times))
+    return sum(
+        not all(torch.equal(a, b) for a, b in zip(first, f(), strict=True)) for _ in range(times)
+    )
 
 
 def other_assemblers():
@@ -87,7 +98,12 @@ def other_assemblers():
     import triton
 
     tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-    version = lambda path: subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0].strip()
+    version = lambda path: (
+        subprocess.run([path, "--version"], capture_output=True, text=True)
+        .stdout.split("release ")[-1]
+        .split(",")[0]
+        .strip()
+    )
     used = os.environ.get("TRITON_PTXAS_PATH") or os.path.join(tools, "ptxas")
     paths = [shutil.which("ptxas"), *glob.glob("/usr/local/cuda*/bin/ptxas")]
     paths += glob.glob(os.path.join(sys.prefix, "lib/python*/site-packages/nvidia/*/bin/ptxas"))
@@ -105,13 +121,24 @@ def checked_with_other_assemblers(module, limit_s=150):
     for version, path in other_assemblers().items():
         command = [sys.executable, "-m", module, "--only-check"]
         try:
-            done = subprocess.run(command, env=os.environ | {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": tempfile.mkdtemp()}, capture_output=True, text=True, timeout=limit_s)
+            done = subprocess.run(
+                command,
+                env=os.environ
+                | {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": tempfile.mkdtemp()},
+                capture_output=True,
+                text=True,
+                timeout=limit_s,
+            )
         except subprocess.TimeoutExpired:
             records[version] = dict(failed=f"not done in {limit_s} s")
             continue
         lines = done.stdout.strip().splitlines()
         good = lines and lines[-1].startswith("{")
-        records[version] = json.loads(lines[-1]) if good else dict(failed=(done.stderr.strip() or "no output").splitlines()[-1][:200])
+        records[version] = (
+            json.loads(lines[-1])
+            if good
+            else dict(failed=(done.stderr.strip() or "no output").splitlines()[-1][:200])
+        )
     return records
 
 
@@ -119,12 +146,17 @@ def checked(device, rows):
     """The record of a benchmark that begins with its checks, which are printed."""
     for row in rows:
         print(json.dumps(row), flush=True)
-    return dict(environment=environment(device), checks=rows, right=all(row["right"] for row in rows))
+    return dict(
+        environment=environment(device), checks=rows, right=all(row["right"] for row in rows)
+    )
 
 
 def tell_assemblers(records):
     for version, record in records.items():
-        print(f"ptxas {version}: {record.get('failed') or ('right' if record['right'] else 'WRONG')}", flush=True)
+        print(
+            f"ptxas {version}: {record.get('failed') or ('right' if record['right'] else 'WRONG')}",
+            flush=True,
+        )
     return records
 
 

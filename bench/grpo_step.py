@@ -28,7 +28,9 @@ SAMPLES, NEW, VOCAB_ROWS = 8, 128, 151_936
 def prompts_of(args):
     """The first two prompts as token ids, and how many ids the tokenizer has."""
     batch, vocab = load(args.data, args.tokenizer)
-    return [[int(t) for t, w in zip(d.tokens, d.weights) if not w] for d in batch.documents[:2]], vocab
+    return [
+        [int(t) for t, w in zip(d.tokens, d.weights) if not w] for d in batch.documents[:2]
+    ], vocab
 
 
 def products(config, prompt_tokens, rows, steps, chunk):
@@ -55,7 +57,11 @@ def products(config, prompt_tokens, rows, steps, chunk):
     def update():
         n = rows * steps
         body(prompt_tokens * SAMPLES + n, 3)
-        hidden, grad_hidden, grad_head = torch.zeros(n, d), torch.empty(n, d), torch.zeros(VOCAB_ROWS, d)
+        hidden, grad_hidden, grad_head = (
+            torch.zeros(n, d),
+            torch.empty(n, d),
+            torch.zeros(VOCAB_ROWS, d),
+        )
         for lo in range(0, n, chunk):
             x = hidden[lo : lo + chunk]
             z = torch.mm(x, head.t(), out=logits[: len(x)])
@@ -66,7 +72,9 @@ def products(config, prompt_tokens, rows, steps, chunk):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--repeats", type=int, default=3)
@@ -88,18 +96,38 @@ def main():
     model = build_model(PRESETS["small"], None, device="cpu", seed=0)
     optimizer = build_optimizer(model, 1e-6, (0.9, 0.95), 1e-8, 0.0)
     coin = np.random.default_rng(0)
-    judge = lambda example, completion: (float(coin.integers(2)), {}, Verdict(False, False, False), "")
-    write = lambda ids, seeds: generate(model, ids, NEW, [], vocab=vocab, temperature=1.0, seeds=seeds)
-    source = Rollouts(lambda position: (None, prompts[position % 2]), write, judge, None, per_batch=2, samples=SAMPLES, seed=0,
-                      weighting=WEIGHTINGS["token"], logged=0)  # fmt: skip
-    loss_fn = functools.partial(grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab)
+    judge = lambda example, completion: (
+        float(coin.integers(2)),
+        {},
+        Verdict(False, False, False),
+        "",
+    )
+    write = lambda ids, seeds: generate(
+        model, ids, NEW, [], vocab=vocab, temperature=1.0, seeds=seeds
+    )
+    source = Rollouts(
+        lambda position: (None, prompts[position % 2]),
+        write,
+        judge,
+        None,
+        per_batch=2,
+        samples=SAMPLES,
+        seed=0,
+        weighting=WEIGHTINGS["token"],
+        logged=0,
+    )
+    loss_fn = functools.partial(
+        grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab
+    )
     before = resident()
 
     def rollout():
         source.batch = next(source)
 
     def update():
-        forward_backward(model, None, loss_fn, source.batch, source.batch.normaliser, 8192, torch.device("cpu"))
+        forward_backward(
+            model, None, loss_fn, source.batch, source.batch.normaliser, 8192, torch.device("cpu")
+        )
         clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -107,23 +135,39 @@ def main():
     rollout(), update()  # warm-up
     peak = resident(peak=True) - before
     rollout_products, update_products = products(
-        model.config, sum(map(len, prompts)), 2 * SAMPLES, NEW, default_chunk_rows(vocab, torch.device("cpu"))
+        model.config,
+        sum(map(len, prompts)),
+        2 * SAMPLES,
+        NEW,
+        default_chunk_rows(vocab, torch.device("cpu")),
     )
-    parts = {"rollout": rollout, "update": update, "its products, rollout": rollout_products, "its products, update": update_products}
+    parts = {
+        "rollout": rollout,
+        "update": update,
+        "its products, rollout": rollout_products,
+        "its products, update": update_products,
+    }
     seconds = {name: [] for name in parts}
     for _ in range(args.repeats):
         for name, part in parts.items():
             began = time.perf_counter()
             part()
             seconds[name].append(time.perf_counter() - began)
-    print(f"{2 * SAMPLES} samples of {NEW} new tokens, prompts of {[len(p) for p in prompts]}, {vocab:,} ids, {args.threads} threads, "
-          f"torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{2 * SAMPLES} samples of {NEW} new tokens, prompts of {[len(p) for p in prompts]}, {vocab:,} ids, {args.threads} threads, "
+        f"torch {torch.__version__}"
+    )
     for name, values in seconds.items():
         print(f"{name:<24}{statistics.median(values):>8.2f} s")
     total = [a + b for a, b in zip(seconds["rollout"], seconds["update"])]
-    ratio = [t / (a + b) for t, a, b in zip(total, seconds["its products, rollout"], seconds["its products, update"])]
+    ratio = [
+        t / (a + b)
+        for t, a, b in zip(total, seconds["its products, rollout"], seconds["its products, update"])
+    ]
     tokens = 2 * SAMPLES * NEW / statistics.median(seconds["rollout"])
-    print(f"step {statistics.median(total):.2f} s, {statistics.median(ratio):.2f}x its products; peak {peak:.2f} GB; rollout {tokens:,.0f} tokens/s")
+    print(
+        f"step {statistics.median(total):.2f} s, {statistics.median(ratio):.2f}x its products; peak {peak:.2f} GB; rollout {tokens:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def load(data, tokenizer_folder):
 
     tokenizer = Tokenizer.load(tokenizer_folder)
     rows = [pair for _, pair in zip(range(8), read_rows(Path(data)))]
-    return Batch.pack(Formatter(tokenizer).documents([to_example(row, origin) for origin, row in rows])), tokenizer.size
+    return Batch.pack(
+        Formatter(tokenizer).documents([to_example(row, origin) for origin, row in rows])
+    ), tokenizer.size
 
 
 def padded(batch):
@@ -75,8 +77,18 @@ def our_step(student, teacher, batch, vocab):
     from losses.kd import kd_loss
     from train import forward_backward
 
-    loss_fn = functools.partial(kd_loss, divergence="forward_kl", beta=0.5, temperature=1.0, t_squared=False, ce=0.0, vocab=vocab)
-    sums = forward_backward(student, teacher, loss_fn, batch, batch.normaliser, 8192, torch.device("cpu"))
+    loss_fn = functools.partial(
+        kd_loss,
+        divergence="forward_kl",
+        beta=0.5,
+        temperature=1.0,
+        t_squared=False,
+        ce=0.0,
+        vocab=vocab,
+    )
+    sums = forward_backward(
+        student, teacher, loss_fn, batch, batch.normaliser, 8192, torch.device("cpu")
+    )
     return float(sums["loss"][0] / sums["loss"][1])
 
 
@@ -101,7 +113,10 @@ def products(student, teacher, batch, vocab):
 
 def resident(peak=False):
     key = "VmHWM" if peak else "VmRSS"
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1e6
+    return (
+        int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+        / 1e6
+    )
 
 
 def child(way, args):
@@ -114,10 +129,15 @@ def child(way, args):
     torch.set_num_threads(args.threads)
     batch, vocab = load(args.data, args.tokenizer)
     student = build_model(PRESETS["small"], None, device="cpu", seed=0)
-    teacher = build_model(PRESETS["small-teacher"], None, device="cpu", seed=1).requires_grad_(False)
+    teacher = build_model(PRESETS["small-teacher"], None, device="cpu", seed=1).requires_grad_(
+        False
+    )
     optimizer = build_optimizer(student, 1e-4, (0.9, 0.95), 1e-8, 0.0)
     before = resident()
-    print(json.dumps({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}), flush=True)
+    print(
+        json.dumps({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}),
+        flush=True,
+    )
     for _ in sys.stdin:
         began = time.perf_counter()
         if way == "products":
@@ -134,11 +154,16 @@ def child(way, args):
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "gb": resident(peak=True) - before, "loss": loss}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "gb": resident(peak=True) - before, "loss": loss}),
+            flush=True,
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--repeats", type=int, default=5)
@@ -150,9 +175,13 @@ def main():
     workers = {}
     for way in WAYS:
         command = [sys.executable, "-m", "bench.kd_step", *sys.argv[1:], "--way", way]
-        workers[way] = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[way] = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     facts = [json.loads(w.stdout.readline()) for w in workers.values()][0]
-    print(f"{facts['rows']} loss rows of {facts['tokens']} tokens, {facts['vocab']:,} ids, {args.threads} threads, torch {torch.__version__}")
+    print(
+        f"{facts['rows']} loss rows of {facts['tokens']} tokens, {facts['vocab']:,} ids, {args.threads} threads, torch {torch.__version__}"
+    )
     results = {way: [] for way in WAYS}
     for repeat in range(args.repeats + 1):  # the first round warms up
         for way, worker in workers.items():
@@ -169,10 +198,16 @@ def main():
     peak = {way: max(r["gb"] for r in results[way]) for way in WAYS}
     print(f"{'':<16}{'seconds':>9}{'peak GB':>9}{'loss':>10}   ours is")
     for way in WAYS:
-        gain = "" if way == "ours" else f"{ratio(way, 'ours'):.2f}x faster, {peak[way] / peak['ours']:.1f}x smaller"
+        gain = (
+            ""
+            if way == "ours"
+            else f"{ratio(way, 'ours'):.2f}x faster, {peak[way] / peak['ours']:.1f}x smaller"
+        )
         if way == "products":
             gain = f"{ratio('ours', way):.2f}x these"
-        print(f"{way:<16}{statistics.median(time_of(way)):>9.2f}{peak[way]:>9.2f}{results[way][0]['loss']:>10.5f}   {gain}")
+        print(
+            f"{way:<16}{statistics.median(time_of(way)):>9.2f}{peak[way]:>9.2f}{results[way][0]['loss']:>10.5f}   {gain}"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def has_close_elements(numbers: List[float], threshold: float) -> bool:
     ordered = sorted(numbers)
     return any(b - a < threshold for a, b in zip(ordered, ordered[1:]))
 '''
-TESTS = '''
+TESTS = """
 from solution import has_close_elements
 
 def check(candidate):
@@ -37,7 +37,7 @@ def check(candidate):
     assert candidate([1.1, 2.2, 3.1, 4.1, 5.1], 0.5) == False
 
 check(has_close_elements)
-'''
+"""
 
 
 def jobs_of(data):
@@ -46,11 +46,16 @@ def jobs_of(data):
 
     if not data:
         return [(PROGRAM, TESTS)]
-    return [(find_code(e.messages[1]["content"], e.answer)[0], e.answer) for e in read_examples(Path(data), "test")]
+    return [
+        (find_code(e.messages[1]["content"], e.answer)[0], e.answer)
+        for e in read_examples(Path(data), "test")
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="HumanEval.jsonl.gz, or a file of MBPP")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
@@ -64,8 +69,10 @@ def main():
     outcomes = check_many(jobs, args.workers)
     seconds = time.perf_counter() - began
     median = statistics.median(o.seconds for o in outcomes)
-    print(f"{args.count:,} executions, {args.workers} at a time: {seconds:.1f} s, {args.count / seconds:.0f} a second; "
-          f"{sum(o.passed for o in outcomes):,} passed, median {1000 * median:.1f} ms")  # fmt: skip
+    print(
+        f"{args.count:,} executions, {args.workers} at a time: {seconds:.1f} s, {args.count / seconds:.0f} a second; "
+        f"{sum(o.passed for o in outcomes):,} passed, median {1000 * median:.1f} ms"
+    )
     mixed = [job if i % 4 else ("while True: pass", job[1]) for i, job in enumerate(jobs[:40])]
     began = time.perf_counter()
     check_many(mixed, args.workers, timeout=1.0)

@@ -28,11 +28,15 @@ from model.checkpoint import build_model, read_config
 def hidden_rows(folder, batch):
     model = build_model(read_config(folder, folder), folder, device="cpu", seed=0)
     with torch.no_grad():
-        return batch.select(model(batch.tokens_T, batch.positions_T, PackedAttention(batch.lengths))), model.head_VD.detach()
+        return batch.select(
+            model(batch.tokens_T, batch.positions_T, PackedAttention(batch.lengths))
+        ), model.head_VD.detach()
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("student")
     parser.add_argument("teacher")
     parser.add_argument("--data", default="word_problems:200")
@@ -42,20 +46,39 @@ def main(argv):
     tokenizer = Tokenizer.load(teacher)
     data = Dataset(args.data, Formatter(tokenizer), seed=0, max_tokens=8192, vocab=tokenizer.size)
     batch = Batch.pack(data.get(i) for i in range(len(data)))
-    (hidden, head), (teacher_hidden, teacher_head) = hidden_rows(student, batch), hidden_rows(teacher, batch)
+    (hidden, head), (teacher_hidden, teacher_head) = (
+        hidden_rows(student, batch),
+        hidden_rows(teacher, batch),
+    )
     hidden.requires_grad_()
     weight, vocab = torch.ones(len(hidden)), tokenizer.size
-    loss, rows = linear_kl(hidden, head, teacher_hidden, teacher_head, weight, "forward_kl", vocab=vocab)
+    loss, rows = linear_kl(
+        hidden, head, teacher_hidden, teacher_head, weight, "forward_kl", vocab=vocab
+    )
     (full,) = torch.autograd.grad(loss, hidden)
     found = []
     for k in [*map(int, args.k.split(",")), vocab]:
         ids, logp = topk_logprobs(teacher_hidden, teacher_head, k, vocab=vocab)
-        kept = torch.from_numpy(np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float32)).log_softmax(1)
-        loss, short = linear_topk_divergence(hidden, head, ids, kept, weight, lambda ls, lt: forward_kl(ls, lt, 0.0), vocab=vocab)
+        kept = torch.from_numpy(
+            np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float32)
+        ).log_softmax(1)
+        loss, short = linear_topk_divergence(
+            hidden, head, ids, kept, weight, lambda ls, lt: forward_kl(ls, lt, 0.0), vocab=vocab
+        )
         (got,) = torch.autograd.grad(loss, hidden)
-        found.append({"k": k, "bytes a token": 6 * k + 2, "mass left out, %": 100 * float(logp[:, -1].exp().mean()), "of the full KL, %": 100 * float(short["divergence"].mean() / rows["divergence"].mean()),
-                      "gradient off, %": 100 * float((got - full).norm() / full.norm())})  # fmt: skip
-    print(f"{len(hidden):,} positions, {vocab:,} ids, mean KL {float(rows['divergence'].mean()):.4f}")
+        found.append(
+            {
+                "k": k,
+                "bytes a token": 6 * k + 2,
+                "mass left out, %": 100 * float(logp[:, -1].exp().mean()),
+                "of the full KL, %": 100
+                * float(short["divergence"].mean() / rows["divergence"].mean()),
+                "gradient off, %": 100 * float((got - full).norm() / full.norm()),
+            }
+        )
+    print(
+        f"{len(hidden):,} positions, {vocab:,} ids, mean KL {float(rows['divergence'].mean()):.4f}"
+    )
     print(table(found, tuple(found[0])))
 
 

@@ -39,11 +39,21 @@ def packed(count, length, vocab):
 
 def step_of(model, teacher, batch, vocab, device):
     optimizer = build_optimizer(model, 1e-5, (0.9, 0.95), 1e-8, 0.1)
-    kd = functools.partial(kd_loss, divergence="forward_kl", beta=0.5, temperature=1.0, t_squared=False, ce=0.0, vocab=vocab)
+    kd = functools.partial(
+        kd_loss,
+        divergence="forward_kl",
+        beta=0.5,
+        temperature=1.0,
+        t_squared=False,
+        ce=0.0,
+        vocab=vocab,
+    )
     loss_fn = kd if teacher else sft_loss
 
     def step():
-        forward_backward(model, teacher, loss_fn, batch, batch.normaliser, len(batch.tokens_T), device)
+        forward_backward(
+            model, teacher, loss_fn, batch, batch.normaliser, len(batch.tokens_T), device
+        )
         clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -58,22 +68,38 @@ def profile(step, path):
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    report = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
+    report = found.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60
+    )
     with open(path, "w") as f:
         f.write(report)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="train_step.json", help="everything as JSON")
-    parser.add_argument("--profile", default="", help="also write the time of each GPU kernel of the fastest KD step here")
-    parser.add_argument("--minutes", type=float, default=7.0, help="skip what has not begun by then")
-    parser.add_argument("--dry", action="store_true", help="tiny bodies on a CPU, to try the script itself")
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="also write the time of each GPU kernel of the fastest KD step here",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="skip what has not begun by then"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny bodies on a CPU, to try the script itself"
+    )
     args = parser.parse_args(argv)
     bench = Bench(args.dry, args.minutes)
     student, teacher = ("tiny", "tiny-teacher") if args.dry else ("qwen2.5-0.5b", "qwen2.5-1.5b")
-    body = build_model(PRESETS[student], None, device=bench.device, seed=0, compute_dtype=bench.dtype)
-    teacher = build_model(PRESETS[teacher], None, device=bench.device, seed=1, weight_dtype=bench.dtype).requires_grad_(False)
+    body = build_model(
+        PRESETS[student], None, device=bench.device, seed=0, compute_dtype=bench.dtype
+    )
+    teacher = build_model(
+        PRESETS[teacher], None, device=bench.device, seed=1, weight_dtype=bench.dtype
+    ).requires_grad_(False)
     batches = ((2, 16), (1, 32)) if args.dry else ((16, 2048), (4, 8192))
     cases = [("sft", b, k, c) for b in batches for k, c in (("auto", True), ("auto", False))]
     cases += [("kd", b, k, c) for b in batches for k, c in (("auto", True), ("auto", False))]
@@ -86,7 +112,12 @@ def main(argv):
 
 def run(bench, cases, body, teacher, peak, args):
     for mode, (count, length), kernels, compiled in cases:
-        facts = {"mode": mode, "batch": f"{count} × {length}", "kernels": kernels, "compile": compiled}
+        facts = {
+            "mode": mode,
+            "batch": f"{count} × {length}",
+            "kernels": kernels,
+            "compile": compiled,
+        }
         if bench.out_of_time():
             bench.keep(facts | {"failed": "out of time"})
             continue

@@ -72,8 +72,12 @@ class Batch:
         weight_T = _concat(weight, np.float64)
         listed = {}
         if documents and all(d.listed for d in documents):
-            listed["listed_ids_Nk"] = torch.from_numpy(np.concatenate([d.listed[0] for d in documents]).astype(np.int64))
-            listed["listed_logp_NB"] = torch.from_numpy(np.concatenate([d.listed[1] for d in documents]).astype(np.float32)).log_softmax(1)
+            listed["listed_ids_Nk"] = torch.from_numpy(
+                np.concatenate([d.listed[0] for d in documents]).astype(np.int64)
+            )
+            listed["listed_logp_NB"] = torch.from_numpy(
+                np.concatenate([d.listed[1] for d in documents]).astype(np.float32)
+            ).log_softmax(1)
         return cls(
             documents,
             torch.from_numpy(_concat([d.tokens for d in documents], np.int64)),
@@ -83,7 +87,12 @@ class Batch:
             torch.from_numpy(weight_T),
             torch.from_numpy(weight_T.nonzero()[0]),
             {name: torch.from_numpy(_concat(f, np.float64)) for name, f in fields.items()},
-            float(sum(d.weights.sum(dtype=np.float64) if d.share is None else d.share for d in documents)),
+            float(
+                sum(
+                    d.weights.sum(dtype=np.float64) if d.share is None else d.share
+                    for d in documents
+                )
+            ),
             **listed,
         )
 
@@ -96,7 +105,9 @@ class Batch:
         bins = []
         for d in sorted(self.documents, key=lambda d: -len(d)):
             if len(d) > micro_tokens:
-                raise UserError(f"a document of {len(d)} tokens does not fit micro_tokens={micro_tokens}; raise --micro_tokens")
+                raise UserError(
+                    f"a document of {len(d)} tokens does not fit micro_tokens={micro_tokens}; raise --micro_tokens"
+                )
             home = next((b for b in bins if b[0] + len(d) <= micro_tokens), None)
             if home is None:
                 bins.append(home := [0, []])
@@ -126,7 +137,9 @@ def token_mean(document):
 def sequence_mean(document):
     """Every sequence counts the same: its trained tokens share a weight of 1 (of what its turns weigh, where that is said)."""
     trained = np.count_nonzero(document.weights)
-    return dataclasses.replace(document, weights=document.weights / trained) if trained else document
+    return (
+        dataclasses.replace(document, weights=document.weights / trained) if trained else document
+    )
 
 
 def constant_length(document, length):

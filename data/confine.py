@@ -13,8 +13,22 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 MACHINE = os.uname().machine
 AT_RECURSIVE, MOUNT_READ_ONLY, MOUNT_NO_SUID = 0x8000, 1, 2
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-PR_PDEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_AMBIENT = 1, 4, 22, 36, 38, 47
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+PR_PDEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_AMBIENT = (
+    1,
+    4,
+    22,
+    36,
+    38,
+    47,
+)
 
 
 def call(function, *args):
@@ -31,13 +45,20 @@ def prctl(option, value=0, more=0):
 
 
 def mount(source, target, kind, flags, options=""):
-    call("mount", *(x and x.encode() for x in (source, target, kind)), flags, options.encode() or None)
+    call(
+        "mount",
+        *(x and x.encode() for x in (source, target, kind)),
+        flags,
+        options.encode() or None,
+    )
 
 
 def enter_root(paths):
     """A new root that holds `paths`, read-only, and an empty /tmp, and nothing else. After unshare(NEW_MOUNTS)."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    mount("tmpfs", "/proc", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")  # over /proc: it exists, and holds none of the paths
+    mount(
+        "tmpfs", "/proc", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m"
+    )  # over /proc: it exists, and holds none of the paths
     for path in paths:
         inside = "/proc" + path
         os.makedirs(inside if os.path.isdir(path) else os.path.dirname(inside), exist_ok=True)
@@ -46,7 +67,15 @@ def enter_root(paths):
         mount(path, inside, None, MS_BIND | MS_REC)
     os.mkdir("/proc/tmp")
     attributes = struct.pack("4Q", MOUNT_READ_ONLY | MOUNT_NO_SUID, 0, 0, 0)
-    call("syscall", number("mount_setattr"), -100, b"/proc", AT_RECURSIVE, attributes, len(attributes))
+    call(
+        "syscall",
+        number("mount_setattr"),
+        -100,
+        b"/proc",
+        AT_RECURSIVE,
+        attributes,
+        len(attributes),
+    )
     os.chdir("/proc")
     call("syscall", number("pivot_root"), b".", b".")
     call("umount2", b".", MNT_DETACH)
@@ -79,8 +108,16 @@ def limit(**limits):
 
 # --- Landlock: which files may be touched ----------------------------------------------------------------------------
 
-ON_FILES, EXECUTE, READ = 0b1100000000000111, 1, 0b1100  # rights that apply to a single file; read a file, list a folder
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
+ON_FILES, EXECUTE, READ = (
+    0b1100000000000111,
+    1,
+    0b1100,
+)  # rights that apply to a single file; read a file, list a folder
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = (
+    444,
+    445,
+    446,
+)  # the same numbers on every architecture
 
 
 def landlock_version():
@@ -96,7 +133,9 @@ def restrict_files(readable, writable):
     the kernel knows how. A process restricted after its parent cannot look into the parent (no ptrace, no /proc/<pid>/mem)."""
     version = landlock_version()
     rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
-    attributes = struct.pack("3Q", rights, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
+    attributes = struct.pack("3Q", rights, 0b11, 0b11)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
     ruleset = call("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
     for path in readable + writable:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -120,37 +159,54 @@ def number(name):
 
 def _calls(text):
     """The names in a table of `name x86_64 aarch64` (0: there is none), which are added to NUMBERS."""
-    found = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, text.replace("\n", "|").split("|"))}
+    found = {
+        name: (int(x86), int(arm))
+        for name, x86, arm in map(str.split, text.replace("\n", "|").split("|"))
+    }
     NUMBERS.update(found)
     return [(name,) for name in found]
 
 
-_calls("clone 56 220|clone3 435 435|fork 57 0|vfork 58 0|prlimit64 302 261|socketpair 53 199|kill 62 129|tgkill 234 131|fcntl 72 25|open 2 0"
-       "|openat 257 56|openat2 437 437")  # fmt: skip
+_calls(
+    "clone 56 220|clone3 435 435|fork 57 0|vfork 58 0|prlimit64 302 261|socketpair 53 199|kill 62 129|tgkill 234 131|fcntl 72 25|open 2 0"
+    "|openat 257 56|openat2 437 437"
+)
 
 # The network, other processes, new namespaces, programs, memory that no limit counts, and what has often been a way into the kernel.
 # Sockets go even where there is no network: a Unix socket is a file, and a door to whatever service listens behind it. Datagram pairs could
 # be sent elsewhere; clone3 hides its flags from a filter, and the C library knows the way round its absence.
-NEVER = [*_calls("""socket 41 198|connect 42 203|bind 49 200|listen 50 201|execve 59 221|execveat 322 281|ptrace 101 117|process_vm_readv 310 270
+NEVER = [
+    *_calls("""socket 41 198|connect 42 203|bind 49 200|listen 50 201|execve 59 221|execveat 322 281|ptrace 101 117|process_vm_readv 310 270
 process_vm_writev 311 271|process_madvise 440 440|kcmp 312 272|move_pages 279 239|migrate_pages 256 238|pidfd_getfd 438 438|unshare 272 97
 setns 308 268|mount 165 40|umount2 166 39|pivot_root 155 41|chroot 161 51|open_tree 428 428|move_mount 429 429|fsopen 430 430|fsmount 432 432
 mount_setattr 442 442|bpf 321 280|perf_event_open 298 241|userfaultfd 323 282|io_uring_setup 425 425|io_uring_register 427 427|keyctl 250 219
 add_key 248 217|request_key 249 218|init_module 175 105|finit_module 313 273|kexec_load 246 104|personality 135 92|modify_ldt 154 0
 open_by_handle_at 304 265|name_to_handle_at 303 264|fanotify_init 300 262|syslog 103 116|acct 163 89|quotactl 179 60|shmget 29 194|msgget 68 186
-semget 64 190|mq_open 240 180|memfd_create 319 279|memfd_secret 447 447"""), ("socketpair", 1, "any", 6), ("clone3", errno.ENOSYS),
-         ("clone", 0, "any", NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_USER | NEW_PIDS | NEW_NET | 0x2000000)]  # fmt: skip
+semget 64 190|mq_open 240 180|memfd_create 319 279|memfd_secret 447 447"""),
+    ("socketpair", 1, "any", 6),
+    ("clone3", errno.ENOSYS),
+    ("clone", 0, "any", NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_USER | NEW_PIDS | NEW_NET | 0x2000000),
+]
 NO_CHILDREN = [("fork",), ("vfork",), ("clone", 0, "none", 0x10000)]  # but threads
 # Where other processes can be seen: their signals and limits (fcntl: F_SETOWN, F_SETOWN_EX), and the attributes of files. And see `only_itself`.
-OF_OTHERS = [*_calls("""tkill 200 130|rt_sigqueueinfo 129 138|rt_tgsigqueueinfo 297 240|pidfd_send_signal 424 424|pidfd_open 434 434
+OF_OTHERS = [
+    *_calls("""tkill 200 130|rt_sigqueueinfo 129 138|rt_tgsigqueueinfo 297 240|pidfd_send_signal 424 424|pidfd_open 434 434
 setpriority 141 140|sched_setaffinity 203 122|sched_setscheduler 144 119|sched_setparam 142 118|sched_setattr 314 274|ioprio_set 251 30|chmod 90 0
 fchmod 91 52|fchmodat 268 53|fchmodat2 452 452|chown 92 0|fchown 93 55|lchown 94 0|fchownat 260 54|setxattr 188 5|lsetxattr 189 6|fsetxattr 190 7
 removexattr 197 14|lremovexattr 198 15|fremovexattr 199 16|utime 132 0|utimes 235 0|futimesat 261 0|utimensat 280 88"""),
-             ("fcntl", 1, "is", 8), ("fcntl", 1, "is", 15), ("prlimit64", 0, "not", 0)]  # fmt: skip
+    ("fcntl", 1, "is", 8),
+    ("fcntl", 1, "is", 15),
+    ("prlimit64", 0, "not", 0),
+]
 # Where nothing else protects files: none may be opened to write.
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-NO_WRITING = [*_calls("""creat 85 0|unlink 87 0|unlinkat 263 35|rename 82 0|renameat 264 38|renameat2 316 276|mkdir 83 0|mkdirat 258 34|rmdir 84 0
+NO_WRITING = [
+    *_calls("""creat 85 0|unlink 87 0|unlinkat 263 35|rename 82 0|renameat 264 38|renameat2 316 276|mkdir 83 0|mkdirat 258 34|rmdir 84 0
 link 86 0|linkat 265 37|symlink 88 0|symlinkat 266 36|truncate 76 45|mknod 133 0|mknodat 259 33"""),
-              ("open", 1, "any", WRITE_FLAGS), ("openat", 2, "any", WRITE_FLAGS), ("openat2", errno.ENOSYS)]  # fmt: skip
+    ("open", 1, "any", WRITE_FLAGS),
+    ("openat", 2, "any", WRITE_FLAGS),
+    ("openat2", errno.ENOSYS),
+]
 
 
 def only_itself(pid):
@@ -165,7 +221,11 @@ def refuse(rules):
         raise OSError(errno.ENOSYS, f"no table of system calls for {MACHINE}")
     column, architecture = ARCHITECTURES[MACHINE]
     load, equal, bits, back = 0x20, 0x15, 0x45, 0x06
-    fail, kill, allow = lambda why: (back, 0, 0, 0x50000 | why), (back, 0, 0, 0x80000000), (back, 0, 0, 0x7FFF0000)
+    fail, kill, allow = (
+        lambda why: (back, 0, 0, 0x50000 | why),
+        (back, 0, 0, 0x80000000),
+        (back, 0, 0, 0x7FFF0000),
+    )
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), kill, (load, 0, 0, 0)]
     if column == 0:
         code += [(0x35, 0, 1, 0x40000000), kill]  # the x32 calls have numbers of their own
@@ -176,8 +236,18 @@ def refuse(rules):
             code += [(equal, 0, 1, which), fail(*how or [errno.EPERM])]
             continue
         argument, test, value = how
-        jump = (bits if test in ("any", "none") else equal, *((0, 1) if test in ("any", "is") else (1, 0)), value)
-        code += [(equal, 0, 4, which), (load, 0, 0, 16 + 8 * argument), jump, fail(errno.EPERM), (load, 0, 0, 0)]
+        jump = (
+            bits if test in ("any", "none") else equal,
+            *((0, 1) if test in ("any", "is") else (1, 0)),
+            value,
+        )
+        code += [
+            (equal, 0, 4, which),
+            (load, 0, 0, 16 + 8 * argument),
+            jump,
+            fail(errno.EPERM),
+            (load, 0, 0, 0),
+        ]
     program = b"".join(struct.pack("HBBI", *line) for line in [*code, allow])
     buffer = ctypes.create_string_buffer(program, len(program))
     prctl(PR_SECCOMP, 2, struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))

@@ -19,7 +19,16 @@ from data.formatter import Formatter
 from data.tasks import TASKS, Example
 from errors import UserError
 
-__all__ = ["Dataset", "Formatter", "Order", "Stream", "divide", "find_file", "task_of", "to_example"]  # what others take from here
+__all__ = [
+    "Dataset",
+    "Formatter",
+    "Order",
+    "Stream",
+    "divide",
+    "find_file",
+    "task_of",
+    "to_example",
+]  # what others take from here
 
 REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
@@ -47,10 +56,16 @@ def find_file(name):
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(f"{owner}/{rest[0]}", "/".join(rest[1:]), repo_type="dataset"))
+            return Path(
+                hf_hub_download(f"{owner}/{rest[0]}", "/".join(rest[1:]), repo_type="dataset")
+            )
         except Exception as e:
-            raise UserError(f"--data {name}: neither a local file nor a hub dataset file ({type(e).__name__})") from None
-    raise UserError(f"--data {name}: no such file or folder, and no task of that name ({', '.join(t for t in TASKS if TASKS[t].make)})")
+            raise UserError(
+                f"--data {name}: neither a local file nor a hub dataset file ({type(e).__name__})"
+            ) from None
+    raise UserError(
+        f"--data {name}: no such file or folder, and no task of that name ({', '.join(t for t in TASKS if TASKS[t].make)})"
+    )
 
 
 # --- documents -> batches ------------------------------------------------------------------------------------------
@@ -87,7 +102,9 @@ def divide(
     rest = [examples[i] for i in order if not held_out or keys[i] not in held_out]
     withheld = len(examples) - len(rest) - len(held_out)
     if withheld and notes is not None:
-        notes.append(f"{withheld:,} more rows ask one of the {len(held_out):,} held-out questions; they are not trained on")
+        notes.append(
+            f"{withheld:,} more rows ask one of the {len(held_out):,} held-out questions; they are not trained on"
+        )
     return list(held_out.values()), rest[: train_examples or None]
 
 
@@ -130,15 +147,24 @@ class Dataset:
         self._held_out_documents = self._checked(with_answers, completions=True)[1]
         self._note_texts()
 
-    def _make(self, task: str, count: str, eval_examples: int, train_examples: int, progress: bool) -> None:
+    def _make(
+        self, task: str, count: str, eval_examples: int, train_examples: int, progress: bool
+    ) -> None:
         """The examples of a task that makes its own."""
         self.label = task
         if count and not (count.isdigit() and int(count)):
-            raise UserError(f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems")
-        self.held_out = [TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)]
+            raise UserError(
+                f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems"
+            )
+        self.held_out = [
+            TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)
+        ]
         if count or train_examples:
             n = min(int(n) for n in (count, train_examples) if n)
-            self._tokenise([TASKS[task].example(task, "train", f"{SPLIT_SEED}/{i}") for i in range(n)], progress)
+            self._tokenise(
+                [TASKS[task].example(task, "train", f"{SPLIT_SEED}/{i}") for i in range(n)],
+                progress,
+            )
         else:
             self.get(0)  # what is wrong with every problem is wrong with the first
 
@@ -151,7 +177,9 @@ class Dataset:
         self.label = first.task if named else path.stem.removesuffix(".jsonl")
         if not training:
             questions = f"{len(self.held_out)} different questions" if first else "no examples"
-            raise UserError(f"--data {self.name} has {questions}; --eval_examples {eval_examples} leaves none to train on")
+            raise UserError(
+                f"--data {self.name} has {questions}; --eval_examples {eval_examples} leaves none to train on"
+            )
         unread = sorted(set().union(*(unread_columns(e) for e in training)))
         if unread:
             self.notes.append(f"columns that are not read: {', '.join(unread)}")
@@ -160,13 +188,17 @@ class Dataset:
     def _note_texts(self) -> None:
         """Say what was done with texts that another program would have made something else of."""
         if escaped := len(self.formatter.escaped):
-            self.notes.append(f"in the texts of {escaped:,} examples there are names of control tokens; they are encoded as characters")
+            self.notes.append(
+                f"in the texts of {escaped:,} examples there are names of control tokens; they are encoded as characters"
+            )
         if closed := len(self.formatter.closed):
             self.notes.append(
                 f"the generation prompt opens a block of reasoning, which {closed:,} answers without any close before they begin"
             )
         if self.dropped:
-            self.notes.append(f"{self.dropped:,} examples are too long for --micro_tokens and dropped")
+            self.notes.append(
+                f"{self.dropped:,} examples are too long for --micro_tokens and dropped"
+            )
 
     def __len__(self) -> int:
         return 0 if self._documents is None else len(self._documents)
@@ -185,18 +217,25 @@ class Dataset:
 
     def _draw(self, index: int) -> tuple[Example, Document]:
         """(example, document) of an endless task: the first that is not dropped, of a fixed sequence for this index."""
-        for key in (f"{self.seed}/{index}", *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS))):
+        for key in (
+            f"{self.seed}/{index}",
+            *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS)),
+        ):
             example = TASKS[self.task].example(self.task, "train", key)
             documents = self._checked([example])[1]
             if documents:
                 return example, documents[0]
-        raise UserError(f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it")
+        raise UserError(
+            f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it"
+        )
 
     def need_answers(self) -> None:
         """Refuse examples without an answer that a grader knows. Raises UserError."""
         bad = [e for e in self._examples or () if e.answer is None or e.task not in TASKS]
         if bad:
-            raise UserError(f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give --grpo_reward file.py:function")
+            raise UserError(
+                f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give --grpo_reward file.py:function"
+            )
 
     def held_out_documents(self) -> list[Document]:
         return self._held_out_documents
@@ -210,31 +249,45 @@ class Dataset:
             self._documents += documents
             if show:
                 done = min(lo + step, len(examples))
-                print(f"\rtokenising {done:,}/{len(examples):,}", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\rtokenising {done:,}/{len(examples):,}", end="", file=sys.stderr, flush=True
+                )
         if show:
             print(file=sys.stderr)
         if not self._documents:
             raise UserError(f"--data {self.name}: no example is left to train on")
 
-    def _checked(self, examples: list[Example], completions: bool = False) -> tuple[list[Example], list[Document]]:
+    def _checked(
+        self, examples: list[Example], completions: bool = False
+    ) -> tuple[list[Example], list[Document]]:
         """The examples that are not too long (or an error), turns apart where the template asks for it, and their documents."""
         completions = completions or self.completions
         if completions:
             for example in examples:
                 if not example.has_answer:
-                    raise UserError(f"{example.origin}: it ends without an assistant's answer to train on; grpo and --kd_prefix student take prompts alone")
-            examples = [part for example in examples for part in self.formatter.split_turns(example)]
+                    raise UserError(
+                        f"{example.origin}: it ends without an assistant's answer to train on; grpo and --kd_prefix student take prompts alone"
+                    )
+            examples = [
+                part for example in examples for part in self.formatter.split_turns(example)
+            ]
             documents = self.formatter.documents(examples)
         else:
             documents = [prompt_alone(self.formatter.prompt(example)) for example in examples]
-        kept = [(e, d) for e, d in zip(examples, documents, strict=True) if self._fits(e, d, completions)]
+        kept = [
+            (e, d)
+            for e, d in zip(examples, documents, strict=True)
+            if self._fits(e, d, completions)
+        ]
         self.dropped += len(documents) - len(kept)
         return [e for e, _ in kept], [d for _, d in kept]
 
     def _fits(self, example: Example, document: Document, completions: bool) -> bool:
         """Whether a document and what is generated behind its prompt are not too long. Raises UserError where that is an error."""
         if len(document) and document.tokens.max() >= self.vocab:
-            raise UserError(f"{example.origin}: token id {document.tokens.max()} is outside the {self.vocab:,} ids that the models share")
+            raise UserError(
+                f"{example.origin}: token id {document.tokens.max()} is outside the {self.vocab:,} ids that the models share"
+            )
         if self.new_tokens:
             prompt = len(self.formatter.prompt(example)) if completions else len(document)
             if prompt + self.new_tokens > self.max_tokens:
@@ -266,7 +319,12 @@ class Stream:
     """
 
     def __init__(self, dataset, batch_size, seed, weighting, rank=0, world=1):
-        self.dataset, self.batch_size, self.seed, self.weighting = dataset, batch_size, seed, weighting
+        self.dataset, self.batch_size, self.seed, self.weighting = (
+            dataset,
+            batch_size,
+            seed,
+            weighting,
+        )
         self.rank, self.world, self.consumed = rank, world, 0
         self._worker, self._next = ThreadPoolExecutor(1), None
         self._order = Order(len(dataset), seed)

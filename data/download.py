@@ -24,36 +24,61 @@ _MATH500 = f"{_GITHUB}/rasbt/reasoning-from-scratch/f79c9cd0ae7d824aa4e9a9bc2ca4
 # name -> [(file below the folder, address, sha256 of the file or, with "rows:", of its rows)]
 SETS = {
     "gsm8k": [
-        ("gsm8k/test.jsonl", f"{_GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-        ("gsm8k/train.jsonl", f"{_GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        (
+            "gsm8k/test.jsonl",
+            f"{_GSM8K}/test.jsonl",
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        ),
+        (
+            "gsm8k/train.jsonl",
+            f"{_GSM8K}/train.jsonl",
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        ),
     ],
     # the hub may write its Parquet files anew: what is checked is that their rows are those of the files above
     "gsm8k-parquet": [
-        ("gsm8k/test-00000-of-00001.parquet", f"{_GSM8K_HUB}/test-00000-of-00001.parquet",
-         "rows:5b736e25f3d1e6cdeef6b3d89e3dc71a7e3c20288f93f1bda635f6fbeb4f41b5"),
-        ("gsm8k/train-00000-of-00001.parquet", f"{_GSM8K_HUB}/train-00000-of-00001.parquet",
-         "rows:937e90ecc5698135a95d098621de3388f3b63bec4dbd8fc1b349adf8612890aa"),
+        (
+            "gsm8k/test-00000-of-00001.parquet",
+            f"{_GSM8K_HUB}/test-00000-of-00001.parquet",
+            "rows:5b736e25f3d1e6cdeef6b3d89e3dc71a7e3c20288f93f1bda635f6fbeb4f41b5",
+        ),
+        (
+            "gsm8k/train-00000-of-00001.parquet",
+            f"{_GSM8K_HUB}/train-00000-of-00001.parquet",
+            "rows:937e90ecc5698135a95d098621de3388f3b63bec4dbd8fc1b349adf8612890aa",
+        ),
     ],
     "math500": [
-        ("math500/test.json", f"{_MATH500}/math500_test.json", "a9eccff7e25ecaf3952614e5b92fe081b4f0549c68ae6a387b96e131df9ddf41"),
+        (
+            "math500/test.json",
+            f"{_MATH500}/math500_test.json",
+            "a9eccff7e25ecaf3952614e5b92fe081b4f0549c68ae6a387b96e131df9ddf41",
+        )
     ],
     "humaneval": [
-        ("humaneval/HumanEval.jsonl.gz", f"{_GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
-         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
+        (
+            "humaneval/HumanEval.jsonl.gz",
+            f"{_GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
+            "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+        )
     ],
     "mbpp": [
-        ("mbpp/sanitized-mbpp.json", f"{_GITHUB}/mrigankpawagi/PropertyEval/b2be813dcff867cc350c61b8d3ea57ec088ce1ac/sanitized-mbpp.json",
-         "8ac32b2799150228e2d745aed09c870b7e4444246d4727d1004576207ef40769"),
+        (
+            "mbpp/sanitized-mbpp.json",
+            f"{_GITHUB}/mrigankpawagi/PropertyEval/b2be813dcff867cc350c61b8d3ea57ec088ce1ac/sanitized-mbpp.json",
+            "8ac32b2799150228e2d745aed09c870b7e4444246d4727d1004576207ef40769",
+        )
     ],
 } | {
-    name: [(f"{name}/test.jsonl", f"{_QWEN}/{name}/test.jsonl", digest)] for name, digest in {
+    name: [(f"{name}/test.jsonl", f"{_QWEN}/{name}/test.jsonl", digest)]
+    for name, digest in {
         "aime24": "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac",
         "amc23": "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4",
         "minerva_math": "0e656b430d3a0a1dab6aa853f453ba3805e28e2cabe4fc72486a897cc09d8ba2",
         "olympiadbench": "bb8c1e38a16ea9eacb77530315a674d883f267fbff79183effc53681b4fcc416",
         "svamp": "d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d",
     }.items()
-}  # fmt: skip
+}
 
 
 def digest_of(path, kind):
@@ -76,30 +101,44 @@ def fetch(name, folder, open_url=urllib.request.urlopen, say=lambda text: None):
         kind, _, wanted = wanted.rpartition(":")
         if path.exists():
             if (found := digest_of(path, kind)) != wanted:
-                raise UserError(f"{path} is there but not the set's own file (checksum {found[:12]}, not {wanted[:12]}); move it away")
+                raise UserError(
+                    f"{path} is there but not the set's own file (checksum {found[:12]}, not {wanted[:12]}); move it away"
+                )
             say(f"{path} is there")
             continue
-        draft = path.with_name("draft-" + path.name)  # beside it, with the suffix by which it is read
+        draft = path.with_name(
+            "draft-" + path.name
+        )  # beside it, with the suffix by which it is read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open_url(url) as answer:
                 draft.write_bytes(answer.read())
             if (found := digest_of(draft, kind)) != wanted:
-                raise UserError(f"{url}: checksum mismatch ({found[:12]}, not {wanted[:12]}); nothing was kept")
+                raise UserError(
+                    f"{url}: checksum mismatch ({found[:12]}, not {wanted[:12]}); nothing was kept"
+                )
             draft.rename(path)
         except (OSError, http.client.HTTPException) as e:
             reason = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
-            raise RunFailed(f"{url} could not be fetched to {path} ({reason}); fetch it by hand") from None
+            raise RunFailed(
+                f"{url} could not be fetched to {path} ({reason}); fetch it by hand"
+            ) from None
         finally:
             draft.unlink(missing_ok=True)
         say(f"{path} fetched")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="data.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
-    parser.add_argument("--to", default="test_sets", metavar="FOLDER", help="where they go, FOLDER/NAME/ each")
+    parser.add_argument(
+        "--to", default="test_sets", metavar="FOLDER", help="where they go, FOLDER/NAME/ each"
+    )
     try:
         args = parser.parse_args(argv)
         for name in args.names:

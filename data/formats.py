@@ -37,9 +37,16 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.
 
 QUESTIONS = ("question", "problem", "prompt", "query")
 CONVERSATIONS = ("messages", "conversations", "conversation")
-TEXTS = ("completion", "response", "generated_solution", "output")  # responses that are no answers, however short
+TEXTS = (
+    "completion",
+    "response",
+    "generated_solution",
+    "output",
+)  # responses that are no answers, however short
 RESPONSES = (*TEXTS, "solution", "answer")
-NO_ANSWERS = frozenset({"proof", "not found", "n/a", "na", "none", "null", "unknown", "see solution", "omitted"})
+NO_ANSWERS = frozenset(
+    {"proof", "not found", "n/a", "na", "none", "null", "unknown", "see solution", "omitted"}
+)
 GOLDS = ("answer", "final_answer", "expected_answer", "ground_truth")
 SYSTEM = ("system", "system_prompt")
 # Columns that are part of what a model has to see; there is no one way to put them into a prompt.
@@ -131,20 +138,28 @@ def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, object]]:
         yield from _rows_of_object(rows, path)
         return
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a data file holds objects, one a line or in one list; found a {type(rows).__name__}")
+        raise UserError(
+            f"{path}: a data file holds objects, one a line or in one list; found a {type(rows).__name__}"
+        )
     for number, row in enumerate(rows, 1):
         yield f"{path}:item {number}", row
 
 
 def _rows_of_object(value: dict, path: Path) -> Iterator[tuple[str, object]]:
     """A file of one object: {"data": [rows]}, {"train": [rows]}, or a single row."""
-    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    lists = [
+        name
+        for name, rows in value.items()
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+    ]
     is_row = any(name in value for name in (*QUESTIONS, *CONVERSATIONS, "instruction"))
     if is_row or not lists:
         yield f"{path}:1", value
         return
     if len(lists) > 1:
-        raise UserError(f"{path}: which of its lists ({', '.join(lists)})? Save one of them as a file")
+        raise UserError(
+            f"{path}: which of its lists ({', '.join(lists)})? Save one of them as a file"
+        )
     for number, row in enumerate(value[lists[0]], 1):
         yield f"{path}:item {number}", row
 
@@ -162,12 +177,18 @@ def read_examples(path: Path, split: str, notes: list[str] | None = None) -> lis
     """The examples of a file; of rows that belong to a split by their data set's own rules those of
     "train" or of "test". notes: gets a sentence on those that are left out."""
     rows = list(read_rows(path))
-    kept = [(origin, row) for origin, row in rows if not isinstance(row, dict) or split_of(row) in (None, split)]
+    kept = [
+        (origin, row)
+        for origin, row in rows
+        if not isinstance(row, dict) or split_of(row) in (None, split)
+    ]
     rule = "(HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)"
     if rows and not kept:
         raise UserError(f"{path}: none of its {len(rows):,} rows is for {split} {rule}")
     if len(kept) < len(rows) and notes is not None:
-        notes.append(f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out: they are not for {split} {rule}")
+        notes.append(
+            f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out: they are not for {split} {rule}"
+        )
     return [to_example(row, origin) for origin, row in kept]
 
 
@@ -187,8 +208,10 @@ def to_example(row: object, origin: str) -> Example:
     return Example(messages, answer, task, origin, row)
 
 
-CODE_COLUMNS = frozenset("prompt text code canonical_solution test entry_point test_list test_imports test_setup_code "
-                         "challenge_test_list task_id source_file".split())  # fmt: skip
+CODE_COLUMNS = frozenset(
+    "prompt text code canonical_solution test entry_point test_list test_imports test_setup_code "
+    "challenge_test_list task_id source_file".split()
+)
 
 
 def _read_code(row: dict, values: dict, origin: str) -> Example | None:
@@ -205,16 +228,44 @@ def _read_code(row: dict, values: dict, origin: str) -> Example | None:
 def unread_columns(example: Example) -> set[str]:
     """Columns of an example's row that say something and that neither the prompt nor the gold answer is made of."""
     if CODE_COLUMNS & example.columns.keys() and example.task in ("humaneval", "mbpp"):
-        return {name for name, value in example.columns.items() if name not in CODE_COLUMNS and not is_empty(value)}
-    read = {*QUESTIONS, *RESPONSES, *GOLDS, *SYSTEM, *CONVERSATIONS, "instruction", "task", "tools", "chat_template_kwargs"}
+        return {
+            name
+            for name, value in example.columns.items()
+            if name not in CODE_COLUMNS and not is_empty(value)
+        }
+    read = {
+        *QUESTIONS,
+        *RESPONSES,
+        *GOLDS,
+        *SYSTEM,
+        *CONVERSATIONS,
+        "instruction",
+        "task",
+        "tools",
+        "chat_template_kwargs",
+    }
     read |= {"reward_model", "reasoning_solution", "groud_truth_solution"}
     if not any(name in example.columns for name in QUESTIONS):
         read |= {"input"}
-    if isinstance(example.columns.get("source"), dict):  # where our own traces say that they are from
+    if isinstance(
+        example.columns.get("source"), dict
+    ):  # where our own traces say that they are from
         read |= {"source"}
-    unused = {name for name in GOLDS if example.answer is None and isinstance(example.columns.get(name), (list, dict))}
-    unused |= {name for name in (*QUESTIONS, *TEXTS, "solution", "instruction") if _is_passed_over(example, name)}
-    return {n for n, value in example.columns.items() if (n not in read or n in unused) and not is_empty(value)}
+    unused = {
+        name
+        for name in GOLDS
+        if example.answer is None and isinstance(example.columns.get(name), (list, dict))
+    }
+    unused |= {
+        name
+        for name in (*QUESTIONS, *TEXTS, "solution", "instruction")
+        if _is_passed_over(example, name)
+    }
+    return {
+        n
+        for n, value in example.columns.items()
+        if (n not in read or n in unused) and not is_empty(value)
+    }
 
 
 def _is_passed_over(example: Example, name: str) -> bool:
@@ -234,14 +285,18 @@ def _read_form(values: dict, origin: str) -> tuple[tuple, str | None, str]:
     chats = [name for name in CONVERSATIONS if not is_empty(values.get(name))]
     if chats:
         if any(values[name] != values[chats[0]] for name in chats[1:]):
-            raise UserError(f"{origin}: both {chats[0]!r} and {chats[1]!r}: which of them is the conversation? Drop the other")
+            raise UserError(
+                f"{origin}: both {chats[0]!r} and {chats[1]!r}: which of them is the conversation? Drop the other"
+            )
         return normalise_messages(values[chats[0]], origin, chats[0]), *_gold(values, "", origin)
     if "reasoning_solution" in values and "problem" in values:
         return _read_camel(values, origin)
     asked = [name for name in QUESTIONS if name in values]
     if _is_alpaca(values):
         if asked:
-            raise UserError(f"{origin}: both 'instruction' and {asked[0]!r}: which of them is the question? Drop the other")
+            raise UserError(
+                f"{origin}: both 'instruction' and {asked[0]!r}: which of them is the question? Drop the other"
+            )
         response = "output" if "output" in values else "response"
         _need_texts(values, origin, "instruction", response)
         question = values["instruction"]
@@ -259,7 +314,9 @@ def _read_form(values: dict, origin: str) -> tuple[tuple, str | None, str]:
             "solution or completion; messages; conversations; instruction+output; HumanEval, MBPP)"
         )
     if any(values[name] != values[asked[0]] for name in asked[1:]):
-        raise UserError(f"{origin}: both {asked[0]!r} and {asked[1]!r}: which of them is the question? Drop the other")
+        raise UserError(
+            f"{origin}: both {asked[0]!r} and {asked[1]!r}: which of them is the question? Drop the other"
+        )
     return _read_question(values, asked[0], origin)
 
 
@@ -294,7 +351,9 @@ def _prompt(values: dict, asked: str, origin: str) -> tuple[dict, ...]:
         return ({"role": "user", "content": values[asked]},)
     messages = normalise_messages(values[asked], origin, asked)
     if messages[-1]["role"] == "assistant":
-        raise UserError(f"{origin}: {asked!r} ends with the assistant's words, which would have to be continued; give them with the completion")
+        raise UserError(
+            f"{origin}: {asked!r} ends with the assistant's words, which would have to be continued; give them with the completion"
+        )
     return tuple(m | {"weight": 0.0} if m["role"] == "assistant" else m for m in messages)
 
 
@@ -310,7 +369,9 @@ def _read_camel(values: dict, origin: str) -> tuple[tuple, str | None, str]:
 # --- gold answers --------------------------------------------------------------------------------
 
 
-def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -> tuple[str | None, str]:
+def _gold(
+    values: dict, response: str, origin: str, is_solution: bool = False
+) -> tuple[str | None, str]:
     """(gold answer, the task that grades it) of a row: from a column for it, else from its response.
 
     A column that is there for the answer alone is taken as it is. A response is searched: GSM8K's last
@@ -318,17 +379,28 @@ def _gold(values: dict, response: str, origin: str, is_solution: bool = False) -
     """
     named = values.get("task") if isinstance(values.get("task"), str) else None
     if named in TASKS and isinstance(values.get("answer"), str) and values["answer"] != response:
-        return values["answer"], named  # traces: the answer is in the form that the task's grader takes
-    if isinstance(values.get("reward_model"), dict) and values["reward_model"].get("ground_truth") is not None:
+        return values[
+            "answer"
+        ], named  # traces: the answer is in the form that the task's grader takes
+    if (
+        isinstance(values.get("reward_model"), dict)
+        and values["reward_model"].get("ground_truth") is not None
+    ):
         values = {"ground_truth": values["reward_model"]["ground_truth"]}  # verl's form
     given = {name: _single(values[name]) for name in GOLDS if name in values}
-    column = next((name for name, value in given.items() if value is not None and value != response), None)
+    column = next(
+        (name for name, value in given.items() if value is not None and value != response), None
+    )
     answer, task = None, ""
     if column and _is_number(given[column]):
         answer, task = _plain_number(given[column], origin, column), "number"
     elif column:
         answer, task = gold_of_text(given[column])
-        if answer is None and len(given[column]) <= LONGEST and given[column].strip().casefold() not in NO_ANSWERS:
+        if (
+            answer is None
+            and len(given[column]) <= LONGEST
+            and given[column].strip().casefold() not in NO_ANSWERS
+        ):
             answer, task = given[column].strip(), "answer"  # compared by its text
     if answer is None and not is_solution and isinstance(values.get("solution"), str):
         answer, task = gold_of_text(values["solution"])
@@ -361,7 +433,13 @@ def gold_of_text(text: str) -> tuple[str | None, str]:
         boxed = marked_answer(text)
         return (boxed, "answer") if boxed and len(boxed) <= LONGEST else (None, "")
     text = text.strip()
-    if not text or len(text) > SHORT_ANSWER or "\n" in text or "####" in text or text.casefold() in NO_ANSWERS:
+    if (
+        not text
+        or len(text) > SHORT_ANSWER
+        or "\n" in text
+        or "####" in text
+        or text.casefold() in NO_ANSWERS
+    ):
         return None, ""
     if parse_number(text) is not None:
         return text, "number"
@@ -394,8 +472,14 @@ def _add_system(messages: tuple, values: dict, origin: str) -> tuple:
     if messages[0]["role"] == "system":
         prompts.append(messages[0]["content"])
     if any(prompt != prompts[0] for prompt in prompts[1:]):
-        raise UserError(f"{origin}: there are two system prompts, and {next(iter(given))!r} is one of them; keep one")
-    return messages if messages[0]["role"] == "system" else ({"role": "system", "content": prompts[0]}, *messages)
+        raise UserError(
+            f"{origin}: there are two system prompts, and {next(iter(given))!r} is one of them; keep one"
+        )
+    return (
+        messages
+        if messages[0]["role"] == "system"
+        else ({"role": "system", "content": prompts[0]}, *messages)
+    )
 
 
 def _refuse_columns(values: dict, origin: str, read: Collection[str]) -> None:
@@ -405,9 +489,13 @@ def _refuse_columns(values: dict, origin: str, read: Collection[str]) -> None:
         if name in read or is_empty(value) or (name == "input" and question is None):
             continue
         if name.lower() in PART_OF_QUESTION:
-            raise UserError(f"{origin}: the column {name!r} is part of the question; write it into the question's text")
+            raise UserError(
+                f"{origin}: the column {name!r} is part of the question; write it into the question's text"
+            )
         if name in ROW_WEIGHTS and isinstance(value, (bool, int, float)) and value != 1:
-            raise UserError(f"{origin}: the column {name!r} would weigh the row, which is not done; drop it or the row")
+            raise UserError(
+                f"{origin}: the column {name!r} would weigh the row, which is not done; drop it or the row"
+            )
 
 
 def _need_texts(values: dict, origin: str, *names: str) -> None:

@@ -20,9 +20,13 @@ from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-COMMON_FIELDS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight", "shortened"})
+COMMON_FIELDS = frozenset(
+    {"role", "content", "reasoning_content", "tool_calls", "weight", "shortened"}
+)
 # Fields that link messages or describe them: a template may pass over them.
-LABELS = frozenset("id tool_call_id message_id timestamp refusal annotations info metadata source model".split())
+LABELS = frozenset(
+    "id tool_call_id message_id timestamp refusal annotations info metadata source model".split()
+)
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 CLOSED_BLOCK = re.compile(r"</(?:think|thinking|thought|reasoning)>\s*\Z")
 
@@ -64,12 +68,16 @@ class Formatter:
         check_text(system_prompt, "--system_prompt")
         check_text(prompt_suffix, "--prompt_suffix")
         if self.template_kwargs and not self.chat:
-            raise UserError("--chat_template_kwargs are read by a chat template only; leave them out with --template plain")
+            raise UserError(
+                "--chat_template_kwargs are read by a chat template only; leave them out with --template plain"
+            )
         for name in self.template_kwargs:
             if name not in tokenizer.template_arguments:
                 near = difflib.get_close_matches(name, tokenizer.template_arguments, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"--chat_template_kwargs: the chat template of {tokenizer.where} reads no {name!r}{hint}")
+                raise UserError(
+                    f"--chat_template_kwargs: the chat template of {tokenizer.where} reads no {name!r}{hint}"
+                )
 
     # --- what a model is given and what it has to write ------------------------------------------
 
@@ -115,7 +123,9 @@ class Formatter:
                 continue
             prompt = self._render(messages[:i], example, generate=True)
             if not prompt.startswith(so_far):
-                raise RewrittenTurns(f"{example.origin}: the chat template rewrites earlier turns; split the conversation")
+                raise RewrittenTurns(
+                    f"{example.origin}: the chat template rewrites earlier turns; split the conversation"
+                )
             self._check_rendered(messages[seen:i], prompt[len(so_far) :], messages[:i], example)
             completion = self._completion(messages[: i + 1], prompt, example)
             segments += [Segment(prompt[len(so_far) :], 0.0), Segment(completion, _weight(message))]
@@ -142,7 +152,9 @@ class Formatter:
     def documents(self, examples: list[Example]) -> list[Document]:
         """Documents in the examples' order."""
         segments = [self.segments(example) for example in examples]
-        ids = iter(self.tokenizer.encode_many([piece.text for pieces in segments for piece in pieces]))
+        ids = iter(
+            self.tokenizer.encode_many([piece.text for pieces in segments for piece in pieces])
+        )
         result = []
         for pieces in segments:
             encoded = [(next(ids), piece.weight) for piece in pieces]
@@ -165,7 +177,9 @@ class Formatter:
         if self.chat:
             return messages
         self._refuse_fields(messages, example)
-        escaped = [message | {"content": self.tokenizer.escape(message["content"])} for message in messages]
+        escaped = [
+            message | {"content": self.tokenizer.escape(message["content"])} for message in messages
+        ]
         if escaped != messages:
             self.escaped.add(example.origin)
         return escaped
@@ -173,14 +187,27 @@ class Formatter:
     def _refuse_fields(self, messages: list[dict], example: Example) -> None:
         """Plain text has no place for anything but content."""
         for message in messages:
-            field = next((name for name in message if name not in ("role", "content", "weight", "shortened", *LABELS)), None)
+            field = next(
+                (
+                    name
+                    for name in message
+                    if name not in ("role", "content", "weight", "shortened", *LABELS)
+                ),
+                None,
+            )
             if field or message["content"] is None:
-                raise UserError(f"{example.origin}: plain text has no place for {field or 'a message without content'!r}; use a chat template")
+                raise UserError(
+                    f"{example.origin}: plain text has no place for {field or 'a message without content'!r}; use a chat template"
+                )
         for name in ("tools", "chat_template_kwargs"):
             if json_value(example.columns.get(name) or []):
-                raise UserError(f"{example.origin}: plain text has no place for {name!r}; use a chat template")
+                raise UserError(
+                    f"{example.origin}: plain text has no place for {name!r}; use a chat template"
+                )
         if sum(message["role"] not in ("system", "assistant") for message in messages) > 1:
-            raise UserError(f"{example.origin}: plain text cannot show who says what in a conversation of several turns; use a chat template")
+            raise UserError(
+                f"{example.origin}: plain text cannot show who says what in a conversation of several turns; use a chat template"
+            )
 
     def _escaped(self, value: object) -> object:
         """Texts anywhere in a value, names of fields too, with their control tokens escaped."""
@@ -195,20 +222,34 @@ class Formatter:
     def _render(self, messages: list[dict], example: Example, generate: bool = False) -> str:
         """The template's text, in which a user's control tokens are escaped. Raises UserError if escaping them would
         change what the template makes of the messages, or if it does not show the row's tools."""
-        shown = [{k: v for k, v in message.items() if k not in ("weight", "shortened")} for message in messages]
-        tools, kwargs = normalise_tools(example.columns.get("tools"), example.origin), self._template_kwargs(example)
+        shown = [
+            {k: v for k, v in message.items() if k not in ("weight", "shortened")}
+            for message in messages
+        ]
+        tools, kwargs = (
+            normalise_tools(example.columns.get("tools"), example.origin),
+            self._template_kwargs(example),
+        )
         escaped = self._escaped([shown, tools, kwargs])
         try:
             text = self.tokenizer.render(escaped[0], generate, escaped[1], escaped[2])
             if escaped != [shown, tools, kwargs]:
                 self.escaped.add(example.origin)
-                if self.tokenizer.unescape(text) != self.tokenizer.render(shown, generate, tools, kwargs):
-                    raise UserError("the chat template looks into texts that hold names of control tokens; take those out")
-            without_tools = self.tokenizer.render(escaped[0], generate, None, escaped[2]) if tools else ""
+                if self.tokenizer.unescape(text) != self.tokenizer.render(
+                    shown, generate, tools, kwargs
+                ):
+                    raise UserError(
+                        "the chat template looks into texts that hold names of control tokens; take those out"
+                    )
+            without_tools = (
+                self.tokenizer.render(escaped[0], generate, None, escaped[2]) if tools else ""
+            )
         except UserError as e:
             raise UserError(f"{example.origin}: {e}") from None
         if tools and text == without_tools:
-            raise UserError(f"{example.origin}: the chat template has no place for 'tools'; drop that column, or give a template that shows them")
+            raise UserError(
+                f"{example.origin}: the chat template has no place for 'tools'; drop that column, or give a template that shows them"
+            )
         return text
 
     def _template_kwargs(self, example: Example) -> dict:
@@ -218,9 +259,13 @@ class Formatter:
             raise UserError(f"{example.origin}: 'chat_template_kwargs' must be an object")
         given = {name: value for name, value in own.items() if not is_empty(value)}
         check_all_text(given, example.origin)
-        strange = next((name for name in given if name not in self.tokenizer.template_arguments), None)
+        strange = next(
+            (name for name in given if name not in self.tokenizer.template_arguments), None
+        )
         if strange:
-            raise UserError(f"{example.origin}: the chat template reads no {strange!r} of 'chat_template_kwargs'; drop it")
+            raise UserError(
+                f"{example.origin}: the chat template reads no {strange!r} of 'chat_template_kwargs'; drop it"
+            )
         return self.template_kwargs | given
 
     def _completion(self, messages: list[dict], prompt: str, example: Example) -> str:
@@ -241,7 +286,9 @@ class Formatter:
             if (found or len(said) > 1) and _holds(turn, said):
                 return turn + self.end
             said = [text for text in said if not _holds(turn, [text])] or said
-        handled = [message["content"]] + ([message.get("reasoning_content")] if OPENED.search(prompt) else [])
+        handled = [message["content"]] + (
+            [message.get("reasoning_content")] if OPENED.search(prompt) else []
+        )
         lost = next((text for text in said if self.tokenizer.unescape(text) not in handled), None)
         if lost is not None:
             lost = self.tokenizer.unescape(lost)
@@ -249,7 +296,10 @@ class Formatter:
                 f"{example.origin}: the chat template has no place for {lost[:60]!r} of the assistant's {_field_of(message, lost)}; "
                 "write it into the content, or give a template that shows it"
             )
-        escaped = {name: self.tokenizer.escape(message.get(name) or "") for name in ("content", "reasoning_content")}
+        escaped = {
+            name: self.tokenizer.escape(message.get(name) or "")
+            for name in ("content", "reasoning_content")
+        }
         return self._raw_completion(escaped, prompt, example) + self.end
 
     def _raw_completion(self, message: dict, prompt: str, example: Example) -> str:
@@ -257,14 +307,18 @@ class Formatter:
         opened = OPENED.search(prompt)
         if not opened:
             return message["content"]
-        text, closes = _continued(prompt, opened[1], message["content"], message.get("reasoning_content"))
+        text, closes = _continued(
+            prompt, opened[1], message["content"], message.get("reasoning_content")
+        )
         if closes:
             self.closed.add(example.origin)
         return text
 
     # --- nothing is left out ---------------------------------------------------------------------
 
-    def _check_rendered(self, messages: list[dict], text: str, conversation: list[dict], example: Example) -> None:
+    def _check_rendered(
+        self, messages: list[dict], text: str, conversation: list[dict], example: Example
+    ) -> None:
         """Refuse a part of a prompt that lacks something that its messages, a part of the conversation, say."""
         self._check_roles(conversation, example)
         said = []
@@ -280,11 +334,16 @@ class Formatter:
         said = [self.tokenizer.escape(part) for part in said]
         if not _holds(text, said):
             lost = next((part for part in said if not _holds(text, [part])), said[0])
-            raise UserError(f"{example.origin}: the chat template leaves out {self.tokenizer.unescape(lost)[:60]!r}; use another template")
+            raise UserError(
+                f"{example.origin}: the chat template leaves out {self.tokenizer.unescape(lost)[:60]!r}; use another template"
+            )
 
     def _check_roles(self, messages: list[dict], example: Example) -> None:
         """Refuse roles whose messages the template passes over, found out with words of their own as contents."""
-        roles, kwargs = tuple(message["role"] for message in messages), self._template_kwargs(example)
+        roles, kwargs = (
+            tuple(message["role"] for message in messages),
+            self._template_kwargs(example),
+        )
         key = (roles, json.dumps(kwargs, sort_keys=True))
         if key not in self._roles_rendered:
             words = [f"srlmword{i}x" for i in range(len(roles))]
@@ -292,20 +351,28 @@ class Formatter:
             try:
                 text = self.tokenizer.render(probe, True, None, kwargs)
                 lost = next((role for role, word in zip(roles, words) if word not in text), None)
-            except UserError:  # a template that looks into contents; what is said is compared all the same
+            except (
+                UserError
+            ):  # a template that looks into contents; what is said is compared all the same
                 lost = None
             self._roles_rendered[key] = lost
         if lost := self._roles_rendered[key]:
-            raise UserError(f"{example.origin}: the chat template passes over the role {lost!r}; drop such messages, or give a template that shows them")
+            raise UserError(
+                f"{example.origin}: the chat template passes over the role {lost!r}; drop such messages, or give a template that shows them"
+            )
 
     def _check_other_fields(self, messages: list[dict], message: dict, example: Example) -> None:
         """Refuse a field that neither this project nor the template reads."""
         for name in message.keys() - COMMON_FIELDS - LABELS:
             if message["role"] == "tool" and name == "name":
                 continue
-            without = [{k: v for k, v in m.items() if m is not message or k != name} for m in messages]
+            without = [
+                {k: v for k, v in m.items() if m is not message or k != name} for m in messages
+            ]
             if self._render(without, example) == self._render(messages, example):
-                raise UserError(f"{example.origin}: the field {name!r} of a {message['role']} message is not read by the chat template; drop it")
+                raise UserError(
+                    f"{example.origin}: the field {name!r} of a {message['role']} message is not read by the chat template; drop it"
+                )
 
     def _check_untrained_turns(self, example: Example) -> None:
         """Refuse an untrained turn whose reasoning no document would show."""
@@ -365,7 +432,10 @@ def _said(message: dict) -> Iterator[str]:
 
 def _field_of(message: dict, text: str) -> str:
     """The field of a message that says a text."""
-    return next((name for name in ("content", "reasoning_content") if message.get(name) == text), "tool_calls")
+    return next(
+        (name for name in ("content", "reasoning_content") if message.get(name) == text),
+        "tool_calls",
+    )
 
 
 def _said_in_calls(message: dict) -> Iterator[str]:

@@ -65,8 +65,10 @@ def grade_math(text, answer):
 
 def grade_exact(text, answer):
     """Whether the completion's answer is the gold string, spaces aside."""
+
     def same(found):
         return found is not None and "".join(found.split()) == "".join(answer.split())
+
     marked = marked_answer(text)
     right = same(marked)
     return Verdict(right, right or same(marked_answer(text, unclosed=True)), marked is not None)

@@ -33,7 +33,9 @@ unicodedata""".split()  # imported once, not by every program
 LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 CELL = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NEW_UTS
-OWN_USERS = 1 << 30  # as root every warden has a user of its own from here on: limits are counted per user, and no file is theirs
+OWN_USERS = (
+    1 << 30
+)  # as root every warden has a user of its own from here on: limits are counted per user, and no file is theirs
 
 
 def child(work, *fds):
@@ -65,7 +67,10 @@ def told(pid, pipe):
 
 def fails(*attempts):
     """Why these fail, tried in a child, or None."""
-    said = told(*child(lambda _: [attempt() for attempt in attempts])) or ("sandbox", "it was killed")
+    said = told(*child(lambda _: [attempt() for attempt in attempts])) or (
+        "sandbox",
+        "it was killed",
+    )
     return said[1] if said[0] == "sandbox" else None
 
 
@@ -74,7 +79,12 @@ def processes():
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as f:  # it may be gone since
             status = dict(line.split(":", 1) for line in f)
-            yield int(pid), int(status["PPid"]), int(status["Uid"].split()[0]), int(status["Threads"])
+            yield (
+                int(pid),
+                int(status["PPid"]),
+                int(status["Uid"].split()[0]),
+                int(status["Threads"]),
+            )
 
 
 class Cell:
@@ -83,7 +93,10 @@ class Cell:
     def __init__(self, without):
         self.root = os.geteuid() == 0
         self.user = OWN_USERS | os.getpid() if self.root else os.geteuid()
-        self.pages = sorted({os.path.abspath(p) for p in sys.path if os.path.isdir(p)} | {p for p in LIBRARIES if os.path.exists(p)})
+        self.pages = sorted(
+            {os.path.abspath(p) for p in sys.path if os.path.isdir(p)}
+            | {p for p in LIBRARIES if os.path.exists(p)}
+        )
         self.devices = [p for p in DEVICES if os.path.exists(p)]
         become = lambda: confine.become(self.user)
         if self.root and fails(become):  # a container with few users
@@ -93,8 +106,14 @@ class Cell:
             become()  # not root enough for namespaces, but there are those for everyone
             self.root, why = False, None
         self.landlock = 0 if "landlock" in without else confine.landlock_version()
-        self.seccomp = "seccomp" not in without and not fails(confine.drop_capabilities, lambda: confine.refuse(confine.NEVER))
-        closed = why and self.root and fails(become, lambda: [os.close(os.open(path, os.O_RDONLY)) for path in self.pages])
+        self.seccomp = "seccomp" not in without and not fails(
+            confine.drop_capabilities, lambda: confine.refuse(confine.NEVER)
+        )
+        closed = (
+            why
+            and self.root
+            and fails(become, lambda: [os.close(os.open(path, os.O_RDONLY)) for path in self.pages])
+        )
         self._tell(why, closed)
         self.namespaces = not why
         if self.namespaces:
@@ -103,11 +122,20 @@ class Cell:
 
     def enter(self):
         """Namespaces, with a file system that holds Python and nothing else."""
-        uid, gid = os.geteuid(), os.getegid()  # in a user namespace they have no name until they are mapped
+        uid, gid = (
+            os.geteuid(),
+            os.getegid(),
+        )  # in a user namespace they have no name until they are mapped
         confine.call("unshare", CELL if uid == 0 else CELL | confine.NEW_USER)
         if uid:
-            confine.prctl(confine.PR_DUMPABLE, 1)  # who has been root before does not own its /proc/self
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            confine.prctl(
+                confine.PR_DUMPABLE, 1
+            )  # who has been root before does not own its /proc/self
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"{uid} {uid} 1"),
+                ("gid_map", f"{gid} {gid} 1"),
+            ):
                 with open(f"/proc/self/{name}", "w") as f:
                     f.write(text)
         confine.enter_root(self.pages + self.devices)
@@ -115,15 +143,44 @@ class Cell:
     def _tell(self, why, closed):
         """missing: sentences."""
         bare, user = why and not self.landlock, not self.root  # bare: no layer is about files
-        self.missing = [sentence for lacking, sentence in (
-            (why, f"no namespaces ({why}): programs share the system's process table, and the disk for their scratch folder"),
-            (not self.landlock, "no Landlock" + (": files that everyone may read can be read" if why else "")),
-            (not self.seccomp, "no filter of system calls" + (": the network, signals and file attributes are not protected" if why else "")),
-            (bare, "programs cannot write a scratch folder" if self.seccomp else "files are protected by their permissions alone"),
-            (bare and user, "the environment and memory of your user's processes can be read"),
-            (why and user and not self.seccomp, "the number of processes is limited with your user's own, and one that escapes may live on"),
-            (closed, f"the Python at {sys.base_prefix} is closed to other users: programs can import what is loaded already and nothing else"),
-        ) if lacking]  # fmt: skip
+        self.missing = [
+            sentence
+            for lacking, sentence in (
+                (
+                    why,
+                    f"no namespaces ({why}): programs share the system's process table, and the disk for their scratch folder",
+                ),
+                (
+                    not self.landlock,
+                    "no Landlock" + (": files that everyone may read can be read" if why else ""),
+                ),
+                (
+                    not self.seccomp,
+                    "no filter of system calls"
+                    + (
+                        ": the network, signals and file attributes are not protected"
+                        if why
+                        else ""
+                    ),
+                ),
+                (
+                    bare,
+                    "programs cannot write a scratch folder"
+                    if self.seccomp
+                    else "files are protected by their permissions alone",
+                ),
+                (bare and user, "the environment and memory of your user's processes can be read"),
+                (
+                    why and user and not self.seccomp,
+                    "the number of processes is limited with your user's own, and one that escapes may live on",
+                ),
+                (
+                    closed,
+                    f"the Python at {sys.base_prefix} is closed to other users: programs can import what is loaded already and nothing else",
+                ),
+            )
+            if lacking
+        ]
 
     def scratch(self):
         """A scratch folder of one request alone. In namespaces it is memory that goes with its last process; else it has to be cleared."""
@@ -138,7 +195,9 @@ class Cell:
         """After the last process, without namespaces: whatever escaped, and every file."""
         if self.namespaces:
             return
-        if self.root and self.user & OWN_USERS:  # all of this user's processes at one stroke; it has none but the program's
+        if (
+            self.root and self.user & OWN_USERS
+        ):  # all of this user's processes at one stroke; it has none but the program's
             fails(lambda: confine.become(self.user), lambda: os.kill(-1, signal.SIGKILL))
         while True:  # until there is no child left: those of killed ones become ours (PR_SUBREAPER)
             for pid, parent, _, _ in processes():
@@ -160,9 +219,25 @@ class Cell:
         if self.root:
             confine.become(self.user)
         # what is there already counts: where a user namespace counts for itself warden, keeper and tests; without one all of the user's
-        there = 1 if self.root else 3 if self.namespaces else sum(threads for _, _, user, threads in processes() if user == self.user)
-        confine.limit(AS=limits["memory"], CPU=math.ceil(limits["timeout"]) + 1, FSIZE=limits["disk"], NPROC=there + limits["tasks"], NOFILE=64,
-                      CORE=0, MEMLOCK=0, MSGQUEUE=0, RTPRIO=0, NICE=0)  # fmt: skip
+        there = (
+            1
+            if self.root
+            else 3
+            if self.namespaces
+            else sum(threads for _, _, user, threads in processes() if user == self.user)
+        )
+        confine.limit(
+            AS=limits["memory"],
+            CPU=math.ceil(limits["timeout"]) + 1,
+            FSIZE=limits["disk"],
+            NPROC=there + limits["tasks"],
+            NOFILE=64,
+            CORE=0,
+            MEMLOCK=0,
+            MSGQUEUE=0,
+            RTPRIO=0,
+            NICE=0,
+        )
         os.chdir(scratch)
         confine.drop_capabilities()
         self._lock(scratch, confine.NEVER)
@@ -176,7 +251,11 @@ class Cell:
     def _lock(self, scratch, rules):
         confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
         if self.landlock:
-            readable = ["/"] if self.namespaces else [p for p in self.pages + self.devices if os.access(p, os.R_OK)]
+            readable = (
+                ["/"]
+                if self.namespaces
+                else [p for p in self.pages + self.devices if os.access(p, os.R_OK)]
+            )
             confine.restrict_files(readable, [scratch, "/dev/null"])
         if self.seccomp:
             confine.refuse(rules)
@@ -190,7 +269,13 @@ def keep(cell, request, scratch, run, warden):
     confine.prctl(confine.PR_SUBREAPER, 1)
     if cell.namespaces:
         confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
-        confine.mount("tmpfs", scratch, "tmpfs", confine.MS_NOSUID | confine.MS_NODEV, f"mode=777,size={limits['disk']},nr_inodes=4096")
+        confine.mount(
+            "tmpfs",
+            scratch,
+            "tmpfs",
+            confine.MS_NOSUID | confine.MS_NODEV,
+            f"mode=777,size={limits['disk']},nr_inodes=4096",
+        )
 
     def test(_):
         cell.hold(limits, scratch)
@@ -235,7 +320,9 @@ def main():
     judge.send(replies, json.dumps(cell.missing).encode())
     while (message := judge.receive(requests)) is not None:
         request, scratch = json.loads(message), cell.scratch()
-        outcome = told(*child(lambda warden: keep(cell, request, scratch, requests, warden), requests)) or ("sandbox", "it was killed")
+        outcome = told(
+            *child(lambda warden: keep(cell, request, scratch, requests, warden), requests)
+        ) or ("sandbox", "it was killed")
         if len(outcome) < 3:  # killed from outside, or broken: what it kept is ours now
             cell.clear(scratch)
         judge.send(replies, json.dumps(outcome).encode())

@@ -22,7 +22,10 @@ import types
 from collections.abc import Iterator, MappingView
 
 LONGEST = 200  # characters of an error that are told
-LARGEST, DEEPEST = 32 << 20, 200  # bytes of a message between solution and tests, and how deep its values may be nested
+LARGEST, DEEPEST = (
+    32 << 20,
+    200,
+)  # bytes of a message between solution and tests, and how deep its values may be nested
 
 
 class Gone(BaseException):
@@ -53,7 +56,11 @@ def _exactly(fd, count, until):
     poll, parts = select.poll(), []
     poll.register(fd, select.POLLIN)
     while count:
-        if until and not poll.poll(max(0, until - time.monotonic()) * 1000) or not (part := os.read(fd, min(count, 1 << 20))):
+        if (
+            until
+            and not poll.poll(max(0, until - time.monotonic()) * 1000)
+            or not (part := os.read(fd, min(count, 1 << 20)))
+        ):
             return None
         parts.append(part)
         count -= len(part)
@@ -70,9 +77,15 @@ KINDS = {
     bytearray: (lambda b: [b.decode("latin-1")], lambda text: bytearray(text, "latin-1")),
     range: (lambda r: [r.start, r.stop, r.step], range),
     type(...): (lambda _: [], lambda: ...),
-    dict: (lambda d: [x for item in d.items() for x in item], lambda *x: dict(zip(x[::2], x[1::2], strict=True))),
+    dict: (
+        lambda d: [x for item in d.items() for x in item],
+        lambda *x: dict(zip(x[::2], x[1::2], strict=True)),
+    ),
     iter: (iter, lambda *x: iter(x)),
-} | {kind: (iter, lambda *x, kind=kind: kind(x)) for kind in (list, tuple, set, frozenset, collections.deque)}
+} | {
+    kind: (iter, lambda *x, kind=kind: kind(x))
+    for kind in (list, tuple, set, frozenset, collections.deque)
+}
 MAKE = {kind.__name__: make for kind, (_, make) in KINDS.items()}
 BASES = (float, str, *(kind for kind in KINDS if kind is not iter))
 JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
@@ -111,7 +124,9 @@ def _value(plain, lookup, depth):
     if type(plain) is not list or not depth:
         raise ValueError("no value, or one nested too deeply")
     kind, *parts = plain
-    return (lookup if kind == "object" else MAKE[kind])(*[_value(part, lookup, depth - 1) for part in parts])
+    return (lookup if kind == "object" else MAKE[kind])(
+        *[_value(part, lookup, depth - 1) for part in parts]
+    )
 
 
 # --- the solution's side ---------------------------------------------------------------------------------------------
@@ -187,7 +202,11 @@ def asking(requests, replies):
             return rest[0]
         kind, text = (str(part)[:LONGEST] for part in rest)
         error = getattr(builtins, kind, None)
-        known = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, UnicodeError)
+        known = (
+            isinstance(error, type)
+            and issubclass(error, Exception)
+            and not issubclass(error, UnicodeError)
+        )
         raise error(text.removeprefix(f"{kind}: ")) if known else RuntimeError(text)
 
     def number_of(value):
@@ -215,9 +234,18 @@ def examine(program, tests, solution):
         return "passed", ""
     except Gone:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return "crashed", f"ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code} before its end"
+        return (
+            "crashed",
+            f"ended by signal {-code} ({signal.strsignal(-code)})"
+            if code < 0
+            else f"ended with exit code {code} before its end",
+        )
     except MemoryError:
         return "memory", "MemoryError"
     except BaseException as e:  # noqa: BLE001 (whatever it is, the program has not passed)
-        where = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == "<tests>"]
+        where = [
+            line
+            for frame, line in traceback.walk_tb(e.__traceback__)
+            if frame.f_code.co_filename == "<tests>"
+        ]
         return "failed", describe(e, tests.splitlines()[where[-1] - 1].strip() if where else "")

@@ -10,9 +10,17 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FIELDS = ("weight", "loss", "train", "training")
 ROLE = re.compile(r"[A-Za-z][\w -]*")
 SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 
 
 def normalise_messages(value: object, origin: str, name: str = "messages") -> tuple[dict, ...]:
@@ -24,8 +32,12 @@ def normalise_messages(value: object, origin: str, name: str = "messages") -> tu
     for the template. Raises UserError naming what cannot be used.
     """
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise UserError(f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty")
-    return tuple(_normalise_message(message, f"{origin}: message {i}") for i, message in enumerate(value, 1))
+        raise UserError(
+            f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty"
+        )
+    return tuple(
+        _normalise_message(message, f"{origin}: message {i}") for i, message in enumerate(value, 1)
+    )
 
 
 def _normalise_message(message: dict, where: str) -> dict:
@@ -34,7 +46,9 @@ def _normalise_message(message: dict, where: str) -> dict:
         fields = _from_sharegpt(fields, where)
     role = fields.get("role")
     if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise UserError(f"{where} has no role, or not a plain word for one; write {{role, content}}")
+        raise UserError(
+            f"{where} has no role, or not a plain word for one; write {{role, content}}"
+        )
     if not is_empty(fields.get("function_call")):
         raise UserError(f"{where}: 'function_call' is not read; write it as 'tool_calls'")
     result = {"role": role, "content": _content(fields.get("content"), where)}
@@ -47,18 +61,24 @@ def _normalise_message(message: dict, where: str) -> dict:
             raise UserError(f"{where}: only an assistant's message has reasoning")
         result["reasoning_content"] = _content(reasoning, where)
         if "<think>" in (result["content"] or ""):
-            raise UserError(f"{where}: its reasoning is in a field of its own and in <think> too; keep one of them")
+            raise UserError(
+                f"{where}: its reasoning is in a field of its own and in <think> too; keep one of them"
+            )
     weight = _weight(fields, where)
     if weight is not None and role == "assistant":
         result["weight"] = weight
     elif weight:
-        raise UserError(f"{where}: only the assistant's turns are trained on, and this {role} message asks for it")
+        raise UserError(
+            f"{where}: only the assistant's turns are trained on, and this {role} message asks for it"
+        )
     said_otherwise = {"tool_calls", "reasoning_content"} & result.keys()
     if result["content"] is None and not said_otherwise:
         raise UserError(f"{where}: its content must be a text")
     trained = role == "assistant" and result.get("weight") != 0
     if trained and not said_otherwise and not result["content"].strip():
-        raise UserError(f"{where}: the assistant says nothing; drop the row, or give that message weight 0")
+        raise UserError(
+            f"{where}: the assistant says nothing; drop the row, or give that message weight 0"
+        )
     return result | {n: v for n, v in fields.items() if n not in known and not is_empty(v)}
 
 
@@ -72,7 +92,9 @@ def _from_sharegpt(fields: dict, where: str) -> dict:
         return {"role": "assistant", "content": None, "tool_calls": fields.get("value")} | rest
     role = SHAREGPT_ROLES.get(author)
     if role is None:
-        raise UserError(f"{where}: unknown 'from' {author!r}; known are {', '.join(SHAREGPT_ROLES)}")
+        raise UserError(
+            f"{where}: unknown 'from' {author!r}; known are {', '.join(SHAREGPT_ROLES)}"
+        )
     return {"role": role, "content": fields.get("value")} | rest
 
 
@@ -86,7 +108,11 @@ def _content(value: object, where: str) -> str | None:
     for part in value:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        elif (
+            isinstance(part, dict)
+            and part.get("type", "text") == "text"
+            and isinstance(part.get("text"), str)
+        ):
             texts.append(part["text"])
         else:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -104,13 +130,22 @@ def _tool_calls(value: object, where: str) -> list[dict]:
     check_all_text(calls, where)
     result = []
     for call in calls:
-        function = call.get("function", {k: v for k, v in call.items() if k not in ("id", "type", "index")})
+        function = call.get(
+            "function", {k: v for k, v in call.items() if k not in ("id", "type", "index")}
+        )
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where}: a tool call has no function with a name")
-        strange = next((name for name in function if name not in ("name", "arguments", "description")), None)
-        strange = strange or next((k for k in call if k not in ("id", "type", "index", "function", "name", "arguments")), None)
+        strange = next(
+            (name for name in function if name not in ("name", "arguments", "description")), None
+        )
+        strange = strange or next(
+            (k for k in call if k not in ("id", "type", "index", "function", "name", "arguments")),
+            None,
+        )
         if strange:
-            raise UserError(f"{where}: {strange!r} of a tool call is not read; a call has a name and 'arguments'")
+            raise UserError(
+                f"{where}: {strange!r} of a tool call is not read; a call has a name and 'arguments'"
+            )
         arguments = json_value(function.get("arguments"))
         function = dict(function, arguments={} if arguments is None else arguments)
         check_all_text(function, where)  # also what was JSON in a text
@@ -150,7 +185,9 @@ def _weight(fields: dict, where: str) -> float | None:
 
 def _as_weight(name: str, value: object, where: str) -> float:
     if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
-        raise UserError(f"{where}: {name!r} must be true, false or a number that is not negative; it is {value!r}")
+        raise UserError(
+            f"{where}: {name!r} must be true, false or a number that is not negative; it is {value!r}"
+        )
     return float(value)
 
 

@@ -83,18 +83,36 @@ class Helper:
         if not sys.platform.startswith("linux"):
             raise UserError("the sandbox for generated code needs Linux")
         other = dict(user=user, group=user, extra_groups=[]) if user else {}
-        self.owner, self._process = os.getpid(), subprocess.Popen(
-            [python or sys.executable, "-S", "-s", "-B", str(Path(__file__).with_name("jail.py")), *without],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, cwd="/", start_new_session=True,
-            env={"PYTHONHASHSEED": "0"}, **other,  # nothing of ours; and the order of a set, and with it a verdict, follows the hash seed
-        )  # fmt: skip
+        self.owner, self._process = (
+            os.getpid(),
+            subprocess.Popen(
+                [
+                    python or sys.executable,
+                    "-S",
+                    "-s",
+                    "-B",
+                    str(Path(__file__).with_name("jail.py")),
+                    *without,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                cwd="/",
+                start_new_session=True,
+                env={"PYTHONHASHSEED": "0"},
+                **other,  # nothing of ours; and the order of a set, and with it a verdict, follows the hash seed
+            ),
+        )
         self.missing = self._ask(None, START_LIMIT)
         if self.missing is None:
             raise RunFailed("the sandbox for generated code did not start")
 
     def check(self, program, tests, limits):
         """An Outcome, or None if the helper is gone."""
-        said = self._ask(dict(program=program, tests=tests, limits=asdict(limits)), limits.timeout + GRACE)
+        said = self._ask(
+            dict(program=program, tests=tests, limits=asdict(limits)), limits.timeout + GRACE
+        )
         if said is None:
             return None
         reason, detail, *seconds = said
@@ -128,7 +146,10 @@ class Helpers:
     """As many helpers as there are callers at once; they are kept for the next ones."""
 
     def __init__(self):
-        self._idle, self._warned = [], False  # its `pop` and `append` are atomic: no lock that a fork could leave closed
+        self._idle, self._warned = (
+            [],
+            False,
+        )  # its `pop` and `append` are atomic: no lock that a fork could leave closed
 
     def check(self, program, tests, limits):
         for _ in range(2):  # one that was killed from outside is replaced once
@@ -155,7 +176,9 @@ class Helpers:
                     return helper
         helper = Helper()
         if helper.missing and not self._warned:
-            warnings.warn("the sandbox for generated code lacks: " + "; ".join(helper.missing), stacklevel=2)
+            warnings.warn(
+                "the sandbox for generated code lacks: " + "; ".join(helper.missing), stacklevel=2
+            )
         self._warned = True
         return helper
 

@@ -37,20 +37,29 @@ class Example:
     @property
     def question(self) -> str:
         """What the user said last."""
-        return next((m["content"] or "" for m in reversed(self.messages) if m["role"] == "user"), "")
+        return next(
+            (m["content"] or "" for m in reversed(self.messages) if m["role"] == "user"), ""
+        )
 
     @property
     def opening(self) -> str:
         """What was asked before the first answer, empty if nothing was. Rows with the same opening ask the same question:
         a longer conversation begins like a shorter one, and several answers to one question are rows of their own. It is
         the user's text; what the system says belongs to it where the user says little ("Summarise the text.")."""
-        asked = next((i for i, m in enumerate(self.messages) if m["role"] == "user"), len(self.messages))
-        answered = next((i for i, m in enumerate(self.messages) if i > asked and m["role"] == "assistant"), len(self.messages))
+        asked = next(
+            (i for i, m in enumerate(self.messages) if m["role"] == "user"), len(self.messages)
+        )
+        answered = next(
+            (i for i, m in enumerate(self.messages) if i > asked and m["role"] == "assistant"),
+            len(self.messages),
+        )
         before = self.messages[:answered]
         user = "\n".join(m["content"] or "" for m in before if m["role"] == "user")
         if len(user.split()) >= FEW_WORDS:
             return user
-        return "\n".join([user, *(m["content"] or "" for m in before if m["role"] not in ("user", "assistant"))]).strip()
+        return "\n".join(
+            [user, *(m["content"] or "" for m in before if m["role"] not in ("user", "assistant"))]
+        ).strip()
 
     @property
     def has_answer(self) -> bool:
@@ -61,7 +70,9 @@ class Example:
         columns = self.__dict__.get("columns", {})
         if name in columns:
             return columns[name]
-        raise AttributeError(f"the example has no {name!r}; its row has the columns {', '.join(columns) or 'of no file'}")
+        raise AttributeError(
+            f"the example has no {name!r}; its row has the columns {', '.join(columns) or 'of no file'}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +95,12 @@ def _held_out(question):
 
 
 def _example(question, solution, answer, task, origin):
-    return Example(({"role": "user", "content": question}, {"role": "assistant", "content": solution}), answer, task, origin)
+    return Example(
+        ({"role": "user", "content": question}, {"role": "assistant", "content": solution}),
+        answer,
+        task,
+        origin,
+    )
 
 
 _NAMES = ("Mia", "Ben", "Ada", "Leo", "Zoe", "Sam", "Eva", "Tom")
@@ -95,21 +111,54 @@ _STORY = {
     "*": ("Then {n} has {b} times as many {i}.",),
 }
 # A style of solving: what a step says, the total before it ({a}) and after it ({c}) included, and what is around the steps.
-_TERSE = "{steps} #### {c}", {
-    "+": ("{a}+{b}={c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
-    "-": ("{a}-{b}={c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
-    "*": ("{a}*{b}={c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
-}
-_TALK = "{steps} {n} now has {c} {i}. #### {c}", {
-    "+": ("{n} has {a} {i}, {b} more makes {c} {i}.", "Then {n} has {b} more than {a} {i}: {c}.", "Adding {b} {i} to {a}, {n} now has {c}."),
-    "-": ("{n} has {a} {i}, {b} less leaves {c} {i}.", "Then {n} has {b} less than {a} {i}: {c}.", "Taking {b} {i} from {a}, {n} now has {c}."),
-    "*": ("{n} has {a} {i}, {b} times as many is {c}.", "Then {n} has {b} times {a} {i}: {c}.", "Having {a} {i} taken {b} times, {n} now has {c}."),
-}
-_LONG = "<think>{steps}</think> {n} has {c} {i}. #### {c}", {
-    "+": ("Adding {b}: {a}+{b}={c}, as {c}-{b}={a}.", "{b} more: {a}+{b}={c}, as {c}-{a}={b}.", "{a}+{b} is {b}+{a}, {a}+{b}={c}."),
-    "-": ("Taking {b}: {a}-{b}={c}, as {c}+{b}={a}.", "{b} less: {a}-{b}={c}, as {b}+{c}={a}.", "{a} is {b}+{c}, {a}-{b}={c}."),
-    "*": ("{b} times: {a}*{b}={c}.", "{a} taken {b} times: {b}*{a}={c}.", "{b} times {a} is {b}*{a}={c}."),
-}  # fmt: skip
+_TERSE = (
+    "{steps} #### {c}",
+    {
+        "+": ("{a}+{b}={c}.", "Adding {b} to {a} gives {c}.", "{b} more than {a} is {c}."),
+        "-": ("{a}-{b}={c}.", "Taking {b} from {a} leaves {c}.", "{b} less than {a} is {c}."),
+        "*": ("{a}*{b}={c}.", "{b} times {a} makes {c}.", "{a} taken {b} times is {c}."),
+    },
+)
+_TALK = (
+    "{steps} {n} now has {c} {i}. #### {c}",
+    {
+        "+": (
+            "{n} has {a} {i}, {b} more makes {c} {i}.",
+            "Then {n} has {b} more than {a} {i}: {c}.",
+            "Adding {b} {i} to {a}, {n} now has {c}.",
+        ),
+        "-": (
+            "{n} has {a} {i}, {b} less leaves {c} {i}.",
+            "Then {n} has {b} less than {a} {i}: {c}.",
+            "Taking {b} {i} from {a}, {n} now has {c}.",
+        ),
+        "*": (
+            "{n} has {a} {i}, {b} times as many is {c}.",
+            "Then {n} has {b} times {a} {i}: {c}.",
+            "Having {a} {i} taken {b} times, {n} now has {c}.",
+        ),
+    },
+)
+_LONG = (
+    "<think>{steps}</think> {n} has {c} {i}. #### {c}",
+    {
+        "+": (
+            "Adding {b}: {a}+{b}={c}, as {c}-{b}={a}.",
+            "{b} more: {a}+{b}={c}, as {c}-{a}={b}.",
+            "{a}+{b} is {b}+{a}, {a}+{b}={c}.",
+        ),
+        "-": (
+            "Taking {b}: {a}-{b}={c}, as {c}+{b}={a}.",
+            "{b} less: {a}-{b}={c}, as {b}+{c}={a}.",
+            "{a} is {b}+{c}, {a}-{b}={c}.",
+        ),
+        "*": (
+            "{b} times: {a}*{b}={c}.",
+            "{a} taken {b} times: {b}*{a}={c}.",
+            "{b} times {a} is {b}*{a}={c}.",
+        ),
+    },
+)
 
 
 def word_problem(rng, style=_TERSE):
@@ -119,8 +168,20 @@ def word_problem(rng, style=_TERSE):
     name, item, total = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(1, 12)
     story, steps = [f"{name} has {total} {item}."], []
     for _ in range(rng.choice((2, 3))):
-        op = rng.choice([o for o in "++--*" if not (o == "-" and total < 2 or o == "*" and total > 10 or o == "+" and total > 20)])
-        b = rng.randint(2, 3) if op == "*" else rng.randint(1, min(12, total - 1) if op == "-" else 12)
+        op = rng.choice(
+            [
+                o
+                for o in "++--*"
+                if not (
+                    o == "-" and total < 2 or o == "*" and total > 10 or o == "+" and total > 20
+                )
+            ]
+        )
+        b = (
+            rng.randint(2, 3)
+            if op == "*"
+            else rng.randint(1, min(12, total - 1) if op == "-" else 12)
+        )
         result = {"+": total + b, "-": total - b, "*": total * b}[op]
         story.append(rng.choice(_STORY[op]).format(n=name, b=b, i=item))
         steps.append(rng.choice(wordings[op]).format(a=total, b=b, c=result, n=name, i=item))
@@ -139,7 +200,10 @@ def running_text(rng):
         if not problems or _held_out(problem[0]) == _held_out(problems[0][0]):
             problems.append(problem)
     solutions = [s if marked else s.partition(" ####")[0] for _, s, _ in problems]
-    later = (f"\n\n{question}\n{solution}" for (question, _, _), solution in zip(problems[1:], solutions[1:]))
+    later = (
+        f"\n\n{question}\n{solution}"
+        for (question, _, _), solution in zip(problems[1:], solutions[1:])
+    )
     return problems[0][0], "".join([f"\n{solutions[0]}", *later]), problems[0][2]
 
 
@@ -150,7 +214,9 @@ TASKS = {
     "word_problems_text": Task(running_text, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),
-    "number": Task(None, grade_number),  # this and the next: of any file, by the look of its answers
+    "number": Task(
+        None, grade_number
+    ),  # this and the next: of any file, by the look of its answers
     "answer": Task(None, grade_math),
     "humaneval": Task(None, grade_code, waits=True),
     "mbpp": Task(None, grade_code, waits=True),

@@ -18,9 +18,14 @@ from errors import UserError
 from files import named, read_text
 
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _PROBE = "srlm-probe"
 # Behind the first character of a control token's name: that name is a user's text (a private-use character).
 _ESCAPE = "\U0010fffd"
@@ -29,7 +34,15 @@ _MARK = f"\U0010fffc{secrets.token_hex(8)}"
 # Tags that models write themselves, whatever a tokenizer says of them: no control tokens in an answer.
 _ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>")
 CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class Tokenizer:
@@ -42,9 +55,13 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
             self.settings = json.loads(files.get("tokenizer_config.json", b"{}"))
         except KeyError:
-            raise UserError(f"{where} has no tokenizer.json; name a folder that has one with --tokenizer") from None
+            raise UserError(
+                f"{where} has no tokenizer.json; name a folder that has one with --tokenizer"
+            ) from None
         except Exception as e:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"{where}: the tokenizer files are damaged ({_first_line(e)})") from None
+            raise UserError(
+                f"{where}: the tokenizer files are damaged ({_first_line(e)})"
+            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -54,8 +71,12 @@ class Tokenizer:
         files = {}
         for name in FILES:
             path = folder / name
-            if named(path) and (not path.exists() or path.stat().st_size or name == "tokenizer.json"):
-                files[name] = read_text(path).encode()  # without a byte order mark, which the tokenizers library does not know
+            if named(path) and (
+                not path.exists() or path.stat().st_size or name == "tokenizer.json"
+            ):
+                files[name] = read_text(
+                    path
+                ).encode()  # without a byte order mark, which the tokenizers library does not know
         return cls(files, folder)
 
     def save(self, folder):
@@ -82,7 +103,9 @@ class Tokenizer:
         """`encode` of several texts."""
         escaped = [i for i, text in enumerate(texts) if _ESCAPE in text]
         if not escaped:
-            return [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            return [
+                e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            ]
         plain = [text for text in texts if _ESCAPE not in text]
         plain_ids = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
         marked = [self._mark_control_tokens(texts[i]) for i in escaped]
@@ -109,8 +132,14 @@ class Tokenizer:
         """Tokens that no text of a user becomes: those that the tokenizer calls special or names for a purpose, those
         in the form <|...|>, and the one that ends a turn. `<think>` and `<tool_call>` in a text are what they say."""
         added = self.json.get("added_tokens", [])
-        names = {t["content"] for t in added if t.get("special") or CONTROL_FORM.fullmatch(t["content"])}
-        names |= {token for token in self._named_tokens().values() if self._tokenizer.token_to_id(token) is not None}
+        names = {
+            t["content"] for t in added if t.get("special") or CONTROL_FORM.fullmatch(t["content"])
+        }
+        names |= {
+            token
+            for token in self._named_tokens().values()
+            if self._tokenizer.token_to_id(token) is not None
+        }
         if self.chat_template is not None:
             names.add(self.turn_end)
         return frozenset(names - set(_ANSWER_TAGS))
@@ -124,7 +153,9 @@ class Tokenizer:
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         added = self.json.get("added_tokens", [])
-        return frozenset(t["id"] for t in added if t.get("special") and t["content"] not in _ANSWER_TAGS)
+        return frozenset(
+            t["id"] for t in added if t.get("special") and t["content"] not in _ANSWER_TAGS
+        )
 
     def _named_tokens(self) -> dict[str, str]:
         """Special tokens that tokenizer_config.json names, as chat templates get them."""
@@ -147,8 +178,12 @@ class Tokenizer:
         if isinstance(vocab, dict):
             content["model"]["vocab"] = {renamed.get(token, token): i for token, i in vocab.items()}
         elif isinstance(vocab, list):
-            content["model"]["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
-        content["post_processor"] = None  # it names special tokens, and nothing here asks it to add any
+            content["model"]["vocab"] = [
+                [renamed.get(token, token), score] for token, score in vocab
+            ]
+        content["post_processor"] = (
+            None  # it names special tokens, and nothing here asks it to add any
+        )
         unknown = content["model"].get("unk_token")
         if unknown in renamed:
             content["model"]["unk_token"] = renamed[unknown]
@@ -157,7 +192,9 @@ class Tokenizer:
         tokenizer.no_truncation()
         for name, other in renamed.items():
             if tokenizer.token_to_id(other) != self._tokenizer.token_to_id(name):
-                raise UserError(f"{self.where}: {name} cannot be told apart from text that looks like it")
+                raise UserError(
+                    f"{self.where}: {name} cannot be told apart from text that looks like it"
+                )
         return tokenizer
 
     # --- chat templates --------------------------------------------------------------------------
@@ -190,7 +227,9 @@ class Tokenizer:
 
     @cached_property
     def _compiled_templates(self) -> dict:
-        return {name: _compile(source, name, self.where) for name, source in self._templates.items()}
+        return {
+            name: _compile(source, name, self.where) for name, source in self._templates.items()
+        }
 
     def render(self, messages, generate=False, tools=None, template_kwargs=None):
         """Messages as the template's text; generate=True ends where the assistant is to begin.
@@ -201,7 +240,12 @@ class Tokenizer:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise UserError(f"{self.where} has no chat template; use --template plain")
-        values = {"tools": tools or None, "documents": None, **self._named_tokens(), **(template_kwargs or {})}
+        values = {
+            "tools": tools or None,
+            "documents": None,
+            **self._named_tokens(),
+            **(template_kwargs or {}),
+        }
         try:
             return self._compiled_templates[name].render(
                 messages=[_with_reasoning_names(message) for message in messages],
@@ -209,21 +253,29 @@ class Tokenizer:
                 **values,
             )
         except Exception as e:  # a template is a program of somebody else's
-            raise UserError(f"{self.where}: the chat template refuses these messages ({_first_line(e)})") from None
+            raise UserError(
+                f"{self.where}: the chat template refuses these messages ({_first_line(e)})"
+            ) from None
 
     @cached_property
     def eos(self):
         """The end-of-text token (text)."""
         token = _token(self.settings.get("eos_token"))
         if token is None or self._tokenizer.token_to_id(token) is None:
-            raise UserError(f"{self.where}: tokenizer_config.json names no eos_token that the tokenizer knows")
+            raise UserError(
+                f"{self.where}: tokenizer_config.json names no eos_token that the tokenizer knows"
+            )
         return token
 
     @cached_property
     def turn_end(self):
         """The token (text) with which the chat template ends an assistant's turn: `<|im_end|>` for Qwen, base models too."""
-        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}])
-        ids = self._tokenizer.encode(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False).ids
+        text = self.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        )
+        ids = self._tokenizer.encode(
+            text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False
+        ).ids
         special = {t["id"] for t in self.json.get("added_tokens", [])}
         return self.id_to_token[ids[0]] if ids and ids[0] in special else self.eos
 
@@ -248,11 +300,15 @@ def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> 
     for item in text.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not name.isidentifier():
-            raise UserError(f"{option}: {item.strip()!r}; write name=value,name=value or a JSON object")
+            raise UserError(
+                f"{option}: {item.strip()!r}; write name=value,name=value or a JSON object"
+            )
         if name in result:
             raise UserError(f"{option}: {name} is there twice; give it one value")
         try:
-            result[name] = json.loads(value.lower() if value.lower() in ("true", "false", "null", "none") else value)
+            result[name] = json.loads(
+                value.lower() if value.lower() in ("true", "false", "null", "none") else value
+            )
         except ValueError:
             result[name] = None if value.lower() == "none" else value
     return result
@@ -276,7 +332,11 @@ def _compile(source: str, name: str, where: str):
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
         )
 
     def raise_exception(message):
@@ -314,20 +374,28 @@ def shared_vocabulary(a, b):
     parts_a, parts_b = _deciding_parts(a), _deciding_parts(b)
     differing = next((name for name in parts_a if parts_a[name] != parts_b[name]), None)
     if differing and (differing == "merges" or not _cut_alike(a, b)):
-        raise UserError(f"{a.where} and {b.where} have different tokenizers ({differing}); a teacher must share the student's")
+        raise UserError(
+            f"{a.where} and {b.where} have different tokenizers ({differing}); a teacher must share the student's"
+        )
     shared = 0
     while shared in a.id_to_token and a.id_to_token[shared] == b.id_to_token.get(shared):
         shared += 1
     if not shared:
-        raise UserError(f"{a.where} and {b.where} share no token ids; a teacher must share the student's tokenizer")
+        raise UserError(
+            f"{a.where} and {b.where} share no token ids; a teacher must share the student's tokenizer"
+        )
     return shared
 
 
 def _deciding_parts(tokenizer) -> dict:
     """What of a tokenizer decides how a text is cut, in the form in which the library writes it out."""
-    content = json.loads(tokenizer._tokenizer.to_str())  # older spellings and missing defaults become today's
+    content = json.loads(
+        tokenizer._tokenizer.to_str()
+    )  # older spellings and missing defaults become today's
     model = content.get("model") or {}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []
+    ]
     settings = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
     return {
         "normaliser": _without_offsets(content.get("normalizer")),
@@ -343,7 +411,9 @@ def _without_offsets(part: object) -> object:
         return [_without_offsets(item) for item in part]
     if not isinstance(part, dict):
         return part
-    result = {name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"}
+    result = {
+        name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"
+    }
     for members in ("pretokenizers", "normalizers"):
         if result.get("type") == "Sequence" and len(result.get(members, ())) == 1:
             return result[members][0]
@@ -353,12 +423,25 @@ def _without_offsets(part: object) -> object:
 # Texts on which tokenizers that cut differently differ: digits, contractions, case, accents composed and not, scripts,
 # white space, line ends, punctuation, emoji, controls.
 _CUT_PROBES = [
-    "12345 1,234.50 3.14e-10 ٣٤٥ ½ Ⅷ x2y3", "I'll can't WON'T it's we'RE d'accord o’clock", "Hello  world   a    b",
-    " leading and trailing ", "a\nb\n\nc\r\nd\t\te\n   f", "é e\u0301 Å A\u030a ﬁ ﷺ Ⅷ ①", "naïve ÜBER straße İstanbul",
-    "日本語のテキスト。中文字符，한국어", "Привет мир Ελληνικά עברית العربية हिन्दी ไทย", "😀👩‍👩‍👧🏽 ♥️ ✓ →", "(a+b)*c/d == e_f != g->h; //x",
-    "{'k': [1, 2]}\n\tdef f(x):\n\t\treturn x**2", "\u200b\u00a0\u3000\ufeff\u2028|\x00\x1f\x7f", "#### \\boxed{\\frac{1}{2}} $x_{1}^{2}$ \\(y\\)",
-    "www.example.org/a?b=c&d=%20 user@host", "aaaaaaaaaaaaaaaa        ................", "_snake_case camelCase PascalCase ABC123abc", "",
-]  # fmt: skip
+    "12345 1,234.50 3.14e-10 ٣٤٥ ½ Ⅷ x2y3",
+    "I'll can't WON'T it's we'RE d'accord o’clock",
+    "Hello  world   a    b",
+    " leading and trailing ",
+    "a\nb\n\nc\r\nd\t\te\n   f",
+    "é e\u0301 Å A\u030a ﬁ ﷺ Ⅷ ①",
+    "naïve ÜBER straße İstanbul",
+    "日本語のテキスト。中文字符，한국어",
+    "Привет мир Ελληνικά עברית العربية हिन्दी ไทย",
+    "😀👩‍👩‍👧🏽 ♥️ ✓ →",
+    "(a+b)*c/d == e_f != g->h; //x",
+    "{'k': [1, 2]}\n\tdef f(x):\n\t\treturn x**2",
+    "\u200b\u00a0\u3000\ufeff\u2028|\x00\x1f\x7f",
+    "#### \\boxed{\\frac{1}{2}} $x_{1}^{2}$ \\(y\\)",
+    "www.example.org/a?b=c&d=%20 user@host",
+    "aaaaaaaaaaaaaaaa        ................",
+    "_snake_case camelCase PascalCase ABC123abc",
+    "",
+]
 
 
 def _cut_alike(a, b) -> bool:
@@ -366,7 +449,11 @@ def _cut_alike(a, b) -> bool:
     and on words of the vocabulary in a mixed order."""
     if sorted(_patterns(a.json)) != sorted(_patterns(b.json)):
         return False
-    texts = [*_CUT_PROBES, *(x + y for x, y in zip(_CUT_PROBES, _CUT_PROBES[1:])), "".join(_CUT_PROBES)]
+    texts = [
+        *_CUT_PROBES,
+        *(x + y for x, y in zip(_CUT_PROBES, _CUT_PROBES[1:])),
+        "".join(_CUT_PROBES),
+    ]
     words = [a.decode([i]) for i in sorted(a.id_to_token)]
     texts += ["".join(words[start::997]) for start in range(0, min(997, len(words)), 31)]
     return a.encode_many(texts) == b.encode_many(texts)
@@ -385,9 +472,7 @@ def _patterns(part: object) -> Iterator[str]:
             yield from _patterns(value)
 
 
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def build_tiny(texts, vocab_size=512):
@@ -401,18 +486,32 @@ def build_tiny(texts, vocab_size=512):
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": template}
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+    }
     settings["tokenizer_class"] = "Qwen2Tokenizer"
-    files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
+    }
     return Tokenizer(files, "the embedded tokenizer")
 
 

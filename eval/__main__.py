@@ -34,33 +34,92 @@ PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank may wait for one whose an
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
     add = lambda name, default, help, kind=str, **more: parser.add_argument(
-        *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), default=default, type=kind, help=help, **more
+        *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
+        default=default,
+        type=kind,
+        help=help,
+        **more,
     )
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a folder in Hugging Face form, a run's folder, or a hub id")
-    add("tasks", None, f"of {', '.join(benchmarks.names())}; with commas between them", required=True)
-    parser.add_argument("--n", "--samples", default=1, type=int, help="samples per problem; torchrun takes --n for its own: write --samples there")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a folder in Hugging Face form, a run's folder, or a hub id",
+    )
+    add(
+        "tasks",
+        None,
+        f"of {', '.join(benchmarks.names())}; with commas between them",
+        required=True,
+    )
+    parser.add_argument(
+        "--n",
+        "--samples",
+        default=1,
+        type=int,
+        help="samples per problem; torchrun takes --n for its own: write --samples there",
+    )
     add("k", "", "pass@k and majority@k for these k, with commas between them; empty: n")
     add("temperature", 0.6, "of sampling", float)
     add("top_p", 0.95, "sample from the likeliest ids with this mass", float)
-    add("max_tokens", 32768, "new tokens per answer at most; fewer where the model has no positions for them", int)
+    add(
+        "max_tokens",
+        32768,
+        "new tokens per answer at most; fewer where the model has no positions for them",
+        int,
+    )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    add("prompt", "auto", "auto: as the run was trained, else chat if the tokenizer has a template", choices=prompts.KINDS)
+    add(
+        "prompt",
+        "auto",
+        "auto: as the run was trained, else chat if the tokenizer has a template",
+        choices=prompts.KINDS,
+    )
     add("system", None, "the system prompt; a run's own unless given")
     add("instruction", None, "put behind every question; a run's own unless given, else the task's")
     add("prefill", "", "text that begins every answer")
-    add("chat_template_kwargs", None, "arguments of the chat template, as in enable_thinking=false,x=3 or JSON; a run's own unless given")
+    add(
+        "chat_template_kwargs",
+        None,
+        "arguments of the chat template, as in enable_thinking=false,x=3 or JSON; a run's own unless given",
+    )
     add("limit", 0, "the first so many problems only; 0: all", int)
     add("seed", 0, "the same seed gives every sample the same random numbers", int)
-    add("batch_size", 64, "samples written at once, per rank; the cache holds this many rows as long as the longest", int)
-    add("group", 0, "finish and keep so many problems at a time: a killed run then goes on bit for bit; 0: each sample by itself, faster", int)
-    add("data", os.environ.get("SRLM_DATA") or "test_sets", "the folder with test sets, NAME/test.jsonl")
+    add(
+        "batch_size",
+        64,
+        "samples written at once, per rank; the cache holds this many rows as long as the longest",
+        int,
+    )
+    add(
+        "group",
+        0,
+        "finish and keep so many problems at a time: a killed run then goes on bit for bit; 0: each sample by itself, faster",
+        int,
+    )
+    add(
+        "data",
+        os.environ.get("SRLM_DATA") or "test_sets",
+        "the folder with test sets, NAME/test.jsonl",
+    )
     add("out", "evals", "where samples and tables are kept")
-    add("compare", "", "another checkpoint, evaluated as well: the others are compared with it, problem by problem")
+    add(
+        "compare",
+        "",
+        "another checkpoint, evaluated as well: the others are compared with it, problem by problem",
+    )
     add("tokenizer", "", "folder with tokenizer.json, for checkpoints that have none")
-    parser.add_argument("--allow_trained", "--allow-trained", action="store_true", help="evaluate on questions that a run trained on")
+    parser.add_argument(
+        "--allow_trained",
+        "--allow-trained",
+        action="store_true",
+        help="evaluate on questions that a run trained on",
+    )
     return check(parser.parse_args(argv))
 
 
@@ -81,16 +140,29 @@ def check(args):
     try:
         args.k = sorted({int(k) for k in (args.k or str(args.n)).split(",")})
     except ValueError:
-        raise UserError(f"--k {args.k}: write whole numbers with commas between them, as in 1,8") from None
+        raise UserError(
+            f"--k {args.k}: write whole numbers with commas between them, as in 1,8"
+        ) from None
     need(args.k[0] >= 1, "--k must be at least 1")
-    need(args.k[-1] <= args.n, f"--k {args.k[-1]} needs as many samples per problem; --n is {args.n}")
-    need(not args.greedy or args.n == 1, f"--greedy writes the same answer every time; leave out --n {args.n}")
+    need(
+        args.k[-1] <= args.n, f"--k {args.k[-1]} needs as many samples per problem; --n is {args.n}"
+    )
+    need(
+        not args.greedy or args.n == 1,
+        f"--greedy writes the same answer every time; leave out --n {args.n}",
+    )
     args.temperature = 0.0 if args.greedy else args.temperature
-    need(args.greedy or 0 < args.temperature < float("inf"), "--temperature must be positive; --greedy takes the likeliest token")
+    need(
+        args.greedy or 0 < args.temperature < float("inf"),
+        "--temperature must be positive; --greedy takes the likeliest token",
+    )
     need(0 < args.top_p <= 1, "--top_p must be above 0 and at most 1")
     for name in ("max_tokens", "batch_size"):
         need(getattr(args, name) >= 1, f"--{name} must be at least 1")
-    need(min(args.limit, args.seed, args.group) >= 0, "--limit, --seed and --group must not be negative")
+    need(
+        min(args.limit, args.seed, args.group) >= 0,
+        "--limit, --seed and --group must not be negative",
+    )
     return args
 
 
@@ -107,7 +179,9 @@ class Job:
     samples: results.Samples
     identity: dict  # what the samples depend on: they are kept together only if it agrees
     new_tokens: int
-    trained: trained.Trained  # how many questions of the test set the checkpoint was trained on, as far as that is known
+    trained: (
+        trained.Trained
+    )  # how many questions of the test set the checkpoint was trained on, as far as that is known
 
 
 def plan(args):
@@ -120,18 +194,44 @@ def plan(args):
         seen = trained.seen(subject, sets, args.allow_trained)
         for benchmark in sets:
             words = args.prompt, args.system, args.instruction, args.prefill
-            asked = prompts.build(benchmark, subject.tokenizer, subject.settings, *words, args.limit, args.chat_template_kwargs)
+            asked = prompts.build(
+                benchmark,
+                subject.tokenizer,
+                subject.settings,
+                *words,
+                args.limit,
+                args.chat_template_kwargs,
+            )
             longest, positions = max(map(len, asked.ids)), subject.config.max_position_embeddings
             if longest >= positions:
-                raise UserError(f"{subject.name}: {benchmark.name} has a prompt of {longest:,} tokens, the model {positions:,} positions")
+                raise UserError(
+                    f"{subject.name}: {benchmark.name} has a prompt of {longest:,} tokens, the model {positions:,} positions"
+                )
             identity = {
-                "checkpoint": subject.sha256, "test set": benchmark.sha256, "prompt": asked.stated, "temperature": args.temperature,
-                "top_p": args.top_p if args.temperature else None, "max_tokens": args.max_tokens, "seed": args.seed if args.temperature else None,
-                "stop_ids": subject.stop_ids, "vocabulary": subject.vocab, "device": "cuda" if torch.cuda.is_available() else "cpu",
-            }  # fmt: skip
+                "checkpoint": subject.sha256,
+                "test set": benchmark.sha256,
+                "prompt": asked.stated,
+                "temperature": args.temperature,
+                "top_p": args.top_p if args.temperature else None,
+                "max_tokens": args.max_tokens,
+                "seed": args.seed if args.temperature else None,
+                "stop_ids": subject.stop_ids,
+                "vocabulary": subject.vocab,
+                "device": "cuda" if torch.cuda.is_available() else "cpu",
+            }
             samples = results.Samples(Path(args.out) / subject.label, benchmark.name)
             samples.agree(identity)
-            jobs.append(Job(subject, benchmark, asked, samples, identity, min(args.max_tokens, positions - longest), seen[benchmark.name]))
+            jobs.append(
+                Job(
+                    subject,
+                    benchmark,
+                    asked,
+                    samples,
+                    identity,
+                    min(args.max_tokens, positions - longest),
+                    seen[benchmark.name],
+                )
+            )
     return jobs
 
 
@@ -140,7 +240,9 @@ def plan(args):
 
 def seed_of(seed, task, problem, sample):
     """64 bits for (problem, sample): the same in every batch, order and number of ranks, and after a resumption."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{task}/{problem}/{sample}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{task}/{problem}/{sample}".encode(), digest_size=8).digest(), "big"
+    )
 
 
 def fill(job, args, model, rank, world):
@@ -149,12 +251,23 @@ def fill(job, args, model, rank, world):
     kept = job.samples.read()
     wanted = [(p, s) for p in range(len(examples)) for s in range(args.n)]
     mine, size = range(rank, len(examples), world), args.group or len(examples)
-    groups = [[(p, s) for p in mine[lo : lo + size] for s in range(args.n) if (p, s) not in kept] for lo in range(0, len(mine), size)]
+    groups = [
+        [(p, s) for p in mine[lo : lo + size] for s in range(args.n) if (p, s) not in kept]
+        for lo in range(0, len(mine), size)
+    ]
     groups = [keys for keys in groups if keys]
     parallel.barrier()  # everyone has read what was kept
-    about = {"name": job.subject.name, "file": job.benchmark.file, "problems": len(job.benchmark.examples),
-             "new_tokens": job.new_tokens, "trained_on": job.trained.count, "unknown_training": job.trained.unknown}  # fmt: skip
-    parallel.on_rank_0(rank, lambda: job.samples.begin(job.identity, about | {"environment": environment()}))
+    about = {
+        "name": job.subject.name,
+        "file": job.benchmark.file,
+        "problems": len(job.benchmark.examples),
+        "new_tokens": job.new_tokens,
+        "trained_on": job.trained.count,
+        "unknown_training": job.trained.unknown,
+    }
+    parallel.on_rank_0(
+        rank, lambda: job.samples.begin(job.identity, about | {"environment": environment()})
+    )
     ready = model() if groups else None
     clock, written, error = time.perf_counter(), 0, None
     try:
@@ -165,10 +278,14 @@ def fill(job, args, model, rank, world):
     tokens, seconds = zip(*parallel.gather((written, time.perf_counter() - clock)))
     rows = job.samples.read()
     ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
-    graded = judge_all(judge, [(examples[problem], rows[problem, sample]) for problem, sample in ungraded])
+    graded = judge_all(
+        judge, [(examples[problem], rows[problem, sample]) for problem, sample in ungraded]
+    )
     for part in parallel.gather(dict(zip(ungraded, graded))):
         rows |= part
-    parallel.on_rank_0(rank, lambda: job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0))
+    parallel.on_rank_0(
+        rank, lambda: job.samples.finish(rows, sum(tokens), max(seconds) if sum(tokens) else 0.0)
+    )
     return {key: rows[key] for key in wanted}
 
 
@@ -180,18 +297,33 @@ def write(job, args, model, groups, rank):
 
     def row_of(key, completion):
         nonlocal shown
-        counts["samples"], counts["tokens"] = counts["samples"] + 1, counts["tokens"] + len(completion.tokens)
+        counts["samples"], counts["tokens"] = (
+            counts["samples"] + 1,
+            counts["tokens"] + len(completion.tokens),
+        )
         if rank == 0 and time.monotonic() - shown > PROGRESS:
             shown = time.monotonic()
             print(f"{name}: {counts['samples']:,} of this rank's {total:,} samples", flush=True)
         text, example = tokenizer.decode(completion.tokens, skip_special=True), examples[key[0]]
         for stop in job.prompts.stop:
             text = text.partition(stop)[0]
-        return results.line(dict(problem=key[0], sample=key[1], question=example.question, gold=example.answer, text=text,
-                                 tokens=len(completion.tokens), stopped=completion.stopped, logp=round(sum(completion.logp), 3)))  # fmt: skip
+        return results.line(
+            dict(
+                problem=key[0],
+                sample=key[1],
+                question=example.question,
+                gold=example.answer,
+                text=text,
+                tokens=len(completion.tokens),
+                stopped=completion.stopped,
+                logp=round(sum(completion.logp), 3),
+            )
+        )
 
     with open(job.samples.folder / f"{name}.part-{rank}.jsonl", "a", encoding="utf-8") as file:
-        file.write("\n" if file.tell() else "")  # the line that a kill cut off, if it did, stays apart from what follows
+        file.write(
+            "\n" if file.tell() else ""
+        )  # the line that a kill cut off, if it did, stays apart from what follows
         for keys in groups:
             finished = []
 
@@ -205,9 +337,20 @@ def write(job, args, model, groups, rank):
                 file.flush()
                 finished.clear()
 
-            generate(model, [job.prompts.ids[problem] for problem, _ in keys], job.new_tokens, job.subject.stop_ids, vocab=job.subject.vocab,
-                     temperature=args.temperature, top_p=args.top_p, seeds=[seed_of(args.seed, name, *key) for key in keys],
-                     stop_strings=job.prompts.stop, decode=tokenizer.decode, batch_size=args.batch_size, on_done=keep)  # fmt: skip
+            generate(
+                model,
+                [job.prompts.ids[problem] for problem, _ in keys],
+                job.new_tokens,
+                job.subject.stop_ids,
+                vocab=job.subject.vocab,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seeds=[seed_of(args.seed, name, *key) for key in keys],
+                stop_strings=job.prompts.stop,
+                decode=tokenizer.decode,
+                batch_size=args.batch_size,
+                on_done=keep,
+            )
             flush()
     return counts["tokens"]
 
@@ -218,7 +361,14 @@ def judge(example, row):
     verdicts = {"strict": verdict.strict, "lenient": verdict.lenient, "parsed": verdict.parsed}
     if example.task in benchmarks.CODE:
         return row | verdicts | {"math_verify": None, "vote": False}
-    return row | verdicts | {"math_verify": grade_by_math_verify(text, example.answer), "vote": vote(text, words=example.task not in ("math", "answer"))}
+    return (
+        row
+        | verdicts
+        | {
+            "math_verify": grade_by_math_verify(text, example.answer),
+            "vote": vote(text, words=example.task not in ("math", "answer")),
+        }
+    )
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -226,20 +376,44 @@ def judge(example, row):
 
 def report(args, jobs, rows):
     """summary.md, summary.json and summary.png; returns the text for the terminal. rows: those of each job."""
-    summaries = [(j.subject.label, j.benchmark.name, results.summarise(r, args.k, j.samples.stated["generated"])) for j, r in zip(jobs, rows)]
+    summaries = [
+        (
+            j.subject.label,
+            j.benchmark.name,
+            results.summarise(r, args.k, j.samples.stated["generated"]),
+        )
+        for j, r in zip(jobs, rows)
+    ]
     comparisons = compare(args, jobs, rows) if args.compare else []
-    sampling = "greedy" if args.greedy else f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}"
-    conditions = [f"{sampling}, up to {args.max_tokens:,} new tokens. Rates in %; accuracy: the marked answer alone (strict), mean over all samples; "
-                  "intervals: 95 %, problems resampled", *map(_stated, jobs)]  # fmt: skip
-    conditions = list(dict.fromkeys(conditions))  # checkpoints that were asked the same share a line
+    sampling = (
+        "greedy"
+        if args.greedy
+        else f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}"
+    )
+    conditions = [
+        f"{sampling}, up to {args.max_tokens:,} new tokens. Rates in %; accuracy: the marked answer alone (strict), mean over all samples; "
+        "intervals: 95 %, problems resampled",
+        *map(_stated, jobs),
+    ]
+    conditions = list(
+        dict.fromkeys(conditions)
+    )  # checkpoints that were asked the same share a line
     training = trained.notes([(j.subject.label, j.benchmark.name, j.trained) for j in jobs])
     listed = {f"{j.subject.label} on {j.benchmark.name}" for j in jobs}
     if others := [name for name in jobs[0].samples.others() if name not in listed]:
         conditions.append(f"not in this summary, though beside it: {', '.join(others)}")
-    tables = [results.table(summaries), *([results.comparison_table(comparisons)] if comparisons else [])]
+    tables = [
+        results.table(summaries),
+        *([results.comparison_table(comparisons)] if comparisons else []),
+    ]
     out = Path(args.out)
     page = [*map(results.markdown, tables), "\n".join(f"- {c}" for c in [*conditions, *training])]
-    kept = {"conditions": [*conditions, *training], "training": training, "summaries": summaries, "comparisons": comparisons}
+    kept = {
+        "conditions": [*conditions, *training],
+        "training": training,
+        "summaries": summaries,
+        "comparisons": comparisons,
+    }
     kept["trained_on"] = [[j.subject.label, j.benchmark.name, *j.trained] for j in jobs]
     replace_file(out / "summary.md", "\n\n".join(page) + "\n")
     replace_file(out / "summary.json", json.dumps(kept, indent=1) + "\n")
@@ -250,10 +424,20 @@ def report(args, jobs, rows):
 
 def _stated(job):
     p, brief = job.identity["prompt"], lambda digest: (digest or "none")[:12]
-    words = "".join(f", {name} {p[name]!r}" for name in ("system", "instruction", "prefill", "chat_template_kwargs") if p.get(name))
-    cut = f"; up to {job.new_tokens:,} new tokens, for which the model has positions" if job.new_tokens < job.identity["max_tokens"] else ""
-    return (f"{job.benchmark.name}: {p['kind']} prompt{words}; sha256 of the first prompt {brief(p['first_prompt_sha256'])}, "
-            f"of the template {brief(p['template_sha256'])}, of the test set {brief(job.benchmark.sha256)}{cut}")  # fmt: skip
+    words = "".join(
+        f", {name} {p[name]!r}"
+        for name in ("system", "instruction", "prefill", "chat_template_kwargs")
+        if p.get(name)
+    )
+    cut = (
+        f"; up to {job.new_tokens:,} new tokens, for which the model has positions"
+        if job.new_tokens < job.identity["max_tokens"]
+        else ""
+    )
+    return (
+        f"{job.benchmark.name}: {p['kind']} prompt{words}; sha256 of the first prompt {brief(p['first_prompt_sha256'])}, "
+        f"of the template {brief(p['template_sha256'])}, of the test set {brief(job.benchmark.sha256)}{cut}"
+    )
 
 
 def compare(args, jobs, rows):
@@ -266,12 +450,21 @@ def compare(args, jobs, rows):
             continue
         other, theirs = others[job.benchmark.name]
         differing = results.asked_differently(job.samples.stated, other.samples.stated)
-        found.append((job.subject.label, label, job.benchmark.name, results.compare(ours, theirs) | {"asked_differently": differing}))
+        found.append(
+            (
+                job.subject.label,
+                label,
+                job.benchmark.name,
+                results.compare(ours, theirs) | {"asked_differently": differing},
+            )
+        )
     return found
 
 
 def evaluate(args):
-    rank, world, local = parallel.init("cpu", patience=PATIENCE)  # only Python objects go from rank to rank
+    rank, world, local = parallel.init(
+        "cpu", patience=PATIENCE
+    )  # only Python objects go from rank to rank
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     jobs, rows, loaded = plan(args), [], (None, None)

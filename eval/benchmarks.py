@@ -41,7 +41,11 @@ def _gsm8k(row, origin):
 
 
 def _math(row, origin):
-    return row["problem"], row.get("solution") or "", row["answer"] if isinstance(row["answer"], str) else _plain(row["answer"])
+    return (
+        row["problem"],
+        row.get("solution") or "",
+        row["answer"] if isinstance(row["answer"], str) else _plain(row["answer"]),
+    )
 
 
 def _minerva(row, origin):
@@ -49,12 +53,20 @@ def _minerva(row, origin):
 
 
 def _olympiad(row, origin):
-    return row["question"], "\n".join(row["solution"]), ", ".join(str(answer).replace("$", "") for answer in row["final_answer"]) or None
+    return (
+        row["question"],
+        "\n".join(row["solution"]),
+        ", ".join(str(answer).replace("$", "") for answer in row["final_answer"]) or None,
+    )
 
 
 def _svamp(row, origin):
     body = row["Body"].strip()
-    return f"{body}{'' if body[-1:] in '.?!,' else '.'} {row['Question'].strip()}", row["Equation"], _plain(row["Answer"])
+    return (
+        f"{body}{'' if body[-1:] in '.?!,' else '.'} {row['Question'].strip()}",
+        row["Equation"],
+        _plain(row["Answer"]),
+    )
 
 
 def _plain(number):
@@ -92,8 +104,13 @@ def load(name, folder, limit=0):
     """The Benchmark of this name, whole: `limit` only says how many problems an endless task makes."""
     if name in TASKS and TASKS[name].make:
         wanted = limit or HELD_OUT
-        examples = tuple(TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}") for i in range(max(wanted, 20)))
-        digest = hashlib.sha256("\n".join(e.question for e in examples[:20]).encode()).hexdigest()  # whatever the limit
+        examples = tuple(
+            TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}")
+            for i in range(max(wanted, 20))
+        )
+        digest = hashlib.sha256(
+            "\n".join(e.question for e in examples[:20]).encode()
+        ).hexdigest()  # whatever the limit
         shots = [TASKS[name].example(name, "train", f"shot/{i}") for i in range(4)]
         shots = tuple((e.question, e.messages[-1]["content"]) for e in shots)
         return Benchmark(name, examples[:wanted], "", shots, EMBEDDED, digest)
@@ -102,7 +119,9 @@ def load(name, folder, limit=0):
     if not examples:
         raise UserError(f"{path} is empty; put {name}'s own file there")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Benchmark(name, examples, *((PROGRAM, ()) if name in CODE else (BOXED, SHOTS)), str(path), digest)
+    return Benchmark(
+        name, examples, *((PROGRAM, ()) if name in CODE else (BOXED, SHOTS)), str(path), digest
+    )
 
 
 def _math_set(name, path):
@@ -111,10 +130,19 @@ def _math_set(name, path):
         try:
             question, solution, answer = read(row, origin)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(f"{origin}: not a row of {name} ({type(e).__name__}: {e}); put the set's own file there") from None
+            raise UserError(
+                f"{origin}: not a row of {name} ({type(e).__name__}: {e}); put the set's own file there"
+            ) from None
         if answer is None or not answer.strip():
-            raise UserError(f"{origin}: {name} has no gold answer here; put the set's own file there")
-        yield Example(({"role": "user", "content": question}, {"role": "assistant", "content": solution}), answer, task, origin)
+            raise UserError(
+                f"{origin}: {name} has no gold answer here; put the set's own file there"
+            )
+        yield Example(
+            ({"role": "user", "content": question}, {"role": "assistant", "content": solution}),
+            answer,
+            task,
+            origin,
+        )
 
 
 def _code(name, path):
@@ -131,18 +159,31 @@ def find(name, folder):
     found = sorted(p for p in place.glob("*") if p.suffix in (*SUFFIXES, ".gz"))
     test = [p for p in found if re.match(r"(?:.*_)?test\b", p.stem)]
     if len(test or found) != 1:
-        what = f"which file of {', '.join(p.name for p in found)}?" if found else "no test set there."
-        raise UserError(f"{name}: {place}: {what} Name a folder with --data, or fetch: python -m data.download {name} --to {folder}")
+        what = (
+            f"which file of {', '.join(p.name for p in found)}?" if found else "no test set there."
+        )
+        raise UserError(
+            f"{name}: {place}: {what} Name a folder with --data, or fetch: python -m data.download {name} --to {folder}"
+        )
     return (test or found)[0]
 
 
 # Worked examples of few-shot prompts, for every set: their form is what a base model is to learn from them.
 SHOTS = (
-    ("A box holds 6 pens. How many pens are in 4 boxes, if 3 pens are missing from one of them?",
-     "Four full boxes hold 4 * 6 = 24 pens. With 3 missing there are 24 - 3 = 21 pens. The final answer is \\boxed{21}."),
-    ("Solve $3x - 7 = 11$ for $x$.", "Adding 7 to both sides gives $3x = 18$, so $x = 6$. The final answer is \\boxed{6}."),
-    ("A shirt costs $40 after a discount of 20%. What did it cost before?",
-     "After the discount the price is 80% of the old one, so the old price is 40 / 0.8 = 50 dollars. The final answer is \\boxed{50}."),
-    ("What is the probability that two fair coins show the same side?",
-     "Of the 4 equally likely outcomes 2 do, so it is $\\frac{2}{4} = \\frac{1}{2}$. The final answer is \\boxed{\\frac{1}{2}}."),
-)  # fmt: skip
+    (
+        "A box holds 6 pens. How many pens are in 4 boxes, if 3 pens are missing from one of them?",
+        "Four full boxes hold 4 * 6 = 24 pens. With 3 missing there are 24 - 3 = 21 pens. The final answer is \\boxed{21}.",
+    ),
+    (
+        "Solve $3x - 7 = 11$ for $x$.",
+        "Adding 7 to both sides gives $3x = 18$, so $x = 6$. The final answer is \\boxed{6}.",
+    ),
+    (
+        "A shirt costs $40 after a discount of 20%. What did it cost before?",
+        "After the discount the price is 80% of the old one, so the old price is 40 / 0.8 = 50 dollars. The final answer is \\boxed{50}.",
+    ),
+    (
+        "What is the probability that two fair coins show the same side?",
+        "Of the 4 equally likely outcomes 2 do, so it is $\\frac{2}{4} = \\frac{1}{2}$. The final answer is \\boxed{\\frac{1}{2}}.",
+    ),
+)

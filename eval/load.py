@@ -12,7 +12,15 @@ from errors import UserError
 from eval.report import run_of
 from files import read_json
 from model import lineage, parallel
-from model.checkpoint import ADAPTER, base_of, build_model, locate, read_config, stop_ids_of, tokenizer_folder
+from model.checkpoint import (
+    ADAPTER,
+    base_of,
+    build_model,
+    locate,
+    read_config,
+    stop_ids_of,
+    tokenizer_folder,
+)
 from model.runs import RunFolder
 from model.transformer import ModelConfig
 
@@ -38,7 +46,12 @@ class Subject:
     def sha256(self):
         """Of config and weights, read once by rank 0."""
         digest = hashlib.sha256()
-        files = {f for d in (base_of(self.folder), self.folder) for pattern in ("*.safetensors", ADAPTER) for f in d.glob(pattern)}
+        files = {
+            f
+            for d in (base_of(self.folder), self.folder)
+            for pattern in ("*.safetensors", ADAPTER)
+            for f in d.glob(pattern)
+        }
         for file in sorted(files) if parallel.rank() == 0 else ():
             with open(file, "rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
@@ -52,8 +65,12 @@ class Subject:
         return f"{name}-{self.sha256[:6]}"
 
     def model(self):
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        return build_model(self.config, self.folder, device=device, seed=0, weight_dtype=dtype).eval()
+        device, dtype = (
+            ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        )
+        return build_model(
+            self.config, self.folder, device=device, seed=0, weight_dtype=dtype
+        ).eval()
 
 
 def find(name, tokenizer=""):
@@ -63,8 +80,18 @@ def find(name, tokenizer=""):
         folder = RunFolder(folder).step_folder(steps[-1])
     folder = locate(str(folder), "checkpoint")
     if folder is None:
-        raise UserError(f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder")
-    tokenizer, config, run = Tokenizer.load(tokenizer or tokenizer_folder(folder)), read_config(name, folder), run_of(folder)
+        raise UserError(
+            f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder"
+        )
+    tokenizer, config, run = (
+        Tokenizer.load(tokenizer or tokenizer_folder(folder)),
+        read_config(name, folder),
+        run_of(folder),
+    )
     stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
-    settings = read_json(run / "config.json") if run and (run / "config.json").is_file() else lineage.prompt_of(folder)
+    settings = (
+        read_json(run / "config.json")
+        if run and (run / "config.json").is_file()
+        else lineage.prompt_of(folder)
+    )
     return Subject(str(name), folder, config, tokenizer, stop_ids, run, settings)

@@ -30,15 +30,26 @@ class Log:
             import wandb
 
             id_file = folder / "wandb_id"
-            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+            run_id = (
+                id_file.read_text()
+                if id_file.exists()
+                else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+            )
             replace_file(id_file, run_id)
             try:
                 self.wandb = wandb.init(
-                    project=config["wandb_project"], name=folder.name, id=run_id, resume="allow", mode=config["wandb"],
-                    dir=str(folder), config=config,
-                )  # fmt: skip
+                    project=config["wandb_project"],
+                    name=folder.name,
+                    id=run_id,
+                    resume="allow",
+                    mode=config["wandb"],
+                    dir=str(folder),
+                    config=config,
+                )
             except Exception as e:  # not logged in, no network: wandb raises many kinds
-                raise RunFailed(f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off") from None
+                raise RunFailed(
+                    f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
+                ) from None
 
     def metrics(self, step, values):
         if self.rank:
@@ -61,7 +72,12 @@ class Log:
     def evaluation(self, step, steps, metrics, samples):
         self.metrics(step, metrics)
         self.samples(step, samples)
-        self.say(f"step {step}/{steps}  " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2))
+        self.say(
+            f"step {step}/{steps}  "
+            + "  ".join(
+                f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2
+            )
+        )
 
     def say(self, text):
         if not self.rank:
@@ -69,7 +85,11 @@ class Log:
 
     def progress(self, step, steps, values, left):
         shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}
-        parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {shown['loss']:.4f}", f"|g| {shown['grad_norm']:.2f}"]
+        parts = [
+            f"step {step:>{len(str(steps))}}/{steps}",
+            f"loss {shown['loss']:.4f}",
+            f"|g| {shown['grad_norm']:.2f}",
+        ]
         parts += [f"reward {shown['rollout/reward']:.3f}"] if "rollout/reward" in shown else []
         parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
         parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
@@ -101,7 +121,9 @@ def cut_back(path, step):
     """Drop the lines of later steps, and a line that was cut off while written."""
     if path.exists():
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts hold other line separators raw
+        for line in path.read_text(encoding="utf-8", errors="replace").split(
+            "\n"
+        ):  # texts hold other line separators raw
             try:
                 if json.loads(line)["step"] > step:
                     break
@@ -115,18 +137,40 @@ def cut_back(path, step):
 # state with sparsity), by the device's whole name without "NVIDIA ": cards of one chip differ by a factor
 # of two (H100 SXM and PCIe, A10 and A10G, desktop and laptop). What is not listed has no known peak.
 PEAK_FLOPS = {
-    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H200": 989e12, "H200 NVL": 835e12, "GH200 480GB": 989e12, "GH200 144G HBM3e": 989e12,
-    "H800": 989e12, "H800 PCIe": 756e12, "H20": 148e12,
-    "B200": 2250e12, "GB200": 2500e12,
-    "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12,
-    "A100-PCIE-40GB": 312e12, "A100-PCIE-80GB": 312e12, "A100 80GB PCIe": 312e12,
-    "A800-SXM4-40GB": 312e12, "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12,
-    "A10": 125e12, "A10G": 70e12, "A30": 165e12, "A40": 149.7e12, "RTX A6000": 154.8e12,
-    "L4": 121e12, "L20": 119.5e12, "L40": 181e12, "L40S": 362e12,
-    "RTX 6000 Ada Generation": 364e12, "GeForce RTX 5090": 209.5e12,
-    "GeForce RTX 4090": 165.2e12, "GeForce RTX 3090": 71e12,
-}  # fmt: skip
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200 480GB": 989e12,
+    "GH200 144G HBM3e": 989e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100-PCIE-80GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "A800-SXM4-40GB": 312e12,
+    "A800-SXM4-80GB": 312e12,
+    "A800 80GB PCIe": 312e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "RTX A6000": 154.8e12,
+    "L4": 121e12,
+    "L20": 119.5e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 6000 Ada Generation": 364e12,
+    "GeForce RTX 5090": 209.5e12,
+    "GeForce RTX 4090": 165.2e12,
+    "GeForce RTX 3090": 71e12,
+}
 
 
 def peak_flops(name):
@@ -137,7 +181,9 @@ def peak_flops(name):
 def forward_flops(model, lengths, rows, vocab):
     """FLOPs of a forward pass over documents of these lengths, the head on `rows` of their tokens only."""
     context = sum(n * n for n in lengths) / max(1, 2 * sum(lengths))
-    return sum(lengths) * model.flops_per_token(context) + 2 * rows * model.config.hidden_size * vocab
+    return (
+        sum(lengths) * model.flops_per_token(context) + 2 * rows * model.config.hidden_size * vocab
+    )
 
 
 def generation_flops(model, prompts, new, vocab):
@@ -152,7 +198,11 @@ def step_flops(batch, model, teacher, vocab, head_passes=0):
     frozen matrices. head_passes: how often the head runs over the loss rows before, without gradients (GSPO's sequence ratios: once)."""
     tokens, rows = len(batch.tokens_T), len(batch.rows_N)
     forward = lambda m: forward_flops(m, batch.lengths, rows, vocab)
-    spared = 2 * tokens * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
+    spared = (
+        2
+        * tokens
+        * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
+    )
     head = 2 * rows * model.config.hidden_size * vocab
     spared += 0 if model.head_VD.requires_grad else head
     return 3 * forward(model) + head_passes * head - spared + (forward(teacher) if teacher else 0)

@@ -17,7 +17,13 @@ def environment():
 
     def git(*args):
         try:
-            result = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                ["git", *args],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         except OSError:  # no git on this machine
             return None
         return result.stdout.strip() if result.returncode == 0 else None
@@ -33,11 +39,24 @@ def environment():
         "command": sys.argv,
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "ranks": parallel.place().world,
         "python": platform.python_version(),
-        "packages": {p: installed(p) for p in ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")},
+        "packages": {
+            p: installed(p)
+            for p in (
+                "torch",
+                "triton",
+                "safetensors",
+                "tokenizers",
+                "numpy",
+                "math-verify",
+                "wandb",
+            )
+        },
     }
 
 
@@ -51,7 +70,11 @@ def run_of(checkpoint):
     """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N, or the adapter in it; None for any other folder."""
     path = Path(checkpoint).resolve()
     path = path.parent if path.name == "adapter" else path
-    return path.parents[1] if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name) else None
+    return (
+        path.parents[1]
+        if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
+        else None
+    )
 
 
 def series(metrics, name):
@@ -63,7 +86,12 @@ def eval_names(metrics):
     return sorted({name for m in metrics for name in m if name.startswith("eval/")})
 
 
-STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  # where a run has them
+STEPWISE = (
+    "train/loss",
+    "rollout/reward",
+    "rollout/spread",
+    "train/entropy",
+)  # where a run has them
 
 
 def summary(run, teacher_folder=None):
@@ -78,23 +106,41 @@ def summary(run, teacher_folder=None):
         steps, values = series(metrics, name)
         of_teacher = series(teacher, name)[1]
         before = _show(name, values[0]) if steps[0] == 0 else "-"  # not evaluated then
-        rows.append([name, before, _show(name, values[-1]), _show(name, of_teacher[-1]) if of_teacher else "-"])
+        rows.append(
+            [
+                name,
+                before,
+                _show(name, values[-1]),
+                _show(name, of_teacher[-1]) if of_teacher else "-",
+            ]
+        )
     for name in STEPWISE:
         if values := series(metrics, name)[1]:
-            rows.append([name, f"{values[0]:.4f}", f"{sum(values[-20:]) / len(values[-20:]):.4f}", "-"])
+            rows.append(
+                [name, f"{values[0]:.4f}", f"{sum(values[-20:]) / len(values[-20:]):.4f}", "-"]
+            )
     rows = [["", "before", "after", "teacher"], *rows]
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+        for r in rows
+    ]
     counted = series(metrics, "train/tokens")[1]
     tokens = f"{counted[-1]:,}" if counted else "an unknown number of"
     seconds = sum(m.get("train/seconds", 0) for m in metrics)
     steps = metrics[-1]["step"] if metrics else 0
-    lines.append(f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training; {run}/curves.png shows the curves")
+    lines.append(
+        f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training; {run}/curves.png shows the curves"
+    )
     return "\n" + "\n".join(lines)
 
 
 def _show(name, value):
-    return f"{value:.1%}" if name.endswith(("/accuracy", "/lenient", "/stopped", "/top1")) else f"{value:.4f}"
+    return (
+        f"{value:.1%}"
+        if name.endswith(("/accuracy", "/lenient", "/stopped", "/top1"))
+        else f"{value:.4f}"
+    )
 
 
 def draw_curves(run):
@@ -117,7 +163,10 @@ def draw_curves(run):
         if name in STEPWISE:
             ax.plot(x, y, color="#b9cbe6", linewidth=0.8)
             window = max(1, len(y) // 40)
-            smooth = [sum(y[max(0, i - window) : i + 1]) / len(y[max(0, i - window) : i + 1]) for i in range(len(y))]
+            smooth = [
+                sum(y[max(0, i - window) : i + 1]) / len(y[max(0, i - window) : i + 1])
+                for i in range(len(y))
+            ]
             ax.plot(x, smooth, color="#2b5c9e")
             if name == "train/loss" and y and min(y) > 0:
                 ax.set_yscale("log")

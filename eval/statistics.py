@@ -45,7 +45,11 @@ def intervals(values_PX, lowest=0.0, level=0.95, seed=0):
         return np.full((2, values_PX.shape[1]), np.nan)
     rng, means = np.random.default_rng(seed), []
     for _ in range(0, RESAMPLES, BLOCK):
-        means.append(rng.multinomial(problems, np.full(problems, 1 / problems), size=BLOCK) @ values_PX / problems)
+        means.append(
+            rng.multinomial(problems, np.full(problems, 1 / problems), size=BLOCK)
+            @ values_PX
+            / problems
+        )
     outer = Z.cdf(-student_t(1 - alpha / 2, problems - 1) * math.sqrt(problems / (problems - 1)))
     low_X, high_X = np.quantile(np.concatenate(means), (outer, 1 - outer), axis=0)
     constant_X, reach = np.ptp(values_PX, axis=0) == 0, 1 - (alpha / 2) ** (1 / problems)
@@ -61,7 +65,11 @@ def student_t(p, freedom):
     if freedom == 2:
         return (2 * p - 1) * math.sqrt(2 / (1 - (2 * p - 1) ** 2))
     z = Z.inv_cdf(p)
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
     return z + sum(term / freedom**i for i, term in enumerate(terms, 1))
 
 
@@ -92,4 +100,10 @@ def paired(a_P, b_P):
     whole = math.lcm(*(n for pair in (*a_P, *b_P) for n in pair[:1]))
     p = sign_flip_p([round(d * whole) for d in difference_P])
     better = {"better": int((difference_P > 0).sum()), "worse": int((difference_P < 0).sum())}
-    return {"problems": len(difference_P), "difference": float(difference_P.mean()), "low": float(low), "high": float(high), "p": p} | better
+    return {
+        "problems": len(difference_P),
+        "difference": float(difference_P.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": p,
+    } | better

@@ -33,15 +33,33 @@ PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and 
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
     parser.add_argument("file", help="a TOML file, as in recipes/study")
-    parser.add_argument("--out", default="", help="folder of runs, evaluations and the report; empty: studies/NAME")
-    parser.add_argument("--seeds", default="", help="instead of the file's, with commas between them")
+    parser.add_argument(
+        "--out", default="", help="folder of runs, evaluations and the report; empty: studies/NAME"
+    )
+    parser.add_argument(
+        "--seeds", default="", help="instead of the file's, with commas between them"
+    )
     parser.add_argument("--arms", default="", help="these arms only, with commas between them")
-    parser.add_argument("--at_once", "--at-once", type=int, default=0, help="jobs at the same time; 0: one per GPU, or per processor where there is none")
-    parser.add_argument("--rehearse", action="store_true", help="two steps of a tiny body instead of every checkpoint, the embedded task instead of all data")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
+    parser.add_argument(
+        "--at_once",
+        "--at-once",
+        type=int,
+        default=0,
+        help="jobs at the same time; 0: one per GPU, or per processor where there is none",
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="two steps of a tiny body instead of every checkpoint, the embedded task instead of all data",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the report of what is there"
+    )
     args = parser.parse_args(argv)
     if args.at_once < 0:
         raise UserError("--at_once must not be negative")
@@ -54,14 +72,21 @@ def parse(argv):
 def places(gpus, at_once):
     """The environment of each job that may run at the same time: its own GPUs, or one thread of the processor (how many run together must not
     change what they compute)."""
-    visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or [str(i) for i in range(torch.cuda.device_count())]
+    visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or [
+        str(i) for i in range(torch.cuda.device_count())
+    ]
     if torch.cuda.is_available():
         if gpus > len(visible):
             raise UserError(f"[study] gpus = {gpus}, but there are {len(visible)}")
-        found = [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i : i + gpus])} for i in range(0, len(visible) - gpus + 1, gpus)]
+        found = [
+            {"CUDA_VISIBLE_DEVICES": ",".join(visible[i : i + gpus])}
+            for i in range(0, len(visible) - gpus + 1, gpus)
+        ]
         return found[: at_once or None]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    return [{"OMP_NUM_THREADS": str(threads)}] * (at_once or max(1, len(os.sched_getaffinity(0)) // threads))
+    return [{"OMP_NUM_THREADS": str(threads)}] * (
+        at_once or max(1, len(os.sched_getaffinity(0)) // threads)
+    )
 
 
 class Running:
@@ -74,14 +99,37 @@ class Running:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        environment = {k: v for k, v in os.environ.items() if k not in parallel.VARIABLES}  # a job of one process is one
+        environment = {
+            k: v for k, v in os.environ.items() if k not in parallel.VARIABLES
+        }  # a job of one process is one
         for rank in range(ranks):
-            world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
-            with open(log_of(out, job) if rank == 0 else out / "logs" / f"{job.name}.rank-{rank}.txt", "a") as log:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, *map(str, job.command(out))], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=study_plan.ROOT,
-                    env=environment | place | {k: str(v) for k, v in world.items()}, start_new_session=True, preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
-                ))  # fmt: skip
+            world = (
+                dict(
+                    RANK=rank,
+                    LOCAL_RANK=rank,
+                    WORLD_SIZE=ranks,
+                    LOCAL_WORLD_SIZE=ranks,
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                )
+                if ranks > 1
+                else {}
+            )
+            with open(
+                log_of(out, job) if rank == 0 else out / "logs" / f"{job.name}.rank-{rank}.txt", "a"
+            ) as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *map(str, job.command(out))],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=study_plan.ROOT,
+                        env=environment | place | {k: str(v) for k, v in world.items()},
+                        start_new_session=True,
+                        preexec_fn=lambda: prctl(PR_PDEATHSIG, signal.SIGKILL),
+                    )
+                )
 
     def poll(self):
         """None while it runs, then its exit code: that of the first rank that failed, the others then being stopped."""
@@ -133,8 +181,15 @@ def run_jobs(study, out, free, report):
     """Every job, as soon as what it needs is done and one of the places `free` is. What fails is written down, and what does not need it is made all
     the same. report(): called every REPORT seconds. Returns {job: (exit code, why it failed)}."""
     waiting, running, failed = [j for j in study.jobs if not done(out, j)], {}, {}
-    total, began, shown, reported = len(waiting), time.monotonic(), time.monotonic(), time.monotonic()
-    tell = lambda text: say(f"[{total - len(waiting) - len(running)}/{total} {duration(time.monotonic() - began)}] {text}")
+    total, began, shown, reported = (
+        len(waiting),
+        time.monotonic(),
+        time.monotonic(),
+        time.monotonic(),
+    )
+    tell = lambda text: say(
+        f"[{total - len(waiting) - len(running)}/{total} {duration(time.monotonic() - began)}] {text}"
+    )
     for job in waiting:
         failure(out, job).unlink(missing_ok=True)
     try:
@@ -143,11 +198,15 @@ def run_jobs(study, out, free, report):
                 waiting.remove(job)
                 failed[job] = next(failed[n] for n in job.needs if n in failed)
                 replace_file(failure(out, job), failed[job][1])
-            while free and (job := next((j for j in waiting if all(done(out, n) for n in j.needs)), None)):
+            while free and (
+                job := next((j for j in waiting if all(done(out, n) for n in j.needs)), None)
+            ):
                 waiting.remove(job)
                 running[job] = Running(job, out, free.pop(0), study.gpus)
             if waiting and not running:
-                raise RunFailed(f"{waiting[0].label}: what it needs was done, and is gone; the same command makes it again")
+                raise RunFailed(
+                    f"{waiting[0].label}: what it needs was done, and is gone; the same command makes it again"
+                )
             time.sleep(0.1)
             for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
                 code, seconds = running.pop(job).poll(), time.monotonic() - process.since
@@ -186,13 +245,21 @@ def outcome(out, arm):
     there = lambda job: job.product(out) if job and done(out, job) else None
     chain = tuple(out / "runs" / job.name for job in arm.chain if done(out, job))
     traces = tuple(job.product(out).parent for job in arm.traces if done(out, job))
-    failures = [failure(out, job).read_text() for job in (*arm.chain, *arm.traces, arm.evals) if failure(out, job).exists()]  # it can do without its divergence
-    return study_report.Outcome(chain, traces, there(arm.evals), there(arm.before), there(arm.kl), "".join(failures[:1]))
+    failures = [
+        failure(out, job).read_text()
+        for job in (*arm.chain, *arm.traces, arm.evals)
+        if failure(out, job).exists()
+    ]  # it can do without its divergence
+    return study_report.Outcome(
+        chain, traces, there(arm.evals), there(arm.before), there(arm.kl), "".join(failures[:1])
+    )
 
 
 def run(args):
     study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse)
-    out = Path(args.out or Path("studies") / (study.title + ("-rehearsal" if args.rehearse else ""))).resolve()
+    out = Path(
+        args.out or Path("studies") / (study.title + ("-rehearsal" if args.rehearse else ""))
+    ).resolve()
 
     def report():
         outcomes = {key: outcome(out, arm) for key, arm in study.made.items()}
@@ -210,7 +277,9 @@ def run(args):
         held = contextlib.ExitStack()
         held.enter_context(lock(out / ".lock"))
     except Busy as e:
-        raise UserError(f"{out} is in use by {e}; wait for its end, or look at it with --report") from None
+        raise UserError(
+            f"{out} is in use by {e}; wait for its end, or look at it with --report"
+        ) from None
     except OSError as e:
         raise UserError(f"--out {out} cannot be made ({reason(e)})") from None
     with held:
@@ -218,8 +287,12 @@ def run(args):
         say(report())
     if failed:
         mendable = [text for code, text in failed.values() if code == 2]
-        kind, text = (UserError, mendable[0]) if mendable else (RunFailed, next(iter(failed.values()))[1])
-        raise kind(f"{len(failed)} of the jobs are not done, the first: {text} ({out}/logs has their words; the same command tries them again)")
+        kind, text = (
+            (UserError, mendable[0]) if mendable else (RunFailed, next(iter(failed.values()))[1])
+        )
+        raise kind(
+            f"{len(failed)} of the jobs are not done, the first: {text} ({out}/logs has their words; the same command tries them again)"
+        )
 
 
 def main(argv):

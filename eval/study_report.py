@@ -21,7 +21,10 @@ from files import read_json, replace_file
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
 MARK = " †"  # behind a gain whose two sides were asked differently
-SHOWN, LENGTH = 2, 1200  # samples of each verdict for an arm in samples.md, and their characters at most
+SHOWN, LENGTH = (
+    2,
+    1200,
+)  # samples of each verdict for an arm in samples.md, and their characters at most
 NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is over seeds by Student's t, for these problems (of two or
 three seeds it is wide: 12.7 and 4.3 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting model as it is.
 Cost: of the whole chain, mean over seeds. Runs and traces that arms share are charged to each in full (traces as teacher tokens, FLOPs and seconds); making
@@ -54,56 +57,121 @@ class Study:
 
     def __init__(self, seeds, arms, outcomes):
         keys = [(arm, s) for arm in arms for s in seeds if (arm, s) in outcomes]
-        self.outcomes = {k: o for k in keys if (o := outcomes[k]).evals and not o.failed and (o.evals / "summary.json").exists()}
-        self.seeds, self.arms, self.summaries = seeds, arms, {k: read_json(o.evals / "summary.json") for k, o in self.outcomes.items()}
-        self.figures = {key: {task: figures["accuracy"] for _, task, figures in s["summaries"]} for key, s in self.summaries.items()}
-        self.tasks = list(dict.fromkeys(task for figures in self.figures.values() for task in figures))
-        self.columns = list(dict.fromkeys(c for table in arms.values() if isinstance(table.get("paper"), dict) for c in table["paper"]))
-        self.papers = {arm: p if isinstance(p := table.get("paper"), dict) else dict.fromkeys(self.columns, p) for arm, table in arms.items()}
+        self.outcomes = {
+            k: o
+            for k in keys
+            if (o := outcomes[k]).evals and not o.failed and (o.evals / "summary.json").exists()
+        }
+        self.seeds, self.arms, self.summaries = (
+            seeds,
+            arms,
+            {k: read_json(o.evals / "summary.json") for k, o in self.outcomes.items()},
+        )
+        self.figures = {
+            key: {task: figures["accuracy"] for _, task, figures in s["summaries"]}
+            for key, s in self.summaries.items()
+        }
+        self.tasks = list(
+            dict.fromkeys(task for figures in self.figures.values() for task in figures)
+        )
+        self.columns = list(
+            dict.fromkeys(
+                c
+                for table in arms.values()
+                if isinstance(table.get("paper"), dict)
+                for c in table["paper"]
+            )
+        )
+        self.papers = {
+            arm: p if isinstance(p := table.get("paper"), dict) else dict.fromkeys(self.columns, p)
+            for arm, table in arms.items()
+        }
         self.counts = functools.cache(lambda evals, task: counts(samples(evals, task)))
         self.stated = functools.cache(stated)
 
     def of(self, arm, task=None):
         """The seeds of an arm that are done."""
-        return [s for s in self.seeds if (arm, s) in self.figures and task in (None, *self.figures[arm, s])]
+        return [
+            s
+            for s in self.seeds
+            if (arm, s) in self.figures and task in (None, *self.figures[arm, s])
+        ]
 
     def accuracy(self, arm, task):
         every = [self.figures[arm, s][task] for s in self.of(arm, task)]
         mean, reach = over_seeds(each := [figure[0] for figure in every])
-        figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)] if reach else every[0] if every else None
+        figure = (
+            [mean, max(0.0, mean - reach), min(1.0, mean + reach)]
+            if reach
+            else every[0]
+            if every
+            else None
+        )
         return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
 
     def claimed(self, better, worse, task):
         """Accuracy of one arm less that of another."""
         seeds = [s for s in self.of(better, task) if s in self.of(worse, task)]
-        return self.difference([(self.outcomes[better, s].evals, self.outcomes[worse, s].evals) for s in seeds], task)
+        return self.difference(
+            [(self.outcomes[better, s].evals, self.outcomes[worse, s].evals) for s in seeds], task
+        )
 
     def gain(self, arm, task):
         """Accuracy of an arm less that of what its chain began from."""
         done = [self.outcomes[arm, s] for s in self.of(arm, task)]
-        return self.difference([(o.evals, o.before) for o in done if o.before and self.arms[arm]["chain"]], task)
+        return self.difference(
+            [(o.evals, o.before) for o in done if o.before and self.arms[arm]["chain"]], task
+        )
 
     def difference(self, evaluated, task):
         """Accuracy of the first less that of the second of each pair of evaluations, one for each seed, over the problems that all have."""
         pairs = [[self.counts(evals, task) for evals in pair] for pair in evaluated]
         both = sorted(set.intersection(*(set(c) for pair in pairs for c in pair))) if pairs else ()
         if not both:
-            return {"figure": None, "each": [], "over_problems": None, "over_seeds": None, "asked_differently": {}}
-        ours_SPX, theirs_SPX = (np.array([[c[key] for key in both] for c in each]) for each in zip(*pairs))  # X: samples, right samples
+            return {
+                "figure": None,
+                "each": [],
+                "over_problems": None,
+                "over_seeds": None,
+                "asked_differently": {},
+            }
+        ours_SPX, theirs_SPX = (
+            np.array([[c[key] for key in both] for c in each]) for each in zip(*pairs)
+        )  # X: samples, right samples
         pooled = paired(theirs_SPX.sum(0).tolist(), ours_SPX.sum(0).tolist())
-        each = (ours_SPX[..., 1] / ours_SPX[..., 0] - theirs_SPX[..., 1] / theirs_SPX[..., 0]).mean(1).tolist()
-        (mean, low, high), (_, reach) = (pooled[name] for name in ("difference", "low", "high")), over_seeds(each)
-        figure = [mean, max(-1.0, mean - math.hypot(mean - low, reach)), min(1.0, mean + math.hypot(high - mean, reach))]
+        each = (
+            (ours_SPX[..., 1] / ours_SPX[..., 0] - theirs_SPX[..., 1] / theirs_SPX[..., 0])
+            .mean(1)
+            .tolist()
+        )
+        (mean, low, high), (_, reach) = (
+            (pooled[name] for name in ("difference", "low", "high")),
+            over_seeds(each),
+        )
+        figure = [
+            mean,
+            max(-1.0, mean - math.hypot(mean - low, reach)),
+            min(1.0, mean + math.hypot(high - mean, reach)),
+        ]
         differing = {}
         for pair in evaluated:
             differing = asked_differently(*(self.stated(evals, task) for evals in pair)) | differing
-        return {"figure": figure, "each": each, "problems": len(both), "asked_differently": differing, "over_problems": [low, high],
-                "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None}  # fmt: skip
+        return {
+            "figure": figure,
+            "each": each,
+            "problems": len(both),
+            "asked_differently": differing,
+            "over_problems": [low, high],
+            "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None,
+        }
 
     def mean(self, arm, measure):
         """{name: mean over the seeds that are done; None where one of them does not know it}."""
         every = [found for s in self.of(arm) if (found := measure(self.outcomes[arm, s]))]
-        return {k: None if None in (values := [f.get(k) for f in every]) else statistics.mean(values) for k in (every or [{}])[0]}
+        return {
+            k: None if None in (values := [f.get(k) for f in every]) else statistics.mean(values)
+            for k in (every or [{}])[0]
+        }
 
 
 def kept_samples(evals, task):
@@ -133,14 +201,35 @@ def cost(outcome):
     parts = []
     for run in outcome.chain:
         metrics = read_metrics(run)
-        last, timed = {k: v for row in metrics for k, v in row.items()}, [row["train/seconds"] for row in metrics if "train/seconds" in row]
-        ranks = read_json(run / "environment.json").get("ranks") if (run / "environment.json").exists() else None
-        tokens_and_flops = [last.get(f"train/{k}") for k in ("tokens", "sampled_tokens", "teacher_tokens", "flops")]
+        last, timed = (
+            {k: v for row in metrics for k, v in row.items()},
+            [row["train/seconds"] for row in metrics if "train/seconds" in row],
+        )
+        ranks = (
+            read_json(run / "environment.json").get("ranks")
+            if (run / "environment.json").exists()
+            else None
+        )
+        tokens_and_flops = [
+            last.get(f"train/{k}") for k in ("tokens", "sampled_tokens", "teacher_tokens", "flops")
+        ]
         parts.append([*tokens_and_flops, *times(sum(timed) if timed else None, ranks)])
     for about in (read_json(folder / "samples.json") for folder in dict.fromkeys(outcome.traces)):
         made = about["generated"]
-        parts.append([0, 0, made.get("tokens"), made.get("flops"), *times(made.get("seconds"), about["about"].get("environment", {}).get("ranks"))])
-    return {name: None if None in values else sum(values) for name, *values in zip(COSTS, *parts)} if parts else dict.fromkeys(COSTS, 0)
+        parts.append(
+            [
+                0,
+                0,
+                made.get("tokens"),
+                made.get("flops"),
+                *times(made.get("seconds"), about["about"].get("environment", {}).get("ranks")),
+            ]
+        )
+    return (
+        {name: None if None in values else sum(values) for name, *values in zip(COSTS, *parts)}
+        if parts
+        else dict.fromkeys(COSTS, 0)
+    )
 
 
 def times(seconds, ranks):
@@ -150,21 +239,48 @@ def times(seconds, ranks):
 
 def divergence(outcome):
     found = read_json(outcome.kl) if outcome.kl and outcome.kl.exists() else {}
-    return {f"{text}/{measure}": value for text, measures in found.items() for measure, value in measures.items()}
+    return {
+        f"{text}/{measure}": value
+        for text, measures in found.items()
+        for measure, value in measures.items()
+    }
 
 
 def judge(study, claim):
     """A claim with our difference, the paper's own, and whether they agree."""
     column = claim.get("task") or next(iter(study.columns), None)
-    task = column if column in study.tasks else None if claim.get("task") else next(iter(study.tasks), None)  # no other than was named
+    task = (
+        column
+        if column in study.tasks
+        else None
+        if claim.get("task")
+        else next(iter(study.tasks), None)
+    )  # no other than was named
     theirs = [study.papers.get(claim[side], {}).get(column) for side in ("better", "worse")]
-    paper = "collapsed" if "collapsed" in theirs else None if None in theirs else theirs[0] - theirs[1]
+    paper = (
+        "collapsed" if "collapsed" in theirs else None if None in theirs else theirs[0] - theirs[1]
+    )
     ours = study.claimed(claim["better"], claim["worse"], task)
     verdict = "paper: collapsed" if paper == "collapsed" else "-"
     if ours["figure"] and paper != "collapsed":
-        sign, expected = (ours["figure"][1] > 0) - (ours["figure"][2] < 0), 1 if paper is None else paper
-        verdict = "not shown" if not sign or not expected else "agrees" if sign * expected > 0 else "contradicts"
-    return claim | {"task": task, "column": column, "ours": ours, "paper": paper, "verdict": verdict}
+        sign, expected = (
+            (ours["figure"][1] > 0) - (ours["figure"][2] < 0),
+            1 if paper is None else paper,
+        )
+        verdict = (
+            "not shown"
+            if not sign or not expected
+            else "agrees"
+            if sign * expected > 0
+            else "contradicts"
+        )
+    return claim | {
+        "task": task,
+        "column": column,
+        "ours": ours,
+        "paper": paper,
+        "verdict": verdict,
+    }
 
 
 def numbers(study, title, outcomes, claims, hide):
@@ -172,15 +288,40 @@ def numbers(study, title, outcomes, claims, hide):
     arms = []
     for name, table in study.arms.items():
         model = str(table.get("model", "")).removeprefix("@")
-        arms.append({
-            "arm": name, "model": Path(model).name if model.startswith("/") else model, "chain": table["chain"], "seeds": study.of(name),
-            "failed": {s: hide(o.failed) for s in study.seeds if (o := outcomes.get((name, s))) and o.failed}, "paper": study.papers[name],
-            "accuracy": {task: study.accuracy(name, task) for task in study.tasks}, "gain": {task: study.gain(name, task) for task in study.tasks},
-            "cost": study.mean(name, cost), "kl": study.mean(name, divergence),
-        })  # fmt: skip
-    conditions = dict.fromkeys(line for s in study.summaries.values() for line in s["conditions"] if line not in s.get("training", ()))
-    return {"title": title, "seeds": study.seeds, "tasks": study.tasks, "columns": study.columns, "arms": arms, "claims": [judge(study, c) for c in claims],
-            "conditions": list(conditions), "training": training(study)}  # fmt: skip
+        arms.append(
+            {
+                "arm": name,
+                "model": Path(model).name if model.startswith("/") else model,
+                "chain": table["chain"],
+                "seeds": study.of(name),
+                "failed": {
+                    s: hide(o.failed)
+                    for s in study.seeds
+                    if (o := outcomes.get((name, s))) and o.failed
+                },
+                "paper": study.papers[name],
+                "accuracy": {task: study.accuracy(name, task) for task in study.tasks},
+                "gain": {task: study.gain(name, task) for task in study.tasks},
+                "cost": study.mean(name, cost),
+                "kl": study.mean(name, divergence),
+            }
+        )
+    conditions = dict.fromkeys(
+        line
+        for s in study.summaries.values()
+        for line in s["conditions"]
+        if line not in s.get("training", ())
+    )
+    return {
+        "title": title,
+        "seeds": study.seeds,
+        "tasks": study.tasks,
+        "columns": study.columns,
+        "arms": arms,
+        "claims": [judge(study, c) for c in claims],
+        "conditions": list(conditions),
+        "training": training(study),
+    }
 
 
 def training(study):
@@ -191,14 +332,18 @@ def training(study):
         for task in study.figures[arm, seed]:
             count, unknown = kept.get(task, (None, ["a checkpoint evaluated before this was kept"]))
             if count:
-                lines.append(f"{arm}, seed {seed}, WAS TRAINED ON {'AT LEAST ' * bool(unknown)}{count:,} of {task}'s questions")
+                lines.append(
+                    f"{arm}, seed {seed}, WAS TRAINED ON {'AT LEAST ' * bool(unknown)}{count:,} of {task}'s questions"
+                )
             elif count is None:
                 arms_of.setdefault((task, *unknown), []).append(arm)
     tasks_of = {}
     for (task, *unknown), arms in arms_of.items():
         tasks_of.setdefault((", ".join(dict.fromkeys(arms)), ", ".join(unknown)), []).append(task)
     for (arms, unknown), tasks in tasks_of.items():
-        lines.append(f"Whether these arms were trained on questions of {', '.join(tasks)} is not known, for nobody recorded what {unknown} learned from: {arms}")
+        lines.append(
+            f"Whether these arms were trained on questions of {', '.join(tasks)} is not known, for nobody recorded what {unknown} learned from: {arms}"
+        )
     return lines
 
 
@@ -210,15 +355,35 @@ def points(figure, sign=""):
 
 def main_table(kept):
     """{heading: cell} of each arm."""
-    rows, cell = [], lambda value, form: "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+    rows, cell = (
+        [],
+        lambda value, form: (
+            "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+        ),
+    )
     for a in kept["arms"]:
         said = {f"paper {c}": cell(a["paper"].get(c), ".1f") for c in kept["columns"]}
-        row = {"arm": a["arm"], "chain": " → ".join([a["model"], *a["chain"]]), "seeds": f"{len(a['seeds'])} of {len(kept['seeds'])}"}
+        row = {
+            "arm": a["arm"],
+            "chain": " → ".join([a["model"], *a["chain"]]),
+            "seeds": f"{len(a['seeds'])} of {len(kept['seeds'])}",
+        }
         for task in kept["tasks"]:
-            row |= {task: points(a["accuracy"][task]["figure"])} | {k: v for k, v in said.items() if k == f"paper {task}"}
-            row[f"gain {task}"] = points(a["gain"][task]["figure"], "+") + MARK * bool(a["gain"][task]["asked_differently"])
-        costs = {k: cell(a["cost"].get(k), ".3g" if k in ("flops", "device_hours") else ",.0f") for k in COSTS}
-        rows.append(row | said | {k.replace("_", " ").replace("flops", "FLOPs"): v for k, v in costs.items()})
+            row |= {task: points(a["accuracy"][task]["figure"])} | {
+                k: v for k, v in said.items() if k == f"paper {task}"
+            }
+            row[f"gain {task}"] = points(a["gain"][task]["figure"], "+") + MARK * bool(
+                a["gain"][task]["asked_differently"]
+            )
+        costs = {
+            k: cell(a["cost"].get(k), ".3g" if k in ("flops", "device_hours") else ",.0f")
+            for k in COSTS
+        }
+        rows.append(
+            row
+            | said
+            | {k.replace("_", " ").replace("flops", "FLOPs"): v for k, v in costs.items()}
+        )
     return rows
 
 
@@ -228,33 +393,84 @@ def footnotes(kept):
     for a in kept["arms"]:
         for task, gain in a["gain"].items():
             if gain["asked_differently"]:
-                lines.append(f"†: {a['arm']} on {task} was asked {asked(gain['asked_differently'])}")
+                lines.append(
+                    f"†: {a['arm']} on {task} was asked {asked(gain['asked_differently'])}"
+                )
     return lines
 
 
 def claims_table(claims):
-    rows = [["claim", "on", "ours: difference", "over problems", "over seeds", "seeds of that sign", "paper", "asked", "verdict"]]
+    rows = [
+        [
+            "claim",
+            "on",
+            "ours: difference",
+            "over problems",
+            "over seeds",
+            "seeds of that sign",
+            "paper",
+            "asked",
+            "verdict",
+        ]
+    ]
     for c in claims:
         ours, each = c["ours"], c["ours"]["each"]
         signs = f"{sum(d * ours['figure'][0] > 0 for d in each)} of {len(each)}" if each else "-"
-        paper = f"{c['paper']:+.1f} on {c['column']}" if isinstance(c["paper"], (int, float)) else c["paper"] or "-"
+        paper = (
+            f"{c['paper']:+.1f} on {c['column']}"
+            if isinstance(c["paper"], (int, float))
+            else c["paper"] or "-"
+        )
         figures = [points(ours[k], "+") for k in ("figure", "over_problems", "over_seeds")]
         alike = asked(ours["asked_differently"]) if each else "-"
-        rows.append([c["text"], c["task"] or "-", *figures, signs, paper, alike, c["verdict"] + " (one seed)" * (len(each) == 1 and "paper" not in c["verdict"])])
+        rows.append(
+            [
+                c["text"],
+                c["task"] or "-",
+                *figures,
+                signs,
+                paper,
+                alike,
+                c["verdict"] + " (one seed)" * (len(each) == 1 and "paper" not in c["verdict"]),
+            ]
+        )
     return rows
 
 
 def kl_table(arms):
-    sides = ("own text", "on_own", "KL(arm, start)", "reverse_kl"), ("start's text", "on_reference", "KL(start, arm)", "forward_kl")
-    keys = [f"{where}/{k}" for _, where, _, kl in sides for k in (kl, "top1", "entropy", "teacher_entropy")]
-    show = lambda key, value: "-" if value is None else f"{100 * value:.1f}" if key.endswith("top1") else f"{value:.4f}"
-    heading = ["arm", *(f"{name}, {text}" for text, _, kl, _ in sides for name in (kl, "top-1", "entropy", "start's entropy"))]
-    return [heading, *([a["arm"], *(show(key, a["kl"].get(key)) for key in keys)] for a in arms if a["kl"])]
+    sides = (
+        ("own text", "on_own", "KL(arm, start)", "reverse_kl"),
+        ("start's text", "on_reference", "KL(start, arm)", "forward_kl"),
+    )
+    keys = [
+        f"{where}/{k}"
+        for _, where, _, kl in sides
+        for k in (kl, "top1", "entropy", "teacher_entropy")
+    ]
+    show = lambda key, value: (
+        "-" if value is None else f"{100 * value:.1f}" if key.endswith("top1") else f"{value:.4f}"
+    )
+    heading = [
+        "arm",
+        *(
+            f"{name}, {text}"
+            for text, _, kl, _ in sides
+            for name in (kl, "top-1", "entropy", "start's entropy")
+        ),
+    ]
+    return [
+        heading,
+        *([a["arm"], *(show(key, a["kl"].get(key)) for key in keys)] for a in arms if a["kl"]),
+    ]
 
 
 def fenced(text):
     """A block that nothing in the text can end."""
-    text = text if len(text) <= LENGTH else f"{text[:LENGTH]}… ({len(text) - LENGTH:,} more characters)"
+    text = (
+        text
+        if len(text) <= LENGTH
+        else f"{text[:LENGTH]}… ({len(text) - LENGTH:,} more characters)"
+    )
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
@@ -265,16 +481,27 @@ def samples_page(study):
     for arm, seed in ((arm, seeds[0]) for arm in study.arms if (seeds := study.of(arm))):
         task = next(iter(study.figures[arm, seed]))
         parts.append(f"## {arm}, seed {seed}, on {task}")
-        order = lambda row: (row["question"] not in shown, hashlib.sha256(row["question"].encode()).digest(), row["sample"])
+        order = lambda row: (
+            row["question"] not in shown,
+            hashlib.sha256(row["question"].encode()).digest(),
+            row["sample"],
+        )
         rows = sorted(samples(study.outcomes[arm, seed].evals, task).values(), key=order)
         for strict, verdict in ((True, "right"), (False, "wrong")):
-            first = {row["question"]: row for row in reversed(rows) if row["strict"] == strict}  # one sample of a problem
+            first = {
+                row["question"]: row for row in reversed(rows) if row["strict"] == strict
+            }  # one sample of a problem
             for question, row in list(first.items())[: -SHOWN - 1 : -1]:
                 shown.add(question)
                 ended = "stopped by itself" if row["stopped"] else "cut off"
-                parts += [f"**{verdict}**, {ended}: problem {row['problem']}, sample {row['sample']}, {row['tokens']:,} tokens"]
+                parts += [
+                    f"**{verdict}**, {ended}: problem {row['problem']}, sample {row['sample']}, {row['tokens']:,} tokens"
+                ]
                 parts += [fenced(f"{question}\n\ngold: {row['gold']}"), fenced(row["text"])]
-    return "\n\n".join(["# Samples: a question with its gold answer, then what the arm wrote", *parts]) + "\n"
+    return (
+        "\n\n".join(["# Samples: a question with its gold answer, then what the arm wrote", *parts])
+        + "\n"
+    )
 
 
 def curve(outcome):
@@ -284,18 +511,44 @@ def curve(outcome):
         tokens = 0
         for row in read_metrics(run):
             tokens = row.get("train/tokens", tokens)
-            found += [[before + tokens, 100 * value, 0] for name, value in row.items() if re.fullmatch("eval/.*/accuracy", name)]
+            found += [
+                [before + tokens, 100 * value, 0]
+                for name, value in row.items()
+                if re.fullmatch("eval/.*/accuracy", name)
+            ]
         before += tokens
         found = found and [*found[:-1], [*found[-1][:2], 1]]
     return found
 
 
 def draw_curves(study, kept, ax, model):
-    seeds = {a["arm"]: [curve(study.outcomes[a["arm"], s]) for s in a["seeds"]] for a in kept["arms"] if a["model"] == model}
-    lines = {arm: np.mean(list(zip(*found)), 1).T for arm, found in seeds.items() if all(found) and found}  # evaluations that all seeds have
-    for i, (arm, (x, y, ends)) in enumerate(sorted(lines.items(), key=lambda line: -line[1][1, -1])):  # the legend in the order of the ends
-        ax.plot(x, y, f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], lw=1.4, marker="o", ms=4, markevery=ends == 1, label=arm)
-    ax.set(title=f"from {model}", xlabel="student tokens along the chain (dots: a run ends)", ylabel="held-out accuracy, % (mean over seeds)")
+    seeds = {
+        a["arm"]: [curve(study.outcomes[a["arm"], s]) for s in a["seeds"]]
+        for a in kept["arms"]
+        if a["model"] == model
+    }
+    lines = {
+        arm: np.mean(list(zip(*found)), 1).T for arm, found in seeds.items() if all(found) and found
+    }  # evaluations that all seeds have
+    for i, (arm, (x, y, ends)) in enumerate(
+        sorted(lines.items(), key=lambda line: -line[1][1, -1])
+    ):  # the legend in the order of the ends
+        ax.plot(
+            x,
+            y,
+            f"C{i % 10}",
+            ls=("-", "--", ":")[i // 10 % 3],
+            lw=1.4,
+            marker="o",
+            ms=4,
+            markevery=ends == 1,
+            label=arm,
+        )
+    ax.set(
+        title=f"from {model}",
+        xlabel="student tokens along the chain (dots: a run ends)",
+        ylabel="held-out accuracy, % (mean over seeds)",
+    )
     ax.grid(alpha=0.3)
     if lines:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -305,19 +558,45 @@ def draw_costs(arms, ax, task, colours):
     """The names stand in a column beside the points, in their order, so that none hides another."""
     marks = []
     for a in (a for a in arms if a["seeds"] and a["accuracy"][task]["figure"]):
-        (mean, low, high), colour = (100 * x for x in a["accuracy"][task]["figure"]), colours[a["model"]]
+        (mean, low, high), colour = (
+            (100 * x for x in a["accuracy"][task]["figure"]),
+            colours[a["model"]],
+        )
         if not a["chain"]:
             ax.axhline(mean, color=colour, ls="--", lw=1, label=f"{a['arm']}, as it is")
         elif a["cost"]["flops"]:
-            ax.errorbar(a["cost"]["flops"], mean, [[mean - low], [high - mean]], color=colour, marker="o", capsize=3, alpha=0.8)
+            ax.errorbar(
+                a["cost"]["flops"],
+                mean,
+                [[mean - low], [high - mean]],
+                color=colour,
+                marker="o",
+                capsize=3,
+                alpha=0.8,
+            )
             marks.append((mean, a["cost"]["flops"], a["arm"], colour))
     for i, (mean, flops, arm, colour) in enumerate(sorted(marks)):
-        ax.annotate(arm, (flops, mean), (1.03, (i + 0.5) / len(marks)), "data", "axes fraction", fontsize=8, color=colour, va="center",
-                    arrowprops=dict(arrowstyle="-", color=colour, alpha=0.35, lw=0.7))  # fmt: skip
-    ax.set(xscale="log", xlabel="FLOPs of the whole chain", ylabel=f"{task}: accuracy, % (95 % interval)")
+        ax.annotate(
+            arm,
+            (flops, mean),
+            (1.03, (i + 0.5) / len(marks)),
+            "data",
+            "axes fraction",
+            fontsize=8,
+            color=colour,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color=colour, alpha=0.35, lw=0.7),
+        )
+    ax.set(
+        xscale="log",
+        xlabel="FLOPs of the whole chain",
+        ylabel=f"{task}: accuracy, % (95 % interval)",
+    )
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3)  # above the points
+        ax.legend(
+            fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3
+        )  # above the points
 
 
 def draw(study, kept, out):
@@ -327,13 +606,28 @@ def draw(study, kept, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms, models = kept["arms"], list(dict.fromkeys(a["model"] for a in kept["arms"] if a["chain"])) or [""]
-    curves, axes = plt.subplots(len(models), 1, figsize=(9, 4 * len(models)), squeeze=False, layout="constrained")
+    arms, models = (
+        kept["arms"],
+        list(dict.fromkeys(a["model"] for a in kept["arms"] if a["chain"])) or [""],
+    )
+    curves, axes = plt.subplots(
+        len(models), 1, figsize=(9, 4 * len(models)), squeeze=False, layout="constrained"
+    )
     for ax, model in zip(axes.flat, models):
         draw_curves(study, kept, ax, model)
-    tasks = list(dict.fromkeys(task for a in arms for task in [t for t in kept["tasks"] if a["accuracy"][t]["figure"]][:1])) or [""]
-    costs, axes = plt.subplots(len(tasks), 1, figsize=(9, max(4.5, 0.25 * len(arms)) * len(tasks)), squeeze=False)
-    colours = {model: f"C{i % 10}" for i, model in enumerate(dict.fromkeys(a["model"] for a in arms))}
+    tasks = list(
+        dict.fromkeys(
+            task
+            for a in arms
+            for task in [t for t in kept["tasks"] if a["accuracy"][t]["figure"]][:1]
+        )
+    ) or [""]
+    costs, axes = plt.subplots(
+        len(tasks), 1, figsize=(9, max(4.5, 0.25 * len(arms)) * len(tasks)), squeeze=False
+    )
+    colours = {
+        model: f"C{i % 10}" for i, model in enumerate(dict.fromkeys(a["model"] for a in arms))
+    }
     for ax, task in zip(axes.flat, tasks):
         draw_costs(arms, ax, task, colours)
     try:
@@ -347,25 +641,57 @@ def draw(study, kept, out):
 
 def write(out, title, seeds, arms, outcomes, claims):
     """Write report.md, report.json, samples.md and the pictures into `out`; returns the text for the terminal."""
-    hide = lambda text: " ".join(text.replace(f"{out.resolve()}/", "").replace(f"{out}/", "").split())
+    hide = lambda text: " ".join(
+        text.replace(f"{out.resolve()}/", "").replace(f"{out}/", "").split()
+    )
     study = Study(seeds, arms, outcomes)
     kept = numbers(study, title, outcomes, claims, hide)
     rows, claimed, moved = main_table(kept), claims_table(kept["claims"]), kl_table(kept["arms"])
-    failed = [f"{a['arm']}, seed {seed} FAILED: {text}" for a in kept["arms"] for seed, text in a["failed"].items()]
+    failed = [
+        f"{a['arm']}, seed {seed} FAILED: {text}"
+        for a in kept["arms"]
+        for seed, text in a["failed"].items()
+    ]
     draw(study, kept, out)
     replace_file(out / "samples.md", samples_page(study))
-    valid = json.loads(json.dumps(kept), parse_constant=lambda name: None)  # JSON has no NaN: the interval of a single problem
-    replace_file(out / "report.json", json.dumps(valid, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    valid = json.loads(
+        json.dumps(kept), parse_constant=lambda name: None
+    )  # JSON has no NaN: the interval of a single problem
+    replace_file(
+        out / "report.json", json.dumps(valid, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    )
     parts = [f"# {title}", *(f"- {line}" for line in [*kept["conditions"], *kept["training"]])]
-    parts += [markdown([list(rows[0]), *(list(r.values()) for r in rows)]), *footnotes(kept), *failed]
-    parts += ["Failed seeds are left out of the means, which flatters their arms."] * bool(failed) + [NOTES]
+    parts += [
+        markdown([list(rows[0]), *(list(r.values()) for r in rows)]),
+        *footnotes(kept),
+        *failed,
+    ]
+    parts += ["Failed seeds are left out of the means, which flatters their arms."] * bool(
+        failed
+    ) + [NOTES]
     parts += ["## What the paper concludes", markdown(claimed), CLAIM_NOTES] * bool(claims)
-    parts += ["## Learning curves, on the examples that the runs held out", "![held-out accuracy against student tokens](curves.png)"]
+    parts += [
+        "## Learning curves, on the examples that the runs held out",
+        "![held-out accuracy against student tokens](curves.png)",
+    ]
     parts += ["## Accuracy against cost", "![accuracy against FLOPs](cost.png)"]
     parts += ["## How far the arms moved", markdown(moved), KL_NOTES] * (len(moved) > 1)
-    replace_file(out / "report.md", "\n\n".join([*parts, "What the arms write: [samples.md](samples.md)"]) + "\n")
-    first = [h for task in kept["tasks"][:1] for h in (task, f"gain {task}")] + [h for h in rows[0] if h.startswith("paper ")][:1]
+    replace_file(
+        out / "report.md",
+        "\n\n".join([*parts, "What the arms write: [samples.md](samples.md)"]) + "\n",
+    )
+    first = [h for task in kept["tasks"][:1] for h in (task, f"gain {task}")] + [
+        h for h in rows[0] if h.startswith("paper ")
+    ][:1]
     narrow = ["arm", "seeds", *first, "student tokens", "FLOPs", "seconds"]
-    tables = [[narrow, *([row[h] for h in narrow] for row in rows)], *[[[row[0], row[2], *row[5:]] for row in claimed]] * bool(claims)]
-    said = [*map(aligned, tables), *footnotes(kept), *(textwrap.fill(line, 150) for line in kept["training"]), *failed]
+    tables = [
+        [narrow, *([row[h] for h in narrow] for row in rows)],
+        *[[[row[0], row[2], *row[5:]] for row in claimed]] * bool(claims),
+    ]
+    said = [
+        *map(aligned, tables),
+        *footnotes(kept),
+        *(textwrap.fill(line, 150) for line in kept["training"]),
+        *failed,
+    ]
     return "\n\n".join([*said, f"{out}: report.md, report.json, samples.md, curves.png, cost.png"])

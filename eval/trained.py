@@ -28,10 +28,16 @@ def seen(subject: Subject, sets: list[Benchmark], allowed: bool = False) -> dict
         if count and not allowed:
             first = benchmark.examples[int(hits.argmax())].origin
             names = [str(entry.get("data")) for entry in record.data]
-            trained_on = ", ".join(names[:NAMED] + [f"{len(names) - NAMED} more"] * (len(names) > NAMED))
-            raise UserError(f"{subject.name} was trained on {count:,} of {benchmark.name}'s {len(hits):,} questions (first: {first}; "
-                            f"its training data: {trained_on}); --allow_trained evaluates all the same")  # fmt: skip
-        found[benchmark.name] = Trained(None if count == 0 and record.unknown else count, record.unknown)
+            trained_on = ", ".join(
+                names[:NAMED] + [f"{len(names) - NAMED} more"] * (len(names) > NAMED)
+            )
+            raise UserError(
+                f"{subject.name} was trained on {count:,} of {benchmark.name}'s {len(hits):,} questions (first: {first}; "
+                f"its training data: {trained_on}); --allow_trained evaluates all the same"
+            )
+        found[benchmark.name] = Trained(
+            None if count == 0 and record.unknown else count, record.unknown
+        )
     return found
 
 
@@ -41,10 +47,14 @@ def notes(found: list[tuple[str, str, Trained]]) -> list[str]:
     for checkpoint, task, trained in found:
         if trained.count:
             least = "AT LEAST " if trained.unknown else ""
-            lines.append(f"{checkpoint} WAS TRAINED ON {least}{trained.count:,} of {task}'s questions")
+            lines.append(
+                f"{checkpoint} WAS TRAINED ON {least}{trained.count:,} of {task}'s questions"
+            )
         elif trained.count is None:
             tasks_of.setdefault((checkpoint, trained.unknown), []).append(task)
     for (checkpoint, unknown), tasks in tasks_of.items():
-        lines.append(f"whether {checkpoint} was trained on questions of {', '.join(tasks)} is not known: nobody recorded what "
-                     f"{', '.join(unknown)} learned from")  # fmt: skip
+        lines.append(
+            f"whether {checkpoint} was trained on questions of {', '.join(tasks)} is not known: nobody recorded what "
+            f"{', '.join(unknown)} learned from"
+        )
     return lines

@@ -19,11 +19,21 @@ class PackedAttention:
     """How the T tokens of a micro-batch attend: built once from the documents' lengths, used by every layer."""
 
     def __init__(self, lengths, device="cpu"):
-        self.lengths, self.device, self.tokens, self.tiles = list(lengths), torch.device(device), sum(lengths), None
+        self.lengths, self.device, self.tokens, self.tiles = (
+            list(lengths),
+            torch.device(device),
+            sum(lengths),
+            None,
+        )
         if backend.triton_serves(self.device):
-            from kernels import triton_attention  # here, so that nothing needs Triton where it is not used
+            from kernels import (
+                triton_attention,
+            )  # here, so that nothing needs Triton where it is not used
 
-            self.tiles, self.attention = self._moved(triton_attention.tile_map(self.lengths)), triton_attention.attention
+            self.tiles, self.attention = (
+                self._moved(triton_attention.tile_map(self.lengths)),
+                triton_attention.attention,
+            )
 
     def __call__(self, layer, q_THE, k_TKE, v_TKE):
         """[T, H, E], [T, K, E], [T, K, E] -> [T, H, E]; scores are scaled by E^-1/2. `layer` is for caches; unused here."""
@@ -59,14 +69,21 @@ class PackedAttention:
             indices.append(index_BL.flatten())
             sizes.append(hi - lo)
             lo = hi
-        *parts, back_T = self._moved(torch.cat([*indices, back])).split([*map(len, indices), len(back)])
+        *parts, back_T = self._moved(torch.cat([*indices, back])).split(
+            [*map(len, indices), len(back)]
+        )
         return list(zip(parts, sizes, strict=True)), back_T
 
     @torch.compiler.disable
     def _by_blocks(self, q_THE, k_TKE, v_TKE):
         outputs, (blocks, back_T) = [], self.blocks
         for index, size in blocks:
-            q, k, v = (x.index_select(0, index).unflatten(0, (size, -1)).transpose(1, 2) for x in (q_THE, k_TKE, v_TKE))
-            o_BHLE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            q, k, v = (
+                x.index_select(0, index).unflatten(0, (size, -1)).transpose(1, 2)
+                for x in (q_THE, k_TKE, v_TKE)
+            )
+            o_BHLE = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
             outputs.append(o_BHLE.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, back_T) if outputs else torch.empty_like(q_THE)

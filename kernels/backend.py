@@ -9,10 +9,14 @@ _chosen = "auto"
 
 
 def use(name):
-    """"auto": the device decides; "torch", "triton": that one, for the whole process. Raises ValueError where Triton cannot run."""
+    """ "auto": the device decides; "torch", "triton": that one, for the whole process. Raises ValueError where Triton cannot run."""
     global _chosen
-    if name == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError("they need a CUDA device, or TRITON_INTERPRET=1 in the environment to be run slowly by a CPU")
+    if name == "triton" and not (
+        torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    ):
+        raise ValueError(
+            "they need a CUDA device, or TRITON_INTERPRET=1 in the environment to be run slowly by a CPU"
+        )
     _chosen = name
 
 
@@ -24,7 +28,11 @@ def triton_serves(device):
     """Whether this device's operations have Triton kernels: an NVIDIA GPU of compute capability 8 or more, or "triton" was asked for."""
     if _chosen != "auto":
         return _chosen == "triton"
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def triton_attends(q_THE):

@@ -11,8 +11,13 @@ chunk, D hidden, V vocabulary (the first V rows of the head take part, padding r
 
 import torch
 
-CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}  # logits held at once: 441 rows of 151,936 on a CPU, 4,400 on a GPU
-BLOCK_ELEMENTS = 5 << 17  # on a CPU the element-wise work runs on blocks of rows that stay in the cache
+CHUNK_ELEMENTS = {
+    "cpu": 64 << 20,
+    "cuda": 640 << 20,
+}  # logits held at once: 441 rows of 151,936 on a CPU, 4,400 on a GPU
+BLOCK_ELEMENTS = (
+    5 << 17
+)  # on a CPU the element-wise work runs on blocks of rows that stay in the cache
 
 
 def accumulate_dtype(tensor):
@@ -35,7 +40,11 @@ def product(a, b, out, add=False):
     if a.dtype == b.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if out.is_cuda and a.dtype == b.dtype:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return (
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            if add
+            else torch.mm(a, b, out_dtype=out.dtype, out=out)
+        )
     a, b = a.to(out.dtype), b.to(out.dtype)
     return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
 
@@ -47,7 +56,9 @@ def torch_step(rows_loss, n_rows, vocab, like):
 
     def step(rows_nD, weight_VD, lo, want_grad):
         logits_nV = product(rows_nD, weight_VD[:vocab].t(), logits[: len(rows_nD)])
-        return rows_loss(logits_nV, lo, want_grad), logits_nV.to(rows_nD.dtype) if want_grad else None
+        return rows_loss(logits_nV, lo, want_grad), logits_nV.to(
+            rows_nD.dtype
+        ) if want_grad else None
 
     return step
 
@@ -69,7 +80,9 @@ class _ChunkedHead(torch.autograd.Function):
         n_rows, dtype, device = hidden_ND.shape[0], accumulate_dtype(hidden_ND), hidden_ND.device
         weight_VD = head_VD.to(hidden_ND.dtype)
         need_hidden, need_head = (want_grad and need for need in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty(hidden_ND.shape, dtype=dtype, device=device) if need_hidden else None
+        grad_hidden = (
+            torch.empty(hidden_ND.shape, dtype=dtype, device=device) if need_hidden else None
+        )
         grad_head = torch.empty(head_VD.shape, dtype=dtype, device=device) if need_head else None
         if need_head:
             (grad_head[vocab:] if n_rows else grad_head).zero_()
@@ -79,7 +92,9 @@ class _ChunkedHead(torch.autograd.Function):
             loss_n, grad_nP = step(rows_nD, weight_VD, lo, want_grad)
             total += loss_n.sum()
             if want_grad:
-                grad_nP = grad_nP[:, : head_VD.shape[0]]  # a padded row of logits may be wider than the head
+                grad_nP = grad_nP[
+                    :, : head_VD.shape[0]
+                ]  # a padded row of logits may be wider than the head
                 width = grad_nP.shape[1]
             if need_hidden:
                 product(grad_nP, weight_VD[:width], grad_hidden[lo : lo + chunk_rows])
@@ -91,13 +106,26 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         if ctx.grads is None:
-            raise RuntimeError("the chunked head's backward runs once; its gradients were handed over")
+            raise RuntimeError(
+                "the chunked head's backward runs once; its gradients were handed over"
+            )
         grads, ctx.grads = ctx.grads, None
-        return *(_scaled(grad, grad_total, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None
+        return (
+            *(
+                _scaled(grad, grad_total, dtype)
+                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            ),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _scaled(grad, factor, dtype):
     """grad · factor in `dtype`, in place or in one pass."""
     if grad is None:
         return None
-    return torch.mul(grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
+    return torch.mul(
+        grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    )

@@ -28,14 +28,23 @@ LOG2E = 1.4426950408889634
 
 def decode_reference(q_BLHE, k_BKSE, v_BKSE, length_B):
     """What the kernels compute, in plain PyTorch: softmax in at least fp32, no host synchronisation."""
-    (B, L, H, E), K, wide = q_BLHE.shape, k_BKSE.shape[1], torch.promote_types(q_BLHE.dtype, torch.float32)
+    (B, L, H, E), K, wide = (
+        q_BLHE.shape,
+        k_BKSE.shape[1],
+        torch.promote_types(q_BLHE.dtype, torch.float32),
+    )
     slot_S = torch.arange(k_BKSE.shape[2], device=q_BLHE.device)
     last_BL = length_B.unsqueeze(1) + torch.arange(L, device=q_BLHE.device) - L
     seen_BL1S = (slot_S <= last_BL.unsqueeze(2)).unsqueeze(2)
     used_B1S1 = (slot_S < length_B.unsqueeze(1))[:, None, :, None]
-    k, v = (x[:B].to(wide).masked_fill(~used_B1S1, 0).repeat_interleave(H // K, 1) for x in (k_BKSE, v_BKSE))
+    k, v = (
+        x[:B].to(wide).masked_fill(~used_B1S1, 0).repeat_interleave(H // K, 1)
+        for x in (k_BKSE, v_BKSE)
+    )
     score_BLHS = torch.einsum("blhe,bhse->blhs", q_BLHE.to(wide), k) * E**-0.5
-    p_BLHS = score_BLHS.masked_fill(~seen_BL1S, -torch.inf).softmax(-1).masked_fill(~seen_BL1S, 0)  # a token that sees nothing gets 0
+    p_BLHS = (
+        score_BLHS.masked_fill(~seen_BL1S, -torch.inf).softmax(-1).masked_fill(~seen_BL1S, 0)
+    )  # a token that sees nothing gets 0
     return torch.einsum("blhs,bhse->blhe", p_BLHS, v).to(q_BLHE.dtype)
 
 
@@ -46,19 +55,30 @@ def decode_attention(q_BLHE, k_BKSE, v_BKSE, length_B):
     the slots up to its own. length_B: int32 or int64 on the device, at most S; a sequence of length 0 gets zeros. No gradient.
     """
     if k_BKSE.stride() != v_BKSE.stride() or k_BKSE.stride()[2:] != (k_BKSE.shape[3], 1):
-        raise ValueError("keys and values must share their strides, with a head's slots side by side")
-    by_kernel = triton is not None and backend.triton_serves(q_BLHE.device) and backend.triton_attends(q_BLHE.flatten(0, 1))
+        raise ValueError(
+            "keys and values must share their strides, with a head's slots side by side"
+        )
+    by_kernel = (
+        triton is not None
+        and backend.triton_serves(q_BLHE.device)
+        and backend.triton_attends(q_BLHE.flatten(0, 1))
+    )
     return (_decode if by_kernel else decode_reference)(q_BLHE, k_BKSE, v_BKSE, length_B)
 
 
 @library.custom_op("srlm::decode_attention", mutates_args=())
-def _decode(q_BLHE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+def _decode(
+    q_BLHE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, length_B: torch.Tensor
+) -> torch.Tensor:
     q = q_BLHE.contiguous()
     (B, L, H, E), (_, K, S, _) = q.shape, k_BKSE.shape
     rows, splits = L * (H // K), triton.cdiv(S, SPLIT)
     padded = max(16, triton.next_power_of_2(rows))
     wide = torch.promote_types(q.dtype, torch.float32)
-    part_BKJRE, lse_BKJR = q.new_empty(B, K, splits, rows, E, dtype=wide), q.new_empty(B, K, splits, rows, dtype=wide)
+    part_BKJRE, lse_BKJR = (
+        q.new_empty(B, K, splits, rows, E, dtype=wide),
+        q.new_empty(B, K, splits, rows, dtype=wide),
+    )
     o = torch.empty_like(q)
     if B and S:
         sizes = dict(K=K, GROUP=H // K, L=L, E=E, SPLIT=SPLIT)
@@ -66,7 +86,9 @@ def _decode(q_BLHE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, le
             q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR, k_BKSE.stride(0), k_BKSE.stride(1),
             ROWS=padded, BLOCK=BLOCK, SCALE=LOG2E * E**-0.5, num_warps=WARPS, num_stages=STAGES, **sizes,
         )  # fmt: skip
-        join_kernel[(rows, K, B)](part_BKJRE, lse_BKJR, length_B, o, splits, JOIN=JOIN, num_warps=1, **sizes)
+        join_kernel[(rows, K, B)](
+            part_BKJRE, lse_BKJR, length_B, o, splits, JOIN=JOIN, num_warps=1, **sizes
+        )
     return o if S else o.zero_()
 
 
@@ -78,16 +100,31 @@ def _(q_BLHE, k_BKSE, v_BKSE, length_B):
 if triton is not None:
 
     @triton.jit
-    def _query(row, sequence, head, L: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+    def _query(
+        row, sequence, head, L: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr
+    ):
         """Where query row `row` of a key-value head lies in [B, L, H, E]: its token is row // GROUP."""
         return ((sequence * L + row // GROUP) * K * GROUP + head * GROUP + row % GROUP) * E
 
     @triton.jit
     def split_kernel(
-        q, k, v, lengths, part, lse, row_stride, head_stride,
-        K: tl.constexpr, GROUP: tl.constexpr, L: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-        BLOCK: tl.constexpr, SCALE: tl.constexpr,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        lengths,
+        part,
+        lse,
+        row_stride,
+        head_stride,
+        K: tl.constexpr,
+        GROUP: tl.constexpr,
+        L: tl.constexpr,
+        E: tl.constexpr,
+        ROWS: tl.constexpr,
+        SPLIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SCALE: tl.constexpr,
+    ):
         """One split: part = softmax(q kᵀ / √E) v over its slots, and the log2 of the sum of their exponentials."""
         split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
@@ -95,7 +132,11 @@ if triton is not None:
             WIDE: tl.constexpr = part.dtype.element_ty
             row, e = tl.arange(0, ROWS), tl.arange(0, E)
             real = row < L * GROUP
-            queries = tl.load(q + _query(row, sequence, head, L, GROUP, K, E)[:, None] + e[None, :], mask=real[:, None], other=0.0)
+            queries = tl.load(
+                q + _query(row, sequence, head, L, GROUP, K, E)[:, None] + e[None, :],
+                mask=real[:, None],
+                other=0.0,
+            )
             last = length - L + row // GROUP  # the last slot that a row sees
             cache = sequence * row_stride + head.to(tl.int64) * head_stride
             acc, total = tl.zeros((ROWS, E), WIDE), tl.zeros((ROWS,), WIDE)
@@ -110,17 +151,36 @@ if triton is not None:
                 p, share = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
                 total = total * share + tl.sum(p, 1)
                 values = tl.load(v + at, mask=(slot < length)[:, None], other=0.0)
-                acc = tl.dot(p.to(values.dtype), values, acc * share[:, None], input_precision="ieee", out_dtype=WIDE)
+                acc = tl.dot(
+                    p.to(values.dtype),
+                    values,
+                    acc * share[:, None],
+                    input_precision="ieee",
+                    out_dtype=WIDE,
+                )
                 most = higher
             out = ((sequence * K + head) * tl.num_programs(0) + split) * (L * GROUP) + row
-            tl.store(part + out[:, None] * E + e[None, :], acc / tl.where(total > 0, total, 1.0)[:, None], mask=real[:, None])
+            tl.store(
+                part + out[:, None] * E + e[None, :],
+                acc / tl.where(total > 0, total, 1.0)[:, None],
+                mask=real[:, None],
+            )
             tl.store(lse + out, most + tl.log2(total), mask=real)  # −inf where nothing is seen
 
     @triton.jit(do_not_specialize=["splits"])  # the cache grows
     def join_kernel(
-        part, lse, lengths, o, splits,
-        K: tl.constexpr, GROUP: tl.constexpr, L: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr, JOIN: tl.constexpr,
-    ):  # fmt: skip
+        part,
+        lse,
+        lengths,
+        o,
+        splits,
+        K: tl.constexpr,
+        GROUP: tl.constexpr,
+        L: tl.constexpr,
+        E: tl.constexpr,
+        SPLIT: tl.constexpr,
+        JOIN: tl.constexpr,
+    ):
         """One query row: its splits, weighted by their share of the exponentials, summed in order."""
         row, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
@@ -137,4 +197,7 @@ if triton is not None:
             parts = tl.load(part + at[:, None] * E + e[None, :], mask=real[:, None], other=0.0)
             acc = acc * share + tl.sum(parts * weight[:, None], 0)
             total, most = total * share + tl.sum(weight, 0), higher
-        tl.store(o + _query(row, sequence, head, L, GROUP, K, E) + e, (acc / tl.where(total > 0, total, 1.0)).to(o.dtype.element_ty))
+        tl.store(
+            o + _query(row, sequence, head, L, GROUP, K, E) + e,
+            (acc / tl.where(total > 0, total, 1.0)).to(o.dtype.element_ty),
+        )

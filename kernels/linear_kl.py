@@ -13,14 +13,23 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backend import triton_runs
-from kernels.chunk import accumulate_dtype, blocks, chunked_head, default_chunk_rows, product, torch_step
+from kernels.chunk import (
+    accumulate_dtype,
+    blocks,
+    chunked_head,
+    default_chunk_rows,
+    product,
+    torch_step,
+)
 from kernels.linear_logprob import LogprobTerm
 
 
 def _gap(ls, ps, lt, pt):
     """d = log p_s − log p_t and g = p_s − p_t without cancellation."""
     d = ls - lt
-    if not d.is_cuda and d.numel() and d.amax() < 40:  # no overflow ahead: a third fewer passes over the block
+    if (
+        not d.is_cuda and d.numel() and d.amax() < 40
+    ):  # no overflow ahead: a third fewer passes over the block
         return d, torch.expm1(d).mul_(pt)
     g = torch.maximum(ps, pt).mul_(d.abs().neg_().expm1_())
     return d, torch.copysign(g, d, out=g)
@@ -38,8 +47,22 @@ def _second_order(p, x, first_order):
 
     first_order: p · (e^x − 1), known without overflow; used where x is not small.
     """
-    series = (x / 720).add_(1 / 120).mul_(x).add_(1 / 24).mul_(x).add_(1 / 6).mul_(x).add_(1 / 2).mul_(x).mul_(x).mul_(p)
-    limit = 1 / 8 if x.dtype == torch.float32 else 1e-3  # where the terms left out are below rounding
+    series = (
+        (x / 720)
+        .add_(1 / 120)
+        .mul_(x)
+        .add_(1 / 24)
+        .mul_(x)
+        .add_(1 / 6)
+        .mul_(x)
+        .add_(1 / 2)
+        .mul_(x)
+        .mul_(x)
+        .mul_(p)
+    )
+    limit = (
+        1 / 8 if x.dtype == torch.float32 else 1e-3
+    )  # where the terms left out are below rounding
     return torch.where(x.abs() < limit, series, first_order.addcmul_(p, x, value=-1))
 
 
@@ -77,7 +100,9 @@ def skew_forward_kl(ls, ps, lt, pt, beta):
     """KL(t ‖ β p_t + (1−β) p_s) (DistiLLM, Ko et al., arXiv 2402.03898, eq. 2; β is its α)."""
     d, g = _gap(ls, ps, lt, pt)
     rs, rt = _log_ratios(d, beta)
-    u = rs.exp_().mul_(g).mul_((1 - beta) ** 2)  # −(1−β) p_s p_t/m, less a multiple of p_s, which the softmax cancels
+    u = (
+        rs.exp_().mul_(g).mul_((1 - beta) ** 2)
+    )  # −(1−β) p_s p_t/m, less a multiple of p_s, which the softmax cancels
     value = _second_order(pt, rt.neg_(), g.mul_(1 - beta)).sum(1)  # m − p_t = (1−β) g
     return value, _through_softmax(u, ps)
 
@@ -96,10 +121,18 @@ def total_variation(ls, ps, lt, pt, beta):
     return g.abs().sum(1).mul_(0.5), _through_softmax(d.sign_().mul_(ps).mul_(0.5), ps)
 
 
-HAND_WRITTEN = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)}
+HAND_WRITTEN = {
+    f.__name__: f
+    for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)
+}
 
 # where a divergence is another one: the skewed KLs without skew; at the ends of the JSD, as the literature does, its rescaled limits
-ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("skew_forward_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl"}
+ENDS = {
+    ("jsd", 0): "forward_kl",
+    ("jsd", 1): "reverse_kl",
+    ("skew_forward_kl", 0): "forward_kl",
+    ("skew_reverse_kl", 0): "reverse_kl",
+}
 
 
 def _by_autograd(divergence, ls, ps, lt, want_grad):
@@ -114,9 +147,20 @@ def _by_autograd(divergence, ls, ps, lt, want_grad):
 
 
 def linear_kl(
-    hidden_ND, head_VD, teacher_hidden_NC, teacher_head_UC, weight_N, divergence, *,
-    beta=0.5, temperature=1.0, scale=1.0, logprob=None, vocab=None, chunk_rows=None,
-):  # fmt: skip
+    hidden_ND,
+    head_VD,
+    teacher_hidden_NC,
+    teacher_head_UC,
+    weight_N,
+    divergence,
+    *,
+    beta=0.5,
+    temperature=1.0,
+    scale=1.0,
+    logprob=None,
+    vocab=None,
+    chunk_rows=None,
+):
     """Σ_n weight_n · scale · D(teacher_n, student_n), plus a log-prob loss on the same student logits if one is given.
 
     divergence: a name in HAND_WRITTEN or a function (logp_s_nV, logp_t_nV) -> value_n; both distributions are softmaxes of
@@ -126,11 +170,17 @@ def linear_kl(
     vocab = vocab or min(head_VD.shape[0], teacher_head_UC.shape[0])
     teacher_hidden_NC = teacher_hidden_NC.detach()
     teacher_VC = teacher_head_UC.detach()[:vocab].to(teacher_hidden_NC.dtype)
-    value_N = torch.zeros(hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    value_N = torch.zeros(
+        hidden_ND.shape[0], dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device
+    )
     divergence = ENDS.get((divergence, beta), divergence)
     loss = Divergence(divergence, beta, temperature, scale, weight_N, value_N, logprob)
-    by_kernel = triton_runs(hidden_ND) and triton_runs(teacher_hidden_NC) and divergence in HAND_WRITTEN
-    step, chunk_rows = (_triton_step if by_kernel else _torch_step)(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows)
+    by_kernel = (
+        triton_runs(hidden_ND) and triton_runs(teacher_hidden_NC) and divergence in HAND_WRITTEN
+    )
+    step, chunk_rows = (_triton_step if by_kernel else _torch_step)(
+        loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows
+    )
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), {"divergence": value_N}
 
 
@@ -149,7 +199,9 @@ class Divergence:
 
 def _torch_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
     vocab, device, logprob = teacher_VC.shape[0], hidden_ND.device, loss.logprob
-    chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, device) // 2)  # two buffers share the budget
+    chunk_rows = chunk_rows or max(
+        1, default_chunk_rows(vocab, device) // 2
+    )  # two buffers share the budget
     rows = min(chunk_rows, hidden_ND.shape[0])
     teacher_logits = torch.empty(rows, vocab, dtype=accumulate_dtype(hidden_ND), device=device)
     block_rows = blocks(rows, vocab, device)[0].stop if rows else 0
@@ -158,12 +210,21 @@ def _torch_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
 
     def block_loss(student_nV, teacher_nV, rows, want_grad):
         extra_nV = student_nV.clone() if logprob else None
-        (ls, ps), (lt, pt) = (_log_softmax_(z, loss.temperature, p[: len(z)]) for z, p in ((student_nV, ps_buffer), (teacher_nV, pt_buffer)))
-        value_n, grad_nV = hand(ls, ps, lt, pt, loss.beta) if hand else _by_autograd(loss.name, ls, ps, lt, want_grad)
+        (ls, ps), (lt, pt) = (
+            _log_softmax_(z, loss.temperature, p[: len(z)])
+            for z, p in ((student_nV, ps_buffer), (teacher_nV, pt_buffer))
+        )
+        value_n, grad_nV = (
+            hand(ls, ps, lt, pt, loss.beta)
+            if hand
+            else _by_autograd(loss.name, ls, ps, lt, want_grad)
+        )
         loss.value_N[rows] = value_n
         loss_n = value_n * loss.weight_N[rows] * loss.scale
         if want_grad:
-            coefficient_n = (loss.weight_N[rows] * (loss.scale / loss.temperature)).to(value_n.dtype)
+            coefficient_n = (loss.weight_N[rows] * (loss.scale / loss.temperature)).to(
+                value_n.dtype
+            )
             torch.mul(grad_nV, coefficient_n.unsqueeze(1), out=student_nV)
         if logprob:
             loss_n = loss_n + logprob.block(extra_nV, rows, want_grad)
@@ -173,7 +234,10 @@ def _torch_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
     def rows_loss(logits_nV, lo, want_grad):
         n = logits_nV.shape[0]
         teacher_nV = product(teacher_hidden_NC[lo : lo + n], teacher_VC.t(), teacher_logits[:n])
-        parts = [block_loss(logits_nV[b], teacher_nV[b], slice(lo + b.start, lo + b.stop), want_grad) for b in blocks(n, vocab, device)]
+        parts = [
+            block_loss(logits_nV[b], teacher_nV[b], slice(lo + b.start, lo + b.stop), want_grad)
+            for b in blocks(n, vocab, device)
+        ]
         return torch.cat(parts)
 
     return torch_step(rows_loss, rows, vocab, hidden_ND), chunk_rows
@@ -184,20 +248,42 @@ def _triton_step(loss, hidden_ND, teacher_hidden_NC, teacher_VC, chunk_rows):
 
     vocab, logprob = teacher_VC.shape[0], loss.logprob
     chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
-    student_buffer, teacher_buffer = (triton_head.buffer(min(chunk_rows, len(hidden_ND)), vocab, x) for x in (hidden_ND, teacher_hidden_NC))
+    student_buffer, teacher_buffer = (
+        triton_head.buffer(min(chunk_rows, len(hidden_ND)), vocab, x)
+        for x in (hidden_ND, teacher_hidden_NC)
+    )
 
     def step(rows_nD, weight_VD, lo, want_grad):
         n = len(rows_nD)
         rows = slice(lo, lo + n)
-        teacher = triton_head.logits(teacher_hidden_NC[rows], teacher_VC, temperature=loss.temperature, out_nP=teacher_buffer[:n])
-        of_student = triton_head.of_term(logprob, rows, second=loss.temperature) if logprob else dict(temperature=loss.temperature)
-        student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=student_buffer[:n], **of_student)
+        teacher = triton_head.logits(
+            teacher_hidden_NC[rows],
+            teacher_VC,
+            temperature=loss.temperature,
+            out_nP=teacher_buffer[:n],
+        )
+        of_student = (
+            triton_head.of_term(logprob, rows, second=loss.temperature)
+            if logprob
+            else dict(temperature=loss.temperature)
+        )
+        student = triton_head.logits(
+            rows_nD, weight_VD[:vocab], out_nP=student_buffer[:n], **of_student
+        )
         loss_n, coefficient_n3 = triton_head.term_loss(logprob, student, rows, want_grad)
         coefficient_n3[:, 0] = loss.weight_N[rows] * (loss.scale / loss.temperature)
         value_n, grad_nP = triton_head.gradient_of(
-            student, logprob, coefficient_n3, rows, teacher=teacher, divergence=loss.name, beta=loss.beta, kl_temperature=loss.temperature,
-            write=want_grad, dtype=rows_nD.dtype,
-        )  # fmt: skip
+            student,
+            logprob,
+            coefficient_n3,
+            rows,
+            teacher=teacher,
+            divergence=loss.name,
+            beta=loss.beta,
+            kl_temperature=loss.temperature,
+            write=want_grad,
+            dtype=rows_nD.dtype,
+        )
         loss.value_N[rows] = value_n
         return value_n * loss.weight_N[rows] * loss.scale + loss_n, grad_nP
 

@@ -19,9 +19,18 @@ class LogprobTerm:
     """
 
     def __init__(self, target_N, weight_N, row_loss, fields=None, temperature=1.0, entropy=False):
-        self.target_N, self.weight_N, self.row_loss, self.fields = target_N, weight_N, row_loss, fields or {}
+        self.target_N, self.weight_N, self.row_loss, self.fields = (
+            target_N,
+            weight_N,
+            row_loss,
+            fields or {},
+        )
         self.temperature, self.entropy = temperature, entropy
-        self.logp_N = torch.zeros(weight_N.shape, dtype=torch.promote_types(weight_N.dtype, torch.float32), device=weight_N.device)
+        self.logp_N = torch.zeros(
+            weight_N.shape,
+            dtype=torch.promote_types(weight_N.dtype, torch.float32),
+            device=weight_N.device,
+        )
         self.entropy_N = torch.zeros_like(self.logp_N) if entropy else None
 
     def block(self, logits_nV, rows, want_grad):
@@ -37,14 +46,18 @@ class LogprobTerm:
         if self.entropy:  # H = −Σ p log p with log p = logits − log Σe
             mean_n = (p_nV * logits_nV).nan_to_num_().sum(1) / sum_n
             entropy_n = sum_n.log() - mean_n
-        loss_n, c_logp_n, c_entropy_n = self.coefficients(target_logit_n - sum_n.log(), entropy_n, rows, want_grad)
+        loss_n, c_logp_n, c_entropy_n = self.coefficients(
+            target_logit_n - sum_n.log(), entropy_n, rows, want_grad
+        )
         if not want_grad:
             return loss_n
         scale_n = 1 / self.temperature
         if c_entropy_n is None:
             logits_nV = torch.mul(p_nV, (-scale_n * c_logp_n / sum_n).unsqueeze(1), out=logits_nV)
         else:  # dH/dlogits = −p (log p + H) = −p (logits − mean)
-            logits_nV.sub_(mean_n.unsqueeze(1)).mul_(c_entropy_n.unsqueeze(1)).add_(c_logp_n.unsqueeze(1)).nan_to_num_()
+            logits_nV.sub_(mean_n.unsqueeze(1)).mul_(c_entropy_n.unsqueeze(1)).add_(
+                c_logp_n.unsqueeze(1)
+            ).nan_to_num_()
             logits_nV.mul_(p_nV).mul_((-scale_n / sum_n).unsqueeze(1))
         logits_nV.scatter_add_(1, target_n1, (scale_n * c_logp_n).unsqueeze(1))
         return loss_n
@@ -57,14 +70,31 @@ class LogprobTerm:
         fields = {name: field_N[rows] for name, field_N in self.fields.items()}
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (logp_n, entropy_n) if x is not None]
-            loss_n = self.row_loss(leaves[0], leaves[1] if self.entropy else None, fields) * self.weight_N[rows]
+            loss_n = (
+                self.row_loss(leaves[0], leaves[1] if self.entropy else None, fields)
+                * self.weight_N[rows]
+            )
             if not want_grad:
                 return loss_n.detach(), None, None
-            grads = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                loss_n.sum(), leaves, allow_unused=True, materialize_grads=True
+            )
         return loss_n.detach(), grads[0], grads[1] if self.entropy else None
 
 
-def linear_logprob(hidden_ND, head_VD, target_N, weight_N, row_loss, fields=None, *, temperature=1.0, entropy=False, vocab=None, chunk_rows=None):
+def linear_logprob(
+    hidden_ND,
+    head_VD,
+    target_N,
+    weight_N,
+    row_loss,
+    fields=None,
+    *,
+    temperature=1.0,
+    entropy=False,
+    vocab=None,
+    chunk_rows=None,
+):
     """Σ_n weight_n · row_loss(log p(target_n), entropy_n, fields_n), differentiable in hidden_ND and head_VD.
 
     Log-probs are in nats under softmax(hidden @ head[:vocab]ᵀ / temperature). Returns (loss_sum, {"logp": [N], "entropy": [N]}),
@@ -74,7 +104,9 @@ def linear_logprob(hidden_ND, head_VD, target_N, weight_N, row_loss, fields=None
     if target_N.device.type == "cpu" and target_N.numel() and int(target_N.max()) >= vocab:
         raise ValueError(f"target id {int(target_N.max())} is outside the vocabulary of {vocab}")
     term = LogprobTerm(target_N, weight_N, row_loss, fields, temperature, entropy)
-    step, chunk_rows = (_triton_step if triton_runs(hidden_ND) else _torch_step)(term, hidden_ND, vocab, chunk_rows)
+    step, chunk_rows = (_triton_step if triton_runs(hidden_ND) else _torch_step)(
+        term, hidden_ND, vocab, chunk_rows
+    )
     loss_sum = chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows)
     return loss_sum, {"logp": term.logp_N} | ({"entropy": term.entropy_N} if entropy else {})
 
@@ -103,10 +135,14 @@ def _triton_step(term, hidden_ND, vocab, chunk_rows):
         if want_grad and buffer is None:  # without gradients no logits are kept
             buffer = triton_head.buffer(len(rows_nD), vocab, hidden_ND)
         rows, out = slice(lo, lo + len(rows_nD)), buffer[: len(rows_nD)] if want_grad else None
-        student = triton_head.logits(rows_nD, weight_VD[:vocab], out_nP=out, **triton_head.of_term(term, rows))
+        student = triton_head.logits(
+            rows_nD, weight_VD[:vocab], out_nP=out, **triton_head.of_term(term, rows)
+        )
         loss_n, coefficient_n3 = triton_head.term_loss(term, student, rows, want_grad)
         if not want_grad:
             return loss_n, None
-        return loss_n, triton_head.gradient_of(student, term, coefficient_n3, rows, dtype=rows_nD.dtype)[1]
+        return loss_n, triton_head.gradient_of(
+            student, term, coefficient_n3, rows, dtype=rows_nD.dtype
+        )[1]
 
     return step, chunk_rows

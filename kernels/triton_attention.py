@@ -39,24 +39,30 @@ class Config:
 # by compute capability and head dimension, for: the output, the queries' gradient, the keys' and values' gradients. A fixed table, not a
 # tuner at run time: the tile decides the order of sums, and the same run must give the same bits
 CONFIGS = {
-    9: {64: (Config(64, 64, 4, 3, True), Config(64, 64, 4, 3, True), Config(64, 64, 4, 2, True)),
-        128: (Config(64, 64, 4, 2, True), Config(64, 128, 8, 2, True), Config(128, 64, 8, 2, True))},
-    8: {64: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
-        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2))},
-}  # fmt: skip
+    9: {
+        64: (Config(64, 64, 4, 3, True), Config(64, 64, 4, 3, True), Config(64, 64, 4, 2, True)),
+        128: (Config(64, 64, 4, 2, True), Config(64, 128, 8, 2, True), Config(128, 64, 8, 2, True)),
+    },
+    8: {
+        64: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    },
+}
 # Hopper's table is flipped throughout: no product reads its first operand from registers, which assemblers before CUDA 13.3 are reported to
 # get wrong. The other form of each has larger tiles; bench/attention.py checks and times both, and a GPU's word decides
 OTHER = {
     64: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
     128: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-}  # fmt: skip
+}
 
 
 def configs_for(device, size):
     if device.type != "cuda":  # the interpreter
         return (Config(TILE, TILE, 4, 1),) * 3
     major, _ = torch.cuda.get_device_capability(device)
-    return CONFIGS[9 if major in (9, 10) else 8][64 if size <= 64 else 128]  # 12.x has the shared memory of 8.9
+    return CONFIGS[9 if major in (9, 10) else 8][
+        64 if size <= 64 else 128
+    ]  # 12.x has the shared memory of 8.9
 
 
 def tile_map(lengths):
@@ -85,7 +91,12 @@ def _tile(tiles, HEADS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
     program = tl.program_id(0)
     part = program // HEADS
     tile = tiles + part // (TILE // SIZE) * 3
-    return program % HEADS, tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2) + part % (TILE // SIZE) * SIZE
+    return (
+        program % HEADS,
+        tl.load(tile).to(tl.int64),
+        tl.load(tile + 1),
+        tl.load(tile + 2) + part % (TILE // SIZE) * SIZE,
+    )
 
 
 @triton.jit
@@ -94,7 +105,9 @@ def _at(first, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _load(x, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr):
+def _load(
+    x, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr
+):
     """[SIZE, E]: one head's rows from `first` on; MASK: zeros where the document has ended, whatever lies there."""
     at = x + _at(first, SIZE, WIDTH, E)
     if MASK:
@@ -104,17 +117,34 @@ def _load(x, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.const
 
 
 @triton.jit
-def _store(x, value, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, FLIP: tl.constexpr):
+def _store(
+    x,
+    value,
+    first,
+    length,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     if FLIP:
         value = value.T
-    tl.store(x + _at(first, SIZE, WIDTH, E), value.to(x.dtype.element_ty), mask=(first + tl.arange(0, SIZE) < length)[:, None])
+    tl.store(
+        x + _at(first, SIZE, WIDTH, E),
+        value.to(x.dtype.element_ty),
+        mask=(first + tl.arange(0, SIZE) < length)[:, None],
+    )
 
 
 @triton.jit
 def _scores(a, b, FLIP: tl.constexpr):
     """a bᵀ, or its transpose."""
     WIDE: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    return tl.dot(b, a.T, input_precision="ieee", out_dtype=WIDE) if FLIP else tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
+    return (
+        tl.dot(b, a.T, input_precision="ieee", out_dtype=WIDE)
+        if FLIP
+        else tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
+    )
 
 
 @triton.jit
@@ -144,29 +174,62 @@ def _per(x, FLIP: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k, v, acc, most, total, lo, hi, first, length,
-    WIDTH: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, DIAGONAL: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    acc,
+    most,
+    total,
+    lo,
+    hi,
+    first,
+    length,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     AXIS: tl.constexpr = 0 if FLIP else 1
     for at in range(lo, hi, KEYS):
         s = _scores(q, _load(k, at, length, KEYS, WIDTH, E, DIAGONAL), FLIP)
         if DIAGONAL:
-            s = tl.where(_per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP), s, float("-inf"))
+            s = tl.where(
+                _per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP),
+                s,
+                float("-inf"),
+            )
         higher = tl.maximum(most, tl.max(s, AXIS) * SCALE)
         p = tl.exp2(s * SCALE - _per(higher, FLIP))
         share = tl.exp2(most - higher)
         total = total * share + tl.sum(p, AXIS)
-        acc = _weighted(p, _load(v, at, length, KEYS, WIDTH, E, DIAGONAL), acc * _per(share, FLIP), FLIP)
+        acc = _weighted(
+            p, _load(v, at, length, KEYS, WIDTH, E, DIAGONAL), acc * _per(share, FLIP), FLIP
+        )
         most = higher
     return acc, most, total
 
 
 @_kernel
 def forward_kernel(
-    q, k, v, o, lse, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    o,
+    lse,
+    tiles,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of the sum of the exponentials."""
     head, start, length, first = _tile(tiles, H, TILE, ROWS)
     if first < length:
@@ -178,9 +241,47 @@ def forward_kernel(
         total = tl.zeros((ROWS,), acc.dtype)
         most = total - float("inf")
         seen, last = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        acc, most, total = _attend(rows, k, v, acc, most, total, 0, seen, first, length, K * E, E, ROWS, KEYS, SCALE, False, FLIP)
-        acc, most, total = _attend(rows, k, v, acc, most, total, seen, last, first, length, K * E, E, ROWS, KEYS, SCALE, True, FLIP)
-        _store(o + (start * H + head) * E, acc / _per(total, FLIP), first, length, ROWS, H * E, E, FLIP)
+        acc, most, total = _attend(
+            rows,
+            k,
+            v,
+            acc,
+            most,
+            total,
+            0,
+            seen,
+            first,
+            length,
+            K * E,
+            E,
+            ROWS,
+            KEYS,
+            SCALE,
+            False,
+            FLIP,
+        )
+        acc, most, total = _attend(
+            rows,
+            k,
+            v,
+            acc,
+            most,
+            total,
+            seen,
+            last,
+            first,
+            length,
+            K * E,
+            E,
+            ROWS,
+            KEYS,
+            SCALE,
+            True,
+            FLIP,
+        )
+        _store(
+            o + (start * H + head) * E, acc / _per(total, FLIP), first, length, ROWS, H * E, E, FLIP
+        )
         own = first + tl.arange(0, ROWS)
         tl.store(lse + head * tokens + start + own, most + tl.log2(total), mask=own < length)
 
@@ -190,14 +291,34 @@ def forward_kernel(
 
 @triton.jit
 def _pull(
-    q, do, k, v, lse, delta, acc, lo, hi, first, length,
-    WIDTH: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, DIAGONAL: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    k,
+    v,
+    lse,
+    delta,
+    acc,
+    lo,
+    hi,
+    first,
+    length,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     for at in range(lo, hi, KEYS):
         keys = _load(k, at, length, KEYS, WIDTH, E, DIAGONAL)
         s = _scores(q, keys, FLIP)
         if DIAGONAL:
-            s = tl.where(_per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP), s, float("-inf"))
+            s = tl.where(
+                _per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP),
+                s,
+                float("-inf"),
+            )
         p = tl.exp2(s * SCALE - _per(lse, FLIP))
         dp = _scores(do, _load(v, at, length, KEYS, WIDTH, E, DIAGONAL), FLIP)
         acc = _weighted(p * (dp - _per(delta, FLIP)), keys, acc, FLIP)
@@ -206,34 +327,112 @@ def _pull(
 
 @_kernel
 def queries_kernel(
-    q, k, v, o, do, lse, delta, dq, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    o,
+    do,
+    lse,
+    delta,
+    dq,
+    tiles,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads."""
     head, start, length, first = _tile(tiles, H, TILE, ROWS)
     if first < length:
         own = (start * H + head) * E
         k += (start * K + head // (H // K)) * E
         v += (start * K + head // (H // K)) * E
-        rows, do_rows = _load(q + own, first, length, ROWS, H * E, E, True), _load(do + own, first, length, ROWS, H * E, E, True)
+        rows, do_rows = (
+            _load(q + own, first, length, ROWS, H * E, E, True),
+            _load(do + own, first, length, ROWS, H * E, E, True),
+        )
         acc = _zeros(q, ROWS, E, FLIP)
-        d = tl.sum(_load(o + own, first, length, ROWS, H * E, E, True).to(acc.dtype) * do_rows.to(acc.dtype), 1)
+        d = tl.sum(
+            _load(o + own, first, length, ROWS, H * E, E, True).to(acc.dtype)
+            * do_rows.to(acc.dtype),
+            1,
+        )
         at = first + tl.arange(0, ROWS)
         tl.store(delta + head * tokens + start + at, d, mask=at < length)
         log = tl.load(lse + head * tokens + start + at, mask=at < length, other=0.0)
         seen, last = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        acc = _pull(rows, do_rows, k, v, log, d, acc, 0, seen, first, length, K * E, E, ROWS, KEYS, SCALE, False, FLIP)
-        acc = _pull(rows, do_rows, k, v, log, d, acc, seen, last, first, length, K * E, E, ROWS, KEYS, SCALE, True, FLIP)
+        acc = _pull(
+            rows,
+            do_rows,
+            k,
+            v,
+            log,
+            d,
+            acc,
+            0,
+            seen,
+            first,
+            length,
+            K * E,
+            E,
+            ROWS,
+            KEYS,
+            SCALE,
+            False,
+            FLIP,
+        )
+        acc = _pull(
+            rows,
+            do_rows,
+            k,
+            v,
+            log,
+            d,
+            acc,
+            seen,
+            last,
+            first,
+            length,
+            K * E,
+            E,
+            ROWS,
+            KEYS,
+            SCALE,
+            True,
+            FLIP,
+        )
         _store(dq + own, acc * (E**-0.5), first, length, ROWS, H * E, E, FLIP)
 
 
 @triton.jit
 def _push(
-    q, do, lse, delta, k, v, dk, dv, lo, hi, first, length, tokens,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SCALE: tl.constexpr, DIAGONAL: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    dk,
+    dv,
+    lo,
+    hi,
+    first,
+    length,
+    tokens,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     # one loop over blocks of queries and the heads of the group, so that short documents fill the pipeline too
     for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
         at, head = lo + i // GROUP * ROWS, i % GROUP
@@ -241,8 +440,12 @@ def _push(
         rows = _load(q + head * E, at, length, ROWS, WIDTH, E, True)
         s = _scores(k, rows, FLIP)
         if DIAGONAL:
-            s = tl.where(_per(own, not FLIP) >= _per(first + tl.arange(0, KEYS), FLIP), s, float("-inf"))
-        log = tl.load(lse + head * tokens + own, mask=own < length, other=float("inf"))  # beyond the end: p = 0
+            s = tl.where(
+                _per(own, not FLIP) >= _per(first + tl.arange(0, KEYS), FLIP), s, float("-inf")
+            )
+        log = tl.load(
+            lse + head * tokens + own, mask=own < length, other=float("inf")
+        )  # beyond the end: p = 0
         p = tl.exp2(s * SCALE - _per(log, not FLIP))
         do_rows = _load(do + head * E, at, length, ROWS, WIDTH, E, True)
         dv = _weighted(p, do_rows, dv, FLIP)
@@ -253,10 +456,25 @@ def _push(
 
 @_kernel
 def keys_kernel(
-    q, k, v, do, lse, delta, dk, dv, tiles, tokens,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, FLIP: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    tiles,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head."""
     head, start, length, first = _tile(tiles, K, TILE, KEYS)
     if first < length:
@@ -266,7 +484,10 @@ def keys_kernel(
         do += (start * H + head * GROUP) * E
         lse += head * GROUP * tokens + start
         delta += head * GROUP * tokens + start
-        keys, values = _load(k + own, first, length, KEYS, K * E, E, True), _load(v + own, first, length, KEYS, K * E, E, True)
+        keys, values = (
+            _load(k + own, first, length, KEYS, K * E, E, True),
+            _load(v + own, first, length, KEYS, K * E, E, True),
+        )
         d_keys, d_values = _zeros(k, KEYS, E, FLIP), _zeros(k, KEYS, E, FLIP)
         last = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
         d_keys, d_values = _push(q, do, lse, delta, keys, values, d_keys, d_values, first, last, first, length, tokens,
@@ -291,7 +512,9 @@ def _launch(kernel, config, tiles_J3, heads, size, q_THE, k_TKE, *tensors):
 
 
 @library.custom_op("srlm::attention", mutates_args=())
-def attention(q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, tiles_2J3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, tiles_2J3: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(o_THE, lse_HT in bits): differentiable in q, k and v. Every token belongs to a tile of the map."""
     q, k, v = q_THE.contiguous(), k_TKE.contiguous(), v_TKE.contiguous()
     o, lse = _outputs(q)
@@ -308,26 +531,62 @@ def _(q_THE, k_TKE, v_TKE, tiles_2J3):
 
 def _outputs(q_THE):
     wide = torch.promote_types(q_THE.dtype, torch.float32)
-    return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(q_THE.shape[1], q_THE.shape[0], dtype=wide)
+    return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(
+        q_THE.shape[1], q_THE.shape[0], dtype=wide
+    )
 
 
 @library.custom_op("srlm::attention_backward", mutates_args=())
 def attention_backward(
-    q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, o_THE: torch.Tensor, lse_HT: torch.Tensor, do_THE: torch.Tensor,
+    q_THE: torch.Tensor,
+    k_TKE: torch.Tensor,
+    v_TKE: torch.Tensor,
+    o_THE: torch.Tensor,
+    lse_HT: torch.Tensor,
+    do_THE: torch.Tensor,
     tiles_2J3: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, do = (x.contiguous() for x in (q_THE, k_TKE, v_TKE, do_THE))
     grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse_HT)
     if tiles_2J3.shape[1]:
         _, config, keys_config = configs_for(q.device, q.shape[2])
-        _launch(queries_kernel, config, tiles_2J3[0], q.shape[1], config.rows, q, k, v, o_THE, do, lse_HT, delta, grads[0])
-        _launch(keys_kernel, keys_config, tiles_2J3[1], k.shape[1], keys_config.keys, q, k, v, do, lse_HT, delta, *grads[1:])
+        _launch(
+            queries_kernel,
+            config,
+            tiles_2J3[0],
+            q.shape[1],
+            config.rows,
+            q,
+            k,
+            v,
+            o_THE,
+            do,
+            lse_HT,
+            delta,
+            grads[0],
+        )
+        _launch(
+            keys_kernel,
+            keys_config,
+            tiles_2J3[1],
+            k.shape[1],
+            keys_config.keys,
+            q,
+            k,
+            v,
+            do,
+            lse_HT,
+            delta,
+            *grads[1:],
+        )
     return tuple(grads)
 
 
 @attention_backward.register_fake
 def _(q_THE, k_TKE, v_TKE, o_THE, lse_HT, do_THE, tiles_2J3):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THE, k_TKE, v_TKE))
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THE, k_TKE, v_TKE)
+    )
 
 
 def _save(ctx, inputs, output):

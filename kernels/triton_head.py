@@ -18,7 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOWEST = tl.constexpr(-1e30)  # stands for −inf: differences of two of them stay numbers
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR16 = tl.constexpr(-65504.0)  # the lowest fp16: a logit further below its tile's largest counts as this far
+FLOOR16 = tl.constexpr(
+    -65504.0
+)  # the lowest fp16: a logit further below its tile's largest counts as this far
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,15 @@ class Config:
 
 
 # by compute capability; a fixed table, not a tuner at run time: the tile decides the order of sums, and the same run must give the same bits
-CONFIGS = {9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True), 8: Config(128, 128, 64, 8, 3)}
+CONFIGS = {
+    9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True),
+    8: Config(128, 128, 64, 8, 3),
+}
 CACHED_BYTES = 24 << 20  # hidden rows that should stay in the L2 cache
-ROW_BLOCK, ROW_WARPS = 2048, 8  # ids per step and warps of the gradient kernel: one 16-byte load a thread, at most 64 registers
+ROW_BLOCK, ROW_WARPS = (
+    2048,
+    8,
+)  # ids per step and warps of the gradient kernel: one 16-byte load a thread, at most 64 registers
 
 
 # --- logits --------------------------------------------------------------------------------------------------------
@@ -52,9 +60,26 @@ ROW_BLOCK, ROW_WARPS = 2048, 8  # ids per step and warps of the gradient kernel:
 
 @triton.jit
 def _keep(
-    acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_t2,
-    STORE: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
+    acc,
+    row0,
+    j,
+    z_ptr,
+    max_ptr,
+    sum_ptr,
+    moment_ptr,
+    sum2_ptr,
+    target_ptr,
+    target_logit_ptr,
+    n_rows,
+    vocab,
+    n_tiles,
+    inv_t,
+    inv_t2,
+    STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    TARGET: tl.constexpr,
+):
     """What is kept of a finished tile of logits."""
     ROWS: tl.constexpr = acc.shape[0]
     TILE: tl.constexpr = acc.shape[1]
@@ -71,7 +96,11 @@ def _keep(
     at = rows.to(tl.int64) * n_tiles + j
     tl.store(max_ptr + at, largest, mask=real)
     if STORE:
-        tl.store(z_ptr + rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :], z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(
+            z_ptr + rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :],
+            z.to(z_ptr.dtype.element_ty),
+            mask=real[:, None],
+        )
     if SECOND:
         tl.store(sum2_ptr + at, tl.sum(tl.exp2(z * inv_t2), 1), mask=real)
     e = tl.exp2(z * inv_t)
@@ -80,19 +109,45 @@ def _keep(
         tl.store(moment_ptr + at, tl.sum(e * z, 1), mask=real)
 
 
-@triton.jit(do_not_specialize=["n_rows", "vocab", "n_tiles", "group"])  # rows differ from step to step: compiled once all the same
+@triton.jit(
+    do_not_specialize=["n_rows", "vocab", "n_tiles", "group"]
+)  # rows differ from step to step: compiled once all the same
 def logits_kernel(
-    x, w, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
-    n_rows, vocab, n_tiles, group, inv_t, inv_t2,
-    D: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    STORE: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, TARGET: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    z_ptr,
+    max_ptr,
+    sum_ptr,
+    moment_ptr,
+    sum2_ptr,
+    target_ptr,
+    target_logit_ptr,
+    n_rows,
+    vocab,
+    n_tiles,
+    group,
+    inv_t,
+    inv_t2,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    IDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALVES: tl.constexpr,
+    STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    TARGET: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
     """x, w: descriptors of [n, D] and [V, D] (TMA: the tensor copy engine), else pointers. z = x wᵀ − the tile's largest, and per row and
     tile: the largest, Σ e^{z/t}, with MOMENT Σ z e^{z/t}, with SECOND Σ e^{z/t2}; with TARGET the logit of each row's target.
     inv_t, inv_t2: log2(e)/t. HALVES: a product's ids are two tiles, finished one after the other, which halves the registers that takes.
     `group` tiles of rows stay in the cache while the head passes by once."""
     row_tiles, products = tl.cdiv(n_rows, ROWS), tl.cdiv(vocab, IDS)
-    for tile in tl.range(tl.program_id(0), row_tiles * products, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * products, tl.num_programs(0), flatten=FLATTEN
+    ):
         first = tile // (group * products) * group
         size, inside = tl.minimum(row_tiles - first, group), tile % (group * products)
         row0, j = (first + inside % size) * ROWS, inside // size
@@ -101,9 +156,21 @@ def logits_kernel(
             if TMA:
                 a, b = x.load([row0, k]), w.load([j * IDS, k])
             else:  # rows and ids beyond the end read the last one: their products are never used
-                rows, ids, columns = row0 + tl.arange(0, ROWS), j * IDS + tl.arange(0, IDS), k + tl.arange(0, WIDTH)[None, :]
-                a = tl.load(x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
-                b = tl.load(w + tl.minimum(ids, vocab - 1).to(tl.int64)[:, None] * D + columns, mask=columns < D, other=0.0)
+                rows, ids, columns = (
+                    row0 + tl.arange(0, ROWS),
+                    j * IDS + tl.arange(0, IDS),
+                    k + tl.arange(0, WIDTH)[None, :],
+                )
+                a = tl.load(
+                    x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * D + columns,
+                    mask=columns < D,
+                    other=0.0,
+                )
+                b = tl.load(
+                    w + tl.minimum(ids, vocab - 1).to(tl.int64)[:, None] * D + columns,
+                    mask=columns < D,
+                    other=0.0,
+                )
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         if HALVES:
             left, right = acc.reshape((ROWS, 2, IDS // 2)).permute((0, 2, 1)).split()
@@ -146,7 +213,11 @@ def config_for(device):
 def chunk_rows(vocab, like_ND):
     """Rows of a chunk: few chunks of equal size, whole tiles. Logits of one fill at most 2.5 GB, or a sixteenth of a smaller GPU's memory:
     each chunk more costs a pass over the head's gradient, and the products want several thousand rows."""
-    room = 5 << 29 if not like_ND.is_cuda else min(5 << 29, torch.cuda.get_device_properties(like_ND.device).total_memory // 16)
+    room = (
+        5 << 29
+        if not like_ND.is_cuda
+        else min(5 << 29, torch.cuda.get_device_properties(like_ND.device).total_memory // 16)
+    )
     most = max(256, room // (vocab * like_ND.element_size()) // 256 * 256)
     chunks = triton.cdiv(len(like_ND), most)
     return triton.cdiv(triton.cdiv(len(like_ND), chunks), 256) * 256
@@ -159,20 +230,40 @@ def buffer(n_rows, vocab, like):
     return torch.empty(n_rows, triton.cdiv(vocab, tile) * tile, dtype=dtype, device=like.device)
 
 
-def logits(x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment=False, out_nP=None):
+def logits(
+    x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment=False, out_nP=None
+):
     """Logits of x_nD under all rows of head_VD and their statistics. temperature: of the log-prob, `second` of the divergence where it
     differs; out_nP: where to keep the logits (see `buffer`), or None for the statistics alone."""
-    config, device, (n, width), vocab = config_for(x_nD.device), x_nD.device, x_nD.shape, head_VD.shape[0]
+    config, device, (n, width), vocab = (
+        config_for(x_nD.device),
+        x_nD.device,
+        x_nD.shape,
+        head_VD.shape[0],
+    )
     n_tiles = triton.cdiv(vocab, config.tile)
-    empty = lambda wanted, *shape: torch.empty(*shape, dtype=torch.float32, device=device) if wanted else None
-    largest, sums, moments, sums2 = (empty(wanted, n, n_tiles) for wanted in (True, True, moment, second is not None))
-    target_logit = None if target_n is None else torch.full((n,), torch.nan, device=device)  # of a target that is no id
+    empty = lambda wanted, *shape: (
+        torch.empty(*shape, dtype=torch.float32, device=device) if wanted else None
+    )
+    largest, sums, moments, sums2 = (
+        empty(wanted, n, n_tiles) for wanted in (True, True, moment, second is not None)
+    )
+    target_logit = (
+        None if target_n is None else torch.full((n,), torch.nan, device=device)
+    )  # of a target that is no id
     products = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.ids)
-    programs = torch.cuda.get_device_properties(device).multi_processor_count * config.resident if device.type == "cuda" else products
+    programs = (
+        torch.cuda.get_device_properties(device).multi_processor_count * config.resident
+        if device.type == "cuda"
+        else products
+    )
     x, w = x_nD.contiguous(), head_VD.contiguous()
     group = max(1, CACHED_BYTES // (config.rows * width * x.element_size()))
     if config.tma:
-        x, w = (TensorDescriptor.from_tensor(m, [size, config.width]) for m, size in ((x, config.rows), (w, config.ids)))
+        x, w = (
+            TensorDescriptor.from_tensor(m, [size, config.width])
+            for m, size in ((x, config.rows), (w, config.ids))
+        )
     with torch.cuda.device_of(x_nD):
         logits_kernel[(min(products, programs),)](
             x, w, out_nP, largest, sums, moments, sums2, target_n, target_logit,
@@ -182,7 +273,9 @@ def logits(x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     row_n4 = _rows(largest, sums, moments, sums2, temperature, second)
-    return Logits(out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.tile)
+    return Logits(
+        out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.tile
+    )
 
 
 def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):
@@ -204,13 +297,19 @@ def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(x * LOG2E)  # one instruction and a product; tl.exp also guards against results below the normal range
+    return tl.exp2(
+        x * LOG2E
+    )  # one instruction and a product; tl.exp also guards against results below the normal range
 
 
 @triton.jit
 def _series(x):
     """e^x − 1 − x for |x| < 1/4, to full precision."""
-    return x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    return (
+        x
+        * x
+        * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    )
 
 
 @triton.jit
@@ -275,17 +374,37 @@ def _terms(ls, lt, beta, NAME: tl.constexpr):
 def _centred(z_ptr, max_ptr, j, n_tiles, row_max, TILE: tl.constexpr):
     """Logits of some tiles, less the row's largest."""
     inside = j < n_tiles
-    z = tl.load(z_ptr + j[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=inside[:, None], other=FLOOR16).to(tl.float32)
+    z = tl.load(
+        z_ptr + j[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=inside[:, None], other=FLOOR16
+    ).to(tl.float32)
     return z + (tl.load(max_ptr + j, mask=inside, other=LOWEST) - row_max)[:, None]
 
 
 @triton.jit(do_not_specialize=["n_tiles"])
 def gradient_kernel(
-    s_ptr, grad_ptr, s_max_ptr, s_row_ptr, t_ptr, u_ptr, t_max_ptr, t_row_ptr, coefficient_ptr, target_ptr, value_ptr,
-    n_tiles, inv_kl, inv_lp, beta,
-    DIVERGENCE: tl.constexpr, LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, SAME: tl.constexpr, WRITE: tl.constexpr,
-    TILES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    s_ptr,
+    grad_ptr,
+    s_max_ptr,
+    s_row_ptr,
+    t_ptr,
+    u_ptr,
+    t_max_ptr,
+    t_row_ptr,
+    coefficient_ptr,
+    target_ptr,
+    value_ptr,
+    n_tiles,
+    inv_kl,
+    inv_lp,
+    beta,
+    DIVERGENCE: tl.constexpr,
+    LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SAME: tl.constexpr,
+    WRITE: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One program a row: overwrites its logits with c_kl · d divergence/dz + c_lp · (onehot − p) − c_H · p (log p + H); coefficient_n3.
 
     A divergence other than the forward KL needs a row sum first: a pass more, which leaves u in the teacher's bytes for the second one.
@@ -297,7 +416,11 @@ def gradient_kernel(
     s_ptr += row * n_tiles * TILE
     grad_ptr += row * n_tiles * TILE
     s_max_ptr += row * n_tiles
-    s_max, s_log, c_kl = tl.load(s_row_ptr + row * 4), tl.load(s_row_ptr + row * 4 + 1), tl.load(coefficient_ptr + row * 3)
+    s_max, s_log, c_kl = (
+        tl.load(s_row_ptr + row * 4),
+        tl.load(s_row_ptr + row * 4 + 1),
+        tl.load(coefficient_ptr + row * 3),
+    )
     value = tl.zeros((TILES, TILE), tl.float32)
     row_sum = 0.0
     if PAIR:
@@ -337,7 +460,9 @@ def gradient_kernel(
             elif DIVERGENCE != "none":
                 ps = _exp(z * inv_kl - s_log)
                 if TWICE:
-                    grad = c_kl * (tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32) - ps * row_sum)
+                    grad = c_kl * (
+                        tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32) - ps * row_sum
+                    )
                 else:
                     grad = c_kl * ps
             if LOGPROB:
@@ -356,8 +481,20 @@ def gradient_kernel(
         tl.store(value_ptr + row, tl.sum(tl.sum(value, 1), 0))
 
 
-def gradient(student, teacher=None, *, divergence="none", beta=0.5, kl_temperature=1.0, lp_temperature=1.0, coefficient_n3, target_n=None,
-             entropy=False, dtype, write=True):  # fmt: skip
+def gradient(
+    student,
+    teacher=None,
+    *,
+    divergence="none",
+    beta=0.5,
+    kl_temperature=1.0,
+    lp_temperature=1.0,
+    coefficient_n3,
+    target_n=None,
+    entropy=False,
+    dtype,
+    write=True,
+):
     """Overwrite the student's logits with their gradient; returns (divergence_n or None, grad_nP of `dtype` in the same bytes). The
     teacher's logits are lost too.
 
@@ -367,7 +504,11 @@ def gradient(student, teacher=None, *, divergence="none", beta=0.5, kl_temperatu
     n, padded = student.z_nP.shape
     grad_nP = student.z_nP.view(dtype)
     value_n = torch.empty(n, dtype=torch.float32, device=grad_nP.device) if teacher else None
-    other = (teacher.z_nP, teacher.z_nP.view(dtype), teacher.largest_nJ, teacher.row_n4) if teacher else (None,) * 4
+    other = (
+        (teacher.z_nP, teacher.z_nP.view(dtype), teacher.largest_nJ, teacher.row_n4)
+        if teacher
+        else (None,) * 4
+    )
     with torch.cuda.device_of(grad_nP):
         gradient_kernel[(n,)](
             student.z_nP, grad_nP, student.largest_nJ, student.row_n4, *other, coefficient_n3, target_n, value_n,
@@ -384,16 +525,26 @@ def gradient(student, teacher=None, *, divergence="none", beta=0.5, kl_temperatu
 def of_term(term, rows, second=None):
     """The arguments of `logits` that a LogprobTerm asks for; `second`: the divergence's temperature."""
     second = None if second == term.temperature else second
-    return dict(temperature=term.temperature, second=second, target_n=term.target_N[rows], moment=term.entropy)
+    return dict(
+        temperature=term.temperature,
+        second=second,
+        target_n=term.target_N[rows],
+        moment=term.entropy,
+    )
 
 
 def term_loss(term, student, rows, want_grad):
     """(weighted losses of the term, coefficient_n3 with the divergence's left 0)."""
-    coefficient_n3 = torch.zeros(len(student.row_n4), 3, dtype=torch.float32, device=student.row_n4.device)
+    coefficient_n3 = torch.zeros(
+        len(student.row_n4), 3, dtype=torch.float32, device=student.row_n4.device
+    )
     if term is None:
         return coefficient_n3[:, 0].clone(), coefficient_n3
     loss_n, c_logp_n, c_entropy_n = term.coefficients(
-        student.logp_n(term.temperature), student.entropy_n() if term.entropy else None, rows, want_grad
+        student.logp_n(term.temperature),
+        student.entropy_n() if term.entropy else None,
+        rows,
+        want_grad,
     )
     for column, c_n in ((1, c_logp_n), (2, c_entropy_n)):
         if c_n is not None:
@@ -404,5 +555,7 @@ def term_loss(term, student, rows, want_grad):
 def gradient_of(student, term, coefficient_n3, rows, **options):
     """`gradient` with the log-prob term's share, if there is one."""
     if term is not None:
-        options |= dict(lp_temperature=term.temperature, target_n=term.target_N[rows], entropy=term.entropy)
+        options |= dict(
+            lp_temperature=term.temperature, target_n=term.target_N[rows], entropy=term.entropy
+        )
     return gradient(student, coefficient_n3=coefficient_n3, **options)

@@ -60,9 +60,23 @@ KL_ESTIMATES = {
 
 
 def grpo_loss(
-    hidden_TD, head_VD, frozen, batch, *,
-    variant, clip_low, clip_high, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=None, kd=0.0, divergence="reverse_kl", kd_beta=0.5,
-):  # fmt: skip
+    hidden_TD,
+    head_VD,
+    frozen,
+    batch,
+    *,
+    variant,
+    clip_low,
+    clip_high,
+    beta=0.0,
+    kl="k3",
+    entropy=0.0,
+    temperature=1.0,
+    vocab=None,
+    kd=0.0,
+    divergence="reverse_kl",
+    kd_beta=0.5,
+):
     """Σ weight · (policy loss · correction + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
     (at temperature 1).
 
@@ -71,15 +85,27 @@ def grpo_loss(
     Returns (loss_sum, {metric: (sum, count)}); a token-level variant costs three vocabulary products, gspo four.
     """
     policy_loss, _, by_sequence = VARIANTS[variant]
-    weight_N, target_N, hidden_ND = (batch.select(x) for x in (batch.weight_T, batch.target_T, hidden_TD))
+    weight_N, target_N, hidden_ND = (
+        batch.select(x) for x in (batch.weight_T, batch.target_T, hidden_TD)
+    )
     fields = {name: batch.select(x_T) for name, x_T in batch.fields.items()}
     if by_sequence and "old_logp" in fields:
         with torch.no_grad():
-            _, rows = linear_logprob(hidden_ND, head_VD, target_N, weight_N, _nothing, temperature=temperature, vocab=vocab)
+            _, rows = linear_logprob(
+                hidden_ND,
+                head_VD,
+                target_N,
+                weight_N,
+                _nothing,
+                temperature=temperature,
+                vocab=vocab,
+            )
         fields["sequence_log_ratio"] = sequence_mean(rows["logp"] - fields["old_logp"], batch)
 
     def row_loss(logp_N, entropy_N, fields):
-        loss_N = policy_loss(log_ratio(logp_N, fields), logp_N, fields["advantage"], clip_low, clip_high) * fields.get("correction", 1.0)
+        loss_N = policy_loss(
+            log_ratio(logp_N, fields), logp_N, fields["advantage"], clip_low, clip_high
+        ) * fields.get("correction", 1.0)
         if beta:
             loss_N = loss_N + beta * KL_ESTIMATES[kl](logp_N - fields["ref_logp"])
         return loss_N - entropy * entropy_N if entropy else loss_N
@@ -87,17 +113,37 @@ def grpo_loss(
     if kd:
         term = LogprobTerm(target_N, weight_N, row_loss, fields, temperature, entropy=True)
         loss_sum, rows = linear_kl(
-            hidden_ND, head_VD, *frozen, weight_N, named_divergence(divergence, kd_beta), beta=kd_beta, scale=kd, logprob=term, vocab=vocab
+            hidden_ND,
+            head_VD,
+            *frozen,
+            weight_N,
+            named_divergence(divergence, kd_beta),
+            beta=kd_beta,
+            scale=kd,
+            logprob=term,
+            vocab=vocab,
         )
         rows |= {"logp": term.logp_N, "entropy": term.entropy_N}
     else:
         loss_sum, rows = linear_logprob(
-            hidden_ND, head_VD, target_N, weight_N, row_loss, fields, temperature=temperature, entropy=True, vocab=vocab
+            hidden_ND,
+            head_VD,
+            target_N,
+            weight_N,
+            row_loss,
+            fields,
+            temperature=temperature,
+            entropy=True,
+            vocab=vocab,
         )
-    values = measures(rows["logp"], fields, clip_low, clip_high, policy_loss is clipped_weight) | {"entropy": rows["entropy"]}
+    values = measures(rows["logp"], fields, clip_low, clip_high, policy_loss is clipped_weight) | {
+        "entropy": rows["entropy"]
+    }
     if kd:
         values[divergence] = rows["divergence"]
-    return loss_sum, {"loss": (loss_sum.detach(), torch.as_tensor(batch.normaliser))} | weighted(values, (weight_N != 0).double())
+    return loss_sum, {"loss": (loss_sum.detach(), torch.as_tensor(batch.normaliser))} | weighted(
+        values, (weight_N != 0).double()
+    )
 
 
 def log_ratio(logp_N, fields):
@@ -122,16 +168,23 @@ def measures(logp_N, fields, low, high, either_sign):
     }
     if "ref_logp" in fields:
         values["ref_kl"] = KL_ESTIMATES["k3"](logp_N - fields["ref_logp"])
-    if "sampler_logp" in fields:  # the same weights in training and in generation: what is left is rounding
+    if (
+        "sampler_logp" in fields
+    ):  # the same weights in training and in generation: what is left is rounding
         values["sampler_mismatch"] = (fields.get("old_logp", logp_N) - fields["sampler_logp"]).abs()
     return values
 
 
 def sequence_mean(x_N, batch):
     """Every loss row gets the mean of its document's loss rows."""
-    document_N = torch.bucketize(batch.rows_N, batch.cu_seqlens[1:].to(batch.rows_N.dtype), right=True)
+    document_N = torch.bucketize(
+        batch.rows_N, batch.cu_seqlens[1:].to(batch.rows_N.dtype), right=True
+    )
     zeros = x_N.new_zeros(len(batch.documents))
-    total, count = zeros.index_add(0, document_N, x_N), zeros.index_add(0, document_N, torch.ones_like(x_N))
+    total, count = (
+        zeros.index_add(0, document_N, x_N),
+        zeros.index_add(0, document_N, torch.ones_like(x_N)),
+    )
     return (total / count.clamp(min=1))[document_N]
 
 

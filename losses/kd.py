@@ -48,11 +48,27 @@ def mixture(la, lb, weight):
     return torch.logaddexp(la + math.log(weight), lb + math.log1p(-weight))
 
 
-DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)}
+DIVERGENCES = {
+    f.__name__: f
+    for f in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)
+}
 WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 
-def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature, t_squared, ce, vocab, topk=0):
+def kd_loss(
+    hidden_TD,
+    head_VD,
+    frozen,
+    batch,
+    *,
+    divergence,
+    beta,
+    temperature,
+    t_squared,
+    ce,
+    vocab,
+    topk=0,
+):
     """Σ weight · ((1−ce) · T² · D(teacher, student) + ce · CE) over the loss rows.
 
     frozen: (teacher_hidden_NC, teacher_head_UC), or None where the batch lists the teacher's likeliest ids. Both distributions are softmaxes of logits / T over the shared first
@@ -65,11 +81,25 @@ def kd_loss(hidden_TD, head_VD, frozen, batch, *, divergence, beta, temperature,
     hidden_ND, scale = batch.select(hidden_TD), (1 - ce) * (temperature**2 if t_squared else 1.0)
     shared = dict(temperature=temperature, scale=scale, logprob=term, vocab=vocab)
     if topk:
-        listed = topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab) if frozen else (batch.listed_ids_Nk, batch.listed_logp_NB)
+        listed = (
+            topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab)
+            if frozen
+            else (batch.listed_ids_Nk, batch.listed_logp_NB)
+        )
         definition = lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
-        loss_sum, rows = linear_topk_divergence(hidden_ND, head_VD, *listed, weight_N, definition, **shared)
+        loss_sum, rows = linear_topk_divergence(
+            hidden_ND, head_VD, *listed, weight_N, definition, **shared
+        )
     else:
-        loss_sum, rows = linear_kl(hidden_ND, head_VD, *frozen, weight_N, named_divergence(divergence, beta), beta=beta, **shared)
+        loss_sum, rows = linear_kl(
+            hidden_ND,
+            head_VD,
+            *frozen,
+            weight_N,
+            named_divergence(divergence, beta),
+            beta=beta,
+            **shared,
+        )
     values = {divergence: rows["divergence"]} | ({"ce": -term.logp_N} if ce else {})
     return loss_sum, {"loss": (loss_sum.detach(), weight_N.sum())} | weighted(values, weight_N)
 

@@ -17,8 +17,13 @@ from model import lora, parallel
 from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights of a checkpoint, in one file or in several
-ADAPTER = "adapter_config.json"  # a folder that holds it is a PEFT adapter, loaded merged into its base
+SINGLE, INDEX = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # the weights of a checkpoint, in one file or in several
+ADAPTER = (
+    "adapter_config.json"  # a folder that holds it is a PEFT adapter, loaded merged into its base
+)
 
 
 def locate(name, option):
@@ -31,13 +36,23 @@ def locate(name, option):
         if not named(base_of(folder) / "config.json"):
             raise UserError(f"{option} {name}: the folder has no config.json")
         return folder
-    if HUB_ID.fullmatch(name) and not folder.exists() and name.split("/")[0] not in ("runs", "checkpoints"):
+    if (
+        HUB_ID.fullmatch(name)
+        and not folder.exists()
+        and name.split("/")[0] not in ("runs", "checkpoints")
+    ):
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+            folder = Path(
+                snapshot_download(
+                    name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]
+                )
+            )
         except Exception as e:
-            raise UserError(f"{option} {name}: neither a folder nor a model that the hub gives ({type(e).__name__})") from None
+            raise UserError(
+                f"{option} {name}: neither a folder nor a model that the hub gives ({type(e).__name__})"
+            ) from None
         base_of(folder)  # refuses an adapter that cannot be used
         return folder
     raise UserError(f"{option} {name}: no such folder; presets are {', '.join(PRESETS)}")
@@ -59,13 +74,19 @@ def base_of(folder):
     if has_config and (not name or here and Path(name).samefile(folder)):
         return folder
     if has_config and not here and any(named(folder / weights) for weights in (SINGLE, INDEX)):
-        raise UserError(f"{file} names the base {name}, which is no folder here, and a whole model lies beside it: delete {ADAPTER} if the adapter "
-                        'is merged into that model, or make base_model_name_or_path "" if it is the base without it')  # fmt: skip
+        raise UserError(
+            f"{file} names the base {name}, which is no folder here, and a whole model lies beside it: delete {ADAPTER} if the adapter "
+            'is merged into that model, or make base_model_name_or_path "" if it is the base without it'
+        )
     if not name:
-        raise UserError(f"{file}: no base_model_name_or_path; name the base's folder there, or put its config.json and weights beside it")
+        raise UserError(
+            f"{file}: no base_model_name_or_path; name the base's folder there, or put its config.json and weights beside it"
+        )
     base = locate(name, f"{file}: base_model_name_or_path")
     if base is None or (base / ADAPTER).is_file():
-        raise UserError(f"{file}: base_model_name_or_path {name} is {'an adapter itself' if base else 'a preset'}; name the folder of a whole model")
+        raise UserError(
+            f"{file}: base_model_name_or_path {name} is {'an adapter itself' if base else 'a preset'}; name the folder of a whole model"
+        )
     return base
 
 
@@ -81,7 +102,9 @@ def read_config(name, folder):
         return PRESETS[name]
     base = base_of(folder)
     config = config_from_hf(read_json(base / "config.json", finite=True), folder)
-    stored = stored_tensors(base)  # headers only: a file that is missing or no weights at all is found before anything is loaded
+    stored = stored_tensors(
+        base
+    )  # headers only: a file that is missing or no weights at all is found before anything is loaded
     if config.tie_word_embeddings and has_own_head(base, stored):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
@@ -127,7 +150,9 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
 
 # What savers leave in front of a tensor's name, or within it, and what does not change what the tensor is: torch.compile,
 # DataParallel, FSDP and activation checkpointing wrap modules; PEFT wraps a model, and merging leaves the wrapper's name.
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 PREFIXES = ("module.", "base_model.", "model.")
 UNMERGED = ("lora_", ".base_layer.", "modules_to_save.", ".original_module.")
 
@@ -159,7 +184,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             keys_of[file] = list(tensors.keys())
         for key in keys_of[file]:
             if other := file_of.get(key):
-                raise UserError(f"{folder}: tensor {key} is in two files, {other.name} and {file.name}; download or save the checkpoint again")
+                raise UserError(
+                    f"{folder}: tensor {key} is in two files, {other.name} and {file.name}; download or save the checkpoint again"
+                )
             file_of[key] = file
     for file, keys in keys_of.items():
         for key in keys:
@@ -167,12 +194,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # computed
             if part := next((part for part in UNMERGED if part in key), None):
-                raise UserError(f"{file}: tensor {key} belongs to an adapter that is not merged ({part.strip('._')}); merge it with PEFT")
+                raise UserError(
+                    f"{file}: tensor {key} belongs to an adapter that is not merged ({part.strip('._')}); merge it with PEFT"
+                )
             if name in found:
-                raise UserError(f"{folder}: {found[name].key} and {key} are both {name}; keep the one that is meant")
+                raise UserError(
+                    f"{folder}: {found[name].key} and {key} are both {name}; keep the one that is meant"
+                )
             found[name] = Stored(file, key)
-        if lacking := sorted(key for key, where in listed.items() if where == file and key not in keys):
-            raise UserError(f"{file} has no tensor {lacking[0]}, which the index says is there; the download is incomplete or mixed up")
+        if lacking := sorted(
+            key for key, where in listed.items() if where == file and key not in keys
+        ):
+            raise UserError(
+                f"{file} has no tensor {lacking[0]}, which the index says is there; the download is incomplete or mixed up"
+            )
     return found
 
 
@@ -189,15 +224,27 @@ def _weight_files(folder):
     listed = {}
     weight_map = read_json(index, finite=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map must name the file of every tensor, found {weight_map!r:.40}")
+        raise UserError(
+            f"{index}: weight_map must name the file of every tensor, found {weight_map!r:.40}"
+        )
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name != PurePosixPath(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: the file of {key} is {name!r:.80}; it must be a .safetensors file of this folder")
+        if (
+            not isinstance(name, str)
+            or name != PurePosixPath(name).name
+            or not name.endswith(".safetensors")
+        ):
+            raise UserError(
+                f"{index}: the file of {key} is {name!r:.80}; it must be a .safetensors file of this folder"
+            )
         listed[key] = folder / name
     files = sorted(set(listed.values()))
     for file in files:
         if wrong := unreadable(file):
-            raise UserError(f"{folder} has no {file.name}, which the index names; the download is incomplete" if wrong == "is not there" else f"{file} {wrong}")
+            raise UserError(
+                f"{folder} has no {file.name}, which the index names; the download is incomplete"
+                if wrong == "is not there"
+                else f"{file} {wrong}"
+            )
     return files, listed
 
 
@@ -206,7 +253,14 @@ def _instead(folder):
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:
         return f"it has {shards[0].name}, but model.safetensors.index.json, which says what is where, is missing"
-    other = next((f for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for f in sorted(folder.glob(pattern))), None)
+    other = next(
+        (
+            f
+            for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+            for f in sorted(folder.glob(pattern))
+        ),
+        None,
+    )
     return f"weights are read from safetensors files only{f', and it has {other.name}; save them as safetensors' if other else ''}"
 
 
@@ -225,7 +279,9 @@ def has_own_head(folder: Path, stored: dict[str, Stored]) -> bool:
             return False
     if parallel.speaks() and str(folder) not in _told:
         _told.add(str(folder))
-        say(f"{folder}: config.json says tied, but the weights hold another {head.key}: it is used, and the model is untied")
+        say(
+            f"{folder}: config.json says tied, but the weights hold another {head.key}: it is used, and the model is untied"
+        )
     return True
 
 
@@ -235,7 +291,9 @@ _told = set()  # folders of which that was said
 def _check_float(file, key, tensor):
     if tensor.dtype not in FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(f"{file}: {key} is {kind}: quantised weights are not supported; name a checkpoint in bf16, fp16 or fp32")
+        raise UserError(
+            f"{file}: {key} is {kind}: quantised weights are not supported; name a checkpoint in bf16, fp16 or fp32"
+        )
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -260,11 +318,15 @@ def load_weights(model, folder):
         with open_tensors(file) as tensors:
             for name, key in names:
                 if name not in wanted:
-                    raise UserError(f"{file}: unexpected tensor {key}; config.json does not describe these weights")
+                    raise UserError(
+                        f"{file}: unexpected tensor {key}; config.json does not describe these weights"
+                    )
                 tensor = tensors.get_tensor(key)
                 _check_float(file, key, tensor)
                 if tensor.shape != wanted[name].shape:
-                    raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
+                    raise UserError(
+                        f"{file}: {key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}"
+                    )
                 if pair := pairs.get(name.removesuffix(".weight")):
                     _check_pair(name, pair, tensor.shape, folder)
                     tensor = lora.merge(tensor, *pair, config.scale)
@@ -272,8 +334,12 @@ def load_weights(model, folder):
     missing = sorted(set(wanted) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        tied = "; config.json says that the head is not tied" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete{tied}")
+        tied = (
+            "; config.json says that the head is not tied" if missing == ["lm_head.weight"] else ""
+        )
+        raise UserError(
+            f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete{tied}"
+        )
     return model
 
 
@@ -281,15 +347,21 @@ def read_adapter(folder):
     """(LoraConfig, {name of the layer: (A, B)}) of a folder in PEFT's form."""
     file = folder / "adapter_model.safetensors"
     if not named(file):
-        raise UserError(f"{folder} has no {file.name}; adapters are read from safetensors files only")
+        raise UserError(
+            f"{folder} has no {file.name}; adapters are read from safetensors files only"
+        )
     with open_tensors(file) as tensors:
         found = {}
         for key in tensors.keys():
             tensor = tensors.get_tensor(key)
             _check_float(file, key, tensor)
-            name = WRAPPERS.sub("", key).removeprefix("module.").replace(".default.weight", ".weight")  # PEFT's name of the adapter
+            name = (
+                WRAPPERS.sub("", key).removeprefix("module.").replace(".default.weight", ".weight")
+            )  # PEFT's name of the adapter
             if name in found:
-                raise UserError(f"{file}: {key} and another tensor are both {name}; keep the one that is meant")
+                raise UserError(
+                    f"{file}: {key} and another tensor are both {name}; keep the one that is meant"
+                )
             found[name] = tensor
     return lora.from_peft(read_json(folder / ADAPTER, finite=True), found, folder)
 
@@ -310,13 +382,17 @@ def load_adapter(model, folder):
 
 def _check_pair(name, pair, shape, folder):
     if (pair[1].shape[0], pair[0].shape[1]) != tuple(shape):
-        raise UserError(f"{folder}: the adapter of {name} is for a layer of {pair[1].shape[0]} x {pair[0].shape[1]}, not {shape[0]} x {shape[1]}")
+        raise UserError(
+            f"{folder}: the adapter of {name} is for a layer of {pair[1].shape[0]} x {pair[0].shape[1]}, not {shape[0]} x {shape[1]}"
+        )
 
 
 # --- saving ------------------------------------------------------------------------------------------------------------
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file that may be read by whom the umask says: the library makes them for their owner alone."""
     path.touch()
     mode = path.stat().st_mode & 0o777
@@ -328,14 +404,19 @@ def save_model(model, folder, tokenizer, stop_ids):
     """What `transformers` and vLLM load: weights, config, tokenizer files, generation_config with every stop id. Of an adapted model the weights
     are merged, and the adapter itself is in `adapter/`, as PEFT loads it."""
     folder = Path(folder)
-    tensors = {n if n.startswith("lm_head") else f"model.{n}": p.detach().cpu().contiguous() for n, p in lora.merged_parameters(model)}
+    tensors = {
+        n if n.startswith("lm_head") else f"model.{n}": p.detach().cpu().contiguous()
+        for n, p in lora.merged_parameters(model)
+    }
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     if lora.adapters(model):
         save_adapter(model, folder / "adapter")
     save_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype))
     eos = {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
-    write_json(folder / "generation_config.json", eos | {"pad_token_id": stop_ids[-1], "do_sample": False})
+    write_json(
+        folder / "generation_config.json", eos | {"pad_token_id": stop_ids[-1], "do_sample": False}
+    )
     tokenizer.save(folder)
 
 

@@ -23,9 +23,13 @@ from kernels.attention import PackedAttention
 from kernels.decode_attention import decode_attention
 from model.sampling import Sampler, random_keys, uniform
 
-REFILL_SHARE = 1 / 8  # prompts are admitted once this share of the rows is free: fewer, larger prefills (1 to 4 % faster than at once)
+REFILL_SHARE = (
+    1 / 8
+)  # prompts are admitted once this share of the rows is free: fewer, larger prefills (1 to 4 % faster than at once)
 PREFILL_TOKENS = 1 << 14  # prompts are prefilled in packs of at most this many tokens
-CAPTURE_AFTER = 2  # steps of a batch size before it becomes a CUDA graph: the first compiles what it needs
+CAPTURE_AFTER = (
+    2  # steps of a batch size before it becomes a CUDA graph: the first compiles what it needs
+)
 GROW_SLOTS = 64  # the cache grows by at least this many slots per row, and by a quarter
 
 
@@ -39,8 +43,23 @@ class Completion:
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperature=0.0, top_k=0, top_p=1.0, seeds=None,
-             stop_strings=(), decode=None, batch_size=256, on_token=None, on_done=None):  # fmt: skip
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    stop_ids,
+    *,
+    vocab=None,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seeds=None,
+    stop_strings=(),
+    decode=None,
+    batch_size=256,
+    on_token=None,
+    on_done=None,
+):
     """One Completion per prompt (a list of ids, not empty), of at most max_new_tokens ids below `vocab`.
 
     temperature 0 is greedy. top_k keeps every id whose logit is among the k largest (0: all; ties at the border stay), then
@@ -51,9 +70,13 @@ def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperatur
     that is finished. Raises ValueError.
     """
     if any(not len(p) for p in prompts):
-        raise ValueError(f"prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty: there is nothing to continue")
+        raise ValueError(
+            f"prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty: there is nothing to continue"
+        )
     if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
-        raise ValueError("temperature and top_k must not be negative, top_p in (0, 1], batch_size at least 1")
+        raise ValueError(
+            "temperature and top_k must not be negative, top_p in (0, 1], batch_size at least 1"
+        )
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ValueError("temperature > 0 needs one seed per prompt")
     if stop_strings and decode is None:
@@ -62,7 +85,9 @@ def generate(model, prompts, max_new_tokens, stop_ids, *, vocab=None, temperatur
         return [Completion([], [], False) for _ in prompts]
     model = in_compute_dtype(model)
     size = min(batch_size, len(prompts))
-    sampler = Sampler(model.head_VD, vocab or model.head_VD.shape[0], size, temperature, top_k, top_p)
+    sampler = Sampler(
+        model.head_VD, vocab or model.head_VD.shape[0], size, temperature, top_k, top_p
+    )
     keys = random_keys(seeds) if temperature > 0 else np.zeros(len(prompts), np.uint64)
     batch = _Batch(model, sampler, prompts, keys, max_new_tokens, size)
     batch.stop_ids, batch.on_token = np.array(sorted(stop_ids), dtype=np.int64), on_token
@@ -81,7 +106,10 @@ def in_compute_dtype(model):
     if dtype is None or all(p.dtype == dtype for p in model.parameters()):
         return model
     # deepcopy takes what `memo` holds for the copy: weights are cast, never copied, and those of that dtype (LoRA's frozen base) are shared
-    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()})
+    return copy.deepcopy(
+        model,
+        {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()},
+    )
 
 
 # --- stop strings, the cache, the two forms of attention -------------------------------------------------------------
@@ -91,11 +119,20 @@ class _StopStrings:
     """Whether the newest token completes a stop string: only the tail of the text that can hold one is decoded."""
 
     def __init__(self, strings, decode):
-        self.strings, self.decode, self.longest = tuple(strings), decode, max(len(s) for s in strings)
+        self.strings, self.decode, self.longest = (
+            tuple(strings),
+            decode,
+            max(len(s) for s in strings),
+        )
 
     def __call__(self, ids):
-        newest, tail = len(self.decode(ids[-1:].tolist())), self.longest + 4  # a cut character may stand at the start
-        while len(text := self.decode(ids[-tail:].tolist())) < self.longest + newest and tail < len(ids):
+        newest, tail = (
+            len(self.decode(ids[-1:].tolist())),
+            self.longest + 4,
+        )  # a cut character may stand at the start
+        while len(text := self.decode(ids[-tail:].tolist())) < self.longest + newest and tail < len(
+            ids
+        ):
             tail *= 2  # tokens that are parts of characters, or no text
         return any(s in text for s in self.strings)
 
@@ -104,8 +141,17 @@ class _Cache:
     """Keys and values of all layers [layers, 2, B, K, S, E] (a head's slots side by side: the faster layout on a CPU)."""
 
     def __init__(self, config, rows, slots, most, dtype, device):
-        shape = lambda slots: (config.num_layers, 2, rows, config.num_kv_heads, slots, config.head_dim)
-        if device.type == "cuda":  # all that may be needed at once, where it fits: graphs hold the addresses
+        shape = lambda slots: (
+            config.num_layers,
+            2,
+            rows,
+            config.num_kv_heads,
+            slots,
+            config.head_dim,
+        )
+        if (
+            device.type == "cuda"
+        ):  # all that may be needed at once, where it fits: graphs hold the addresses
             size = math.prod(shape(most)) * dtype.itemsize
             slots = most if size < torch.cuda.mem_get_info(device)[0] // 2 else slots
         self.layers, self.most = torch.zeros(shape(slots), dtype=dtype, device=device), most
@@ -130,7 +176,9 @@ class _Prefill:
     def __init__(self, cache, rows, lengths, device):
         self.cache, self.packed = cache, PackedAttention(lengths, device)
         self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
-        self.position_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
+        self.position_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(
+            device
+        )
 
     @torch.compiler.disable
     def __call__(self, layer, q_THE, k_TKE, v_TKE):
@@ -151,7 +199,9 @@ class _Decode:
             return
         slot_S = torch.arange(used, device=position_B.device)
         hidden_B11S = (slot_S > position_B.unsqueeze(1))[:, None, None, :]
-        self.mask_B11S = torch.zeros(hidden_B11S.shape, dtype=cache.layers[0].dtype, device=position_B.device)
+        self.mask_B11S = torch.zeros(
+            hidden_B11S.shape, dtype=cache.layers[0].dtype, device=position_B.device
+        )
         self.mask_B11S.masked_fill_(hidden_B11S, float("-inf"))
 
     @torch.compiler.disable
@@ -163,7 +213,9 @@ class _Decode:
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         # the query heads of a key-value head are its queries: nothing is repeated
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S).flatten(1, 2)
+        return F.scaled_dot_product_attention(
+            q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S
+        ).flatten(1, 2)
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -180,10 +232,16 @@ class _Step:
         self.model, self.sampler, self.cache, self.size = model, sampler, cache, size
         device = model.head_VD.device
         self.records = records(cache)
-        self.host = torch.zeros(3, size, dtype=torch.long, pin_memory=device.type == "cuda")  # tokens, positions, the bits of random numbers
+        self.host = torch.zeros(
+            3, size, dtype=torch.long, pin_memory=device.type == "cuda"
+        )  # tokens, positions, the bits of random numbers
         self.inputs = torch.zeros(3, size, dtype=torch.long, device=device)
-        self.hidden_BD = torch.zeros(size, model.config.hidden_size, dtype=cache.layers.dtype, device=device)
-        self.sampled = torch.zeros(2, size, dtype=torch.double, device=device)  # ids (exact) and log-probs: one transfer
+        self.hidden_BD = torch.zeros(
+            size, model.config.hidden_size, dtype=cache.layers.dtype, device=device
+        )
+        self.sampled = torch.zeros(
+            2, size, dtype=torch.double, device=device
+        )  # ids (exact) and log-probs: one transfer
         self.forget()
 
     def forget(self):
@@ -203,14 +261,19 @@ class _Step:
             self.body(rows, used)
             self.times[rows] += 1
             if self.records and self.times[rows] == CAPTURE_AFTER:
-                self.graphs[rows] = record(lambda: self.body(rows, used), next((g.pool() for g in self.graphs.values()), None))
+                self.graphs[rows] = record(
+                    lambda: self.body(rows, used),
+                    next((g.pool() for g in self.graphs.values()), None),
+                )
         if not self.sampler.waits:
             return self.sampled[:, :n].cpu().numpy()
         return self.choose(n)[:, :n].cpu().numpy()
 
     def body(self, rows, used):
         token_B, position_B, _ = self.inputs[:, :rows]
-        self.hidden_BD[:rows] = self.model(token_B, position_B, _Decode(self.cache, position_B, used))
+        self.hidden_BD[:rows] = self.model(
+            token_B, position_B, _Decode(self.cache, position_B, used)
+        )
         if not self.sampler.waits:
             self.choose(rows)
 
@@ -228,7 +291,9 @@ def _bucket(n, size):
 
 def by_kernel(cache):
     """Whether decode_attention serves: device, dtype and head dimension are such as its kernel takes."""
-    return backend.triton_serves(cache.layers.device) and backend.triton_attends(cache.layers[0, 0, 0])
+    return backend.triton_serves(cache.layers.device) and backend.triton_attends(
+        cache.layers[0, 0, 0]
+    )
 
 
 def records(cache):
@@ -240,7 +305,9 @@ def record(run, pool=None):
     """run() as a CUDA graph: replay() repeats its kernels on the same addresses. Graphs of one pool share their scratch memory."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on with what they do
+    with torch.cuda.graph(
+        graph, pool=pool, capture_error_mode="thread_local"
+    ):  # other threads may go on with what they do
         run()
     return graph
 
@@ -253,20 +320,36 @@ class _Batch:
     and that token's position, how many tokens are new, and the key of its random numbers."""
 
     def __init__(self, model, sampler, prompts, keys, limit, size):
-        self.model, self.sampler, self.prompts, self.keys, self.limit = model, sampler, prompts, keys, limit
+        self.model, self.sampler, self.prompts, self.keys, self.limit = (
+            model,
+            sampler,
+            prompts,
+            keys,
+            limit,
+        )
         self.device = model.head_VD.device
         first = {}  # equal prompts share what they are called: the first one's index
         self.kind = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
         # longest first: rows that run together are of like length, and equal prompts are admitted together
-        self.pending = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -self.kind[i], -i))
-        self.rows = np.zeros(size, [("prompt", "i8"), ("token", "i8"), ("position", "i8"), ("count", "i8"), ("key", "u8")])
+        self.pending = sorted(
+            range(len(prompts)), key=lambda i: (len(prompts[i]), -self.kind[i], -i)
+        )
+        self.rows = np.zeros(
+            size,
+            [("prompt", "i8"), ("token", "i8"), ("position", "i8"), ("count", "i8"), ("key", "u8")],
+        )
         self.tokens, self.logp = np.empty((size, limit), np.int64), np.empty((size, limit))
         self.results, self.n, self.size = [None] * len(prompts), 0, size
         longest = len(prompts[self.pending[-1]])
         slots, dtype = longest + min(limit, GROW_SLOTS), model.compute_dtype or model.head_VD.dtype
         self.cache = _Cache(model.config, size, slots, longest + limit, dtype, self.device)
         self.next = _Step(model, sampler, self.cache, size)
-        self.stop_ids, self.on_token, self.on_done, self.ended = np.empty(0, np.int64), None, None, None
+        self.stop_ids, self.on_token, self.on_done, self.ended = (
+            np.empty(0, np.int64),
+            None,
+            None,
+            None,
+        )
 
     def admit(self):
         """Append waiting prompts to the rows if enough of them are free. All but a prompt's last token is prefilled, or copied
@@ -315,7 +398,11 @@ class _Batch:
         tokens, logp = sampled[0].astype(np.int64), sampled[1]
         at = np.arange(self.n), rows["count"]
         self.tokens[at], self.logp[at] = tokens, logp
-        rows["token"], rows["position"], rows["count"] = tokens, rows["position"] + 1, rows["count"] + 1
+        rows["token"], rows["position"], rows["count"] = (
+            tokens,
+            rows["position"] + 1,
+            rows["count"] + 1,
+        )
         if self.on_token:
             for row, token, value in zip(rows, tokens.tolist(), logp.tolist()):
                 self.on_token(int(row["prompt"]), token, value)
@@ -325,7 +412,14 @@ class _Batch:
         finished = np.flatnonzero(stopped | (rows["count"] == self.limit))
         for row in finished:
             count = rows["count"][row]
-            index, done = rows["prompt"][row], Completion(self.tokens[row, :count].tolist(), self.logp[row, :count].tolist(), bool(stopped[row]))
+            index, done = (
+                rows["prompt"][row],
+                Completion(
+                    self.tokens[row, :count].tolist(),
+                    self.logp[row, :count].tolist(),
+                    bool(stopped[row]),
+                ),
+            )
             self.results[index] = done
             if self.on_done:
                 self.on_done(int(index), done)
@@ -338,5 +432,9 @@ class _Batch:
         source = np.setdiff1d(np.arange(keep, self.n), finished)
         self.n = keep
         if len(holes):
-            self.rows[holes], self.tokens[holes], self.logp[holes] = self.rows[source], self.tokens[source], self.logp[source]
+            self.rows[holes], self.tokens[holes], self.logp[holes] = (
+                self.rows[source],
+                self.tokens[source],
+                self.logp[source],
+            )
             self.cache.copy_rows(holes, source, int(self.rows["position"][holes].max()))

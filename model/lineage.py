@@ -134,7 +134,9 @@ def _sorted(arrays):
     """The different numbers of some arrays, in order: by a sort that is fast where the arrays are in order already."""
     numbers = np.concatenate([np.zeros(0, np.uint64), *arrays])
     numbers.sort(kind="stable")
-    return numbers[np.concatenate([np.ones(min(1, len(numbers)), bool), numbers[1:] != numbers[:-1]])]
+    return numbers[
+        np.concatenate([np.ones(min(1, len(numbers)), bool), numbers[1:] != numbers[:-1]])
+    ]
 
 
 # --- records -------------------------------------------------------------------------------------------------------
@@ -187,7 +189,11 @@ class Lineage:
     def save(self, folder: Path) -> None:
         """Write the record into a checkpoint's folder, whose weights are there already, and into its `adapter/`. The hashes are a link to those
         of a checkpoint beside it, where it has the same ones. The caller moves the folder to its place: then the record appears as a whole."""
-        beside = (f for f in sorted(folder.parent.glob(f"step-*/{HASHES}")) if _stated(f.parent).get("sha256") == self.digest)
+        beside = (
+            f
+            for f in sorted(folder.parent.glob(f"step-*/{HASHES}"))
+            if _stated(f.parent).get("sha256") == self.digest
+        )
         source = next(beside, None)
         for place in (folder, folder / "adapter"):
             if not place.is_dir():
@@ -197,10 +203,19 @@ class Lineage:
             else:
                 _link(source, place / HASHES)
             source = place / HASHES
-            write_json(place / RECORD, {
-                "form": FORM, "hashes": len(self.hashes), "sha256": self.digest, "weights": weights_mark(place), "data": self.data,
-                "ancestors": self.ancestors, "unknown": self.unknown, "prompt": self.prompt,
-            })  # fmt: skip
+            write_json(
+                place / RECORD,
+                {
+                    "form": FORM,
+                    "hashes": len(self.hashes),
+                    "sha256": self.digest,
+                    "weights": weights_mark(place),
+                    "data": self.data,
+                    "ancestors": self.ancestors,
+                    "unknown": self.unknown,
+                    "prompt": self.prompt,
+                },
+            )
 
     def save_beside(self, folder: Path) -> None:
         """Write the record into a folder that is in use: the JSON file last, and without the right hashes it is known to be damaged."""
@@ -218,7 +233,13 @@ def read(folder: Path, name: str) -> Lineage:
     stated = _stated(folder)
     if not stated:
         ours = (folder / "trainer").is_dir()  # saved by a run, which writes a record
-        problem = f" ({RECORD} is damaged)" if (folder / RECORD).exists() else f" ({RECORD} is missing)" if ours else ""
+        problem = (
+            f" ({RECORD} is damaged)"
+            if (folder / RECORD).exists()
+            else f" ({RECORD} is missing)"
+            if ours
+            else ""
+        )
         return Lineage(ancestors=(name,), unknown=(name + problem,))
     try:
         hashes = np.fromfile(folder / HASHES, "<u8").astype(np.uint64, copy=False)
@@ -231,7 +252,11 @@ def read(folder: Path, name: str) -> Lineage:
         problem = f"{HASHES} is damaged"
     if problem:
         return Lineage(ancestors=(name,), unknown=(f"{name} ({problem})",))
-    others = () if stated.get("weights") in (None, weights_mark(folder)) else (f"{name} (its weights changed after {RECORD} was written)",)
+    others = (
+        ()
+        if stated.get("weights") in (None, weights_mark(folder))
+        else (f"{name} (its weights changed after {RECORD} was written)",)
+    )
     return found + Lineage(ancestors=(name,), unknown=others)
 
 

@@ -37,10 +37,14 @@ class LoraConfig:
 
 def parse_targets(text):
     """--lora_targets as a tuple of layer names. Raises UserError."""
-    names = TARGETS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    names = (
+        TARGETS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    )
     for name in names:
         if name not in TARGETS:
-            raise UserError(f"--lora_targets: no layer {name!r}; choose from {', '.join(TARGETS)}, or all")
+            raise UserError(
+                f"--lora_targets: no layer {name!r}; choose from {', '.join(TARGETS)}, or all"
+            )
     return names
 
 
@@ -78,7 +82,9 @@ class Dropout:
     def __call__(self, x_TD, layer):
         """x_TD with the features of `layer` (its name) that are left out set to 0, the others scaled up."""
         stream_T1 = mix(self.key_T ^ _seed(self.seed, self.step, layer)).unsqueeze(1)
-        words = torch.arange(-(-x_TD.shape[1] // 4), device=x_TD.device)  # 64 bits are four features'
+        words = torch.arange(
+            -(-x_TD.shape[1] // 4), device=x_TD.device
+        )  # 64 bits are four features'
         bits_TD = mix(stream_T1 + words * GOLDEN).view(torch.int16)[:, : x_TD.shape[1]]
         kept_TD = bits_TD < self.level - 2**15  # of signed numbers
         return x_TD * kept_TD * (2**16 / self.level)
@@ -116,7 +122,13 @@ class LoraLinear(Linear):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
             self.lora_A = Linear(base.in_features, config.rank, bias=False)
             self.lora_B = Linear(config.rank, base.out_features, bias=False)
-        self.weight, self.bias, self.name, self.scale, self.dropout = base.weight, base.bias, name, config.scale, dropout
+        self.weight, self.bias, self.name, self.scale, self.dropout = (
+            base.weight,
+            base.bias,
+            name,
+            config.scale,
+            dropout,
+        )
         for part in (self.lora_A, self.lora_B):
             part.to(dtype).to_empty(device=base.weight.device)
 
@@ -134,7 +146,9 @@ class LoraLinear(Linear):
         """A uniform in ±1/√in, B zero, as the paper's code and PEFT do; the same on every device, whatever the other targets."""
         bound = self.in_features**-0.5
         generator = torch.Generator().manual_seed(_seed(seed, self.name))
-        self.lora_A.weight.copy_((torch.rand(self.lora_A.weight.shape, generator=generator) * 2 - 1) * bound)
+        self.lora_A.weight.copy_(
+            (torch.rand(self.lora_A.weight.shape, generator=generator) * 2 - 1) * bound
+        )
         self.lora_B.weight.zero_()
 
     @torch.no_grad()
@@ -151,7 +165,9 @@ def merge(weight, a, b, scale):
 def adapt(base, config, seed, dtype=torch.float32):
     """A model that shares every tensor with `base`, freezes them, and adds adapters of `dtype` to the targets."""
     base.requires_grad_(False)
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # deepcopy takes what the memo holds for the copy
+    model = copy.deepcopy(
+        base, {id(p): p for p in base.parameters()}
+    )  # deepcopy takes what the memo holds for the copy
     model.lora, model.dropout = config, Dropout(config.dropout, seed)
     model.register_forward_pre_hook(model.dropout.see)
     for name, layer in list(model.named_modules()):
@@ -178,7 +194,9 @@ def merged_parameters(model):
 
 
 def _seed(*parts):
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 # --- PEFT's format ---------------------------------------------------------------------------------------------------
@@ -187,11 +205,33 @@ def _seed(*parts):
 def to_peft(model):
     """(adapter_config.json as a dict, the tensors of adapter_model.safetensors)."""
     c = model.lora
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": c.base or None, "inference_mode": True}
-    settings |= {"r": c.rank, "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "use_rslora": c.rslora}
-    settings |= {"target_modules": list(c.targets), "lora_dropout": c.dropout, "init_lora_weights": True}
-    settings |= {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False}
-    parts = {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in adapters(model).items() for part in ("lora_A", "lora_B")}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": c.base or None,
+        "inference_mode": True,
+    }
+    settings |= {
+        "r": c.rank,
+        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
+        "use_rslora": c.rslora,
+    }
+    settings |= {
+        "target_modules": list(c.targets),
+        "lora_dropout": c.dropout,
+        "init_lora_weights": True,
+    }
+    settings |= {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+    parts = {
+        f"{name}.{part}.weight": getattr(layer, part).weight
+        for name, layer in adapters(model).items()
+        for part in ("lora_A", "lora_B")
+    }
     return settings, {PREFIX + name: p.detach().cpu().contiguous() for name, p in parts.items()}
 
 
@@ -203,14 +243,27 @@ REFUSED = """use_dora modules_to_save rank_pattern alpha_pattern lora_bias fan_i
 def check_peft(settings, where):
     """Refuse an adapter_config.json that means something other than W + s · B A. `where`: its path. Raises UserError."""
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is")
+        raise UserError(
+            f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is"
+        )
     if settings.get("bias", "none") != "none":
         raise UserError(f"{where}: bias {settings['bias']!r} is not supported; none is")
     for name in REFUSED:
         if settings.get(name):
-            raise UserError(f"{where}: {name} is not supported; merge the adapter with PEFT and name the merged folder")
-    if settings.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):  # PiSSA and its kin move the base
-        raise UserError(f"{where}: init_lora_weights {settings['init_lora_weights']!r} is not supported: it changes the base; merge it with PEFT")
+            raise UserError(
+                f"{where}: {name} is not supported; merge the adapter with PEFT and name the merged folder"
+            )
+    if settings.get("init_lora_weights", True) not in (
+        True,
+        False,
+        None,
+        "gaussian",
+        "eva",
+        "orthogonal",
+    ):  # PiSSA and its kin move the base
+        raise UserError(
+            f"{where}: init_lora_weights {settings['init_lora_weights']!r} is not supported: it changes the base; merge it with PEFT"
+        )
     r, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):
         raise UserError(f"{where}: r {r!r} and lora_alpha {alpha!r} must be numbers, r at least 1")
@@ -222,13 +275,29 @@ def from_peft(settings, tensors, where):
     parts = {"lora_A": {}, "lora_B": {}}
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if key != f"{PREFIX}{layer}.{part}.weight" or part not in parts or layer.rpartition(".")[2] not in TARGETS:
-            raise UserError(f"{where}: tensor {key} is not supported; adapters of {', '.join(TARGETS)} are")
+        if (
+            key != f"{PREFIX}{layer}.{part}.weight"
+            or part not in parts
+            or layer.rpartition(".")[2] not in TARGETS
+        ):
+            raise UserError(
+                f"{where}: tensor {key} is not supported; adapters of {', '.join(TARGETS)} are"
+            )
         if tensor.dim() != 2 or tensor.shape[part == "lora_B"] != settings["r"]:
-            raise UserError(f"{where}: {key} has shape {list(tensor.shape)}, but adapter_config.json says r {settings['r']}")
+            raise UserError(
+                f"{where}: {key} has shape {list(tensor.shape)}, but adapter_config.json says r {settings['r']}"
+            )
         parts[part][layer] = tensor
     if not tensors or parts["lora_A"].keys() != parts["lora_B"].keys():
-        raise UserError(f"{where}: adapter_model.safetensors is incomplete: {len(parts['lora_A'])} lora_A and {len(parts['lora_B'])} lora_B tensors")
+        raise UserError(
+            f"{where}: adapter_model.safetensors is incomplete: {len(parts['lora_A'])} lora_A and {len(parts['lora_B'])} lora_B tensors"
+        )
     targets = tuple(t for t in TARGETS if any(layer.endswith(f".{t}") for layer in parts["lora_A"]))
-    config = LoraConfig(settings["r"], settings["lora_alpha"], targets, settings.get("lora_dropout") or 0.0, bool(settings.get("use_rslora")))
+    config = LoraConfig(
+        settings["r"],
+        settings["lora_alpha"],
+        targets,
+        settings.get("lora_dropout") or 0.0,
+        bool(settings.get("use_rslora")),
+    )
     return config, {layer: (a, parts["lora_B"][layer]) for layer, a in parts["lora_A"].items()}

@@ -10,8 +10,13 @@ def build_optimizer(model, lr, betas, eps, weight_decay):
     head with them) do not."""
     decay, keep = [], []
     for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
-        (decay if p.dim() == 2 and not name.startswith(("embed_tokens", "lm_head")) else keep).append(p)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        (
+            decay if p.dim() == 2 and not name.startswith(("embed_tokens", "lm_head")) else keep
+        ).append(p)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": keep, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -34,7 +39,11 @@ def clip_gradients(model, max_norm):
     Called after the gradient sync, so every rank computes the same norm from the same bits and comes to the same verdict.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()) if grads else torch.zeros(())
+    norm = (
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double())
+        if grads
+        else torch.zeros(())
+    )
     finite = bool(torch.isfinite(norm))
     if finite and max_norm and norm > max_norm:
         torch._foreach_mul_(grads, (max_norm / norm).to(grads[0].dtype))

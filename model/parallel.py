@@ -16,7 +16,14 @@ BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
 
 
-VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+VARIABLES = (
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # as torchrun sets them
 
 
 class Place(NamedTuple):
@@ -44,24 +51,34 @@ def place() -> Place:
     if (size > 1 and rank is None) or (world is None and rank is not None):
         _refuse_several_tasks(world, rank)
     if size > 1 and rank is None:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        missing = [
+            name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
+        ]
         note = f"WORLD_SIZE={size}, but {', '.join(missing)} not set: this is one process of its own; torchrun starts several"
         return Place(0, 1, 0, local_world or 1, note)
     if world is None and number > 0:
         note = f"RANK={number}, but WORLD_SIZE not set: this is one process of its own; torchrun starts several"
         return Place(0, 1, 0, local_world or 1, note)
     if number >= size:
-        raise UserError(f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; unset both, or use torchrun")
+        raise UserError(
+            f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; unset both, or use torchrun"
+        )
     if size == 1:
         return Place(0, 1, local_rank or 0, local_world or 1, "")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         both = " and ".join(missing)
-        raise UserError(f"RANK={number} and WORLD_SIZE={size} in the environment, but not {both}: unset the two, or use torchrun")
+        raise UserError(
+            f"RANK={number} and WORLD_SIZE={size} in the environment, but not {both}: unset the two, or use torchrun"
+        )
     if not 0 < (_variable("MASTER_PORT", 1) or 0) < 1 << 16:
-        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; unset it, or use torchrun")
+        raise UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; unset it, or use torchrun"
+        )
     if local_rank is None:
-        local_rank = number % max(1, torch.cuda.device_count())  # srun and mpirun tell the rank only
+        local_rank = number % max(
+            1, torch.cuda.device_count()
+        )  # srun and mpirun tell the rank only
     return Place(number, size, local_rank, local_world or 1, "")
 
 
@@ -76,7 +93,9 @@ class Launcher(NamedTuple):
 
 LAUNCHERS = (
     Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+    ),
     Launcher("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
     Launcher("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
 )
@@ -86,7 +105,9 @@ def _refuse_several_tasks(world, rank):
     """Raise UserError if one of WORLD_SIZE and RANK is missing in one of several tasks of a launcher."""
     for launcher in LAUNCHERS:
         tasks = os.environ.get(launcher.tasks, "").strip()
-        if not (tasks.isascii() and tasks.isdigit() and int(tasks) > 1 and os.environ.get(launcher.rank)):
+        if not (
+            tasks.isascii() and tasks.isdigit() and int(tasks) > 1 and os.environ.get(launcher.rank)
+        ):
             continue
         if rank is None:
             found = f"WORLD_SIZE={world}, but RANK not set"
@@ -94,8 +115,10 @@ def _refuse_several_tasks(world, rank):
         else:
             found = f"RANK={rank}, but WORLD_SIZE not set"
             export = f"WORLD_SIZE=${launcher.tasks}"
-        raise UserError(f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export {export} in each task "
-                        "(or unset it, for tasks that are processes of their own)")  # fmt: skip
+        raise UserError(
+            f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export {export} in each task "
+            "(or unset it, for tasks that are processes of their own)"
+        )
 
 
 def _variable(name, least):
@@ -104,7 +127,9 @@ def _variable(name, least):
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise UserError(f"{name}={text} in the environment is not a whole number of at least {least}; unset it, or use torchrun")
+        raise UserError(
+            f"{name}={text} in the environment is not a whole number of at least {least}; unset it, or use torchrun"
+        )
     return int(text)
 
 
@@ -140,14 +165,20 @@ def _join(here, backend, patience):
     alarm.daemon = True
     alarm.start()
     try:
-        meeting = dist.rendezvous("env://", here.rank, here.world, timeout=datetime.timedelta(seconds=MEETING))
+        meeting = dist.rendezvous(
+            "env://", here.rank, here.world, timeout=datetime.timedelta(seconds=MEETING)
+        )
         store, _, _ = next(iter(meeting))
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
-        raise UserError(f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, or use torchrun") from None
+        raise UserError(
+            f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, or use torchrun"
+        ) from None
     finally:
         alarm.cancel()
     limit = patience and datetime.timedelta(seconds=patience)
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
+    dist.init_process_group(
+        backend, store=store, rank=here.rank, world_size=here.world, timeout=limit
+    )
 
 
 def active():
@@ -256,7 +287,9 @@ def sync_gradients(model):
 def _reduce(grads):
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+    torch._foreach_copy_(
+        grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+    )
 
 
 def barrier():

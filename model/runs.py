@@ -28,12 +28,16 @@ class RunFolder:
 
     def __init__(self, path, keep=2):
         self.path, self.keep = Path(path), keep
-        self.lineage = None  # what the run's model was trained on (model/lineage.py), for its checkpoints
+        self.lineage = (
+            None  # what the run's model was trained on (model/lineage.py), for its checkpoints
+        )
         self.checkpoints = self.path / "checkpoints"
 
     def steps(self):
         """Steps of the whole checkpoints, oldest first."""
-        return sorted(int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit())
+        return sorted(
+            int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()
+        )
 
     def step_folder(self, step):
         return self.checkpoints / f"step-{step}"
@@ -50,7 +54,9 @@ class RunFolder:
             save_model(model, draft, tokenizer, stop_ids)
             if self.lineage:
                 self.lineage.save(draft)
-            save_tensors(_optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors")
+            save_tensors(
+                _optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors"
+            )
             write_json(draft / "trainer" / "state.json", state)
             for file in draft.rglob("*"):
                 flush(file)
@@ -59,7 +65,9 @@ class RunFolder:
         except (OSError, SafetensorError) as e:
             shutil.rmtree(draft, ignore_errors=True)
             kept = f"; the newest whole one is step {self.steps()[-1]}" if self.steps() else ""
-            raise RunFailed(f"checkpoint {final} could not be written ({reason(e)}){kept}") from None
+            raise RunFailed(
+                f"checkpoint {final} could not be written ({reason(e)}){kept}"
+            ) from None
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)
         return final
@@ -72,14 +80,21 @@ class RunFolder:
                 keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
                 like = {"step": torch.float32}
                 optimizer.state[p] = {
-                    (part := k.partition(".")[0]): tensors.get_tensor(k).to(p.device, like.get(part, p.dtype)) for k in keys
+                    (part := k.partition(".")[0]): tensors.get_tensor(k).to(
+                        p.device, like.get(part, p.dtype)
+                    )
+                    for k in keys
                 }
         return read_json(folder / "trainer" / "state.json")
 
 
 def _optimizer_tensors(model, optimizer):
     states = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{part}.{name}": value.detach().cpu().contiguous() for name, state in states for part, value in state.items()}
+    return {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for name, state in states
+        for part, value in state.items()
+    }
 
 
 @contextlib.contextmanager
@@ -109,7 +124,9 @@ def _choose(runs, name, mode, resume, config, held):
             if not resume:
                 if _begun(path):
                     continue
-                (path / "checkpoints").mkdir(parents=True, exist_ok=bool(name))  # a unique name: fails if another process was first
+                (path / "checkpoints").mkdir(
+                    parents=True, exist_ok=bool(name)
+                )  # a unique name: fails if another process was first
             with contextlib.ExitStack() as taken:
                 taken.enter_context(lock(path / ".lock"))
                 if not resume:
@@ -121,9 +138,13 @@ def _choose(runs, name, mode, resume, config, held):
         except FileExistsError:
             continue
         except Busy as e:
-            raise UserError(f"run {path} is in use by {e}; wait for its end or choose another --name") from None
+            raise UserError(
+                f"run {path} is in use by {e}; wait for its end or choose another --name"
+            ) from None
         except OSError as e:
-            raise UserError(f"--runs {runs}: {path} cannot be made or opened ({reason(e)})") from None
+            raise UserError(
+                f"--runs {runs}: {path} cannot be made or opened ({reason(e)})"
+            ) from None
     raise UserError(f"run {path} exists; continue it with --resume or choose another --name")
 
 
@@ -140,7 +161,9 @@ def stored_config(runs, name):
     if not path.exists():
         raise UserError(f"--resume: there is no run {path}")
     if not (path / "config.json").is_file():
-        raise UserError(f"--resume: {path} has no config.json to go on with; if nothing was trained there, begin again without --resume")
+        raise UserError(
+            f"--resume: {path} has no config.json to go on with; if nothing was trained there, begin again without --resume"
+        )
     return read_json(path / "config.json") | {"runs": str(runs)}  # it may have been moved
 
 

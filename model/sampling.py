@@ -11,7 +11,11 @@ import torch
 from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
 
 BLOCK = 512  # ids whose probabilities are summed first
-LARGE_HEAD, SLICE, TURNED = 1 << 14, 128, 4096  # on a CPU, heads with more rows are multiplied in slices: up to 4 rows, more rows
+LARGE_HEAD, SLICE, TURNED = (
+    1 << 14,
+    128,
+    4096,
+)  # on a CPU, heads with more rows are multiplied in slices: up to 4 rows, more rows
 NUCLEUS = 1024  # ids that are sorted first for top-p; most often they hold its mass
 
 
@@ -27,12 +31,17 @@ def _mix(x):
 
 def random_keys(seeds):
     """One hashed uint64 per seed, so that neighbouring seeds begin far apart in the sequence that `uniform` walks."""
-    return _mix(np.array([int(s) & (1 << 64) - 1 for s in seeds], dtype=np.uint64) + np.uint64(0xA0761D6478BD642F))
+    return _mix(
+        np.array([int(s) & (1 << 64) - 1 for s in seeds], dtype=np.uint64)
+        + np.uint64(0xA0761D6478BD642F)
+    )
 
 
 def uniform(keys, index):
     """fp64 in (0, 1), both ends excluded, for (key, index of the token): 52 bits of splitmix64's index-th output."""
-    bits = _mix(keys + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(12)
+    bits = _mix(
+        keys + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    ) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
 
@@ -44,10 +53,15 @@ class Sampler:
 
     def __init__(self, head_VD, vocab, rows, temperature=0.0, top_k=0, top_p=1.0):
         self.temperature, self.top_k, self.top_p = temperature, min(top_k, vocab), top_p
-        self.waits = temperature > 0 and top_p < 1  # for a look at numbers on the device: no part of a CUDA graph
+        self.waits = (
+            temperature > 0 and top_p < 1
+        )  # for a look at numbers on the device: no part of a CUDA graph
         device, wide = head_VD.device, accumulate_dtype(head_VD)
         # a CPU has no product of bf16 operands with an fp32 result: the head is widened here, once
-        self.head_VD, self.vocab = head_VD[:vocab].to(head_VD.dtype if head_VD.is_cuda else wide), vocab
+        self.head_VD, self.vocab = (
+            head_VD[:vocab].to(head_VD.dtype if head_VD.is_cuda else wide),
+            vocab,
+        )
         self.rows = min(rows, default_chunk_rows(vocab, device))
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = torch.full((self.rows, padded), float("-inf"), dtype=wide, device=device)
@@ -61,7 +75,12 @@ class Sampler:
             logits_BP = self.logits_BP[: len(rows_BD)]
             head_product(rows_BD, self.head_VD, logits_BP[:, : self.vocab])
             for rows in blocks(*logits_BP.shape, logits_BP.device):
-                pairs.append(self._choose(logits_BP[rows], None if u_B is None else u_B[lo + rows.start : lo + rows.stop]))
+                pairs.append(
+                    self._choose(
+                        logits_BP[rows],
+                        None if u_B is None else u_B[lo + rows.start : lo + rows.stop],
+                    )
+                )
         return [torch.cat(x) for x in zip(*pairs)]
 
     def _choose(self, logits_BP, u_B):
@@ -90,13 +109,17 @@ def head_product(rows_BD, head_VD, out_BV):
         whole = vocab - vocab % SLICE
         slices_MCD = head_VD[:whole].unflatten(0, (-1, SLICE))
         out_BMC = out_BV[:, :whole].unflatten(1, (-1, SLICE))
-        out_BMC.copy_(torch.bmm(slices_MCD, rows_BD.t().expand(len(slices_MCD), -1, n)).movedim(2, 0))
+        out_BMC.copy_(
+            torch.bmm(slices_MCD, rows_BD.t().expand(len(slices_MCD), -1, n)).movedim(2, 0)
+        )
         out_BV[:, whole:] = rows_BD @ head_VD[whole:].t()
         return
     turned_CB = torch.empty(TURNED, n, dtype=out_BV.dtype)
     for lo in range(0, vocab, TURNED):
         part_VD = head_VD[lo : lo + TURNED]
-        out_BV[:, lo : lo + TURNED] = torch.mm(part_VD, rows_BD.t(), out=turned_CB[: len(part_VD)]).t()
+        out_BV[:, lo : lo + TURNED] = torch.mm(
+            part_VD, rows_BD.t(), out=turned_CB[: len(part_VD)]
+        ).t()
 
 
 def argmax(x_BP):
@@ -119,9 +142,13 @@ def _pass(mass_BM, target_B):
     """(the first m whose cumulative sum exceeds the target, what of the target is left for it). There, mass > 0: the sum rose."""
     sum_BM = mass_BM.cumsum(1)
     # rounding may leave the target at or beyond the end, or below the start
-    target_B = torch.minimum(target_B, torch.nextafter(sum_BM[:, -1], torch.zeros_like(target_B))).clamp_min(0)
+    target_B = torch.minimum(
+        target_B, torch.nextafter(sum_BM[:, -1], torch.zeros_like(target_B))
+    ).clamp_min(0)
     at_B1 = (sum_BM <= target_B.unsqueeze(1)).sum(1, keepdim=True)
-    return at_B1.squeeze(1), target_B - (sum_BM.gather(1, at_B1) - mass_BM.gather(1, at_B1)).squeeze(1)
+    return at_B1.squeeze(1), target_B - (
+        sum_BM.gather(1, at_B1) - mass_BM.gather(1, at_B1)
+    ).squeeze(1)
 
 
 def keep_top_k(logits_BP, probs_BP, k):
@@ -138,7 +165,9 @@ def keep_top_p(probs_BP, top_p, candidates):
     kept_BP = torch.zeros_like(probs_BP)
     top = probs_BP.topk(min(candidates, probs_BP.shape[1]))
     # of ids as likely as the last candidate some may be missing: they count only if the mass is reached before them
-    enough_B = (top.values * (top.values > top.values[:, -1:])).sum(1, dtype=torch.float64) >= goal_B
+    enough_B = (top.values * (top.values > top.values[:, -1:])).sum(
+        1, dtype=torch.float64
+    ) >= goal_B
     ids_BN = top.indices.sort(1).values
     _nucleus(kept_BP, probs_BP.gather(1, ids_BN), ids_BN, goal_B)
     if not bool(enough_B.all()):

@@ -50,7 +50,18 @@ PRESETS = {
     "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960),
     "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 11008),
     "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, vocab=152064, tie=False),
-    "qwen3-0.6b": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, qkv_bias=False, qk_norm=True, max_position_embeddings=40960),
+    "qwen3-0.6b": ModelConfig(
+        151936,
+        1024,
+        3072,
+        28,
+        16,
+        8,
+        128,
+        qkv_bias=False,
+        qk_norm=True,
+        max_position_embeddings=40960,
+    ),
     # the embedded task's teacher and student, the student of the study in small, and small bodies under the full vocabulary for benchmarks and tests
     "tiny-teacher": _qwen25(96, 3, 4, 2, 256, vocab=512),
     "tiny": _qwen25(96, 2, 4, 2, 256, vocab=512),
@@ -64,7 +75,9 @@ class Linear(nn.Linear):
     """Casts its fp32 weight to the input's dtype."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -83,7 +96,9 @@ class RMSNorm(nn.Module):
 def rope_tables(positions_T, config, dtype):
     """cos and sin as [T, 1, E] (Su et al., arXiv 2104.09864; the half-split layout of the released checkpoints)."""
     wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide) / config.head_dim
+    exponent = (
+        torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide) / config.head_dim
+    )
     angle_TE = positions_T.to(wide).unsqueeze(1) * config.rope_theta**-exponent
     angle_TE = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
     return angle_TE.cos().to(dtype), angle_TE.sin().to(dtype)
@@ -147,8 +162,12 @@ class Block(nn.Module):
 
     def compile_halves(self):
         """Shapes may vary (`torch.compile` makes them symbols at the second one it sees). Methods, so that a copy compiles its own weights."""
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # training, evaluation and generation, several widths
-        self.before, self.after = (types.MethodType(torch.compile(f), self) for f in (Block.before, Block.after))
+        torch._dynamo.config.recompile_limit = max(
+            32, torch._dynamo.config.recompile_limit
+        )  # training, evaluation and generation, several widths
+        self.before, self.after = (
+            types.MethodType(torch.compile(f), self) for f in (Block.before, Block.after)
+        )
 
 
 class Transformer(nn.Module):
@@ -180,7 +199,9 @@ class Transformer(nn.Module):
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, layer, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False)
+                x_TD = checkpoint(
+                    block, layer, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_TD = block(layer, x_TD, rope, attend)
         return self.norm(x_TD)
@@ -204,7 +225,9 @@ class Transformer(nn.Module):
     def flops_per_token(self, context):
         """Forward FLOPs of the body (no head) for one token that attends to `context` others on average."""
         matrices = sum(p.numel() for n, p in self.layers.named_parameters() if p.dim() == 2)
-        attention = 2 * self.config.num_heads * self.config.head_dim * context * self.config.num_layers
+        attention = (
+            2 * self.config.num_heads * self.config.head_dim * context * self.config.num_layers
+        )
         return 2 * (matrices + attention)
 
 
@@ -226,15 +249,25 @@ def config_from_hf(hf: dict[str, Any], where: Path | str) -> ModelConfig:
     family = hf.get("model_type")
     if family not in ("qwen2", "qwen3"):
         refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
-    if hf.get("use_sliding_window") and value("sliding_window", 4096, "positive"):  # 4096: what `transformers` takes where the key is missing
+    if hf.get("use_sliding_window") and value(
+        "sliding_window", 4096, "positive"
+    ):  # 4096: what `transformers` takes where the key is missing
         refuse("sliding-window attention")
     layer_types = hf.get("layer_types", [])
-    other = next((kind for kind in layer_types if kind != "full_attention"), None) if isinstance(layer_types, list) else layer_types
+    other = (
+        next((kind for kind in layer_types if kind != "full_attention"), None)
+        if isinstance(layer_types, list)
+        else layer_types
+    )
     if other is not None:
         refuse(f"layer_types {other!r}")
     if hf.get("quantization_config"):
         quantised = hf["quantization_config"]
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        method = (
+            quantised.get("quant_method", "unknown method")
+            if isinstance(quantised, dict)
+            else quantised
+        )
         refuse(f"a quantised checkpoint ({method})")
     if value("hidden_act", "silu", "text") != "silu":
         refuse(f"hidden_act {hf['hidden_act']!r}")
@@ -255,18 +288,28 @@ def config_from_hf(hf: dict[str, Any], where: Path | str) -> ModelConfig:
         max_position_embeddings=value("max_position_embeddings", 32768, "count"),
     )
     if config.num_heads % config.num_kv_heads:
-        refuse(f"num_attention_heads {config.num_heads} with num_key_value_heads {config.num_kv_heads}, which does not divide them,")
+        refuse(
+            f"num_attention_heads {config.num_heads} with num_key_value_heads {config.num_kv_heads}, which does not divide them,"
+        )
     if config.head_dim % 2:
         refuse(f"head_dim {config.head_dim}, which is odd,")
     return config
 
 
-_KINDS = {"count": "a whole number above 0", "positive": "a number above 0", "flag": "true or false", "text": "a string", "object": "an object"}
+_KINDS = {
+    "count": "a whole number above 0",
+    "positive": "a number above 0",
+    "flag": "true or false",
+    "text": "a string",
+    "object": "an object",
+}
 
 
 def _checked(found, name, kind, where):
     """A value of config.json, if it is of this kind of `_KINDS`. Raises UserError."""
-    number = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
+    number = (
+        isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
+    )
     fits = {
         "count": number and found == int(found),
         "positive": number,
@@ -275,7 +318,9 @@ def _checked(found, name, kind, where):
         "object": isinstance(found, dict),
     }
     if not fits[kind]:
-        raise UserError(f"{where}: config.json has {name} {found!r:.60}, which is not {_KINDS[kind]}")
+        raise UserError(
+            f"{where}: config.json has {name} {found!r:.60}, which is not {_KINDS[kind]}"
+        )
     return int(found) if kind == "count" else found
 
 
@@ -290,16 +335,24 @@ def _rope_theta(hf, where):
         if nested.keys() - {"full_attention"}:
             raise UserError(f"{where}: {name} of {', '.join(sorted(nested))} is not supported")
         given = given | nested.get("full_attention", {})
-        given = {key: value for key, value in given.items() if value is not None and key not in nested}
+        given = {
+            key: value for key, value in given.items() if value is not None and key not in nested
+        }
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default" or given.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{where}: rope scaling {kind!r} is not supported")
         if given:
-            thetas.append(_checked(given.get("rope_theta", outside), "rope_theta", "positive", where))
+            thetas.append(
+                _checked(given.get("rope_theta", outside), "rope_theta", "positive", where)
+            )
     if hf.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{where}: rope scaling with partial_rotary_factor {hf['partial_rotary_factor']} is not supported")
+        raise UserError(
+            f"{where}: rope scaling with partial_rotary_factor {hf['partial_rotary_factor']} is not supported"
+        )
     if len(set(thetas)) > 1:
-        raise UserError(f"{where}: rope_scaling and rope_parameters have different rope_theta ({thetas[0]:g}, {thetas[1]:g}); keep one of them")
+        raise UserError(
+            f"{where}: rope_scaling and rope_parameters have different rope_theta ({thetas[0]:g}, {thetas[1]:g}); keep one of them"
+        )
     return float(thetas[0] if thetas else outside)
 
 

@@ -18,7 +18,11 @@ PARTS = {
     "signed_accuracy": lambda text, verdict: 1.0 if verdict.strict else -1.0,
     "format": lambda text, verdict: format_reward(text),
 }
-VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say whether an answer is right
+VERDICTS = (
+    "accuracy",
+    "lenient",
+    "signed_accuracy",
+)  # the parts that say whether an answer is right
 PENALTIES = ("overlong", "truncated")  # what length costs
 
 
@@ -50,9 +54,14 @@ class Reward:
         if self.function:
             values = {"function": self._ask(example, text)}
         else:
-            values = {name: weight * PARTS[name](opened + text, verdict) for name, weight in self.parts.items()}
+            values = {
+                name: weight * PARTS[name](opened + text, verdict)
+                for name, weight in self.parts.items()
+            }
         if self.overlong:
-            values["overlong"] = -min(1.0, max(0, tokens - (self.limit - self.overlong)) / self.overlong)
+            values["overlong"] = -min(
+                1.0, max(0, tokens - (self.limit - self.overlong)) / self.overlong
+            )
         if self.truncated and not stopped:
             values["truncated"] = -self.truncated
         return sum(values.values()), values, verdict
@@ -73,9 +82,13 @@ class Reward:
         try:
             value = float(self.function(example, text))
         except Exception as e:  # the user's code may raise anything
-            raise UserError(f"--grpo_reward {self.where} raised {type(e).__name__}: {e} on {_sample(example, text)}") from None
+            raise UserError(
+                f"--grpo_reward {self.where} raised {type(e).__name__}: {e} on {_sample(example, text)}"
+            ) from None
         if not math.isfinite(value):
-            raise UserError(f"--grpo_reward {self.where} returned {value} on {_sample(example, text)}")
+            raise UserError(
+                f"--grpo_reward {self.where} returned {value} on {_sample(example, text)}"
+            )
         return value
 
 
@@ -92,14 +105,18 @@ def parse_reward(spec, limit, overlong=0, truncated=0.0):
         except ValueError:
             raise UserError(f"--grpo_reward {spec}: {text!r} is not a number") from None
         if part not in PARTS:
-            raise UserError(f"--grpo_reward {spec}: no {item.strip()!r}; choose from {', '.join(PARTS)}, or write path/to/file.py:function")
+            raise UserError(
+                f"--grpo_reward {spec}: no {item.strip()!r}; choose from {', '.join(PARTS)}, or write path/to/file.py:function"
+            )
         if not math.isfinite(weight):
             raise UserError(f"--grpo_reward {spec}: {text} is not a number that is finite")
         if part in parts:
             raise UserError(f"--grpo_reward {spec}: {part} is there twice; give it one weight")
         parts[part] = weight
     if not any(parts.values()):
-        raise UserError(f"--grpo_reward {spec}: every weight is 0, so nothing is rewarded; give a part another weight")
+        raise UserError(
+            f"--grpo_reward {spec}: every weight is 0, so nothing is rewarded; give a part another weight"
+        )
     return Reward(parts, None, spec, limit, overlong, truncated)
 
 
@@ -113,7 +130,9 @@ def load_function(path, name):
     try:
         spec.loader.exec_module(module)
     except Exception as e:
-        raise UserError(f"--grpo_reward {path} could not be loaded ({type(e).__name__}: {e})") from None
+        raise UserError(
+            f"--grpo_reward {path} could not be loaded ({type(e).__name__}: {e})"
+        ) from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--grpo_reward {path} has no function {name!r}")
     return getattr(module, name)

@@ -53,12 +53,41 @@ class Rollouts(Iterator):
     """
 
     def __init__(
-        self, prompt_at, write, judge, score, *, per_batch, samples, seed, weighting, baseline="std", updates=1, epochs=1,
-        refills=0, mask_truncated=False, price=None, correctness=None, logged=8, rank=0, world=1,
-    ):  # fmt: skip
+        self,
+        prompt_at,
+        write,
+        judge,
+        score,
+        *,
+        per_batch,
+        samples,
+        seed,
+        weighting,
+        baseline="std",
+        updates=1,
+        epochs=1,
+        refills=0,
+        mask_truncated=False,
+        price=None,
+        correctness=None,
+        logged=8,
+        rank=0,
+        world=1,
+    ):
         self.prompt_at, self.write, self.judge, self.score = prompt_at, write, judge, score
-        self.per_batch, self.samples, self.seed, self.weighting, self.baseline = per_batch, samples, seed, weighting, baseline
-        self.updates, self.epochs, self.refills, self.mask_truncated = updates, epochs, refills, mask_truncated
+        self.per_batch, self.samples, self.seed, self.weighting, self.baseline = (
+            per_batch,
+            samples,
+            seed,
+            weighting,
+            baseline,
+        )
+        self.updates, self.epochs, self.refills, self.mask_truncated = (
+            updates,
+            epochs,
+            refills,
+            mask_truncated,
+        )
         self.price, self.correctness = price, correctness
         self.logged, self.rank, self.world = logged, rank, world
         self.position, self.pending = 0, []
@@ -68,22 +97,35 @@ class Rollouts(Iterator):
             began = time.perf_counter()
             groups, order, drawn = self._draw()
             batches = self._batches(groups, order)
-            metrics, samples = self._audit(drawn), self._samples(drawn[: -(-self.logged // self.samples)])
+            metrics, samples = (
+                self._audit(drawn),
+                self._samples(drawn[: -(-self.logged // self.samples)]),
+            )
             metrics["rollout/kept"] = (len(groups), len(drawn))
             batches[0] = dataclasses.replace(batches[0], metrics=metrics, samples=samples)
             batches[0].metrics["rollout/seconds"] = (time.perf_counter() - began, 1)
             self.pending = batches * self.epochs
-            self.pending[1:] = [dataclasses.replace(b, metrics={}, samples=[]) for b in self.pending[1:]]
+            self.pending[1:] = [
+                dataclasses.replace(b, metrics={}, samples=[]) for b in self.pending[1:]
+            ]
         return self.pending.pop(0)
 
     def state(self):
-        return {"position": self.position, "world": self.world, "pending": [[_as_lists(d) for d in batch.documents] for batch in self.pending]}
+        return {
+            "position": self.position,
+            "world": self.world,
+            "pending": [[_as_lists(d) for d in batch.documents] for batch in self.pending],
+        }
 
     def load(self, state):
         if state["pending"] and state["world"] != self.world:
-            raise UserError(f"the checkpoint holds unspent samples of {state['world']} ranks: resume with as many")
+            raise UserError(
+                f"the checkpoint holds unspent samples of {state['world']} ranks: resume with as many"
+            )
         self.position = state["position"]
-        self.pending = [Batch.pack(_from_lists(d) for d in documents) for documents in state["pending"]]
+        self.pending = [
+            Batch.pack(_from_lists(d) for d in documents) for documents in state["pending"]
+        ]
 
     def close(self):
         """Nothing runs in the background."""
@@ -97,7 +139,10 @@ class Rollouts(Iterator):
             fresh, error = [], None
             try:
                 fresh = self._groups(positions[self.rank :: self.world])
-            except (UserError, RunFailed) as e:  # a reward of the user's, say: every rank must hear of it
+            except (
+                UserError,
+                RunFailed,
+            ) as e:  # a reward of the user's, say: every rank must hear of it
                 error = e
             parallel.raise_on_all(error)
             drawn += fresh
@@ -137,7 +182,9 @@ class Rollouts(Iterator):
                 for d, advantage in zip(documents, self._advantages(group, documents)):
                     d.fields["advantage"] = np.full(len(d), advantage)
             for d, completion in zip(documents, group.completions):
-                if self.mask_truncated and not completion.stopped:  # not earlier: its log-probs have a price
+                if (
+                    self.mask_truncated and not completion.stopped
+                ):  # not earlier: its log-probs have a price
                     d.weights[:] = 0
             batches[ordinal[group.position] * len(batches) // len(order)] += documents
         return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
@@ -163,7 +210,10 @@ class Rollouts(Iterator):
     def _audit(self, groups):
         """Metrics of a rollout as (sum, count): what was earned, how verdicts differ, how samples end."""
         completions = [c for g in groups for c in g.completions]
-        values = {"tokens": [len(c.tokens) for c in completions], "truncated": [not c.stopped for c in completions]}
+        values = {
+            "tokens": [len(c.tokens) for c in completions],
+            "truncated": [not c.stopped for c in completions],
+        }
         judged = [j for g in groups for j in g.judged]
         if judged:
             values["reward"] = [reward for reward, *_ in judged]
@@ -183,7 +233,13 @@ class Rollouts(Iterator):
         lines = []
         for g in groups:
             for completion, (reward, parts, verdict, text) in zip(g.completions, g.judged):
-                line = dict(question=g.example.question, gold=g.example.answer, text=text, reward=reward, parts=parts)
+                line = dict(
+                    question=g.example.question,
+                    gold=g.example.answer,
+                    text=text,
+                    reward=reward,
+                    parts=parts,
+                )
                 line |= dict(correct=verdict.strict, lenient=verdict.lenient, parsed=verdict.parsed)
                 lines.append(line | dict(tokens=len(completion.tokens), stopped=completion.stopped))
         return lines[: self.logged]
@@ -216,13 +272,29 @@ class Mixed(Iterator):
 
 def sample_seed(seed, position, sample):
     """63 bits that belong to this sample alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=8).digest(),
+            "little",
+        )
+        >> 1
+    )
 
 
 def _as_lists(d):
-    return [d.tokens.tolist(), d.weights.tolist(), {name: x.tolist() for name, x in d.fields.items()}, d.share]
+    return [
+        d.tokens.tolist(),
+        d.weights.tolist(),
+        {name: x.tolist() for name, x in d.fields.items()},
+        d.share,
+    ]
 
 
 def _from_lists(saved):
     tokens, weights, fields, share = saved
-    return Document(np.array(tokens, np.int32), np.array(weights), {name: np.array(x) for name, x in fields.items()}, share)
+    return Document(
+        np.array(tokens, np.int32),
+        np.array(weights),
+        {name: np.array(x) for name, x in fields.items()},
+        share,
+    )

@@ -17,10 +17,18 @@ def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, de
         hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
         target_N, weight_N = moved.select(moved.target_T), moved.select(moved.weight_T)
         _, rows = linear_logprob(
-            moved.select(hidden_TD), model.head_VD, target_N, weight_N, lambda logp_N, *_: logp_N, temperature=temperature, vocab=vocab
+            moved.select(hidden_TD),
+            model.head_VD,
+            target_N,
+            weight_N,
+            lambda logp_N, *_: logp_N,
+            temperature=temperature,
+            vocab=vocab,
         )
         logp_T = np.zeros(len(micro.tokens_T) + 1)
-        logp_T[micro.rows_N.numpy() + 1] = rows["logp"].double().cpu().numpy()  # position t predicts token t + 1
+        logp_T[micro.rows_N.numpy() + 1] = (
+            rows["logp"].double().cpu().numpy()
+        )  # position t predicts token t + 1
         for document, start in zip(micro.documents, micro.cu_seqlens.tolist()):
             document.fields[name] = logp_T[start : start + len(document)].copy()
 
@@ -46,7 +54,9 @@ def likeliest(documents, model, k, *, temperature, vocab, micro_tokens, device):
         micro = Batch.pack(documents[lo:hi])
         moved = micro.to(device)
         hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
-        ids_Rk, logp_RB = topk_logprobs(moved.select(hidden_TD), model.head_VD, k, temperature=temperature, vocab=vocab)
+        ids_Rk, logp_RB = topk_logprobs(
+            moved.select(hidden_TD), model.head_VD, k, temperature=temperature, vocab=vocab
+        )
         yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
         lo = hi
 
@@ -59,4 +69,8 @@ def add_correction(documents, how, cap, by_sequence=False):
         if by_sequence:
             gap = np.full(len(d), gap.sum() / max(1, np.count_nonzero(d.weights)))
         ratio = np.exp(gap)
-        d.fields["correction"] = np.minimum(ratio, cap) if how == "truncate" else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
+        d.fields["correction"] = (
+            np.minimum(ratio, cap)
+            if how == "truncate"
+            else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
+        )

@@ -13,7 +13,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 
 for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup; runs that the tests start would ignore them, too
+    if (
+        signal.getsignal(number) == signal.SIG_IGN
+    ):  # under nohup; runs that the tests start would ignore them, too
         signal.signal(number, signal.SIG_DFL)
 
 

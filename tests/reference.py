@@ -10,11 +10,20 @@ import math
 
 import torch
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+)
 
 
 def _log_softmax(logits_NV, temperature=1.0):
-    assert logits_NV.dtype == torch.float64, f"the reference takes fp64 logits, got {logits_NV.dtype}"
+    assert logits_NV.dtype == torch.float64, (
+        f"the reference takes fp64 logits, got {logits_NV.dtype}"
+    )
     return torch.log_softmax(logits_NV / temperature, dim=-1)
 
 
@@ -76,13 +85,17 @@ def divergence(name, student_logits_NV, teacher_logits_NV, *, beta=0.5, temperat
     raise ValueError(f"unknown divergence {name!r}")
 
 
-def kd_row_loss(name, student_logits_NV, teacher_logits_NV, target_N, *, beta, temperature, ce_weight, t_squared):
+def kd_row_loss(
+    name, student_logits_NV, teacher_logits_NV, target_N, *, beta, temperature, ce_weight, t_squared
+):
     """(1 - ce_weight) * T^2 * divergence at T + ce_weight * cross-entropy at T = 1, per row.
 
     Hinton et al., arXiv 1503.02531, section 2: soft-target gradients scale as 1/T^2, hence the
     factor T^2 (1 if not `t_squared`), and the hard-target term is taken at temperature 1.
     """
-    soft_N = divergence(name, student_logits_NV, teacher_logits_NV, beta=beta, temperature=temperature)
+    soft_N = divergence(
+        name, student_logits_NV, teacher_logits_NV, beta=beta, temperature=temperature
+    )
     scale = temperature**2 if t_squared else 1.0
     return (1 - ce_weight) * scale * soft_N + ce_weight * cross_entropy(student_logits_NV, target_N)
 
@@ -124,10 +137,14 @@ def near_pair(n, vocab, hidden, generator, kl=1e-3):
     """
 
     def randn(rows, std):
-        return std * torch.randn(rows, hidden, dtype=torch.float64, generator=generator, device=generator.device)
+        return std * torch.randn(
+            rows, hidden, dtype=torch.float64, generator=generator, device=generator.device
+        )
 
     head_std = 3.5 / math.sqrt(hidden)
-    teacher_hidden_ND, teacher_head_VD = (x.float().double() for x in (randn(n, 1.0), randn(vocab, head_std)))
+    teacher_hidden_ND, teacher_head_VD = (
+        x.float().double() for x in (randn(n, 1.0), randn(vocab, head_std))
+    )
     hidden_noise_ND, head_noise_VD = randn(n, 1.0), randn(vocab, head_std)
     teacher_logits_NV = teacher_hidden_ND[:256] @ teacher_head_VD.T
     low, high = math.log(1e-6), math.log(10.0)
@@ -149,7 +166,9 @@ def _self_check():
     gen = torch.Generator().manual_seed(0)
 
     # Values and gradients against 60-digit arithmetic; sign; zero at equality. Row 0 student, row 1 teacher.
-    for case in itertools.product(DIVERGENCES, (0.0, 0.1, 0.5, 0.9, 1.0), (1.0, 1.7), (1.0, 30.0, 1e4)):
+    for case in itertools.product(
+        DIVERGENCES, (0.0, 0.1, 0.5, 0.9, 1.0), (1.0, 1.7), (1.0, 30.0, 1e4)
+    ):
         name, beta, temperature, size = case
         z_2V = (size * torch.randn(2, 7, dtype=torch.float64, generator=gen)).requires_grad_()
         value = divergence(name, z_2V[:1], z_2V[1:], beta=beta, temperature=temperature).sum()
@@ -165,16 +184,22 @@ def _self_check():
         for i, v in itertools.product(range(2), range(7)):
             central = (exact(i, v, step) - exact(i, v, -step)) / (2 * step)
             assert abs(central - grad_2V[i, v].item()) < tolerance, case
-        assert divergence(name, z_2V, z_2V, beta=beta, temperature=temperature).abs().max() < 1e-15, case
+        assert (
+            divergence(name, z_2V, z_2V, beta=beta, temperature=temperature).abs().max() < 1e-15
+        ), case
 
     # The ends of JSD are the limits of its rescaled interior.
     s_NV, t_NV = 3 * torch.randn(2, 50, 20, dtype=torch.float64, generator=gen)
     for end, beta in ((0.0, 1e-7), (1.0, 1 - 1e-7)):
         limit_N = divergence("jsd", s_NV, t_NV, beta=beta) / 1e-7
-        torch.testing.assert_close(limit_N, divergence("jsd", s_NV, t_NV, beta=end), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            limit_N, divergence("jsd", s_NV, t_NV, beta=end), rtol=1e-3, atol=0
+        )
 
     # By hand: KL at T = 2 is 1e4 / 2 and cross-entropy 2e4, with no overlap left; entropy of uniform is log V.
-    z_2V = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], dtype=torch.float64, requires_grad=True)
+    z_2V = torch.tensor(
+        [[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], dtype=torch.float64, requires_grad=True
+    )
     weights = dict(beta=0.5, temperature=2.0, ce_weight=0.25, t_squared=True)
     loss_N = kd_row_loss("forward_kl", z_2V[:1], z_2V[1:], torch.tensor([1]), **weights)
     assert loss_N.item() == 0.75 * 4 * 5e3 + 0.25 * 2e4

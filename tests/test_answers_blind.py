@@ -37,7 +37,9 @@ def test_equations():
     assert (len(rows), len(wrong), len(right)) == (100, 300, 200)
     assert [pair for pair in wrong if is_right(pair[1], pair[0])] == []
     missed = [pair for pair in right if not is_right(pair[1], pair[0])]
-    solved = [(gold, answer) for gold, answer in missed if gold.replace(" ", "")[1] == "="]  # 2x = 10 for x = 5 is no answer
+    solved = [
+        (gold, answer) for gold, answer in missed if gold.replace(" ", "")[1] == "="
+    ]  # 2x = 10 for x = 5 is no answer
     assert len(missed) <= 16 and len(missed) - len(solved) <= 4, missed
 
 
@@ -45,6 +47,9 @@ def test_equations():
 def test_math_verify_alone_does_worse():
     """What the grader is for: math-verify, left to itself, takes wrong answers for right ones."""
     rows = pairs("equivalences.jsonl")
-    found = [(row, grade_by_math_verify(f"So it is \\boxed{{{row['answer']}}}.", row["gold"])) for row in rows]
+    found = [
+        (row, grade_by_math_verify(f"So it is \\boxed{{{row['answer']}}}.", row["gold"]))
+        for row in rows
+    ]
     wrong = sum(bool(right) != row["equal"] for row, right in found)
     assert wrong > 20 and any(right and not row["equal"] for row, right in found)

@@ -10,7 +10,9 @@ from errors import UserError
 
 def doc(*tokens, prompt=1, **fields):
     weights = np.array([0.0] * prompt + [1.0] * (len(tokens) - prompt), np.float32)
-    return Document(np.array(tokens, np.int32), weights, {k: np.array(v, np.float64) for k, v in fields.items()})
+    return Document(
+        np.array(tokens, np.int32), weights, {k: np.array(v, np.float64) for k, v in fields.items()}
+    )
 
 
 def test_targets_are_the_next_token_of_the_same_document():
@@ -35,14 +37,20 @@ def test_split_keeps_every_document_whole_and_wastes_little(micro):
     documents = [doc(*rng.integers(1, 99, n)) for n in rng.integers(2, 8, 200)]
     batch = Batch.pack(documents)
     parts = batch.split(micro)
-    assert sorted(tuple(d.tokens) for p in parts for d in p.documents) == sorted(tuple(d.tokens) for d in documents)
+    assert sorted(tuple(d.tokens) for p in parts for d in p.documents) == sorted(
+        tuple(d.tokens) for d in documents
+    )
     assert all(len(p.tokens_T) <= micro for p in parts)
     assert sum(p.normaliser for p in parts) == batch.normaliser
-    assert len(parts) <= 11 / 9 * np.ceil(sum(map(len, documents)) / micro) + 1  # the known bound of first-fit decreasing
+    assert (
+        len(parts) <= 11 / 9 * np.ceil(sum(map(len, documents)) / micro) + 1
+    )  # the known bound of first-fit decreasing
 
 
 def test_sequence_mean_gives_every_sequence_the_weight_one():
-    b = Batch.pack(map(WEIGHTINGS["sequence"], [doc(1, 2, 3, 4, 5), doc(6, 7), doc(8, 9, prompt=2)]))
+    b = Batch.pack(
+        map(WEIGHTINGS["sequence"], [doc(1, 2, 3, 4, 5), doc(6, 7), doc(8, 9, prompt=2)])
+    )
     assert b.normaliser == pytest.approx(2)
     assert b.weight_T.tolist() == [0.25] * 4 + [0, 1, 0, 0, 0]
 
@@ -60,5 +68,9 @@ def test_a_masked_document_counts_in_no_divisor():
     masked = Document(np.arange(5, dtype=np.int32), np.zeros(5))
     means = [*WEIGHTINGS.values(), lambda d: constant_length(d, length=8)]
     for mean, normaliser in zip(means, (3, 2, 2), strict=True):
-        assert Batch.pack(map(mean, [*rest, masked])).normaliser == Batch.pack(map(mean, rest)).normaliser == normaliser
+        assert (
+            Batch.pack(map(mean, [*rest, masked])).normaliser
+            == Batch.pack(map(mean, rest)).normaliser
+            == normaliser
+        )
         assert Batch.pack([mean(masked)]).normaliser == 0

@@ -42,9 +42,13 @@ def test_decode_runs_through(tmp_path, capsys):
 
 def test_a_wrong_result_is_noticed(tmp_path, capsys, monkeypatch):
     right = attention.PackedAttention.__call__
-    monkeypatch.setattr(attention.PackedAttention, "__call__", lambda self, *args: right(self, *args) * 1.02)
+    monkeypatch.setattr(
+        attention.PackedAttention, "__call__", lambda self, *args: right(self, *args) * 1.02
+    )
     assert attention.main(["--dry", "--only-check"]) == 1
-    monkeypatch.setattr(decode, "decode_attention", lambda *args: decode.decode_reference(*args) * 1.02)
+    monkeypatch.setattr(
+        decode, "decode_attention", lambda *args: decode.decode_reference(*args) * 1.02
+    )
     assert decode.main(["--dry", "--only-check"]) == 1
     numbers = iter(range(9))
     assert gpu.unequal_repeats(lambda: (torch.tensor(next(numbers) // 3),), 5) == 3
@@ -52,4 +56,8 @@ def test_a_wrong_result_is_noticed(tmp_path, capsys, monkeypatch):
 
 def test_gsm8k_lengths_fill_the_tokens_and_keep_the_mean():
     lengths = attention.gsm8k_lengths(32768)
-    assert sum(lengths) == 32768 and 170 < sum(lengths) / len(lengths) < 190 and 300 < max(lengths) <= 472
+    assert (
+        sum(lengths) == 32768
+        and 170 < sum(lengths) / len(lengths) < 190
+        and 300 < max(lengths) <= 472
+    )

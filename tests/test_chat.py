@@ -23,16 +23,32 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
     tokenizer, folder = train.embedded_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
     folder.mkdir(parents=True)
     save_model(build_model(PRESETS["tiny"], None, device="cpu", seed=0), folder, tokenizer, [2, 0])
-    command = [sys.executable, "-m", "eval.chat", tmp_path / "run", "--logp", "--max_tokens=12", "--temperature", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "eval.chat",
+        tmp_path / "run",
+        "--logp",
+        "--max_tokens=12",
+        "--temperature",
+        "1",
+    ]
     as_run = subprocess.run(command, cwd=ROOT, input=LINES.encode(), capture_output=True)
     assert as_run.returncode == 0 and not as_run.stderr
     text = as_run.stdout.decode()
     assert text.count("[12 tokens, mean log-prob -") == 3
     assert run(folder, "--logp", "--max-tokens=12", "--temperature", 1)[1] == text
     assert run(folder, "--logp", "--max-tokens=12", "--temperature", 0)[1] != text
-    for arguments, words in (([tmp_path], "no config.json"), (["tiny"], "preset"), ([folder, "--tempo", 1], "--tempo"),
-                             ([folder, "--temperature", -1], "negative"), ([], "checkpoint")):  # fmt: skip
+    for arguments, words in (
+        ([tmp_path], "no config.json"),
+        (["tiny"], "preset"),
+        ([folder, "--tempo", 1], "--tempo"),
+        ([folder, "--temperature", -1], "negative"),
+        ([], "checkpoint"),
+    ):
         code, _, error = run(*arguments)
         assert code == 2 and words in error and error.count("\n") == 1, error
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')  # no template: plain text
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|endoftext|>"}'
+    )  # no template: plain text
     assert run(folder, "--max-tokens", 3)[0] == 0

@@ -20,16 +20,26 @@ from eval.report import read_metrics
 from tests.test_rl import run
 from tests.test_train import SMALL
 
-RIGHT, WRONG, LENIENT, NOTHING = Verdict(True, True, True), Verdict(False, False, True), Verdict(False, True, False), Verdict(False, False, False)
+RIGHT, WRONG, LENIENT, NOTHING = (
+    Verdict(True, True, True),
+    Verdict(False, False, True),
+    Verdict(False, True, False),
+    Verdict(False, False, False),
+)
 ROW = {
-    "task_id": "HumanEval/0", "entry_point": "double",
+    "task_id": "HumanEval/0",
+    "entry_point": "double",
     "prompt": 'import math\n\ndef helper(x):\n    return x + x\n\n\ndef double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n',
     "canonical_solution": "    return helper(x)\n",
     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == helper(0)\n",
-}  # fmt: skip
-PROBLEM = {"task_id": 601, "prompt": "Write a function to double.",
-           "code": "import sys\ndef double(x):\n  return 2 * x", "test_imports": ["import math"],
-           "test_list": ["assert double(2) == math.floor(4.5)", "assert double(sys.maxsize) > 0"]}  # fmt: skip
+}
+PROBLEM = {
+    "task_id": 601,
+    "prompt": "Write a function to double.",
+    "code": "import sys\ndef double(x):\n  return 2 * x",
+    "test_imports": ["import math"],
+    "test_list": ["assert double(2) == math.floor(4.5)", "assert double(sys.maxsize) > 0"],
+}
 
 
 def row(number, **more):
@@ -42,34 +52,64 @@ def row(number, **more):
 @pytest.mark.parametrize(
     "text,verdict",
     [
-        ("    return 2 * x\n", RIGHT), ("    y = x\n\n    # twice\n    return y + y", RIGHT), ("return 2 * x", RIGHT),
+        ("    return 2 * x\n", RIGHT),
+        ("    y = x\n\n    # twice\n    return y + y", RIGHT),
+        ("return 2 * x", RIGHT),
         ("y = x\nfor _ in [1]:\n    y += x\nreturn y", RIGHT),
-        ("    return helper(x)", RIGHT), ("    return math.floor(2 * x)", RIGHT), ("    return 3 * x", WRONG), ("    return x * x * x\n", WRONG),
-        ("", WRONG), ("    pass", WRONG),
-        ("def double(x):\n    return 2 * x", RIGHT), ("def double(x):\n    return helper(x)", RIGHT),
+        ("    return helper(x)", RIGHT),
+        ("    return math.floor(2 * x)", RIGHT),
+        ("    return 3 * x", WRONG),
+        ("    return x * x * x\n", WRONG),
+        ("", WRONG),
+        ("    pass", WRONG),
+        ("def double(x):\n    return 2 * x", RIGHT),
+        ("def double(x):\n    return helper(x)", RIGHT),
         ("import sys\n\ndef other(x): return 2 * x\n\ndef double(x): return other(x)", RIGHT),
-        ("double = lambda x: 2 * x", RIGHT), ("class double(int):\n    def __new__(cls, x): return 2 * x", RIGHT),
+        ("double = lambda x: 2 * x", RIGHT),
+        ("class double(int):\n    def __new__(cls, x): return 2 * x", RIGHT),
         ("def double(x):\n    return 3 * x", WRONG),
-        ("```python\ndef double(x):\n    return 2 * x\n```", RIGHT), ("```\n    return 2 * x\n```", RIGHT), ("```py\nreturn 2 * x\n```", RIGHT),
+        ("```python\ndef double(x):\n    return 2 * x\n```", RIGHT),
+        ("```\n    return 2 * x\n```", RIGHT),
+        ("```py\nreturn 2 * x\n```", RIGHT),
         ("```Python3\ndef double(x): return 2 * x", RIGHT),
         ("Here it is:\n\n```python\ndef double(x):\n    return 2 * x\n```\n\nIt doubles.", RIGHT),
         ("```python\nimport math\n```\nand\n```python\ndef double(x): return 2*x\n```", RIGHT),
-        ("```python\ndef double(x): return 2*x\n```\nUse it:\n```python\nprint(double(2))\n```\n```bash\nls\n```", RIGHT),
-        ("```python\ndef double(x): return 3*x\n```\nNo:\n```python\ndef double(x): return 2*x\n```", RIGHT),
+        (
+            "```python\ndef double(x): return 2*x\n```\nUse it:\n```python\nprint(double(2))\n```\n```bash\nls\n```",
+            RIGHT,
+        ),
+        (
+            "```python\ndef double(x): return 3*x\n```\nNo:\n```python\ndef double(x): return 2*x\n```",
+            RIGHT,
+        ),
         ("```python\ndef double(x) return 2*x\n```", NOTHING),
-        ("  ```python\ndef double(x):\n    return 2 * x\n  ```", RIGHT), ("```python\ndef double(x):\n    s = '```'\n    return 2 * x\n```", RIGHT),
+        ("  ```python\ndef double(x):\n    return 2 * x\n  ```", RIGHT),
+        ("```python\ndef double(x):\n    s = '```'\n    return 2 * x\n```", RIGHT),
         ("def double(x):\n    return 2 * x\n\nThis function doubles.", LENIENT),
         ("Sure! Here you are.\n\ndef double(x):\n    return 2 * x\n", LENIENT),
-        ("Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\nIt's easy (see above).", LENIENT),
+        (
+            "Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\nIt's easy (see above).",
+            LENIENT,
+        ),
         ("    return 2 * x\n\nThat doubles x.", LENIENT),
-        ("I do not know.", NOTHING), ("def double(x", NOTHING), ("\x00", NOTHING), ("(" * 60_000, NOTHING), ("#" * 60_000, NOTHING),
-        ("(" * 40_000, NOTHING), ("\ud800", NOTHING),
+        ("I do not know.", NOTHING),
+        ("def double(x", NOTHING),
+        ("\x00", NOTHING),
+        ("(" * 60_000, NOTHING),
+        ("#" * 60_000, NOTHING),
+        ("(" * 40_000, NOTHING),
+        ("\ud800", NOTHING),
         ("thought " * 10_000 + "\n```python\ndef double(x): return 2*x\n```", RIGHT),
         ("```python\ndef double(x): return 2*x" + "#" * 20_000, NOTHING),
-        ("import os\nos._exit(0)", WRONG), ("print('passed')", WRONG), ("def double(x):\n    return 2 * x\nimport os\nos._exit(0)", WRONG),
-        ("def helper(x): return 0\ndef double(x): return 0", WRONG),  # the tests have a helper of their own
+        ("import os\nos._exit(0)", WRONG),
+        ("print('passed')", WRONG),
+        ("def double(x):\n    return 2 * x\nimport os\nos._exit(0)", WRONG),
+        (
+            "def helper(x): return 0\ndef double(x): return 0",
+            WRONG,
+        ),  # the tests have a helper of their own
     ],
-)  # fmt: skip
+)
 def test_completions_of_a_humaneval_problem(text, verdict):
     example = to_example(ROW, "here:1")
     assert grade(example, text) == verdict
@@ -78,12 +118,16 @@ def test_completions_of_a_humaneval_problem(text, verdict):
 @pytest.mark.parametrize(
     "text,verdict",
     [
-        ("```python\ndef double(x):\n    return x + x\n```", RIGHT), ("def double(x): return x << 1", RIGHT),
-        ("So:\ndef double(x): return x << 1", LENIENT), ("return 2 * x", NOTHING),
-        ("```python\ndef twice(x): return 2 * x\n```", WRONG), ("def double(x): return 5", WRONG), ("", WRONG),
+        ("```python\ndef double(x):\n    return x + x\n```", RIGHT),
+        ("def double(x): return x << 1", RIGHT),
+        ("So:\ndef double(x): return x << 1", LENIENT),
+        ("return 2 * x", NOTHING),
+        ("```python\ndef twice(x): return 2 * x\n```", WRONG),
+        ("def double(x): return 5", WRONG),
+        ("", WRONG),
         ("abs = set = math = lambda *a: 0\ndef double(x): return 0", WRONG),
     ],
-)  # fmt: skip
+)
 def test_completions_of_an_mbpp_problem(text, verdict):
     assert grade(to_example(PROBLEM, "here:1"), text) == verdict
 
@@ -92,24 +136,53 @@ def test_what_is_executed_is_shown(monkeypatch):
     """The tests are apart from the solution, and the problem's beginning belongs to both."""
     (prompt, solution, tests), (question, gold, answer) = humaneval(ROW, ""), mbpp(PROBLEM, "")
     assert prompt == ROW["prompt"] and solution == ROW["canonical_solution"]
-    assert tests == ROW["prompt"].rstrip() + IMPORT + "double\n" + ROW["test"].rstrip() + "\n\ncheck(double)\n"
-    assert question == "Write a function to double.\nYour code should pass these tests:\n\n" + "\n".join(PROBLEM["test_list"])
+    assert (
+        tests
+        == ROW["prompt"].rstrip()
+        + IMPORT
+        + "double\n"
+        + ROW["test"].rstrip()
+        + "\n\ncheck(double)\n"
+    )
+    assert (
+        question
+        == "Write a function to double.\nYour code should pass these tests:\n\n"
+        + "\n".join(PROBLEM["test_list"])
+    )
     assert gold == f"```python\n{PROBLEM['code']}\n```"
-    assert answer == "import math\nimport sys" + IMPORT + "double\n" + "\n".join(PROBLEM["test_list"]) + "\n"
+    assert (
+        answer
+        == "import math\nimport sys" + IMPORT + "double\n" + "\n".join(PROBLEM["test_list"]) + "\n"
+    )
     program, marked = find_code("    return 2 * x", tests)
-    assert marked and program.startswith(ROW["prompt"].rstrip()) and program.endswith("\n    return 2 * x")
+    assert (
+        marked
+        and program.startswith(ROW["prompt"].rstrip())
+        and program.endswith("\n    return 2 * x")
+    )
     program, _ = find_code("def double(x): return 2", tests)
     assert program.startswith("import math\n\ndef helper") and program.count("def double") == 1
     asked = []
-    monkeypatch.setattr(code, "check", lambda *a, **k: asked.append((a, k)) or collections.namedtuple("O", "passed")(True))
-    assert grade_code("return 1", tests) == RIGHT and asked[0][0][1] == tests and not grade_code("no (", tests).strict and len(asked) == 1
+    monkeypatch.setattr(
+        code,
+        "check",
+        lambda *a, **k: asked.append((a, k)) or collections.namedtuple("O", "passed")(True),
+    )
+    assert (
+        grade_code("return 1", tests) == RIGHT
+        and asked[0][0][1] == tests
+        and not grade_code("no (", tests).strict
+        and len(asked) == 1
+    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def write(path, rows):
-    text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows)
+    text = (
+        json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows)
+    )
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
@@ -129,13 +202,17 @@ def test_splits_follow_the_data_sets_own_rules(tmp_path):
 @pytest.mark.parametrize(
     "bad,words",
     [
-        (row(601, test_list=[]), "'test_list'"), (row(601, test_list=[3]), "'test_list'"), (row(601, code="def f(:"), "no Python"),
+        (row(601, test_list=[]), "'test_list'"),
+        (row(601, test_list=[3]), "'test_list'"),
+        (row(601, code="def f(:"), "no Python"),
         (row(601, test_list=["assert f("]), "no Python"),
-        (row(601, prompt=""), "'prompt'"), (row(601, code=None), "'code'"), (row(601, test_list=["assert 1"]), "use nothing"),
+        (row(601, prompt=""), "'prompt'"),
+        (row(601, code=None), "'code'"),
+        (row(601, test_list=["assert 1"]), "use nothing"),
         (ROW | {"entry_point": ""}, "'entry_point'"),
         (ROW | {"test": 3}, "'test'"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_problem_is_named(bad, words):
     with pytest.raises(UserError) as e:
         to_example(bad, "file:3")
@@ -180,7 +257,9 @@ def outcomes(problems, completion):
 
 def test_gold_solutions_all_pass(problems):
     """HumanEval 164 of 164, MBPP 427 of 427: no exceptions."""
-    assert outcomes(problems, lambda example, _: example.messages[1]["content"])[0] == {"passed": 591}
+    assert outcomes(problems, lambda example, _: example.messages[1]["content"])[0] == {
+        "passed": 591
+    }
 
 
 def test_splits_of_the_real_mbpp(problems):
@@ -207,7 +286,10 @@ def corrupted(example, r, how):
 
 def test_corrupted_solutions_all_fail(problems):
     """A sixth of them here; each calls its gold solution and returns something else."""
-    assert outcomes(problems[::6], lambda e, r: corrupted(e, r, "None if value else 7"))[0]["passed"] == 0
+    assert (
+        outcomes(problems[::6], lambda e, r: corrupted(e, r, "None if value else 7"))[0]["passed"]
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -221,7 +303,9 @@ def test_gold_solutions_in_other_forms(problems):
     """HumanEval as a whole function, fenced or bare; MBPP bare. And another problem's solution passes nowhere."""
     whole = lambda r: r.get("code") or r["prompt"] + r["canonical_solution"]
     assert outcomes(problems, lambda e, r: whole(r))[0] == {"passed": 591}
-    assert outcomes(problems, lambda e, r: f"Here:\n```python\n{whole(r)}\n```\nDone.")[0] == {"passed": 591}
+    assert outcomes(problems, lambda e, r: f"Here:\n```python\n{whole(r)}\n```\nDone.")[0] == {
+        "passed": 591
+    }
     programs = [find_code(whole(r), e.answer)[0] for e, r in problems]
     jobs = [(programs[i - 1], e.answer) for i, (e, _) in enumerate(problems)]
     assert not [jobs[i] for i, o in enumerate(check_many(jobs, timeout=60.0)) if o.passed]
@@ -236,7 +320,9 @@ def test_several_are_judged_at_once_where_that_helps(task, together, monkeypatch
         barrier.wait()
         return number
 
-    assert tasks.judge_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(range(9))
+    assert tasks.judge_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(
+        range(9)
+    )
     with pytest.raises(threading.BrokenBarrierError):
         barrier.abort()
         tasks.judge_all(judge, [(tasks.Example((), task=task), 1)])
@@ -257,16 +343,28 @@ def test_ranks_share_the_processors(monkeypatch):
 def test_mbpp_is_trained_on(tmp_path):
     """sft on gold solutions, then grpo with the sandbox as its reward; the rows that are not for training are left out."""
     tests = {"test_imports": [], "test_list": ["assert double(2) == 4"]}
-    path = write(tmp_path / "mbpp.json", [row(n, prompt=f"Double {n}.", **tests) for n in (11, 12, *range(601, 609))])
-    data = [o for o in SMALL if not o.startswith("--data")] + [f"--data={path}", "--micro_tokens=600"]
+    path = write(
+        tmp_path / "mbpp.json",
+        [row(n, prompt=f"Double {n}.", **tests) for n in (11, 12, *range(601, 609))],
+    )
+    data = [o for o in SMALL if not o.startswith("--data")] + [
+        f"--data={path}",
+        "--micro_tokens=600",
+    ]
     code_, said = run("--mode=sft", *data, "--name=s", cwd=tmp_path)
     assert code_ == 0, said
     model = tmp_path / "runs/s/checkpoints/step-6"
     small = ["--batch_size=4", "--grpo_samples=2", "--sample_tokens=10", "--steps=2"]
     code_, said = run("--mode=grpo", *data, *small, f"--model={model}", "--name=g", cwd=tmp_path)
     assert code_ == 0, said
-    assert all("eval/mbpp/accuracy" in read_metrics(tmp_path / f"runs/{name}")[-1] for name in "sg")  # judged within the run too
+    assert all(
+        "eval/mbpp/accuracy" in read_metrics(tmp_path / f"runs/{name}")[-1] for name in "sg"
+    )  # judged within the run too
     lines = [m for m in read_metrics(tmp_path / "runs/g") if "rollout/reward" in m]
-    assert len(lines) == 2 and all(m["rollout/accuracy"] == m["rollout/reward_accuracy"] for m in lines)
-    samples = [json.loads(line) for line in (tmp_path / "runs/g/samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(
+        m["rollout/accuracy"] == m["rollout/reward_accuracy"] for m in lines
+    )
+    samples = [
+        json.loads(line) for line in (tmp_path / "runs/g/samples.jsonl").read_text().splitlines()
+    ]
     assert samples and all("Double 6" in s["question"] for s in samples if "reward" in s)

@@ -64,7 +64,10 @@ def test_spellings(argv, name, value):
         (["--lr"], ["lr", "needs a value"]),
         (["lr=1"], ["lr=1"]),
         (["--mode=sft", "--kd_temperature=2"], ["kd_temperature", "mode=sft"]),
-        (["--kd_divergence=forward_kl", "--kd_beta=0.1"], ["kd_beta", "kd_divergence=forward_kl", "jsd"]),
+        (
+            ["--kd_divergence=forward_kl", "--kd_beta=0.1"],
+            ["kd_beta", "kd_divergence=forward_kl", "jsd"],
+        ),
         (["--config", "nowhere.toml"], ["nowhere.toml"]),
         (["--config"], ["--config"]),
     ],
@@ -87,7 +90,10 @@ def test_precedence_and_files(tmp_path):
     assert parse("--lr=2", base={"lr": 3.0, "steps": 5}).steps == 5
 
 
-@pytest.mark.parametrize("text", ["lr = [1]", "lr = {a = 1}", "lr ==", "[kd]\nlr = 1", 'lrr = 1', 'lr = "x"', "lr = true"])
+@pytest.mark.parametrize(
+    "text",
+    ["lr = [1]", "lr = {a = 1}", "lr ==", "[kd]\nlr = 1", "lrr = 1", 'lr = "x"', "lr = true"],
+)
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, text):
     path = tmp_path / "bad.toml"
     path.write_text(text)
@@ -108,12 +114,20 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, text):
         ("c.toml", "data = 'ä'".encode("utf-16"), ["save it as UTF-8"]),
         ("c.json", '{"data": "ä"}'.encode("utf-16-le"), ["save it as UTF-8"]),
         ("c.toml", "data = 'ä'".encode("latin-1"), ["not UTF-8", "line 1"]),
-        ("c.json", '{"lr": {"value": 0.001, "desc": null}, "steps": {"value": 3}}', ["lr is written as wandb writes it", "lr = 0.001", "config.json"]),
+        (
+            "c.json",
+            '{"lr": {"value": 0.001, "desc": null}, "steps": {"value": 3}}',
+            ["lr is written as wandb writes it", "lr = 0.001", "config.json"],
+        ),
         ("c.json", '{"lr": 1, "lr": 2}', ["'lr' is there twice"]),
         ("c.json", '{"lr": ' + "[" * 100000, ["nested too deeply"]),
         ("c.toml", "lr = " + "[" * 100000, ["not valid TOML"]),
         ("c.json", "", ["is empty"]),
-        ("c.toml", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", ["git lfs pull"]),
+        (
+            "c.toml",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            ["git lfs pull"],
+        ),
         ("c.toml", "<!DOCTYPE html><html>", ["web page"]),
     ],
 )
@@ -126,7 +140,10 @@ def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, 
         assert word in str(e.value)
 
 
-@pytest.mark.parametrize("name,content", [("c.toml", b""), ("c", b""), ("c.toml", b"\n# nothing\n"), ("c.toml", b"\xef\xbb\xbf")])
+@pytest.mark.parametrize(
+    "name,content",
+    [("c.toml", b""), ("c", b""), ("c.toml", b"\n# nothing\n"), ("c.toml", b"\xef\xbb\xbf")],
+)
 def test_a_toml_file_without_a_line_sets_nothing(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     cfg, given = config.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
@@ -141,7 +158,10 @@ def test_a_folder_as_a_file_names_the_file_in_it(tmp_path):
         parse("--config", str(tmp_path))
 
 
-@pytest.mark.parametrize("name,text", [("a.toml", 'data = "ü"\r\nlr = 1e-5\r\n'), ("a.json", '{"data": "ü", "lr": 1e-5}')])
+@pytest.mark.parametrize(
+    "name,text",
+    [("a.toml", 'data = "ü"\r\nlr = 1e-5\r\n'), ("a.json", '{"data": "ü", "lr": 1e-5}')],
+)
 def test_a_byte_order_mark_is_not_part_of_a_file(name, text, tmp_path):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     got = parse("--config", str(tmp_path / name))
@@ -157,7 +177,12 @@ def test_a_json_file_that_is_no_object_is_one_line_that_names_it(tmp_path):
 
 def test_a_resumed_run_is_judged_by_its_own_knobs_and_keeps_some():
     base = {"kd_divergence": "forward_kl", "steps": 5, "data": "x"}
-    assert config.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[0].kd_beta == 0.3
+    assert (
+        config.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[
+            0
+        ].kd_beta
+        == 0.3
+    )
     with pytest.raises(UserError, match="kd_beta is not read"):
         parse("--kd_beta=0.3", base=base)
     assert config.parse(Example, ["--steps=6", "--data=x"], base, kept=["data"])[0].steps == 6
@@ -180,18 +205,28 @@ def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_pa
     chosen, by_mode = ["--kd_divergence=forward_kl"], parse("--mode=sft")
     by_both = parse("--mode=sft", base={"kd_divergence": "forward_kl"})
     assert (parse().batch, by_mode.batch, parse(*chosen).batch, by_both.batch) == (1, 2, 3, 3)
-    assert (parse(*chosen).micro, by_mode.micro) == (4, 1), "it follows a value that is itself a default"
+    assert (parse(*chosen).micro, by_mode.micro) == (4, 1), (
+        "it follows a value that is itself a default"
+    )
     file = tmp_path / "a.toml"
     file.write_text("batch = 7\n")
-    assert parse(*chosen, base={"batch": 6}).batch == 6 and parse(base={"kd_divergence": "forward_kl"}).batch == 3
+    assert (
+        parse(*chosen, base={"batch": 6}).batch == 6
+        and parse(base={"kd_divergence": "forward_kl"}).batch == 3
+    )
     assert parse(*chosen, "--config", str(file), base={"batch": 6}).batch == 7
     assert parse(*chosen, "--config", str(file), "--batch=8", base={"batch": 6}).batch == 8
     file.write_text('kd_divergence = "forward_kl"\n')
-    assert parse("--config", str(file)).batch == 3 and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
+    assert (
+        parse("--config", str(file)).batch == 3
+        and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
+    )
     assert config.resolved(parse(*chosen))["batch"] == 3
     line = next(line for line in config.usage(Example, "x").splitlines() if "--batch" in line)
     assert "[1, mode=sft: 2, kd_divergence=forward_kl: 3]" in line
-    assert Example(kd_divergence="forward_kl").batch == 1, "a config that is built directly holds the plain defaults"
+    assert Example(kd_divergence="forward_kl").batch == 1, (
+        "a config that is built directly holds the plain defaults"
+    )
 
 
 def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
@@ -216,18 +251,35 @@ def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
 )
 def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
     def settings(*more, base=None):
-        cfg = config.parse(train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base)[0]
+        cfg = config.parse(train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base)[
+            0
+        ]
         train.check(cfg)
         return cfg.grpo_baseline, cfg.grpo_clip_low, cfg.grpo_clip_high
 
     assert settings() == (baseline, low, high)
-    assert settings("--grpo_baseline=leave_one_out", "--grpo_clip_low=0.1") == ("leave_one_out", 0.1, high)
-    assert settings("--grpo_clip_high=0.5", base={"grpo_clip_high": 0.3, "grpo_clip_low": 0.4}) == (baseline, 0.4, 0.5)
+    assert settings("--grpo_baseline=leave_one_out", "--grpo_clip_low=0.1") == (
+        "leave_one_out",
+        0.1,
+        high,
+    )
+    assert settings("--grpo_clip_high=0.5", base={"grpo_clip_high": 0.3, "grpo_clip_low": 0.4}) == (
+        baseline,
+        0.4,
+        0.5,
+    )
 
 
 def test_the_kls_estimate_goes_with_its_place():
-    kl = lambda *args: config.parse(train.Config, ["--mode=grpo", "--grpo_beta=0.1", *args])[0].grpo_kl
-    assert (kl(), kl("--grpo_kl_in=loss"), kl("--grpo_kl_in=reward"), kl("--grpo_kl=k2")) == ("k3", "k3", "k1", "k2")
+    kl = lambda *args: (
+        config.parse(train.Config, ["--mode=grpo", "--grpo_beta=0.1", *args])[0].grpo_kl
+    )
+    assert (kl(), kl("--grpo_kl_in=loss"), kl("--grpo_kl_in=reward"), kl("--grpo_kl=k2")) == (
+        "k3",
+        "k3",
+        "k1",
+        "k2",
+    )
 
 
 @pytest.fixture(params=["stored", "file"])
@@ -250,13 +302,16 @@ def stored_by(*args):
 
 
 @pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo"])
-@pytest.mark.parametrize("new,brings", [
-    ("grpo", ("std", 0.2, 0.2)),
-    ("token", ("std", 0.2, 0.28)),
-    ("dr_grpo", ("mean", 0.2, 0.2)),
-    ("gspo", ("std", 3e-4, 4e-4)),
-    ("cispo", ("std", 1.0, 0.2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "new,brings",
+    [
+        ("grpo", ("std", 0.2, 0.2)),
+        ("token", ("std", 0.2, 0.28)),
+        ("dr_grpo", ("mean", 0.2, 0.2)),
+        ("gspo", ("std", 3e-4, 4e-4)),
+        ("cispo", ("std", 1.0, 0.2)),
+    ],
+)
 def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, new, brings, reuse):
     def settings(values, *args):
         cfg = reuse(values, *args)
@@ -264,8 +319,17 @@ def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, ne
 
     run = stored_by("--mode=grpo", f"--grpo_variant={old}")
     assert settings(run, f"--grpo_variant={new}") == brings
-    assert settings(run, f"--grpo_variant={new}", "--grpo_clip_low=0.1") == (brings[0], 0.1, brings[2])
-    chosen = stored_by("--mode=grpo", f"--grpo_variant={old}", "--grpo_clip_high=0.5", "--grpo_baseline=leave_one_out")
+    assert settings(run, f"--grpo_variant={new}", "--grpo_clip_low=0.1") == (
+        brings[0],
+        0.1,
+        brings[2],
+    )
+    chosen = stored_by(
+        "--mode=grpo",
+        f"--grpo_variant={old}",
+        "--grpo_clip_high=0.5",
+        "--grpo_baseline=leave_one_out",
+    )
     assert settings(chosen, f"--grpo_variant={new}") == ("leave_one_out", brings[1], 0.5)
     assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
 
@@ -279,7 +343,11 @@ def test_other_knobs_with_defaults_of_their_own_go_along_too(reuse):
 
 def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(stored_by("--mode=sft", "--warmup=7", "--weight_decay=0.1") | {"data": "mine.jsonl"}))
+    path.write_text(
+        json.dumps(
+            stored_by("--mode=sft", "--warmup=7", "--weight_decay=0.1") | {"data": "mine.jsonl"}
+        )
+    )
     sft = ["--config", str(path)]
     # weighting is one of sft's knobs that grpo does not read: refused as ever
     with pytest.raises(UserError, match="weighting is not read with mode=grpo"):
@@ -300,7 +368,9 @@ def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
     got = parse(f"--config={one}", f"--config={two}")
     assert (got.batch, got.micro) == (3, 4), "what the later file says itself counts"
     one.write_text(json.dumps({"batch": 1}))
-    assert parse(f"--config={one}", "--kd_divergence=forward_kl").batch == 1, "a file that says nothing of the other knob chose its value"
+    assert parse(f"--config={one}", "--kd_divergence=forward_kl").batch == 1, (
+        "a file that says nothing of the other knob chose its value"
+    )
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])

@@ -59,10 +59,10 @@ def zipped():
         (zipped(), "zip archive"),
         (parquet(), "Parquet"),
         (pickle.dumps({"a": 1}), "pickle"),
-        ("{\"a\": 1}".encode("utf-16"), "save it as UTF-8"),
-        ("{\"a\": 1}".encode("utf-16-le"), "save it as UTF-8"),
-        ("{\"a\": 1}".encode("utf-32"), "save it as UTF-8"),
-        ("{\"a\": \"é\"}".encode("latin-1"), "save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), "save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-32"), "save it as UTF-8"),
+        ('{"a": "é"}'.encode("latin-1"), "save it as UTF-8"),
     ],
 )
 def test_what_is_no_text_of_ours_is_named(content, words, tmp_path):
@@ -80,19 +80,35 @@ def test_safetensors_under_another_name(tmp_path):
     assert files.explain((tmp_path / "tokenizer.json").read_bytes(), "safetensors") is None
 
 
-@pytest.mark.parametrize("kind,content", [("parquet", parquet()), ("gzip", gzip.compress(b"x")), ("text", b"[1]"), ("text", "ü\n".encode() * 3000),
-                                          ("text", b'{"error": null, "question": "1+1?", "answer": "2"}\n'),
-                                          ("text", b'{"error": "a slip of the pen", "fix": "none"}'),
-                                          ("text", b'{"error": null}'), ("text", b'{"error": "x"}\n{"error": "y"}\n'),
-                                          ("text", b'{"error": "' + b"x" * 9000 + b'"}'), ("text", b'{"error": ')])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,content",
+    [
+        ("parquet", parquet()),
+        ("gzip", gzip.compress(b"x")),
+        ("text", b"[1]"),
+        ("text", "ü\n".encode() * 3000),
+        ("text", b'{"error": null, "question": "1+1?", "answer": "2"}\n'),
+        ("text", b'{"error": "a slip of the pen", "fix": "none"}'),
+        ("text", b'{"error": null}'),
+        ("text", b'{"error": "x"}\n{"error": "y"}\n'),
+        ("text", b'{"error": "' + b"x" * 9000 + b'"}'),
+        ("text", b'{"error": '),
+    ],
+)
 def test_what_is_as_expected_is_not_explained(kind, content):
-    assert files.explain(content, kind) is None and files.explain(content[: files.HEAD], kind) is None
+    assert (
+        files.explain(content, kind) is None and files.explain(content[: files.HEAD], kind) is None
+    )
 
 
 def test_links_and_folders(tmp_path):
     (tmp_path / "gone.json").symlink_to("../../blobs/0a1b")
     (tmp_path / "folder.json").mkdir()
-    for name, words in (("gone.json", "link to ../../blobs/0a1b"), ("folder.json", "is a folder"), ("none.json", "is not there")):
+    for name, words in (
+        ("gone.json", "link to ../../blobs/0a1b"),
+        ("folder.json", "is a folder"),
+        ("none.json", "is not there"),
+    ):
         with pytest.raises(UserError, match=words):
             files.read_json(tmp_path / name)
 
@@ -140,13 +156,24 @@ def checkpoint(tmp_path):
     return tmp_path / "ck"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ],
+)
 def test_a_pointer_in_place_of_any_file_of_a_checkpoint(name, checkpoint):
     from eval.load import find
 
     find(str(checkpoint)).model()
     (checkpoint / name).write_bytes(LFS)
-    with pytest.raises(UserError, match=rf"{name}.* is a git-lfs pointer, not the file: run git lfs pull") as e:
+    with pytest.raises(
+        UserError, match=rf"{name}.* is a git-lfs pointer, not the file: run git lfs pull"
+    ) as e:
         find(str(checkpoint)).model()
     assert "\n" not in str(e.value)
 
@@ -168,17 +195,40 @@ def test_outputs_are_readable_as_the_umask_says(mask, mode, tmp_path):
 
     before = os.umask(mask)
     try:
-        argv = ["--mode=sft", "--device=cpu", "--steps=1", "--batch_size=2", "--eval_examples=0", "--data=word_problems:4", "--lora_rank=2",
-                f"--runs={tmp_path}", "--name=r"]  # fmt: skip
+        argv = [
+            "--mode=sft",
+            "--device=cpu",
+            "--steps=1",
+            "--batch_size=2",
+            "--eval_examples=0",
+            "--data=word_problems:4",
+            "--lora_rank=2",
+            f"--runs={tmp_path}",
+            "--name=r",
+        ]
         assert train.main(argv) == 0
     finally:
         os.umask(before)
-    found = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    found = {
+        p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777
+        for p in tmp_path.rglob("*")
+        if p.is_file()
+    }
     saved = {name.rpartition("/")[2] for name in found}
-    assert {"model.safetensors", "adapter_model.safetensors", "optimizer.safetensors", "metrics.jsonl", "curves.png"} <= saved
+    assert {
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "metrics.jsonl",
+        "curves.png",
+    } <= saved
     assert {name: oct(m) for name, m in found.items() if m != mode} == {}
 
 
 def test_write_json_reads_back(tmp_path):
     files.write_json(tmp_path / "a.json", {"ü": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": [1, None]} == files.read_json(tmp_path / "a.json")
+    assert (
+        json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        == {"ü": [1, None]}
+        == files.read_json(tmp_path / "a.json")
+    )

@@ -26,51 +26,217 @@ QUESTION_AND_ANSWER = [("user", "Q?"), ("assistant", "A.")]
         ({"question": "Q?", "answer": "5"}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
         ({"question": "Q?", "answer": 5}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
         ({"question": "Q?", "answer": 5.0}, [("user", "Q?"), ("assistant", "5")], "5", "number"),
-        ({"question": "Q?", "answer": 0.25}, [("user", "Q?"), ("assistant", "0.25")], "0.25", "number"),
-        ({"question": "Q?", "answer": "x^2+1"}, [("user", "Q?"), ("assistant", "x^2+1")], "x^2+1", "answer"),
-        ({"question": "Q?", "answer": "It is the third one."}, [("user", "Q?"), ("assistant", "It is the third one.")], None, ""),
-        ({"question": "Q?", "answer": "So \\boxed{7}."}, [("user", "Q?"), ("assistant", "So \\boxed{7}.")], "7", "answer"),
+        (
+            {"question": "Q?", "answer": 0.25},
+            [("user", "Q?"), ("assistant", "0.25")],
+            "0.25",
+            "number",
+        ),
+        (
+            {"question": "Q?", "answer": "x^2+1"},
+            [("user", "Q?"), ("assistant", "x^2+1")],
+            "x^2+1",
+            "answer",
+        ),
+        (
+            {"question": "Q?", "answer": "It is the third one."},
+            [("user", "Q?"), ("assistant", "It is the third one.")],
+            None,
+            "",
+        ),
+        (
+            {"question": "Q?", "answer": "So \\boxed{7}."},
+            [("user", "Q?"), ("assistant", "So \\boxed{7}.")],
+            "7",
+            "answer",
+        ),
         ({"problem": "Q?", "answer": "2"}, [("user", "Q?"), ("assistant", "2")], "2", "number"),
         ({"problem": "Q?", "solution": "A.", "answer": "3"}, QUESTION_AND_ANSWER, "3", "math"),
         ({"problem": "Q?", "solution": "A.", "answer": 3}, QUESTION_AND_ANSWER, "3", "math"),
-        ({"problem": "Q?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1", "type": "Algebra"},
-         [("user", "Q?"), ("assistant", "It is $\\boxed{\\frac{1}{2}}$.")], "\\frac{1}{2}", "math"),
+        (
+            {
+                "problem": "Q?",
+                "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+                "level": "Level 1",
+                "type": "Algebra",
+            },
+            [("user", "Q?"), ("assistant", "It is $\\boxed{\\frac{1}{2}}$.")],
+            "\\frac{1}{2}",
+            "math",
+        ),
         ({"prompt": "Q?", "solution": "2"}, [("user", "Q?"), ("assistant", "2")], "2", "math"),
-        ({"prompt": "Q?", "completion": "A.", "solution": "12"}, QUESTION_AND_ANSWER, "12", "number"),
+        (
+            {"prompt": "Q?", "completion": "A.", "solution": "12"},
+            QUESTION_AND_ANSWER,
+            "12",
+            "number",
+        ),
         ({"prompt": "Q?", "completion": "A.", "answer": "12"}, QUESTION_AND_ANSWER, "12", "number"),
         ({"prompt": "Q?", "completion": "42"}, [("user", "Q?"), ("assistant", "42")], None, ""),
-        ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}], "answer": "4"},
-         [("system", "S"), ("user", "Q?"), ("assistant", "4")], "4", "number"),
-        ({"prompt": [{"role": "user", "content": "Q?"}], "completion": [{"role": "assistant", "content": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+        (
+            {
+                "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}],
+                "answer": "4",
+            },
+            [("system", "S"), ("user", "Q?"), ("assistant", "4")],
+            "4",
+            "number",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Q?"}],
+                "completion": [{"role": "assistant", "content": "A."}],
+            },
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
         ({"problem": "Q?", "final_answer": "9"}, [("user", "Q?")], "9", "number"),
-        ({"prompt": [{"role": "user", "content": "Q?"}], "reward_model": {"ground_truth": "34", "style": "rule"}, "ability": "MATH"},
-         [("user", "Q?")], "34", "number"),
-        ({"problem": "Q?", "solution": "", "answer": "4"}, [("user", "Q?"), ("assistant", "4")], "4", "number"),
-        ({"instruction": "Q?", "response": "A.", "category": "open_qa"}, QUESTION_AND_ANSWER, None, ""),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Q?"}],
+                "reward_model": {"ground_truth": "34", "style": "rule"},
+                "ability": "MATH",
+            },
+            [("user", "Q?")],
+            "34",
+            "number",
+        ),
+        (
+            {"problem": "Q?", "solution": "", "answer": "4"},
+            [("user", "Q?"), ("assistant", "4")],
+            "4",
+            "number",
+        ),
+        (
+            {"instruction": "Q?", "response": "A.", "category": "open_qa"},
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
         ({"input": "Q?", "output": "A."}, QUESTION_AND_ANSWER, None, ""),
-        ({"problem": "Q?", "solution": "It is shown.", "answer": "proof"}, [("user", "Q?"), ("assistant", "It is shown.")], None, ""),
-        ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}], "solution": "We add them and it follows at once."},
-         QUESTION_AND_ANSWER, None, ""),
-        ({"question": "Q?", "answer": 1e-7}, [("user", "Q?"), ("assistant", "0.0000001")], "0.0000001", "number"),
-        ({"question": "Q?", "answer": 10**400}, [("user", "Q?"), ("assistant", str(10**400))], str(10**400), "number"),
-        ({"prompt": "Q?", "reward_model": {"ground_truth": '["2"]'}}, [("user", "Q?")], "2", "number"),
+        (
+            {"problem": "Q?", "solution": "It is shown.", "answer": "proof"},
+            [("user", "Q?"), ("assistant", "It is shown.")],
+            None,
+            "",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q?"},
+                    {"role": "assistant", "content": "A."},
+                ],
+                "solution": "We add them and it follows at once.",
+            },
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
+        (
+            {"question": "Q?", "answer": 1e-7},
+            [("user", "Q?"), ("assistant", "0.0000001")],
+            "0.0000001",
+            "number",
+        ),
+        (
+            {"question": "Q?", "answer": 10**400},
+            [("user", "Q?"), ("assistant", str(10**400))],
+            str(10**400),
+            "number",
+        ),
+        (
+            {"prompt": "Q?", "reward_model": {"ground_truth": '["2"]'}},
+            [("user", "Q?")],
+            "2",
+            "number",
+        ),
         ({"problem": "Q?", "final_answer": ["3"]}, [("user", "Q?")], "3", "number"),
-        ({"question": "Q?", "answer": "A.\n#### 2", "code": None, "test_list": None, "canonical_solution": None, "reasoning_solution": None},
-         [("user", "Q?"), ("assistant", "A.\n#### 2")], "2", "gsm8k"),
-        ({"conversation": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A.", "info": {"a": 1}}]}, QUESTION_AND_ANSWER, None, ""),
+        (
+            {
+                "question": "Q?",
+                "answer": "A.\n#### 2",
+                "code": None,
+                "test_list": None,
+                "canonical_solution": None,
+                "reasoning_solution": None,
+            },
+            [("user", "Q?"), ("assistant", "A.\n#### 2")],
+            "2",
+            "gsm8k",
+        ),
+        (
+            {
+                "conversation": [
+                    {"role": "user", "content": "Q?"},
+                    {"role": "assistant", "content": "A.", "info": {"a": 1}},
+                ]
+            },
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
         ({"query": "Q?", "response": "A.", "type": "GSM_Rephrased"}, QUESTION_AND_ANSWER, None, ""),
-        ({"problem": "Q?", "generated_solution": "A.", "expected_answer": "\\frac12"}, QUESTION_AND_ANSWER, "\\frac12", "number"),
+        (
+            {"problem": "Q?", "generated_solution": "A.", "expected_answer": "\\frac12"},
+            QUESTION_AND_ANSWER,
+            "\\frac12",
+            "number",
+        ),
         ({"prompt": "Q?"}, [("user", "Q?")], None, ""),
-        ({"messages": [{"role": "user", "content": "Q?"}], "answer": "2"}, [("user", "Q?")], "2", "number"),
-        ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}], "answer": 2}, QUESTION_AND_ANSWER, "2", "number"),
-        ({"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+        (
+            {"messages": [{"role": "user", "content": "Q?"}], "answer": "2"},
+            [("user", "Q?")],
+            "2",
+            "number",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q?"},
+                    {"role": "assistant", "content": "A."},
+                ],
+                "answer": 2,
+            },
+            QUESTION_AND_ANSWER,
+            "2",
+            "number",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
         ({"instruction": "Q?", "input": "", "output": "A."}, QUESTION_AND_ANSWER, None, ""),
-        ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, [("user", "Add.\n\n2 and 2"), ("assistant", "4")], None, ""),
-        ({"system": "S", "question": "Q?", "answer": "A."}, [("system", "S"), *QUESTION_AND_ANSWER], "A.", "answer"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]},
-                       {"role": "assistant", "content": "A."}]}, QUESTION_AND_ANSWER, None, ""),
+        (
+            {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+            [("user", "Add.\n\n2 and 2"), ("assistant", "4")],
+            None,
+            "",
+        ),
+        (
+            {"system": "S", "question": "Q?", "answer": "A."},
+            [("system", "S"), *QUESTION_AND_ANSWER],
+            "A.",
+            "answer",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}],
+                    },
+                    {"role": "assistant", "content": "A."},
+                ]
+            },
+            QUESTION_AND_ANSWER,
+            None,
+            "",
+        ),
     ],
-)  # fmt: skip
+)
 def test_public_forms(row, messages, answer, task):
     example = to_example(json.loads(json.dumps(row)), "f:1")
     assert content(example) == messages
@@ -79,9 +245,16 @@ def test_public_forms(row, messages, answer, task):
 
 
 def test_a_gold_answer_of_a_row_is_met_by_its_own_form():
-    for row in ({"question": "?", "answer": 12.0}, {"problem": "?", "answer": "12"}, {"prompt": "?", "solution": "12"}):
+    for row in (
+        {"question": "?", "answer": 12.0},
+        {"problem": "?", "answer": "12"},
+        {"prompt": "?", "solution": "12"},
+    ):
         example = to_example(row, "f:1")
-        assert grade(example, "So \\boxed{12}.").strict and not grade(example, "So \\boxed{13}.").strict
+        assert (
+            grade(example, "So \\boxed{12}.").strict
+            and not grade(example, "So \\boxed{13}.").strict
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,43 +262,192 @@ def test_a_gold_answer_of_a_row_is_met_by_its_own_form():
     [
         ({"question": "Q", "answer": "A", "context": "C"}, "'context' is part of the question"),
         ({"question": "Q", "answer": "A", "Passage": "C"}, "'Passage' is part of the question"),
-        ({"question": "Q", "answer": "B", "options": ["A) 1", "B) 2"]}, "'options' is part of the question"),
-        ({"question": "Q", "answer": "B", "choices": {"text": ["1"], "label": ["A"]}}, "'choices' is part of the question"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "images": ["a.png"]}, "'images'"),
+        (
+            {"question": "Q", "answer": "B", "options": ["A) 1", "B) 2"]},
+            "'options' is part of the question",
+        ),
+        (
+            {"question": "Q", "answer": "B", "choices": {"text": ["1"], "label": ["A"]}},
+            "'choices' is part of the question",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A"},
+                ],
+                "images": ["a.png"],
+            },
+            "'images'",
+        ),
         ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, "'history'"),
         ({"question": "Q", "prompt": "P", "answer": "A"}, "which of them is the question"),
-        ({"question": "Q", "answer": "A", "system": "S", "weight": 0.5}, "'weight' would weigh the row"),
-        ({"messages": [{"role": "system", "content": "one"}, {"role": "user", "content": "Q"}], "system": "two"}, "two system prompts"),
+        (
+            {"question": "Q", "answer": "A", "system": "S", "weight": 0.5},
+            "'weight' would weigh the row",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "one"},
+                    {"role": "user", "content": "Q"},
+                ],
+                "system": "two",
+            },
+            "two system prompts",
+        ),
         ({"question": "Q", "answer": True}, "'answer' must be a text"),
         ({"question": "Q", "answer": math.nan}, "is nan"),
         ({"question": ["Q"], "answer": "A"}, "list of messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "content of type 'image_url'"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}]}, "says nothing"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": "no"}]}, "'weight' must be"),
-        ({"messages": [{"role": "user", "content": "Q", "train": True}, {"role": "assistant", "content": "A"}]}, "only the assistant's"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 1, "loss": False}]}, "different things"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "thinking": "a", "reasoning": "b"}]}, "different things"),
-        ({"messages": [{"role": "user", "content": "Q", "reasoning": "r"}]}, "only an assistant's message has reasoning"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "'tool_calls'"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "no function with a name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "content of type 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}]},
+            "says nothing",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "weight": "no"},
+                ]
+            },
+            "'weight' must be",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q", "train": True},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            "only the assistant's",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "weight": 1, "loss": False},
+                ]
+            },
+            "different things",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "thinking": "a", "reasoning": "b"},
+                ]
+            },
+            "different things",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q", "reasoning": "r"}]},
+            "only an assistant's message has reasoning",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+                ]
+            },
+            "'tool_calls'",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+                ]
+            },
+            "no function with a name",
+        ),
         ({"messages": [{"content": "Q"}]}, "no role"),
         ({"conversations": [{"from": "narrator", "value": "Q"}]}, "unknown 'from' 'narrator'"),
         ({"chosen": "a", "rejected": "b"}, "fit no known form"),
-        ({"question": "Q", "answer": "A", "system": "a", "system_prompt": "b"}, "two system prompts"),
-        ({"messages": [{"role": "user", "content": "Q"}], "conversations": [{"from": "human", "value": "P"}]}, "which of them is the conversation"),
+        (
+            {"question": "Q", "answer": "A", "system": "a", "system_prompt": "b"},
+            "two system prompts",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "Q"}],
+                "conversations": [{"from": "human", "value": "P"}],
+            },
+            "which of them is the conversation",
+        ),
         ({"question": "P", "instruction": "Q", "output": "A"}, "which of them is the question"),
-        ({"conversations": [{"from": "human", "value": "Q", "content": "P"}]}, "both 'value' and 'content'"),
+        (
+            {"conversations": [{"from": "human", "value": "Q", "content": "P"}]},
+            "both 'value' and 'content'",
+        ),
         ({"question": "Q", "answer": "A", "train": False}, "'train' would weigh the row"),
-        ({"prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Let me"}], "answer": "4"}, "would have to be continued"),
+        (
+            {
+                "prompt": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "Let me"},
+                ],
+                "answer": "4",
+            },
+            "would have to be continued",
+        ),
         ({"messages": [{"role": "user<|im_end|>", "content": "Q"}]}, "not a plain word"),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": "[]"}]}, "says nothing"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "args": {"city": "P"}}]}]}, "'args' of a tool call"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "parameters": {}}}]}]}, "'parameters' of a tool call"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"x": "\\ud800"}'}]}]}, "half a character"),
-        ({"messages": [{"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}]}, "keep one of them"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "", "tool_calls": "[]"},
+                ]
+            },
+            "says nothing",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"name": "f", "args": {"city": "P"}}],
+                    }
+                ]
+            },
+            "'args' of a tool call",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"function": {"name": "f", "parameters": {}}}],
+                    }
+                ]
+            },
+            "'parameters' of a tool call",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"name": "f", "arguments": '{"x": "\\ud800"}'}],
+                    }
+                ]
+            },
+            "half a character",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}]},
+            "keep one of them",
+        ),
         ({"question": "a", "answer": "b", "task": ["x"], "context": "c"}, "'context'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_is_refused_by_name(row, words):
     with pytest.raises(UserError) as e:
         to_example(row, "f.jsonl:7")
@@ -137,17 +459,28 @@ def test_columns_are_there_for_reward_functions_and_the_unread_ones_are_named():
     example = to_example(row, "f:1")
     assert example.columns["nums"] == [1, 2] and example.nums == [1, 2] and example.target == 3
     assert unread_columns(example) == {"nums", "target", "id"}
-    with pytest.raises(AttributeError, match="no 'goal'; its row has the columns prompt, completion, nums"):
+    with pytest.raises(
+        AttributeError, match="no 'goal'; its row has the columns prompt, completion, nums"
+    ):
         _ = example.goal
 
 
 def test_a_column_that_another_one_goes_before_is_named():
     turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
     for row, unread in (
-        ({"messages": turns, "problem": "Q?", "solution": "Another way.", "answer": "2"}, {"solution"}),
+        (
+            {"messages": turns, "problem": "Q?", "solution": "Another way.", "answer": "2"},
+            {"solution"},
+        ),
         ({"messages": turns, "question": "Another?"}, {"question"}),
-        ({"problem": "Q?", "generated_solution": "A.", "solution": "B.", "expected_answer": "2"}, {"solution"}),
-        ({"prompt": "Q?", "completion": "A.", "solution": "So \\boxed{12}."}, set()),  # the gold answer is from it
+        (
+            {"problem": "Q?", "generated_solution": "A.", "solution": "B.", "expected_answer": "2"},
+            {"solution"},
+        ),
+        (
+            {"prompt": "Q?", "completion": "A.", "solution": "So \\boxed{12}."},
+            set(),
+        ),  # the gold answer is from it
         ({"question": "Q?", "answer": "<<1+1=2>>2\n#### 2"}, set()),
         ({"instruction": "Q", "input": "x", "output": "A."}, set()),
     ):
@@ -155,20 +488,43 @@ def test_a_column_that_another_one_goes_before_is_named():
 
 
 def test_a_prompt_of_messages_is_not_trained_on():
-    shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Q?"}]
-    for row in ({"prompt": shots, "completion": [{"role": "assistant", "content": "A."}]}, {"prompt": shots, "answer": "A."}):
+    shots = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "Q?"},
+    ]
+    for row in (
+        {"prompt": shots, "completion": [{"role": "assistant", "content": "A."}]},
+        {"prompt": shots, "answer": "A."},
+    ):
         example = to_example(row, "f:1")
-        assert [m.get("weight", 1.0) for m in example.messages if m["role"] == "assistant"] == [0.0, 1.0]
+        assert [m.get("weight", 1.0) for m in example.messages if m["role"] == "assistant"] == [
+            0.0,
+            1.0,
+        ]
 
 
 def test_shared_parquet_columns_bring_no_nulls(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    call = lambda arguments: {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": arguments}]}]}
+    call = lambda arguments: {
+        "messages": [
+            {
+                "role": "assistant",
+                "content": "x",
+                "tool_calls": [{"name": "f", "arguments": arguments}],
+            }
+        ]
+    }
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([call({"city": "P"}), call({"zip": 7})]), path)
-    found = [to_example(row, origin).messages[0]["tool_calls"][0]["function"]["arguments"] for origin, row in read_rows(path)]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([call({"city": "P"}), call({"zip": 7})]), path
+    )
+    found = [
+        to_example(row, origin).messages[0]["tool_calls"][0]["function"]["arguments"]
+        for origin, row in read_rows(path)
+    ]
     assert found == [{"city": "P"}, {"zip": 7}]
 
 
@@ -179,23 +535,55 @@ def test_a_long_last_line_is_read_in_no_time():
 
 
 def test_messages_in_common_names():
-    (call,) = normalise_messages([{
-        "role": "assistant", "content": None, "thinking": "hm", "loss": 0, "name": None, "refusal": None,
-        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
-    }], "f:1")  # fmt: skip
-    assert call["reasoning_content"] == "hm" and call["weight"] == 0.0 and "loss" not in call and "name" not in call
-    assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}} and "refusal" not in call
+    (call,) = normalise_messages(
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "thinking": "hm",
+                "loss": 0,
+                "name": None,
+                "refusal": None,
+                "tool_calls": [
+                    {
+                        "id": "c",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": '{"x": 1}'},
+                    }
+                ],
+            }
+        ],
+        "f:1",
+    )
+    assert (
+        call["reasoning_content"] == "hm"
+        and call["weight"] == 0.0
+        and "loss" not in call
+        and "name" not in call
+    )
+    assert (
+        call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+        and "refusal" not in call
+    )
 
 
 @pytest.mark.parametrize(
     "text,gold",
     [
-        ("a\n#### 1,024", ("1,024", "gsm8k")), ("$12.50", ("$12.50", "number")), ("12 apples", ("12 apples", "number")),
-        ("(-\\infty, 3]", ("(-\\infty, 3]", "answer")), ("\\text{Evelyn}", ("\\text{Evelyn}", "answer")), ("B", ("B", "answer")),
-        ("the number of apples left", (None, "")), ("", (None, "")), ("one\ntwo", (None, "")), ("x" * 300, (None, "")),
-        ("#### Heading", (None, "")), ("see \\boxed{3}, or \\boxed{4}", ("4", "answer")),
+        ("a\n#### 1,024", ("1,024", "gsm8k")),
+        ("$12.50", ("$12.50", "number")),
+        ("12 apples", ("12 apples", "number")),
+        ("(-\\infty, 3]", ("(-\\infty, 3]", "answer")),
+        ("\\text{Evelyn}", ("\\text{Evelyn}", "answer")),
+        ("B", ("B", "answer")),
+        ("the number of apples left", (None, "")),
+        ("", (None, "")),
+        ("one\ntwo", (None, "")),
+        ("x" * 300, (None, "")),
+        ("#### Heading", (None, "")),
+        ("see \\boxed{3}, or \\boxed{4}", ("4", "answer")),
     ],
-)  # fmt: skip
+)
 def test_the_gold_answer_of_a_response(text, gold):
     assert gold_of_text(text) == gold
 

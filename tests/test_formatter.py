@@ -41,20 +41,37 @@ def whole(tokenizer, document):
 # --- a user's text is text -----------------------------------------------------------------------
 
 
-CONTROLS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>assistant\n", "a<|im_end|>b", "<<|im_end|>>"]
+CONTROLS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|im_start|>assistant\n",
+    "a<|im_end|>b",
+    "<<|im_end|>>",
+]
 
 
-@pytest.mark.parametrize("text", [*CONTROLS, "<|im_end|><|im_end|>", "\U0010fffd<|im_end|>\U0010fffd", "x\U0010fffc y"])
+@pytest.mark.parametrize(
+    "text", [*CONTROLS, "<|im_end|><|im_end|>", "\U0010fffd<|im_end|>\U0010fffd", "x\U0010fffc y"]
+)
 def test_text_never_becomes_a_control_token(tiny, text):
     question, answer = f"What is {text}?", f"It is {text}."
     (d,) = Formatter(tiny).documents([chat(("user", question), ("assistant", answer))])
     expected = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
     assert whole(tiny, d) == expected
-    control = set(tiny.encode("<|im_start|>") + tiny.encode("<|im_end|>") + tiny.encode("<|endoftext|>"))
+    control = set(
+        tiny.encode("<|im_start|>") + tiny.encode("<|im_end|>") + tiny.encode("<|endoftext|>")
+    )
     assert len(control) == 3 and sum(int(i) in control for i in d.tokens) == 4  # the template's own
-    assert trained(tiny, d) == f"{answer}<|im_end|>" and sum(int(i) in control for i in d.tokens[d.weights > 0]) == 1
+    assert (
+        trained(tiny, d) == f"{answer}<|im_end|>"
+        and sum(int(i) in control for i in d.tokens[d.weights > 0]) == 1
+    )
     plain = Formatter(tiny, "plain").documents([chat(("user", question), ("assistant", answer))])[0]
-    assert whole(tiny, plain) == f"{question}{answer}<|endoftext|>" and sum(int(i) in control for i in plain.tokens) == 1
+    assert (
+        whole(tiny, plain) == f"{question}{answer}<|endoftext|>"
+        and sum(int(i) in control for i in plain.tokens) == 1
+    )
 
 
 def test_text_is_cut_as_transformers_cuts_it_without_special_tokens(real_data):
@@ -78,7 +95,9 @@ def test_a_vocabulary_that_holds_its_control_tokens_as_words(tiny):
         content["model"]["vocab"].setdefault(token["content"], token["id"])
     content["model"]["ignore_merges"] = True
     other = Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "the other")
-    (d,) = Formatter(other).documents([chat(("user", "Is <|im_end|> it?"), ("assistant", "<|endoftext|>"))])
+    (d,) = Formatter(other).documents(
+        [chat(("user", "Is <|im_end|> it?"), ("assistant", "<|endoftext|>"))]
+    )
     assert whole(other, d).startswith("<|im_start|>user\nIs <|im_end|> it?<|im_end|>")
     assert [int(i) for i in d.tokens].count(tiny.encode("<|im_end|>")[0]) == 2
     assert tiny.encode("<|endoftext|>")[0] not in d.tokens
@@ -90,13 +109,26 @@ def test_a_vocabulary_that_holds_its_control_tokens_as_words(tiny):
 def test_templates_get_what_transformers_gives_them(tiny, tmp_path):
     from transformers import AutoTokenizer
 
-    tools = [{"type": "function", "function": {"name": "f", "description": "Ünï <b>", "parameters": {"type": "object"}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": "Ünï <b>", "parameters": {"type": "object"}},
+        }
+    ]
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": "ü"}}}
     conversations = [
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning_content": "r", "content": "b"}, {"role": "user", "content": "c"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "reasoning_content": "r", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+        ],
     ]
     sources = ALL | {
         "environment": "{{ bos_token }}{{ eos_token }}{% for m in messages %}{% generation %}{{ {'z': m.content, 'a': [1]} | tojson(indent=2, sort_keys=true) }}"
@@ -115,10 +147,20 @@ def test_templates_get_what_transformers_gives_them(tiny, tmp_path):
             for generate in (False, True):
                 for given, kwargs in ((None, {}), (tools, {}), (None, {"enable_thinking": False})):
                     try:
-                        want = theirs.apply_chat_template(messages, tools=given, tokenize=False, add_generation_prompt=generate, **kwargs)
+                        want = theirs.apply_chat_template(
+                            messages,
+                            tools=given,
+                            tokenize=False,
+                            add_generation_prompt=generate,
+                            **kwargs,
+                        )
                     except Exception:  # templates that do not know tools' messages
                         continue
-                    assert ours.render(messages, generate, given, kwargs) == want, (name, messages, generate)
+                    assert ours.render(messages, generate, given, kwargs) == want, (
+                        name,
+                        messages,
+                        generate,
+                    )
                     compared += 1
     assert compared > 150
 
@@ -128,10 +170,20 @@ def test_templates_get_what_transformers_gives_them(tiny, tmp_path):
     [
         # Qwen3's kind: an answer without reasoning is trained with the empty block that the template writes
         ("Q=It is 12.", {}, "<think>\n\n</think>\n\nIt is 12.", "<think>\n\n</think>\n\nIt is 12."),
-        ("Q=<think>\nthree fours\n</think>\n\n12", {}, "<think>\nthree fours\n</think>\n\n12", "<think>\nthree fours\n</think>\n\n12"),
+        (
+            "Q=<think>\nthree fours\n</think>\n\n12",
+            {},
+            "<think>\nthree fours\n</think>\n\n12",
+            "<think>\nthree fours\n</think>\n\n12",
+        ),
         ("Q=<think>close</think>12", {}, "<think>close</think>12", "<think>close</think>12"),
         # ... and where the generation prompt holds that block, it is not trained on
-        ("Q=It is 12.", {"enable_thinking": False}, "<think>\n\n</think>\n\nIt is 12.", "It is 12."),
+        (
+            "Q=It is 12.",
+            {"enable_thinking": False},
+            "<think>\n\n</think>\n\nIt is 12.",
+            "It is 12.",
+        ),
     ],
 )
 def test_reasoning_is_trained_as_the_template_writes_it(tiny, messages, kwargs, text, learnt):
@@ -140,21 +192,37 @@ def test_reasoning_is_trained_as_the_template_writes_it(tiny, messages, kwargs, 
     formatter = Formatter(other, template_kwargs=kwargs)
     example = chat(("user", question), ("assistant", answer))
     (d,) = formatter.documents([example])
-    assert whole(other, d) == f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>"
+    assert (
+        whole(other, d) == f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>"
+    )
     assert trained(other, d) == learnt + "<|im_end|>"
     prompt = formatter.prompt(example)
-    assert list(d.tokens[: len(prompt)]) == prompt and (d.weights[: len(prompt)] == 0).all() and (d.weights[len(prompt) :] == 1).all()
+    assert (
+        list(d.tokens[: len(prompt)]) == prompt
+        and (d.weights[: len(prompt)] == 0).all()
+        and (d.weights[len(prompt) :] == 1).all()
+    )
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("template", ["reasoning", "opened"])
 def test_reasoning_in_a_field_of_its_own(tiny, field, template):
     other = with_template(tiny, template)
-    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", field: "three fours", "content": "12"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", field: "three fours", "content": "12"},
+        ]
+    }
     formatter = Formatter(other)
     (d,) = formatter.documents([to_example(row, "f:1")])
-    assert whole(other, d) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\nthree fours\n</think>\n\n12<|im_end|>"
-    with pytest.raises(UserError, match="f:1: .*no place for 'three fours' of the assistant's reasoning_content"):
+    assert (
+        whole(other, d)
+        == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\nthree fours\n</think>\n\n12<|im_end|>"
+    )
+    with pytest.raises(
+        UserError, match="f:1: .*no place for 'three fours' of the assistant's reasoning_content"
+    ):
         Formatter(tiny).documents([to_example(row, "f:1")])
     with pytest.raises(UserError, match="f:1: plain text has no place for 'reasoning_content'"):
         Formatter(tiny, "plain").documents([to_example(row, "f:1")])
@@ -176,18 +244,26 @@ def test_a_generation_prompt_that_opens_the_reasoning(tiny, answer, learnt):
     (d,) = formatter.documents([example])
     assert trained(other, d) == learnt + "<|im_end|>"
     assert whole(other, d).count("<think>") == 1 and whole(other, d).count("</think>") == 1
-    assert formatter.opened(example) == "<think>" and other.decode(formatter.prompt(example)).endswith("<think>\n")
+    assert formatter.opened(example) == "<think>" and other.decode(
+        formatter.prompt(example)
+    ).endswith("<think>\n")
     assert len(formatter.closed) == (answer == "It is 12.")
 
 
 def test_a_finished_block_is_not_doubled(tiny):
-    formatter = Formatter(with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False})
+    formatter = Formatter(
+        with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False}
+    )
     with pytest.raises(UserError, match="enable_thinking=true"):
         formatter.documents([chat(("user", "Q"), ("assistant", "<think>r</think>12"))])
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+}
 
 
 @pytest.mark.parametrize("content", ["", None, "I look it up."])
@@ -195,36 +271,86 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
 def test_tool_calls_are_trained_on(tiny, content, arguments):
     other = with_template(tiny, "tools")
     call = CALL | {"function": {"name": "weather", "arguments": arguments}}
-    turns = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
-    turns += [{"role": "tool", "tool_call_id": "c1", "content": "4 C"}, {"role": "assistant", "content": "It is 4 C."}]
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+    ]
+    turns += [
+        {"role": "tool", "tool_call_id": "c1", "content": "4 C"},
+        {"role": "assistant", "content": "It is 4 C."},
+    ]
     example = to_example({"messages": turns, "tools": TOOLS}, "f:1")
     (d,) = Formatter(other).documents([example])
     said = f"{content}\n" if content else ""
     called = f'{said}<tool_call>\n{{"name": "weather", "arguments": {{"city": "Oslo"}}}}\n</tool_call><|im_end|>'
     assert trained(other, d) == called + "It is 4 C.<|im_end|>"
     assert "You may call:" in whole(other, d) and "<tool_response>\n4 C" in whole(other, d)
-    (as_text,) = Formatter(other).documents([to_example({"messages": turns, "tools": json.dumps(TOOLS)}, "f:1")])
+    (as_text,) = Formatter(other).documents(
+        [to_example({"messages": turns, "tools": json.dumps(TOOLS)}, "f:1")]
+    )
     assert list(as_text.tokens) == list(d.tokens)
 
 
 def test_what_a_template_does_not_show_is_refused_by_name(tiny):
-    call = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    call = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    ]
     cases = [
         (tiny, {"messages": call}, "no place for 'weather' of the assistant's tool_calls"),
         (tiny, {"question": "Q", "answer": "A", "tools": TOOLS}, "no place for 'tools'"),
-        (with_template(tiny, "two_roles"), {"system": "S", "question": "Q", "answer": "A"}, "passes over the role 'system'"),
-        (with_template(tiny, "two_roles"), {"messages": [{"role": "human", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "'human'"),
-        (tiny, {"messages": [{"role": "user", "content": "Q", "mood": "sad"}, {"role": "assistant", "content": "A"}]}, "'mood' of a user message"),
-        (with_template(tiny, "{{ raise_exception('no such role') }}"), {"question": "Q", "answer": "A"}, "no such role"),
-        (with_template(tiny, "{{ messages[0].content + 1 }}"), {"question": "Q", "answer": "A"}, "refuses these messages"),
-        (with_template(tiny, "{% for m in messages %}"), {"question": "Q", "answer": "A"}, "not valid"),
+        (
+            with_template(tiny, "two_roles"),
+            {"system": "S", "question": "Q", "answer": "A"},
+            "passes over the role 'system'",
+        ),
+        (
+            with_template(tiny, "two_roles"),
+            {
+                "messages": [
+                    {"role": "human", "content": "Q"},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            "'human'",
+        ),
+        (
+            tiny,
+            {
+                "messages": [
+                    {"role": "user", "content": "Q", "mood": "sad"},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            "'mood' of a user message",
+        ),
+        (
+            with_template(tiny, "{{ raise_exception('no such role') }}"),
+            {"question": "Q", "answer": "A"},
+            "no such role",
+        ),
+        (
+            with_template(tiny, "{{ messages[0].content + 1 }}"),
+            {"question": "Q", "answer": "A"},
+            "refuses these messages",
+        ),
+        (
+            with_template(tiny, "{% for m in messages %}"),
+            {"question": "Q", "answer": "A"},
+            "not valid",
+        ),
     ]
     for tokenizer, row, words in cases:
         with pytest.raises(UserError) as e:
             Formatter(tokenizer).documents([to_example(row, "f:1")])
         assert words in str(e.value) and "\n" not in str(e.value)
     read = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.mood }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
-    row = {"messages": [{"role": "user", "content": "Q", "mood": "sad"}, {"role": "assistant", "content": "A"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Q", "mood": "sad"},
+            {"role": "assistant", "content": "A"},
+        ]
+    }
     (d,) = Formatter(with_template(tiny, read)).documents([to_example(row, "f:1")])
     assert "user sad\nQ" in whole(tiny, d)
 
@@ -234,7 +360,14 @@ def test_names_and_values_in_tool_calls_are_text(tiny):
     end = tiny.encode("<|im_end|>")[0]
 
     def ends(arguments, tools=TOOLS):
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+        turns = [
+            {"role": "user", "content": "Q"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "f", "arguments": arguments}],
+            },
+        ]
         (d,) = Formatter(other).documents([to_example({"messages": turns, "tools": tools}, "f:1")])
         return [int(i) for i in d.tokens].count(end), whole(other, d)
 
@@ -243,12 +376,27 @@ def test_names_and_values_in_tool_calls_are_text(tiny):
         count, text = ends(arguments)
         assert count == usual and text.count("<|im_end|>") == usual + 1
     assert ends({"a": 1}, [{"name": "f", "role": "<|im_end|>"}])[0] == usual
-    for tools, words in (("[{'name': 'get'}]", "must be a list of objects"), ("some text", "must be a list of objects"), (["f"], "must be a list")):
+    for tools, words in (
+        ("[{'name': 'get'}]", "must be a list of objects"),
+        ("some text", "must be a list of objects"),
+        (["f"], "must be a list"),
+    ):
         with pytest.raises(UserError, match=words):
             ends({"a": 1}, tools)
     with pytest.raises(UserError, match="says nothing"):
-        to_example({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}], "tools": "null"}, "f:1")
-    (d,) = Formatter(tiny).documents([to_example({"question": "Q", "answer": "A", "tools": "null"}, "f:1")])
+        to_example(
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": ""},
+                ],
+                "tools": "null",
+            },
+            "f:1",
+        )
+    (d,) = Formatter(tiny).documents(
+        [to_example({"question": "Q", "answer": "A", "tools": "null"}, "f:1")]
+    )
     assert trained(tiny, d) == "A<|im_end|>"
 
 
@@ -270,14 +418,19 @@ def test_tags_of_an_answer_are_kept_where_the_tokenizer_calls_them_special(tiny)
     other = Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "the other")
     text = "<think>r</think><answer>2</answer>"
     ids = other.encode(text)
-    assert min(ids[0], ids[-1]) >= size and other.decode([*ids, other.encode("<|im_end|>")[0]], skip_special=True) == text
+    assert (
+        min(ids[0], ids[-1]) >= size
+        and other.decode([*ids, other.encode("<|im_end|>")[0]], skip_special=True) == text
+    )
     (d,) = Formatter(other).documents([chat(("user", "<think>?"), ("assistant", text))])
     assert [int(i) for i in d.tokens].count(size) == 2
 
 
 def test_tokens_that_are_not_special_stay_in_what_is_read(tiny):
     content = json.loads(tiny.files["tokenizer.json"])
-    content["added_tokens"].append(dict(content["added_tokens"][0], id=tiny.size, content="<|file_sep|>", special=False))
+    content["added_tokens"].append(
+        dict(content["added_tokens"][0], id=tiny.size, content="<|file_sep|>", special=False)
+    )
     other = Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "the other")
     ids = other.encode("a<|file_sep|>b<|im_end|>")
     assert tiny.size in ids and other.decode(ids, skip_special=True) == "a<|file_sep|>b"
@@ -288,7 +441,11 @@ def test_arguments_that_no_template_reads_are_refused(tiny):
     other = with_template(tiny, "reasoning")
     with pytest.raises(UserError, match="reads no 'enable_thinkin'; did you mean enable_thinking"):
         Formatter(other, template_kwargs={"enable_thinkin": False})
-    row = {"question": "Q", "answer": "A", "chat_template_kwargs": {"custom_instructions": "Be brief."}}
+    row = {
+        "question": "Q",
+        "answer": "A",
+        "chat_template_kwargs": {"custom_instructions": "Be brief."},
+    }
     with pytest.raises(UserError, match="reads no 'custom_instructions'"):
         Formatter(other).documents([to_example(row, "f:1")])
     with pytest.raises(UserError, match="plain text has no place for 'chat_template_kwargs'"):
@@ -297,14 +454,23 @@ def test_arguments_that_no_template_reads_are_refused(tiny):
 
 def test_plain_text_holds_no_conversation(tiny):
     with pytest.raises(UserError, match="several turns"):
-        Formatter(tiny, "plain").documents([chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))])
+        Formatter(tiny, "plain").documents(
+            [chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+        )
     formatter = Formatter(tiny, "plain", prompt_suffix="\nAssistant: <think>")
     (d,) = formatter.documents([chat(("user", "Q"), ("assistant", "<think>r</think>A"))])
-    assert whole(tiny, d) == "Q\nAssistant: <think>r</think>A<|endoftext|>" and formatter.opened(chat(("user", "Q"))) == "<think>"
+    assert (
+        whole(tiny, d) == "Q\nAssistant: <think>r</think>A<|endoftext|>"
+        and formatter.opened(chat(("user", "Q"))) == "<think>"
+    )
 
 
 def test_long_conversations_take_no_time_of_their_own(tiny):
-    turns = [(role, f"{role} {i} " + "some words " * 50) for i in range(60) for role in ("user", "assistant")]
+    turns = [
+        (role, f"{role} {i} " + "some words " * 50)
+        for i in range(60)
+        for role in ("user", "assistant")
+    ]
     began = time.perf_counter()
     pieces = Formatter(tiny).segments(chat(*turns))
     assert len(pieces) == 120 and time.perf_counter() - began < 10
@@ -321,21 +487,33 @@ def test_turns_with_weight_0_are_not_trained_on(tiny):
         assert trained(tiny, d) == "No: 4.<|im_end|>" and "assistant\n5<|im_end|>" in whole(tiny, d)
         (last,) = Formatter(tiny).documents([to_example({"messages": turns[:2]}, "f:1")])
         assert not last.weights.any() and whole(tiny, last).endswith("5<|im_end|>")
-    half = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "weight": 0.5}]
+    half = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "weight": 0.5},
+    ]
     (d,) = Formatter(tiny).documents([to_example({"messages": half}, "f:1")])
     assert set(d.weights.tolist()) == {0.0, 0.5}
 
 
 def test_a_template_that_rewrites_turns_gives_each_its_own_document(tiny):
     other = with_template(tiny, "reasoning")
-    example = chat(("user", "a"), ("assistant", "<think>\nr1\n</think>\n\nb"), ("user", "c"), ("assistant", "<think>\nr2\n</think>\n\nd"))
+    example = chat(
+        ("user", "a"),
+        ("assistant", "<think>\nr1\n</think>\n\nb"),
+        ("user", "c"),
+        ("assistant", "<think>\nr2\n</think>\n\nd"),
+    )
     formatter = Formatter(other)
     first, second = formatter.split_turns(example)
     one, two = formatter.documents([first, second])
     assert trained(other, one) == "<think>\nr1\n</think>\n\nb<|im_end|>"
     assert trained(other, two) == "<think>\nr2\n</think>\n\nd<|im_end|>"
-    assert whole(other, two).startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc")
-    assert Formatter(tiny).split_turns(example) == [example]  # one document, where nothing is rewritten
+    assert whole(other, two).startswith(
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc"
+    )
+    assert Formatter(tiny).split_turns(example) == [
+        example
+    ]  # one document, where nothing is rewritten
     assert list(two.tokens[: len(formatter.prompt(example))]) == formatter.prompt(example)
 
 
@@ -348,16 +526,29 @@ def test_the_prompt_of_a_conversation_without_an_answer_is_all_of_it(tiny):
 
 
 def test_a_row_brings_arguments_of_its_own(tiny):
-    formatter = Formatter(with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False})
-    row = {"question": "Q", "answer": "A", "chat_template_kwargs": {"enable_thinking": True, "python_tools": None}}
+    formatter = Formatter(
+        with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False}
+    )
+    row = {
+        "question": "Q",
+        "answer": "A",
+        "chat_template_kwargs": {"enable_thinking": True, "python_tools": None},
+    }
     (own,) = formatter.documents([to_example(row, "f:1")])
     (of_the_run,) = formatter.documents([to_example({"question": "Q", "answer": "A"}, "f:2")])
-    assert trained(tiny, own) == "<think>\n\n</think>\n\nA<|im_end|>" and trained(tiny, of_the_run) == "A<|im_end|>"
+    assert (
+        trained(tiny, own) == "<think>\n\n</think>\n\nA<|im_end|>"
+        and trained(tiny, of_the_run) == "A<|im_end|>"
+    )
     assert whole(tiny, own) == whole(tiny, of_the_run)
 
 
 def test_template_arguments():
-    assert parse_template_kwargs("enable_thinking=false, n=3,name=x") == {"enable_thinking": False, "n": 3, "name": "x"}
+    assert parse_template_kwargs("enable_thinking=false, n=3,name=x") == {
+        "enable_thinking": False,
+        "n": 3,
+        "name": "x",
+    }
     assert parse_template_kwargs('{"a": [1]}') == {"a": [1]} and parse_template_kwargs("") == {}
     assert parse_template_kwargs("a=None,b=True") == {"a": None, "b": True}
     for bad in ("enable_thinking", "=3", "a b=1", "{", "[1]", "n=3,n=4"):
@@ -395,7 +586,12 @@ def test_a_tokenizer_saved_by_another_version_is_the_same(tiny, tmp_path):
     ]
     for other in same:
         assert shared_vocabulary(tiny, other) == shared_vocabulary(other, tiny) == tiny.size
-    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     different = [
         edited(pre_tokenizer__pretokenizers__1=byte_level),
         edited(normalizer={"type": "NFKC"}),
@@ -411,14 +607,43 @@ def test_a_tokenizer_saved_by_another_version_is_the_same(tiny, tmp_path):
 # --- every form, every template, nothing lost ----------------------------------------------------
 
 
-WORDS = ["Mia", "has", "12", "apples.", "\n", "  ", "ünï", "日本", "😀", "<b>", '"q"', "{x}", "\\frac{1}{2}", "#### 5", "</s>", "\t"]
-HOSTILE = [*CONTROLS, "<think>", "</think>", "<tool_call>", "</tool_call>", "{{ 7*7 }}", "{% raw %}", "[INST]", "\U0010fffd"]
+WORDS = [
+    "Mia",
+    "has",
+    "12",
+    "apples.",
+    "\n",
+    "  ",
+    "ünï",
+    "日本",
+    "😀",
+    "<b>",
+    '"q"',
+    "{x}",
+    "\\frac{1}{2}",
+    "#### 5",
+    "</s>",
+    "\t",
+]
+HOSTILE = [
+    *CONTROLS,
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "{{ 7*7 }}",
+    "{% raw %}",
+    "[INST]",
+    "\U0010fffd",
+]
 UNKNOWN_COLUMNS = ["context", "options", "images", "id", "source", "level"]
 UNKNOWN_FIELDS = ["mood", "name", "id", "refusal"]
 
 
 def some_text(rng, hostile=0.15):
-    return " ".join(rng.choice(HOSTILE if rng.random() < hostile else WORDS) for _ in range(rng.randint(1, 6))) + rng.choice("abc")
+    return " ".join(
+        rng.choice(HOSTILE if rng.random() < hostile else WORDS) for _ in range(rng.randint(1, 6))
+    ) + rng.choice("abc")
 
 
 def some_message(rng, role):
@@ -427,7 +652,9 @@ def some_message(rng, role):
         if rng.random() < 0.2:
             message[rng.choice(["reasoning_content", "reasoning", "thinking"])] = some_text(rng)
         if rng.random() < 0.15:
-            message["tool_calls"] = [{"function": {"name": f"f{rng.randint(0, 9)}", "arguments": {"k": some_text(rng)}}}]
+            message["tool_calls"] = [
+                {"function": {"name": f"f{rng.randint(0, 9)}", "arguments": {"k": some_text(rng)}}}
+            ]
         if rng.random() < 0.2:
             message[rng.choice(["weight", "loss", "train"])] = rng.choice([0, 1])
     if rng.random() < 0.08:
@@ -438,15 +665,28 @@ def some_message(rng, role):
 def some_row(rng):
     kind = rng.randrange(7)
     if kind == 0:
-        row = {"question": some_text(rng), "answer": rng.choice([some_text(rng), 12, some_text(rng) + "\n#### 12"])}
+        row = {
+            "question": some_text(rng),
+            "answer": rng.choice([some_text(rng), 12, some_text(rng) + "\n#### 12"]),
+        }
     elif kind == 1:
-        row = {"problem": some_text(rng), "solution": some_text(rng)} | ({"answer": "3"} if rng.random() < 0.5 else {})
+        row = {"problem": some_text(rng), "solution": some_text(rng)} | (
+            {"answer": "3"} if rng.random() < 0.5 else {}
+        )
     elif kind == 2:
         row = {"prompt": some_text(rng), "completion": some_text(rng)}
     elif kind == 3:
-        row = {"instruction": some_text(rng), "input": rng.choice(["", some_text(rng)]), "output": some_text(rng)}
+        row = {
+            "instruction": some_text(rng),
+            "input": rng.choice(["", some_text(rng)]),
+            "output": some_text(rng),
+        }
     elif kind == 4:
-        row = {"conversations": [{"from": f, "value": some_text(rng)} for f in ("human", "gpt") * rng.randint(1, 2)]}
+        row = {
+            "conversations": [
+                {"from": f, "value": some_text(rng)} for f in ("human", "gpt") * rng.randint(1, 2)
+            ]
+        }
     else:
         roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * rng.randint(1, 3)
         row = {"messages": [some_message(rng, role) for role in roles]}
@@ -473,7 +713,15 @@ def texts_of(value):
 def refused_on_purpose(row):
     """Why a row may be refused: a part that no known form or simple template has a place for."""
     texts = json.dumps(row, ensure_ascii=False)
-    parts = [*UNKNOWN_COLUMNS[:3], *(f'"{name}": "yes"' for name in UNKNOWN_FIELDS), "tool_calls", "reason", "thinking", "think>", '"system"']
+    parts = [
+        *UNKNOWN_COLUMNS[:3],
+        *(f'"{name}": "yes"' for name in UNKNOWN_FIELDS),
+        "tool_calls",
+        "reason",
+        "thinking",
+        "think>",
+        '"system"',
+    ]
     return any(part in texts for part in parts)
 
 
@@ -483,17 +731,24 @@ def check_row(row, formatter, controls):
         example = to_example(json.loads(json.dumps(row)), "f:1")
         documents = formatter.documents(formatter.split_turns(example))
     except UserError as e:
-        assert str(e).startswith("f:1") and "\n" not in str(e) and refused_on_purpose(row), (row, str(e))
+        assert str(e).startswith("f:1") and "\n" not in str(e) and refused_on_purpose(row), (
+            row,
+            str(e),
+        )
         return False
     assert not any(row.get(name) for name in UNKNOWN_COLUMNS[:3]), row
     decode = formatter.tokenizer.decode
     text = unicodedata.normalize("NFC", "\n".join(decode(d.tokens) for d in documents))
-    for name in ("id", "source", "level", "answer") if "solution" in row else ("id", "source", "level"):
+    for name in (
+        ("id", "source", "level", "answer") if "solution" in row else ("id", "source", "level")
+    ):
         row = {k: v for k, v in row.items() if k != name}
     for said in texts_of(row):
         said = unicodedata.normalize("NFC", said.strip())
         in_json = json.dumps(said, ensure_ascii=False)[1:-1]
-        if said.startswith("<think>") and formatter.opened(example):  # the tag is the prompt's, with its own line end
+        if said.startswith("<think>") and formatter.opened(
+            example
+        ):  # the tag is the prompt's, with its own line end
             said = said.removeprefix("<think>").strip()
         assert said in text or in_json in text, (row, "LOST", said, text)
     for d in documents:  # every control token is the template's: its turns open and close as often as the template says
@@ -502,7 +757,9 @@ def check_row(row, formatter, controls):
         opened, closed = count[:2]
         assert count[2] == 0 and opened in (closed, closed + 1), (row, decode(ids))
         learnt = [int(i) for i, w in zip(d.tokens, d.weights) if w]
-        assert controls[0] not in learnt and learnt.count(controls[1]) <= sum(m["role"] == "assistant" for m in example.messages)
+        assert controls[0] not in learnt and learnt.count(controls[1]) <= sum(
+            m["role"] == "assistant" for m in example.messages
+        )
     return True
 
 
@@ -519,4 +776,6 @@ def test_rows_of_every_form_are_trained_on_as_written_or_refused(tiny, template,
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["own", *ALL])
 def test_ten_thousand_rows(tiny, template):
-    test_rows_of_every_form_are_trained_on_as_written_or_refused(tiny, template, rows=10_000 // (1 + len(ALL)) + 1)
+    test_rows_of_every_form_are_trained_on_as_written_or_refused(
+        tiny, template, rows=10_000 // (1 + len(ALL)) + 1
+    )

@@ -19,7 +19,15 @@ from tests.test_generate import some_prompts
 from train import forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHAPE = dict(vocab_size=2000, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64)
+SHAPE = dict(
+    vocab_size=2000,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +37,33 @@ def by_the_device():
 
 
 def body(seed=0, dtype=torch.bfloat16, **more):
-    return build_model(ModelConfig(**SHAPE | more), None, device="cuda", seed=seed, compute_dtype=dtype)
+    return build_model(
+        ModelConfig(**SHAPE | more), None, device="cuda", seed=seed, compute_dtype=dtype
+    )
 
 
 def batch():
     rng = np.random.default_rng(0)
-    return Batch.pack(Document(rng.integers(1900, size=n), (np.arange(n) > n // 4).astype(float)) for n in (1, 5, 127, 128, 129, 400))
+    return Batch.pack(
+        Document(rng.integers(1900, size=n), (np.arange(n) > n // 4).astype(float))
+        for n in (1, 5, 127, 128, 129, 400)
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss", ["sft", "kd", "topk"])
 def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
     teacher = body(1, hidden_size=384, num_heads=6).requires_grad_(False) if loss != "sft" else None
-    kd = functools.partial(kd_loss, divergence="jsd", beta=0.3, temperature=2.0, t_squared=True, ce=0.2, vocab=1990, topk=20 if loss == "topk" else 0)
+    kd = functools.partial(
+        kd_loss,
+        divergence="jsd",
+        beta=0.3,
+        temperature=2.0,
+        t_squared=True,
+        ce=0.2,
+        vocab=1990,
+        topk=20 if loss == "topk" else 0,
+    )
     gradients = {}
     for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
         backend.use(kernels)
@@ -51,18 +73,35 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
             teacher.compute_dtype = dtype
             teacher.to(dtype)
         micro = batch()
-        sums = forward_backward(model, teacher, kd if teacher else sft_loss, micro, micro.normaliser, 1024, torch.device("cuda"))
-        gradients[kernels] = (float(sums["loss"][0]), torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+        sums = forward_backward(
+            model,
+            teacher,
+            kd if teacher else sft_loss,
+            micro,
+            micro.normaliser,
+            1024,
+            torch.device("cuda"),
+        )
+        gradients[kernels] = (
+            float(sums["loss"][0]),
+            torch.cat([p.grad.flatten() for p in model.parameters()]).double(),
+        )
     (loss_a, a), (loss_b, b) = gradients["triton"], gradients["torch"]
     assert abs(loss_a - loss_b) < 0.02 * abs(loss_b)
     assert (a - b).norm() < 0.05 * b.norm()  # bf16 bodies against fp32 ones
 
 
-@pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.9), dict(temperature=1.2, top_k=50, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "filters",
+    [dict(temperature=0.0), dict(temperature=0.9), dict(temperature=1.2, top_k=50, top_p=0.9)],
+    ids=str,
+)
 def test_recorded_steps_write_what_unrecorded_ones_do(filters, monkeypatch):
     """Rows that end, move and are refilled; a cache that has to move. The same batch compositions: the same bits."""
     model, prompts = body(), some_prompts([n % 40 + 1 for n in range(90)], 1900)
-    ask = lambda: generate(model, prompts, 70, list(range(60)), vocab=1990, seeds=range(90), batch_size=33, **filters)
+    ask = lambda: generate(
+        model, prompts, 70, list(range(60)), vocab=1990, seeds=range(90), batch_size=33, **filters
+    )
     results = {}
     for name, after, free in (("recorded", 2, None), ("moving", 2, 0), ("unrecorded", 10**9, None)):
         monkeypatch.setattr(engine, "CAPTURE_AFTER", after)
@@ -76,8 +115,17 @@ def test_recorded_steps_write_what_unrecorded_ones_do(filters, monkeypatch):
 
 def test_scores_of_what_was_sampled_agree_with_the_sampler():
     model, prompts = body(), some_prompts([5, 60, 200], 1900)
-    for prompt, c in zip(prompts, generate(model, prompts, 50, [], vocab=1990, temperature=1.0, seeds=range(3))):
+    for prompt, c in zip(
+        prompts, generate(model, prompts, 50, [], vocab=1990, temperature=1.0, seeds=range(3))
+    ):
         tokens = torch.tensor(prompt + c.tokens, device="cuda")
-        hidden = model(tokens, torch.arange(len(tokens), device="cuda"), PackedAttention([len(tokens)], "cuda"))[len(prompt) - 1 : -1]
-        logp = (hidden.float() @ model.head_VD[:1990].float().T).log_softmax(1).gather(1, tokens[len(prompt) :, None]).squeeze(1)
+        hidden = model(
+            tokens, torch.arange(len(tokens), device="cuda"), PackedAttention([len(tokens)], "cuda")
+        )[len(prompt) - 1 : -1]
+        logp = (
+            (hidden.float() @ model.head_VD[:1990].float().T)
+            .log_softmax(1)
+            .gather(1, tokens[len(prompt) :, None])
+            .squeeze(1)
+        )
         assert (logp - torch.tensor(c.logp, device="cuda")).abs().max() < 0.1

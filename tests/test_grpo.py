@@ -18,13 +18,36 @@ VOCAB, HEAD, HIDDEN, LENGTH = 17, 20, 6, 9
 
 # name -> (prompt tokens, completion tokens, advantage, log-ratio of the whole completion, truncated and masked)
 SAMPLES = [
-    (3, 4, 1.2, 0.5, False), (3, 7, -0.7, 0.5, False), (3, 1, 0.9, -0.5, False), (3, 5, -1.4, -0.5, False), (3, 6, 0.8, 0.03, False),
-    (2, 3, -0.5, -0.04, False), (2, 6, -1.1, 0.4, True), (2, 5, 0.0, 0.5, False), (2, 2, 0.0, -0.5, False), (2, 1, 0.6, 0.45, False),
-    (4, 4, 0.3, -0.45, False), (1, 3, -0.2, 0.02, False), (1, 1, 0.4, 0.6, False),
-]  # fmt: skip
+    (3, 4, 1.2, 0.5, False),
+    (3, 7, -0.7, 0.5, False),
+    (3, 1, 0.9, -0.5, False),
+    (3, 5, -1.4, -0.5, False),
+    (3, 6, 0.8, 0.03, False),
+    (2, 3, -0.5, -0.04, False),
+    (2, 6, -1.1, 0.4, True),
+    (2, 5, 0.0, 0.5, False),
+    (2, 2, 0.0, -0.5, False),
+    (2, 1, 0.6, 0.45, False),
+    (4, 4, 0.3, -0.45, False),
+    (1, 3, -0.2, 0.02, False),
+    (1, 1, 0.4, 0.6, False),
+]
 
 
-def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, beta, kl, entropy, temperature, vocab):
+def restated(
+    variant,
+    hidden_TD,
+    head_VD,
+    documents,
+    *,
+    clip_low,
+    clip_high,
+    beta,
+    kl,
+    entropy,
+    temperature,
+    vocab,
+):
     """(the papers' mean loss, a record per trained token), every ratio, clip and sum spelled out; objectives turned into losses.
 
     A masked sequence is as if it had not been drawn, under every variant.
@@ -37,17 +60,33 @@ def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, bet
             ls_V = torch.log_softmax(head_VD[:vocab] @ hidden_TD[start + i - 1] / temperature, 0)
             entropy_i = -(ls_V.exp() * ls_V).sum()
             logp.append(ls_V[d.tokens[i]])
-            old.append(torch.tensor(d.fields["old_logp"][i]) if "old_logp" in d.fields else logp[-1].detach())
+            old.append(
+                torch.tensor(d.fields["old_logp"][i])
+                if "old_logp" in d.fields
+                else logp[-1].detach()
+            )
             terms.append(-entropy * entropy_i)
-            records.append({"entropy": entropy_i.item(), "logp": logp[-1].item(), "old": old[-1].item(), "at": (start, i)})
+            records.append(
+                {
+                    "entropy": entropy_i.item(),
+                    "logp": logp[-1].item(),
+                    "old": old[-1].item(),
+                    "at": (start, i),
+                }
+            )
             if beta:  # Schulman, "Approximating KL divergence": x ~ pi, r = pi_ref / pi
                 log_r = d.fields["ref_logp"][i] - logp[-1]
                 estimates = {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
                 terms[-1] = terms[-1] + beta * estimates[kl]
                 records[-1]["ref_kl"] = estimates["k3"].item()
         for n, i in enumerate(trained):
-            advantage, correction = (float(d.fields[name][i]) if name in d.fields else 1.0 for name in ("advantage", "correction"))
-            if variant.startswith("gspo"):  # eq. 5 and 7: the likelihood ratio of the sequence, to the power of 1/|o|
+            advantage, correction = (
+                float(d.fields[name][i]) if name in d.fields else 1.0
+                for name in ("advantage", "correction")
+            )
+            if variant.startswith(
+                "gspo"
+            ):  # eq. 5 and 7: the likelihood ratio of the sequence, to the power of 1/|o|
                 ratio = torch.exp(sum(a - b for a, b in zip(logp, old)) / len(trained))
                 if variant == "gspo-token":  # eq. 14
                     ratio = ratio.detach() * torch.exp(logp[n] - logp[n].detach())
@@ -60,7 +99,11 @@ def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, bet
                 policy = -min(ratio * advantage, inside * advantage)
             terms[n] = terms[n] + correction * policy
             side = "low" if ratio < 1 - clip_low else "high" if ratio > 1 + clip_high else "in"
-            records[len(records) - len(trained) + n] |= {"side": side, "sign": int(np.sign(advantage)), "log_ratio": ratio.log().item()}
+            records[len(records) - len(trained) + n] |= {
+                "side": side,
+                "sign": int(np.sign(advantage)),
+                "log_ratio": ratio.log().item(),
+            }
         if trained:
             per_sequence.append(terms)
         start += len(d)
@@ -69,44 +112,73 @@ def restated(variant, hidden_TD, head_VD, documents, *, clip_low, clip_high, bet
         return sum(sum(terms) for terms in per_sequence) / tokens, records
     if variant == "dr_grpo":
         return sum(sum(terms) / LENGTH for terms in per_sequence) / sequences, records
-    return sum(sum(terms) / len(terms) for terms in per_sequence) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5
+    return sum(
+        sum(terms) / len(terms) for terms in per_sequence
+    ) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5
 
 
 # what is asked of a loss: its arguments, and the fields beside the advantage. Bounds are asymmetric.
-BASE = dict(clip_low=0.2, clip_high=0.28, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=VOCAB)
+BASE = dict(
+    clip_low=0.2, clip_high=0.28, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=VOCAB
+)
 CASES = {
     "on-policy": ({}, ()),
     "off-policy": ({"temperature": 0.7}, ("old_logp",)),
     "k1": ({"beta": 0.3, "kl": "k1", "temperature": 1.3}, ("old_logp", "ref_logp", "sampler_logp")),
     "k2": ({"beta": 0.3, "kl": "k2", "entropy": 0.05}, ("ref_logp", "sampler_logp")),
-    "k3": ({"beta": 0.3, "entropy": 0.05, "temperature": 1.3, "vocab": None}, ("old_logp", "ref_logp", "correction", "sampler_logp")),
+    "k3": (
+        {"beta": 0.3, "entropy": 0.05, "temperature": 1.3, "vocab": None},
+        ("old_logp", "ref_logp", "correction", "sampler_logp"),
+    ),
 }
 
 
 def weigh(variant):
     """The weighting that VARIANTS names."""
-    return (WEIGHTINGS | {"constant": functools.partial(constant_length, length=LENGTH)})[VARIANTS[variant][1]]
+    return (WEIGHTINGS | {"constant": functools.partial(constant_length, length=LENGTH)})[
+        VARIANTS[variant][1]
+    ]
 
 
 def samples(arguments, names, seed=0):
     """(hidden_TD, head_VD, documents) of SAMPLES, with the log-ratios that it asks for; NaN where nothing may look."""
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    hidden_TD = torch.randn(sum(p + c for p, c, *_ in SAMPLES), HIDDEN, dtype=torch.float64, generator=gen)
+    hidden_TD = torch.randn(
+        sum(p + c for p, c, *_ in SAMPLES), HIDDEN, dtype=torch.float64, generator=gen
+    )
     head_VD = torch.randn(HEAD, HIDDEN, dtype=torch.float64, generator=gen)
     documents = []
     for prompt, completion, advantage, shift, masked in SAMPLES:
         length = prompt + completion
         weights = np.where(np.arange(length) >= prompt, 0.0 if masked else 1.0, 0.0)
-        documents.append(Document(rng.integers(0, VOCAB, length), weights, {"advantage": np.where(weights > 0, advantage, np.nan)}))
-    _, records = restated("token", hidden_TD, head_VD, documents, **BASE | {"temperature": arguments["temperature"], "vocab": arguments["vocab"]})
+        documents.append(
+            Document(
+                rng.integers(0, VOCAB, length),
+                weights,
+                {"advantage": np.where(weights > 0, advantage, np.nan)},
+            )
+        )
+    _, records = restated(
+        "token",
+        hidden_TD,
+        head_VD,
+        documents,
+        **BASE | {"temperature": arguments["temperature"], "vocab": arguments["vocab"]},
+    )
     now = iter(r["logp"] for r in records)
     for d, (_, completion, _, shift, masked) in zip(documents, SAMPLES):
         made = {name: np.full(len(d), np.nan) for name in names}
         if not masked:
             logp = np.array([next(now) for _ in range(completion)])
             jitter = rng.normal(0, 0.4, completion)
-            old = logp - shift - (jitter - jitter.mean())  # the sequence's log-ratio is the shift, its tokens' are all about it
-            noise = {"old_logp": old, "ref_logp": logp - rng.normal(0, 0.5, completion), "sampler_logp": old + rng.normal(0, 0.01, completion)}
+            old = (
+                logp - shift - (jitter - jitter.mean())
+            )  # the sequence's log-ratio is the shift, its tokens' are all about it
+            noise = {
+                "old_logp": old,
+                "ref_logp": logp - rng.normal(0, 0.5, completion),
+                "sampler_logp": old + rng.normal(0, 0.01, completion),
+            }
             noise["correction"] = np.full(completion, rng.uniform(0.5, 1.5))
             for name in names:
                 made[name][-completion:] = noise[name]
@@ -121,11 +193,15 @@ def relative(got, want):
 def assert_agrees(variant, loss_variant, arguments, hidden_TD, head_VD, documents):
     """Mean loss and gradients against the re-statement; returns (metrics, records)."""
     batch = Batch.pack(weigh(loss_variant)(d) for d in documents)
-    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, variant=loss_variant, **arguments)
+    loss_sum, metrics = grpo_loss(
+        hidden_TD, head_VD, None, batch, variant=loss_variant, **arguments
+    )
     got = torch.autograd.grad(loss_sum / batch.normaliser, (hidden_TD, head_VD))
     want_loss, records = restated(variant, hidden_TD, head_VD, documents, **arguments)
     want = torch.autograd.grad(want_loss, (hidden_TD, head_VD))
-    assert abs(loss_sum.item() / batch.normaliser - want_loss.item()) < 1e-10 * abs(want_loss.item())
+    assert abs(loss_sum.item() / batch.normaliser - want_loss.item()) < 1e-10 * abs(
+        want_loss.item()
+    )
     assert relative(got[0], want[0]) < 1e-10 and relative(got[1], want[1]) < 1e-10
     assert (got[0][[t for t in range(len(hidden_TD)) if t not in batch.rows_N]] == 0).all()
     return metrics, records
@@ -142,10 +218,14 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
 
     seen = {(r["side"], r["sign"]) for r in records}
     sides = ("low", "in", "high") if "old_logp" in names else ("in",)
-    assert seen >= set(itertools.product(sides, (-1, 1))) and any(sign == 0 for _, sign in seen), "every clip case occurs"
+    assert seen >= set(itertools.product(sides, (-1, 1))) and any(sign == 0 for _, sign in seen), (
+        "every clip case occurs"
+    )
 
     got = {name: float(total / count) for name, (total, count) in metrics.items()}
-    assert all(float(count) == len(records) for name, (_, count) in metrics.items() if name != "loss")
+    assert all(
+        float(count) == len(records) for name, (_, count) in metrics.items() if name != "loss"
+    )
     sequences = sum(not masked for *_, masked in SAMPLES)
     counts = {"token": len(records), "sequence": sequences, "constant": sequences}
     assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant][1]], rel=1e-12)
@@ -153,20 +233,37 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     def mean(of):
         return np.mean([of(r) for r in records])
 
-    cut = {"low": (-1, 1) if variant == "cispo" else (-1,), "high": (-1, 1) if variant == "cispo" else (1,)}  # whose gradient changes
+    cut = {
+        "low": (-1, 1) if variant == "cispo" else (-1,),
+        "high": (-1, 1) if variant == "cispo" else (1,),
+    }  # whose gradient changes
     for side, signs in cut.items():
         want = mean(lambda r: r["side"] == side and r["sign"] in signs)
-        assert got[f"clip_{side}"] == pytest.approx(want, abs=1e-12) and (want > 0) == ("old_logp" in names)
+        assert got[f"clip_{side}"] == pytest.approx(want, abs=1e-12) and (want > 0) == (
+            "old_logp" in names
+        )
     assert got["entropy"] == pytest.approx(mean(lambda r: r["entropy"]), rel=1e-10)
-    assert abs(got["entropy"] + mean(lambda r: r["logp"])) > 0.1, "entropy is not the mean of -log p"
-    assert got["old_kl"] == pytest.approx(mean(lambda r: np.exp(r["log_ratio"]) - 1 - r["log_ratio"]), abs=1e-10)
-    assert ("ref_kl" in got) == ("ref_logp" in names) and ("sampler_mismatch" in got) == ("sampler_logp" in names)
+    assert abs(got["entropy"] + mean(lambda r: r["logp"])) > 0.1, (
+        "entropy is not the mean of -log p"
+    )
+    assert got["old_kl"] == pytest.approx(
+        mean(lambda r: np.exp(r["log_ratio"]) - 1 - r["log_ratio"]), abs=1e-10
+    )
+    assert ("ref_kl" in got) == ("ref_logp" in names) and ("sampler_mismatch" in got) == (
+        "sampler_logp" in names
+    )
     if "ref_kl" in got:
         assert got["ref_kl"] == pytest.approx(mean(lambda r: r["ref_kl"]), rel=1e-10)
     if "sampler_mismatch" in got:
         starts = Batch.pack(documents).cu_seqlens.tolist()
-        sampled = {(start, i): x for start, d in zip(starts, documents) for i, x in enumerate(d.fields["sampler_logp"])}
-        assert got["sampler_mismatch"] == pytest.approx(mean(lambda r: abs(r["old"] - sampled[r["at"]])), rel=1e-9)
+        sampled = {
+            (start, i): x
+            for start, d in zip(starts, documents)
+            for i, x in enumerate(d.fields["sampler_logp"])
+        }
+        assert got["sampler_mismatch"] == pytest.approx(
+            mean(lambda r: abs(r["old"] - sampled[r["at"]])), rel=1e-9
+        )
 
 
 def test_gspo_with_a_correction_per_token_is_gspo_token():
@@ -184,33 +281,53 @@ def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
     arguments = BASE | {"temperature": 1.3, "beta": 0.2}
     hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "ref_logp"))
     gen = torch.Generator().manual_seed(7)
-    teacher_TC, teacher_UC = (torch.randn(n, 5, dtype=torch.float64, generator=gen) for n in (len(hidden_TD), HEAD + 3))
+    teacher_TC, teacher_UC = (
+        torch.randn(n, 5, dtype=torch.float64, generator=gen) for n in (len(hidden_TD), HEAD + 3)
+    )
     batch = Batch.pack(weigh(variant)(d) for d in documents)
     rows = batch.rows_N
     for name in ("reverse_kl", "forward_kl", "jsd"):
-        student_NV, teacher_NV = (x[rows] @ w[:VOCAB].T for x, w in ((hidden_TD, head_VD), (teacher_TC, teacher_UC)))
+        student_NV, teacher_NV = (
+            x[rows] @ w[:VOCAB].T for x, w in ((hidden_TD, head_VD), (teacher_TC, teacher_UC))
+        )
         policy, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
         loss, metrics = grpo_loss(
-            hidden_TD, head_VD, (teacher_TC[rows], teacher_UC), batch, variant=variant, kd=0.7, divergence=name, kd_beta=0.3, **arguments
+            hidden_TD,
+            head_VD,
+            (teacher_TC[rows], teacher_UC),
+            batch,
+            variant=variant,
+            kd=0.7,
+            divergence=name,
+            kd_beta=0.3,
+            **arguments,
         )
         value_N = reference.divergence(name, student_NV, teacher_NV, beta=0.3)
         want = policy + 0.7 * (value_N * batch.select(batch.weight_T)).sum()
         assert abs(loss.item() - want.item()) < 1e-10 * abs(want.item())
-        for got_grad, want_grad in zip(*(torch.autograd.grad(x, (hidden_TD, head_VD)) for x in (loss, want))):
+        for got_grad, want_grad in zip(
+            *(torch.autograd.grad(x, (hidden_TD, head_VD)) for x in (loss, want))
+        ):
             assert relative(got_grad, want_grad) < 1e-10
-        assert float(metrics[name][0] / metrics[name][1]) == pytest.approx(value_N.mean().item(), rel=1e-10)
+        assert float(metrics[name][0] / metrics[name][1]) == pytest.approx(
+            value_N.mean().item(), rel=1e-10
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_to_learn_gives_zero(variant):
     """No advantage anywhere, or every sample masked: zeros, no NaN."""
     hidden_TD, head_VD, documents = samples(BASE, ("old_logp", "ref_logp"))
-    equal = [Document(d.tokens, d.weights, d.fields | {"advantage": np.zeros(len(d))}) for d in documents]
+    equal = [
+        Document(d.tokens, d.weights, d.fields | {"advantage": np.zeros(len(d))}) for d in documents
+    ]
     masked = [Document(d.tokens, np.zeros(len(d)), d.fields) for d in documents]
     for docs, arguments in ((equal, BASE), (masked, BASE | {"beta": 0.3, "entropy": 0.1})):
         batch = Batch.pack(weigh(variant)(d) for d in docs)
         loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
-        assert loss_sum.item() == 0 and all(not g.any() for g in torch.autograd.grad(loss_sum, (hidden_TD, head_VD)))
+        assert loss_sum.item() == 0 and all(
+            not g.any() for g in torch.autograd.grad(loss_sum, (hidden_TD, head_VD))
+        )
         assert metrics["clip_low"][0] == metrics["clip_high"][0] == 0
 
 
@@ -220,14 +337,29 @@ def over_all_tokens(seed=0):
     Returns (hidden_D, head_VD, hidden_TD, reference log-probs [V], its (hidden_NC, head_UC), documents)."""
     gen = torch.Generator().manual_seed(seed)
     hidden_D, other_C = (torch.randn(n, dtype=torch.float64, generator=gen) for n in (HIDDEN, 4))
-    head_VD, other_UC = torch.randn(HEAD, HIDDEN, dtype=torch.float64, generator=gen), torch.randn(HEAD, 4, dtype=torch.float64, generator=gen)
-    ls_V, lt_V = torch.log_softmax(head_VD[:VOCAB] @ hidden_D, 0), torch.log_softmax(other_UC[:VOCAB] @ other_C, 0)
+    head_VD, other_UC = (
+        torch.randn(HEAD, HIDDEN, dtype=torch.float64, generator=gen),
+        torch.randn(HEAD, 4, dtype=torch.float64, generator=gen),
+    )
+    ls_V, lt_V = (
+        torch.log_softmax(head_VD[:VOCAB] @ hidden_D, 0),
+        torch.log_softmax(other_UC[:VOCAB] @ other_C, 0),
+    )
     documents = []
     for y in range(VOCAB):
-        fields = {"advantage": np.array([0.0, -(ls_V[y] - lt_V[y])]), "ref_logp": np.array([0.0, lt_V[y]])}
+        fields = {
+            "advantage": np.array([0.0, -(ls_V[y] - lt_V[y])]),
+            "ref_logp": np.array([0.0, lt_V[y]]),
+        }
         documents.append(Document(np.array([0, y]), np.array([0.0, ls_V[y].exp()]), fields))
     hidden_D.requires_grad_(), head_VD.requires_grad_()
-    return hidden_D, head_VD, hidden_D.expand(2 * VOCAB, HIDDEN), (other_C.expand(VOCAB, 4), other_UC), documents
+    return (
+        hidden_D,
+        head_VD,
+        hidden_D.expand(2 * VOCAB, HIDDEN),
+        (other_C.expand(VOCAB, 4), other_UC),
+        documents,
+    )
 
 
 def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
@@ -235,8 +367,22 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
     hidden_D, head_VD, hidden_TD, teacher, documents = over_all_tokens()
     batch = Batch.pack(documents)
     sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant="token", **BASE)
-    full, _ = kd_loss(hidden_TD, head_VD, teacher, batch, divergence="reverse_kl", beta=0.5, temperature=1.0, t_squared=False, ce=0.0, vocab=VOCAB)
-    logits_1V, teacher_1V = (head_VD[:VOCAB] @ hidden_D)[None], (teacher[1][:VOCAB] @ teacher[0][0])[None]
+    full, _ = kd_loss(
+        hidden_TD,
+        head_VD,
+        teacher,
+        batch,
+        divergence="reverse_kl",
+        beta=0.5,
+        temperature=1.0,
+        t_squared=False,
+        ce=0.0,
+        vocab=VOCAB,
+    )
+    logits_1V, teacher_1V = (
+        (head_VD[:VOCAB] @ hidden_D)[None],
+        (teacher[1][:VOCAB] @ teacher[0][0])[None],
+    )
     plain = reference.divergence("reverse_kl", logits_1V, teacher_1V).sum()
     assert abs(sampled.item() - plain.item()) < 1e-10 and abs(full.item() - plain.item()) < 1e-10
     got, fused, want = (torch.autograd.grad(x, (hidden_D, head_VD)) for x in (sampled, full, plain))
@@ -244,38 +390,62 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
         assert relative(g, w) < 1e-10 and relative(f, w) < 1e-10
 
 
-@pytest.mark.parametrize("kl, direction", [("k1", None), ("k2", "reverse_kl"), ("k3", "forward_kl")])
+@pytest.mark.parametrize(
+    "kl, direction", [("k1", None), ("k2", "reverse_kl"), ("k3", "forward_kl")]
+)
 def test_expected_gradients_of_the_kl_estimates(kl, direction):
     """As the comment in losses/grpo.py says; all three estimate KL(policy || reference) in value, but for k2."""
     hidden_D, head_VD, hidden_TD, other, documents = over_all_tokens(1)
     for d in documents:
         d.fields["advantage"] = np.zeros(2)
-    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, Batch.pack(documents), variant="token", **BASE | {"beta": 1.0, "kl": kl})
+    loss_sum, metrics = grpo_loss(
+        hidden_TD,
+        head_VD,
+        None,
+        Batch.pack(documents),
+        variant="token",
+        **BASE | {"beta": 1.0, "kl": kl},
+    )
     got = torch.autograd.grad(loss_sum, (hidden_D, head_VD))
     logits_1V, other_1V = (head_VD[:VOCAB] @ hidden_D)[None], (other[1][:VOCAB] @ other[0][0])[None]
     if kl != "k2":
-        assert loss_sum.item() == pytest.approx(reference.divergence("reverse_kl", logits_1V, other_1V).item(), rel=1e-10)
+        assert loss_sum.item() == pytest.approx(
+            reference.divergence("reverse_kl", logits_1V, other_1V).item(), rel=1e-10
+        )
     if direction is None:
         assert all(g.norm() < 1e-12 for g in got)
     else:
-        want = torch.autograd.grad(reference.divergence(direction, logits_1V, other_1V).sum(), (hidden_D, head_VD))
+        want = torch.autograd.grad(
+            reference.divergence(direction, logits_1V, other_1V).sum(), (hidden_D, head_VD)
+        )
         assert all(relative(g, w) < 1e-10 for g, w in zip(got, want))
 
 
 def test_estimates_of_a_kl_near_and_far():
     """k3 keeps its digits where both models nearly agree (1e-9 apart: 5e-19), and overflows only where exp does."""
     d = torch.tensor([1e-9, -1e-9, 0.0, 3.0, -3.0], dtype=torch.float64)
-    assert KL_ESTIMATES["k3"](d).tolist() == pytest.approx([0, 0, 0, np.exp(-3) + 2, np.exp(3) - 4], rel=1e-12, abs=1e-18)
+    assert KL_ESTIMATES["k3"](d).tolist() == pytest.approx(
+        [0, 0, 0, np.exp(-3) + 2, np.exp(3) - 4], rel=1e-12, abs=1e-18
+    )
     assert (KL_ESTIMATES["k3"](d) >= 0).all()
 
 
 def test_advantages_against_brute_force():
     rng = np.random.default_rng(0)
-    groups = [rng.integers(0, 2, g) * 1.0 for g in (2, 3, 8, 16)] + [rng.normal(size=5), [0.1] * 7, [1.0], [0.0, 0.0, 1.0], [-1, 1], [3, 3, 4]]
+    groups = [rng.integers(0, 2, g) * 1.0 for g in (2, 3, 8, 16)] + [
+        rng.normal(size=5),
+        [0.1] * 7,
+        [1.0],
+        [0.0, 0.0, 1.0],
+        [-1, 1],
+        [3, 3, 4],
+    ]
     for rewards in (list(map(float, g)) for g in groups):
         n = len(rewards)
         got = {name: group_advantages(rewards, name) for name in BASELINES}
-        assert all(a.shape == (n,) and a.dtype == np.float64 and np.isfinite(a).all() for a in got.values())
+        assert all(
+            a.shape == (n,) and a.dtype == np.float64 and np.isfinite(a).all() for a in got.values()
+        )
         if n == 1 or all(r == rewards[0] for r in rewards):
             assert not spread(rewards) and not any(a.any() for a in got.values()), "exactly zero"
             continue
@@ -284,5 +454,9 @@ def test_advantages_against_brute_force():
         others = [sum(rewards[:i] + rewards[i + 1 :]) / (n - 1) for i in range(n)]
         assert spread(rewards)
         np.testing.assert_allclose(got["mean"], [r - mean for r in rewards], rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(got["std"], [(r - mean) / (std + 1e-4) for r in rewards], rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(got["leave_one_out"], [r - o for r, o in zip(rewards, others)], rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(
+            got["std"], [(r - mean) / (std + 1e-4) for r in rewards], rtol=1e-12, atol=1e-15
+        )
+        np.testing.assert_allclose(
+            got["leave_one_out"], [r - o for r, o in zip(rewards, others)], rtol=1e-12, atol=1e-15
+        )

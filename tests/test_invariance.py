@@ -23,15 +23,41 @@ WEIGHED = WEIGHTINGS | {"constant": functools.partial(constant_length, length=7)
 def losses():
     kd = functools.partial(kd_loss, beta=0.3, temperature=1.7, t_squared=True, vocab=VOCAB)
     every = {name: functools.partial(kd, divergence=name, ce=0.0) for name in DIVERGENCES}
-    grpo = functools.partial(grpo_loss, clip_low=0.2, clip_high=0.28, beta=0.1, entropy=0.01, temperature=1.3, vocab=VOCAB)
+    grpo = functools.partial(
+        grpo_loss,
+        clip_low=0.2,
+        clip_high=0.28,
+        beta=0.1,
+        entropy=0.01,
+        temperature=1.3,
+        vocab=VOCAB,
+    )
     policy = {name: functools.partial(grpo, variant=name) for name in VARIANTS}
     policy["grpo+kd"] = functools.partial(grpo, variant="grpo", kd=0.5, divergence="reverse_kl")
-    return {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every | policy
+    return (
+        {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every | policy
+    )
 
 
 def build():
-    shape = ModelConfig(vocab_size=VOCAB + 4, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
-    teacher_shape = ModelConfig(vocab_size=VOCAB + 9, hidden_size=24, intermediate_size=24, num_layers=1, num_heads=3, num_kv_heads=3, head_dim=8)
+    shape = ModelConfig(
+        vocab_size=VOCAB + 4,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    teacher_shape = ModelConfig(
+        vocab_size=VOCAB + 9,
+        hidden_size=24,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=8,
+    )
     make = functools.partial(build_model, folder=None, device="cpu", weight_dtype=torch.float64)
     return make(shape, seed=0), make(teacher_shape, seed=1).requires_grad_(False), losses()
 
@@ -44,20 +70,33 @@ def documents(weighting):
         weights = np.ones(length, np.float64)
         weights[: rng.integers(1, length + 1)] = 0
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
-        fields = {"advantage": np.full(length, rng.normal())}  # what the policy losses read, and the others do not
-        fields |= {name: rng.normal(-np.log(VOCAB), 0.3, length) for name in ("old_logp", "ref_logp", "sampler_logp")}
-        made.append(weigh(Document(tokens, weights, fields | {"correction": rng.uniform(0.5, 1.5, length)})))
+        fields = {
+            "advantage": np.full(length, rng.normal())
+        }  # what the policy losses read, and the others do not
+        fields |= {
+            name: rng.normal(-np.log(VOCAB), 0.3, length)
+            for name in ("old_logp", "ref_logp", "sampler_logp")
+        }
+        made.append(
+            weigh(Document(tokens, weights, fields | {"correction": rng.uniform(0.5, 1.5, length)}))
+        )
     made.append(Document(np.arange(6, dtype=np.int32), np.zeros(6)))  # carries no loss at all
     return made
 
 
 def assert_same(got, want, what):
     (metrics, grad), (metrics0, grad0) = got, want
-    grad, grad0 = torch.as_tensor(grad, dtype=torch.float64), torch.as_tensor(grad0, dtype=torch.float64)
+    grad, grad0 = (
+        torch.as_tensor(grad, dtype=torch.float64),
+        torch.as_tensor(grad0, dtype=torch.float64),
+    )
     assert (grad - grad0).norm() / grad0.norm() < 1e-10, what
     assert metrics.keys() == metrics0.keys()
     for name in metrics:
-        assert abs(metrics[name] - metrics0[name]) < 1e-10 * max(1, abs(metrics0[name])), (what, name)
+        assert abs(metrics[name] - metrics0[name]) < 1e-10 * max(1, abs(metrics0[name])), (
+            what,
+            name,
+        )
 
 
 @functools.cache
@@ -65,7 +104,9 @@ def uncut(weighting):
     """(documents, every loss of the uncut batch on one rank)"""
     model, teacher, every = build()
     docs = documents(weighting)
-    return docs, {name: workers.gradient(model, teacher, fn, docs, 10_000) for name, fn in every.items()}
+    return docs, {
+        name: workers.gradient(model, teacher, fn, docs, 10_000) for name, fn in every.items()
+    }
 
 
 @pytest.fixture(params=WEIGHED)
@@ -78,13 +119,19 @@ def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
     docs, want = whole
     model, teacher, every = build()
     for micro_tokens in (14, 20, 31):
-        assert_same(workers.gradient(model, teacher, every[name], docs, micro_tokens), want[name], f"{micro_tokens} tokens")
+        assert_same(
+            workers.gradient(model, teacher, every[name], docs, micro_tokens),
+            want[name],
+            f"{micro_tokens} tokens",
+        )
     shuffled = random.Random(0).sample(docs, len(docs))
     assert_same(workers.gradient(model, teacher, every[name], shuffled, 23), want[name], "order")
     for rows in (1, 3, 7):
         monkeypatch.setitem(chunk.CHUNK_ELEMENTS, "cpu", rows * 2 * (VOCAB + 4))
         monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 2 * VOCAB)
-        assert_same(workers.gradient(model, teacher, every[name], docs, 31), want[name], f"chunks of {rows}")
+        assert_same(
+            workers.gradient(model, teacher, every[name], docs, 31), want[name], f"chunks of {rows}"
+        )
 
 
 @pytest.mark.parametrize("name", ["sft", "forward_kl", *VARIANTS, "grpo+kd"])
@@ -100,7 +147,9 @@ def test_a_mean_of_micro_batches_would_fail(whole, name):
         loss_sum, metrics = every[name](hidden, head, frozen, micro)
         return loss_sum / (micro.normaliser or 1.0) * norm / len(carrying), metrics
 
-    assert_same(workers.gradient(model, teacher, every[name], docs, 14), want[name], "the right one")
+    assert_same(
+        workers.gradient(model, teacher, every[name], docs, 14), want[name], "the right one"
+    )
     with pytest.raises(AssertionError):
         assert_same(workers.gradient(model, teacher, mean_of_means, docs, 14), want[name], "mutant")
 
@@ -109,13 +158,23 @@ def shares(docs, world):
     """Named ways of dealing the documents out to ranks."""
     deal = [docs[r::world] for r in range(world)]
     by_loss = sorted(docs, key=lambda d: d.weights.sum())
-    no_loss = [[d for d in docs if d.weights.sum() == 0]] + [[d for d in docs if d.weights.sum()][r :: world - 1] for r in range(world - 1)]
-    return {"dealt": deal, "a rank without loss rows": no_loss, "a rank without micro-batches": [[], by_loss] + [[]] * (world - 2)}
+    no_loss = [[d for d in docs if d.weights.sum() == 0]] + [
+        [d for d in docs if d.weights.sum()][r :: world - 1] for r in range(world - 1)
+    ]
+    return {
+        "dealt": deal,
+        "a rank without loss rows": no_loss,
+        "a rank without micro-batches": [[], by_loss] + [[]] * (world - 2),
+    }
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(world):
-    jobs = [((weighting, name), share, 20) for weighting in WEIGHED for name, share in shares(uncut(weighting)[0], world).items()]
+    jobs = [
+        ((weighting, name), share, 20)
+        for weighting in WEIGHED
+        for name, share in shares(uncut(weighting)[0], world).items()
+    ]
     done = workers.spawned(workers.rank_main, world, build, jobs)
     assert len(done) == len(jobs) * len(losses())
     for ((weighting, job), name), got in done.items():

@@ -14,7 +14,9 @@ from tests.test_sandbox import TRIED, jail, pytestmark, shared  # noqa: F401 (fi
 # --- forged verdicts -------------------------------------------------------------------------------------------------
 
 TESTS = "from solution import f\nassert f(2) == 4\nassert f(3) == 9"
-EQUAL = "class Y:\n    def __eq__(self, other): return True\n    def __call__(self, *a): return self\n"
+EQUAL = (
+    "class Y:\n    def __eq__(self, other): return True\n    def __call__(self, *a): return self\n"
+)
 EVERYWHERE = """
 import os, struct
 for data in (b"passed\\n", b'["passed", ""]', b'["passed", "", 0]', b'{"passed": true, "reason": "passed", "detail": "", "seconds": 0}', b"0",
@@ -36,7 +38,9 @@ def pipe():
 def send(data):
     os.write(pipe()[0], struct.pack("Q", len(data)) + data)
 """
-ADVANCE = PIPES + "for value in {values}:\n    send(sys.modules['judge'].write(('value', value), None))\n"
+ADVANCE = (
+    PIPES + "for value in {values}:\n    send(sys.modules['judge'].write(('value', value), None))\n"
+)
 FORGERIES = {
     "prints": "print('passed')\nprint('[\"passed\", \"\"]')\ndef f(x): return 0",
     "writes everywhere": EVERYWHERE + "def f(x): return 0",
@@ -57,14 +61,16 @@ FORGERIES = {
     "generator": "def f(x):\n    raise GeneratorExit",
     "kills the tests": "import os\ndef f(x):\n    os.kill(os.getppid(), 9)",
     "other names": "set = sorted = len = abs = check = lambda *a: 0\ndef f(x): return 0",
-}  # fmt: skip
+}
 
 
 def test_forged_verdicts(jail):
     for name, program in FORGERIES.items():
         if name.endswith("equals everything"):
             exec(program, space := {})
-            assert space["f"](2) == 4 and space["f"](3) == 9  # with tests beside the solution it passes
+            assert (
+                space["f"](2) == 4 and space["f"](3) == 9
+            )  # with tests beside the solution it passes
         assert not jail.check(program, TESTS, timeout=0.5).passed, name
         if "and leaves" in name or name == "at exit":
             assert not jail.check(program, timeout=0.5).passed, name
@@ -72,8 +78,12 @@ def test_forged_verdicts(jail):
 
 def test_a_program_that_knows_how_it_is_asked(jail):
     """It finds the pipes in the frames and answers in advance: with tests apart from it, it has to know what they expect."""
-    assert jail.check(ADVANCE.format(values="(pipe()[1][-1], 4, 9, True)") + "1 / 0").passed  # it works on a program that judges itself
-    assert not jail.check(ADVANCE.format(values="(pipe()[1][-1], 0, 0, True)") + "def f(x): return 0", TESTS).passed
+    assert jail.check(
+        ADVANCE.format(values="(pipe()[1][-1], 4, 9, True)") + "1 / 0"
+    ).passed  # it works on a program that judges itself
+    assert not jail.check(
+        ADVANCE.format(values="(pipe()[1][-1], 0, 0, True)") + "def f(x): return 0", TESTS
+    ).passed
     jail.needs("filter of system calls")
     scan = """
 import os
@@ -92,26 +102,82 @@ def sent(value):
 
 def alike(a, b):
     """The same types all the way down, and the same digits: -0.0 is not 0.0, nan is nan."""
-    return type(a) is type(b) and (len(a) == len(b) and all(map(alike, a, b)) if isinstance(a, (list, tuple)) else repr(a) == repr(b))
+    return type(a) is type(b) and (
+        len(a) == len(b) and all(map(alike, a, b))
+        if isinstance(a, (list, tuple))
+        else repr(a) == repr(b)
+    )
 
 
 def test_plain_values_stay_what_they_are():
-    numbers = [0, -1, True, (1 << 63) - 1, 1 << 63, -(1 << 63), 1 << 400_000, 0.1, -0.0, 5e-324, math.inf, -math.inf, math.nan, complex(-0.0, 2)]
-    texts = ["", "é\n\0", "\ud800", "\ud800\udc00", "\U0001f600", "list", b"", bytes(range(256)), bytearray(b"x")]
-    others = [None, ..., range(9, 1, -2), {}, {1: {2: (3,)}, "a": [4], (5,): None, 2.0: ""}, set(), {1, (2, "3")}, frozenset([None]), (), [],
-              [[]], [()], ["list", 1], ("object", 0), collections.deque([1, [2]])]  # fmt: skip
+    numbers = [
+        0,
+        -1,
+        True,
+        (1 << 63) - 1,
+        1 << 63,
+        -(1 << 63),
+        1 << 400_000,
+        0.1,
+        -0.0,
+        5e-324,
+        math.inf,
+        -math.inf,
+        math.nan,
+        complex(-0.0, 2),
+    ]
+    texts = [
+        "",
+        "é\n\0",
+        "\ud800",
+        "\ud800\udc00",
+        "\U0001f600",
+        "list",
+        b"",
+        bytes(range(256)),
+        bytearray(b"x"),
+    ]
+    others = [
+        None,
+        ...,
+        range(9, 1, -2),
+        {},
+        {1: {2: (3,)}, "a": [4], (5,): None, 2.0: ""},
+        set(),
+        {1, (2, "3")},
+        frozenset([None]),
+        (),
+        [],
+        [[]],
+        [()],
+        ["list", 1],
+        ("object", 0),
+        collections.deque([1, [2]]),
+    ]
     sys.set_int_max_str_digits(0)
     try:
         assert alike(sent([*numbers, *texts, *others]), [*numbers, *texts, *others])
     finally:
         sys.set_int_max_str_digits(4300)
     member = enum.Enum("Member", "A B", type=str).A
-    for value in (collections.Counter("aab"), collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]), enum.IntEnum("E", "A").A, member,
-                  collections.namedtuple("P", "x y")(1, [2])):  # fmt: skip
+    for value in (
+        collections.Counter("aab"),
+        collections.OrderedDict(a=1),
+        collections.defaultdict(list, a=[1]),
+        enum.IntEnum("E", "A").A,
+        member,
+        collections.namedtuple("P", "x y")(1, [2]),
+    ):
         assert sent(value) == value and type(sent(value)).__module__ == "builtins"
-    assert next(once := sent(iter([1, 2]))) == 1 and list(once) == [2] and list(sent({1: 2}.items())) == [(1, 2)]
+    assert (
+        next(once := sent(iter([1, 2]))) == 1
+        and list(once) == [2]
+        and list(sent({1: 2}.items())) == [(1, 2)]
+    )
     began = time.monotonic()
-    assert sent(huge := 3**2_000_000) == huge and time.monotonic() - began < 2  # by its decimals minutes
+    assert (
+        sent(huge := 3**2_000_000) == huge and time.monotonic() - began < 2
+    )  # by its decimals minutes
 
 
 def nested(depth, value=0):
@@ -131,13 +197,49 @@ def test_deep_values_are_refused_and_shallow_ones_not():
 
 
 HOSTILE = [
-    b"", b"\xff", b"[", b"{}", b'{"a": 1}', b"[]", b"[[]]", b"[1]", b"[null, 1]", b'[["list"], 1]', b'["no such kind"]', b'["exec", "1"]',
-    b'["eval", "1"]', b'["__class__"]', b'["int", 5]', b'["int", ["list", 1]]', b'["int", "5", 10]', b'["int", "z"]', b'["bytes", "\\u0100"]',
-    b'["bytes", 9]', b'["bytearray", 99999999999]', b'["range", 0.5]', b'["range", 1, 2, 0]', b'["complex", "x", 1]', b'["dict", 1]',
-    b'["dict", ["list"], 1]', b'["set", ["list"]]', b'["set", ["dict"]]', b'["object"]', b'["object", 1, 2]', b'["object", ["list"]]',
-    b'["int", ["object", 1]]', b'["range", ["object", 1]]', b'["bytes", ["object", 1]]', b'["dict", ["dict"], 1]', b'["tuple", "value"',
-    b"9" * 5000, b"[" * 10**6, b'["list",' * 10**5, b'["list",' * 250 + b"1" + b"]" * 250, b"\x80\x04N.", b"cos\nsystem\n(S'true'\ntR.",
-]  # fmt: skip
+    b"",
+    b"\xff",
+    b"[",
+    b"{}",
+    b'{"a": 1}',
+    b"[]",
+    b"[[]]",
+    b"[1]",
+    b"[null, 1]",
+    b'[["list"], 1]',
+    b'["no such kind"]',
+    b'["exec", "1"]',
+    b'["eval", "1"]',
+    b'["__class__"]',
+    b'["int", 5]',
+    b'["int", ["list", 1]]',
+    b'["int", "5", 10]',
+    b'["int", "z"]',
+    b'["bytes", "\\u0100"]',
+    b'["bytes", 9]',
+    b'["bytearray", 99999999999]',
+    b'["range", 0.5]',
+    b'["range", 1, 2, 0]',
+    b'["complex", "x", 1]',
+    b'["dict", 1]',
+    b'["dict", ["list"], 1]',
+    b'["set", ["list"]]',
+    b'["set", ["dict"]]',
+    b'["object"]',
+    b'["object", 1, 2]',
+    b'["object", ["list"]]',
+    b'["int", ["object", 1]]',
+    b'["range", ["object", 1]]',
+    b'["bytes", ["object", 1]]',
+    b'["dict", ["dict"], 1]',
+    b'["tuple", "value"',
+    b"9" * 5000,
+    b"[" * 10**6,
+    b'["list",' * 10**5,
+    b'["list",' * 250 + b"1" + b"]" * 250,
+    b"\x80\x04N.",
+    b"cos\nsystem\n(S'true'\ntR.",
+]
 
 
 @pytest.mark.parametrize("message", HOSTILE, ids=lambda m: m[:30].decode("latin-1"))
@@ -152,8 +254,15 @@ def test_hostile_replies_fail(jail):
     for message in (b"{}", b'["eval", "1"]', b"[" * 10**6, b'["tuple", "value"', b"\x80\x04N."):
         program = PIPES + f"def f(x): send(bytes.fromhex('{message.hex()}'))"
         assert jail.check(program, TESTS).reason == "failed", message
-    for size, reason in ((1 << 62, "failed"), (judge.LARGEST + 1, "failed"), (judge.LARGEST, "timeout")):
-        program = PIPES + f"def f(x):\n    os.write(pipe()[0], struct.pack('Q', {size}))\n    while True: pass"
+    for size, reason in (
+        (1 << 62, "failed"),
+        (judge.LARGEST + 1, "failed"),
+        (judge.LARGEST, "timeout"),
+    ):
+        program = (
+            PIPES
+            + f"def f(x):\n    os.write(pipe()[0], struct.pack('Q', {size}))\n    while True: pass"
+        )
         assert jail.check(program, TESTS, timeout=0.3).reason == reason, size
 
 
@@ -199,7 +308,15 @@ for call, error, text in ((lambda: wrong("x"), ValueError, "not x"), (own, Runti
 def test_honest_programs_pass_with_tests_apart(jail):
     outcome = jail.check(HONEST, HONEST_TESTS)
     assert outcome.passed, outcome
-    assert jail.check("def f(x): return x", "from solution import f\nassert f(lambda: 1) == 1").reason == "failed"
+    assert (
+        jail.check("def f(x): return x", "from solution import f\nassert f(lambda: 1) == 1").reason
+        == "failed"
+    )
     assert jail.check("x = 1", "from solution import f").detail.startswith("ImportError")
-    outcome = jail.check("import os\ndef f(): os._exit(0)", "from solution import f\ntry:\n    f()\nexcept Exception:\n    pass")
-    assert outcome.reason == "crashed"  # the end of the process is not the exception that tests expect
+    outcome = jail.check(
+        "import os\ndef f(): os._exit(0)",
+        "from solution import f\ntry:\n    f()\nexcept Exception:\n    pass",
+    )
+    assert (
+        outcome.reason == "crashed"
+    )  # the end of the process is not the exception that tests expect

@@ -14,7 +14,11 @@ from losses.sft import cross_entropy
 from tests import reference
 
 N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
-CASES = [(name, beta) for name in HAND_WRITTEN for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))]
+CASES = [
+    (name, beta)
+    for name in HAND_WRITTEN
+    for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
+]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
@@ -25,7 +29,14 @@ def pair(dtype=torch.float64, scale=1.0):
     teacher_hidden, teacher_head = make(N, C) * scale, make(ROWS + 3, C)
     target = torch.randint(V, (N,), generator=g)
     weight = torch.rand(N, generator=g, dtype=torch.float64).to(dtype)
-    return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, target, weight
+    return (
+        hidden.requires_grad_(),
+        head.requires_grad_(),
+        teacher_hidden,
+        teacher_head,
+        target,
+        weight,
+    )
 
 
 def grads(loss, *leaves):
@@ -38,26 +49,64 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 100])
-@pytest.mark.parametrize("temperature,t_squared,ce", [(1.0, False, 0.0), (2.5, True, 0.3), (0.7, False, 1.0)])
+@pytest.mark.parametrize(
+    "temperature,t_squared,ce", [(1.0, False, 0.0), (2.5, True, 0.3), (0.7, False, 1.0)]
+)
 @pytest.mark.parametrize("name,beta", CASES)
 def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, rows):
     hidden, head, th, tw, target, weight = pair()
     term = LogprobTerm(target, weight * ce, cross_entropy) if ce else None
     scale = (1 - ce) * (temperature**2 if t_squared else 1)
-    loss, out = linear_kl(hidden, head, th, tw, weight, name, beta=beta, temperature=temperature, scale=scale, logprob=term, vocab=V, chunk_rows=rows)
-    want_N = reference.kd_row_loss(name, hidden @ head[:V].T, th @ tw[:V].T, target, beta=beta, temperature=temperature, ce_weight=ce, t_squared=t_squared)
+    loss, out = linear_kl(
+        hidden,
+        head,
+        th,
+        tw,
+        weight,
+        name,
+        beta=beta,
+        temperature=temperature,
+        scale=scale,
+        logprob=term,
+        vocab=V,
+        chunk_rows=rows,
+    )
+    want_N = reference.kd_row_loss(
+        name,
+        hidden @ head[:V].T,
+        th @ tw[:V].T,
+        target,
+        beta=beta,
+        temperature=temperature,
+        ce_weight=ce,
+        t_squared=t_squared,
+    )
     want = (want_N * weight).sum()
     assert_close(loss, want, 1e-12)
     for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
         assert_close(got, exact, 1e-10)
-    assert grads(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V)[0], head)[0][V:].abs().max() == 0
+    assert (
+        grads(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V)[0], head)[0][V:]
+        .abs()
+        .max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name,beta", CASES)
 def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta):
     hidden, head, th, tw, target, weight = pair()
     by_name, _ = linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V, chunk_rows=4)
-    plain, _ = linear_kl(hidden, head, th, tw, weight, lambda ls, lt: DIVERGENCES[name](ls, lt, beta), vocab=V, chunk_rows=4)
+    plain, _ = linear_kl(
+        hidden,
+        head,
+        th,
+        tw,
+        weight,
+        lambda ls, lt: DIVERGENCES[name](ls, lt, beta),
+        vocab=V,
+        chunk_rows=4,
+    )
     assert_close(plain, by_name, 1e-12)
     for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head)):
         assert_close(got, exact, 1e-10)
@@ -73,7 +122,18 @@ def test_any_function_of_logprob_and_entropy(temperature, rows):
         ratio = (logp - fields["old"]).exp()
         return -torch.minimum(ratio, ratio.clamp(0.8, 1.2)) - 0.1 * entropy * logp
 
-    loss, out = linear_logprob(hidden, head, target, weight, clipped, {"old": old}, temperature=temperature, entropy=True, vocab=V, chunk_rows=rows)
+    loss, out = linear_logprob(
+        hidden,
+        head,
+        target,
+        weight,
+        clipped,
+        {"old": old},
+        temperature=temperature,
+        entropy=True,
+        vocab=V,
+        chunk_rows=rows,
+    )
     logits = hidden @ head[:V].T / temperature
     logp, entropy = -reference.cross_entropy(logits, target), reference.entropy(logits)
     want = (clipped(logp, entropy, {"old": old}) * weight).sum()
@@ -107,7 +167,9 @@ def test_extreme_logits_give_finite_losses_and_right_gradients(name, beta, dtype
     teacher[4] = hidden[4].detach()
     weight = torch.ones(5, dtype=dtype)
     loss, out = linear_kl(hidden, head, teacher, head, weight, name, beta=beta)
-    want_N = reference.divergence(name, (hidden @ head.T).double(), (teacher @ head.T).double(), beta=beta)
+    want_N = reference.divergence(
+        name, (hidden @ head.T).double(), (teacher @ head.T).double(), beta=beta
+    )
     assert_close(out["divergence"], want_N, 1e-6)
     assert out["divergence"][4] == 0
     for got in grads(loss, hidden, head):
@@ -140,9 +202,14 @@ def test_close_pairs_keep_their_digits_in_fp32(name, beta):
 
 
 def test_the_naive_sum_would_fail_that_test():
-    hidden, head, th, tw = (x.float() for x in reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3))
+    hidden, head, th, tw = (
+        x.float()
+        for x in reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3)
+    )
     ls, lt = (hidden @ head.T).log_softmax(1), (th @ tw.T).log_softmax(1)
-    exact = reference.divergence("forward_kl", hidden.double() @ head.double().T, th.double() @ tw.double().T)
+    exact = reference.divergence(
+        "forward_kl", hidden.double() @ head.double().T, th.double() @ tw.double().T
+    )
     naive = (lt.exp() * (lt - ls)).sum(1)
     assert abs(naive.sum() - exact.sum()) / exact.sum() > 1e-5
 
@@ -160,7 +227,9 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
 def test_bf16_inputs_keep_fp32_logits():
     hidden, head, th, tw, target, weight = pair(torch.bfloat16, scale=0.5)
     loss, _ = linear_kl(hidden, head, th, tw, weight.float(), "forward_kl", vocab=V)
-    exact = reference.divergence("forward_kl", hidden.double() @ head.double()[:V].T, th.double() @ tw.double()[:V].T)
+    exact = reference.divergence(
+        "forward_kl", hidden.double() @ head.double()[:V].T, th.double() @ tw.double()[:V].T
+    )
     want = (exact * weight.double()).sum()
     assert loss.dtype == torch.float32
     assert_close(loss, want, 1e-5)
@@ -181,4 +250,6 @@ def test_a_target_outside_the_vocabulary_is_named():
     hidden, head, _, _, target, weight = pair()
     with pytest.raises(ValueError, match="39"):
         linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy, vocab=V)
-    assert math.isfinite(linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy)[0].item())
+    assert math.isfinite(
+        linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy)[0].item()
+    )

@@ -33,9 +33,13 @@ class Sequences:
         gen = torch.Generator().manual_seed(seed)
         inner = [p for n in range(longest) for p in itertools.product(range(STOP), repeat=n)]
         self.contexts = {context: i for i, context in enumerate(inner)}
-        self.hidden_PD = torch.randn(len(inner), 4, dtype=torch.float64, generator=gen).requires_grad_()
+        self.hidden_PD = torch.randn(
+            len(inner), 4, dtype=torch.float64, generator=gen
+        ).requires_grad_()
         self.head_VD = torch.randn(IDS, 4, dtype=torch.float64, generator=gen).requires_grad_()
-        self.ref_PV = torch.log_softmax(torch.randn(len(inner), IDS, dtype=torch.float64, generator=gen), 1)
+        self.ref_PV = torch.log_softmax(
+            torch.randn(len(inner), IDS, dtype=torch.float64, generator=gen), 1
+        )
         self.all = []
         for n in range(1, longest + 1):
             for y in itertools.product(range(IDS), repeat=n):
@@ -56,7 +60,10 @@ class Sequences:
         """One per sequence: the prompt is a single id, each token weighs the sequence's probability."""
         logp_PV, ref_PV, made = self.log_policy().tolist(), self.ref_PV.tolist(), []
         for y, p in zip(self.all, self.probabilities()):
-            fields = {"old_logp": self.token_logps(y, logp_PV), "ref_logp": self.token_logps(y, ref_PV)}
+            fields = {
+                "old_logp": self.token_logps(y, logp_PV),
+                "ref_logp": self.token_logps(y, ref_PV),
+            }
             fields = {name: np.array([0.0, *x]) for name, x in fields.items()}
             made.append(Document(np.array([0, *y]), np.array([0.0, *[p] * len(y)]), fields))
         return made
@@ -66,14 +73,19 @@ class Sequences:
         rows = []
         for d in documents:
             y = tuple(d.tokens[1:].tolist())
-            rows += [*(self.contexts[y[:t]] for t in range(len(y))), 0]  # the last position predicts nothing
+            rows += [
+                *(self.contexts[y[:t]] for t in range(len(y))),
+                0,
+            ]  # the last position predicts nothing
         batch = Batch.pack(documents)
         loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, **LOSS | arguments)
         return loss_sum / batch.normaliser
 
     def gradient(self, documents, **arguments):
         """Of grpo_loss (a sum), in the policy's parameters."""
-        return self.flat(self.loss(documents, **arguments) * sum(d.weights.sum() for d in documents))
+        return self.flat(
+            self.loss(documents, **arguments) * sum(d.weights.sum() for d in documents)
+        )
 
     def sampler(self, rng):
         """draw(count) -> documents of that many sequences of the policy as it is now."""
@@ -92,7 +104,9 @@ class Sequences:
         return [math.exp(self.sequence_logp(y, logp_PV)) for y in self.all]
 
     def flat(self, value):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(value, (self.hidden_PD, self.head_VD))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(value, (self.hidden_PD, self.head_VD))]
+        )
 
     def sequence_kl(self, forward=False):
         """KL(policy ‖ reference) of whole sequences by its definition; forward: KL(reference ‖ policy)."""
@@ -100,7 +114,9 @@ class Sequences:
         total = 0.0
         for y in self.all:
             log_p, log_q = self.sequence_logp(y, logp_PV), self.sequence_logp(y, self.ref_PV)
-            total = total + (log_q.exp() * (log_q - log_p) if forward else log_p.exp() * (log_p - log_q))
+            total = total + (
+                log_q.exp() * (log_q - log_p) if forward else log_p.exp() * (log_p - log_q)
+            )
         return total
 
     def next_token_kl(self, forward=False):
@@ -119,7 +135,9 @@ class Sequences:
         documents = self.documents()
         for d in documents:
             loss = penalty(d, estimate, BETA)
-            d.fields = {"advantage": np.full(len(d), 0.7 - loss)}  # a baseline changes nothing on average
+            d.fields = {
+                "advantage": np.full(len(d), 0.7 - loss)
+            }  # a baseline changes nothing on average
         return self.gradient(documents)
 
     def in_loss(self, estimate):
@@ -158,7 +176,9 @@ def test_estimates_in_the_loss_are_gradients_of_the_next_tokens_kl(longest):
     assert_same(world.in_loss("k2"), BETA * world.flat(world.next_token_kl()))
     assert_same(world.in_loss("k3"), BETA * world.flat(world.next_token_kl(forward=True)))
     assert world.in_loss("k1").norm() < 1e-12
-    assert world.next_token_kl().item() == pytest.approx(world.sequence_kl().item(), rel=1e-12)  # the chain rule, in value
+    assert world.next_token_kl().item() == pytest.approx(
+        world.sequence_kl().item(), rel=1e-12
+    )  # the chain rule, in value
     if longest == 1:
         assert_same(world.in_loss("k2"), BETA * world.flat(world.sequence_kl()))
         assert_same(world.in_loss("k3"), BETA * world.flat(world.sequence_kl(forward=True)))
@@ -189,7 +209,9 @@ def trained(place, estimate, seed, steps=100, groups=2, samples=8):
             group = draw(samples)
             advantages_G = group_advantages([0.0] * samples, "std")
             if place == "reward":
-                advantages_G = advantages_G + kl_advantages([penalty(d, estimate) for d in group], "std")
+                advantages_G = advantages_G + kl_advantages(
+                    [penalty(d, estimate) for d in group], "std"
+                )
             for d, advantage in zip(group, advantages_G):
                 d.fields["advantage"] = np.full(len(d), advantage)
             documents += group
@@ -209,7 +231,9 @@ def test_the_kl_falls_where_nothing_else_is_rewarded(place, estimate, seed):
 @pytest.mark.parametrize("place,estimate", [("reward", "k2"), ("reward", "k3"), ("loss", "k1")])
 def test_what_is_refused_does_not_take_it_down(place, estimate):
     """Or what is refused would not have to be."""
-    ratios = [after / before for before, after in (trained(place, estimate, seed) for seed in range(3))]
+    ratios = [
+        after / before for before, after in (trained(place, estimate, seed) for seed in range(3))
+    ]
     assert min(ratios) > 0.5 and max(ratios) > 1
 
 
@@ -221,7 +245,10 @@ def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
     group = world.sampler(np.random.default_rng(1))(samples)
 
     def write(prompts, seeds):
-        return [SimpleNamespace(tokens=d.tokens[1:].tolist(), logp=[0.0] * (len(d) - 1), stopped=True) for d in group]
+        return [
+            SimpleNamespace(tokens=d.tokens[1:].tolist(), logp=[0.0] * (len(d) - 1), stopped=True)
+            for d in group
+        ]
 
     left = list(rewards)
 
@@ -234,9 +261,17 @@ def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
             document.fields |= sampled.fields
 
     source = Rollouts(
-        lambda position: (SimpleNamespace(question="", answer=""), [0]), write, judge, score, per_batch=1, samples=samples,
-        seed=0, weighting=WEIGHTINGS["token"], baseline=baseline, price=functools.partial(kl_penalty, beta=beta),
-    )  # fmt: skip
+        lambda position: (SimpleNamespace(question="", answer=""), [0]),
+        write,
+        judge,
+        score,
+        per_batch=1,
+        samples=samples,
+        seed=0,
+        weighting=WEIGHTINGS["token"],
+        baseline=baseline,
+        price=functools.partial(kl_penalty, beta=beta),
+    )
     batch = next(source)
     return world.gradient(batch.documents), batch
 
@@ -250,19 +285,31 @@ def test_a_kl_in_the_reward_is_proportional_to_beta(baseline):
         other, _ = kl_gradient(beta, baseline)
         assert_same(other, beta * one)
     assert kl_gradient(0.0, baseline)[0].norm() == 0
-    assert batch.metrics["rollout/spread"] == (0.0, 1) and batch.metrics["rollout/reward"] == (8.0, 8)
+    assert batch.metrics["rollout/spread"] == (0.0, 1) and batch.metrics["rollout/reward"] == (
+        8.0,
+        8,
+    )
 
 
-@pytest.mark.parametrize("baseline,of_rewards,times", [
-    ("std", 1 / (math.sqrt(4 / 3) + 1e-4), 1.0),  # rewards 1 −1 −1 1: mean 0, variance over G − 1: 4/3
-    ("mean", 1.0, 1.0),
-    ("leave_one_out", 4 / 3, 4 / 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "baseline,of_rewards,times",
+    [
+        (
+            "std",
+            1 / (math.sqrt(4 / 3) + 1e-4),
+            1.0,
+        ),  # rewards 1 −1 −1 1: mean 0, variance over G − 1: 4/3
+        ("mean", 1.0, 1.0),
+        ("leave_one_out", 4 / 3, 4 / 3),
+    ],
+)
 def test_advantages_of_rewards_and_penalties_by_hand(baseline, of_rewards, times):
     rewards, penalties = [1.0, -1.0, -1.0, 1.0], [0.5, 0.1, -0.3, 0.1]  # mean penalty 0.1
     got = group_advantages(rewards, baseline) + kl_advantages(penalties, baseline)
     from_kl = [-0.4 * times, 0.0, 0.4 * times, 0.0]
-    assert got == pytest.approx([sign * of_rewards + kl for sign, kl in zip((1, -1, -1, 1), from_kl)], rel=1e-12)
+    assert got == pytest.approx(
+        [sign * of_rewards + kl for sign, kl in zip((1, -1, -1, 1), from_kl)], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -276,7 +323,9 @@ def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
         others = [j for j in range(8) if j != i] if baseline == "leave_one_out" else list(range(8))
         of_task = (rewards[i] - np.mean([rewards[j] for j in others])) / deviation
         of_kl = penalties[i] - np.mean([penalties[j] for j in others])
-        assert d.fields["advantage"] == pytest.approx(np.full(len(d), of_task - of_kl), rel=1e-9, abs=1e-12)
+        assert d.fields["advantage"] == pytest.approx(
+            np.full(len(d), of_task - of_kl), rel=1e-9, abs=1e-12
+        )
     assert np.std(penalties) > 1e-3
 
 
@@ -284,25 +333,78 @@ def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
 def moved(tmp_path_factory):
     """(checkpoint of a reference, one of a policy that was moved away from it: the same problems in another style)."""
     cwd = tmp_path_factory.mktemp("moved")
-    common = ["--mode=sft", "--device=cpu", "--eval_examples=0", "--save_every=0", "--batch_size=16"]
+    common = [
+        "--mode=sft",
+        "--device=cpu",
+        "--eval_examples=0",
+        "--save_every=0",
+        "--batch_size=16",
+    ]
     with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()):
-        assert train.main([*common, "--model=tiny-teacher", "--data=word_problems:400", "--steps=100", "--lr=3e-3", "--name=ref"]) == 0
+        assert (
+            train.main(
+                [
+                    *common,
+                    "--model=tiny-teacher",
+                    "--data=word_problems:400",
+                    "--steps=100",
+                    "--lr=3e-3",
+                    "--name=ref",
+                ]
+            )
+            == 0
+        )
         ref = cwd / "runs/ref/checkpoints/step-100"
-        assert train.main([*common, f"--model={ref}", "--data=word_problems_talk:200", "--steps=20", "--batch_size=8", "--lr=3e-4", "--name=policy"]) == 0
+        assert (
+            train.main(
+                [
+                    *common,
+                    f"--model={ref}",
+                    "--data=word_problems_talk:200",
+                    "--steps=20",
+                    "--batch_size=8",
+                    "--lr=3e-4",
+                    "--name=policy",
+                ]
+            )
+            == 0
+        )
     return ref, cwd / "runs/policy/checkpoints/step-20"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("args", [["--grpo_kl_in=reward"], ["--grpo_kl=k2"], ["--grpo_kl=k3"]], ids=["reward", "k2", "k3"])
+@pytest.mark.parametrize(
+    "args",
+    [["--grpo_kl_in=reward"], ["--grpo_kl=k2"], ["--grpo_kl=k3"]],
+    ids=["reward", "k2", "k3"],
+)
 def test_a_run_with_a_zero_reward_goes_back_to_its_reference(moved, tmp_path, args, seed):
     (tmp_path / "zero.py").write_text("def zero(example, completion):\n    return 0.0\n")
     ref, policy = moved
-    args = [*args, "--mode=grpo", "--device=cpu", f"--model={policy}", f"--reference={ref}", "--grpo_beta=1", f"--grpo_reward={tmp_path}/zero.py:zero"]
-    args += ["--steps=120", "--batch_size=16", "--grpo_samples=4", "--sample_tokens=10", "--warmup=5", "--schedule=constant", "--eval_examples=0"]
+    args = [
+        *args,
+        "--mode=grpo",
+        "--device=cpu",
+        f"--model={policy}",
+        f"--reference={ref}",
+        "--grpo_beta=1",
+        f"--grpo_reward={tmp_path}/zero.py:zero",
+    ]
+    args += [
+        "--steps=120",
+        "--batch_size=16",
+        "--grpo_samples=4",
+        "--sample_tokens=10",
+        "--warmup=5",
+        "--schedule=constant",
+        "--eval_examples=0",
+    ]
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
         assert train.main([*args, f"--seed={seed}", "--save_every=0", "--name=r"]) == 0
     kl = [m["train/ref_kl"] for m in read_metrics(tmp_path / "runs/r") if "train/ref_kl" in m]
     first, last = np.mean(kl[:5]), np.mean(kl[-5:])
-    print(f"{args[0]} seed {seed}: {first:.3f} -> {last:.3f}")  # seen with -s, and in the log of a failure
+    print(
+        f"{args[0]} seed {seed}: {first:.3f} -> {last:.3f}"
+    )  # seen with -s, and in the log of a failure
     assert last < first / 4

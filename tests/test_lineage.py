@@ -18,8 +18,17 @@ from model.lineage import Lineage, fingerprints
 from model.runs import RunFolder
 from tests.test_eval import checkpoint
 
-QUESTIONS = [f"Tom has {i} figs and buys {i + 1} more.\nHow many figs  has he now?" for i in range(6)]
-SFT = ["--mode=sft", "--model=tiny", "--device=cpu", "--steps=1", "--batch_size=1", "--eval_examples=0"]
+QUESTIONS = [
+    f"Tom has {i} figs and buys {i + 1} more.\nHow many figs  has he now?" for i in range(6)
+]
+SFT = [
+    "--mode=sft",
+    "--model=tiny",
+    "--device=cpu",
+    "--steps=1",
+    "--batch_size=1",
+    "--eval_examples=0",
+]
 
 
 def jsonl(path, rows):
@@ -36,7 +45,10 @@ def world(tmp_path, monkeypatch):
     row = lambda question: {"question": question, "answer": "So it is.\n#### 3"}
     jsonl(tmp_path / "sets" / "gsm8k" / "test.jsonl", map(row, QUESTIONS))
     jsonl(tmp_path / "three.jsonl", map(row, [*QUESTIONS[:3], "What is 1 + 1?"]))
-    jsonl(tmp_path / "one.jsonl", map(row, [QUESTIONS[3].upper().replace(" ", "  "), "What is 2 + 1?"]))
+    jsonl(
+        tmp_path / "one.jsonl",
+        map(row, [QUESTIONS[3].upper().replace(" ", "  "), "What is 2 + 1?"]),
+    )
     jsonl(tmp_path / "clean.jsonl", map(row, ["What is 1 + 1?", "What is 2 + 1?"]))
     return tmp_path
 
@@ -51,7 +63,17 @@ def ran(name, *args):
 def evaluated(capsys, place, *args, out="out"):
     """(trained_on, what is said of it) of a whole evaluation; (its error, "") where it is refused."""
     shutil.rmtree(out, ignore_errors=True)
-    argv = [str(place), "--tasks=gsm8k", "--data", os.path.abspath("sets"), "--greedy", "--limit=1", "--max_tokens=2", f"--out={out}", *args]
+    argv = [
+        str(place),
+        "--tasks=gsm8k",
+        "--data",
+        os.path.abspath("sets"),
+        "--greedy",
+        "--limit=1",
+        "--max_tokens=2",
+        f"--out={out}",
+        *args,
+    ]
     capsys.readouterr()
     code = evaluation.main(argv)
     error = capsys.readouterr().err
@@ -76,28 +98,28 @@ CODE = "What does <b>\ndo in HTML"
 WRAPPINGS = {
     "alone": "@",
     "R1-Zero's": "A conversation between User and Assistant. The Assistant thinks first and answers then, "
-                 "i.e., <think> thoughts </think> <answer> answer </answer>. User: @ Assistant:",
+    "i.e., <think> thoughts </think> <answer> answer </answer>. User: @ Assistant:",
     "four sentences": "You are good at maths. Think before you answer. Be brief. Write in English. @",
     "five behind": "@ Think first. Then write. Check what you wrote. Be brief. Write in English.",
     "worked examples": "Question: What is 1 + 1?\nAnswer: 2\n\n@uestion: And 2 + 1?\nAnswer: 3\n\n@uestion: @\nAnswer:",
     "bold label": "**Question:** @\n\n**Answer:**",
     "bold": "**@**",
     "labels on a line": "Q: @ A:",
-    "quoted": "Solve: \"@\"",
+    "quoted": 'Solve: "@"',
     "curly quotes": "Solve: \u201c@\u201d",
     "single quotes": "Solve '@' now",
     "suffix": "@\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "suffix without a space": "@Please reason step by step, and put your final answer within \\boxed{}.",
     "DAPO's": "Solve the following math problem step by step. The last line of your response should be of the form "
-              "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n@\n\n"
-              "Remember to put your answer on its own line after \"Answer:\".",
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n@\n\n"
+    'Remember to put your answer on its own line after "Answer:".',
     "Alpaca's": "Below is an instruction.\n\n### Instruction:\n@\n\n### Response:",
     "ChatML": "<|im_start|>user\n@<|im_end|>\n<|im_start|>assistant\n",
     "DeepSeek's": "<\uff5cUser\uff5c>@<\uff5cAssistant\uff5c><think>\n",
     "Llama's": "<s>[INST] @ [/INST]",
     "tags": "<question>@</question>",
     "a list": "1. @\n2. What else?",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("question", [LONG, SHORT, CODE])
@@ -105,17 +127,35 @@ WRAPPINGS = {
 def test_a_question_is_found_whatever_stands_around_it(name, question):
     record = Lineage(fingerprints(["Something else?", WRAPPINGS[name].replace("@", question)]))
     assert record.contains([question]).all()
-    others = [LONG.replace("3", "4"), LONG.replace("eats 1", "eats 2"), SHORT.replace("8", "7"), "", "Who?"]
+    others = [
+        LONG.replace("3", "4"),
+        LONG.replace("eats 1", "eats 2"),
+        SHORT.replace("8", "7"),
+        "",
+        "Who?",
+    ]
     assert not record.contains(others).any()
 
 
 @pytest.mark.parametrize("question", [LONG, SHORT])
-@pytest.mark.parametrize("change", [
-    str.upper, str.lower, lambda q: q.replace(" ", "\n\t "), lambda q: q.replace("-", "\u2212").replace("'", "\u2019"),
-    lambda q: q.replace("$", "\\("), lambda q: q.replace("3", "\uff13"), lambda q: q.replace(". She", ", she"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        str.upper,
+        str.lower,
+        lambda q: q.replace(" ", "\n\t "),
+        lambda q: q.replace("-", "\u2212").replace("'", "\u2019"),
+        lambda q: q.replace("$", "\\("),
+        lambda q: q.replace("3", "\uff13"),
+        lambda q: q.replace(". She", ", she"),
+    ],
+)
 def test_a_question_is_found_in_other_characters(change, question):
-    assert Lineage(fingerprints([f"Solve it: {change(question)}\nBe brief."])).contains([question]).all()
+    assert (
+        Lineage(fingerprints([f"Solve it: {change(question)}\nBe brief."]))
+        .contains([question])
+        .all()
+    )
 
 
 def test_words_with_capitals_inside_are_found_in_any_case():
@@ -134,7 +174,11 @@ def test_every_run_of_13_tokens_is_found_wherever_it_stands():
     random = Random(0)
     for length in [*range(13, 60), 300] * 4:
         question = random_words(random, length)
-        text = random_words(random, random.randrange(40)) + question + random_words(random, random.randrange(40))
+        text = (
+            random_words(random, random.randrange(40))
+            + question
+            + random_words(random, random.randrange(40))
+        )
         assert Lineage(fingerprints([" ".join(text)])).contains([" ".join(question)]).all()
 
 
@@ -147,7 +191,9 @@ def test_a_question_with_another_token_inside_is_not_found():
         others = []
         for i in range(1, length - 1):
             others.append(" ".join([*question[:i], "other", *question[i + 1 :]]))
-        assert record.contains([" ".join(question), *others]).tolist() == [True] + [False] * len(others)
+        assert record.contains([" ".join(question), *others]).tolist() == [True] + [False] * len(
+            others
+        )
 
 
 def test_languages_without_spaces_are_found():
@@ -156,7 +202,13 @@ def test_languages_without_spaces_are_found():
     assert record.contains([question, question.replace("5", "6")]).tolist() == [True, False]
 
 
-HOLDS_NOT = [LONG.replace("3", "4"), "How many are left?", "Ann has 3 figs.", "", LONG.replace("figs", "pears")]
+HOLDS_NOT = [
+    LONG.replace("3", "4"),
+    "How many are left?",
+    "Ann has 3 figs.",
+    "",
+    LONG.replace("figs", "pears"),
+]
 
 
 @pytest.mark.parametrize("text", HOLDS_NOT)
@@ -168,9 +220,18 @@ def test_hashes_are_those_of_all_texts_in_whatever_pieces_they_are_sorted(monkey
     texts = [f"Number {i}. Is it {i % 7}?" for i in range(50)] * 2
     whole = fingerprints(texts)
     monkeypatch.setattr(lineage, "CHUNK", 7)
-    assert np.array_equal(whole, fingerprints(texts)) and np.array_equal(whole, np.unique(whole)) and whole.dtype == np.uint64
-    assert len(whole) == 50 + 50 + 7  # each text and both of its sentences, of which seven are the same ones
-    assert Lineage(whole).contains([texts[0], "Is it 7?", texts[49]]).tolist() == [True, False, True] and not Lineage().contains([texts[0]]).any()
+    assert (
+        np.array_equal(whole, fingerprints(texts))
+        and np.array_equal(whole, np.unique(whole))
+        and whole.dtype == np.uint64
+    )
+    assert (
+        len(whole) == 50 + 50 + 7
+    )  # each text and both of its sentences, of which seven are the same ones
+    assert (
+        Lineage(whole).contains([texts[0], "Is it 7?", texts[49]]).tolist() == [True, False, True]
+        and not Lineage().contains([texts[0]]).any()
+    )
 
 
 # --- chains of runs ------------------------------------------------------------------------------------------------
@@ -181,7 +242,10 @@ def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkey
     ran("B", f"--model={first}", "--data=one.jsonl")
     last = ran("C", "--model=runs/B/checkpoints/step-1", "--data=word_problems")
     assert "trained on 4 of gsm8k's 6 questions" in evaluated(capsys, "runs/C")[0]
-    assert "test.jsonl:1" in evaluated(capsys, "runs/A")[0] and "trained on 3 of" in evaluated(capsys, "runs/A")[0]
+    assert (
+        "test.jsonl:1" in evaluated(capsys, "runs/A")[0]
+        and "trained on 3 of" in evaluated(capsys, "runs/A")[0]
+    )
     shutil.copytree(last, world / "copied")
     (world / "runs").rename(world / "archive")
     for name in ("three", "one"):
@@ -198,7 +262,10 @@ def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkey
 def test_none_is_said_only_where_all_is_known(world, capsys):
     ran("clean", "--data=clean.jsonl")
     assert evaluated(capsys, "runs/clean") == (0, "")
-    for data in ("word_problems", "word_problems:4"):  # they are told apart from their test problems by a rule of their own
+    for data in (
+        "word_problems",
+        "word_problems:4",
+    ):  # they are told apart from their test problems by a rule of their own
         folder = ran(data.replace(":", "-"), f"--data={data}")
         assert json.loads((folder / "trained_on.json").read_text())["hashes"] == 0
         assert evaluated(capsys, folder) == (0, "")
@@ -214,10 +281,20 @@ def test_none_is_said_only_where_all_is_known(world, capsys):
     assert count == 3 and "WAS TRAINED ON AT LEAST 3" in said
 
 
-@pytest.mark.parametrize("damage,said", [
-    ("no json", "r/step-1 (trained_on.json is missing)"), ("no bin", "trained_on.bin is damaged"), ("cut json", "trained_on.json is damaged"), ("cut bin", "trained_on.bin is damaged"),
-    ("other bin", "trained_on.bin is damaged"), ("a list", "trained_on.json is damaged"), ("no unknown", "trained_on.bin is damaged"), ("form 1", "trained_on.json is of another version"), ("weights", "its weights changed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage,said",
+    [
+        ("no json", "r/step-1 (trained_on.json is missing)"),
+        ("no bin", "trained_on.bin is damaged"),
+        ("cut json", "trained_on.json is damaged"),
+        ("cut bin", "trained_on.bin is damaged"),
+        ("other bin", "trained_on.bin is damaged"),
+        ("a list", "trained_on.json is damaged"),
+        ("no unknown", "trained_on.bin is damaged"),
+        ("form 1", "trained_on.json is of another version"),
+        ("weights", "its weights changed"),
+    ],
+)
 def test_a_damaged_record_is_unknown(damage, said, capsys):
     folder = ran("r", "--data=clean.jsonl")
     record, hashes = folder / "trained_on.json", folder / "trained_on.bin"
@@ -225,7 +302,10 @@ def test_a_damaged_record_is_unknown(damage, said, capsys):
     assert stated["unknown"] == [] and stated["hashes"] * 8 == len(hashes.read_bytes())
     if damage.startswith("no "):
         stated.pop("unknown")
-        record.write_text(json.dumps(stated)) if damage == "no unknown" else {"no json": record, "no bin": hashes}[damage].unlink()
+        record.write_text(json.dumps(stated)) if damage == "no unknown" else {
+            "no json": record,
+            "no bin": hashes,
+        }[damage].unlink()
     elif damage.startswith("cut"):
         file = {"cut json": record, "cut bin": hashes}[damage]
         file.write_bytes(file.read_bytes()[:-8])
@@ -250,7 +330,15 @@ def test_teachers_and_references_count(capsys):
     assert "trained on 3 of" in evaluated(capsys, "runs/kd")[0]
     ran("cached", *kd, "--kd_signal=topk", "--kd_topk=4", "--kd_cache=cache")
     assert "trained on 3 of" in evaluated(capsys, "runs/cached")[0]
-    rl = ["--mode=grpo", f"--model={clean}", "--data=word_problems:4", "--batch_size=2", "--grpo_samples=2", "--sample_tokens=2", "--grpo_beta=0.1"]
+    rl = [
+        "--mode=grpo",
+        f"--model={clean}",
+        "--data=word_problems:4",
+        "--batch_size=2",
+        "--grpo_samples=2",
+        "--sample_tokens=2",
+        "--grpo_beta=0.1",
+    ]
     ran("rl", *rl, f"--reference={seen}")
     assert "trained on 3 of" in evaluated(capsys, "runs/rl")[0]
     ran("own", *rl)
@@ -270,7 +358,9 @@ def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
     shutil.copytree(folder, world / "merged")
     for place in ("runs/lora", "merged", folder / "adapter"):
         assert "trained on 4 of" in evaluated(capsys, place)[0]
-    (folder / "adapter" / "trained_on.json").unlink()  # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    (
+        folder / "adapter" / "trained_on.json"
+    ).unlink()  # as PEFT would have saved it: nobody knows of the adapter, but of its base
     assert "trained on 3 of" in evaluated(capsys, folder / "adapter")[0]
     count, said = evaluated(capsys, folder / "adapter", "--allow_trained")
     assert count == 3 and "AT LEAST" in said
@@ -291,20 +381,56 @@ def test_held_out_questions_are_not_recorded_and_those_seen_before_are_noted(cap
     folder = ran("half", "--data=sets/gsm8k/test.jsonl", "--eval_examples=4", "--eval_tokens=2")
     trained = lineage.of_checkpoint("x", folder).contains(QUESTIONS)
     assert trained.sum() == 2 and "trained on 2 of" in evaluated(capsys, "runs/half")[0]
-    ran("again", f"--model={folder}", "--data=sets/gsm8k/test.jsonl", "--eval_examples=4", "--eval_tokens=2")
+    ran(
+        "again",
+        f"--model={folder}",
+        "--data=sets/gsm8k/test.jsonl",
+        "--eval_examples=4",
+        "--eval_tokens=2",
+    )
     assert "held-out questions" not in capsys.readouterr().out  # the same ones are held out
-    ran("other", f"--model={folder}", "--data=sets/gsm8k/test.jsonl", "--eval_examples=5", "--eval_tokens=2")
-    assert "note: 1 of the 5 held-out questions were trained on by what this run begins from" in capsys.readouterr().out
+    ran(
+        "other",
+        f"--model={folder}",
+        "--data=sets/gsm8k/test.jsonl",
+        "--eval_examples=5",
+        "--eval_tokens=2",
+    )
+    assert (
+        "note: 1 of the 5 held-out questions were trained on by what this run begins from"
+        in capsys.readouterr().out
+    )
 
 
 def test_questions_in_conversations_count_whatever_is_asked_around_them(capsys, world):
     turn = lambda role, content: {"role": role, "content": content}
     rows = [
-        {"messages": [turn("system", "Be kind."), turn("user", f"{QUESTIONS[0]}\nPut your answer in \\boxed{{}}."), turn("assistant", "1")]},
-        {"messages": [turn("user", QUESTIONS[1]), turn("assistant", "3"), turn("user", "Are you sure?"), turn("assistant", "Yes.")]},
+        {
+            "messages": [
+                turn("system", "Be kind."),
+                turn("user", f"{QUESTIONS[0]}\nPut your answer in \\boxed{{}}."),
+                turn("assistant", "1"),
+            ]
+        },
+        {
+            "messages": [
+                turn("user", QUESTIONS[1]),
+                turn("assistant", "3"),
+                turn("user", "Are you sure?"),
+                turn("assistant", "Yes."),
+            ]
+        },
         {"prompt": f"Question: {QUESTIONS[2]}\nAnswer:", "completion": " 5"},
-        {"messages": [turn("user", "Hello!"), turn("assistant", QUESTIONS[3])]},  # an answer is no question
-        {"messages": [turn("system", f"Answer as here.\n{QUESTIONS[4]} 9."), turn("user", "Hm?"), turn("assistant", "1")]},
+        {
+            "messages": [turn("user", "Hello!"), turn("assistant", QUESTIONS[3])]
+        },  # an answer is no question
+        {
+            "messages": [
+                turn("system", f"Answer as here.\n{QUESTIONS[4]} 9."),
+                turn("user", "Hm?"),
+                turn("assistant", "1"),
+            ]
+        },
     ]
     jsonl(world / "chat.jsonl", rows)
     ran("chat", "--data=chat.jsonl")
@@ -315,7 +441,9 @@ def test_questions_in_conversations_count_whatever_is_asked_around_them(capsys, 
 
 def test_all_turns_but_the_assistants_are_prompts():
     roles = ("system", "user", "assistant", "tool", "developer", "assistant")
-    example = Example(tuple({"role": role, "content": f"{i} {role}"} for i, role in enumerate(roles)))
+    example = Example(
+        tuple({"role": role, "content": f"{i} {role}"} for i, role in enumerate(roles))
+    )
     cfg = train.Config(mode="sft", system_prompt="Be kind.", prompt_suffix=" Go.")
     texts = list(prepare.prompt_texts(cfg, [example]))
     assert texts == ["Be kind.", " Go.", "0 system", "1 user", "3 tool", "4 developer"]
@@ -326,9 +454,25 @@ def test_all_turns_but_the_assistants_are_prompts():
 
 def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
     teacher = ran("teacher", "--data=three.jsonl")
-    argv = [str(teacher), "--data=word_problems:2", "--keep=ended", "--max_tokens=4", "--out=traces"]
+    argv = [
+        str(teacher),
+        "--data=word_problems:2",
+        "--keep=ended",
+        "--max_tokens=4",
+        "--out=traces",
+    ]
     assert traces.main(argv) == 0
-    jsonl(world / "traces" / "traces.jsonl", [{"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}]}])  # it wrote nothing
+    jsonl(
+        world / "traces" / "traces.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "Hm?"},
+                    {"role": "assistant", "content": "Ah."},
+                ]
+            }
+        ],
+    )  # it wrote nothing
     (world / "traces").rename(world / "moved")
     ran("student", "--data=moved/traces.jsonl")
     ran("by folder", "--data=moved/traces.jsonl", "--model=runs/student/checkpoints/step-1")
@@ -341,10 +485,17 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
         held_out = []
         columns = {"source": {"teacher": "ab12"}}
         __len__ = lambda self: 1
-        examples = lambda self: [Example(({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}), columns=self.columns)]
+        examples = lambda self: [
+            Example(
+                ({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}),
+                columns=self.columns,
+            )
+        ]
 
     cfg = train.Config(mode="sft", data="clean.jsonl")
-    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == (f"the teacher that wrote {world.name}/clean.jsonl",)
+    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == (
+        f"the teacher that wrote {world.name}/clean.jsonl",
+    )
     Data.columns = {"source": "the web"}
     assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == ()
 

@@ -33,7 +33,13 @@ def python(code, tmp_path, name=""):
     (tmp_path / f"code{len(list(tmp_path.glob('code*')))}.py").write_text(first + code)
     script = max(tmp_path.glob("code*.py"), key=lambda p: p.stat().st_mtime_ns)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 HOLD = """
@@ -71,7 +77,12 @@ def test_the_dead_of_another_host_are_named_not_taken_for_dead(tmp_path, monkeyp
     without_flock(monkeypatch, "ENOSYS")
     path = tmp_path / "a.lock"
     locks.soft_path(path).write_text("4242\nnode-17\n99\n")
-    with pytest.raises(locks.Busy, match=r"process 4242 on node-17 \(if it is gone, delete .*a.lock-soft\)"), locks.lock(path):
+    with (
+        pytest.raises(
+            locks.Busy, match=r"process 4242 on node-17 \(if it is gone, delete .*a.lock-soft\)"
+        ),
+        locks.lock(path),
+    ):
         pass
     locks.soft_path(path).unlink()
     with locks.lock(path):
@@ -112,7 +123,11 @@ def test_the_dead_are_followed_where_files_cannot_be_exchanged(name, tmp_path, m
     kill(holder(name))
     path = tmp_path / "a.lock"
     assert locks.soft_path(path).exists()
-    with locks.lock(path), pytest.raises(locks.Busy, match=f"another process, {os.getpid()}$"), locks.lock(path):
+    with (
+        locks.lock(path),
+        pytest.raises(locks.Busy, match=f"another process, {os.getpid()}$"),
+        locks.lock(path),
+    ):
         pass
     assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
 
@@ -151,7 +166,11 @@ def test_a_process_is_known_by_its_start_not_by_its_number_alone(flock, tmp_path
         with pytest.raises(locks.Busy), locks.lock(path):
             pass
         assert soft.read_text() == alive
-    for dead in (f"{pid}\n{host}\n{int(start) + 1}\n", f"{2**22 + 1}\n{host}\n{start}\n", f"{10**30}\n{host}\n"):
+    for dead in (
+        f"{pid}\n{host}\n{int(start) + 1}\n",
+        f"{2**22 + 1}\n{host}\n{start}\n",
+        f"{10**30}\n{host}\n",
+    ):
         soft.write_text(dead)
         with locks.lock(path):
             pass
@@ -178,7 +197,12 @@ def test_flock_is_no_lock_against_a_soft_holder_that_lives(tmp_path, holder):
     with locks.lock(path):
         assert not locks.soft_path(path).exists()
     locks.soft_path(path).write_text("4242\nnode-17\n99\n")
-    with pytest.raises(locks.Busy, match=r"process 4242 on node-17 \(if it is gone, delete .*a.lock-soft\)"), locks.lock(path):
+    with (
+        pytest.raises(
+            locks.Busy, match=r"process 4242 on node-17 \(if it is gone, delete .*a.lock-soft\)"
+        ),
+        locks.lock(path),
+    ):
         pass
 
 
@@ -226,7 +250,10 @@ print(won)
 
 
 def test_of_processes_with_and_without_flock_never_two_are_in(tmp_path):
-    contenders = [python(CONTEND.format(folder=str(tmp_path)), tmp_path, name) for name in ("", "ENOSYS", "", "ENOLCK")]
+    contenders = [
+        python(CONTEND.format(folder=str(tmp_path)), tmp_path, name)
+        for name in ("", "ENOSYS", "", "ENOLCK")
+    ]
     for process in contenders:
         assert process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
@@ -274,16 +301,26 @@ def test_a_run_has_one_process_without_flock_too(tmp_path, monkeypatch):
     without_flock(monkeypatch, "ENOLCK")
     with open_run(tmp_path, "r", "sft", False, 2, {}, 0) as (folder, step):
         assert step is None
-        with pytest.raises(UserError, match="r is in use by another process, [0-9]+; wait"), open_run(tmp_path, "r", "sft", True, 2, {}, 0):
+        with (
+            pytest.raises(UserError, match="r is in use by another process, [0-9]+; wait"),
+            open_run(tmp_path, "r", "sft", True, 2, {}, 0),
+        ):
             pass
-    with open_run(tmp_path, "r", "sft", False, 2, {}, 0):  # nothing was trained: as good as new, whatever locks left behind
+    with open_run(
+        tmp_path, "r", "sft", False, 2, {}, 0
+    ):  # nothing was trained: as good as new, whatever locks left behind
         pass
 
 
 def test_a_study_has_one_process_without_flock_too(tmp_path, monkeypatch, capsys):
     without_flock(monkeypatch, "EOPNOTSUPP")
     file = ROOT / "recipes/study/mini.toml"
-    argv = [str(file), "--seeds=0", f"--arms={next(iter(study_plan.read(file).arms))}", f"--out={tmp_path / 'o'}"]
+    argv = [
+        str(file),
+        "--seeds=0",
+        f"--arms={next(iter(study_plan.read(file).arms))}",
+        f"--out={tmp_path / 'o'}",
+    ]
     codes = []
 
     def meanwhile(*_):
@@ -316,6 +353,12 @@ def test_who_waits_says_so_again_and_again(tmp_path, monkeypatch, capsys):
     with only_one(tmp_path / "t.lock", 0, "the embedded teacher"):
         pass
     lines = capsys.readouterr().out.splitlines()
-    assert 2 <= len(lines) <= 4 and all("waiting for the embedded teacher" in line and "t.lock is held by another process" in line for line in lines)
-    with only_one(tmp_path / "t.lock", 1, "it"), only_one(tmp_path / "t.lock", 0, "it"):  # another rank waits for nothing
+    assert 2 <= len(lines) <= 4 and all(
+        "waiting for the embedded teacher" in line and "t.lock is held by another process" in line
+        for line in lines
+    )
+    with (
+        only_one(tmp_path / "t.lock", 1, "it"),
+        only_one(tmp_path / "t.lock", 0, "it"),
+    ):  # another rank waits for nothing
         pass

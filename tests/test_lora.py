@@ -28,7 +28,9 @@ from tests import workers
 from tests.test_model import logits, small
 from tests.test_train import SMALL, timeless
 
-CONFIG = lora.LoraConfig(rank=3, alpha=7.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+CONFIG = lora.LoraConfig(
+    rank=3, alpha=7.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,9 @@ def shaken(model):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.adapters(model).values():
-            layer.lora_B.weight.copy_(torch.randn(layer.lora_B.weight.shape, generator=generator) * 0.1)
+            layer.lora_B.weight.copy_(
+                torch.randn(layer.lora_B.weight.shape, generator=generator) * 0.1
+            )
     return model
 
 
@@ -69,7 +73,11 @@ def test_a_layer_computes_what_the_papers_say():
         _, model = adapted(lora.LoraConfig(rank=4, alpha=7.0, rslora=rslora))
         assert len(lora.adapters(model)) == 2 * 7
         layer, x = model.layers[1].self_attn.q_proj, torch.randn(5, 24, dtype=torch.float64)
-        want = x @ layer.weight.T + layer.bias + scale * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
+        want = (
+            x @ layer.weight.T
+            + layer.bias
+            + scale * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
+        )
         assert torch.allclose(layer(x), want, atol=1e-13, rtol=0)
 
 
@@ -80,8 +88,14 @@ def test_fresh_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
     assert torch.equal(logits(model, documents), logits(base, documents))
     for name, layer in lora.adapters(model).items():
         a, bound = layer.lora_A.weight, layer.in_features**-0.5
-        assert a.abs().max() <= bound and float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.3) and not layer.lora_B.weight.any()
-        assert torch.equal(a, again.get_submodule(name).lora_A.weight) and not torch.equal(a, other.get_submodule(name).lora_A.weight)
+        assert (
+            a.abs().max() <= bound
+            and float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.3)
+            and not layer.lora_B.weight.any()
+        )
+        assert torch.equal(a, again.get_submodule(name).lora_A.weight) and not torch.equal(
+            a, other.get_submodule(name).lora_A.weight
+        )
     first = [layer.lora_A.weight[0, :8].detach() for layer in lora.adapters(model).values()]
     assert all(not torch.equal(x, y) for i, x in enumerate(first) for y in first[:i])
 
@@ -95,14 +109,25 @@ def test_merged_equals_unmerged_and_generation_too(tied, tmp_path):
     saved(base, tmp_path / "base")
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
-    (folder / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
-    from_adapter = build_model(model.config, folder / "adapter", device="cpu", seed=0, weight_dtype=torch.float64)
+    (folder / "adapter/adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    from_adapter = build_model(
+        model.config, folder / "adapter", device="cpu", seed=0, weight_dtype=torch.float64
+    )
     documents = [torch.randint(50, (n,)) for n in (12, 9)]
     want = logits(model, documents)
     assert (logits(base, documents) - want).norm() / want.norm() > 1e-3
     for other in (merged, from_adapter):
         assert (logits(other, documents) - want).norm() / want.norm() < 1e-10
-        write = functools.partial(generate, prompts=[d.tolist() for d in documents], max_new_tokens=20, stop_ids=[], temperature=1.0, seeds=[1, 2])
+        write = functools.partial(
+            generate,
+            prompts=[d.tolist() for d in documents],
+            max_new_tokens=20,
+            stop_ids=[],
+            temperature=1.0,
+            seeds=[1, 2],
+        )
         for a, b in zip(write(other), write(model)):
             assert a.tokens == b.tokens and np.allclose(a.logp, b.logp, atol=1e-9)
 
@@ -118,7 +143,9 @@ def test_a_bf16_base_takes_small_updates_into_the_merged_weights(tmp_path):
     layer = model.layers[0].mlp.up_proj
     moved = tensors["model.layers.0.mlp.up_proj.weight"] - layer.weight.float()
     want = 7 / 3 * layer.lora_B.weight @ layer.lora_A.weight
-    assert (moved - want).norm() < 1e-2 * want.norm()  # W + x is rounded to fp32; in bf16 nothing of x would be left
+    assert (
+        moved - want
+    ).norm() < 1e-2 * want.norm()  # W + x is rounded to fp32; in bf16 nothing of x would be left
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -130,7 +157,9 @@ def documents(rng, count):
         length = int(rng.integers(2, 12))
         weights = np.ones(length)
         weights[: rng.integers(1, length)] = 0
-        made.append(WEIGHTINGS["token"](Document(rng.integers(0, 50, length).astype(np.int32), weights)))
+        made.append(
+            WEIGHTINGS["token"](Document(rng.integers(0, 50, length).astype(np.int32), weights))
+        )
     return made
 
 
@@ -143,13 +172,23 @@ def test_only_adapters_have_gradients_state_and_sync(monkeypatch):
     monkeypatch.setattr(parallel, "gather", lambda value: [value])
     monkeypatch.setattr(parallel, "_reduce", reduced.extend)
     workers.gradient(model, None, sft_loss, docs, 30)
-    names = {f"{name}.{part}.weight" for name in lora.adapters(model) for part in ("lora_A", "lora_B")}
-    assert gradients(model).keys() == names and len(names) == 2 * 5 * 2 and len(reduced) == len(names)
+    names = {
+        f"{name}.{part}.weight" for name in lora.adapters(model) for part in ("lora_A", "lora_B")
+    }
+    assert (
+        gradients(model).keys() == names and len(names) == 2 * 5 * 2 and len(reduced) == len(names)
+    )
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.98), 1e-8, 0.1)
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in names}
     optimizer.step()
-    assert len(optimizer.state) == len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert (
+        len(optimizer.state)
+        == len(names)
+        == sum(len(group["params"]) for group in optimizer.param_groups)
+    )
+    assert all(
+        torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen
+    )
 
 
 DROPPING = lora.LoraConfig(3, 7.0, dropout=0.25)
@@ -177,10 +216,16 @@ def test_how_the_batch_is_cut_does_not_change_the_gradient():
     """Micro-batches, order, activation checkpointing and ranks: masks belong to tokens of documents."""
     docs = documents(np.random.default_rng(1), 11)
     shuffled = random.Random(0).sample(docs, len(docs))
-    for make in (lambda: adapted(lora.LoraConfig(3, 7.0))[1], dropping, lambda: dropping(checkpointing=True)):
+    for make in (
+        lambda: adapted(lora.LoraConfig(3, 7.0))[1],
+        dropping,
+        lambda: dropping(checkpointing=True),
+    ):
         want = workers.gradient(make(), None, sft_loss, docs, 1000)[1]
         for cut, micro_tokens in ((docs, 14), (docs, 23), (shuffled, 30)):
-            assert (workers.gradient(make(), None, sft_loss, cut, micro_tokens)[1] - want).norm() < 1e-10 * want.norm()
+            assert (
+                workers.gradient(make(), None, sft_loss, cut, micro_tokens)[1] - want
+            ).norm() < 1e-10 * want.norm()
     want = workers.gradient(dropping(), None, sft_loss, docs, 1000)[1]
     plain = workers.gradient(adapted(lora.LoraConfig(3, 7.0))[1], None, sft_loss, docs, 1000)[1]
     assert (plain - want).norm() > 0.05 * want.norm(), "the masks do something"
@@ -200,7 +245,9 @@ def test_masks_that_belong_to_the_micro_batch_would_fail(monkeypatch):
     monkeypatch.setattr(lora, "token_keys", per_micro_batch)
     want = workers.gradient(dropping(), None, sft_loss, docs, 1000)[1]
     count.clear()
-    assert (workers.gradient(dropping(), None, sft_loss, docs, 23)[1] - want).norm() > 1e-3 * want.norm()
+    assert (
+        workers.gradient(dropping(), None, sft_loss, docs, 23)[1] - want
+    ).norm() > 1e-3 * want.norm()
 
 
 def test_the_gradient_on_average_over_masks_is_near_the_one_without():
@@ -213,7 +260,9 @@ def test_the_gradient_on_average_over_masks_is_near_the_one_without():
         model.dropout.see(model, (torch.arange(7), torch.arange(7)))
         seen += layer.masked(x) / 4000
     error = (seen - x).abs() / x.abs()  # of a mean of 4,000: √(0.25 / 0.75 / 4000) = 0.009
-    assert error.max() < 5 * 0.0092 and error.mean() == pytest.approx(0.0092 * (2 / np.pi) ** 0.5, rel=0.2)
+    assert error.max() < 5 * 0.0092 and error.mean() == pytest.approx(
+        0.0092 * (2 / np.pi) ** 0.5, rel=0.2
+    )
 
 
 def python_mix(x):
@@ -241,7 +290,9 @@ def test_masks_are_what_is_said_of_them():
             stream = python_mix(python_mix(whole ^ place) ^ lora._seed(0, 4, layer.name) % 2**64)
             words = [python_mix((stream + j * golden) % 2**64) for j in range(6)]
             quarters = [(word >> shift) % 2**16 for word in words for shift in (0, 16, 32, 48)]
-            want.append([(q + 2**15) % 2**16 < 0.75 * 2**16 for q in quarters])  # signed: the lowest is -2^15
+            want.append(
+                [(q + 2**15) % 2**16 < 0.75 * 2**16 for q in quarters]
+            )  # signed: the lowest is -2^15
     assert got == want
 
 
@@ -257,24 +308,37 @@ def test_masks_keep_their_share_and_are_independent():
         dropout.begin(step)
         dropout.see(None, ((tokens_T + shift) % 50, positions_T))
         masked = dropout(torch.ones(len(tokens_T), width, dtype=torch.float64), layer)
-        assert len(masked.unique()) == 2 and float(masked.max()) == pytest.approx(1 / (1 - share), rel=1e-4)
+        assert len(masked.unique()) == 2 and float(masked.max()) == pytest.approx(
+            1 / (1 - share), rel=1e-4
+        )
         return (masked != 0).double()
 
     for share in (0.01, 0.1, 0.25, 0.5, 0.9):
-        got, deviation = float(mask(share).mean()), (share * (1 - share) / len(tokens_T) / 101) ** 0.5
+        got, deviation = (
+            float(mask(share).mean()),
+            (share * (1 - share) / len(tokens_T) / 101) ** 0.5,
+        )
         assert abs(got - (1 - share)) < 5 * deviation + 2**-17, share
     first = mask()
     assert torch.equal(first, mask())
     limit = 5 / len(tokens_T) ** 0.5
     features = torch.corrcoef(first.T) - torch.eye(101)
     assert features.abs().max() < limit, "features of one token"
-    for other in (mask(step=2), mask(seed=5), mask(layer="layers.1.mlp.up_proj"), mask(shift=1), first.roll(1, 0)):
+    for other in (
+        mask(step=2),
+        mask(seed=5),
+        mask(layer="layers.1.mlp.up_proj"),
+        mask(shift=1),
+        first.roll(1, 0),
+    ):
         both = torch.stack((first.flatten(), other.flatten()))
         assert abs(float(torch.corrcoef(both)[0, 1])) < 5 / first.numel() ** 0.5
         each = torch.corrcoef(torch.cat((first.T, other.T)))[:101, 101:]
         assert each.abs().max() < limit, "the same and other features under another key"
     per_token = first.sum(1)
-    assert float(per_token.var()) == pytest.approx(101 * 0.25 * 0.75, rel=0.1), "as many are kept as a coin would keep"
+    assert float(per_token.var()) == pytest.approx(101 * 0.25 * 0.75, rel=0.1), (
+        "as many are kept as a coin would keep"
+    )
 
 
 def test_masks_belong_to_seed_step_and_document():
@@ -296,9 +360,13 @@ def test_masks_belong_to_seed_step_and_document():
 
     model = dropping()
     tokens = docs[0].tokens
-    run = lambda: model(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+    run = lambda: model(
+        torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)])
+    )
     whole = shaken(lora.adapt(small(), lora.LoraConfig(3, 7.0), 0, torch.float64))
-    want = whole(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+    want = whole(
+        torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)])
+    )
     with torch.no_grad():
         assert torch.equal(run(), want)  # generation and scoring
     assert not torch.allclose(run(), want)
@@ -318,18 +386,31 @@ def test_flops_leave_out_the_gradients_of_what_is_frozen():
     full = step_flops(batch, small(), None, 50)
     matrices = sum(p.numel() for n, p in base.layers.named_parameters() if p.dim() == 2)
     more = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
-    assert step_flops(batch, model, None, 50) == pytest.approx(full - 2 * tokens * matrices - 2 * rows * 24 * 50 + 6 * tokens * more)
+    assert step_flops(batch, model, None, 50) == pytest.approx(
+        full - 2 * tokens * matrices - 2 * rows * 24 * 50 + 6 * tokens * more
+    )
 
 
 # --- one copy of the base; the reference -----------------------------------------------------------------------------
 
-GRPO = ["--mode=grpo", "--device=cpu", *SMALL, "--steps=2", "--model=tiny-teacher", "--grpo_samples=2", "--sample_tokens=6", "--lr=1e-2"]
+GRPO = [
+    "--mode=grpo",
+    "--device=cpu",
+    *SMALL,
+    "--steps=2",
+    "--model=tiny-teacher",
+    "--grpo_samples=2",
+    "--sample_tokens=6",
+    "--lr=1e-2",
+]
 GRPO += ["--eval_examples=2", "--lora_rank=4", "--grpo_beta=0.1"]
 
 
 @pytest.fixture
 def reward(tmp_path):
-    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
+    (tmp_path / "mine.py").write_text(
+        "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+    )
     return f"--grpo_reward={tmp_path}/mine.py:letters"
 
 
@@ -346,12 +427,20 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
     def counting(model, *args):
         gc.collect()
         shape = model.layers[0].mlp.down_proj.weight.shape
-        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == shape]
+        tensors = [
+            t
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == shape
+        ]
         seen.append({(t.untyped_storage().data_ptr(), t.dtype) for t in tensors})
         return step(model, *args)
 
     gc.collect()  # what tests before this one left in cycles
-    before = [id(t) for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == (96, 256)]
+    before = [
+        id(t)
+        for t in gc.get_objects()
+        if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == (96, 256)
+    ]
     assert not before
     monkeypatch.setattr(train, "generate", writing)
     monkeypatch.setattr(train, "forward_backward", counting)
@@ -361,12 +450,20 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
     (run,) = kept
     assert len(seen) == 2 and len(copies) == 2 and run.reference is not None
     for storages in seen:
-        assert len(storages) == 3 and {dtype for _, dtype in storages} == {torch.bfloat16}  # one per layer
+        assert len(storages) == 3 and {dtype for _, dtype in storages} == {
+            torch.bfloat16
+        }  # one per layer
     models = (run.model, run.reference, copies[-1])
-    parameters = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for m in models for p in m.parameters()}
+    parameters = {
+        p.untyped_storage().data_ptr(): p.numel() * p.element_size()
+        for m in models
+        for p in m.parameters()
+    }
     base = sum(p.numel() * 2 for p in run.reference.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    assert sum(parameters.values()) == base + trained * (4 + 2)  # masters, and generation's bf16 copies of them
+    assert sum(parameters.values()) == base + trained * (
+        4 + 2
+    )  # masters, and generation's bf16 copies of them
     assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -376,60 +473,123 @@ def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, re
     def building(cfg, run):
         kept.append(run)
         source, loss_fn = build(cfg, run)
-        return source, lambda hidden, head, frozen, batch: used.append(batch) or loss_fn(hidden, head, frozen, batch)
+        return (
+            source,
+            lambda hidden, head, frozen, batch: (
+                used.append(batch) or loss_fn(hidden, head, frozen, batch)
+            ),
+        )
 
     monkeypatch.setattr(train, "build", building)
     assert train.main([*GRPO, reward, f"--runs={tmp_path}", "--name=r"]) == 0
     (run,) = kept
-    plain = build_model(run.model.config, None, device="cpu", seed=0)  # what --model=tiny-teacher --seed=0 is
+    plain = build_model(
+        run.model.config, None, device="cpu", seed=0
+    )  # what --model=tiny-teacher --seed=0 is
     assert not lora.adapters(run.reference)
-    for (name, p), (_, q) in zip(run.reference.named_parameters(), plain.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(
+        run.reference.named_parameters(), plain.named_parameters(), strict=True
+    ):
         assert torch.equal(p, q), name
     for batch in used:
         with torch.no_grad():
             attend = PackedAttention(batch.lengths)
             for model, same in ((plain, True), (run.model, False)):
-                rows = batch.select(model(batch.tokens_T, batch.positions_T, attend)) @ model.head_VD[: run.vocab].T
-                logp = torch.log_softmax(rows.double(), 1).gather(1, batch.select(batch.target_T)[:, None]).squeeze(1)
-                assert torch.allclose(logp, batch.select(batch.fields["ref_logp"]), atol=1e-5) == same
+                rows = (
+                    batch.select(model(batch.tokens_T, batch.positions_T, attend))
+                    @ model.head_VD[: run.vocab].T
+                )
+                logp = (
+                    torch.log_softmax(rows.double(), 1)
+                    .gather(1, batch.select(batch.target_T)[:, None])
+                    .squeeze(1)
+                )
+                assert (
+                    torch.allclose(logp, batch.select(batch.fields["ref_logp"]), atol=1e-5) == same
+                )
     metrics = [m for m in timeless(tmp_path / "r") if "train/ref_kl" in m]
-    assert abs(metrics[0]["train/ref_kl"]) < 1e-9 and metrics[1]["train/ref_kl"] > 1e-7  # B = 0 at first, then the policy moves
+    assert (
+        abs(metrics[0]["train/ref_kl"]) < 1e-9 and metrics[1]["train/ref_kl"] > 1e-7
+    )  # B = 0 at first, then the policy moves
 
 
 OFF = {
     "several updates": ["--grpo_updates=2"],
     "correction": ["--grpo_correction=truncate"],
     "KL in the reward": ["--grpo_kl_in=reward"],
-    "sampled signal": ["--mode=kd", "--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"],
+    "sampled signal": [
+        "--mode=kd",
+        "--kd_prefix=student",
+        "--kd_signal=sampled",
+        "--kd_divergence=reverse_kl",
+        "--kd_temperature=1",
+    ],
 }
 
 
 @pytest.mark.parametrize("kind", [*OFF, "one update"])
 def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, monkeypatch, capsys):
     """At the first update of a rollout the ratio to the policy that sampled is 1, and the run says at its start that there is no dropout."""
-    args = [*GRPO, reward] if kind != "sampled signal" else [a for a in GRPO if not a.startswith(("--mode", "--grpo"))]
+    args = (
+        [*GRPO, reward]
+        if kind != "sampled signal"
+        else [a for a in GRPO if not a.startswith(("--mode", "--grpo"))]
+    )
     args += ["--teacher=tiny-teacher"] if kind == "sampled signal" else []
     begun, begin = [], lora.Dropout.begin
-    monkeypatch.setattr(lora.Dropout, "begin", lambda self, *a, **more: begun.append(more["applied"]) or begin(self, *a, **more))
-    assert train.main([*args, *OFF.get(kind, []), "--lora_dropout=0.5", "--dtype=float64", f"--runs={tmp_path}", "--name=r"]) == 0
+    monkeypatch.setattr(
+        lora.Dropout,
+        "begin",
+        lambda self, *a, **more: begun.append(more["applied"]) or begin(self, *a, **more),
+    )
+    assert (
+        train.main(
+            [
+                *args,
+                *OFF.get(kind, []),
+                "--lora_dropout=0.5",
+                "--dtype=float64",
+                f"--runs={tmp_path}",
+                "--name=r",
+            ]
+        )
+        == 0
+    )
     lines = [m for m in timeless(tmp_path / "r") if "train/old_kl" in m]
     said = capsys.readouterr().out
     assert len(lines) == 2 and lines[1]["train/grad_norm"] > 0
-    assert lines[0]["train/old_kl"] < 1e-12, "the adapters have moved when the second step begins, not yet at the first"
+    assert lines[0]["train/old_kl"] < 1e-12, (
+        "the adapters have moved when the second step begins, not yet at the first"
+    )
     if kind == "one update":
         assert begun == [True, True] and "not applied" not in said
         return
     assert begun == [False, False] and said.count("--lora_dropout is not applied") == 1
     if kind != "several updates":
-        assert lines[1]["train/old_kl"] < 1e-12 and lines[1]["train/clip_low"] == lines[1]["train/clip_high"] == 0
+        assert (
+            lines[1]["train/old_kl"] < 1e-12
+            and lines[1]["train/clip_low"] == lines[1]["train/clip_high"] == 0
+        )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 MODES = {
     "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_tokens=120"],
-    "kd": ["--mode=kd", "--teacher=tiny-teacher", "--lora_rslora", "--lora_targets=q_proj,down_proj"],
-    "on-policy kd": ["--mode=kd", "--teacher=tiny-teacher", "--kd_prefix=student", "--sample_tokens=5", "--checkpointing", "--lora_dropout=0.2"],
+    "kd": [
+        "--mode=kd",
+        "--teacher=tiny-teacher",
+        "--lora_rslora",
+        "--lora_targets=q_proj,down_proj",
+    ],
+    "on-policy kd": [
+        "--mode=kd",
+        "--teacher=tiny-teacher",
+        "--kd_prefix=student",
+        "--sample_tokens=5",
+        "--checkpointing",
+        "--lora_dropout=0.2",
+    ],
     "grpo": [*GRPO, "--grpo_updates=2"],
 }
 
@@ -437,7 +597,16 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_runs_is_cut_resumed_and_evaluated(mode, tmp_path, reward, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = ["--device=cpu", *SMALL, *MODES[mode], "--lora_rank=3", "--lora_alpha=6", "--steps=3", "--save_every=1", "--eval_every=2"]
+    args = [
+        "--device=cpu",
+        *SMALL,
+        *MODES[mode],
+        "--lora_rank=3",
+        "--lora_alpha=6",
+        "--steps=3",
+        "--save_every=1",
+        "--eval_every=2",
+    ]
     args += ["--name=r", "--lr=1e-2", *([reward] if mode == "grpo" else [])]
     assert train.main([*args, "--runs=whole"]) == 0, capsys.readouterr().err
     with monkeypatch.context() as m:
@@ -455,7 +624,12 @@ def test_every_mode_runs_is_cut_resumed_and_evaluated(mode, tmp_path, reward, mo
     assert RunFolder("cut/r").steps() == [1]
     assert train.main(["--name=r", "--resume", "--runs=cut"]) == 0
     assert timeless(tmp_path / "cut/r") == timeless(tmp_path / "whole/r") != []
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "trainer/optimizer.safetensors"):
+    for name in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "trainer/optimizer.safetensors",
+    ):
         a, b = (tmp_path / w / "r/checkpoints/step-3" / name for w in ("cut", "whole"))
         assert a.read_bytes() == b.read_bytes(), name
     step = tmp_path / "whole/r/checkpoints/step-3"
@@ -464,16 +638,38 @@ def test_every_mode_runs_is_cut_resumed_and_evaluated(mode, tmp_path, reward, mo
     moved = load_file(step / "adapter/adapter_model.safetensors")
     assert all(t.any() for t in moved.values())  # every B has left 0
     if mode == "sft":
-        assert max(timeless(tmp_path / "whole/r")[1:3], key=len)["train/tokens"] > 120  # several micro-batches
+        assert (
+            max(timeless(tmp_path / "whole/r")[1:3], key=len)["train/tokens"] > 120
+        )  # several micro-batches
     capsys.readouterr()
-    assert evaluation.main(["whole/r", "--tasks=word_problems", "--greedy", "--limit=2", "--max_tokens=4", f"--out={tmp_path}/out"]) == 0
+    assert (
+        evaluation.main(
+            [
+                "whole/r",
+                "--tasks=word_problems",
+                "--greedy",
+                "--limit=2",
+                "--max_tokens=4",
+                f"--out={tmp_path}/out",
+            ]
+        )
+        == 0
+    )
     assert "word_problems" in capsys.readouterr().out
 
 
 def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, monkeypatch):
     """A chain: LoRA on a folder, then its adapter folder as the model of another run and of the evaluation."""
     monkeypatch.chdir(tmp_path)
-    common = ["--mode=sft", "--device=cpu", *SMALL, "--steps=1", "--lr=1e-1", "--eval_examples=0", "--warmup=0"]
+    common = [
+        "--mode=sft",
+        "--device=cpu",
+        *SMALL,
+        "--steps=1",
+        "--lr=1e-1",
+        "--eval_examples=0",
+        "--warmup=0",
+    ]
     assert train.main([*common, "--name=base"]) == 0
     base = "runs/base/checkpoints/step-1"
     assert train.main([*common, f"--model={base}", "--lora_rank=4", "--name=a"]) == 0
@@ -492,7 +688,12 @@ def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, mon
     assert train.main([*common, f"--model={folder}/adapter", "--lora_rank=2", "--name=b"]) == 0
     assert train.main([*common, f"--model={folder}", "--lora_rank=2", "--name=c"]) == 0
     assert timeless(tmp_path / "runs/b") == timeless(tmp_path / "runs/c")
-    assert json.loads((tmp_path / "runs/b/checkpoints/step-1/adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert (
+        json.loads(
+            (tmp_path / "runs/b/checkpoints/step-1/adapter/adapter_config.json").read_text()
+        )["base_model_name_or_path"]
+        is None
+    )
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -503,7 +704,10 @@ def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, mon
     [
         (["--lora_rank=-1"], "--lora_rank"),
         (["--lora_alpha=8"], "lora_alpha is not read with lora_rank=0"),
-        (["--lora_rank=4", "--lora_targets=q_proj,lm_head"], "no layer 'lm_head'; choose from q_proj"),
+        (
+            ["--lora_rank=4", "--lora_targets=q_proj,lm_head"],
+            "no layer 'lm_head'; choose from q_proj",
+        ),
         (["--lora_rank=4", "--lora_dropout=1"], "--lora_dropout"),
         (["--lora_rank=4", "--lora_alpha=0"], "--lora_alpha"),
     ],

@@ -18,16 +18,46 @@ from model.transformer import PRESETS, ModelConfig, Transformer, config_from_hf
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
-    "qwen2-tied": ("Qwen2", dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=48, tie_word_embeddings=True)),
-    "qwen2-untied": ("Qwen2", dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=48, tie_word_embeddings=False)),
-    "qwen3": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, head_dim=16, tie_word_embeddings=True)),
+    "qwen2-tied": (
+        "Qwen2",
+        dict(
+            num_attention_heads=4, num_key_value_heads=2, hidden_size=48, tie_word_embeddings=True
+        ),
+    ),
+    "qwen2-untied": (
+        "Qwen2",
+        dict(
+            num_attention_heads=3, num_key_value_heads=1, hidden_size=48, tie_word_embeddings=False
+        ),
+    ),
+    "qwen3": (
+        "Qwen3",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=40,
+            head_dim=16,
+            tie_word_embeddings=True,
+        ),
+    ),
 }
 
 
 def theirs(kind, **more):
     family, shape = SHAPES[kind]
-    shape = dict(vocab_size=211, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=512, rope_theta=1e4) | shape
-    config = getattr(transformers, f"{family}Config")(**shape, eos_token_id=None, bos_token_id=None, pad_token_id=None, **more)
+    shape = (
+        dict(
+            vocab_size=211,
+            intermediate_size=80,
+            num_hidden_layers=3,
+            max_position_embeddings=512,
+            rope_theta=1e4,
+        )
+        | shape
+    )
+    config = getattr(transformers, f"{family}Config")(
+        **shape, eos_token_id=None, bos_token_id=None, pad_token_id=None, **more
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from 1 and 0, so that a forgotten one shows
@@ -60,7 +90,13 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, shard, tmp_path):
             assert (mine - want).norm() / want.norm() < 1e-5
     prompts = [d.tolist() for d in documents]
     for prompt, new in zip(prompts, generate(model, prompts, 60, [])):
-        want = reference.generate(torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False, use_cache=True)
+        want = reference.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=60,
+            min_new_tokens=60,
+            do_sample=False,
+            use_cache=True,
+        )
         assert new.tokens == want[0, len(prompt) :].tolist()
 
 
@@ -80,18 +116,39 @@ def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters()):
         assert torch.equal(a, b), name
     text = "Mia has 12 apples."
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer.encode(text)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text)[
+        "input_ids"
+    ] == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("name,count", [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-7b", 7_615_616_512), ("qwen3-0.6b", 596_049_920),
-                                        ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,count",
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+    ],
+)
 def test_presets_have_the_published_number_of_parameters(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(PRESETS[name]).parameters()) == count
 
 
 def small(seed=0, **more):
-    config = ModelConfig(**dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8) | more)
+    config = ModelConfig(
+        **dict(
+            vocab_size=50,
+            hidden_size=24,
+            intermediate_size=40,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+        )
+        | more
+    )
     return build_model(config, None, device="cpu", seed=seed, weight_dtype=torch.float64)
 
 
@@ -190,8 +247,23 @@ def test_truncated_missing_and_damaged_files(tmp_path):
     "change,words",
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "scaling"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "linear",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "scaling",
+        ),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding"),
         ({"use_sliding_window": True, "sliding_window": None}, "sliding"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
@@ -214,7 +286,9 @@ def test_schedules():
     assert [rate(0, s) for s in ("constant", "linear", "cosine")] == [0.2] * 3
     assert rate(9, "cosine") == 2.0 == rate(50, "constant")
     assert rate(99, "linear") == rate(99, "cosine") == pytest.approx(0.2)
-    assert rate(10, "cosine") == 2.0 and rate(54, "linear") == pytest.approx(2 * (0.1 + 0.9 * 45 / 89))
+    assert rate(10, "cosine") == 2.0 and rate(54, "linear") == pytest.approx(
+        2 * (0.1 + 0.9 * 45 / 89)
+    )
     assert learning_rate(0, 1, 2.0, 0, "cosine", 0.1) == 2.0
 
 

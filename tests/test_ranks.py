@@ -16,7 +16,16 @@ from tests.test_train import SMALL
 from tests.workers import failing_main, spawned
 
 FULL = OSError(28, "No space left on device")
-SFT = ["--mode=sft", "--device=cpu", "--model=tiny", "--data=word_problems:40", *SMALL, "--steps=2", "--save_every=1", "--eval_examples=0"]
+SFT = [
+    "--mode=sft",
+    "--device=cpu",
+    "--model=tiny",
+    "--data=word_problems:40",
+    *SMALL,
+    "--steps=2",
+    "--save_every=1",
+    "--eval_examples=0",
+]
 
 
 def patched(name, error):
@@ -36,31 +45,105 @@ def lock_of_the_embedded_teacher(runs):
 
 def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
     lock_of_the_embedded_teacher(tmp_path / "runs").mkdir(parents=True)
-    blocked = ["--mode=kd", "--device=cpu", "--steps=1", "--eval_examples=0", f"--runs={tmp_path}/runs", "--name=k"]
+    blocked = [
+        "--mode=kd",
+        "--device=cpu",
+        "--steps=1",
+        "--eval_examples=0",
+        f"--runs={tmp_path}/runs",
+        "--name=k",
+    ]
     cases = {
-        "lock": (blocked, patched("prepare.say", None), 2, "tiny-teacher|teacher-.*lock cannot be made"),
-        "record": (SFT, patched("prepare.training_record", UserError("a trained_on.json that is no JSON")), 2, "a trained_on.json that is no JSON"),
-        "save": (SFT, patched("model.runs.save_model", FULL), 1, "step-1 could not be written .*No space left"),
-        "log": (SFT, patched("eval.log.append", RunFailed("metrics.jsonl could not be written")), 1, "metrics.jsonl could not be written"),
-        "begin": (SFT, patched("eval.log.cut_back", RunFailed("metrics.jsonl is no file")), 1, "metrics.jsonl is no file"),
-        "curves": (SFT, patched("train.draw_curves", FULL), 1, "curves.png could not be written .*the run itself is whole"),
-        "find": (blocked, patched("prepare.finished_run", ValueError("odd\nin two lines")), "ValueError", "rank 0 failed .ValueError: odd"),
+        "lock": (
+            blocked,
+            patched("prepare.say", None),
+            2,
+            "tiny-teacher|teacher-.*lock cannot be made",
+        ),
+        "record": (
+            SFT,
+            patched("prepare.training_record", UserError("a trained_on.json that is no JSON")),
+            2,
+            "a trained_on.json that is no JSON",
+        ),
+        "save": (
+            SFT,
+            patched("model.runs.save_model", FULL),
+            1,
+            "step-1 could not be written .*No space left",
+        ),
+        "log": (
+            SFT,
+            patched("eval.log.append", RunFailed("metrics.jsonl could not be written")),
+            1,
+            "metrics.jsonl could not be written",
+        ),
+        "begin": (
+            SFT,
+            patched("eval.log.cut_back", RunFailed("metrics.jsonl is no file")),
+            1,
+            "metrics.jsonl is no file",
+        ),
+        "curves": (
+            SFT,
+            patched("train.draw_curves", FULL),
+            1,
+            "curves.png could not be written .*the run itself is whole",
+        ),
+        "find": (
+            blocked,
+            patched("prepare.finished_run", ValueError("odd\nin two lines")),
+            "ValueError",
+            "rank 0 failed .ValueError: odd",
+        ),
     }
-    jobs = [(train.main, [*argv, *([f"--runs={tmp_path}/{name}", "--name=r"] if argv is SFT else [])], 0, sabotage)
-            for name, (argv, sabotage, *_) in cases.items()]  # fmt: skip
+    jobs = [
+        (
+            train.main,
+            [*argv, *([f"--runs={tmp_path}/{name}", "--name=r"] if argv is SFT else [])],
+            0,
+            sabotage,
+        )
+        for name, (argv, sabotage, *_) in cases.items()
+    ]
     checkpoint = tmp_path / "curves/r/checkpoints/step-2"  # of a run that failed at the very end
-    asked = [str(checkpoint), "--tasks", "word_problems", "--limit", "2", "--max_tokens", "4", "--n", "1"]
+    asked = [
+        str(checkpoint),
+        "--tasks",
+        "word_problems",
+        "--limit",
+        "2",
+        "--max_tokens",
+        "4",
+        "--n",
+        "1",
+    ]
     (tmp_path / "file").touch()
-    jobs.append((evaluate, [*asked, "--out", str(tmp_path / "out")], 1, patched("eval.__main__.write", OSError(28, "No space left", "a part"))))
-    jobs.append((evaluate, [*asked, "--out", str(tmp_path / "file" / "out")], 0, contextlib.nullcontext))
+    jobs.append(
+        (
+            evaluate,
+            [*asked, "--out", str(tmp_path / "out")],
+            1,
+            patched("eval.__main__.write", OSError(28, "No space left", "a part")),
+        )
+    )
+    jobs.append(
+        (evaluate, [*asked, "--out", str(tmp_path / "file" / "out")], 0, contextlib.nullcontext)
+    )
     *told, full, no_folder = spawned(failing_main, 2, jobs)
     assert full == [(1, "eval: a part: No space left; the same command goes on\n")] * 2
-    assert no_folder[0][0] == no_folder[1][0] == 2 and "file/out" in no_folder[0][1] and "gloo" not in no_folder[1][1]
+    assert (
+        no_folder[0][0] == no_folder[1][0] == 2
+        and "file/out" in no_folder[0][1]
+        and "gloo" not in no_folder[1][1]
+    )
     for name, (_, _, code, words) in cases.items():
         (code_0, said_0), (code_1, said_1) = dict(zip(cases, told))[name]
         assert code_0 == code, (name, said_0)
         assert code_1 == (code if isinstance(code, int) else 1), (name, said_1)
-        assert said_1.count("\n") == 1 and said_1.startswith("train.py: ") and "gloo" not in said_1, name
+        assert (
+            said_1.count("\n") == 1 and said_1.startswith("train.py: ") and "gloo" not in said_1
+        ), name
         assert isinstance(code, str) or said_0 == said_1
         with pytest.raises(UserError, match=words):
             raise UserError(said_1)

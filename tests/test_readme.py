@@ -16,21 +16,38 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"\(`python mine\.py ([^`]*)`\).*?```python\n(.*?)```", README, re.S)
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
+]
 
 
 def test_there_are_three_snippets_of_under_ten_lines():
     assert len(SNIPPETS) == 3
-    assert all(len([line for line in code.splitlines() if line.strip()]) < 10 for _, code in SNIPPETS)
+    assert all(
+        len([line for line in code.splitlines() if line.strip()]) < 10 for _, code in SNIPPETS
+    )
 
 
 @pytest.mark.parametrize("args,code", SNIPPETS, ids=["divergence", "task", "preset"])
 def test_make_it_yours(args, code, tmp_path):
     (tmp_path / "mine.py").write_text(code)
-    small = ["--steps=2", "--batch_size=2", "--eval_examples=2", "--eval_tokens=4", "--device=cpu", "--name=m"]
+    small = [
+        "--steps=2",
+        "--batch_size=2",
+        "--eval_examples=2",
+        "--eval_tokens=4",
+        "--device=cpu",
+        "--name=m",
+    ]
     small += ["--teacher=tiny-teacher"] if "kd" in args else []
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "mine.py", *shlex.split(args), *small], cwd=tmp_path, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "mine.py", *shlex.split(args), *small],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/m/checkpoints/step-2/model.safetensors").is_file()
     if "divergence" in args:
@@ -44,7 +61,9 @@ def test_every_command_exists_and_parses(line):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
     elif "train.py" in words:
-        argv = [w.replace("recipes/", f"{ROOT}/recipes/") for w in words[words.index("train.py") + 1 :]]
+        argv = [
+            w.replace("recipes/", f"{ROOT}/recipes/") for w in words[words.index("train.py") + 1 :]
+        ]
         if argv != ["--help"]:
             train.check(config.parse(train.Config, argv)[0])
     elif words[:2] == ["python", "-m"]:

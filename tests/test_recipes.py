@@ -14,7 +14,9 @@ import train
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-STUDIES = sorted(p for p in (ROOT / "recipes" / "study").glob("*.toml") if p.stem != "mini")  # mini is run whole, in test_study.py
+STUDIES = sorted(
+    p for p in (ROOT / "recipes" / "study").glob("*.toml") if p.stem != "mini"
+)  # mini is run whole, in test_study.py
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
@@ -29,14 +31,32 @@ def test_recipes_are_valid_and_explain_themselves(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, tmp_path):
     recipe = tomllib.loads(path.read_text())
-    model, batch = ("tiny-teacher", recipe["grpo_samples"]) if recipe["mode"] == "grpo" else ("tiny", 2)  # `tiny` is a distilled one in grpo
-    argv = ["--config", str(path), f"--model={model}", "--data=word_problems:8", "--steps=2", f"--batch_size={batch}", "--eval_examples=2",
-            "--eval_tokens=4", "--micro_tokens=512", "--dtype=float32", "--device=cpu", "--compile=false", f"--runs={tmp_path}", "--name=r"]  # fmt: skip
+    model, batch = (
+        ("tiny-teacher", recipe["grpo_samples"]) if recipe["mode"] == "grpo" else ("tiny", 2)
+    )  # `tiny` is a distilled one in grpo
+    argv = [
+        "--config",
+        str(path),
+        f"--model={model}",
+        "--data=word_problems:8",
+        "--steps=2",
+        f"--batch_size={batch}",
+        "--eval_examples=2",
+        "--eval_tokens=4",
+        "--micro_tokens=512",
+        "--dtype=float32",
+        "--device=cpu",
+        "--compile=false",
+        f"--runs={tmp_path}",
+        "--name=r",
+    ]
     argv += ["--sample_tokens=6"] if recipe["mode"] == "grpo" else []
     argv += ["--teacher=tiny-teacher"] if recipe["mode"] == "kd" else []
     # --epochs is not read once --steps is given
     trimmed = tmp_path / "recipe.toml"
-    trimmed.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("epochs")))
+    trimmed.write_text(
+        "\n".join(line for line in path.read_text().splitlines() if not line.startswith("epochs"))
+    )
     argv[1] = str(trimmed)
     assert train.main(argv) == 0
     assert (tmp_path / "r" / "checkpoints" / "step-2" / "model.safetensors").is_file()
@@ -44,7 +64,10 @@ def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, 
 
 @pytest.fixture(params=STUDIES, ids=lambda p: p.stem)
 def study(request):
-    return tomllib.loads(request.param.read_text()) | {"file": request.param.name, "text": request.param.read_text()}
+    return tomllib.loads(request.param.read_text()) | {
+        "file": request.param.name,
+        "text": request.param.read_text(),
+    }
 
 
 def knobs(study, name):
@@ -52,13 +75,29 @@ def knobs(study, name):
     common, own = study["common"], study["run"][name]
     argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
     read = config.resolved(config.parse(train.Config, argv(common | own), together=False)[0])
-    return config.parse(train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read}))[0]
+    return config.parse(
+        train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read})
+    )[0]
 
 
 def test_studies_are_whole(study):
     """Every knob and option is one, every run passes train.py's check, and every name in the file leads somewhere."""
-    assert set(study) <= {"study", "eval", "common", "model", "traces", "run", "arm", "claim", "file", "text"}
-    assert f"eval.study recipes/study/{study['file']} " in study["text"] and max(map(len, study["text"].splitlines())) <= 160
+    assert set(study) <= {
+        "study",
+        "eval",
+        "common",
+        "model",
+        "traces",
+        "run",
+        "arm",
+        "claim",
+        "file",
+        "text",
+    }
+    assert (
+        f"eval.study recipes/study/{study['file']} " in study["text"]
+        and max(map(len, study["text"].splitlines())) <= 160
+    )
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
         cfg = knobs(study, name)
@@ -67,12 +106,21 @@ def test_studies_are_whole(study):
         assert cfg.model == "tiny", "the model is the arm's"
     for name, options in traces.items():
         options = {k: v for k, v in options.items() if k != "teacher"}
-        eval.traces.parse([traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in options.items())])
+        eval.traces.parse(
+            [traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in options.items())]
+        )
     for arm in arms.values():
         assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
-        args = eval.__main__.parse([arm["model"], *(f"--{k}={v}" for k, v in (study["eval"] | arm.get("eval", {})).items())])
+        args = eval.__main__.parse(
+            [
+                arm["model"],
+                *(f"--{k}={v}" for k, v in (study["eval"] | arm.get("eval", {})).items()),
+            ]
+        )
         assert arm.get("paper", "collapsed") == "collapsed" or set(arm["paper"]) <= set(args.tasks)
-    assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(set(map(str, arms.values()))) == len(arms)
+    assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(
+        set(map(str, arms.values()))
+    ) == len(arms)
     for claim in study.get("claim", []):
         better, worse = (arms[claim[side]]["paper"] for side in ("better", "worse"))
         assert set(claim) == {"text", "better", "worse", "task"}
@@ -108,13 +156,17 @@ def test_the_papers_study_is_the_papers():
     study = tomllib.loads((ROOT / "recipes" / "study" / "paper.toml").read_text())
     tasks = ("olympiadbench", "math500", "minerva_math", "amc23", "gsm8k")
     assert {name: arm["paper"] for name, arm in study["arm"].items() if "paper" in arm} == {
-        name: row if row == "collapsed" else dict(zip(tasks, row, strict=True)) for name, row in PAPER.items()
+        name: row if row == "collapsed" else dict(zip(tasks, row, strict=True))
+        for name, row in PAPER.items()
     }
     trained = {name: arm for name, arm in study["arm"].items() if arm["chain"]}
     assert len(trained) == 18 and set(trained) == set(PAPER) - {"inst"}
     for name, arm in study["arm"].items():
         start, *_ = name.split("_")
-        assert arm["model"] == {"base": "Qwen/Qwen2.5-0.5B", "inst": "Qwen/Qwen2.5-0.5B-Instruct"}[start]
+        assert (
+            arm["model"]
+            == {"base": "Qwen/Qwen2.5-0.5B", "inst": "Qwen/Qwen2.5-0.5B-Instruct"}[start]
+        )
         assert not arm["chain"] or "_".join([start, *arm["chain"]]) == name
     assert set(study["eval"]["tasks"].split(",")) == set(tasks)
     assert [study["eval"][k] for k in ("temperature", "top_p", "max_tokens")] == [0.6, 0.95, 32768]
@@ -123,25 +175,44 @@ def test_the_papers_study_is_the_papers():
         assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
         assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data
         if name != "rl":
-            assert (cfg.lr, cfg.epochs, cfg.micro_tokens) == (1e-4 if cfg.lora_rank else 4e-5, 4, 8192)
+            assert (cfg.lr, cfg.epochs, cfg.micro_tokens) == (
+                1e-4 if cfg.lora_rank else 4e-5,
+                4,
+                8192,
+            )
     single = tomllib.loads((ROOT / "recipes" / "grpo_gsm8k_0.5b_paper.toml").read_text())
     passing = {"model", "eval_every", "eval_examples", "save_every", "log_every"}
-    assert {k: getattr(runs["rl"], k) for k in single if k not in passing} == {k: v for k, v in single.items() if k not in passing}
+    assert {k: getattr(runs["rl"], k) for k in single if k not in passing} == {
+        k: v for k, v in single.items() if k not in passing
+    }
 
 
 def test_the_small_study_has_the_papers_arms():
     study = tomllib.loads((ROOT / "recipes" / "study" / "mini.toml").read_text())
-    arms = {name.replace("instruct", "inst"): arm for name, arm in study["arm"].items() if "paper" in arm}
-    assert {name: arm["paper"] for name, arm in arms.items()} == {name: row if row == "collapsed" else {"gsm8k": row[-1]} for name, row in PAPER.items()}
+    arms = {
+        name.replace("instruct", "inst"): arm
+        for name, arm in study["arm"].items()
+        if "paper" in arm
+    }
+    assert {name: arm["paper"] for name, arm in arms.items()} == {
+        name: row if row == "collapsed" else {"gsm8k": row[-1]} for name, row in PAPER.items()
+    }
     for name, arm in arms.items():
-        assert "_".join([arm["model"].replace("@instruct", "inst").replace("@base", "base"), *arm["chain"]]) == name
+        assert (
+            "_".join(
+                [arm["model"].replace("@instruct", "inst").replace("@base", "base"), *arm["chain"]]
+            )
+            == name
+        )
 
 
 def combinations(sweep):
     """Every combination of the listed values and of both ends of every range."""
     choices = []
     for name, spec in sweep["parameters"].items():
-        values = [spec["value"]] if "value" in spec else spec.get("values") or [spec["min"], spec["max"]]
+        values = (
+            [spec["value"]] if "value" in spec else spec.get("values") or [spec["min"], spec["max"]]
+        )
         choices.append([(name, value) for value in values])
     return [dict(c) for c in itertools.product(*choices)]
 
@@ -152,8 +223,15 @@ def test_sweeps_parse_as_wandb_writes_them(path):
     fixed = [part for part in sweep["command"] if part.startswith("--")]
     assert sweep["program"] == "train.py" and "${args}" in sweep["command"]
     for values in combinations(sweep):
-        written = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
+        written = create_sweep_command_args(
+            {"args": {name: {"value": value} for name, value in values.items()}}
+        )
         for args in (written["args"], written["args_no_equals"]):
-            cfg, given = config.parse(train.Config, [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args)
+            cfg, given = config.parse(
+                train.Config,
+                [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args,
+            )
             train.check(cfg)
-            assert set(sweep["parameters"]) <= given and all(getattr(cfg, name) == value for name, value in values.items())
+            assert set(sweep["parameters"]) <= given and all(
+                getattr(cfg, name) == value for name, value in values.items()
+            )

@@ -18,7 +18,15 @@ from tests import test_train
 from tests.chat_templates import OPENED
 from tests.test_train import SMALL, timeless
 
-GRPO = ["--mode=grpo", *SMALL, "--batch_size=8", "--grpo_samples=4", "--sample_tokens=10", "--steps=6", "--lr=1e-3"]
+GRPO = [
+    "--mode=grpo",
+    *SMALL,
+    "--batch_size=8",
+    "--grpo_samples=4",
+    "--sample_tokens=10",
+    "--steps=6",
+    "--lr=1e-3",
+]
 
 
 def run(*args, cwd, ranks=0):
@@ -44,7 +52,9 @@ def start(tmp_path_factory):
 @pytest.fixture
 def reward(tmp_path):
     """A reward with spread on gibberish: how often the letter e is written."""
-    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
+    (tmp_path / "mine.py").write_text(
+        "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+    )
     return f"--grpo_reward={tmp_path / 'mine.py'}:letters"
 
 
@@ -56,28 +66,60 @@ def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
     code, said = run(*GRPO, f"--model={start}", reward, "--name=r", cwd=tmp_path)
     assert code == 0, said
     lines = rollout_lines(tmp_path / "runs/r")
-    assert len(lines) == 6 and {f"rollout/{k}" for k in ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")} <= set(lines[0])
-    assert all(m["train/sampler_mismatch"] < 1e-4 and 0 < m["train/entropy"] < 7 and m["rollout/tokens"] <= 10 for m in lines)
+    assert len(lines) == 6 and {
+        f"rollout/{k}" for k in ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")
+    } <= set(lines[0])
+    assert all(
+        m["train/sampler_mismatch"] < 1e-4
+        and 0 < m["train/entropy"] < 7
+        and m["rollout/tokens"] <= 10
+        for m in lines
+    )
     assert any(m["train/grad_norm"] > 0 for m in lines)
-    samples = [json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()
+    ]
     sampled = [s for s in samples if "reward" in s]
     assert len(sampled) == 6 * 8 and all(s["parts"] == {"function": s["reward"]} for s in sampled)
-    assert all(s["reward"] == pytest.approx(s["text"].count("e") + 0.01 * len(s["text"])) for s in sampled)
+    assert all(
+        s["reward"] == pytest.approx(s["text"].count("e") + 0.01 * len(s["text"])) for s in sampled
+    )
 
 
-VARIED = ["--grpo_updates=2", "--grpo_epochs=2", "--grpo_beta=0.1", "--grpo_refills=1", "--grpo_truncated=mask", "--grpo_correction=truncate"]
+VARIED = [
+    "--grpo_updates=2",
+    "--grpo_epochs=2",
+    "--grpo_beta=0.1",
+    "--grpo_refills=1",
+    "--grpo_truncated=mask",
+    "--grpo_correction=truncate",
+]
 
 
 @pytest.mark.parametrize(
     "more",
     [
         [*VARIED, "--grpo_variant=gspo"],
-        ["--grpo_variant=dr_grpo", "--grpo_kl_in=reward", "--grpo_beta=0.1", "--grpo_baseline=leave_one_out", "--grpo_truncated_cost=0.5"],
-        ["--grpo_variant=cispo", "--grpo_updates=3", "--grpo_entropy=0.01", "--grpo_overlong=4", "--save_every=1"],
+        [
+            "--grpo_variant=dr_grpo",
+            "--grpo_kl_in=reward",
+            "--grpo_beta=0.1",
+            "--grpo_baseline=leave_one_out",
+            "--grpo_truncated_cost=0.5",
+        ],
+        [
+            "--grpo_variant=cispo",
+            "--grpo_updates=3",
+            "--grpo_entropy=0.01",
+            "--grpo_overlong=4",
+            "--save_every=1",
+        ],
     ],
     ids=["gspo", "dr_grpo", "cispo"],
 )
-def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start, reward, tmp_path, more):
+def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
+    start, reward, tmp_path, more
+):
     args = [*GRPO, "--save_every=1", "--keep=9", f"--model={start}", reward, *more, "--name=r"]
     code, said = run(*args, cwd=tmp_path)
     assert code == 0, said
@@ -90,11 +132,26 @@ def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(start,
                 shutil.rmtree(path)
         code, said = run("--name=r", "--resume", f"--runs={cut.parent}", cwd=tmp_path)
         assert code == 0, said
-        assert timeless(cut) == timeless(whole) and timeless(cut)[-2]["train/flops"] > 0 and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+        assert (
+            timeless(cut) == timeless(whole)
+            and timeless(cut)[-2]["train/flops"] > 0
+            and (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+        )
 
 
 def test_unspent_samples_keep_what_they_were_scored_with(start, reward, tmp_path):
-    assert run(*GRPO, f"--model={start}", reward, "--grpo_updates=2", "--steps=1", "--name=r", cwd=tmp_path)[0] == 0
+    assert (
+        run(
+            *GRPO,
+            f"--model={start}",
+            reward,
+            "--grpo_updates=2",
+            "--steps=1",
+            "--name=r",
+            cwd=tmp_path,
+        )[0]
+        == 0
+    )
     for more in ("--grpo_beta=0.1", "--sample_temperature=0.5", "--grpo_variant=gspo"):
         code, said = run("--name=r", "--resume", "--steps=4", more, cwd=tmp_path)
         assert code == 2 and "keeps it" in said
@@ -103,7 +160,15 @@ def test_unspent_samples_keep_what_they_were_scored_with(start, reward, tmp_path
 
 def test_rollouts_without_anything_to_learn_from_do_not_end_a_run(start, tmp_path):
     """No sample is right, so every refill is in vain."""
-    args = [*GRPO, f"--model={start}", "--grpo_reward=accuracy", "--grpo_refills=1", "--grpo_updates=2", "--steps=8", "--name=r"]
+    args = [
+        *GRPO,
+        f"--model={start}",
+        "--grpo_reward=accuracy",
+        "--grpo_refills=1",
+        "--grpo_updates=2",
+        "--steps=8",
+        "--name=r",
+    ]
     assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
     last = read_metrics(tmp_path / "runs/r")[-2]
     assert (last["train/no_gradient"], last["train/skipped"]) == (8, 0)
@@ -122,30 +187,52 @@ def f(example, completion):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
     """Two steps with advantages fill AdamW's momentum, three have none: weights and optimizer state stay as they are, to the bit."""
-    (tmp_path / "mine.py").write_text(SPREAD_AT_FIRST.replace("16", "8" if ranks else "16"))  # each rank counts its own samples
-    more = [f"--grpo_reward={tmp_path}/mine.py:f", "--weight_decay=0.5", "--save_every=1", "--keep=9", "--steps=5", "--eval_examples=0"]
+    (tmp_path / "mine.py").write_text(
+        SPREAD_AT_FIRST.replace("16", "8" if ranks else "16")
+    )  # each rank counts its own samples
+    more = [
+        f"--grpo_reward={tmp_path}/mine.py:f",
+        "--weight_decay=0.5",
+        "--save_every=1",
+        "--keep=9",
+        "--steps=5",
+        "--eval_examples=0",
+    ]
     code, said = run(*GRPO, f"--model={start}", *more, "--name=r", cwd=tmp_path, ranks=ranks)
     assert code == 0, said
     lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/no_gradient" in m]
-    assert [m["train/no_gradient"] for m in lines] == [0, 0, 1, 2, 3] and not any(m["train/skipped"] for m in lines)
+    assert [m["train/no_gradient"] for m in lines] == [0, 0, 1, 2, 3] and not any(
+        m["train/skipped"] for m in lines
+    )
     assert [m["train/grad_norm"] > 0 for m in lines] == [True, True, False, False, False]
     if not ranks:
         assert "no gradient 3" in said
 
     def tensors(step):
         folder = tmp_path / f"runs/r/checkpoints/step-{step}"
-        return load_file(folder / "model.safetensors") | load_file(folder / "trainer/optimizer.safetensors")
+        return load_file(folder / "model.safetensors") | load_file(
+            folder / "trainer/optimizer.safetensors"
+        )
 
     first, moved = tensors(1), tensors(2)
     assert any(not torch.equal(x, first[name]) for name, x in moved.items())
     for step in (3, 4, 5):
-        assert tensors(step).keys() == moved.keys() and all(torch.equal(x, moved[name]) for name, x in tensors(step).items())
+        assert tensors(step).keys() == moved.keys() and all(
+            torch.equal(x, moved[name]) for name, x in tensors(step).items()
+        )
 
 
 def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start, tmp_path):
     (tmp_path / "mine.py").write_text("def f(example, completion):\n    return 1.0\n")
     for more in (["--grpo_entropy=0.01"], ["--grpo_beta=0.1", "--reference=tiny-teacher"]):
-        args = [*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/mine.py:f", "--steps=2", "--eval_examples=0", f"--name={more[0][2:]}"]
+        args = [
+            *GRPO,
+            f"--model={start}",
+            f"--grpo_reward={tmp_path}/mine.py:f",
+            "--steps=2",
+            "--eval_examples=0",
+            f"--name={more[0][2:]}",
+        ]
         assert (done := run(*args, *more, cwd=tmp_path))[0] == 0, done[1]
         lines = [m for m in read_metrics(tmp_path / f"runs/{more[0][2:]}") if "train/loss" in m]
         assert lines[-1]["train/no_gradient"] == 0 and lines[0]["train/grad_norm"] > 0
@@ -155,12 +242,18 @@ def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start
     "opens,text,parts",
     [
         (True, "6 and 6.\n</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": 1.0}),
-        (True, "<think>6 and 6.</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": -1.0}),  # the tag twice
+        (
+            True,
+            "<think>6 and 6.</think>\n<answer>12</answer>",
+            {"accuracy": 1.0, "format": -1.0},
+        ),  # the tag twice
         (False, "6 and 6.\n</think>\n<answer>12</answer>", {"accuracy": 1.0, "format": -1.0}),
         (False, "<think>6 and 6.</think>\n<answer>13</answer>", {"accuracy": 0.0, "format": 1.0}),
     ],
 )
-def test_the_format_is_that_of_prompt_and_completion_together(start, tmp_path, monkeypatch, opens, text, parts):
+def test_the_format_is_that_of_prompt_and_completion_together(
+    start, tmp_path, monkeypatch, opens, text, parts
+):
     """A template whose generation prompt opens <think>: the best completion there can be begins behind it."""
     folder = tmp_path / "model"
     shutil.copytree(start, folder)
@@ -175,15 +268,26 @@ def test_the_format_is_that_of_prompt_and_completion_together(start, tmp_path, m
 
     monkeypatch.setattr(train, "generate", write)
     (tmp_path / "d.jsonl").write_text('{"question": "6+6?", "answer": "12"}\n')
-    args = [f"--model={folder}", "--data=d.jsonl", "--eval_examples=0", "--steps=1", "--grpo_reward=accuracy,format", "--sample_tokens=90"]
+    args = [
+        f"--model={folder}",
+        "--data=d.jsonl",
+        "--eval_examples=0",
+        "--steps=1",
+        "--grpo_reward=accuracy,format",
+        "--sample_tokens=90",
+    ]
     code, said = run(*GRPO, *args, "--name=r", cwd=tmp_path)
     assert code == 0, said
-    samples = [json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()
+    ]
     assert samples and all(s["parts"] == parts for s in samples)
 
 
 def test_rewards_that_read_no_gold_answer_need_none(start, tmp_path):
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(4)))
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(4))
+    )
     args = [f"--model={start}", "--data=d.jsonl", "--eval_examples=0", "--steps=1"]
     code, said = run(*GRPO, *args, "--name=a", cwd=tmp_path)
     assert code == 2 and "d.jsonl:" in said and "no answer that a grader knows (4 such)" in said
@@ -192,18 +296,41 @@ def test_rewards_that_read_no_gold_answer_need_none(start, tmp_path):
 
 
 def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
-    (tmp_path / "bad.py").write_text("import os\ndef f(e, c):\n    if os.environ['RANK'] == '1':\n        raise KeyError('x')\n    return 1.0\n")
-    code, said = run(*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/bad.py:f", "--name=r", "--eval_examples=0", cwd=tmp_path, ranks=2)
+    (tmp_path / "bad.py").write_text(
+        "import os\ndef f(e, c):\n    if os.environ['RANK'] == '1':\n        raise KeyError('x')\n    return 1.0\n"
+    )
+    code, said = run(
+        *GRPO,
+        f"--model={start}",
+        f"--grpo_reward={tmp_path}/bad.py:f",
+        "--name=r",
+        "--eval_examples=0",
+        cwd=tmp_path,
+        ranks=2,
+    )
     assert code and said.count("train.py: --grpo_reward") == 2 and "gloo" not in said
 
 
 def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
-    args = [*GRPO, "--dtype=float64", "--steps=3", "--grpo_updates=2", f"--model={start}", reward, "--name=r"]
-    (one, _), (two, said) = run(*args, "--runs=one", cwd=tmp_path), run(*args, "--runs=two", cwd=tmp_path, ranks=2)
+    args = [
+        *GRPO,
+        "--dtype=float64",
+        "--steps=3",
+        "--grpo_updates=2",
+        f"--model={start}",
+        reward,
+        "--name=r",
+    ]
+    (one, _), (two, said) = (
+        run(*args, "--runs=one", cwd=tmp_path),
+        run(*args, "--runs=two", cwd=tmp_path, ranks=2),
+    )
     assert one == two == 0, said
     for a, b in zip(timeless(tmp_path / "one/r"), timeless(tmp_path / "two/r"), strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
-        assert a.get("train/flops", 1) and a.get("train/sampled_tokens", 1)  # compared like all others, and not 0
+        assert a.get("train/flops", 1) and a.get(
+            "train/sampled_tokens", 1
+        )  # compared like all others, and not 0
 
 
 @pytest.mark.parametrize(
@@ -211,7 +338,12 @@ def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
     [
         ["--kd_prefix=student", "--kd_mix=0.5"],
         ["--kd_prefix=teacher", "--kd_signal=topk", "--kd_topk=5"],
-        ["--kd_prefix=student", "--kd_signal=sampled", "--kd_divergence=reverse_kl", "--kd_temperature=1"],
+        [
+            "--kd_prefix=student",
+            "--kd_signal=sampled",
+            "--kd_divergence=reverse_kl",
+            "--kd_temperature=1",
+        ],
     ],
     ids=["mixture", "teacher, top-k", "sampled"],
 )
@@ -225,11 +357,21 @@ def test_distillation_on_what_a_model_writes(start, tmp_path, more):
 
 
 def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
-    args = [*GRPO, f"--model={start}", f"--teacher={start}", "--grpo_kd=0.5", "--grpo_reward=accuracy", "--steps=2", "--name=r"]
+    args = [
+        *GRPO,
+        f"--model={start}",
+        f"--teacher={start}",
+        "--grpo_kd=0.5",
+        "--grpo_reward=accuracy",
+        "--steps=2",
+        "--name=r",
+    ]
     code, said = run(*args, cwd=tmp_path)
     assert code == 0, said
     lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
-    assert lines[0]["train/reverse_kl"] < 1e-6 < lines[-1]["train/grad_norm"] + 1  # the teacher is the policy itself
+    assert (
+        lines[0]["train/reverse_kl"] < 1e-6 < lines[-1]["train/grad_norm"] + 1
+    )  # the teacher is the policy itself
 
 
 @pytest.mark.parametrize(
@@ -240,9 +382,23 @@ def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
         ("return 'many'", "raised ValueError"),
     ],
 )
-def test_a_reward_that_fails_is_one_line_that_names_the_sample(start, tmp_path, capsys, body, words):
+def test_a_reward_that_fails_is_one_line_that_names_the_sample(
+    start, tmp_path, capsys, body, words
+):
     (tmp_path / "bad.py").write_text(f"def f(example, completion):\n    {body}\n")
-    assert train.main([*GRPO, f"--model={start}", f"--grpo_reward={tmp_path}/bad.py:f", f"--runs={tmp_path}/runs", "--name=r", "--eval_examples=0"]) == 2
+    assert (
+        train.main(
+            [
+                *GRPO,
+                f"--model={start}",
+                f"--grpo_reward={tmp_path}/bad.py:f",
+                f"--runs={tmp_path}/runs",
+                "--name=r",
+                "--eval_examples=0",
+            ]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert words in err and "word_problems problem" in err and err.count("\n") == 1
 
@@ -265,13 +421,41 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(start, tmp_path, 
         (["--sample_temperature=inf"], "sample_temperature: inf is not a number that is finite"),
         (["--sample_temperature=0"], "must be positive"),
         (["--grpo_beta=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
-        (["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k3"], "set --grpo_kl k1, or --grpo_kl_in loss"),
-        (["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k2"], "set --grpo_kl k1, or --grpo_kl_in loss"),
+        (
+            ["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k3"],
+            "set --grpo_kl k1, or --grpo_kl_in loss",
+        ),
+        (
+            ["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k2"],
+            "set --grpo_kl k1, or --grpo_kl_in loss",
+        ),
         (["--grpo_beta=0.1", "--grpo_kl=k1"], "set --grpo_kl k3 or k2, or --grpo_kl_in reward"),
-        (["--grpo_kd=0.5", "--teacher=tiny-teacher", "--kd_divergence=skew_forward_kl", "--kd_beta=1"], "zero everywhere"),
-        (["--grpo_kd=0.5", "--teacher=tiny-teacher", "--kd_divergence=skew_reverse_kl", "--kd_beta=1"], "zero everywhere"),
-        (["--mode=kd", "--kd_prefix=student", "--kd_ce=0.1"], "set --kd_ce 0, or --kd_prefix data or teacher"),
-        (["--mode=kd", "--kd_prefix=student", "--kd_mix=0.5", "--kd_ce=1"], "set --kd_ce 0, or --kd_prefix data or teacher"),
+        (
+            [
+                "--grpo_kd=0.5",
+                "--teacher=tiny-teacher",
+                "--kd_divergence=skew_forward_kl",
+                "--kd_beta=1",
+            ],
+            "zero everywhere",
+        ),
+        (
+            [
+                "--grpo_kd=0.5",
+                "--teacher=tiny-teacher",
+                "--kd_divergence=skew_reverse_kl",
+                "--kd_beta=1",
+            ],
+            "zero everywhere",
+        ),
+        (
+            ["--mode=kd", "--kd_prefix=student", "--kd_ce=0.1"],
+            "set --kd_ce 0, or --kd_prefix data or teacher",
+        ),
+        (
+            ["--mode=kd", "--kd_prefix=student", "--kd_mix=0.5", "--kd_ce=1"],
+            "set --kd_ce 0, or --kd_prefix data or teacher",
+        ),
     ],
 )
 def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
@@ -288,7 +472,12 @@ def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
         ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k1"],
         ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl=k2"],
         ["--mode=grpo", "--grpo_kd=0.5", "--kd_divergence=skew_forward_kl", "--kd_beta=0.9"],
-        ["--mode=grpo", "--grpo_kd=0.5", "--kd_divergence=jsd", "--kd_beta=1"],  # by convention the reverse KL
+        [
+            "--mode=grpo",
+            "--grpo_kd=0.5",
+            "--kd_divergence=jsd",
+            "--kd_beta=1",
+        ],  # by convention the reverse KL
         ["--mode=kd", "--kd_prefix=teacher", "--kd_ce=0.5"],
         ["--mode=kd", "--kd_prefix=student", "--kd_mix=0", "--kd_ce=0.5"],  # all on the data
     ],
@@ -299,24 +488,52 @@ def test_their_neighbours_work(args):
 
 def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path):
     """config.json holds what was resolved: a resumed run has it whatever later defaults say."""
-    args = [*GRPO, f"--model={start}", reward, "--grpo_variant=gspo", "--grpo_beta=0.1", "--grpo_kl_in=reward", "--steps=1", "--name=r"]
+    args = [
+        *GRPO,
+        f"--model={start}",
+        reward,
+        "--grpo_variant=gspo",
+        "--grpo_beta=0.1",
+        "--grpo_kl_in=reward",
+        "--steps=1",
+        "--name=r",
+    ]
     assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
     path = tmp_path / "runs/r/config.json"
     stored = json.loads(path.read_text())
-    assert {k: stored[k] for k in ("grpo_clip_low", "grpo_clip_high", "grpo_baseline", "grpo_kl")} == {
-        "grpo_clip_low": 3e-4, "grpo_clip_high": 4e-4, "grpo_baseline": "std", "grpo_kl": "k1"
-    }  # fmt: skip
+    assert {
+        k: stored[k] for k in ("grpo_clip_low", "grpo_clip_high", "grpo_baseline", "grpo_kl")
+    } == {"grpo_clip_low": 3e-4, "grpo_clip_high": 4e-4, "grpo_baseline": "std", "grpo_kl": "k1"}
     path.write_text(json.dumps(stored | {"grpo_clip_low": 0.125}))
     assert (done := run("--name=r", "--resume", "--steps=2", cwd=tmp_path))[0] == 0, done[1]
-    assert json.loads(path.read_text())["grpo_clip_low"] == 0.125 and json.loads(path.read_text())["grpo_clip_high"] == 4e-4
+    assert (
+        json.loads(path.read_text())["grpo_clip_low"] == 0.125
+        and json.loads(path.read_text())["grpo_clip_high"] == 4e-4
+    )
 
 
 def test_grpo_on_real_gsm8k(real_data, start, tmp_path):
     """A few steps with the real tokenizer and vocabulary and a small random body."""
-    (tmp_path / "mine.py").write_text("def length(example, completion):\n    return len(completion)\n")
-    args = [f"--data={real_data / 'gsm8k'}", f"--tokenizer={real_data / 'qwen2.5-tokenizer'}", "--model=small", "--micro_tokens=1024", "--steps=2",
-            "--batch_size=4", "--grpo_samples=2", "--sample_tokens=12", "--eval_examples=0", "--save_every=0", f"--grpo_reward={tmp_path}/mine.py:length"]  # fmt: skip
+    (tmp_path / "mine.py").write_text(
+        "def length(example, completion):\n    return len(completion)\n"
+    )
+    args = [
+        f"--data={real_data / 'gsm8k'}",
+        f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
+        "--model=small",
+        "--micro_tokens=1024",
+        "--steps=2",
+        "--batch_size=4",
+        "--grpo_samples=2",
+        "--sample_tokens=12",
+        "--eval_examples=0",
+        "--save_every=0",
+        f"--grpo_reward={tmp_path}/mine.py:length",
+    ]
     code, said = run("--mode=grpo", *args, "--name=g", cwd=tmp_path)
     assert code == 0, said
     lines = rollout_lines(tmp_path / "runs/g")
-    assert len(lines) == 2 and all(m["train/sampler_mismatch"] < 1e-3 and m["train/entropy"] > 9 and m["train/grad_norm"] > 0 for m in lines)
+    assert len(lines) == 2 and all(
+        m["train/sampler_mismatch"] < 1e-3 and m["train/entropy"] > 9 and m["train/grad_norm"] > 0
+        for m in lines
+    )

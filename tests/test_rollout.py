@@ -32,7 +32,11 @@ def write(prompts, seeds):
     done = []
     for rng in map(random.Random, seeds):
         tokens = [rng.randrange(50) for _ in range(rng.randint(1, 6))]
-        done.append(SimpleNamespace(tokens=tokens, logp=[-rng.random() for _ in tokens], stopped=rng.random() < 0.7))
+        done.append(
+            SimpleNamespace(
+                tokens=tokens, logp=[-rng.random() for _ in tokens], stopped=rng.random() < 0.7
+            )
+        )
     assert len(done) == len(prompts)
     return done
 
@@ -40,8 +44,16 @@ def write(prompts, seeds):
 def judge(example, completion):
     """Every third prompt is solved by all of its samples; the others by some."""
     right = completion.tokens[-1] % 2 == 0
-    parts = {"accuracy": float(right), "format": 0.25 * completion.stopped} if example.position % 3 != 1 else {"accuracy": 1.0}
-    verdict = SimpleNamespace(strict=right, lenient=right or completion.stopped, parsed=right or len(completion.tokens) > 2)
+    parts = (
+        {"accuracy": float(right), "format": 0.25 * completion.stopped}
+        if example.position % 3 != 1
+        else {"accuracy": 1.0}
+    )
+    verdict = SimpleNamespace(
+        strict=right,
+        lenient=right or completion.stopped,
+        parsed=right or len(completion.tokens) > 2,
+    )
     return sum(parts.values()), parts, verdict, f"text of {completion.tokens}"
 
 
@@ -70,8 +82,19 @@ def group(position, mask_truncated=False):
     for c, advantage in zip(completions, group_advantages([j[0] for j in judged], "std")):
         weight = 0.0 if mask_truncated and not c.stopped else 1 / len(c.tokens)
         zeros, logp = [0.0] * len(ids), np.array([0.0] * len(ids) + c.logp)
-        fields = {"advantage": [float(advantage)] * len(logp), "old_logp": list(logp * 1.01), "sampler_logp": list(logp)}
-        made.append((tuple(ids + c.tokens), tuple(zeros + [weight] * len(c.tokens)), json.dumps(fields), None))
+        fields = {
+            "advantage": [float(advantage)] * len(logp),
+            "old_logp": list(logp * 1.01),
+            "sampler_logp": list(logp),
+        }
+        made.append(
+            (
+                tuple(ids + c.tokens),
+                tuple(zeros + [weight] * len(c.tokens)),
+                json.dumps(fields),
+                None,
+            )
+        )
     return made
 
 
@@ -81,7 +104,12 @@ def has_spread(position):
 
 def told(batch):
     return [
-        (tuple(d.tokens.tolist()), tuple(d.weights.tolist()), json.dumps({k: d.fields[k].tolist() for k in sorted(d.fields)}), d.share)
+        (
+            tuple(d.tokens.tolist()),
+            tuple(d.weights.tolist()),
+            json.dumps({k: d.fields[k].tolist() for k in sorted(d.fields)}),
+            d.share,
+        )
         for d in batch.documents
     ]
 
@@ -99,10 +127,20 @@ def test_batches_are_whole_groups_in_order_updates_within_epochs():
 
     source = make(updates=2, epochs=2, score=scored)
     batches = [next(source) for _ in range(10)]
-    want = [range(0, 3), range(3, 6)] * 2 + [range(6, 9), range(9, 12)] * 2 + [range(12, 15), range(15, 18)]
+    want = (
+        [range(0, 3), range(3, 6)] * 2
+        + [range(6, 9), range(9, 12)] * 2
+        + [range(12, 15), range(15, 18)]
+    )
     assert [told(b) for b in batches] == [groups(w) for w in want]
-    assert asked == [6 * SAMPLES] * 3, "log-probs are taken once per rollout, before its first update"
-    assert [bool(b.metrics) for b in batches] == [bool(b.samples) for b in batches] == [i % 4 == 0 for i in range(10)]
+    assert asked == [6 * SAMPLES] * 3, (
+        "log-probs are taken once per rollout, before its first update"
+    )
+    assert (
+        [bool(b.metrics) for b in batches]
+        == [bool(b.samples) for b in batches]
+        == [i % 4 == 0 for i in range(10)]
+    )
     assert all(b.normaliser == pytest.approx(9) for b in batches)
     assert batches[0].tokens_T.tolist() == [t for d in told(batches[0]) for t in d[0]]
 
@@ -114,14 +152,23 @@ def test_weights_share_and_masks():
     stopped = [c.stopped for p in range(6) for c in drawn(p)[1]]
     assert masked.normaliser == pytest.approx(sum(stopped)) and 0 < sum(stopped) < len(stopped)
     masked = next(make(mask_truncated=True, weighting=CONSTANT, per_batch=6))
-    assert masked.normaliser == sum(stopped), "the divisor of Dr. GRPO counts no masked sample either"
+    assert masked.normaliser == sum(stopped), (
+        "the divisor of Dr. GRPO counts no masked sample either"
+    )
     constant = next(make(weighting=CONSTANT, per_batch=6))
     assert constant.normaliser == 6 * SAMPLES and set(constant.weight_T.tolist()) == {0.0, 1 / 8}
     tokens = next(make(weighting=WEIGHTINGS["token"]))
     assert tokens.normaliser == sum(len(c.tokens) for p in range(3) for c in drawn(p)[1])
     plain = next(make(judge=None, score=None))
-    assert [set(d.fields) for d in plain.documents] == [{"sampler_logp"}] * 9, "a rollout for distillation has no rewards"
-    assert plain.metrics.keys() == {"rollout/tokens", "rollout/truncated", "rollout/kept", "rollout/seconds"}
+    assert [set(d.fields) for d in plain.documents] == [{"sampler_logp"}] * 9, (
+        "a rollout for distillation has no rewards"
+    )
+    assert plain.metrics.keys() == {
+        "rollout/tokens",
+        "rollout/truncated",
+        "rollout/kept",
+        "rollout/seconds",
+    }
 
 
 def refilled(start, wanted, refills):
@@ -163,28 +210,48 @@ def group_of(spec, samples, **more):
             return *reward(example, text, tokens, stopped), text
 
     def write(prompts, seeds):
-        return [SimpleNamespace(tokens=[1] * s[2], logp=[-1.0] * s[2], stopped=s[3], sample=s) for s in samples]
+        return [
+            SimpleNamespace(tokens=[1] * s[2], logp=[-1.0] * s[2], stopped=s[3], sample=s)
+            for s in samples
+        ]
 
     example = Example(({"role": "user", "content": "1+1?"},), "2", "word_problems")
-    source = Rollouts(lambda position: (example, [1]), write, judge, None, per_batch=1, samples=len(samples), seed=0,
-                      weighting=WEIGHTINGS["token"], correctness=reward.correctness, refills=1)  # fmt: skip
+    source = Rollouts(
+        lambda position: (example, [1]),
+        write,
+        judge,
+        None,
+        per_batch=1,
+        samples=len(samples),
+        seed=0,
+        weighting=WEIGHTINGS["token"],
+        correctness=reward.correctness,
+        refills=1,
+    )
     (group,) = source._groups([0])
     batch = next(source)
-    assert (len(batch.documents) > 0) == group.teaches(), "a group that does not teach is replaced, here by its like: none is left"
-    assert batch.metrics["rollout/correctness_spread"][0] / batch.metrics["rollout/correctness_spread"][1] == (len(set(group.correctness)) > 1)
+    assert (len(batch.documents) > 0) == group.teaches(), (
+        "a group that does not teach is replaced, here by its like: none is left"
+    )
+    assert batch.metrics["rollout/correctness_spread"][0] / batch.metrics[
+        "rollout/correctness_spread"
+    ][1] == (len(set(group.correctness)) > 1)
     return group
 
 
-@pytest.mark.parametrize("spec,words", [
-    ("accuracy,accuracy", "accuracy is there twice"),
-    ("accuracy:1,format:0.5, accuracy:0.2", "accuracy is there twice"),
-    ("accuracy:0", "every weight is 0"),
-    ("accuracy:0,format:-0.0", "every weight is 0"),
-    ("accuracy:nan", "nan is not a number that is finite"),
-    ("accuracy:1,format:inf", "inf is not a number that is finite"),
-    ("accuracy:x", "'x' is not a number"),
-    ("beauty", "no 'beauty'; choose from accuracy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec,words",
+    [
+        ("accuracy,accuracy", "accuracy is there twice"),
+        ("accuracy:1,format:0.5, accuracy:0.2", "accuracy is there twice"),
+        ("accuracy:0", "every weight is 0"),
+        ("accuracy:0,format:-0.0", "every weight is 0"),
+        ("accuracy:nan", "nan is not a number that is finite"),
+        ("accuracy:1,format:inf", "inf is not a number that is finite"),
+        ("accuracy:x", "'x' is not a number"),
+        ("beauty", "no 'beauty'; choose from accuracy"),
+    ],
+)
 def test_rewards_that_say_nothing_or_two_things_are_refused(spec, words):
     with pytest.raises(UserError, match=f"--grpo_reward {spec}: {words}") as e:
         parse_reward(spec, LIMIT)
@@ -204,13 +271,23 @@ BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
         ("signed_accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("2", RIGHT, 8, True)], False),
         ("accuracy,format:0.5", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], False),
         ("accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 5, True)], True),
-        ("accuracy,format", {}, [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True), ("3", WRONG, 3, True)], True),
+        (
+            "accuracy,format",
+            {},
+            [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True), ("3", WRONG, 3, True)],
+            True,
+        ),
         ("lenient", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], False),
         ("accuracy", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], True),
         ("format", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 8, True)], False),
         ("format", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
         ("format,accuracy:0", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
-        ("signed_accuracy,format", {}, [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True)], False),  # -1 and +1, +1 and -1: all are 0
+        (
+            "signed_accuracy,format",
+            {},
+            [("2", RIGHT, 3, True), (BOXED, WRONG, 3, True)],
+            False,
+        ),  # -1 and +1, +1 and -1: all are 0
     ],
 )
 def test_dynamic_sampling_looks_at_correctness(spec, more, samples, teaches):
@@ -218,17 +295,28 @@ def test_dynamic_sampling_looks_at_correctness(spec, more, samples, teaches):
 
 
 def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path):
-    (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e')\n")
+    (tmp_path / "mine.py").write_text(
+        "def letters(example, completion):\n    return completion.count('e')\n"
+    )
     spec = f"{tmp_path}/mine.py:letters"
-    assert not group_of(spec, [("e", RIGHT, 5, True), ("e", WRONG, 8, False)], overlong=4, truncated=1.0).teaches()
+    assert not group_of(
+        spec, [("e", RIGHT, 5, True), ("e", WRONG, 8, False)], overlong=4, truncated=1.0
+    ).teaches()
     assert group_of(spec, [("e", RIGHT, 5, True), ("ee", RIGHT, 5, True)]).teaches()
 
 
 def test_no_group_with_spread_gives_an_empty_batch_and_goes_on():
-    same = lambda example, completion: (1.0, {}, SimpleNamespace(strict=True, lenient=True, parsed=True), "")  # noqa: E731
+    same = lambda example, completion: (
+        1.0,
+        {},
+        SimpleNamespace(strict=True, lenient=True, parsed=True),
+        "",
+    )  # noqa: E731
     source = make(judge=same, refills=2)
     batch = next(source)
-    assert batch.documents == [] and batch.normaliser == 0 and batch.metrics["rollout/kept"] == (0, 9)
+    assert (
+        batch.documents == [] and batch.normaliser == 0 and batch.metrics["rollout/kept"] == (0, 9)
+    )
     next(source)
     assert source.state()["position"] == 18
     assert all(not d.fields["advantage"].any() for d in next(make(judge=same)).documents)
@@ -259,7 +347,11 @@ def test_metrics_are_sums_and_counts_over_the_rollout():
     assert 0 < want["disagree"] < 18 and 0 < want["unparsed"] < 18
     first = batch.samples[0]
     assert len(batch.samples) == 4 and first["question"] == "q0" and first["gold"] == "0"
-    assert (first["text"], first["reward"], first["parts"]) == (every[0][1][3], every[0][1][0], every[0][1][1])
+    assert (first["text"], first["reward"], first["parts"]) == (
+        every[0][1][3],
+        every[0][1][0],
+        every[0][1][1],
+    )
 
 
 def resume(source, **arguments):
@@ -269,7 +361,9 @@ def resume(source, **arguments):
     return fresh
 
 
-@pytest.mark.parametrize("extra", [{}, {"refills": 1, "per_batch": 2, "mask_truncated": True, "weighting": CONSTANT}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"refills": 1, "per_batch": 2, "mask_truncated": True, "weighting": CONSTANT}]
+)
 def test_a_resumed_source_continues_identically(extra):
     arguments = dict(updates=2, epochs=2) | extra
     through = make(**arguments)
@@ -320,11 +414,18 @@ def test_ranks_share_the_same_batches():
     for name, alone in sources(0, 1).items():
         for i, whole in enumerate(map(describe, itertools.islice(alone, 6))):
             parts = [rank[name][i] for rank in by_rank]
-            assert sorted(d for documents, *_ in parts for d in documents) == sorted(whole[0]), (name, i)
+            assert sorted(d for documents, *_ in parts for d in documents) == sorted(whole[0]), (
+                name,
+                i,
+            )
             assert sum(norm for *_, norm in parts) == pytest.approx(whole[2], rel=1e-12)
             for metric, (total, count) in whole[1].items():
                 pairs = [metrics.get(metric, (0, 0)) for _, metrics, _ in parts]
-                assert np.sum(pairs, 0) == pytest.approx((total, count), rel=1e-12), (name, i, metric)
+                assert np.sum(pairs, 0) == pytest.approx((total, count), rel=1e-12), (
+                    name,
+                    i,
+                    metric,
+                )
     assert all(len(rank["plain"][0][0]) for rank in by_rank), "both ranks held groups"
 
 
@@ -356,12 +457,18 @@ def test_the_coin_of_a_mixture_depends_on_seed_and_number_alone():
     def first(source, n):
         return list(itertools.islice(source, n))
 
-    assert first(mixture(0.0), 3) == ["a1", "a2", "a3"] and first(mixture(1.0), 3) == ["b1", "b2", "b3"]
+    assert first(mixture(0.0), 3) == ["a1", "a2", "a3"] and first(mixture(1.0), 3) == [
+        "b1",
+        "b2",
+        "b3",
+    ]
     drawn_400 = first(mixture(0.3), 400)
     assert 0.22 < sum(x[0] == "b" for x in drawn_400) / 400 < 0.38
     assert drawn_400 == first(mixture(0.3), 400) != first(mixture(0.3, seed=1), 400)
     more_b = [x[0] for x in first(mixture(0.6), 400)]
-    assert all(x == "b" for x, y in zip(more_b, drawn_400) if y[0] == "b"), "the coin itself does not depend on the share"
+    assert all(x == "b" for x, y in zip(more_b, drawn_400) if y[0] == "b"), (
+        "the coin itself does not depend on the share"
+    )
     for cut in (0, 1, 7):
         source, fresh = mixture(0.3), mixture(0.3)
         first(source, cut)

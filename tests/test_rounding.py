@@ -27,8 +27,13 @@ def kept(logits_NV, dtype, how):
 def gradient_error(name, logits_s, logits_t, dtype, how, temperature=1.0):
     """Relative error of the bf16 gradient at the logits over the temperature, against fp64."""
     exact = (logits_s.double() / temperature).requires_grad_()
-    (want,) = torch.autograd.grad(reference.divergence(name, exact, logits_t.double() / temperature, beta=0.5).sum(), exact)
-    ls, lt = (kept(z, dtype, how) / temperature - (z / temperature).logsumexp(1, keepdim=True) for z in (logits_s, logits_t))
+    (want,) = torch.autograd.grad(
+        reference.divergence(name, exact, logits_t.double() / temperature, beta=0.5).sum(), exact
+    )
+    ls, lt = (
+        kept(z, dtype, how) / temperature - (z / temperature).logsumexp(1, keepdim=True)
+        for z in (logits_s, logits_t)
+    )
     ps, pt, d = ls.exp(), lt.exp(), ls - lt
     if name == "forward_kl":
         got = ps - pt
@@ -49,7 +54,12 @@ def close_pair(kl, peaked, seed=0):
     low, high = 0.0, 4.0
     for _ in range(20):
         middle = (low + high) / 2
-        above = reference.divergence("forward_kl", (teacher + middle * noise).double(), teacher.double()).mean() > kl
+        above = (
+            reference.divergence(
+                "forward_kl", (teacher + middle * noise).double(), teacher.double()
+            ).mean()
+            > kl
+        )
         low, high = (low, middle) if above else (middle, high)
     return teacher + low * noise, teacher
 
@@ -59,25 +69,49 @@ def close_pair(kl, peaked, seed=0):
 def test_what_the_kernels_keep_is_enough(kl, peaked):
     pair = close_pair(kl, peaked)
     for name in ("forward_kl", "reverse_kl", "jsd"):
-        error = {(dtype, how): gradient_error(name, *pair, dtype, how) for dtype in (torch.float16, torch.bfloat16) for how in ("whole", "row", "tile")}
+        error = {
+            (dtype, how): gradient_error(name, *pair, dtype, how)
+            for dtype in (torch.float16, torch.bfloat16)
+            for how in ("whole", "row", "tile")
+        }
         ours = error[torch.float16, "tile"]
         assert ours < 4e-3, (name, error)
         assert ours <= min(error.values()) * 1.05, (name, error)
-        assert error[torch.bfloat16, "whole"] > 20 * ours, (name, error)  # what a plain bf16 implementation keeps
+        assert error[torch.bfloat16, "whole"] > 20 * ours, (
+            name,
+            error,
+        )  # what a plain bf16 implementation keeps
 
 
 @pytest.mark.parametrize("temperature,broad,peaked", [(2.0, 1.3e-2, 4e-3), (4.0, 4e-2, 8e-3)])
 def test_what_a_temperature_costs(temperature, broad, peaked):
     """It brings the distributions closer still (here to a KL of 2e-4 and 5e-5), and gives weight to logits far below the largest."""
     for bound, kind in ((broad, False), (peaked, True)):
-        error = {dtype: gradient_error("forward_kl", *close_pair(1e-3, kind), dtype, "tile", temperature) for dtype in (torch.float16, torch.bfloat16)}
-        assert error[torch.float16] < bound and error[torch.bfloat16] > 4 * error[torch.float16], error
+        error = {
+            dtype: gradient_error("forward_kl", *close_pair(1e-3, kind), dtype, "tile", temperature)
+            for dtype in (torch.float16, torch.bfloat16)
+        }
+        assert error[torch.float16] < bound and error[torch.bfloat16] > 4 * error[torch.float16], (
+            error
+        )
 
 
 if __name__ == "__main__":  # the table of LOG.md
     for kl, peaked in itertools.product((1e-3, 2e-2), (False, True)):
         pair = close_pair(kl, peaked)
-        for dtype, how in itertools.product((torch.bfloat16, torch.float16), ("whole", "row", "tile")):
-            errors = [f"{100 * gradient_error(name, *pair, dtype, how):7.2f}" for name in ("forward_kl", "reverse_kl", "jsd")]
-            errors += [f"{100 * gradient_error('forward_kl', *pair, dtype, how, t):7.2f}" for t in (2.0, 4.0)]
-            print(f"| {kl} | {'peaked' if peaked else 'broad'} | {str(dtype)[6:]}, {how} |", " | ".join(errors), "|")
+        for dtype, how in itertools.product(
+            (torch.bfloat16, torch.float16), ("whole", "row", "tile")
+        ):
+            errors = [
+                f"{100 * gradient_error(name, *pair, dtype, how):7.2f}"
+                for name in ("forward_kl", "reverse_kl", "jsd")
+            ]
+            errors += [
+                f"{100 * gradient_error('forward_kl', *pair, dtype, how, t):7.2f}"
+                for t in (2.0, 4.0)
+            ]
+            print(
+                f"| {kl} | {'peaked' if peaked else 'broad'} | {str(dtype)[6:]}, {how} |",
+                " | ".join(errors),
+                "|",
+            )

@@ -48,8 +48,12 @@ def interrupted(*_, **__):
 # --- killed early, locked ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", [["--name=r", "--resume"], SFT], ids=["resumed", "the same command"])
-def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settings(again, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "again", [["--name=r", "--resume"], SFT], ids=["resumed", "the same command"]
+)
+def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settings(
+    again, tmp_path, monkeypatch, capsys
+):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m:
         m.setattr(prepare, "build_model", interrupted)
@@ -57,7 +61,9 @@ def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settin
     config = json.loads((tmp_path / "runs/r/config.json").read_text())
     assert config["mode"] == "sft" and config["steps"] == 2 and "resume" not in config
     assert train.main(again) == 0  # the lock is free again
-    assert json.loads((tmp_path / "runs/r/config.json").read_text()) == config and RunFolder(tmp_path / "runs/r").steps() == [2]
+    assert json.loads((tmp_path / "runs/r/config.json").read_text()) == config and RunFolder(
+        tmp_path / "runs/r"
+    ).steps() == [2]
     assert signal.getsignal(signal.SIGTERM) == handler
     capsys.readouterr()
     assert "exists" in refused(capsys, *SFT)
@@ -89,12 +95,20 @@ def test_a_run_belongs_to_one_process(tmp_path, capsys, monkeypatch):
     (tmp_path / "runs/r/config.json").write_text(json.dumps({"mode": "sft", "steps": 2}))
     with open(tmp_path / "runs/r/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "runs/r is in use by another process" in refused(capsys, "--name=r", "--resume", "--device=cpu")
+        assert "runs/r is in use by another process" in refused(
+            capsys, "--name=r", "--resume", "--device=cpu"
+        )
         assert "runs/r is in use by another process" in refused(capsys, *SFT)
         sent = []  # by rank 0: another rank gets the same and leaves too, instead of waiting
-        for rank, broadcast in ((0, lambda value: sent.append(value) or value), (1, lambda value: sent.pop(0))):
+        for rank, broadcast in (
+            (0, lambda value: sent.append(value) or value),
+            (1, lambda value: sent.pop(0)),
+        ):
             monkeypatch.setattr("model.parallel.broadcast", broadcast)
-            with pytest.raises(UserError, match="in use"), open_run("runs", "r", "sft", True, 2, {}, rank):
+            with (
+                pytest.raises(UserError, match="in use"),
+                open_run("runs", "r", "sft", True, 2, {}, rank),
+            ):
                 pass
         assert not sent
     assert not (tmp_path / "runs/r/metrics.jsonl").exists()
@@ -114,8 +128,14 @@ def stored(tmp_path, **knobs):
     [
         (dict(mode="kd", kd_divergence="jsd", kd_beta=0.5), ["--kd_beta=0.3"]),
         (dict(mode="sft", steps=0, epochs=0.2), ["--epochs=0.4"]),
-        (dict(mode="sft", steps=5, lr=0.1, micro_tokens=9), ["--steps=9", "--lr=0.2", "--log_every=2", "--micro_tokens=99"]),
-        (dict(mode="sft", data="word_problems:9", eval_examples=5, batch_size=4), ["--eval_examples=3", "--batch_size=4"]),
+        (
+            dict(mode="sft", steps=5, lr=0.1, micro_tokens=9),
+            ["--steps=9", "--lr=0.2", "--log_every=2", "--micro_tokens=99"],
+        ),
+        (
+            dict(mode="sft", data="word_problems:9", eval_examples=5, batch_size=4),
+            ["--eval_examples=3", "--batch_size=4"],
+        ),
         (dict(mode="kd", wandb="online"), ["--wandb_project=p"]),
     ],
 )
@@ -124,34 +144,63 @@ def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started)
     (cfg,) = started
     given = dict(a.removeprefix("--").split("=") for a in args)
     assert {k: str(getattr(cfg, k)) for k in given} == given
-    assert all(getattr(cfg, k) == v for k, v in knobs.items() if k not in given) and cfg.runs == "elsewhere"
+    assert (
+        all(getattr(cfg, k) == v for k, v in knobs.items() if k not in given)
+        and cfg.runs == "elsewhere"
+    )
 
 
 @pytest.mark.parametrize(
     "args",
-    ["--batch_size=4", "--seed=1", "--data=d.jsonl", "--train_examples=7", "--eval_examples=7", "--mode=sft", "--model=small", "--tokenizer=t",
-     "--template=plain", "--kd_prefix=student", "--system_prompt=x", "--prompt_suffix=x", "--weighting=sequence", "--overlong=error", "--micro_tokens=99"],
-)  # fmt: skip
+    [
+        "--batch_size=4",
+        "--seed=1",
+        "--data=d.jsonl",
+        "--train_examples=7",
+        "--eval_examples=7",
+        "--mode=sft",
+        "--model=small",
+        "--tokenizer=t",
+        "--template=plain",
+        "--kd_prefix=student",
+        "--system_prompt=x",
+        "--prompt_suffix=x",
+        "--weighting=sequence",
+        "--overlong=error",
+        "--micro_tokens=99",
+    ],
+)
 def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
     base = train.Config(mode="kd", data="mine.jsonl", overlong="drop")
     knobs = train.configuration.resolved(base, without=("name", "resume"))
     name = args.split("=")[0]
-    assert f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args)) and "the run was begun with" in err
+    assert (
+        f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args))
+        and "the run was begun with" in err
+    )
     assert not started
 
 
 # --- wrong settings are found before anything is made ------------------------------------------------------------------------
 
 
-def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, capsys):
+def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(prepare, "embedded", interrupted)
     rows = [{"prompt": f"p{n}", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
     assert "nowhere.jsonl" in refused(capsys, *kd, "--data=nowhere.jsonl")
-    assert "long.jsonl:1" in refused(capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_tokens=200")
-    assert "--grpo_reward beauty" in refused(capsys, "--mode=grpo", "--device=cpu", "--grpo_reward=beauty")
-    assert "--reference nowhere" in refused(capsys, "--mode=grpo", "--device=cpu", "--grpo_beta=0.1", "--reference=nowhere")
+    assert "long.jsonl:1" in refused(
+        capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_tokens=200"
+    )
+    assert "--grpo_reward beauty" in refused(
+        capsys, "--mode=grpo", "--device=cpu", "--grpo_reward=beauty"
+    )
+    assert "--reference nowhere" in refused(
+        capsys, "--mode=grpo", "--device=cpu", "--grpo_beta=0.1", "--reference=nowhere"
+    )
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs/k").mkdir(parents=True)
     (tmp_path / "runs/k/metrics.jsonl").write_text("")
@@ -176,7 +225,10 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
     monkeypatch.setattr(prepare, "build_model", build)
     before = signal.getsignal(signal.SIGTERM)
     assert train.main(["--mode=kd", "--device=cpu", *SMALL, "--steps=1"]) == 0
-    assert inside == [before, True, before, before, True] and signal.getsignal(signal.SIGTERM) == before
+    assert (
+        inside == [before, True, before, before, True]
+        and signal.getsignal(signal.SIGTERM) == before
+    )
 
 
 # --- what is read back -------------------------------------------------------------------------------------------------------
@@ -184,7 +236,10 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
 
 def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):
     path = tmp_path / "samples.jsonl"
-    lines = [json.dumps({"step": s, "text": "a\u2028b\u2029c\x85d\x1ce"}, ensure_ascii=False) + "\n" for s in (0, 0, 4, 8)]
+    lines = [
+        json.dumps({"step": s, "text": "a\u2028b\u2029c\x85d\x1ce"}, ensure_ascii=False) + "\n"
+        for s in (0, 0, 4, 8)
+    ]
     path.write_text("".join(lines), encoding="utf-8")
     cut_back(path, 4)
     assert path.read_text(encoding="utf-8") == "".join(lines[:3])
@@ -193,7 +248,9 @@ def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):
 def test_the_summary_reads_a_teachers_metrics_only_beside_its_checkpoint(tmp_path):
     for folder, accuracy in (("student", 0.25), (".", 0.99), ("t", 0.75)):
         (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/x/accuracy": accuracy}) + "\n")
+        (tmp_path / folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 0, "eval/x/accuracy": accuracy}) + "\n"
+        )
     (tmp_path / "t/checkpoints/step-5").mkdir(parents=True)
     (tmp_path / "models/Qwen").mkdir(parents=True)
     (tmp_path / "linked").symlink_to("t/checkpoints/step-5")
@@ -213,11 +270,20 @@ def test_the_environment_is_known_without_git(monkeypatch):
 def test_what_was_not_measured_is_no_number_in_the_summary(tmp_path):
     """Evaluated from step 4 on, tokens not counted."""
     (tmp_path / "r").mkdir()
-    lines = [{"step": 4, "eval/w/accuracy": 0.25}, {"step": 5, "train/loss": 1.0, "train/seconds": 2.0}, {"step": 5, "eval/w/accuracy": 0.5}]
-    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"step": 4, "eval/w/accuracy": 0.25},
+        {"step": 5, "train/loss": 1.0, "train/seconds": 2.0},
+        {"step": 5, "eval/w/accuracy": 0.5},
+    ]
+    (tmp_path / "r" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     text = summary(tmp_path / "r")
     row = next(line for line in text.splitlines() if line.startswith("eval/w/accuracy"))
-    assert row.split() == ["eval/w/accuracy", "-", "50.0%", "-"] and "an unknown number of tokens" in text
+    assert (
+        row.split() == ["eval/w/accuracy", "-", "50.0%", "-"]
+        and "an unknown number of tokens" in text
+    )
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_no_new_one(tmp_path, monkeypatch):
@@ -226,20 +292,31 @@ def test_a_run_that_another_process_finished_meanwhile_is_no_new_one(tmp_path, m
 
     @contextlib.contextmanager
     def late(path):
-        if not (path.parent / "metrics.jsonl").exists() and len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 0:
+        if (
+            not (path.parent / "metrics.jsonl").exists()
+            and len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 0
+        ):
             replace_file(path.parent / "config.json", '{"steps": 9}')
             (path.parent / "metrics.jsonl").write_text('{"step": 9}\n')
         with locked(path):
             yield
 
     monkeypatch.setattr(runs, "lock", late)
-    with pytest.raises(UserError, match="run runs/r exists; continue it with --resume"), open_run("runs", "r", "sft", False, 2, {}, 0):
+    with (
+        pytest.raises(UserError, match="run runs/r exists; continue it with --resume"),
+        open_run("runs", "r", "sft", False, 2, {}, 0),
+    ):
         pass
     assert (tmp_path / "runs/r/config.json").read_text() == '{"steps": 9}'
     with locked(tmp_path / "runs/r/.lock"):  # nobody holds it
         pass
     (tmp_path / "runs/r/metrics.jsonl").unlink()
-    with open_run("runs", "", "sft", False, 2, {}, 0) as (folder, start):  # without a name: the next one that is free
+    with open_run("runs", "", "sft", False, 2, {}, 0) as (
+        folder,
+        start,
+    ):  # without a name: the next one that is free
         assert start is None and folder.path.name.endswith("-1")
         (other,) = tmp_path.glob("runs/*/metrics.jsonl")
-        assert other.parent != folder.path and other.parent.name == folder.path.name.removesuffix("-1")
+        assert other.parent != folder.path and other.parent.name == folder.path.name.removesuffix(
+            "-1"
+        )

@@ -27,9 +27,13 @@ from data.sandbox import Helper, Helpers, Limits, check, check_many
 from errors import RunFailed
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the sandbox needs Linux"
+)
 AS_ROOT, NOBODY = os.geteuid() == 0, 54321  # a user without a name
-OTHER = dict(user=NOBODY, group=NOBODY, extra_groups=[]) if AS_ROOT else {}  # root would succeed at anything
+OTHER = (
+    dict(user=NOBODY, group=NOBODY, extra_groups=[]) if AS_ROOT else {}
+)  # root would succeed at anything
 SECRET = "a-secret-of-the-parent"
 
 
@@ -38,8 +42,17 @@ def open_python():
     """A Python that any user can run, and this checkout with it."""
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         with contextlib.suppress(OSError):
-            reads = [python, "-S", "-c", "import os, socket, sys; os.stat(sys.argv[1])", str(ROOT / "data/jail.py")]
-            if not AS_ROOT or subprocess.run(reads, cwd="/", capture_output=True, **OTHER).returncode == 0:
+            reads = [
+                python,
+                "-S",
+                "-c",
+                "import os, socket, sys; os.stat(sys.argv[1])",
+                str(ROOT / "data/jail.py"),
+            ]
+            if (
+                not AS_ROOT
+                or subprocess.run(reads, cwd="/", capture_output=True, **OTHER).returncode == 0
+            ):
                 return python
     pytest.skip("needs a Python and a checkout that are open to all users, to run as one")
 
@@ -51,20 +64,28 @@ class Jail:
         if unprivileged and not AS_ROOT:
             pytest.skip("the tests are run by an unprivileged user: the other form is this one")
         self.mark, user = f"mark-{uuid.uuid4().hex}", NOBODY if unprivileged else None
-        self.helper = Helper((*without, self.mark), open_python() if unprivileged or without else sys.executable, user)
+        self.helper = Helper(
+            (*without, self.mark),
+            open_python() if unprivileged or without else sys.executable,
+            user,
+        )
 
     def check(self, program, tests="", **limits):
         return self.helper.check(program, tests, Limits(**limits))
 
     def told(self, program, **limits):
         """What `told` is at the program's end, as it says itself."""
-        outcome = self.check(program + "\nimport json\nraise RuntimeError(json.dumps(told))", **limits)
+        outcome = self.check(
+            program + "\nimport json\nraise RuntimeError(json.dumps(told))", **limits
+        )
         assert outcome.detail.startswith("RuntimeError: "), outcome
         return json.loads(outcome.detail.removeprefix("RuntimeError: "))
 
     def outside(self, code):
         code += "\nimport json\nprint(json.dumps(told))"
-        done = subprocess.run([open_python(), "-c", code], cwd="/", capture_output=True, text=True, **OTHER)
+        done = subprocess.run(
+            [open_python(), "-c", code], cwd="/", capture_output=True, text=True, **OTHER
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -82,7 +103,11 @@ class Jail:
                 most = max(most, len(pids))
                 for pid in pids:
                     with contextlib.suppress(OSError):
-                        largest = max(largest, int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+                        largest = max(
+                            largest,
+                            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                            * os.sysconf("SC_PAGE_SIZE"),
+                        )
                 time.sleep(0.02)
         return outcome.result(), most, largest
 
@@ -97,9 +122,16 @@ def marked(mark):
     return found
 
 
-FORMS = {"": (), " without namespaces": ("namespaces",), " with the filter alone": ("namespaces", "landlock")}
-FORMS = [pytest.param((without, unprivileged), id=user + name, marks=[pytest.mark.slow] * bool(without))
-         for name, without in FORMS.items() for user, unprivileged in (("this user", False), ("unprivileged", True))]  # fmt: skip
+FORMS = {
+    "": (),
+    " without namespaces": ("namespaces",),
+    " with the filter alone": ("namespaces", "landlock"),
+}
+FORMS = [
+    pytest.param((without, unprivileged), id=user + name, marks=[pytest.mark.slow] * bool(without))
+    for name, without in FORMS.items()
+    for user, unprivileged in (("this user", False), ("unprivileged", True))
+]
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -131,7 +163,14 @@ def open_folder():
 def victim(shared):
     """(pid, address): a process of the helper's user with the secret in its environment and, at the address, in its memory."""
     code = f"import ctypes, sys; b = ctypes.create_string_buffer(b{SECRET!r}); print(ctypes.addressof(b), flush=True); sys.stdin.read()"
-    process = subprocess.Popen([open_python(), "-c", code], env={"SECRET": SECRET}, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, **OTHER)
+    process = subprocess.Popen(
+        [open_python(), "-c", code],
+        env={"SECRET": SECRET},
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        **OTHER,
+    )
     yield process.pid, int(process.stdout.readline())
     process.kill()
     process.communicate()
@@ -176,9 +215,19 @@ except (OSError, RuntimeError):
 
 def test_bombs_of_processes_and_threads(jail):
     """The mild ones first: they say how many there may be."""
-    assert 4 <= jail.told(COUNT.format(start="os.fork() or time.sleep(60)"), children=True, tasks=8) <= 8
+    assert (
+        4
+        <= jail.told(COUNT.format(start="os.fork() or time.sleep(60)"), children=True, tasks=8)
+        <= 8
+    )
     assert marked(jail.mark) == {jail.helper.pid()}
-    assert 4 <= jail.told(COUNT.format(start="threading.Thread(target=time.sleep, args=(60,)).start()"), tasks=16) <= 16
+    assert (
+        4
+        <= jail.told(
+            COUNT.format(start="threading.Thread(target=time.sleep, args=(60,)).start()"), tasks=16
+        )
+        <= 16
+    )
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     outcome, most, _ = jail.watched(bomb, children=True, tasks=8, timeout=0.4)
     # four are the sandbox's; and where all of the user's are counted, some of those may have ended since
@@ -207,50 +256,82 @@ THREADS = "def forever():\n    while True: time.sleep(0.01)\nfor _ in range(4): 
 
 def test_children_and_threads_end_with_the_program(jail):
     outcome, most, _ = jail.watched(IGNORE + ORPHANS, children=True)
-    assert outcome.passed and outcome.seconds < 4 and most >= 6  # the helper, the keeper, the tests, the program, and three that sleep
+    assert (
+        outcome.passed and outcome.seconds < 4 and most >= 6
+    )  # the helper, the keeper, the tests, the program, and three that sleep
     assert marked(jail.mark) == {jail.helper.pid()}
     outcome = jail.check(IGNORE + THREADS)
     assert outcome.passed and outcome.seconds < 4
 
 
 def test_bombs_of_memory_and_output(jail, capfd):
-    outcome, _, largest = jail.watched("x = []\nwhile True:\n    x.append(b'x' * (1 << 22))", memory=256 << 20)
+    outcome, _, largest = jail.watched(
+        "x = []\nwhile True:\n    x.append(b'x' * (1 << 22))", memory=256 << 20
+    )
     assert outcome.reason == "memory" and 100 << 20 < largest < 256 << 20
-    outcome, _, largest = jail.watched("import os\nwhile True:\n    print('x' * 10**6)\n    os.write(2, b'y' * 10**6)", timeout=0.4)
+    outcome, _, largest = jail.watched(
+        "import os\nwhile True:\n    print('x' * 10**6)\n    os.write(2, b'y' * 10**6)", timeout=0.4
+    )
     assert outcome.reason == "timeout" and largest < 100 << 20
-    assert jail.check("import sys\nfor _ in range(20):\n    print('passed' * 10**6, file=sys.stderr)").passed
+    assert jail.check(
+        "import sys\nfor _ in range(20):\n    print('passed' * 10**6, file=sys.stderr)"
+    ).passed
     assert capfd.readouterr() == ("", "")
 
 
 DEEP = "import sys\nsys.setrecursionlimit(10**9)\n"
 ENDS = {  # (reason, a word of the detail): programs
     ("timeout", "longer than"): [
-        "while True: pass", "import time\ntime.sleep(60)", "9**9**9", "import re\nre.match('(a+)+$', 'a' * 40 + 'b')", IGNORE + "while True: pass",
-        "while True:\n    try:\n        while True: pass\n    except BaseException: pass"],
+        "while True: pass",
+        "import time\ntime.sleep(60)",
+        "9**9**9",
+        "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
+        IGNORE + "while True: pass",
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    ],
     ("memory", "MemoryError"): ["x = [0] * 10**11", "x = bytearray(1 << 40)", "x = 1 << (1 << 36)"],
     ("failed memory crashed timeout", ""): [
-        DEEP + "def f(): return f()\nf()", DEEP + "class A:\n    def __repr__(self): return repr(self)\nrepr(A())",
-        "eval('(' * 10**5 + ')' * 10**5)", "x = 10**(10**9)"],
+        DEEP + "def f(): return f()\nf()",
+        DEEP + "class A:\n    def __repr__(self): return repr(self)\nrepr(A())",
+        "eval('(' * 10**5 + ')' * 10**5)",
+        "x = 10**(10**9)",
+    ],
     ("failed", "RecursionError"): ["def f(): return f()\nf()"],
-    ("crashed", "exit code 0"): ["import os\nos._exit(0)"], ("crashed", "exit code 1"): ["import os\nos._exit(1)"],
+    ("crashed", "exit code 0"): ["import os\nos._exit(0)"],
+    ("crashed", "exit code 1"): ["import os\nos._exit(1)"],
     ("crashed", "signal 9"): ["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"],
-    ("crashed", "signal 6"): ["import os\nos.abort()"], ("crashed", "signal 11"): ["import ctypes\nctypes.string_at(0)"],
-    ("failed", "SystemExit"): ["import sys\nsys.exit(0)", "raise SystemExit"], ("failed", "KeyboardInterrupt"): ["raise KeyboardInterrupt"],
-    ("failed", "EOFError"): ["input()"], ("failed", "SyntaxError"): ["def f(:"], ("failed", "ModuleNotFoundError"): ["import nothing_of_this_name"],
-    ("failed", "ZeroDivisionError: division"): ["1/0"], ("failed", "AssertionError: no"): ["assert 1 == 2, 'no'"],
-    ("failed", "ValueError"): ["x = '\\ud800'\nraise ValueError(x)"], ("failed", "null bytes"): ["\x00"],
-}  # fmt: skip
+    ("crashed", "signal 6"): ["import os\nos.abort()"],
+    ("crashed", "signal 11"): ["import ctypes\nctypes.string_at(0)"],
+    ("failed", "SystemExit"): ["import sys\nsys.exit(0)", "raise SystemExit"],
+    ("failed", "KeyboardInterrupt"): ["raise KeyboardInterrupt"],
+    ("failed", "EOFError"): ["input()"],
+    ("failed", "SyntaxError"): ["def f(:"],
+    ("failed", "ModuleNotFoundError"): ["import nothing_of_this_name"],
+    ("failed", "ZeroDivisionError: division"): ["1/0"],
+    ("failed", "AssertionError: no"): ["assert 1 == 2, 'no'"],
+    ("failed", "ValueError"): ["x = '\\ud800'\nraise ValueError(x)"],
+    ("failed", "null bytes"): ["\x00"],
+}
 
 
 def test_ends_that_are_none(jail):
     for (reasons, word), programs in ENDS.items():
-        limits = dict(timeout=0.2 if reasons == "timeout" else 0.4, memory=256 << 20) if "timeout" in reasons else {}
+        limits = (
+            dict(timeout=0.2 if reasons == "timeout" else 0.4, memory=256 << 20)
+            if "timeout" in reasons
+            else {}
+        )
         for program in programs:
-            for part, tests in ((program, ""), ("def f(): return 1\n" + program, "from solution import f\nassert f() == 1")):
+            for part, tests in (
+                (program, ""),
+                ("def f(): return 1\n" + program, "from solution import f\nassert f() == 1"),
+            ):
                 if tests and limits:
                     continue  # slow, and the same
                 began, outcome = time.monotonic(), jail.check(part, tests, **limits)
-                assert not outcome.passed and outcome.reason in reasons and word in outcome.detail, (program, outcome)
+                assert (
+                    not outcome.passed and outcome.reason in reasons and word in outcome.detail
+                ), (program, outcome)
                 assert time.monotonic() - began < 4, program
 
 
@@ -266,12 +347,28 @@ calls = dict(
     symlink=lambda: os.symlink("a", at("symlink")), link=lambda: os.link(at("own"), at("linked")), mkfifo=lambda: os.mkfifo(at("fifo")),
     chmod=lambda: os.chmod(at("own"), 0), utime=lambda: os.utime(at("own"), (0, 0)), rmtree=lambda: shutil.rmtree(at("tree")))
 """
-ELSEWHERE = ["/etc/x", "/usr/x", "/x", "/dev/shm/x", "/var/tmp/x", os.path.dirname(os.__file__) + "/x"]
+ELSEWHERE = [
+    "/etc/x",
+    "/usr/x",
+    "/x",
+    "/dev/shm/x",
+    "/var/tmp/x",
+    os.path.dirname(os.__file__) + "/x",
+]
 
 
 def fill(folder):
     (folder / "tree").mkdir(parents=True)
-    for name in ("append", "overwrite", "update", "truncate", "unlink", "rename", "own", "tree/leaf"):
+    for name in (
+        "append",
+        "overwrite",
+        "update",
+        "truncate",
+        "unlink",
+        "rename",
+        "own",
+        "tree/leaf",
+    ):
         (folder / name).write_text("canary")
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o777)
@@ -282,13 +379,18 @@ def fill(folder):
 
 def state(folder):
     text = lambda p: p.is_file() and os.access(p, os.R_OK) and p.read_text()
-    return {str(p.relative_to(folder)): (p.lstat().st_mode, p.lstat().st_mtime, text(p)) for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): (p.lstat().st_mode, p.lstat().st_mtime, text(p))
+        for p in folder.rglob("*")
+    }
 
 
 def test_files_are_not_deleted_overwritten_or_made(jail, open_folder):
     decoy, canary = fill(open_folder / "decoy"), fill(open_folder / "canary")
     before = state(canary)
-    assert len(jail.outside(HARM.format(folder=str(decoy)) + TRIED)) == 14 and state(decoy) != before
+    assert (
+        len(jail.outside(HARM.format(folder=str(decoy)) + TRIED)) == 14 and state(decoy) != before
+    )
     jail.needs("files are protected by their permissions alone")
     assert jail.told(HARM.format(folder=str(canary)) + TRIED) == [] and state(canary) == before
     jail.told(f"calls = {{p: lambda p=p: open(p, 'w') for p in {ELSEWHERE}}}" + TRIED)
@@ -322,7 +424,14 @@ os.makedirs("locked/within"), os.chmod("locked/within", 0) if {chmod} else None,
     assert jail.told(program) == [] and jail.told(program) == []
     assert 2 <= jail.told(BIG.format(opened="open('big', 'wb', 0)", then="pass"), disk=1 << 20) <= 4
     if not shared:  # not one file alone, but all of them
-        assert 2 <= jail.told(BIG.format(opened="open('0', 'wb', 0)", then="f = open(str(told), 'wb', 0)"), disk=1 << 20) <= 4
+        assert (
+            2
+            <= jail.told(
+                BIG.format(opened="open('0', 'wb', 0)", then="f = open(str(told), 'wb', 0)"),
+                disk=1 << 20,
+            )
+            <= 4
+        )
 
 
 # --- the parent ------------------------------------------------------------------------------------------------------
@@ -364,15 +473,27 @@ def test_the_parents_environment_and_memory(jail, victim, monkeypatch):
     assert jail.outside(spy) == ["environ", "mem", "vm", "ptrace", "all", "own"]
     assert jail.told(spy) == []
     assert jail.told(SPY.format(secret=SECRET, pid=os.getpid(), address=victim[1]) + TRIED) == []
-    assert jail.told("import os\ntold = [name for name in os.environ if name not in ('PYTHONHASHSEED', 'LC_CTYPE')]") == []
+    assert (
+        jail.told(
+            "import os\ntold = [name for name in os.environ if name not in ('PYTHONHASHSEED', 'LC_CTYPE')]"
+        )
+        == []
+    )
 
 
 def test_what_is_open(jail):
     """Nothing of the parent's: null devices, so that reading ends at once, and the two pipes on which the program is asked."""
     program = "import os\ntold = []\nfor fd in range(256):\n    try: told.append([fd, os.fstat(fd).st_mode >> 12])\n    except OSError: pass"
     found = jail.told(program)
-    assert [kind for _, kind in found] == [2, 2, 2, 1, 1] and [fd for fd, _ in found][:3] == [0, 1, 2]
-    assert jail.told("import sys, os\ntold = [sys.stdin.read(), os.read(0, 10).decode()]") == ["", ""]
+    assert [kind for _, kind in found] == [2, 2, 2, 1, 1] and [fd for fd, _ in found][:3] == [
+        0,
+        1,
+        2,
+    ]
+    assert jail.told("import sys, os\ntold = [sys.stdin.read(), os.read(0, 10).decode()]") == [
+        "",
+        "",
+    ]
 
 
 KILL = """
@@ -387,12 +508,18 @@ for pid in PIDS:
 
 def test_signals_to_the_parent(jail, victim):
     decoy = subprocess.Popen(["sleep", "60"], **(dict(user=NOBODY) if AS_ROOT else {}))
-    assert jail.outside(KILL.replace("PIDS", f"[{decoy.pid}]") + TRIED)[:1] == [f"SIGUSR1 {decoy.pid}"] and decoy.wait(10) < 0
+    assert (
+        jail.outside(KILL.replace("PIDS", f"[{decoy.pid}]") + TRIED)[:1] == [f"SIGUSR1 {decoy.pid}"]
+        and decoy.wait(10) < 0
+    )
     jail.needs("signals and file attributes are not protected")
     pids = [victim[0], os.getpid(), jail.helper.pid()]
     had = [Path(f"/proc/{pid}/limits").read_text() for pid in pids]
     jail.check(KILL.replace("PIDS", f"[*{pids}, 1, os.getppid()]") + TRIED)
-    assert all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX" for pid in pids)
+    assert all(
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        for pid in pids
+    )
     assert [Path(f"/proc/{pid}/limits").read_text() for pid in pids] == had
 
 
@@ -413,17 +540,29 @@ def listen():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); s.listen()
 calls = dict(tcp=tcp, udp=udp, unix=unix, abstract=abstract, pair=pair, listen=listen)
 """
-KINDS = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM), (socket.AF_UNIX,), (socket.AF_UNIX,),
-         (socket.AF_UNIX, socket.SOCK_DGRAM)]  # fmt: skip
+KINDS = [
+    (socket.AF_INET, socket.SOCK_STREAM),
+    (socket.AF_INET, socket.SOCK_DGRAM),
+    (socket.AF_UNIX,),
+    (socket.AF_UNIX,),
+    (socket.AF_UNIX, socket.SOCK_DGRAM),
+]
 
 
 def test_sockets(jail, open_folder):
     path, name = str(open_folder / "s"), uuid.uuid4().hex
     with contextlib.ExitStack() as stack:
-        tcp, udp, unix, abstract, pair = everyone = [stack.enter_context(socket.socket(*kind)) for kind in KINDS]
+        tcp, udp, unix, abstract, pair = everyone = [
+            stack.enter_context(socket.socket(*kind)) for kind in KINDS
+        ]
         tcp.bind(("127.0.0.1", 0))
         port = tcp.getsockname()[1]
-        for s, address in ((udp, ("127.0.0.1", port)), (unix, path), (abstract, "\0" + name), (pair, path + ".d")):
+        for s, address in (
+            (udp, ("127.0.0.1", port)),
+            (unix, path),
+            (abstract, "\0" + name),
+            (pair, path + ".d"),
+        ):
             s.bind(address)
         for file in (path, path + ".d"):
             os.chmod(file, 0o777)
@@ -450,10 +589,17 @@ def test_sockets(jail, open_folder):
 
 
 def test_check_many_keeps_the_order_and_uses_its_workers():
-    jobs = [f"assert {i} % 3" if i % 2 else (f"def f(): return {i} % 3", "from solution import f\nassert f()") for i in range(24)]
+    jobs = [
+        f"assert {i} % 3"
+        if i % 2
+        else (f"def f(): return {i} % 3", "from solution import f\nassert f()")
+        for i in range(24)
+    ]
     assert [o.passed for o in check_many(jobs, 3)] == [i % 3 > 0 for i in range(24)]
     began = time.monotonic()
-    assert [o.reason for o in check_many(["import time\ntime.sleep(60)"] * 4, 4, timeout=1.0)] == ["timeout"] * 4
+    assert [o.reason for o in check_many(["import time\ntime.sleep(60)"] * 4, 4, timeout=1.0)] == [
+        "timeout"
+    ] * 4
     assert time.monotonic() - began < 3.5
     with pytest.raises(TypeError):
         check("x = 1", time_out=3)
@@ -475,13 +621,25 @@ def test_a_helper_killed_from_outside_is_replaced():
 def test_nothing_outlives_the_run(target, without):
     mark = f"mark-{uuid.uuid4().hex}"
     code = "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork(): time.sleep(60)\n    os._exit(0)\ntime.sleep(60)"
-    lines = ["from data.sandbox import Helper, Limits", f"h = Helper({(*without, mark)!r})", "print(h.pid(), flush=True)",
-             f"print(h.check({code!r}, '', Limits(timeout=30, children=True)))"]  # fmt: skip
-    run = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    lines = [
+        "from data.sandbox import Helper, Limits",
+        f"h = Helper({(*without, mark)!r})",
+        "print(h.pid(), flush=True)",
+        f"print(h.check({code!r}, '', Limits(timeout=30, children=True)))",
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     pid = int(run.stdout.readline())
     until = lambda done: any(done() or time.sleep(0.05) for _ in range(200))
     own = lambda: marked(mark) - {run.pid}
-    assert until(lambda: len(own()) >= 5) and (not without or glob.glob(f"/tmp/srlm-sandbox-{pid}-*"))
+    assert until(lambda: len(own()) >= 5) and (
+        not without or glob.glob(f"/tmp/srlm-sandbox-{pid}-*")
+    )
     os.kill(run.pid if target == "the run" else pid, signal.SIGKILL)
     assert until(lambda: not own()), own()
     assert not glob.glob(f"/tmp/srlm-sandbox-{pid}-*")

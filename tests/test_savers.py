@@ -28,7 +28,11 @@ def tied(request, tmp_path):
         tensors = {key: tensor for part in parts for key, tensor in load_file(part).items()}
         tensors = edit(dict(tensors)) or tensors
         for part in parts:
-            kept = {key: t.contiguous().clone() for key, t in tensors.items() if where.get(key, parts[-1]) == part}
+            kept = {
+                key: t.contiguous().clone()
+                for key, t in tensors.items()
+                if where.get(key, parts[-1]) == part
+            }
             save_file(kept, part, metadata={"format": "pt"})
             where |= dict.fromkeys(kept, part)
         if len(parts) > 1:
@@ -43,7 +47,9 @@ def agrees(folder):
     ids = torch.randint(211, (33,))
     with torch.no_grad():
         mine = logits(ours(folder), [ids])
-        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[None]).logits[0]
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            ids[None]
+        ).logits[0]
     return bool((mine - want).norm() / want.norm() < 1e-5)
 
 
@@ -58,7 +64,9 @@ def test_another_head_beside_a_tied_config_is_used_exported_and_told_once(tied, 
     change(lambda t: with_head(t, 0.1))
     assert agrees(folder)
     model = ours(folder)
-    assert not model.config.tie_word_embeddings and not torch.equal(model.head_VD, model.embed_tokens.weight)
+    assert not model.config.tie_word_embeddings and not torch.equal(
+        model.head_VD, model.embed_tokens.weight
+    )
     told = [line for line in capsys.readouterr().out.splitlines() if "untied" in line]
     assert len(told) == 1 and str(folder) in told[0] and HEAD in told[0]
     (tmp_path / "out").mkdir()
@@ -69,17 +77,28 @@ def test_another_head_beside_a_tied_config_is_used_exported_and_told_once(tied, 
 
 def test_other_ranks_do_not_tell_of_the_head(tmp_path, capsys, monkeypatch):
     theirs("qwen2-tied").save_pretrained(tmp_path)
-    save_file(with_head(load_file(tmp_path / "model.safetensors"), 0.1), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    for name, value in dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+    save_file(
+        with_head(load_file(tmp_path / "model.safetensors"), 0.1),
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for name, value in dict(
+        WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"
+    ).items():
         monkeypatch.setenv(name, value)
-    assert not read_config("", tmp_path).tie_word_embeddings and "untied" not in capsys.readouterr().out
+    assert (
+        not read_config("", tmp_path).tie_word_embeddings
+        and "untied" not in capsys.readouterr().out
+    )
 
 
 def test_a_changed_file_is_looked_at_again(tmp_path):
     theirs("qwen2-tied").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for noise in (0.0, 0.1):
-        save_file(with_head(tensors, noise), tmp_path / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            with_head(tensors, noise), tmp_path / "model.safetensors", metadata={"format": "pt"}
+        )
         assert read_config("", tmp_path).tie_word_embeddings == (noise == 0)
 
 
@@ -87,7 +106,9 @@ def test_an_equal_head_and_a_head_alone_stay_tied(tied, capsys):
     folder, change = tied
     change(lambda t: with_head(t, 0.0))
     assert agrees(folder) and ours(folder).config.tie_word_embeddings
-    change(lambda t: {HEAD: t[EMBEDDING]} | {k: v for k, v in t.items() if k not in (HEAD, EMBEDDING)})
+    change(
+        lambda t: {HEAD: t[EMBEDDING]} | {k: v for k, v in t.items() if k not in (HEAD, EMBEDDING)}
+    )
     assert agrees(folder) and ours(folder).config.tie_word_embeddings
     change(lambda t: {k: v for k, v in t.items() if k != HEAD})
     with pytest.raises(UserError, match="embed_tokens.weight is missing"):
@@ -98,7 +119,11 @@ def test_an_equal_head_and_a_head_alone_stay_tied(tied, capsys):
 def test_an_untied_checkpoint_without_its_head_is_refused(tmp_path):
     theirs("qwen2-untied").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != HEAD}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if k != HEAD},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="lm_head.weight is missing.*not tied"):
         ours(tmp_path)
 
@@ -122,16 +147,24 @@ def test_names_with_what_savers_put_before_them(tied, rename):
     before = ours(folder).state_dict()
     change(lambda t: {rename(key): tensor for key, tensor in t.items()})
     after = ours(folder).state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
 
 
 @pytest.mark.parametrize(
     "more,words",
     [
-        ({"_orig_mod.model.norm.weight": torch.ones(48)}, r"_orig_mod.model.norm.weight.* norm.weight|norm.weight and _orig_mod"),
+        (
+            {"_orig_mod.model.norm.weight": torch.ones(48)},
+            r"_orig_mod.model.norm.weight.* norm.weight|norm.weight and _orig_mod",
+        ),
         ({"norm.weight": torch.ones(48)}, "are both norm.weight"),
         ({"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 48)}, "lora.*merge"),
-        ({"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight": torch.ones(80, 48)}, "base_layer.*merge"),
+        (
+            {"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight": torch.ones(80, 48)},
+            "base_layer.*merge",
+        ),
         ({"score.weight": torch.ones(1, 48)}, "unexpected tensor score.weight"),
         ({"lm_head.bias": torch.ones(211)}, "unexpected tensor lm_head.bias"),
     ],
@@ -177,7 +210,9 @@ def shards(tmp_path):
     return tmp_path, path, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("value", [None, [], {}, "model.safetensors", {NORM: None}, {NORM: 3}, {NORM: ["a.safetensors"]}])
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "model.safetensors", {NORM: None}, {NORM: 3}, {NORM: ["a.safetensors"]}]
+)
 def test_an_index_without_a_map(shards, value):
     folder, path, index = shards
     path.write_text(json.dumps(index | {"weight_map": value}))
@@ -186,11 +221,16 @@ def test_an_index_without_a_map(shards, value):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("place", ["../other/{}", "/etc/{}", "sub/{}", "./{}", "{}/", "..", "", "model.bin", "{}\\..\\x.bin"])
+@pytest.mark.parametrize(
+    "place",
+    ["../other/{}", "/etc/{}", "sub/{}", "./{}", "{}/", "..", "", "model.bin", "{}\\..\\x.bin"],
+)
 def test_an_index_that_leads_elsewhere(shards, place, tmp_path):
     folder, path, index = shards
     file = index["weight_map"][NORM]
-    path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {NORM: place.format(file)}}))
+    path.write_text(
+        json.dumps(index | {"weight_map": index["weight_map"] | {NORM: place.format(file)}})
+    )
     with pytest.raises(UserError, match="must be a .safetensors file of this folder"):
         ours(folder)
 
@@ -210,14 +250,18 @@ def test_an_index_that_does_not_fit_its_shards(shards):
         ours(folder)
     (folder / file).unlink()
     path.unlink()
-    with pytest.raises(UserError, match="no model.safetensors; it has model-.*index.json.* is missing"):
+    with pytest.raises(
+        UserError, match="no model.safetensors; it has model-.*index.json.* is missing"
+    ):
         ours(folder)
 
 
 def test_stray_files_do_not_count(shards):
     folder, path, index = shards
     before = ours(folder).state_dict()
-    save_file({"model.strange": torch.ones(1), NORM: torch.ones(48)}, folder / "optimizer.safetensors")
+    save_file(
+        {"model.strange": torch.ones(1), NORM: torch.ones(48)}, folder / "optimizer.safetensors"
+    )
     (folder / "consolidated.safetensors").write_bytes(b"")
     after = ours(folder).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -227,15 +271,30 @@ def test_stray_files_do_not_count(shards):
 def test_a_tensor_in_two_shards_is_refused_by_name(shards, place):
     """transformers takes the one of the file that it reads last, whatever the index says."""
     folder, path, index = shards
-    other = [f for f in sorted(set(index["weight_map"].values())) if f != index["weight_map"][NORM]][place]
-    save_file(load_file(folder / other) | {NORM: torch.full((48,), 7.0)}, folder / other, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"tensor {NORM} is in two files, model-.*safetensors and model-.*safetensors; ") as e:
+    other = [
+        f for f in sorted(set(index["weight_map"].values())) if f != index["weight_map"][NORM]
+    ][place]
+    save_file(
+        load_file(folder / other) | {NORM: torch.full((48,), 7.0)},
+        folder / other,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        UserError,
+        match=f"tensor {NORM} is in two files, model-.*safetensors and model-.*safetensors; ",
+    ) as e:
         ours(folder)
-    assert other in str(e.value) and index["weight_map"][NORM] in str(e.value) and "\n" not in str(e.value)
+    assert (
+        other in str(e.value)
+        and index["weight_map"][NORM] in str(e.value)
+        and "\n" not in str(e.value)
+    )
     file = index["weight_map"][NORM]
     without = {key: tensor for key, tensor in load_file(folder / file).items() if key != NORM}
     save_file(without, folder / file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{file} has no tensor {NORM}, which the index says is there"):
+    with pytest.raises(
+        UserError, match=f"{file} has no tensor {NORM}, which the index says is there"
+    ):
         ours(folder)
 
 
@@ -252,8 +311,16 @@ def test_shards_as_transformers_saves_them_hold_no_tensor_twice(family, size, tm
 
 def test_one_file_comes_before_a_stale_index_as_in_transformers(shards):
     folder, path, index = shards
-    tensors = {key: tensor for file in set(index["weight_map"].values()) for key, tensor in load_file(folder / file).items()}
-    save_file({key: 1.5 * tensor for key, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {
+        key: tensor
+        for file in set(index["weight_map"].values())
+        for key, tensor in load_file(folder / file).items()
+    }
+    save_file(
+        {key: 1.5 * tensor for key, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert torch.equal(ours(folder).norm.weight, 1.5 * tensors[NORM]) and agrees(folder)
     path.write_text("{}")
     assert torch.equal(ours(folder).norm.weight, 1.5 * tensors[NORM])
@@ -287,19 +354,38 @@ def test_rotary_frequencies_wherever_they_are_written(form, tmp_path):
 def test_rotary_frequencies_by_the_type_of_a_layer():
     """As newer configurations of other families have them; every layer here is of the one type."""
     hf = json.loads(theirs("qwen2-tied").config.to_json_string())
-    nested = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}, "sliding_attention": None}}
+    nested = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": None,
+        }
+    }
     assert config_from_hf(hf | nested, "here").rope_theta == 5e5
 
 
 def test_no_theta_at_all_is_the_default_of_transformers(tmp_path):
     theirs("qwen2-tied").save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in hf.items() if not k.startswith("rope")}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in hf.items() if not k.startswith("rope")})
+    )
     assert read_config("", tmp_path).rope_theta == 10000.0 and agrees(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["num_key_value_heads", "rope_scaling", "sliding_window", "layer_types", "eos_token_id", "torch_dtype", "dtype",
-                                  "quantization_config", "max_window_layers"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_key_value_heads",
+        "rope_scaling",
+        "sliding_window",
+        "layer_types",
+        "eos_token_id",
+        "torch_dtype",
+        "dtype",
+        "quantization_config",
+        "max_window_layers",
+    ],
+)
 def test_nulls_mean_what_they_mean_to_transformers(name, tmp_path):
     theirs("qwen2-tied").save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
@@ -314,8 +400,19 @@ def test_nulls_mean_what_they_mean_to_transformers(name, tmp_path):
         assert agrees(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["head_dim", "rope_theta", "rope_parameters", "rms_norm_eps", "max_position_embeddings", "hidden_act", "attention_bias",
-                                  "tie_word_embeddings"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head_dim",
+        "rope_theta",
+        "rope_parameters",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "hidden_act",
+        "attention_bias",
+        "tie_word_embeddings",
+    ],
+)
 def test_a_null_is_a_value_that_is_not_set(name):
     hf = json.loads(theirs("qwen3").config.to_json_string())
     rest = {k: v for k, v in hf.items() if k != name}
@@ -336,12 +433,26 @@ def test_a_null_is_a_value_that_is_not_set(name):
         ({"rope_theta": float("nan"), "rope_parameters": None}, "rope_theta nan"),
         ({"rope_theta": "1e6", "rope_parameters": None}, "rope_theta '1e6'"),
         ({"rope_parameters": [1]}, r"rope_parameters \[1\]"),
-        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 1e6}}, "different rope_theta"),
-        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}}, "sliding_attention"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 1e6}},
+            "different rope_theta",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_theta": 1e4},
+                    "full_attention": {"rope_theta": 1e6},
+                }
+            },
+            "sliding_attention",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "sliding_attention",
+        ),
         ({"layer_types": 3}, "layer_types 3"),
         ({"quantization_config": "awq"}, "awq"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps 'small'"),
@@ -355,7 +466,9 @@ def test_values_that_are_none(change, words):
     assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("value,ids", [(None, []), ([None], []), ([], []), (5, [5]), ([5, None, 0], [5, 0])])
+@pytest.mark.parametrize(
+    "value,ids", [(None, []), ([None], []), ([], []), (5, [5]), ([5, None, 0], [5, 0])]
+)
 def test_end_of_sequence_ids_with_nulls(value, ids, tmp_path):
     theirs("qwen2-tied").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
@@ -376,13 +489,25 @@ def test_weights_are_loaded_only_after_all_headers_fit(tmp_path):
     model = ours(tmp_path)
     before = model.norm.weight.clone()
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: v + 1 for k, v in tensors.items()} | {"norm.weight": tensors[NORM]}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v + 1 for k, v in tensors.items()} | {"norm.weight": tensors[NORM]},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(UserError, match="are both norm.weight"):
         load_weights(model, tmp_path)
     assert torch.equal(model.norm.weight, before)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "adapter_config.json",
+    ],
+)
 def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
     """As a hub cache has them whose blobs were cleaned away: an optional file would be lost in silence."""
     import train
@@ -393,7 +518,9 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
     save_model(ours(tmp_path / "in"), tmp_path / "ck", train.embedded_tokenizer(), [2])
     (tmp_path / "ck" / name).unlink(missing_ok=True)
     (tmp_path / "ck" / name).symlink_to("../../blobs/0a1b")
-    with pytest.raises(UserError, match=rf"{name}\S* is a link to ../../blobs/0a1b, which is not there") as e:
+    with pytest.raises(
+        UserError, match=rf"{name}\S* is a link to ../../blobs/0a1b, which is not there"
+    ) as e:
         find(str(tmp_path / "ck"))
     assert "\n" not in str(e.value)
 
@@ -407,6 +534,21 @@ def test_weights_are_looked_at_before_anything_is_loaded_or_made(tmp_path, capsy
     save_model(ours(tmp_path / "in"), tmp_path / "ck", train.embedded_tokenizer(), [2])
     (tmp_path / "ck/model.safetensors").write_text("Entry not found")
     capsys.readouterr()
-    assert train.main(["--mode=sft", f"--model={tmp_path / 'ck'}", "--device=cpu", f"--runs={tmp_path / 'runs'}"]) == 2
+    assert (
+        train.main(
+            [
+                "--mode=sft",
+                f"--model={tmp_path / 'ck'}",
+                "--device=cpu",
+                f"--runs={tmp_path / 'runs'}",
+            ]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
-    assert "model.safetensors" in err and "Entry not found" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert (
+        "model.safetensors" in err
+        and "Entry not found" in err
+        and err.count("\n") == 1
+        and not (tmp_path / "runs").exists()
+    )

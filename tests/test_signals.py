@@ -20,7 +20,15 @@ from model import parallel
 from model.runs import STOP_SIGNALS, RunFolder, handled
 from tests.test_train import SMALL, command, timeless
 
-QUICK = ["--device=cpu", "--steps=6", "--batch_size=4", "--eval_examples=0", "--save_every=0", "--warmup=2", "--data=word_problems:20"]
+QUICK = [
+    "--device=cpu",
+    "--steps=6",
+    "--batch_size=4",
+    "--eval_examples=0",
+    "--save_every=0",
+    "--warmup=2",
+    "--data=word_problems:20",
+]
 NAMES = [s.name for s in STOP_SIGNALS]
 
 
@@ -60,8 +68,14 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(name, sent_at,
     capsys.readouterr()
     assert train.main([*sft, "--name=cut"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last == f"stopped by {name} after step 3; continue with --name cut --runs elsewhere --resume"
-    assert RunFolder("elsewhere/cut").steps() == [3] and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+    assert (
+        last
+        == f"stopped by {name} after step 3; continue with --name cut --runs elsewhere --resume"
+    )
+    assert (
+        RunFolder("elsewhere/cut").steps() == [3]
+        and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+    )
     assert train.main(last.partition("with ")[2].split()) == 0
     assert timeless(tmp_path / "elsewhere/cut") == timeless(tmp_path / "elsewhere/whole") != []
 
@@ -71,7 +85,9 @@ def test_what_is_ignored_stays_so_as_under_nohup(sent_at):
     try:
         sent_at(2, signal.SIGHUP)
         assert train.main(["--mode=sft", *QUICK, "--name=r"]) == 0
-        assert RunFolder("runs/r").steps() == [6] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert (
+            RunFolder("runs/r").steps() == [6] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        )
     finally:
         signal.signal(signal.SIGHUP, old)
 
@@ -82,13 +98,19 @@ def test_a_signal_while_the_embedded_teacher_trains(sent_at, monkeypatch, capsys
     kd = ["--mode=kd", *QUICK, "--name=k"]
     assert train.main(kd) == 1
     err = capsys.readouterr().err
-    assert "stopped before the embedded teacher was ready; the same command goes on" in err and err.count("\n") == 1
+    assert (
+        "stopped before the embedded teacher was ready; the same command goes on" in err
+        and err.count("\n") == 1
+    )
     assert train.main(kd) == 0 and RunFolder("runs/k").steps() == [6]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("module,inner", [(eval.__main__, "evaluate"), (eval.traces, "run"), (eval.divergence, "run"), (study, "run")],
-                         ids=["eval", "traces", "divergence", "study"])  # fmt: skip
+@pytest.mark.parametrize(
+    "module,inner",
+    [(eval.__main__, "evaluate"), (eval.traces, "run"), (eval.divergence, "run"), (study, "run")],
+    ids=["eval", "traces", "divergence", "study"],
+)
 def test_evaluations_and_studies_end_in_one_line(module, inner, name, monkeypatch, capsys):
     before = [signal.getsignal(s) for s in STOP_SIGNALS]
     unwound = []
@@ -108,13 +130,18 @@ def test_evaluations_and_studies_end_in_one_line(module, inner, name, monkeypatc
 
 
 def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypatch):
-    for name, value in dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="nowhere", MASTER_PORT="1").items():
+    for name, value in dict(
+        WORLD_SIZE="2", RANK="1", MASTER_ADDR="nowhere", MASTER_PORT="1"
+    ).items():
         monkeypatch.setenv(name, value)
     (tmp_path / "logs").mkdir()
 
     class Stub:
         name, kind = "job", "train"
-        command = lambda self, out: ["-c", "import os; print([n for n in os.environ if n in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT')])"]
+        command = lambda self, out: [
+            "-c",
+            "import os; print([n for n in os.environ if n in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT')])",
+        ]
 
     running = study.Running(Stub(), tmp_path, {"OMP_NUM_THREADS": "1"}, 1)
     while running.poll() is None:
@@ -126,14 +153,18 @@ def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypa
 
 
 def test_a_terminal_that_closes_ends_no_run_before_it_is_saved(tmp_path):
-    argv, options = command("--mode=sft", *QUICK, "--steps=4000", "--log_every=1", "--name=t", cwd=tmp_path)
+    argv, options = command(
+        "--mode=sft", *QUICK, "--steps=4000", "--log_every=1", "--name=t", cwd=tmp_path
+    )
     master, slave = pty.openpty()
 
     def attach():  # the terminal that this session hangs on
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(argv, **options, stdin=slave, stdout=slave, stderr=slave, preexec_fn=attach)
+    process = subprocess.Popen(
+        argv, **options, stdin=slave, stdout=slave, stderr=slave, preexec_fn=attach
+    )
     os.close(slave)
     seen = b""
     while b"step    4/4000" not in seen:
@@ -145,7 +176,9 @@ def test_a_terminal_that_closes_ends_no_run_before_it_is_saved(tmp_path):
 
 
 def test_a_pipe_that_nobody_reads_ends_no_run(tmp_path):
-    argv, options = command("--mode=sft", *QUICK, "--steps=30", "--log_every=1", "--name=p", cwd=tmp_path)
+    argv, options = command(
+        "--mode=sft", *QUICK, "--steps=30", "--log_every=1", "--name=p", cwd=tmp_path
+    )
     process = subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdout.readline()
     process.stdout.close()
@@ -175,11 +208,22 @@ def test_runs_in_threads_save_resume_and_follow_each_other(tmp_path):
     assert timeless("runs/a") == timeless("runs/whole")
     for step in (4, 6):  # a resumed run, in another thread
         folder = RunFolder("runs/a").step_folder(step)
-        (folder if step == 6 else folder.with_name("none")).exists() and folder.rename(tmp_path / f"gone-{step}")
+        (folder if step == 6 else folder.with_name("none")).exists() and folder.rename(
+            tmp_path / f"gone-{step}"
+        )
     assert RunFolder("runs/a").steps() == [4]
     assert in_a_thread(train.main, ["--name=a", "--resume"]) == 0
     assert timeless("runs/a") == timeless("runs/whole") and RunFolder("runs/a").steps() == [4, 6]
-    grpo = ["--mode=grpo", "--device=cpu", "--model=tiny-teacher", "--steps=1", "--batch_size=4", "--grpo_samples=2", "--sample_tokens=8", "--eval_examples=0"]
+    grpo = [
+        "--mode=grpo",
+        "--device=cpu",
+        "--model=tiny-teacher",
+        "--steps=1",
+        "--batch_size=4",
+        "--grpo_samples=2",
+        "--sample_tokens=8",
+        "--eval_examples=0",
+    ]
     for _ in range(2):
         assert in_a_thread(train.main, [*grpo, "--data=word_problems:20"]) == 0
     assert not parallel.active()
@@ -191,7 +235,11 @@ def test_handlers_are_the_main_threads_alone():
             return [signal.getsignal(s) for s in STOP_SIGNALS]
 
     before = [signal.getsignal(s) for s in STOP_SIGNALS]
-    assert in_a_thread(inside) == before and inside() != before and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+    assert (
+        in_a_thread(inside) == before
+        and inside() != before
+        and [signal.getsignal(s) for s in STOP_SIGNALS] == before
+    )
 
 
 def test_a_study_in_a_thread(monkeypatch):

@@ -88,10 +88,22 @@ class Here:
 
     def __init__(self, job, out, place, gpus):
         first, *rest = map(str, job.command(out))
-        main = train.main if first.endswith("train.py") else {"eval": eval.__main__, "eval.traces": eval.traces, "eval.divergence": eval.divergence}[rest[0]].main
+        main = (
+            train.main
+            if first.endswith("train.py")
+            else {
+                "eval": eval.__main__,
+                "eval.traces": eval.traces,
+                "eval.divergence": eval.divergence,
+            }[rest[0]].main
+        )
         self.place, self.since, self.code = place, 0.0, 1
         made.append(job)
-        with open(study.log_of(out, job), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            open(study.log_of(out, job), "a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             if job.label in self.broken:
                 print("nothing but trouble")
             else:
@@ -131,54 +143,112 @@ def kinds(jobs):
 def test_jobs_are_made_once_each_behind_what_it_needs(tmp_path):
     plan = study_plan.read(write(tmp_path), seeds="0,1")
     jobs = plan.jobs
-    assert kinds(jobs) == ["eval"] * 8 + ["kl"] * 6 + ["train"] * 7  # the starting model serves both seeds; each asks it with random numbers of its own
-    assert [dict(plan.made["start", s].evals.options)["seed"] for s in (0, 1)] == [0, 1] and plan.made["kd", 1].before == plan.made["start", 1].evals
+    assert (
+        kinds(jobs) == ["eval"] * 8 + ["kl"] * 6 + ["train"] * 7
+    )  # the starting model serves both seeds; each asks it with random numbers of its own
+    assert [dict(plan.made["start", s].evals.options)["seed"] for s in (0, 1)] == [
+        0,
+        1,
+    ] and plan.made["kd", 1].before == plan.made["start", 1].evals
     assert len({job.name for job in jobs}) == len(jobs)
     for i, job in enumerate(jobs):
         assert all(need in jobs[:i] for need in job.needs)
     seeds = [dict(job.options)["seed"] for job in jobs if job.kind == "train"]
     assert seeds == sorted(seeds)
     rl = plan.made["sft_rl", 1].chain
-    assert [dict(job.options)["mode"] for job in rl] == ["sft", "grpo"] and dict(rl[1].options)["model"] is rl[0]
+    assert [dict(job.options)["mode"] for job in rl] == ["sft", "grpo"] and dict(rl[1].options)[
+        "model"
+    ] is rl[0]
     assert rl[0] == plan.made["sft", 1].chain[0] and rl[0].name.startswith("sft-s1-")
-    assert "kd_temperature" not in dict(rl[0].options) and dict(plan.made["kd", 0].chain[0].options)["kd_temperature"] == 1.0  # read by kd alone
+    assert (
+        "kd_temperature" not in dict(rl[0].options)
+        and dict(plan.made["kd", 0].chain[0].options)["kd_temperature"] == 1.0
+    )  # read by kd alone
 
 
 def test_a_name_says_what_a_run_is_made_of(tmp_path):
     name = lambda text: study_plan.read(write(tmp_path, text)).made["sft_rl", 0].chain[1].name
     first = name(FILE)
     assert first == name(FILE.replace("[study]", "[study]\n# a comment"))
-    for old, new in (("lr = 1e-3", "lr = 2e-3"), ("sample_tokens = 4", "sample_tokens = 5"), ('chain = ["sft"]', 'chain = ["again"]'), ("batch_size = 4", "batch_size = 8")):
-        assert old in FILE and name(FILE.replace(old, new)) != first  # its own knobs, those of the run before, of the starting model, common ones
-    assert first == name(FILE.replace("limit = 8", "limit = 4"))  # how it is evaluated is not part of it
+    for old, new in (
+        ("lr = 1e-3", "lr = 2e-3"),
+        ("sample_tokens = 4", "sample_tokens = 5"),
+        ('chain = ["sft"]', 'chain = ["again"]'),
+        ("batch_size = 4", "batch_size = 8"),
+    ):
+        assert (
+            old in FILE and name(FILE.replace(old, new)) != first
+        )  # its own knobs, those of the run before, of the starting model, common ones
+    assert first == name(
+        FILE.replace("limit = 8", "limit = 4")
+    )  # how it is evaluated is not part of it
     data = tmp_path / "data.jsonl"
-    text = FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', f'data = "{data}"\nsteps = 2\nlr')
-    names = [data.write_text(content) and (study_plan.contents.cache_clear() or name(text)) for content in ("one", "two", "one")]
+    text = FILE.replace(
+        'data = "word_problems:8"\nsteps = 2\nlr', f'data = "{data}"\nsteps = 2\nlr'
+    )
+    names = [
+        data.write_text(content) and (study_plan.contents.cache_clear() or name(text))
+        for content in ("one", "two", "one")
+    ]
     assert names[0] == names[2] != names[1]  # a file is what it holds
 
 
 def test_traces_are_named_where_they_are_trained_on(tmp_path):
-    plan = study_plan.read(write(tmp_path, FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@own"\nsteps = 2\nlr')))
+    plan = study_plan.read(
+        write(
+            tmp_path,
+            FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@own"\nsteps = 2\nlr'),
+        )
+    )
     (traces,) = plan.made["sft", 0].traces
     assert traces.kind == "traces" and traces.needs == [plan.made["start", 0].evals.needs[0]]
     assert traces.product(tmp_path) == tmp_path / "traces" / traces.name / "traces.jsonl"
 
 
-@pytest.mark.parametrize("old,new,said", [
-    ('mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlr', 'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlrr', "lrr"),
-    ("lr = 1e-3", "kd_topk = 3", "[run.again]: kd_topk"), ("lr = 1e-3", "seed = 3", "seed is given by the study itself"),
-    ('teacher = "@start"\nsteps', 'teacher = "@stat"\nsteps', "teacher @stat: there is no [model.stat]"), ('model = "tiny"', 'model = "@start"', "begins from itself"),
-    ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"), ("limit = 8", "limitt = 8", "limitt"), ("chain = []", "", "[arm.start]: it needs chain"),
-    ('tasks = "word_problems"', 'tasks = "word_problem"', "did you mean word_problems"), ('better = "sft"', 'better = "sftt"', "no arm 'sftt'"),
-    ("[study]", "[studi]", "studi"), ("seeds = [0]", "seeds = ", "TOML"), ("seeds = [0]", "seeds = []", "[study] seeds"), ("[eval]", "[[eval]]", "[eval] is one table"),
-    ("[[claim]]", "[claim]", "[[claim]]s"), ("seeds = [0]", 'seeds = "x"', "[study] seeds"), ("chain = []", "chian = []", "chian"),
-    ("seeds = [0]", "", "[study] seeds"), ("seeds = [0]", 'seeds = [0]\ngpus = "2"', "[study] gpus"), ("seeds = [0]", "seeds = [0]\ngpus = 0", "[study] gpus"),
-    ('data = "word_problems:4"', 'data = ["a", "b"]', "[traces.own] data: a text"), ('model = "@start"\nchain = []', "model = 3\nchain = []", "[arm.start] model"),
-    ("chain = []", 'chain = []\npaper = { gsm8k = "31.4" }', "[arm.start] paper"), ("chain = []", 'chain = []\npaper = "colapsed"', '"collapsed"'),
-    ("chain = []", "chain = []\neval = 3", "[arm.start] eval"), ('worse = "kd"', 'worse = "kd"\ntask = "gsm8"', "gsm8"), ('text = "one is better"', "", "[claim]: it needs text"),
-    ('text = "one is better"', "text = 3", "[claim] text"), ('model = "@start"\nchain = []', 'model = "tiny"\nchain = []', "random weights"),
-    ('model = "@start"\nchain = ["kd"]', 'model = "@start"\nchain = "kd"', "[arm.kd] chain"), ("max_tokens = 4\nkeep", "max_tokenss = 4\nkeep", "[traces.own]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old,new,said",
+    [
+        (
+            'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlr',
+            'mode = "sft"\ndata = "word_problems:8"\nsteps = 2\nlrr',
+            "lrr",
+        ),
+        ("lr = 1e-3", "kd_topk = 3", "[run.again]: kd_topk"),
+        ("lr = 1e-3", "seed = 3", "seed is given by the study itself"),
+        (
+            'teacher = "@start"\nsteps',
+            'teacher = "@stat"\nsteps',
+            "teacher @stat: there is no [model.stat]",
+        ),
+        ('model = "tiny"', 'model = "@start"', "begins from itself"),
+        ('chain = ["again", "rl"]', 'chain = ["again", "rll"]', "no [run.rll]"),
+        ("limit = 8", "limitt = 8", "limitt"),
+        ("chain = []", "", "[arm.start]: it needs chain"),
+        ('tasks = "word_problems"', 'tasks = "word_problem"', "did you mean word_problems"),
+        ('better = "sft"', 'better = "sftt"', "no arm 'sftt'"),
+        ("[study]", "[studi]", "studi"),
+        ("seeds = [0]", "seeds = ", "TOML"),
+        ("seeds = [0]", "seeds = []", "[study] seeds"),
+        ("[eval]", "[[eval]]", "[eval] is one table"),
+        ("[[claim]]", "[claim]", "[[claim]]s"),
+        ("seeds = [0]", 'seeds = "x"', "[study] seeds"),
+        ("chain = []", "chian = []", "chian"),
+        ("seeds = [0]", "", "[study] seeds"),
+        ("seeds = [0]", 'seeds = [0]\ngpus = "2"', "[study] gpus"),
+        ("seeds = [0]", "seeds = [0]\ngpus = 0", "[study] gpus"),
+        ('data = "word_problems:4"', 'data = ["a", "b"]', "[traces.own] data: a text"),
+        ('model = "@start"\nchain = []', "model = 3\nchain = []", "[arm.start] model"),
+        ("chain = []", 'chain = []\npaper = { gsm8k = "31.4" }', "[arm.start] paper"),
+        ("chain = []", 'chain = []\npaper = "colapsed"', '"collapsed"'),
+        ("chain = []", "chain = []\neval = 3", "[arm.start] eval"),
+        ('worse = "kd"', 'worse = "kd"\ntask = "gsm8"', "gsm8"),
+        ('text = "one is better"', "", "[claim]: it needs text"),
+        ('text = "one is better"', "text = 3", "[claim] text"),
+        ('model = "@start"\nchain = []', 'model = "tiny"\nchain = []', "random weights"),
+        ('model = "@start"\nchain = ["kd"]', 'model = "@start"\nchain = "kd"', "[arm.kd] chain"),
+        ("max_tokens = 4\nkeep", "max_tokenss = 4\nkeep", "[traces.own]"),
+    ],
+)
 def test_wrong_files_are_one_line(old, new, said, tmp_path, capsys):
     assert old in FILE
     assert study.main([write(tmp_path, FILE.replace(old, new)), f"--out={tmp_path / 'o'}"]) == 2
@@ -186,7 +256,17 @@ def test_wrong_files_are_one_line(old, new, said, tmp_path, capsys):
     assert said in err and len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("argv,said", [(["--arms=stfart"], "no arm 'stfart'"), (["--seeds=a"], "--seeds a"), (["--seeds=1.5"], "--seeds 1.5"), (["--report", "--out=nowhere"], "no study"), (["--at_once=-1"], "--at_once"), (["--outt=x"], "--outt")])
+@pytest.mark.parametrize(
+    "argv,said",
+    [
+        (["--arms=stfart"], "no arm 'stfart'"),
+        (["--seeds=a"], "--seeds a"),
+        (["--seeds=1.5"], "--seeds 1.5"),
+        (["--report", "--out=nowhere"], "no study"),
+        (["--at_once=-1"], "--at_once"),
+        (["--outt=x"], "--outt"),
+    ],
+)
 def test_wrong_options_are_one_line(argv, said, tmp_path, capsys):
     assert study.main([write(tmp_path), *argv]) == 2
     err = capsys.readouterr().err.strip()
@@ -194,7 +274,9 @@ def test_wrong_options_are_one_line(argv, said, tmp_path, capsys):
 
 
 def test_test_sets_are_looked_for_before_anything_is_trained(tmp_path, here, capsys):
-    text = FILE.replace('tasks = "word_problems"', f'tasks = "word_problems,gsm8k"\ndata = "{tmp_path}/sets"')
+    text = FILE.replace(
+        'tasks = "word_problems"', f'tasks = "word_problems,gsm8k"\ndata = "{tmp_path}/sets"'
+    )
     argv = [write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=start"]
     assert study.main(argv) == 2 and not here and not (tmp_path / "out").exists()
     err = capsys.readouterr().err.strip()
@@ -202,7 +284,11 @@ def test_test_sets_are_looked_for_before_anything_is_trained(tmp_path, here, cap
 
 
 def test_the_studies_of_the_readme_are_there():
-    lines = [line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python -m eval.study")]
+    lines = [
+        line.split()
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("python -m eval.study")
+    ]
     for line in lines:
         args = study.parse(line[3:])
         assert study_plan.read(ROOT / args.file, args.seeds, args.arms, args.rehearse).jobs
@@ -231,14 +317,20 @@ def test_a_study_goes_on(tmp_path, here, capsys):
     assert kinds(here) == ["eval"] * 4 + ["kl"] * 3 + ["train"] * 4
     before = numbers(out)
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 11 and numbers(out) == before
-    assert study.main([file, f"--out={out}", "--report"]) == 0 and len(here) == 11 and numbers(out) == before
+    assert (
+        study.main([file, f"--out={out}", "--report"]) == 0
+        and len(here) == 11
+        and numbers(out) == before
+    )
     run = study_plan.read(file).made["sft", 0].chain[0]
     (out / "done" / run.name).unlink()  # killed behind its last checkpoint
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 12 and numbers(out) == before
     assert "--resume" in here[-1].command(out)
     shutil.rmtree(out / "runs" / run.name)  # gone: made again, and again the same
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 13 and numbers(out) == before
-    assert "sft_rl" in capsys.readouterr().out and all((out / f).exists() for f in ("report.md", "samples.md", "curves.png", "cost.png"))
+    assert "sft_rl" in capsys.readouterr().out and all(
+        (out / f).exists() for f in ("report.md", "samples.md", "curves.png", "cost.png")
+    )
 
 
 def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, capsys):
@@ -247,7 +339,14 @@ def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, c
     assert study.main([file, f"--out={out}"]) == 1
     err = capsys.readouterr().err.strip()
     assert "nothing but trouble" in err and len(err.splitlines()) == 1
-    assert kinds(here) == ["eval", "eval", "kl", "train", "train", "train"]  # neither what goes on from it nor its evaluation
+    assert kinds(here) == [
+        "eval",
+        "eval",
+        "kl",
+        "train",
+        "train",
+        "train",
+    ]  # neither what goes on from it nor its evaluation
     assert "nothing but trouble" in (out / "report.md").read_text()
     monkeypatch.setattr(Here, "broken", ())
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 6 + 6
@@ -255,12 +354,18 @@ def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, c
 
 
 def test_what_the_user_can_mend_is_said_when_the_rest_is_made(tmp_path, here, capsys):
-    text = FILE.replace('mode = "kd"\ndata = "word_problems:8"', 'mode = "kd"\ndata = "nowhere.jsonl"')
+    text = FILE.replace(
+        'mode = "kd"\ndata = "word_problems:8"', 'mode = "kd"\ndata = "nowhere.jsonl"'
+    )
     assert study.main([write(tmp_path, text), f"--out={tmp_path / 'out'}", "--arms=kd,sft"]) == 2
     err = capsys.readouterr().err.strip()
     assert "nowhere.jsonl" in err and "kd, seed 0: kd" in err and len(err.splitlines()) == 1
     report = {a["arm"]: a for a in numbers(tmp_path / "out")["arms"]}
-    assert report["sft"]["seeds"] == [0] and report["kd"]["seeds"] == [] and "nowhere.jsonl" in report["kd"]["failed"]["0"]
+    assert (
+        report["sft"]["seeds"] == [0]
+        and report["kd"]["seeds"] == []
+        and "nowhere.jsonl" in report["kd"]["failed"]["0"]
+    )
 
 
 def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, here):
@@ -281,17 +386,23 @@ def test_a_moved_study_goes_on(tmp_path, here):
     out.rename(moved)
     (moved / "done" / job.name).unlink()
     assert study.main([file, f"--out={moved}", "--arms=kd"]) == 0 and numbers(moved) == before
-    assert str(moved) in json.loads((moved / "runs" / job.name / "config.json").read_text())["teacher"]
+    assert (
+        str(moved) in json.loads((moved / "runs" / job.name / "config.json").read_text())["teacher"]
+    )
 
 
 def test_a_model_and_its_traces_may_have_one_name(tmp_path):
-    text = FILE.replace("[traces.own]", "[traces.start]").replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@start"\nsteps = 2\nlr')
+    text = FILE.replace("[traces.own]", "[traces.start]").replace(
+        'data = "word_problems:8"\nsteps = 2\nlr', 'data = "@start"\nsteps = 2\nlr'
+    )
     (traces,) = study_plan.read(write(tmp_path, text)).made["sft", 0].traces
     assert traces.kind == "traces" and traces.needs[0].kind == "train"
 
 
 def test_equal_numbers_are_equal_jobs(tmp_path, here):
-    text = FILE.replace("[arm.start]\n", "[arm.start]\neval = { temperature = 1.0 }\n").replace("[arm.sft]\n", "[arm.sft]\neval = { temperature = 1 }\n")
+    text = FILE.replace("[arm.start]\n", "[arm.start]\neval = { temperature = 1.0 }\n").replace(
+        "[arm.sft]\n", "[arm.sft]\neval = { temperature = 1 }\n"
+    )
     plan = study_plan.read(write(tmp_path, text))
     assert plan.made["start", 0].evals == plan.made["sft", 0].before != plan.made["kd", 0].before
     assert len({job.name for job in plan.jobs}) == len(plan.jobs)
@@ -314,11 +425,20 @@ def test_the_ranks_of_a_job_end_together(tmp_path):
                 return code
             time.sleep(0.1)
 
-    assert ended("import os, time; print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT']) if os.environ['RANK'] == '0' else time.sleep(0.5)") == 0
+    assert (
+        ended(
+            "import os, time; print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT']) if os.environ['RANK'] == '0' else time.sleep(0.5)"
+        )
+        == 0
+    )
     world, port = study.last_words(tmp_path, Stub()).split()
     assert world == "2" and int(port) > 1023
     began = time.monotonic()
-    assert ended("import os, sys, time; sys.exit(2) if os.environ['RANK'] == '1' else time.sleep(60)") == 2 and time.monotonic() - began < 30
+    assert (
+        ended("import os, sys, time; sys.exit(2) if os.environ['RANK'] == '1' else time.sleep(60)")
+        == 2
+        and time.monotonic() - began < 30
+    )
 
 
 def test_one_study_at_a_time_has_a_folder(tmp_path, here, capsys):
@@ -337,7 +457,10 @@ def test_places(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(4)]
-    assert study.places(2, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}] and len(study.places(1, 3)) == 3
+    assert (
+        study.places(2, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+        and len(study.places(1, 3)) == 3
+    )
     assert study.places(3, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1,2"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
@@ -361,19 +484,36 @@ def few_arms(path):
     return ",".join(chosen)
 
 
-@pytest.mark.parametrize("arms", [few_arms, pytest.param(lambda path: "", marks=pytest.mark.slow)], ids=["every run", "every arm"])
+@pytest.mark.parametrize(
+    "arms",
+    [few_arms, pytest.param(lambda path: "", marks=pytest.mark.slow)],
+    ids=["every run", "every arm"],
+)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_study_starts(path, arms, tmp_path, here, capsys):
     """Two steps of every run, with a tiny body in place of the checkpoints."""
     arms = arms(path)
-    assert study.main([str(path), "--rehearse", f"--arms={arms}", f"--out={tmp_path / 'o'}"]) == 0, capsys.readouterr().err
+    assert (
+        study.main([str(path), "--rehearse", f"--arms={arms}", f"--out={tmp_path / 'o'}"]) == 0
+    ), capsys.readouterr().err
     plan, report = study_plan.read(path, arms=arms, rehearsal=True), numbers(tmp_path / "o")
     trained = [job for job in here if job.kind == "train"]
     assert {job.name for job in plan.jobs} == {job.name for job in here}
-    assert {run for arm in plan.arms.values() for run in arm["chain"]} >= {run for arm in study_plan.read(path).arms.values() for run in arm["chain"]}
+    assert {run for arm in plan.arms.values() for run in arm["chain"]} >= {
+        run for arm in study_plan.read(path).arms.values() for run in arm["chain"]
+    }
     for job in trained:
-        steps = [json.loads(line)["step"] for line in (tmp_path / "o" / "runs" / job.name / "metrics.jsonl").read_text().splitlines()]
-        assert steps[-1] == dict(job.options)["steps"] == (60 if job.label.endswith("rehearsed") else 2)
+        steps = [
+            json.loads(line)["step"]
+            for line in (tmp_path / "o" / "runs" / job.name / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ]
+        assert (
+            steps[-1]
+            == dict(job.options)["steps"]
+            == (60 if job.label.endswith("rehearsed") else 2)
+        )
     assert report
 
 
@@ -382,15 +522,34 @@ def test_every_study_starts(path, arms, tmp_path, here, capsys):
 
 @pytest.mark.slow
 def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_path):
-    text = FILE.replace("steps = 2", "steps = 40\nsave_every = 10").replace("steps = 1\n", "steps = 12\nsave_every = 4\n").replace("seeds = [0]", "seeds = [0, 1]")
-    text = text.replace('data = "word_problems:8"\nsteps = 40\nsave_every = 10\nlr', 'data = "@own"\nsteps = 40\nsave_every = 10\nlr').replace("max_tokens = 4\nkeep", "max_tokens = 64\nkeep")
-    text = text.replace('mode = "sft"\ndata = "word_problems:8"\nsteps = 40', 'mode = "sft"\ndata = "word_problems:64"\nsteps = 80')  # its texts come to an end
+    text = (
+        FILE.replace("steps = 2", "steps = 40\nsave_every = 10")
+        .replace("steps = 1\n", "steps = 12\nsave_every = 4\n")
+        .replace("seeds = [0]", "seeds = [0, 1]")
+    )
+    text = text.replace(
+        'data = "word_problems:8"\nsteps = 40\nsave_every = 10\nlr',
+        'data = "@own"\nsteps = 40\nsave_every = 10\nlr',
+    ).replace("max_tokens = 4\nkeep", "max_tokens = 64\nkeep")
+    text = text.replace(
+        'mode = "sft"\ndata = "word_problems:8"\nsteps = 40',
+        'mode = "sft"\ndata = "word_problems:64"\nsteps = 80',
+    )  # its texts come to an end
     file = write(tmp_path, text)
-    command = lambda name: [sys.executable, "-m", "eval.study", file, f"--out={tmp_path / name}", "--at_once=2"]
+    command = lambda name: [
+        sys.executable,
+        "-m",
+        "eval.study",
+        file,
+        f"--out={tmp_path / name}",
+        "--at_once=2",
+    ]
     assert subprocess.run(command("whole"), cwd=ROOT, capture_output=True).returncode == 0
     moments, kills = itertools.cycle((11.0, 23.7, 6.1, 31.3, 17.9)), 0
     while True:
-        process = subprocess.Popen(command("cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command("cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         try:
             _, err = process.communicate(timeout=next(moments))
             assert process.returncode == 0, err

@@ -22,7 +22,15 @@ CLAIMS = [
     {"text": "not run", "better": "sft", "worse": "dapo"},
     {"text": "on another task", "better": "instruct", "worse": "sft", "task": "gsm8k"},
 ]
-RIGHT = {("instruct", 0): 20, ("instruct", 1): 20, ("sft", 0): 8, ("sft", 1): 10, ("kd_grpo", 0): 30, ("grpo", 0): 38, ("grpo", 1): 6}  # of 40
+RIGHT = {
+    ("instruct", 0): 20,
+    ("instruct", 1): 20,
+    ("sft", 0): 8,
+    ("sft", 1): 10,
+    ("kd_grpo", 0): 30,
+    ("grpo", 0): 38,
+    ("grpo", 1): 6,
+}  # of 40
 
 
 def jsonl(path, rows):
@@ -34,24 +42,72 @@ def run(folder, steps, each, accuracies, ranks=1, more=True):
     """A run whose every step trains `each` tokens in 0.5 s; evaluated before and after."""
     rows = [{"step": 0, "eval/w/accuracy": accuracies[0], "eval/w/loss": 1.0}]
     for step in range(1, steps + 1):
-        known = {"train/sampled_tokens": 2 * each * step, "train/teacher_tokens": 3 * each * step, "train/flops": 1e9 * each * step} if more else {}
+        known = (
+            {
+                "train/sampled_tokens": 2 * each * step,
+                "train/teacher_tokens": 3 * each * step,
+                "train/flops": 1e9 * each * step,
+            }
+            if more
+            else {}
+        )
         rows.append({"step": step, "train/tokens": each * step, "train/seconds": 0.5} | known)
     jsonl(folder / "metrics.jsonl", [*rows, {"step": steps, "eval/w/accuracy": accuracies[1]}])
     (folder / "environment.json").write_text(json.dumps({"ranks": ranks}))
     return folder
 
 
-def evaluation(folder, right, text="so\n#### {p}", task="word_problems", trained_on=0, unknown=(), prompt=(), **identity):
+def evaluation(
+    folder,
+    right,
+    text="so\n#### {p}",
+    task="word_problems",
+    trained_on=0,
+    unknown=(),
+    prompt=(),
+    **identity,
+):
     """40 problems with two samples each, of which the first `right` problems are right in both; asked at temperature 0.6 unless told otherwise."""
-    rows = [dict(problem=p, sample=s, question=f"What is {p} + 0?", gold=str(p), text=text.format(p=p), tokens=7, stopped=s == 0, strict=p < right)
-            for p in range(PROBLEMS) for s in (0, 1)]  # fmt: skip
+    rows = [
+        dict(
+            problem=p,
+            sample=s,
+            question=f"What is {p} + 0?",
+            gold=str(p),
+            text=text.format(p=p),
+            tokens=7,
+            stopped=s == 0,
+            strict=p < right,
+        )
+        for p in range(PROBLEMS)
+        for s in (0, 1)
+    ]
     jsonl(folder / "ckpt-abc" / f"{task}.jsonl", rows)
     accuracy = [right / PROBLEMS, right / PROBLEMS - 0.1, right / PROBLEMS + 0.1]
-    prompt = {"kind": "chat", "system": "", "instruction": " Go.", "prefill": "", "first_prompt": "What is 0 + 0? Go."} | dict(prompt)
-    identity = {"prompt": prompt, "temperature": 0.6, "top_p": 0.95, "max_tokens": 99, "seed": 0} | identity
-    (folder / "ckpt-abc" / f"{task}.json").write_text(json.dumps({"identity": identity, "about": {"new_tokens": identity["max_tokens"]}}))
-    summary = {"conditions": ["temperature 0.6, top-p 0.95", "a note on training"], "training": ["a note on training"], "comparisons": [],
-               "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]], "trained_on": [["ckpt-abc", task, trained_on, list(unknown)]]}  # fmt: skip
+    prompt = {
+        "kind": "chat",
+        "system": "",
+        "instruction": " Go.",
+        "prefill": "",
+        "first_prompt": "What is 0 + 0? Go.",
+    } | dict(prompt)
+    identity = {
+        "prompt": prompt,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "max_tokens": 99,
+        "seed": 0,
+    } | identity
+    (folder / "ckpt-abc" / f"{task}.json").write_text(
+        json.dumps({"identity": identity, "about": {"new_tokens": identity["max_tokens"]}})
+    )
+    summary = {
+        "conditions": ["temperature 0.6, top-p 0.95", "a note on training"],
+        "training": ["a note on training"],
+        "comparisons": [],
+        "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]],
+        "trained_on": [["ckpt-abc", task, trained_on, list(unknown)]],
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -61,18 +117,54 @@ def synthetic(out):
     outcomes = {}
     traces = out / "traces" / "t"
     traces.mkdir(parents=True)
-    about = {"identity": {}, "about": {"environment": {"ranks": 2}}, "generated": {"tokens": 5000, "seconds": 36.0, "flops": 7e12}}
+    about = {
+        "identity": {},
+        "about": {"environment": {"ranks": 2}},
+        "generated": {"tokens": 5000, "seconds": 36.0, "flops": 7e12},
+    }
     (traces / "samples.json").write_text(json.dumps(about))
     for (arm, seed), right in RIGHT.items():
         evals = out / "evals" / (arm if arm == "instruct" else f"{arm}-{seed}")
         evaluation(evals, right, "```\n````\n#### {p}" if arm == "grpo" else "so\n#### {p}")
-        chain = tuple(run(out / "runs" / f"{link}-{arm}-{seed}", 10, 100 * (1 + seed), (0.5, 0.6), 4, arm != "kd_grpo") for link in ARMS[arm]["chain"])
+        chain = tuple(
+            run(
+                out / "runs" / f"{link}-{arm}-{seed}",
+                10,
+                100 * (1 + seed),
+                (0.5, 0.6),
+                4,
+                arm != "kd_grpo",
+            )
+            for link in ARMS[arm]["chain"]
+        )
         kl = out / "kl" / f"{arm}-{seed}.json"
         if chain:
             kl.parent.mkdir(exist_ok=True)
-            kl.write_text(json.dumps({"on_own": {"reverse_kl": 0.1 + 0.2 * seed, "top1": 0.9, "entropy": 0.5, "teacher_entropy": 0.7},
-                                      "on_reference": {"forward_kl": 0.4, "top1": 0.8, "entropy": 0.3, "teacher_entropy": 0.6}}))  # fmt: skip
-        outcomes[arm, seed] = Outcome(chain, (traces,) if arm == "sft" else (), evals, out / "evals" / "instruct", kl if chain else None)
+            kl.write_text(
+                json.dumps(
+                    {
+                        "on_own": {
+                            "reverse_kl": 0.1 + 0.2 * seed,
+                            "top1": 0.9,
+                            "entropy": 0.5,
+                            "teacher_entropy": 0.7,
+                        },
+                        "on_reference": {
+                            "forward_kl": 0.4,
+                            "top1": 0.8,
+                            "entropy": 0.3,
+                            "teacher_entropy": 0.6,
+                        },
+                    }
+                )
+            )
+        outcomes[arm, seed] = Outcome(
+            chain,
+            (traces,) if arm == "sft" else (),
+            evals,
+            out / "evals" / "instruct",
+            kl if chain else None,
+        )
     failed = f"train.py: 5 steps in a row had no finite gradient in {out.resolve()}/runs/x"
     outcomes["kd_grpo", 1] = Outcome((), (), None, None, None, failed)
     return outcomes
@@ -91,89 +183,214 @@ def test_accuracies_gains_and_costs(study):
     arms = {a["arm"]: a for a in report["arms"]}
     t, sd = 12.706205, 0.05 / math.sqrt(2)  # of one degree of freedom; of 0.20 and 0.25
     got = arms["sft"]["accuracy"]["word_problems"]
-    assert got["over"] == "seeds" and got["figure"] == pytest.approx([0.225, 0.0, 0.225 + t * sd / math.sqrt(2)], rel=1e-5) and got["each"] == [0.2, 0.25]
-    assert arms["instruct"]["accuracy"]["word_problems"] == {"figure": [0.5, 0.4, 0.6], "each": [0.5, 0.5], "over": "problems"}  # one evaluation: no news from seeds
-    assert arms["kd_grpo"]["accuracy"]["word_problems"]["over"] == "problems" and arms["kd_grpo"]["seeds"] == [0]
+    assert (
+        got["over"] == "seeds"
+        and got["figure"] == pytest.approx([0.225, 0.0, 0.225 + t * sd / math.sqrt(2)], rel=1e-5)
+        and got["each"] == [0.2, 0.25]
+    )
+    assert arms["instruct"]["accuracy"]["word_problems"] == {
+        "figure": [0.5, 0.4, 0.6],
+        "each": [0.5, 0.5],
+        "over": "problems",
+    }  # one evaluation: no news from seeds
+    assert arms["kd_grpo"]["accuracy"]["word_problems"]["over"] == "problems" and arms["kd_grpo"][
+        "seeds"
+    ] == [0]
     gain = arms["sft"]["gain"]["word_problems"]
-    assert arms["instruct"]["gain"]["word_problems"]["figure"] is None and gain["each"] == pytest.approx([-0.3, -0.25]) and gain["figure"][0] == pytest.approx(-0.275)
+    assert (
+        arms["instruct"]["gain"]["word_problems"]["figure"] is None
+        and gain["each"] == pytest.approx([-0.3, -0.25])
+        and gain["figure"][0] == pytest.approx(-0.275)
+    )
     low, high = gain["over_problems"]
-    assert -0.45 < low < -0.275 < high < -0.1 and gain["over_seeds"] == pytest.approx([-0.275 - t * sd / 2**0.5, -0.275 + t * sd / 2**0.5], rel=1e-5)
-    assert gain["figure"][1] == pytest.approx(-0.275 - math.hypot(-0.275 - low, t * sd / 2**0.5), rel=1e-5)
+    assert -0.45 < low < -0.275 < high < -0.1 and gain["over_seeds"] == pytest.approx(
+        [-0.275 - t * sd / 2**0.5, -0.275 + t * sd / 2**0.5], rel=1e-5
+    )
+    assert gain["figure"][1] == pytest.approx(
+        -0.275 - math.hypot(-0.275 - low, t * sd / 2**0.5), rel=1e-5
+    )
     # seeds trained 1,000 and 2,000 tokens in 5 s on 4 ranks; the traces took 36 s on 2 ranks
-    assert arms["sft"]["cost"] == pytest.approx({"student_tokens": 1500, "sampled_tokens": 3000, "teacher_tokens": 4500 + 5000, "flops": 1.5e12 + 7e12,
-                                                 "seconds": 5 + 36, "device_hours": (5 * 4 + 36 * 2) / 3600})  # fmt: skip
+    assert arms["sft"]["cost"] == pytest.approx(
+        {
+            "student_tokens": 1500,
+            "sampled_tokens": 3000,
+            "teacher_tokens": 4500 + 5000,
+            "flops": 1.5e12 + 7e12,
+            "seconds": 5 + 36,
+            "device_hours": (5 * 4 + 36 * 2) / 3600,
+        }
+    )
     old = arms["kd_grpo"]["cost"]  # two runs of a metrics.jsonl without FLOPs, seed 0 alone
-    assert (old["student_tokens"], old["sampled_tokens"], old["flops"], old["seconds"]) == (2000, None, None, 10)
+    assert (old["student_tokens"], old["sampled_tokens"], old["flops"], old["seconds"]) == (
+        2000,
+        None,
+        None,
+        10,
+    )
     assert set(arms["instruct"]["cost"].values()) == {0}
-    assert arms["sft"]["kl"]["on_own/reverse_kl"] == pytest.approx(0.2) and arms["instruct"]["kl"] == {}
+    assert (
+        arms["sft"]["kl"]["on_own/reverse_kl"] == pytest.approx(0.2)
+        and arms["instruct"]["kl"] == {}
+    )
 
 
 def test_verdicts(study):
     out, _, said, report = study
     verdicts = {c["text"]: (c["verdict"], c["column"], c["paper"]) for c in report["claims"]}
-    assert verdicts["hybrids collapse"] == ("paper: collapsed", "gsm8k", "collapsed") and verdicts["not run"][0] == "-"
-    assert verdicts["SFT beats RL"][0] == "not shown" and verdicts["SFT beats RL"][2] == pytest.approx(-23.1)  # seeds differ: -75 and +10 points
-    assert verdicts["RL helps"][0] == "not shown" and verdicts["SFT harms"] == ("not shown", "gsm8k", pytest.approx(14.6))  # two seeds know little
-    assert verdicts["on another task"] == ("-", "gsm8k", pytest.approx(14.6))  # what was named was not evaluated, and nothing else is taken for it
-    for right, expected in ((8, "agrees"), (38, "contradicts"), (21, "not shown")):  # one seed: sure of problems alone
-        outcomes = {(a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None, None) for a, n in (("instruct", 20), ("sft", right))}
+    assert (
+        verdicts["hybrids collapse"] == ("paper: collapsed", "gsm8k", "collapsed")
+        and verdicts["not run"][0] == "-"
+    )
+    assert verdicts["SFT beats RL"][0] == "not shown" and verdicts["SFT beats RL"][
+        2
+    ] == pytest.approx(-23.1)  # seeds differ: -75 and +10 points
+    assert verdicts["RL helps"][0] == "not shown" and verdicts["SFT harms"] == (
+        "not shown",
+        "gsm8k",
+        pytest.approx(14.6),
+    )  # two seeds know little
+    assert verdicts["on another task"] == (
+        "-",
+        "gsm8k",
+        pytest.approx(14.6),
+    )  # what was named was not evaluated, and nothing else is taken for it
+    for right, expected in (
+        (8, "agrees"),
+        (38, "contradicts"),
+        (21, "not shown"),
+    ):  # one seed: sure of problems alone
+        outcomes = {
+            (a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None, None)
+            for a, n in (("instruct", 20), ("sft", right))
+        }
         claim = judge(Study([0], ARMS, outcomes), CLAIMS[0])
-        unasked = judge(Study([0], {a: {**t, "paper": {}} for a, t in ARMS.items()}, outcomes), CLAIMS[0])  # the paper says nothing: the claim alone
+        unasked = judge(
+            Study([0], {a: {**t, "paper": {}} for a, t in ARMS.items()}, outcomes), CLAIMS[0]
+        )  # the paper says nothing: the claim alone
         assert unasked["verdict"] == expected and unasked["paper"] is None
-        assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None and claims_table([claim])[1][-1] == f"{expected} (one seed)"
+        assert (
+            claim["verdict"] == expected
+            and claim["ours"]["over_seeds"] is None
+            and claims_table([claim])[1][-1] == f"{expected} (one seed)"
+        )
 
 
 def test_the_page(study):
     out, _, said, report = study
     page = (out / "report.md").read_text()
-    lines = {line.split(" | ")[0].strip("| "): line for line in page.split("## What")[0].splitlines() if line.startswith("|")}
-    assert "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k | student tokens |" in page
-    assert "instruct → kd → grpo" in lines["kd_grpo"] and "| 1 of 2 | 75.0 [65.0, 85.0] |" in lines["kd_grpo"] and "| collapsed | 2,000 | - | - | - |" in lines["kd_grpo"]
-    assert "| 22.5 [0.0, 54.3] | -27.5 [" in lines["sft"] and "| 30.9 | 1,500 | 3,000 | 9,500 | 8.5e+12 | 41 |" in lines["sft"]
-    assert "kd_grpo, seed 1 FAILED: train.py: 5 steps in a row had no finite gradient in runs/x" in page and page.count("temperature 0.6") == 1
+    lines = {
+        line.split(" | ")[0].strip("| "): line
+        for line in page.split("## What")[0].splitlines()
+        if line.startswith("|")
+    }
+    assert (
+        "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k | student tokens |"
+        in page
+    )
+    assert (
+        "instruct → kd → grpo" in lines["kd_grpo"]
+        and "| 1 of 2 | 75.0 [65.0, 85.0] |" in lines["kd_grpo"]
+        and "| collapsed | 2,000 | - | - | - |" in lines["kd_grpo"]
+    )
+    assert (
+        "| 22.5 [0.0, 54.3] | -27.5 [" in lines["sft"]
+        and "| 30.9 | 1,500 | 3,000 | 9,500 | 8.5e+12 | 41 |" in lines["sft"]
+    )
+    assert (
+        "kd_grpo, seed 1 FAILED: train.py: 5 steps in a row had no finite gradient in runs/x"
+        in page
+        and page.count("temperature 0.6") == 1
+    )
     for name in ("curves.png", "cost.png", "samples.md"):
         assert f"]({name})" in page and (out / name).stat().st_size > 500
     for name in ("curves.png", "cost.png"):
         head = (out / name).read_bytes()[:24]
-        assert head.startswith(b"\x89PNG") and all(400 < int.from_bytes(head[i : i + 4], "big") < 3000 for i in (16, 20))
-    assert not any(str(out) in (out / name).read_text() for name in ("report.md", "report.json", "samples.md"))
-    assert "22.5 [0.0, 54.3]" in said and "not shown" in said and "FAILED" in said and max(map(len, said.splitlines())) <= 160
+        assert head.startswith(b"\x89PNG") and all(
+            400 < int.from_bytes(head[i : i + 4], "big") < 3000 for i in (16, 20)
+        )
+    assert not any(
+        str(out) in (out / name).read_text() for name in ("report.md", "report.json", "samples.md")
+    )
+    assert (
+        "22.5 [0.0, 54.3]" in said
+        and "not shown" in said
+        and "FAILED" in said
+        and max(map(len, said.splitlines())) <= 160
+    )
 
 
 ALIKE = [{}, {"seed": 5}]
 APART = [
-    ({"temperature": 1.0}, "temperature"), ({"top_p": 1.0}, "top_p"), ({"max_tokens": 8}, "max_tokens"), ({"prompt": {"kind": "plain"}}, "prompt"),
-    ({"prompt": {"system": "Be brief.", "first_prompt": "Be brief."}}, "system"), ({"prompt": {"instruction": ""}}, "instruction"),
-    ({"prompt": {"prefill": "So"}}, "prefill"), ({"prompt": {"chat_template_kwargs": {"x": 3}}}, "chat_template_kwargs"),
-    ({"prompt": {"first_prompt": "Q: 0 + 0?"}}, "template"), ({"temperature": 1.0, "prompt": {"kind": "plain"}}, "prompt, temperature"),
-]  # fmt: skip
+    ({"temperature": 1.0}, "temperature"),
+    ({"top_p": 1.0}, "top_p"),
+    ({"max_tokens": 8}, "max_tokens"),
+    ({"prompt": {"kind": "plain"}}, "prompt"),
+    ({"prompt": {"system": "Be brief.", "first_prompt": "Be brief."}}, "system"),
+    ({"prompt": {"instruction": ""}}, "instruction"),
+    ({"prompt": {"prefill": "So"}}, "prefill"),
+    ({"prompt": {"chat_template_kwargs": {"x": 3}}}, "chat_template_kwargs"),
+    ({"prompt": {"first_prompt": "Q: 0 + 0?"}}, "template"),
+    ({"temperature": 1.0, "prompt": {"kind": "plain"}}, "prompt, temperature"),
+]
 
 
-@pytest.mark.parametrize("change,said", [*((change, None) for change in ALIKE), *APART, ("nothing stated", "conditions not known")])
+@pytest.mark.parametrize(
+    "change,said",
+    [*((change, None) for change in ALIKE), *APART, ("nothing stated", "conditions not known")],
+)
 def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said, tmp_path):
     """A gain over the start and a claim, of two seeds of which the second alone was asked otherwise."""
     start = evaluation(tmp_path / "start", 20)
     outcomes = {}
     for seed in (0, 1):
-        evals = evaluation(tmp_path / f"sft-{seed}", 8, **(change if seed and isinstance(change, dict) else {}))
-        outcomes |= {("instruct", seed): Outcome((), (), start, None, None), ("sft", seed): Outcome((), (), evals, start, None)}
+        evals = evaluation(
+            tmp_path / f"sft-{seed}", 8, **(change if seed and isinstance(change, dict) else {})
+        )
+        outcomes |= {
+            ("instruct", seed): Outcome((), (), start, None, None),
+            ("sft", seed): Outcome((), (), evals, start, None),
+        }
     if change == "nothing stated":
         (tmp_path / "sft-1" / "ckpt-abc" / "word_problems.json").unlink()
-    text = write(tmp_path, "T", [0, 1], {name: ARMS[name] for name in ("instruct", "sft")}, outcomes, CLAIMS[:1])
+    text = write(
+        tmp_path,
+        "T",
+        [0, 1],
+        {name: ARMS[name] for name in ("instruct", "sft")},
+        outcomes,
+        CLAIMS[:1],
+    )
     page = (tmp_path / "report.md").read_text()
     (gain,) = [line for line in page.splitlines() if line.startswith("| sft |")]
     (claim,) = [line for line in page.splitlines() if line.startswith("| SFT harms |")]
     note = f"†: sft on word_problems was asked differently: {said}"
-    for place, wanted in ((gain, " † |"), (page, note), (claim, f"| differently: {said} |"), (text, note), (text, f"differently: {said}  ")):
+    for place, wanted in (
+        (gain, " † |"),
+        (page, note),
+        (claim, f"| differently: {said} |"),
+        (text, note),
+        (text, f"differently: {said}  "),
+    ):
         assert (wanted in place) == (said is not None)
-    assert ("| alike |" in claim) == (said is None) and "| instruct | instruct | 2 of 2 | 50.0 [40.0, 60.0] | - |" in page
+    assert ("| alike |" in claim) == (
+        said is None
+    ) and "| instruct | instruct | 2 of 2 | 50.0 [40.0, 60.0] | - |" in page
 
 
 def test_what_was_trained_on_is_said_and_unknown_is_not_none(tmp_path):
-    about = {"a": (0, ()), "b": (None, ("Qwen/Base",)), "c": (None, ("Qwen/Base",)), "d": (3, ()), "e": (2, ("Qwen/Base",)), "f": None}
+    about = {
+        "a": (0, ()),
+        "b": (None, ("Qwen/Base",)),
+        "c": (None, ("Qwen/Base",)),
+        "d": (3, ()),
+        "e": (2, ("Qwen/Base",)),
+        "f": None,
+    }
     outcomes = {}
     for arm, known in about.items():
-        evals = evaluation(tmp_path / arm, 20, trained_on=known and known[0], unknown=known[1] if known else ())
+        evals = evaluation(
+            tmp_path / arm, 20, trained_on=known and known[0], unknown=known[1] if known else ()
+        )
         if known is None:
             summary = json.loads((evals / "summary.json").read_text())
             del summary["trained_on"]
@@ -182,10 +399,11 @@ def test_what_was_trained_on_is_said_and_unknown_is_not_none(tmp_path):
     write(tmp_path, "T", [0], {arm: {"model": "m", "chain": []} for arm in about}, outcomes, [])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["conditions"] == ["temperature 0.6, top-p 0.95"] and report["training"] == [
-        "d, seed 0, WAS TRAINED ON 3 of word_problems's questions", "e, seed 0, WAS TRAINED ON AT LEAST 2 of word_problems's questions",
+        "d, seed 0, WAS TRAINED ON 3 of word_problems's questions",
+        "e, seed 0, WAS TRAINED ON AT LEAST 2 of word_problems's questions",
         "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what Qwen/Base learned from: b, c",
         "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what a checkpoint evaluated before this was kept learned from: f",
-    ]  # fmt: skip
+    ]
     page = (tmp_path / "report.md").read_text()
     assert all(f"- {line}" in page for line in report["training"])
 
@@ -200,54 +418,118 @@ def test_costs_that_nobody_measured_are_not_0(tmp_path):
         elif missing == "metrics":
             (folder / "metrics.jsonl").unlink()
         else:
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            jsonl(folder / "metrics.jsonl", [{k: v for k, v in row.items() if k != "train/seconds"} for row in rows])
+            rows = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
+            jsonl(
+                folder / "metrics.jsonl",
+                [{k: v for k, v in row.items() if k != "train/seconds"} for row in rows],
+            )
         found = cost(Outcome((folder,), (), None, None, None))
-        assert found["device_hours"] is None and found["seconds"] == (1.5 if missing in ("ranks", "environment") else None)
+        assert found["device_hours"] is None and found["seconds"] == (
+            1.5 if missing in ("ranks", "environment") else None
+        )
         assert found["student_tokens"] == (None if missing == "metrics" else 300)
     traces = tmp_path / "traces"
     traces.mkdir()
-    (traces / "samples.json").write_text(json.dumps({"about": {}, "generated": {"tokens": 5, "seconds": 2.0}}))
+    (traces / "samples.json").write_text(
+        json.dumps({"about": {}, "generated": {"tokens": 5, "seconds": 2.0}})
+    )
     found = cost(Outcome((), (traces,), None, None, None))
-    assert (found["teacher_tokens"], found["seconds"], found["device_hours"], found["flops"]) == (5, 2.0, None, None)
+    assert (found["teacher_tokens"], found["seconds"], found["device_hours"], found["flops"]) == (
+        5,
+        2.0,
+        None,
+        None,
+    )
 
 
 def test_equal_outcomes_have_equal_reports(study, tmp_path):
     out, outcomes, _, _ = study
-    before = {name: (out / name).read_bytes() for name in ("report.md", "report.json", "samples.md")}
+    before = {
+        name: (out / name).read_bytes() for name in ("report.md", "report.json", "samples.md")
+    }
     write(out, "A study", SEEDS, ARMS, dict(reversed(outcomes.items())), CLAIMS)
-    assert before == {name: (out / name).read_bytes() for name in before} and not list(out.glob("*draft*")) + list(out.glob(".draft*"))
+    assert before == {name: (out / name).read_bytes() for name in before} and not list(
+        out.glob("*draft*")
+    ) + list(out.glob(".draft*"))
 
 
 def test_samples(study):
     page = (study[0] / "samples.md").read_text()
     arms = {part.split(",")[0]: part for part in page.split("\n## ")[1:]}
-    questions = {arm: {line for line in part.splitlines() if line.startswith("What is")} for arm, part in arms.items()}
-    assert list(arms) == list(ARMS) and all(part.count("**right**") == part.count("**wrong**") == 2 for part in arms.values())
-    assert len(questions["instruct"]) == 4 and len(questions["instruct"] & questions["sft"]) >= 2  # the same problems where the verdicts allow
+    questions = {
+        arm: {line for line in part.splitlines() if line.startswith("What is")}
+        for arm, part in arms.items()
+    }
+    assert list(arms) == list(ARMS) and all(
+        part.count("**right**") == part.count("**wrong**") == 2 for part in arms.values()
+    )
+    assert (
+        len(questions["instruct"]) == 4 and len(questions["instruct"] & questions["sft"]) >= 2
+    )  # the same problems where the verdicts allow
     assert "`````text\n```\n````\n####" in arms["grpo"]
-    assert fenced("a" * 1300).splitlines()[1] == "a" * 1200 + "… (100 more characters)" and fenced("`" * 9).startswith("`" * 10 + "text")
+    assert fenced("a" * 1300).splitlines()[1] == "a" * 1200 + "… (100 more characters)" and fenced(
+        "`" * 9
+    ).startswith("`" * 10 + "text")
 
 
 def test_a_study_with_nothing_done(tmp_path):
-    said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome((), (), None, None, None, "it\nbroke")}, CLAIMS)
+    said = write(
+        tmp_path,
+        "Nothing",
+        [0],
+        ARMS,
+        {("sft", 0): Outcome((), (), None, None, None, "it\nbroke")},
+        CLAIMS,
+    )
     assert "sft, seed 0 FAILED: it broke" in said
-    assert "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
+    assert (
+        "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
+    )
 
 
 def test_models_as_they_are(tmp_path):
     """The shape of comparison.toml: no chain at all, tasks under the paper's names, a folder as a model, one problem alone."""
-    arms = {"a": {"model": "/somewhere/big-1.5b", "chain": [], "paper": {"olympiad": 6.2, "gsm8k": 62.5}}, "b": {"model": "hub/b", "chain": []}}
-    outcomes = {(arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None, None) for arm in arms}
+    arms = {
+        "a": {
+            "model": "/somewhere/big-1.5b",
+            "chain": [],
+            "paper": {"olympiad": 6.2, "gsm8k": 62.5},
+        },
+        "b": {"model": "hub/b", "chain": []},
+    }
+    outcomes = {
+        (arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None, None)
+        for arm in arms
+    }
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
     (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
-    write(tmp_path, "Larger models", [0], arms, outcomes, [{"text": "a > b", "better": "a", "worse": "b", "task": "olympiad"}])
+    write(
+        tmp_path,
+        "Larger models",
+        [0],
+        arms,
+        outcomes,
+        [{"text": "a > b", "better": "a", "worse": "b", "task": "olympiad"}],
+    )
     page = (tmp_path / "report.md").read_text()
-    assert "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student" in page and "/somewhere" not in page
-    assert "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
+    assert (
+        "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student"
+        in page
+        and "/somewhere" not in page
+    )
+    assert (
+        "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page
+        and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
+    )
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None] and report["claims"][0]["task"] is None and report["claims"][0]["verdict"] == "-"
+    assert (
+        report["arms"][1]["accuracy"]["gsm8k"]["figure"] == [0.5, None, None]
+        and report["claims"][0]["task"] is None
+        and report["claims"][0]["verdict"] == "-"
+    )
 
 
 def test_arms_on_tasks_of_their_own(tmp_path):
@@ -255,8 +537,14 @@ def test_arms_on_tasks_of_their_own(tmp_path):
     arms, height = {"a": {"model": "m", "chain": []}, "b": {"model": "m", "chain": []}}, {}
     for name, other in (("alike", "gsm8k"), ("apart", "mbpp")):
         out = tmp_path / name
-        outcomes = {(arm, 0): Outcome((), (), evaluation(out / arm, 20, task=task), None, None) for arm, task in (("a", "gsm8k"), ("b", other))}
+        outcomes = {
+            (arm, 0): Outcome((), (), evaluation(out / arm, 20, task=task), None, None)
+            for arm, task in (("a", "gsm8k"), ("b", other))
+        }
         write(out, name, [0], arms, outcomes, [])
-        assert "## a, seed 0, on gsm8k\n" in (page := (out / "samples.md").read_text()) and f"## b, seed 0, on {other}\n" in page
+        assert (
+            "## a, seed 0, on gsm8k\n" in (page := (out / "samples.md").read_text())
+            and f"## b, seed 0, on {other}\n" in page
+        )
         height[name] = int.from_bytes((out / "cost.png").read_bytes()[20:24], "big")
     assert height["apart"] > 1.5 * height["alike"]

@@ -26,20 +26,39 @@ def answered(question):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_solves_the_problem(name):
-    tokenizer, longest = train.embedded_tokenizer(), {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name]
+    tokenizer, longest = (
+        train.embedded_tokenizer(),
+        {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name],
+    )
     for split in ("train", "heldout"):
         for i in range(150):
             e = TASKS[name].example(name, split, f"0/{i}")
             solution = e.messages[1]["content"]
-            assert e.answer == str(answered(e.question)) and grade(e, solution).strict and not grade(e, solution + "1").strict
-            for left, op, right, result in re.findall(r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " ")):
-                assert {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[op] == int(result)
+            assert (
+                e.answer == str(answered(e.question))
+                and grade(e, solution).strict
+                and not grade(e, solution + "1").strict
+            )
+            for left, op, right, result in re.findall(
+                r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " ")
+            ):
+                assert {
+                    "+": int(left) + int(right),
+                    "-": int(left) - int(right),
+                    "*": int(left) * int(right),
+                }[op] == int(result)
             assert len(tokenizer.encode(solution)) <= longest
-            assert TASKS[name].example(name, split, f"0/{i}") == e and _held_out(e.question) == (split == "heldout")
+            assert TASKS[name].example(name, split, f"0/{i}") == e and _held_out(e.question) == (
+                split == "heldout"
+            )
 
 
 def test_what_the_first_style_makes_is_what_it_always_was():
-    made = [repr(TASKS["word_problems"].example("word_problems", split, f"0/{i}")) for split in ("train", "heldout") for i in range(500)]
+    made = [
+        repr(TASKS["word_problems"].example("word_problems", split, f"0/{i}"))
+        for split in ("train", "heldout")
+        for i in range(500)
+    ]
     assert hashlib.sha256("".join(made).encode()).hexdigest()[:16] == "20ddbc7e09822d77"
 
 
@@ -50,10 +69,16 @@ def test_running_text_holds_whole_problems_of_one_split():
             e = task.example("word_problems_text", split, f"0/{i}")
             text = e.question + e.messages[1]["content"]
             problems = PROBLEM.findall(text)
-            assert problems[0] == e.question and {_held_out(p) for p in problems} == {split == "heldout"}
-            assert e.answer == str(answered(e.question)) and text.count("####") == (len(problems) == 1)
+            assert problems[0] == e.question and {_held_out(p) for p in problems} == {
+                split == "heldout"
+            }
+            assert e.answer == str(answered(e.question)) and text.count("####") == (
+                len(problems) == 1
+            )
             for solution, problem in zip(re.split(PROBLEM, text)[1:], problems, strict=True):
                 assert int(re.findall(r"\d+", solution)[-1]) == answered(problem)
             assert task.example("word_problems_text", split, f"0/{i}") == e
             found.append((len(problems), "####" in text, "<think>" in text))
-    assert {n for n, _, _ in found} == {1, 2, 3, 4} and 0.2 < sum(m for _, m, _ in found) / len(found) < 0.3
+    assert {n for n, _, _ in found} == {1, 2, 3, 4} and 0.2 < sum(m for _, m, _ in found) / len(
+        found
+    ) < 0.3

@@ -17,7 +17,10 @@ from tests import reference
 
 def documents(count=5, seed=0):
     rng = np.random.default_rng(seed)
-    made = [Document(rng.integers(50, size=n), (np.arange(n) > n // 3).astype(float)) for n in rng.integers(3, 12, size=count)]
+    made = [
+        Document(rng.integers(50, size=n), (np.arange(n) > n // 3).astype(float))
+        for n in rng.integers(3, 12, size=count)
+    ]
     made.append(Document(np.arange(4), np.zeros(4)))  # nothing of it is trained on
     return made
 
@@ -25,7 +28,10 @@ def documents(count=5, seed=0):
 def filled(folder, docs, k=3, cut=2):
     cache = TeacherCache(folder, docs, "teacher", k, 1.0, 50)
     rows = cache.what["positions"]
-    ids, logp = np.arange(rows * k).reshape(rows, k) % 50, np.log(np.random.default_rng(1).dirichlet(np.ones(k + 1), rows))
+    ids, logp = (
+        np.arange(rows * k).reshape(rows, k) % 50,
+        np.log(np.random.default_rng(1).dirichlet(np.ones(k + 1), rows)),
+    )
     cache.fill((ids[lo : lo + cut], logp[lo : lo + cut]) for lo in range(0, rows, cut))
     return cache, ids, logp
 
@@ -36,18 +42,31 @@ def test_every_position_gets_its_own_rows(tmp_path):
     cache = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     assert cache.whole
     listed = [Document(d.tokens, d.weights, listed=cache[i]) for i, d in enumerate(docs)]
-    for micro in (Batch.pack(listed), *Batch.pack(listed[::-1]).split(14)):  # packed in whatever order
+    for micro in (
+        Batch.pack(listed),
+        *Batch.pack(listed[::-1]).split(14),
+    ):  # packed in whatever order
         start = np.cumsum([0, *(np.count_nonzero(d.weights) for d in docs)])
         of = {d.tokens.tobytes(): i for i, d in enumerate(docs)}
-        rows = np.concatenate([np.arange(start[of[d.tokens.tobytes()]], start[of[d.tokens.tobytes()] + 1]) for d in micro.documents])
+        rows = np.concatenate(
+            [
+                np.arange(start[of[d.tokens.tobytes()]], start[of[d.tokens.tobytes()] + 1])
+                for d in micro.documents
+            ]
+        )
         assert len(micro.rows_N) == len(rows)
         assert np.array_equal(micro.listed_ids_Nk.numpy(), ids[rows])
-        torch.testing.assert_close(micro.listed_logp_NB.double(), torch.from_numpy(logp[rows]), rtol=0, atol=6e-3)
+        torch.testing.assert_close(
+            micro.listed_logp_NB.double(), torch.from_numpy(logp[rows]), rtol=0, atol=6e-3
+        )
         assert torch.allclose(micro.listed_logp_NB.exp().sum(1), torch.ones(len(rows)))
     assert Batch.pack([listed[0], docs[1]]).listed_ids_Nk is None
 
 
-@pytest.mark.parametrize("change", ["token", "weight", "k", "temperature", "teacher", "vocab", "truncated", "no json", "garbage"])
+@pytest.mark.parametrize(
+    "change",
+    ["token", "weight", "k", "temperature", "teacher", "vocab", "truncated", "no json", "garbage"],
+)
 def test_what_does_not_fit_is_refused(change, tmp_path):
     docs, k, temperature, teacher, vocab = documents(), 3, 1.0, "teacher", 50
     filled(tmp_path / "c", docs)
@@ -64,17 +83,35 @@ def test_what_does_not_fit_is_refused(change, tmp_path):
         return
     if change == "garbage":
         (tmp_path / "c" / "cache.json").write_text("[1]")
-    k, temperature, teacher, vocab = k + (change == "k"), temperature + (change == "temperature"), teacher + "!" * (change == "teacher"), vocab + (change == "vocab")
+    k, temperature, teacher, vocab = (
+        k + (change == "k"),
+        temperature + (change == "temperature"),
+        teacher + "!" * (change == "teacher"),
+        vocab + (change == "vocab"),
+    )
     with pytest.raises(UserError, match="--kd_cache") as e:
         TeacherCache(tmp_path / "c", docs, teacher, k, temperature, vocab)
     assert "\n" not in str(e.value)
 
 
 def run(tmp_path, name, *options):
-    argv = ["--mode=kd", "--teacher=tiny-teacher", "--kd_signal=topk", "--data=word_problems:20", "--steps=3", "--batch_size=4", "--eval_examples=0",
-            "--dtype=float32", f"--runs={tmp_path}", f"--name={name}", *options]  # fmt: skip
+    argv = [
+        "--mode=kd",
+        "--teacher=tiny-teacher",
+        "--kd_signal=topk",
+        "--data=word_problems:20",
+        "--steps=3",
+        "--batch_size=4",
+        "--eval_examples=0",
+        "--dtype=float32",
+        f"--runs={tmp_path}",
+        f"--name={name}",
+        *options,
+    ]
     assert train.main(argv) == 0
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("k", [8, train.embedded_tokenizer().size])
@@ -85,36 +122,78 @@ def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch)
 
     built = []
     build = prepare.build_model
-    monkeypatch.setattr(prepare, "build_model", lambda *a, **more: built.append(a) or build(*a, **more))
+    monkeypatch.setattr(
+        prepare, "build_model", lambda *a, **more: built.append(a) or build(*a, **more)
+    )
     again = run(tmp_path, "again", f"--kd_topk={k}", f"--kd_cache={tmp_path / 'c'}")
     assert len(built) == 1  # the student alone
     for a, b, c in zip(with_teacher, first, again, strict=True):
         for key in ("train/loss", "train/grad_norm"):
             assert b[key] == c[key]
             assert b[key] == pytest.approx(a[key], rel=2e-3)  # what fp16 log-probs cost
-    epoch = run(tmp_path, "epoch", f"--kd_topk={k}", "--steps=5")  # 20 examples, each read once by the teacher: what filling the cache takes
+    epoch = run(
+        tmp_path, "epoch", f"--kd_topk={k}", "--steps=5"
+    )  # 20 examples, each read once by the teacher: what filling the cache takes
     for rows in (first, again):
-        assert [row["train/teacher_tokens"] for row in rows if "train/tokens" in row] == [epoch[-1]["train/teacher_tokens"]] * 3
+        assert [row["train/teacher_tokens"] for row in rows if "train/tokens" in row] == [
+            epoch[-1]["train/teacher_tokens"]
+        ] * 3
     assert first[-1]["train/flops"] == again[-1]["train/flops"] > with_teacher[-1]["train/flops"]
 
 
 def test_a_shorter_list_costs_more(tmp_path):
     """Gradient error against the full vocabulary, kept as the files keep it: falls with k, and at k = V is the rounding of fp16."""
-    hidden, head, th, tw = (x.double() for x in reference.near_pair(6, 2000, 16, torch.Generator().manual_seed(0), kl=2e-2))
+    hidden, head, th, tw = (
+        x.double()
+        for x in reference.near_pair(6, 2000, 16, torch.Generator().manual_seed(0), kl=2e-2)
+    )
     hidden.requires_grad_()
-    (want,) = torch.autograd.grad(reference.divergence("forward_kl", hidden @ head.T, th @ tw.T).sum(), hidden)
+    (want,) = torch.autograd.grad(
+        reference.divergence("forward_kl", hidden @ head.T, th @ tw.T).sum(), hidden
+    )
     errors = []
     for k in (8, 128, 2000):
         ids, logp = topk_logprobs(th, tw, k)
-        kept = torch.from_numpy(np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float64)).log_softmax(1)
-        loss, _ = linear_topk_divergence(hidden, head, ids, kept, torch.ones(6, dtype=torch.float64), lambda a, b: DIVERGENCES["forward_kl"](a, b, 0.5))
+        kept = torch.from_numpy(
+            np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float64)
+        ).log_softmax(1)
+        loss, _ = linear_topk_divergence(
+            hidden,
+            head,
+            ids,
+            kept,
+            torch.ones(6, dtype=torch.float64),
+            lambda a, b: DIVERGENCES["forward_kl"](a, b, 0.5),
+        )
         (got,) = torch.autograd.grad(loss, hidden)
         errors.append(float((got - want).norm() / want.norm()))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 2e-2, errors
 
 
 def test_wrong_uses_are_one_line(tmp_path, capsys):
-    assert train.main(["--mode=kd", "--teacher=tiny-teacher", "--kd_signal=topk", f"--kd_cache={tmp_path / 'c'}", "--data=word_problems", f"--runs={tmp_path}"]) == 2
-    assert train.main(["--mode=kd", "--teacher=tiny-teacher", f"--kd_cache={tmp_path / 'c'}", f"--runs={tmp_path}"]) == 2
+    assert (
+        train.main(
+            [
+                "--mode=kd",
+                "--teacher=tiny-teacher",
+                "--kd_signal=topk",
+                f"--kd_cache={tmp_path / 'c'}",
+                "--data=word_problems",
+                f"--runs={tmp_path}",
+            ]
+        )
+        == 2
+    )
+    assert (
+        train.main(
+            [
+                "--mode=kd",
+                "--teacher=tiny-teacher",
+                f"--kd_cache={tmp_path / 'c'}",
+                f"--runs={tmp_path}",
+            ]
+        )
+        == 2
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "endless" in lines[0] and "kd_cache" in lines[1]

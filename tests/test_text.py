@@ -28,13 +28,19 @@ def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
     assert tiny.decode(tiny.encode(text)) == text
     train.embedded_tokenizer.cache_clear()
     assert train.embedded_tokenizer().files == tiny.files
-    assert tiny.size <= 512 and tiny.stop_ids() == [tiny.encode("<|im_end|>")[0], tiny.encode("<|endoftext|>")[0]]
+    assert tiny.size <= 512 and tiny.stop_ids() == [
+        tiny.encode("<|im_end|>")[0],
+        tiny.encode("<|endoftext|>")[0],
+    ]
 
 
 def test_saved_and_loaded_tokenizers_agree(tiny, tmp_path):
     tiny.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.encode("Ben has 3") == tiny.encode("Ben has 3") and loaded.chat_template == tiny.chat_template
+    assert (
+        loaded.encode("Ben has 3") == tiny.encode("Ben has 3")
+        and loaded.chat_template == tiny.chat_template
+    )
     assert shared_vocabulary(tiny, loaded) == tiny.size
 
 
@@ -52,7 +58,11 @@ def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused
         change(parts)
         return Tokenizer(tiny.files | {"tokenizer.json": json.dumps(parts).encode()}, "the other")
 
-    more = edited(lambda t: t["added_tokens"].append(dict(t["added_tokens"][0], id=tiny.size, content="<new>")))
+    more = edited(
+        lambda t: t["added_tokens"].append(
+            dict(t["added_tokens"][0], id=tiny.size, content="<new>")
+        )
+    )
     assert shared_vocabulary(tiny, more) == shared_vocabulary(more, tiny) == tiny.size
 
     with pytest.raises(UserError, match="pre-tokenizer"):
@@ -65,13 +75,19 @@ def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused
 
 def test_qwen_tokenizer(real_data):
     qwen = Tokenizer.load(real_data / "qwen2.5-tokenizer")
-    assert qwen.size == 151_665 and qwen.stop_ids() == [151_645, 151_643] and qwen.turn_end == "<|im_end|>"
+    assert (
+        qwen.size == 151_665
+        and qwen.stop_ids() == [151_645, 151_643]
+        and qwen.turn_end == "<|im_end|>"
+    )
     example = Example(({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}))
     (d,) = Formatter(qwen).documents([example])
     whole = qwen.render(example.messages)
     assert qwen.decode(d.tokens) + "\n" == whole and "You are Qwen" in whole
     assert qwen.decode(d.tokens[d.weights > 0]) == "4<|im_end|>"
-    assert Formatter(qwen).prompt(example) == qwen.encode(qwen.render(example.messages[:1], generate=True))
+    assert Formatter(qwen).prompt(example) == qwen.encode(
+        qwen.render(example.messages[:1], generate=True)
+    )
 
 
 def test_chat_template_equals_transformers(real_data):
@@ -79,10 +95,16 @@ def test_chat_template_equals_transformers(real_data):
 
     folder = real_data / "qwen2.5-tokenizer"
     theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <b> \n"}, {"role": "assistant", "content": "Ünï"}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi <b> \n"},
+        {"role": "assistant", "content": "Ünï"},
+    ]
     for messages, generate in ((chat, False), (chat[:2], True), (chat[1:], False)):
         text = ours.render(messages, generate)
-        assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        assert text == theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
@@ -90,13 +112,21 @@ def test_chat_template_equals_transformers(real_data):
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tiny):
-    turns = [("system", "S."), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    turns = [
+        ("system", "S."),
+        ("user", "one"),
+        ("assistant", "1"),
+        ("user", "two"),
+        ("assistant", "2"),
+    ]
     example = Example(tuple({"role": r, "content": c} for r, c in turns))
     formatter = Formatter(tiny)
     (d,) = formatter.documents([example])
     assert tiny.decode(d.tokens) + "\n" == tiny.render(example.messages)
     assert tiny.decode(d.tokens[d.weights > 0]) == "1<|im_end|>2<|im_end|>"
-    assert tiny.decode(formatter.prompt(example)) == tiny.render(example.messages[:4], generate=True)
+    assert tiny.decode(formatter.prompt(example)) == tiny.render(
+        example.messages[:4], generate=True
+    )
 
 
 def test_plain_template_system_prompt_and_suffix(tiny):
@@ -104,8 +134,13 @@ def test_plain_template_system_prompt_and_suffix(tiny):
     (plain,) = Formatter(tiny, "plain", prompt_suffix=" think").documents([example])
     assert tiny.decode(plain.tokens) == "Q: think A<|endoftext|>"
     assert tiny.decode(plain.tokens[plain.weights > 0]) == " A<|endoftext|>"
-    prompt = tiny.decode(Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example))
-    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tiny.decode(
+        Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example)
+    )
+    assert (
+        prompt
+        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert example.messages[0]["content"] == "Q:"  # the example itself is left alone
 
 
@@ -113,7 +148,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
     template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
     settings = json.dumps({"eos_token": "<|endoftext|>", "chat_template": template}).encode()
     other = Tokenizer(tiny.files | {"tokenizer_config.json": settings}, "x")
-    turns = tuple({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
+    turns = tuple(
+        {"role": r, "content": c}
+        for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    )
     with pytest.raises(UserError, match="rewrites earlier turns"):
         Formatter(other).documents([Example(turns, origin="f:1")])
 
@@ -147,29 +185,60 @@ def test_every_form_in_every_container(tmp_path, suffix):
     for i, row in enumerate(ROWS):
         ((origin, back),) = read_rows(write(tmp_path / f"{i}{suffix}", [row]))
         example = to_example(back, origin)
-        assert str(tmp_path) in example.origin and [m["role"] for m in example.messages] == ["user", "assistant"]
-        assert (example.task, example.answer) == [("gsm8k", "1,024"), ("math", "3"), ("", None), ("", None)][i]
+        assert str(tmp_path) in example.origin and [m["role"] for m in example.messages] == [
+            "user",
+            "assistant",
+        ]
+        assert (example.task, example.answer) == [
+            ("gsm8k", "1,024"),
+            ("math", "3"),
+            ("", None),
+            ("", None),
+        ][i]
     assert to_example(ROWS[0], "").messages[1]["content"] == "half is 24.\n#### 1,024"
 
 
 @pytest.mark.parametrize(
     "answer",
-    ["y = (x << 2) >> 1;", "#### Steps\nAdd <<3>> and 4.", "a #### 5", "cout << 1+1=2 >> x;\n#### Heading 5", "#### 5\nthat is all", "#### five"],
+    [
+        "y = (x << 2) >> 1;",
+        "#### Steps\nAdd <<3>> and 4.",
+        "a #### 5",
+        "cout << 1+1=2 >> x;\n#### Heading 5",
+        "#### 5\nthat is all",
+        "#### five",
+    ],
 )
 def test_other_questions_and_answers_are_left_as_they_are(answer):
     example = to_example({"question": "Q", "answer": answer}, "")
-    short = answer if answer == "y = (x << 2) >> 1;" else None  # no longer than an answer, so it is one
+    short = (
+        answer if answer == "y = (x << 2) >> 1;" else None
+    )  # no longer than an answer, so it is one
     assert (example.messages[1]["content"], example.answer) == (answer, short)
 
 
 @pytest.mark.parametrize(
     "end,answer",
-    [("\\boxed{72}", "72"), ("\\boxed{1},600", "1,600"), ("\\boxed{2}.5", "2.5"), ("#### -10", "-10"), ("so \\boxed{3} it is", None), (None, None)],
+    [
+        ("\\boxed{72}", "72"),
+        ("\\boxed{1},600", "1,600"),
+        ("\\boxed{2}.5", "2.5"),
+        ("#### -10", "-10"),
+        ("so \\boxed{3} it is", None),
+        (None, None),
+    ],
 )
 def test_traces_of_camel(end, answer, tmp_path):
     """The columns of camel-ai/gsm8k_distilled; what its makers left of the gold solution's last line is read as GSM8K's."""
-    trace = "<think>\n48/2 = 24, so 72. \\boxed{7}\n</think>\n\nNatalia sold \\(\\boxed{72}\\) clips."
-    row = {"source_type": "openai/gsm8k", "problem": "How many clips?", "reasoning_solution": trace, "boxed_answer_success": True}
+    trace = (
+        "<think>\n48/2 = 24, so 72. \\boxed{7}\n</think>\n\nNatalia sold \\(\\boxed{72}\\) clips."
+    )
+    row = {
+        "source_type": "openai/gsm8k",
+        "problem": "How many clips?",
+        "reasoning_solution": trace,
+        "boxed_answer_success": True,
+    }
     row |= {"groud_truth_solution": end and f"48/2 = <<48/2=24>>24 clips in May.\n{end}"}
     for suffix in (".json", ".parquet"):
         ((origin, back),) = read_rows(write(tmp_path / f"records{suffix}", [row]))
@@ -182,15 +251,22 @@ def test_traces_of_camel(end, answer, tmp_path):
 
 @pytest.mark.parametrize("gold", ["5", "-5", "1,024", "0.5", "$3.50", "10%", ".5", "7."])
 def test_a_last_line_with_a_marked_number_is_gsm8k(gold):
-    example = to_example({"question": "Q", "answer": f"It is <<2*.5=1.0>>1 if x << 2.\n#### {gold} \n"}, "")
-    assert (example.task, example.answer) == ("gsm8k", gold) and example.messages[1]["content"].startswith("It is 1 if x << 2.\n")
+    example = to_example(
+        {"question": "Q", "answer": f"It is <<2*.5=1.0>>1 if x << 2.\n#### {gold} \n"}, ""
+    )
+    assert (example.task, example.answer) == ("gsm8k", gold) and example.messages[1][
+        "content"
+    ].startswith("It is 1 if x << 2.\n")
 
 
 def test_every_row_of_the_real_gsm8k_is_one(real_data):
     rows = list(read_rows(real_data / "gsm8k" / "train.jsonl"))
     examples = [to_example(row, origin) for origin, row in rows]
     assert len(examples) == 7473 and {e.task for e in examples} == {"gsm8k"}
-    assert all(parse_number(e.answer) is not None and "<<" not in e.messages[1]["content"] for e in examples)
+    assert all(
+        parse_number(e.answer) is not None and "<<" not in e.messages[1]["content"]
+        for e in examples
+    )
     assert sum("<<" in row["answer"] for _, row in rows) > 7000
 
 
@@ -199,7 +275,10 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
     [
         ('{"prompt": "\\ud83d ok", "completion": "b"}', "half a character"),
         ('{"problem": "a", "solution": "b", "answer": "\\ude00"}', "half a character"),
-        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}', "half a character"),
+        (
+            '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}',
+            "half a character",
+        ),
         ('{"question": "a", "ans', "not valid JSON"),
         ("[1]", "expected an object"),
         ('{"question": 3, "answer": "x"}', "'question'"),
@@ -245,18 +324,31 @@ def test_which_file(tmp_path):
 
 
 def dataset(tiny, name="word_problems", **more):
-    return Dataset(name, tiny and Formatter(tiny), **dict(seed=0, max_tokens=512, vocab=512, eval_examples=5) | more)
+    return Dataset(
+        name,
+        tiny and Formatter(tiny),
+        **dict(seed=0, max_tokens=512, vocab=512, eval_examples=5) | more,
+    )
 
 
 def test_held_out_problems_are_never_trained_on(tiny):
     task = TASKS["word_problems"]
-    trained = {task.example("word_problems", "train", f"{seed}/{i}").messages[0]["content"] for seed in range(3) for i in range(3000)}
-    held = {task.example("word_problems", "heldout", f"0/{i}").messages[0]["content"] for i in range(1000)}
+    trained = {
+        task.example("word_problems", "train", f"{seed}/{i}").messages[0]["content"]
+        for seed in range(3)
+        for i in range(3000)
+    }
+    held = {
+        task.example("word_problems", "heldout", f"0/{i}").messages[0]["content"]
+        for i in range(1000)
+    }
     assert not trained & held and len(held) > 900
 
 
 def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
-    path = str(write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(40)]))
+    path = str(
+        write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(40)])
+    )
     a, b = dataset(tiny, path, seed=1), dataset(tiny, path, seed=2)
     text = lambda d: tiny.decode(d.tokens)
     assert [e.origin for e in a.held_out] == [e.origin for e in b.held_out] and len(a) == 35
@@ -270,29 +362,57 @@ def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
 def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
     """Several rows of a question (traces of a teacher, RL sets with copies): whatever the case, spaces and further turns."""
     spellings = (lambda q: q, lambda q: f"  {q.upper()}\n", lambda q: q.replace(" ", "  "))
-    rows = [{"prompt": spell(f"what is {i} plus {i}?"), "completion": f"c{i}/{n}"} for i in range(30) for n, spell in enumerate(spellings)]
-    rows += [{"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "a"},
-                           {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes"}]} for i in range(30)]  # fmt: skip
+    rows = [
+        {"prompt": spell(f"what is {i} plus {i}?"), "completion": f"c{i}/{n}"}
+        for i in range(30)
+        for n, spell in enumerate(spellings)
+    ]
+    rows += [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus {i}?"},
+                {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for i in range(30)
+    ]
     held_out, rest = divide(write(tmp_path / "d.jsonl", rows), 10)
     key = lambda e: " ".join(e.messages[0]["content"].lower().split())
     questions = [key(e) for e in held_out]
-    assert len(held_out) == len(set(questions)) == 10 and not set(questions) & {key(e) for e in rest}
+    assert len(held_out) == len(set(questions)) == 10 and not set(questions) & {
+        key(e) for e in rest
+    }
     assert len(rest) == 20 * 4 and len({key(e) for e in rest}) == 20
-    assert len(divide(tmp_path / "d.jsonl", 0)[1]) == 120  # nothing is held out: every row is trained on
-    assert [e.origin for e in divide(tmp_path / "d.jsonl", 4)[0]] == [e.origin for e in held_out[:4]]
-    one = str(write(tmp_path / "one.jsonl", [{"prompt": "the same?", "completion": f"c{n}"} for n in range(9)]))
+    assert (
+        len(divide(tmp_path / "d.jsonl", 0)[1]) == 120
+    )  # nothing is held out: every row is trained on
+    assert [e.origin for e in divide(tmp_path / "d.jsonl", 4)[0]] == [
+        e.origin for e in held_out[:4]
+    ]
+    one = str(
+        write(
+            tmp_path / "one.jsonl",
+            [{"prompt": "the same?", "completion": f"c{n}"} for n in range(9)],
+        )
+    )
     with pytest.raises(UserError, match="1 different questions"):
         dataset(tiny, one, eval_examples=3)
 
 
 def test_prompts_alone_and_room_for_what_is_generated(tiny, tmp_path):
-    rows = [{"prompt": "p " * n, "answer": "3"} for n in (3, 30, 60)] + [{"prompt": "alone", "final_answer": "4"}]
+    rows = [{"prompt": "p " * n, "answer": "3"} for n in (3, 30, 60)] + [
+        {"prompt": "alone", "final_answer": "4"}
+    ]
     path = str(write(tmp_path / "d.jsonl", rows))
     with pytest.raises(UserError, match="d.jsonl:4: it ends without an assistant's answer"):
         dataset(tiny, path, eval_examples=0)
     data = dataset(tiny, path, eval_examples=0, completions=False)
     assert len(data) == 4 and all(not data.get(i).weights.any() for i in range(4))
-    assert all(data.get(i).tokens.tolist() == data.formatter.prompt(data.example(i)) for i in range(4))
+    assert all(
+        data.get(i).tokens.tolist() == data.formatter.prompt(data.example(i)) for i in range(4)
+    )
     longest = max(len(data.get(i)) for i in range(4))
     room = dict(eval_examples=0, completions=False, max_tokens=longest + 20)
     assert len(dataset(tiny, path, new_tokens=20, **room)) == 4
@@ -302,20 +422,29 @@ def test_prompts_alone_and_room_for_what_is_generated(tiny, tmp_path):
     assert len(kept) == 3 and any("too long" in note for note in kept.notes)
     # a conversation's last prompt counts, not its first
     turns = [("user", "a"), ("assistant", "b " * 40), ("user", "c"), ("assistant", "d")]
-    chat = str(write(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}]))
+    chat = str(
+        write(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    )
     with pytest.raises(UserError, match="--sample_tokens 50"):
         dataset(tiny, chat, eval_examples=0, completions=False, max_tokens=100, new_tokens=50)
 
 
 def test_what_a_user_should_know_of_the_data_is_said(tiny, tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "c <|im_end|>" if i == 3 else "c", "source": "x", "id": i} for i in range(8)]
+    rows = [
+        {"prompt": f"p{i}", "completion": "c <|im_end|>" if i == 3 else "c", "source": "x", "id": i}
+        for i in range(8)
+    ]
     notes = dataset(tiny, str(write(tmp_path / "d.jsonl", rows)), eval_examples=0).notes
-    assert "columns that are not read: id, source" in notes and any("of 1 examples there are names of control tokens" in n for n in notes)
+    assert "columns that are not read: id, source" in notes and any(
+        "of 1 examples there are names of control tokens" in n for n in notes
+    )
     assert dataset(tiny, "word_problems:5", eval_examples=2).notes == []
 
 
 def test_overlong_and_foreign_ids(tiny, tmp_path):
-    path = write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (3, 300, 5)])
+    path = write(
+        tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (3, 300, 5)]
+    )
     with pytest.raises(UserError, match="d.jsonl:2.*--overlong drop"):
         dataset(tiny, str(path), max_tokens=100, eval_examples=0)
     kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, overlong="drop")
@@ -325,9 +454,15 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
 
 
 def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
-    path = str(write(tmp_path / "d.jsonl", [{"prompt": f"p{n}", "completion": "c " * n} for n in (300, 3, 5)]))
+    path = str(
+        write(
+            tmp_path / "d.jsonl", [{"prompt": f"p{n}", "completion": "c " * n} for n in (300, 3, 5)]
+        )
+    )
     longest_is_held_out = dict(eval_examples=2, max_tokens=100)
-    assert any(len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out)
+    assert any(
+        len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out
+    )
     with pytest.raises(UserError, match="d.jsonl:1.*--overlong drop"):
         dataset(tiny, path, **longest_is_held_out)
     kept = dataset(tiny, path, **longest_is_held_out, overlong="drop")
@@ -337,9 +472,16 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
 def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
     a, b = (dataset(tiny, max_tokens=70, overlong="drop") for _ in range(2))
     drawn = [a.get(i) for i in range(60)]
-    assert a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
-    assert all((b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn))))  # whatever was asked before
-    assert all((Formatter(tiny).documents([a.example(i)])[0].tokens == d.tokens).all() for i, d in enumerate(drawn))
+    assert (
+        a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
+    )
+    assert all(
+        (b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn)))
+    )  # whatever was asked before
+    assert all(
+        (Formatter(tiny).documents([a.example(i)])[0].tokens == d.tokens).all()
+        for i, d in enumerate(drawn)
+    )
     with pytest.raises(UserError, match="in a row are longer than --micro_tokens 9"):
         dataset(tiny, max_tokens=9, overlong="drop")
     with pytest.raises(UserError, match="--overlong drop"):

@@ -13,7 +13,13 @@ N, D, V, U = 7, 5, 23, 19
 def case():
     g = torch.Generator().manual_seed(0)
     make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
-    return make(N, D), make(V, D), make(N, 6), make(V + 3, 6), torch.rand(N, generator=g, dtype=torch.float64)
+    return (
+        make(N, D),
+        make(V, D),
+        make(N, 6),
+        make(V + 3, 6),
+        torch.rand(N, generator=g, dtype=torch.float64),
+    )
 
 
 def grads(loss, *xs):
@@ -27,18 +33,27 @@ def test_equals_the_divergence_of_the_merged_distributions(name, k):
     hidden.requires_grad_(), head.requires_grad_()
     f = lambda ls, lt: DIVERGENCES[name](ls, lt, 0.3)
     ids, logp = topk_logprobs(teacher_hidden, teacher_head, k, temperature=1.7, vocab=U)
-    loss, rows = linear_topk_divergence(hidden, head, ids, logp, weight, f, temperature=1.7, scale=2.0, vocab=U, chunk_rows=3)
+    loss, rows = linear_topk_divergence(
+        hidden, head, ids, logp, weight, f, temperature=1.7, scale=2.0, vocab=U, chunk_rows=3
+    )
     full = torch.log_softmax(teacher_hidden @ teacher_head[:U].t() / 1.7, 1)
     assert torch.equal(ids, full.topk(k, 1).indices)
     merged = []
-    for n in range(N):  # brute force, one row at a time: a tail is a plain sum of what is not listed
+    for n in range(
+        N
+    ):  # brute force, one row at a time: a tail is a plain sum of what is not listed
         rest = [v for v in range(U) if v not in ids[n].tolist()]
-        both = [torch.softmax(z[n] / 1.7, 0) for z in (hidden @ head[:U].t(), teacher_hidden @ teacher_head[:U].t())]
+        both = [
+            torch.softmax(z[n] / 1.7, 0)
+            for z in (hidden @ head[:U].t(), teacher_hidden @ teacher_head[:U].t())
+        ]
         ls, lt = (torch.cat((p[ids[n]], p[rest].sum().view(1))).log() for p in both)
         merged.append(f(ls.unsqueeze(0), lt.unsqueeze(0)))
     want = torch.cat(merged)
     torch.testing.assert_close(rows["divergence"], want.detach(), rtol=1e-10, atol=1e-12)
-    for got, ref in zip(grads(loss, hidden, head), grads((want * weight * 2.0).sum(), hidden, head), strict=True):
+    for got, ref in zip(
+        grads(loss, hidden, head), grads((want * weight * 2.0).sum(), hidden, head), strict=True
+    ):
         torch.testing.assert_close(got, ref, rtol=1e-9, atol=1e-12)
 
 
@@ -66,7 +81,11 @@ def test_the_tail_of_a_certain_teacher_keeps_its_digits():
     p = torch.softmax(hidden.double(), 1)
     assert (p[:, 4:].sum(1) < 1e-7).all()
     torch.testing.assert_close(logp[:, -1].double(), p[:, 4:].sum(1).log(), rtol=1e-5, atol=1e-5)
-    assert torch.isfinite(linear_topk_divergence(hidden, head, *topk_logprobs(hidden, head, 5000), torch.ones(3), DIVERGENCE)[0])  # no tail at all
+    assert torch.isfinite(
+        linear_topk_divergence(
+            hidden, head, *topk_logprobs(hidden, head, 5000), torch.ones(3), DIVERGENCE
+        )[0]
+    )  # no tail at all
 
 
 def DIVERGENCE(ls, lt):

@@ -16,13 +16,28 @@ from eval.report import read_metrics
 from model.runs import RunFolder
 from tests.conftest import ROOT
 
-SMALL = ["--steps=6", "--batch_size=4", "--eval_examples=3", "--eval_tokens=8", "--eval_every=4", "--save_every=2", "--warmup=2", "--data=word_problems:20"]
+SMALL = [
+    "--steps=6",
+    "--batch_size=4",
+    "--eval_examples=3",
+    "--eval_tokens=8",
+    "--eval_every=4",
+    "--save_every=2",
+    "--warmup=2",
+    "--data=word_problems:20",
+]
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gb")
 
 
 def command(*args, cwd, ranks=0):
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
-    return [sys.executable, *start, str(ROOT / "train.py"), "--device=cpu", *args], dict(cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        if ranks
+        else []
+    )
+    return [sys.executable, *start, str(ROOT / "train.py"), "--device=cpu", *args], dict(
+        cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def run(*args, cwd, ranks=0, timeout=120):
@@ -51,19 +66,49 @@ def teacher(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(teacher):
     folder, result = teacher
-    files = {".lock", "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
+    files = {
+        ".lock",
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "curves.png",
+        "checkpoints",
+    }
     assert {p.name for p in folder.iterdir()} == files
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((folder / "config.json").read_text())
-    assert config["mode"] == "sft" and config["steps"] == 6 and not any(k.startswith(("kd_", "teacher", "epochs")) for k in config)
+    assert (
+        config["mode"] == "sft"
+        and config["steps"] == 6
+        and not any(k.startswith(("kd_", "teacher", "epochs")) for k in config)
+    )
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__ and "--mode=sft" in environment["command"]
+    assert (
+        environment["packages"]["torch"] == torch.__version__
+        and "--mode=sft" in environment["command"]
+    )
     metrics = read_metrics(folder)
     steps = [m["step"] for m in metrics if "train/loss" in m]
-    assert steps == [1, 2, 3, 4, 5, 6] and [m["step"] for m in metrics if "eval/word_problems/accuracy" in m] == [0, 4, 6]
-    assert metrics[-2]["train/tokens"] > 6 * 4 * 30 and metrics[-2]["train/loss"] < metrics[1]["train/loss"]
+    assert steps == [1, 2, 3, 4, 5, 6] and [
+        m["step"] for m in metrics if "eval/word_problems/accuracy" in m
+    ] == [0, 4, 6]
+    assert (
+        metrics[-2]["train/tokens"] > 6 * 4 * 30
+        and metrics[-2]["train/loss"] < metrics[1]["train/loss"]
+    )
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 9 and set(samples[0]) == {"step", "question", "gold", "text", "correct", "lenient", "parsed", "tokens", "stopped"}
+    assert len(samples) == 9 and set(samples[0]) == {
+        "step",
+        "question",
+        "gold",
+        "text",
+        "correct",
+        "lenient",
+        "parsed",
+        "tokens",
+        "stopped",
+    }
     checkpoints = RunFolder(folder)
     assert checkpoints.steps() == [4, 6] and not list((folder / "checkpoints").glob(".*"))
     assert "before" in result.stdout and "accuracy" in result.stdout and "left" in result.stdout
@@ -75,8 +120,14 @@ def test_the_checkpoint_is_a_model_for_everyone(teacher):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.generation_config.eos_token_id == [2, 0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Mia has 3 books."}], tokenize=False, add_generation_prompt=True)
-    assert text == train.embedded_tokenizer().render([{"role": "user", "content": "Mia has 3 books."}], generate=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Mia has 3 books."}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text == train.embedded_tokenizer().render(
+        [{"role": "user", "content": "Mia has 3 books."}], generate=True
+    )
 
 
 def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher, tmp_path):
@@ -84,7 +135,9 @@ def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher
     whole = run("--mode=kd", *SMALL, *args, "--runs=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     argv, options = command("--mode=kd", *SMALL, *args, "--runs=cut", cwd=tmp_path)
-    process = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics = tmp_path / "cut" / "r" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 4) and process.poll() is None:
         time.sleep(0.002)
@@ -92,31 +145,55 @@ def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher
     process.wait()
     with open(metrics, "a") as f:
         f.write('{"step": 3, "train/lo')  # as if cut while writing
-    resumed = run("--name=r", "--runs=cut", "--resume", cwd=tmp_path)  # the run's own config.json says the rest
+    resumed = run(
+        "--name=r", "--runs=cut", "--resume", cwd=tmp_path
+    )  # the run's own config.json says the rest
     assert resumed.returncode == 0, resumed.stderr
     assert timeless(tmp_path / "cut" / "r") == timeless(tmp_path / "whole" / "r") != []
-    assert (tmp_path / "cut/r/samples.jsonl").read_text() == (tmp_path / "whole/r/samples.jsonl").read_text()
+    assert (tmp_path / "cut/r/samples.jsonl").read_text() == (
+        tmp_path / "whole/r/samples.jsonl"
+    ).read_text()
     for name in ("model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"):
         a, b = (tmp_path / w / "r/checkpoints/step-6" / name for w in ("cut", "whole"))
         assert a.read_bytes() == b.read_bytes(), name
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(tmp_path):
-    argv, options = command("--mode=sft", *SMALL, "--steps=300", "--save_every=0", "--eval_every=0", "--name=s", cwd=tmp_path)
-    process = subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv, options = command(
+        "--mode=sft",
+        *SMALL,
+        "--steps=300",
+        "--save_every=0",
+        "--eval_every=0",
+        "--name=s",
+        cwd=tmp_path,
+    )
+    process = subprocess.Popen(
+        argv, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while "step   0/300" not in (line := process.stdout.readline()) and "step 0/300" not in line:
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "--name s --resume" in out, (out, err)
     (step,) = RunFolder(tmp_path / "runs" / "s").steps()
-    assert step < 300 and len([m for m in read_metrics(tmp_path / "runs/s") if "train/loss" in m]) == step
+    assert (
+        step < 300
+        and len([m for m in read_metrics(tmp_path / "runs/s") if "train/loss" in m]) == step
+    )
     again = run("--name=s", "--resume", f"--steps={step + 2}", cwd=tmp_path)
     assert again.returncode == 0 and f"resumed at step {step}" in again.stdout, again.stderr
 
 
 def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
-    args = ["--mode=kd", *SMALL, "--steps=3", "--dtype=float64", "--micro_tokens=130", f"--teacher={teacher[0] / 'checkpoints/step-6'}"]
+    args = [
+        "--mode=kd",
+        *SMALL,
+        "--steps=3",
+        "--dtype=float64",
+        "--micro_tokens=130",
+        f"--teacher={teacher[0] / 'checkpoints/step-6'}",
+    ]
     results = [run(*args, f"--name=w{n}", cwd=tmp_path, ranks=n) for n in (1, 2)]
     assert all(r.returncode == 0 for r in results), results[1].stderr
     one, two = (timeless(tmp_path / "runs" / f"w{n}") for n in (1, 2))
@@ -129,16 +206,36 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
 
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
-    result = sft("--lr=1e30", "--clip=0", "--max_skipped=3", "--steps=20", "--eval_examples=0", "--name=n", cwd=tmp_path)
-    assert result.returncode == 1 and "3 steps in a row had no finite gradient" in result.stderr and "Traceback" not in result.stderr
+    result = sft(
+        "--lr=1e30",
+        "--clip=0",
+        "--max_skipped=3",
+        "--steps=20",
+        "--eval_examples=0",
+        "--name=n",
+        cwd=tmp_path,
+    )
+    assert (
+        result.returncode == 1
+        and "3 steps in a row had no finite gradient" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     train_lines = read_metrics(tmp_path / "runs/n")
     assert train_lines[-1]["train/skipped"] == 3 and train_lines[0]["train/skipped"] == 0
 
 
 def test_show_batch_prints_the_masks_and_trains_nothing(tmp_path):
     result = sft("--show_batch=2", cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout.count("--- example") == 2 and not (tmp_path / "runs").exists()
-    assert "⟦" in result.stdout and "####" in result.stdout.split("⟦")[1].split("⟧")[0] and "How many" in result.stdout.split("⟦")[0]
+    assert (
+        result.returncode == 0
+        and result.stdout.count("--- example") == 2
+        and not (tmp_path / "runs").exists()
+    )
+    assert (
+        "⟦" in result.stdout
+        and "####" in result.stdout.split("⟦")[1].split("⟧")[0]
+        and "How many" in result.stdout.split("⟦")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +251,10 @@ def test_show_batch_prints_the_masks_and_trains_nothing(tmp_path):
         (["--mode=sft", "--lr=-1"], "--lr"),
         (["--mode=sft", "--seed=-1"], "--seed"),
         (["--mode=sft", "--seed=1e30"], "--seed"),
-        (["--mode=sft", "--data=word_problems", "--overlong=drop", "--micro_tokens=9"], "--micro_tokens"),
+        (
+            ["--mode=sft", "--data=word_problems", "--overlong=drop", "--micro_tokens=9"],
+            "--micro_tokens",
+        ),
         (["--mode=sft", "--resume"], "--name"),
         (["--mode=sft", "--resume", "--name=never"], "there is no run"),
         (["--mode=sft", "--data=word_problems", "--steps=0"], "endless"),
@@ -173,7 +273,10 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, capsys, mo
 def test_an_existing_run_is_not_overwritten(teacher, capsys):
     before = (teacher[0] / "metrics.jsonl").read_text()
     assert train.main(["--mode=sft", *SMALL, f"--runs={teacher[0].parent}", "--name=t"]) == 2
-    assert "continue it with --resume" in capsys.readouterr().err and (teacher[0] / "metrics.jsonl").read_text() == before
+    assert (
+        "continue it with --resume" in capsys.readouterr().err
+        and (teacher[0] / "metrics.jsonl").read_text() == before
+    )
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
@@ -181,7 +284,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
 
     (tmp_path / "other").mkdir()
     build_tiny(["some other words with other merges"] * 5).save(tmp_path / "other")
-    args = ["--mode=kd", *SMALL, f"--teacher={teacher[0] / 'checkpoints/step-6'}", f"--tokenizer={tmp_path / 'other'}", f"--runs={tmp_path}"]
+    args = [
+        "--mode=kd",
+        *SMALL,
+        f"--teacher={teacher[0] / 'checkpoints/step-6'}",
+        f"--tokenizer={tmp_path / 'other'}",
+        f"--runs={tmp_path}",
+    ]
     assert train.main(args) == 2
     assert "merges" in capsys.readouterr().err
 
@@ -195,11 +304,26 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
         "    save(model, folder, *rest)\n"
         "c.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
     )
-    argv = [sys.executable, "-c", limited, str(ROOT), "--mode=sft", "--device=cpu", *SMALL, "--name=d"]
+    argv = [
+        sys.executable,
+        "-c",
+        limited,
+        str(ROOT),
+        "--mode=sft",
+        "--device=cpu",
+        *SMALL,
+        "--name=d",
+    ]
     result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and "could not be written" in result.stderr and "step 2" in result.stderr
+    assert (
+        result.returncode == 1
+        and "could not be written" in result.stderr
+        and "step 2" in result.stderr
+    )
     assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
-    assert RunFolder(tmp_path / "runs/d").steps() == [2] and not list((tmp_path / "runs/d/checkpoints").glob(".draft*"))
+    assert RunFolder(tmp_path / "runs/d").steps() == [2] and not list(
+        (tmp_path / "runs/d/checkpoints").glob(".draft*")
+    )
     again = run("--name=d", "--resume", cwd=tmp_path)
     assert again.returncode == 0 and "resumed at step 2" in again.stdout
 
@@ -209,7 +333,9 @@ def test_wandb_offline_gets_the_metrics(tmp_path):
     result = sft("--steps=2", "--wandb=offline", "--name=w", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "w"
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb")) and (folder / "wandb_id").read_text()
+    assert (
+        list((folder / "wandb").glob("offline-run-*/*.wandb")) and (folder / "wandb_id").read_text()
+    )
 
 
 def test_nothing_optional_is_imported_unasked():
@@ -223,15 +349,34 @@ def test_nothing_optional_is_imported_unasked():
 
 def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
     """The real tokenizer, 151,936 head rows, a small body: the loss falls, and the first tokens of the mask are right."""
-    args = [f"--data={real_data / 'gsm8k'}", f"--tokenizer={real_data / 'qwen2.5-tokenizer'}", "--model=small", "--micro_tokens=1024"]
-    more = ["--steps=5", "--batch_size=2", "--lr=1e-3", "--warmup=1", "--eval_examples=2", "--eval_tokens=2", "--save_every=0", "--name=g"]
+    args = [
+        f"--data={real_data / 'gsm8k'}",
+        f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
+        "--model=small",
+        "--micro_tokens=1024",
+    ]
+    more = [
+        "--steps=5",
+        "--batch_size=2",
+        "--lr=1e-3",
+        "--warmup=1",
+        "--eval_examples=2",
+        "--eval_tokens=2",
+        "--save_every=0",
+        "--name=g",
+    ]
     result = run("--mode=sft", *args, *more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     losses = [m["train/loss"] for m in read_metrics(tmp_path / "runs/g") if "train/loss" in m]
     assert losses[0] > 11 and losses[-1] < losses[0] - 1
     shown = run("--mode=sft", *args, "--show_batch=1", cwd=tmp_path).stdout
     trained = shown.split("⟦")[1].split("⟧")[0]
-    assert "####" in trained and trained.endswith("<|im_end|>") and "<<" not in trained and Path(ROOT).exists()
+    assert (
+        "####" in trained
+        and trained.endswith("<|im_end|>")
+        and "<<" not in trained
+        and Path(ROOT).exists()
+    )
 
 
 @pytest.mark.slow
@@ -241,12 +386,35 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
 
     rng = random.Random(mode)
     extra = {"sft": [], "kd": [f"--teacher={teacher[0] / 'checkpoints/step-6'}"]}
-    if mode.startswith("grpo"):  # some kills fall into a rollout, some into an update, some checkpoints hold unspent samples
-        (tmp_path / "mine.py").write_text("def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n")
-        extra["grpo"] = [f"--model={teacher[0] / 'checkpoints/step-6'}", f"--grpo_reward={tmp_path}/mine.py:letters", "--batch_size=8"]
-        extra["grpo"] += ["--grpo_samples=4", "--grpo_updates=2", "--grpo_epochs=2", "--sample_tokens=12", "--grpo_beta=0.01", "--lr=1e-3"]
+    if mode.startswith(
+        "grpo"
+    ):  # some kills fall into a rollout, some into an update, some checkpoints hold unspent samples
+        (tmp_path / "mine.py").write_text(
+            "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+        )
+        extra["grpo"] = [
+            f"--model={teacher[0] / 'checkpoints/step-6'}",
+            f"--grpo_reward={tmp_path}/mine.py:letters",
+            "--batch_size=8",
+        ]
+        extra["grpo"] += [
+            "--grpo_samples=4",
+            "--grpo_updates=2",
+            "--grpo_epochs=2",
+            "--sample_tokens=12",
+            "--grpo_beta=0.01",
+            "--lr=1e-3",
+        ]
         extra["grpo+lora"] = [*extra["grpo"], "--lora_rank=4", "--lora_dropout=0.1"]
-    args = [f"--mode={mode.split('+')[0]}", *SMALL, "--steps=600", "--save_every=7", "--eval_every=50", "--name=k", *extra[mode]]
+    args = [
+        f"--mode={mode.split('+')[0]}",
+        *SMALL,
+        "--steps=600",
+        "--save_every=7",
+        "--eval_every=50",
+        "--name=k",
+        *extra[mode],
+    ]
     whole = run(*args, "--runs=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "cut/k"
@@ -255,13 +423,23 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
         return ["--name=k", "--resume"] if (folder / "config.json").exists() else args
 
     def lines():
-        return (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0
+        return (
+            (folder / "metrics.jsonl").read_text().count("\n")
+            if (folder / "metrics.jsonl").exists()
+            else 0
+        )
 
     lines_at_kill = []
     for kill in range(10):
         argv, options = command(*again(), "--runs=cut", cwd=tmp_path)
-        process, begun = subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()
-        target, patience = lines() + rng.randint(1, 70), rng.uniform(0, 5) if kill % 4 == 3 else 60  # some die while starting
+        process, begun = (
+            subprocess.Popen(argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+            time.time(),
+        )
+        target, patience = (
+            lines() + rng.randint(1, 70),
+            rng.uniform(0, 5) if kill % 4 == 3 else 60,
+        )  # some die while starting
         while lines() < target and process.poll() is None and time.time() - begun < patience:
             time.sleep(rng.uniform(0, 0.02))
         process.kill()
@@ -283,5 +461,8 @@ def test_compiled_blocks_train_the_same(tmp_path):
     plain = sft("--name=p", cwd=tmp_path)
     compiled = sft("--name=c", "--compile", cwd=tmp_path, timeout=600)
     assert plain.returncode == compiled.returncode == 0, compiled.stderr
-    losses = [[m["train/loss"] for m in read_metrics(tmp_path / "runs" / n) if "train/loss" in m] for n in "pc"]
+    losses = [
+        [m["train/loss"] for m in read_metrics(tmp_path / "runs" / n) if "train/loss" in m]
+        for n in "pc"
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

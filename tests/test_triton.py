@@ -18,24 +18,42 @@ pytest.importorskip("triton", reason="Triton is installed on Linux alone")
 
 
 def run(*command, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_by_the_interpreter():
     """Two processes at a time: the interpreter takes one core."""
     files = sorted((ROOT / "tests/interpreted").glob("test_*.py"))
-    interpret = lambda file: run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
+    interpret = lambda file: run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1"
+    )
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(interpret, files))
     for done in results:
-        assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+        assert done.returncode == 0 and "skipped" not in done.stdout, (
+            done.stdout[-5000:] + done.stderr[-2000:]
+        )
     assert sum(int(re.search(r"(\d+) passed", done.stdout)[1]) for done in results) >= 125
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    done = run("-m", "tests.offline", "head", "attention", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    done = run(
+        "-m",
+        "tests.offline",
+        "head",
+        "attention",
+        TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -47,7 +65,9 @@ def test_compiled_kernels_keep_to_registers_and_shared_memory(compiled):
     for k in compiled:
         # an 8.x configuration serves Ada too, whose programs have 99 KB
         assert k["shared"] <= SHARED_LIMIT[90 if k["capability"] == 90 else 89], k
-        assert not k["case"].startswith("gradient") or k["registers"] <= 80, f"fewer than three programs fit: {k}"
+        assert not k["case"].startswith("gradient") or k["registers"] <= 80, (
+            f"fewer than three programs fit: {k}"
+        )
         assert k["stack"] == 0, f"spills: {k}"
         assert k["atomics"] == 0, f"an order that depends on timing: {k}"
 
@@ -56,7 +76,9 @@ def test_compiled_products_use_the_tensor_cores(compiled):
     for k in (k for k in compiled if k["case"].startswith("logits")):
         if k["capability"] == 90:
             assert k["wgmma"] >= 4 and k["tma"] >= 4 and k["mma"] == 0, k
-            assert k["wgmma_from_registers"] == 0, f"ptxas before CUDA 13.3 is reported to miscompile these: {k}"
+            assert k["wgmma_from_registers"] == 0, (
+                f"ptxas before CUDA 13.3 is reported to miscompile these: {k}"
+            )
         else:
             assert k["mma"] >= 32 and k["wgmma"] == 0, k
 
@@ -64,20 +86,40 @@ def test_compiled_products_use_the_tensor_cores(compiled):
 @pytest.mark.parametrize("option", [[], ["--tune"]])
 def test_the_benchmark_runs_where_no_gpu_is(option, tmp_path):
     """Tiny shapes by the interpreter: nobody can mend the script where it counts."""
-    done = run("-m", "bench.head", "--dry", "--out", str(tmp_path / "head.json"), *option, TRITON_INTERPRET="1")
+    done = run(
+        "-m",
+        "bench.head",
+        "--dry",
+        "--out",
+        str(tmp_path / "head.json"),
+        *option,
+        TRITON_INTERPRET="1",
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     written = json.loads((tmp_path / "head.json").read_text())
-    assert written["right"] and len(written["records"]) > 5 and not any("failed" in r for r in written["records"]), written
+    assert (
+        written["right"]
+        and len(written["records"]) > 5
+        and not any("failed" in r for r in written["records"])
+    ), written
 
 
 def test_compiled_attention_uses_the_tensor_cores(compiled):
-    attention = [k for k in compiled if k["case"].split()[0] in ("forward_kernel", "queries_kernel", "keys_kernel")]
+    attention = [
+        k
+        for k in compiled
+        if k["case"].split()[0] in ("forward_kernel", "queries_kernel", "keys_kernel")
+    ]
     assert len(attention) == 18
     for k in attention:
         if k["capability"] == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k
-            assert (k["wgmma_from_registers"] == 0) == k["case"].endswith("flipped"), f"what ptxas before 13.3 may miscompile: {k}"
-            assert "E=64 flipped" not in k["case"] or k["registers"] * 32 * k["warps"] * 2 <= 65_536, f"two programs do not fit: {k}"
+            assert (k["wgmma_from_registers"] == 0) == k["case"].endswith("flipped"), (
+                f"what ptxas before 13.3 may miscompile: {k}"
+            )
+            assert (
+                "E=64 flipped" not in k["case"] or k["registers"] * 32 * k["warps"] * 2 <= 65_536
+            ), f"two programs do not fit: {k}"
         else:
             assert k["mma"] >= 64 and k["wgmma"] == 0, k
     decode = [k for k in compiled if k["case"].startswith("split_kernel")]

@@ -28,7 +28,13 @@ def spawned(main, world, *arguments):
 
 
 def setup(world, rank, port, patience=None):
-    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        WORLD_SIZE=str(world),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     parallel.init("cpu", patience)
 
@@ -38,9 +44,15 @@ def gradient(model, teacher, loss_fn, documents, micro_tokens):
     batch = Batch.pack(documents)
     (norm,) = parallel.all_reduce_sum([batch.normaliser])
     model.zero_grad()
-    sums = train.forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, torch.device("cpu"))
+    sums = train.forward_backward(
+        model, teacher, loss_fn, batch, norm, micro_tokens, torch.device("cpu")
+    )
     parallel.sync_gradients(model)
-    metrics = {name: total / count for name, (total, count) in parallel.reduce_metrics(sums).items() if count}
+    metrics = {
+        name: total / count
+        for name, (total, count) in parallel.reduce_metrics(sums).items()
+        if count
+    }
     return metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -62,7 +74,10 @@ def rank_main(rank, world, port, build, jobs, results):
 def rollout_main(rank, world, port, sources, describe, batches, results):
     """Rank 0 puts, for each rank, {source: what `describe` says of its first batches}."""
     setup(world, rank, port)
-    told = {name: [describe(next(source)) for _ in range(batches)] for name, source in sources(rank, world).items()}
+    told = {
+        name: [describe(next(source)) for _ in range(batches)]
+        for name, source in sources(rank, world).items()
+    }
     every = parallel.gather(told)
     if rank == 0:
         results.put(every)
@@ -77,7 +92,11 @@ def failing_main(rank, world, port, jobs, results):
     told = []
     for main, argv, sabotaged, sabotage in jobs:
         said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.ExitStack() as stack,
+        ):
             if rank == sabotaged:
                 stack.enter_context(sabotage())
             try:

@@ -20,23 +20,26 @@ _TEXT = re.compile(_COMMAND + r"\s*\{([^{}]*)\}")
 _DEGREES = r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°"
 _ORDINAL = rf"\s*\^\s*\{{?\s*(?:{_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?"
 _SMALL_SPACE = r"(?<!\\)\\(?:!\s*|,|(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z]))"
-_TIDY = [(re.compile(pattern), to) for pattern, to in (
-    (r"[−–]", "-"),
-    (r"\{,\}(?=[0-9])", ","),
-    (r"\{:\}", ":"),
-    (rf"{_SMALL_SPACE}|[\u2009\u202f]", ""),
-    (r"(?<!\\)\\(?:[;: ()\[\]]|q?quad(?![A-Za-z]))|~|\u00a0", " "),
-    (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
-    (r"\\?[$€£¥₹]", " "),
-    (r"\\%", "%"),
-    (_DEGREES, " "),
-    (rf"(?<=[0-9]){_ORDINAL}", ""),  # 12^{\mathrm{th}}
-    (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*([0-9A-Za-z])(?=\s*[{0-9A-Za-z])", r"\\frac{\1}"),
-    (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
-)]  # fmt: skip
+_TIDY = [
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"[−–]", "-"),
+        (r"\{,\}(?=[0-9])", ","),
+        (r"\{:\}", ":"),
+        (rf"{_SMALL_SPACE}|[\u2009\u202f]", ""),
+        (r"(?<!\\)\\(?:[;: ()\[\]]|q?quad(?![A-Za-z]))|~|\u00a0", " "),
+        (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
+        (r"\\?[$€£¥₹]", " "),
+        (r"\\%", "%"),
+        (_DEGREES, " "),
+        (rf"(?<=[0-9]){_ORDINAL}", ""),  # 12^{\mathrm{th}}
+        (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*([0-9A-Za-z])(?=\s*[{0-9A-Za-z])", r"\\frac{\1}"),
+        (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
+    )
+]
 
 
 def tidy(text: str) -> str:

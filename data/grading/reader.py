@@ -17,9 +17,15 @@ ARITHMETIC = ("add", "mul", "div", "pow", "fn")
 CONNECTORS = (",", ";", "or", "and", "\\lor", "\\land")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
 BRACKETS = {
-    "(": ")]", "[": ")]", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"],
-    "\\lceil": ["\\rceil"], "\\langle": ["\\rangle"],
-}  # fmt: skip
+    "(": ")]",
+    "[": ")]",
+    "{": "}",
+    "\\{": ["\\}"],
+    "|": "|",
+    "\\lfloor": ["\\rfloor"],
+    "\\lceil": ["\\rceil"],
+    "\\langle": ["\\rangle"],
+}
 _ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm"
 ACCENTS = f"{_ACCENTS} bm".split()
 MINUS_ONE = ("num", Fraction(-1))

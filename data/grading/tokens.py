@@ -52,11 +52,14 @@ _ALIASES = {}
 for _line in _SPELLINGS.strip().splitlines():
     _sign, *_others = _line.split()
     _ALIASES |= dict.fromkeys(_others, _sign)
-_UNICODE = dict(zip(
-    map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
-    r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} "
-    .split("|"),
-))  # fmt: skip
+_UNICODE = dict(
+    zip(
+        map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
+        r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} ".split(
+            "|"
+        ),
+    )
+)
 
 
 def tokens(text: str) -> list[Token]:

@@ -82,10 +82,14 @@ class MathWorker:
         self.close()
         # sympy's order of terms, and with it a verdict, may follow the hash seed
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONHASHSEED": "0"},
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is the run's to handle
-        )  # fmt: skip
+        )
         self._owner = os.getpid()
         ready, _ = self._exchange(None, START_LIMIT)
         self.missing = ready == [False]

@@ -14,7 +14,13 @@ from kernels.attention import PackedAttention
 from kernels.triton_attention import Config
 from model.transformer import PRESETS
 
-SHAPES = sorted({(c.num_heads, c.num_kv_heads, c.head_dim) for name, c in PRESETS.items() if name.startswith("qwen")})
+SHAPES = sorted(
+    {
+        (c.num_heads, c.num_kv_heads, c.head_dim)
+        for name, c in PRESETS.items()
+        if name.startswith("qwen")
+    }
+)
 TILE = 16
 RAGGED = [0, 1, TILE - 1, TILE, 0, TILE + 1, 2 * TILE + 5]
 
@@ -31,7 +37,10 @@ def by_kernel(monkeypatch):
 
 def tensors(lengths, heads, kv_heads, size, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(sum(lengths), n, size, generator=g, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    return [
+        torch.randn(sum(lengths), n, size, generator=g, dtype=dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
 
 
 def formula(q_THE, k_TKE, v_TKE, lengths):
@@ -54,7 +63,9 @@ def faster(q, k, v, lengths):
     for q, k, v in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
         score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) / q.shape[2] ** 0.5
         score = score.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
-        outputs.append(torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1)))
+        outputs.append(
+            torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1))
+        )
     return torch.cat(outputs)
 
 
@@ -75,7 +86,11 @@ def exact(qkv, lengths, upstream):
 
 
 def use(monkeypatch, *configs):
-    monkeypatch.setattr(triton_attention, "configs_for", lambda device, size: configs * 3 if len(configs) == 1 else configs)
+    monkeypatch.setattr(
+        triton_attention,
+        "configs_for",
+        lambda device, size: configs * 3 if len(configs) == 1 else configs,
+    )
 
 
 def test_the_formulas_agree():
@@ -88,7 +103,10 @@ def test_presets(heads, kv_heads, size):
     """Group sizes and head dimensions of Qwen2.5 and Qwen3; of equal groups one is kept, or two small ones."""
     lengths, group = [0, 1, TILE - 1, TILE, TILE + 1], heads // kv_heads
     kept = max(1, 4 // group)
-    qkv, upstream = tensors(lengths, group * kept, kept, size), torch.randn(sum(lengths), group * kept, size)
+    qkv, upstream = (
+        tensors(lengths, group * kept, kept, size),
+        torch.randn(sum(lengths), group * kept, size),
+    )
     for got, want in zip(run(qkv, lengths, upstream), exact(qkv, lengths, upstream), strict=True):
         assert got.dtype == torch.float32 and torch.isfinite(got).all()
         assert_close(got, want)
@@ -112,7 +130,10 @@ def test_the_configurations_of_a_gpu(size, monkeypatch):
     lengths = [129, 0, 70]
     qkv, upstream = tensors(lengths, 2, 1, size), torch.randn(sum(lengths), 2, size)
     want = exact(qkv, lengths, upstream)
-    for configs in (*(table[size] for table in triton_attention.CONFIGS.values()), triton_attention.OTHER[size]):
+    for configs in (
+        *(table[size] for table in triton_attention.CONFIGS.values()),
+        triton_attention.OTHER[size],
+    ):
         use(monkeypatch, *configs)
         for got, exactly in zip(run(qkv, lengths, upstream), want, strict=True):
             assert_close(got, exactly)
@@ -124,7 +145,9 @@ def test_gradcheck(flip, monkeypatch):
     lengths = [1, 0, 17]
     qkv = tensors(lengths, 2, 1, 16, torch.float64)
     attend = PackedAttention(lengths)
-    assert torch.autograd.gradcheck(lambda *x: attend(0, *x), qkv, fast_mode=True, atol=1e-6, rtol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda *x: attend(0, *x), qkv, fast_mode=True, atol=1e-6, rtol=1e-6
+    )
     upstream = torch.randn(sum(lengths), 2, 16, dtype=torch.float64)
     for got, want in zip(run(qkv, lengths, upstream), exact(qkv, lengths, upstream), strict=True):
         assert_close(got, want, 1e-13)
@@ -134,11 +157,23 @@ def test_the_operator_keeps_torchs_rules():
     """Fake kernels agree with real ones, autograd is registered as it should be: what torch.compile relies on."""
     lengths = [5, 0, 20]
     tiles = PackedAttention(lengths).tiles
-    library.opcheck(triton_attention.attention, (*tensors(lengths, 2, 1, 16), tiles), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    library.opcheck(
+        triton_attention.attention,
+        (*tensors(lengths, 2, 1, 16), tiles),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
     q, k, v = (x.detach() for x in tensors(lengths, 2, 1, 16))
     o, lse = triton_attention.attention(q, k, v, tiles)
-    library.opcheck(triton_attention.attention_backward, (q, k, v, o, lse, q, tiles), test_utils=("test_schema", "test_faketensor"))
-    library.opcheck(decode_attention._decode, cache_case(2, 1, 16, [5, 0], 1), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(
+        triton_attention.attention_backward,
+        (q, k, v, o, lse, q, tiles),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    library.opcheck(
+        decode_attention._decode,
+        cache_case(2, 1, 16, [5, 0], 1),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_a_body_compiles_whole():
@@ -150,7 +185,9 @@ def test_a_body_compiles_whole():
     compiled, x = torch.compile(body, backend=counter, fullgraph=True), tensors([18], 2, 1, 16)[0]
     for lengths in ([17, 1], [18], [9, 0, 9], [1, 17]):
         loss, want = (f(x, PackedAttention(lengths)) for f in (compiled, body))
-        assert torch.equal(*(torch.autograd.grad(y, x)[0] for y in (loss, want))) and torch.equal(loss, want)
+        assert torch.equal(*(torch.autograd.grad(y, x)[0] for y in (loss, want))) and torch.equal(
+            loss, want
+        )
     assert counter.frame_count <= 2
 
 
@@ -158,7 +195,11 @@ def test_packed_equals_one_by_one_to_the_bit():
     qkv, upstream = tensors(RAGGED, 2, 2, 16), torch.randn(sum(RAGGED), 2, 16)
     together = [x.split(RAGGED) for x in run(qkv, RAGGED, upstream)]
     for i, n in enumerate(RAGGED):
-        alone = run([x.detach().split(RAGGED)[i].requires_grad_() for x in qkv], [n], upstream.split(RAGGED)[i])
+        alone = run(
+            [x.detach().split(RAGGED)[i].requires_grad_() for x in qkv],
+            [n],
+            upstream.split(RAGGED)[i],
+        )
         assert all(torch.equal(a, t[i]) for a, t in zip(alone, together, strict=True))
 
 
@@ -174,7 +215,9 @@ def test_a_document_changes_no_other_documents_bits():
         after = [x.split(lengths) for x in run(qkv, lengths, upstream)]
         for b, a in zip(before, after, strict=True):
             assert all(torch.equal(b[i], a[i]) for i in range(len(lengths)) if i != changed)
-            assert not torch.equal(b[changed], a[changed]) and torch.isnan(a[changed]).all() == (value != value)
+            assert not torch.equal(b[changed], a[changed]) and torch.isnan(a[changed]).all() == (
+                value != value
+            )
 
 
 def test_extreme_scores():
@@ -188,7 +231,9 @@ def test_extreme_scores():
     upstream = torch.randn(45, 2, 16)
     for got, want in zip(run(qkv, lengths, upstream), exact(qkv, lengths, upstream), strict=True):
         assert torch.isfinite(got).all()
-        assert_close(got, want, 1e-3)  # log2 of the sum is kept in fp32: its last bit is 1e-3 at 1.5e4
+        assert_close(
+            got, want, 1e-3
+        )  # log2 of the sum is kept in fp32: its last bit is 1e-3 at 1.5e4
 
 
 def test_log_sum_exp_is_kept():
@@ -198,7 +243,9 @@ def test_log_sum_exp_is_kept():
     want = []
     for a, b in zip(q.double().split(lengths), k.double().split(lengths)):
         score = torch.einsum("ihe,je->hij", a, b[:, 0]) / 4
-        want.append(score.masked_fill(torch.ones(len(a), len(a)).triu(1).bool(), -torch.inf).logsumexp(2))
+        want.append(
+            score.masked_fill(torch.ones(len(a), len(a)).triu(1).bool(), -torch.inf).logsumexp(2)
+        )
     assert_close(lse * torch.tensor(2.0).log(), torch.cat(want, 1), 1e-6)
 
 
@@ -210,7 +257,9 @@ def test_the_map_of_tiles():
     assert sorted(by_keys) == sorted(by_queries) == every
     keys, queries = [min(at + TILE, n) for _, n, at in by_keys], [n - at for _, n, at in by_queries]
     assert keys == sorted(keys, reverse=True) and queries == sorted(queries, reverse=True)
-    assert triton_attention.tile_map([]).shape == triton_attention.tile_map([0, 0]).shape == (2, 0, 3)
+    assert (
+        triton_attention.tile_map([]).shape == triton_attention.tile_map([0, 0]).shape == (2, 0, 3)
+    )
 
 
 def test_nothing_to_do_and_what_does_not_fit():
@@ -222,7 +271,10 @@ def test_nothing_to_do_and_what_does_not_fit():
         PackedAttention([2])(0, *tensors([3], 2, 1, 16))
     strided = torch.randn(20, 2, 32)[..., ::2]
     q, k, v = tensors([20], 2, 1, 16)
-    assert torch.equal(PackedAttention([20])(0, strided, k, v), PackedAttention([20])(0, strided.contiguous(), k, v))
+    assert torch.equal(
+        PackedAttention([20])(0, strided, k, v),
+        PackedAttention([20])(0, strided.contiguous(), k, v),
+    )
 
 
 # --- decode --------------------------------------------------------------------------------------------------------
@@ -276,17 +328,26 @@ def test_decode_does_not_depend_on_the_batch_or_the_cache():
     whole = decode_attention.decode_attention(q, k, v, n)
     roomy = [torch.cat((x, torch.full_like(x[:, :, :300], float("nan"))), 2) for x in (k, v)]
     for row in range(len(EDGES)):
-        alone = decode_attention.decode_attention(q[row : row + 1], *(x[row : row + 1] for x in roomy), n[row : row + 1])
+        alone = decode_attention.decode_attention(
+            q[row : row + 1], *(x[row : row + 1] for x in roomy), n[row : row + 1]
+        )
         assert torch.equal(alone[0], whole[row])
-    fewer = decode_attention.decode_attention(q[:3], k, v, n[:3])  # the first rows of a larger cache
+    fewer = decode_attention.decode_attention(
+        q[:3], k, v, n[:3]
+    )  # the first rows of a larger cache
     assert torch.equal(fewer, whole[:3])
 
 
 def test_decode_takes_extreme_scores_and_refuses_other_layouts():
     q, k, v, n = cache_case(2, 1, 16, [300, 600], 1)
     q, k = (q * 50).round() * 4, (k * 16).round()
-    assert decode_formula(q, k, k, [300, 600]).isfinite().all() and (q[0, 0, 0] @ k[0, 0, :300].T / 4).abs().max() > 3e3
-    assert_close(decode_attention.decode_attention(q, k, v, n), decode_formula(q, k, v, [300, 600]), 1e-5)
+    assert (
+        decode_formula(q, k, k, [300, 600]).isfinite().all()
+        and (q[0, 0, 0] @ k[0, 0, :300].T / 4).abs().max() > 3e3
+    )
+    assert_close(
+        decode_attention.decode_attention(q, k, v, n), decode_formula(q, k, v, [300, 600]), 1e-5
+    )
     with pytest.raises(ValueError, match="strides"):
         decode_attention.decode_attention(q, torch.stack((k, k), 3)[:, :, :, 0], v, n)
 
@@ -298,7 +359,12 @@ def test_decode_continues_the_packed_attention():
     packed = PackedAttention(lengths)(0, q, k, v).split(lengths)
     cache = torch.full((2, 3, 2, 64, 16), float("nan"))
     for row, (a, b) in enumerate(zip(k.split(lengths), v.split(lengths))):
-        cache[0, row, :, : len(a)], cache[1, row, :, : len(b)] = a.transpose(0, 1), b.transpose(0, 1)
-    got = decode_attention.decode_attention(torch.stack([x[-steps:] for x in q.split(lengths)]), *cache, torch.tensor(lengths))
+        cache[0, row, :, : len(a)], cache[1, row, :, : len(b)] = (
+            a.transpose(0, 1),
+            b.transpose(0, 1),
+        )
+    got = decode_attention.decode_attention(
+        torch.stack([x[-steps:] for x in q.split(lengths)]), *cache, torch.tensor(lengths)
+    )
     for row in range(3):
         assert_close(got[row], packed[row][-steps:])

@@ -20,7 +20,11 @@ from losses.kd import DIVERGENCES, WITH_BETA
 from losses.sft import cross_entropy
 from tests import reference
 
-CASES = [(name, beta) for name in HAND_WRITTEN for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))]
+CASES = [
+    (name, beta)
+    for name in HAND_WRITTEN
+    for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
+]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
@@ -29,7 +33,11 @@ def by_kernel(monkeypatch):
     """Every call takes the kernels, and the PyTorch steps are out of reach."""
     backend.use("triton")
     # Hopper's form, and several tiles even of small things
-    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 32, 16, 4, 1, flatten=True, tma=True, halves=True))
+    monkeypatch.setattr(
+        triton_head,
+        "config_for",
+        lambda device: triton_head.Config(16, 32, 16, 4, 1, flatten=True, tma=True, halves=True),
+    )
     for module in ("linear_kl", "linear_logprob", "linear_topk"):
         monkeypatch.delattr(f"kernels.{module}._torch_step")
     yield
@@ -39,7 +47,11 @@ def by_kernel(monkeypatch):
 @pytest.fixture
 def wide_tiles(monkeypatch):
     """Fewer programs for the interpreter to run one after the other, and rows of several blocks."""
-    monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 256, 16, 4, 1, flatten=True, tma=True, halves=True))
+    monkeypatch.setattr(
+        triton_head,
+        "config_for",
+        lambda device: triton_head.Config(16, 256, 16, 4, 1, flatten=True, tma=True, halves=True),
+    )
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 1024)
 
 
@@ -47,8 +59,18 @@ def pair(n=11, vocab=37, width=8, teacher_width=12, padding=4, scale=1.0, seed=1
     g = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=g)
     hidden, head = make(n, width) * scale, make(vocab + padding, width)
-    teacher_hidden, teacher_head = make(n, teacher_width) * scale, make(vocab + padding + 3, teacher_width)
-    return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, torch.randint(vocab, (n,), generator=g), torch.rand(n, generator=g)
+    teacher_hidden, teacher_head = (
+        make(n, teacher_width) * scale,
+        make(vocab + padding + 3, teacher_width),
+    )
+    return (
+        hidden.requires_grad_(),
+        head.requires_grad_(),
+        teacher_hidden,
+        teacher_head,
+        torch.randint(vocab, (n,), generator=g),
+        torch.rand(n, generator=g),
+    )
 
 
 def in_fp64(*xs):
@@ -62,38 +84,92 @@ def assert_close(got, want, tolerance):
 
 def assert_gradients(loss, leaves, want, leaves64, tolerance=5e-6):
     assert_close(loss.detach(), want.detach(), 1e-6)
-    for got, exact in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves64), strict=True):
+    for got, exact in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves64), strict=True
+    ):
         assert got.dtype == torch.float32
         assert_close(got, exact, tolerance)
 
 
-@pytest.mark.parametrize("name,beta,temperature,ce", [(*case, 1.0, 0.0) for case in CASES] + [(name, 0.5, *t) for name in HAND_WRITTEN for t in ((2.5, 0.3), (1.0, 0.4))])
+@pytest.mark.parametrize(
+    "name,beta,temperature,ce",
+    [(*case, 1.0, 0.0) for case in CASES]
+    + [(name, 0.5, *t) for name in HAND_WRITTEN for t in ((2.5, 0.3), (1.0, 0.4))],
+)
 def test_divergence_equals_reference(name, beta, temperature, ce):
     vocab = 37
     hidden, head, th, tw, target, weight = pair(vocab=vocab)
     weight[3] = 0
     term = LogprobTerm(target, weight * ce, cross_entropy) if ce else None
-    loss, out = linear_kl(hidden, head, th, tw, weight, name, beta=beta, temperature=temperature, scale=1 - ce, logprob=term, vocab=vocab, chunk_rows=4)
+    loss, out = linear_kl(
+        hidden,
+        head,
+        th,
+        tw,
+        weight,
+        name,
+        beta=beta,
+        temperature=temperature,
+        scale=1 - ce,
+        logprob=term,
+        vocab=vocab,
+        chunk_rows=4,
+    )
     h, w = in_fp64(hidden, head)
-    want_N = reference.kd_row_loss(name, h @ w[:vocab].T, th.double() @ tw[:vocab].double().T, target, beta=beta, temperature=temperature, ce_weight=ce, t_squared=False)
+    want_N = reference.kd_row_loss(
+        name,
+        h @ w[:vocab].T,
+        th.double() @ tw[:vocab].double().T,
+        target,
+        beta=beta,
+        temperature=temperature,
+        ce_weight=ce,
+        t_squared=False,
+    )
     assert_gradients(loss, (hidden, head), (want_N * weight.double()).sum(), (h, w))
-    assert torch.autograd.grad(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=vocab)[0], head)[0][vocab:].abs().max() == 0
+    assert (
+        torch.autograd.grad(
+            linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=vocab)[0], head
+        )[0][vocab:]
+        .abs()
+        .max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("hopper", [True, False])
-@pytest.mark.parametrize("n,vocab,width,padding,rows", [(1, 1, 4, 0, 9), (3, 15, 8, 0, 2), (16, 16, 16, 0, 16), (17, 17, 20, 0, 17), (5, 48, 36, 100, 3), (33, 700, 4, 1, 20)])
+@pytest.mark.parametrize(
+    "n,vocab,width,padding,rows",
+    [
+        (1, 1, 4, 0, 9),
+        (3, 15, 8, 0, 2),
+        (16, 16, 16, 0, 16),
+        (17, 17, 20, 0, 17),
+        (5, 48, 36, 100, 3),
+        (33, 700, 4, 1, 20),
+    ],
+)
 def test_ragged_sizes(n, vocab, width, padding, rows, hopper, monkeypatch):
     """Below, at and above a tile of rows, ids and width; heads with and without room for a whole last tile; several blocks of a row."""
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 128)
     if not hopper:
-        monkeypatch.setattr(triton_head, "config_for", lambda device: triton_head.Config(16, 16, 16, 4, 1))
+        monkeypatch.setattr(
+            triton_head, "config_for", lambda device: triton_head.Config(16, 16, 16, 4, 1)
+        )
     hidden, head, th, tw, target, weight = pair(n, vocab, width, 2 * width, padding, scale=0.5)
     term = LogprobTerm(target, weight, cross_entropy)
-    loss, _ = linear_kl(hidden, head, th, tw, weight, "reverse_kl", logprob=term, vocab=vocab, chunk_rows=rows)
+    loss, _ = linear_kl(
+        hidden, head, th, tw, weight, "reverse_kl", logprob=term, vocab=vocab, chunk_rows=rows
+    )
     h, w = in_fp64(hidden, head)
     zs, zt = h @ w[:vocab].T, th.double() @ tw[:vocab].double().T
-    want = ((reference.divergence("reverse_kl", zs, zt) + reference.cross_entropy(zs, target)) * weight.double()).sum()
-    assert_gradients(loss, (hidden, head), want + 0 * (h.sum() + w.sum()), (h, w)) if vocab > 1 else None
+    want = (
+        (reference.divergence("reverse_kl", zs, zt) + reference.cross_entropy(zs, target))
+        * weight.double()
+    ).sum()
+    assert_gradients(
+        loss, (hidden, head), want + 0 * (h.sum() + w.sum()), (h, w)
+    ) if vocab > 1 else None
 
 
 @pytest.mark.parametrize("temperature,entropy", [(1.0, False), (0.6, True), (1.0, True)])
@@ -103,13 +179,28 @@ def test_any_function_of_logprob_and_entropy(temperature, entropy):
 
     def clipped(logp, entropy, fields):
         ratio = (logp - fields["old"]).exp()
-        return -torch.minimum(ratio, ratio.clamp(0.8, 1.2)) - (0.1 * entropy * logp if entropy is not None else 0)
+        return -torch.minimum(ratio, ratio.clamp(0.8, 1.2)) - (
+            0.1 * entropy * logp if entropy is not None else 0
+        )
 
-    loss, out = linear_logprob(hidden, head, target, weight, clipped, {"old": old}, temperature=temperature, entropy=entropy, vocab=37, chunk_rows=4)
+    loss, out = linear_logprob(
+        hidden,
+        head,
+        target,
+        weight,
+        clipped,
+        {"old": old},
+        temperature=temperature,
+        entropy=entropy,
+        vocab=37,
+        chunk_rows=4,
+    )
     h, w = in_fp64(hidden, head)
     logits = h @ w[:37].T / temperature
     logp, exact = -reference.cross_entropy(logits, target), reference.entropy(logits)
-    want = (clipped(logp, exact if entropy else None, {"old": old.double()}) * weight.double()).sum()
+    want = (
+        clipped(logp, exact if entropy else None, {"old": old.double()}) * weight.double()
+    ).sum()
     assert_gradients(loss, (hidden, head), want, (h, w))
     assert_close(out["logp"], logp.detach(), 1e-6)
     if entropy:
@@ -122,10 +213,27 @@ def test_a_policy_gradient_and_a_divergence_share_the_logits(kl_temperature, lp_
     row_loss = lambda logp, entropy, fields: -fields["a"] * logp.exp() - 0.2 * entropy
     fields = {"a": torch.randn(11)}
     term = LogprobTerm(target, weight, row_loss, fields, lp_temperature, entropy=True)
-    loss, _ = linear_kl(hidden, head, th, tw, weight, "jsd", beta=0.3, temperature=kl_temperature, scale=2.0, logprob=term, vocab=37, chunk_rows=5)
+    loss, _ = linear_kl(
+        hidden,
+        head,
+        th,
+        tw,
+        weight,
+        "jsd",
+        beta=0.3,
+        temperature=kl_temperature,
+        scale=2.0,
+        logprob=term,
+        vocab=37,
+        chunk_rows=5,
+    )
     h, w = in_fp64(hidden, head)
     zs, zt = h @ w[:37].T, th.double() @ tw[:37].double().T
-    rows = row_loss(-reference.cross_entropy(zs / lp_temperature, target), reference.entropy(zs / lp_temperature), {"a": fields["a"].double()})
+    rows = row_loss(
+        -reference.cross_entropy(zs / lp_temperature, target),
+        reference.entropy(zs / lp_temperature),
+        {"a": fields["a"].double()},
+    )
     rows = rows + 2.0 * reference.divergence("jsd", zs, zt, beta=0.3, temperature=kl_temperature)
     assert_gradients(loss, (hidden, head), (rows * weight.double()).sum(), (h, w))
 
@@ -134,7 +242,17 @@ def test_without_gradients_no_logits_are_kept(monkeypatch):
     hidden, head, _, _, target, weight = pair()
     monkeypatch.delattr(triton_head, "buffer")
     with torch.no_grad():
-        _, out = linear_logprob(hidden, head, target, weight, lambda logp, *_: logp, temperature=0.7, entropy=True, vocab=37, chunk_rows=4)
+        _, out = linear_logprob(
+            hidden,
+            head,
+            target,
+            weight,
+            lambda logp, *_: logp,
+            temperature=0.7,
+            entropy=True,
+            vocab=37,
+            chunk_rows=4,
+        )
     logits = hidden.detach().double() @ head.detach()[:37].double().T / 0.7
     assert_close(out["logp"], -reference.cross_entropy(logits, target), 1e-6)
     assert_close(out["entropy"], reference.entropy(logits), 1e-6)
@@ -149,25 +267,53 @@ def test_topk_list_with_its_tail(name, k):
     ids, listed = topk_logprobs(th, tw, k, temperature=1.7, vocab=37, chunk_rows=4)
     full = torch.log_softmax(th.double() @ tw[:37].double().T / 1.7, 1)
     assert torch.equal(ids, full.topk(k, 1).indices)
-    merge = lambda lp: torch.cat((lp.gather(1, ids), lp.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True).clamp(min=math.log(torch.finfo(torch.float32).tiny))), 1)
-    torch.testing.assert_close(listed.clamp(min=-87.0).double(), merge(full).clamp(min=-87.0), rtol=1e-5, atol=1e-5)
+    merge = lambda lp: torch.cat(
+        (
+            lp.gather(1, ids),
+            lp.scatter(1, ids, -math.inf)
+            .logsumexp(1, keepdim=True)
+            .clamp(min=math.log(torch.finfo(torch.float32).tiny)),
+        ),
+        1,
+    )
+    torch.testing.assert_close(
+        listed.clamp(min=-87.0).double(), merge(full).clamp(min=-87.0), rtol=1e-5, atol=1e-5
+    )
     for ce in (0.0, 0.3):
         term = LogprobTerm(target, weight * ce, cross_entropy) if ce else None
-        loss, _ = linear_topk_divergence(hidden, head, ids, listed, weight, definition, temperature=1.7, scale=2.0, logprob=term, vocab=37, chunk_rows=4)
+        loss, _ = linear_topk_divergence(
+            hidden,
+            head,
+            ids,
+            listed,
+            weight,
+            definition,
+            temperature=1.7,
+            scale=2.0,
+            logprob=term,
+            vocab=37,
+            chunk_rows=4,
+        )
         h, w = in_fp64(hidden, head)
         logits = h @ w[:37].T
-        want = 2.0 * definition(merge(torch.log_softmax(logits / 1.7, 1)), merge(full)) + ce * reference.cross_entropy(logits, target)
+        want = 2.0 * definition(
+            merge(torch.log_softmax(logits / 1.7, 1)), merge(full)
+        ) + ce * reference.cross_entropy(logits, target)
         assert_gradients(loss, (hidden, head), (want * weight.double()).sum(), (h, w), 1e-5)
 
 
 def test_several_listed_ids_of_one_tile_count_once():
     hidden, head, *_ = pair(n=2, vocab=64)
     ids = torch.tensor([[17, 18, 31, 16, 0], [63, 62, 61, 15, 48]])
-    scored = triton_head.logits(hidden.detach(), head.detach()[:64], out_nP=triton_head.buffer(2, 64, hidden))
+    scored = triton_head.logits(
+        hidden.detach(), head.detach()[:64], out_nP=triton_head.buffer(2, 64, hidden)
+    )
     got = _listed_logprobs(scored, ids, 1.0)
     full = torch.log_softmax(hidden.detach().double() @ head.detach()[:64].double().T, 1)
     torch.testing.assert_close(got[:, :5].double(), full.gather(1, ids), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got[:, 5].double(), full.scatter(1, ids, -math.inf).logsumexp(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got[:, 5].double(), full.scatter(1, ids, -math.inf).logsumexp(1), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name,beta", CASES)
@@ -183,7 +329,11 @@ def test_extreme_logits(name, beta):
     want_N = reference.divergence(name, h @ w.T, teacher.double() @ w.T.detach(), beta=beta)
     assert_close(out["divergence"], want_N.detach(), 1e-6)
     assert out["divergence"][4] == 0
-    for got, exact in zip(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(want_N.sum(), (h, w)), strict=True):
+    for got, exact in zip(
+        torch.autograd.grad(loss, (hidden, head)),
+        torch.autograd.grad(want_N.sum(), (h, w)),
+        strict=True,
+    ):
         assert torch.isfinite(got).all()
         assert_close(got, exact, 1e-5) if exact.norm() else None
 
@@ -200,13 +350,19 @@ def test_masked_ids_have_no_probability_and_no_gradient():
         w[masked, 0] = -math.inf
     target = torch.tensor(free)[target % len(free)]
     for name in HAND_WRITTEN:
-        term = LogprobTerm(target, weight, lambda logp, entropy, fields: -logp - 0.1 * entropy, entropy=True)
+        term = LogprobTerm(
+            target, weight, lambda logp, entropy, fields: -logp - 0.1 * entropy, entropy=True
+        )
         loss, out = linear_kl(hidden, head, th, tw, weight, name, logprob=term)
         (got,) = torch.autograd.grad(loss, head)
         (w,) = in_fp64(head.data[free].requires_grad_())
         zs, zt = hidden.detach().double() @ w.T, th.double() @ tw[free].double().T
         again = torch.tensor([free.index(t) for t in target.tolist()])
-        rows = reference.divergence(name, zs, zt) + reference.cross_entropy(zs, again) - 0.1 * reference.entropy(zs)
+        rows = (
+            reference.divergence(name, zs, zt)
+            + reference.cross_entropy(zs, again)
+            - 0.1 * reference.entropy(zs)
+        )
         (exact,) = torch.autograd.grad((rows * weight.double()).sum(), w)
         assert_close(loss.detach(), (rows * weight.double()).sum().detach(), 1e-6)
         assert_close(got[free], exact, 3e-6)
@@ -215,13 +371,18 @@ def test_masked_ids_have_no_probability_and_no_gradient():
 
 @pytest.mark.parametrize("name,beta", [(name, 0.3) for name in HAND_WRITTEN])
 def test_close_pairs_keep_their_digits(name, beta, wide_tiles):
-    hidden, head, th, tw = (x.float() for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3))
+    hidden, head, th, tw = (
+        x.float()
+        for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3)
+    )
     hidden.requires_grad_(), head.requires_grad_()
     loss, out = linear_kl(hidden, head, th, tw, torch.ones(4), name, beta=beta)
     h, w = in_fp64(hidden, head)
     want = reference.divergence(name, h @ w.T, th.double() @ tw.double().T, beta=beta).sum()
     assert_close(loss.detach(), want.detach(), 1e-4)
-    for got, exact in zip(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(want, (h, w)), strict=True):
+    for got, exact in zip(
+        torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(want, (h, w)), strict=True
+    ):
         assert_close(got, exact, 1e-4)
 
 
@@ -235,16 +396,23 @@ def test_a_number_that_is_none_reaches_the_loss():
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_half_precision_storage_keeps_a_gradient_to_its_own_rounding(name, wide_tiles):
     """The bytes that a GPU keeps: logits as fp16 differences, overwritten by 2-byte gradients (fp16 here: the interpreter has no bf16)."""
-    hidden, head, th, tw = (x.float() for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3))
+    hidden, head, th, tw = (
+        x.float()
+        for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3)
+    )
     score = lambda x, w: triton_head.logits(x, w, out_nP=torch.empty(4, 3072, dtype=torch.float16))
     student, teacher = score(hidden, head), score(th, tw)
     stored = teacher.z_nP.clone()
     coefficient = torch.tensor([[100.0, 0, 0]]).expand(4, 3).contiguous()
-    value, grad = triton_head.gradient(student, teacher, divergence=name, coefficient_n3=coefficient, dtype=torch.float16)
+    value, grad = triton_head.gradient(
+        student, teacher, divergence=name, coefficient_n3=coefficient, dtype=torch.float16
+    )
     zs = (hidden.double() @ head.double().T).requires_grad_()
     want = reference.divergence(name, zs, th.double() @ tw.double().T)
     (exact,) = torch.autograd.grad(want.sum(), zs)
-    assert torch.equal(stored, teacher.z_nP) == (name == "forward_kl")  # the others leave u in the teacher's bytes
+    assert torch.equal(stored, teacher.z_nP) == (
+        name == "forward_kl"
+    )  # the others leave u in the teacher's bytes
     assert grad.data_ptr() == student.z_nP.data_ptr() and grad[:, 3001:].abs().max() == 0
     assert_close(value, want.detach(), 5e-3)
     assert_close(grad[:, :3001] / 100, exact, 4e-3)
@@ -262,7 +430,9 @@ def test_rows_are_cut_into_chunks_without_a_trace():
 def test_rows_in_groups_are_the_rows(monkeypatch):
     """The order of tiles keeps some rows in the cache; every row is computed once whatever that order."""
     hidden, head, *_ = pair(n=70, vocab=90)
-    score = lambda: triton_head.logits(hidden.detach(), head.detach()[:90], out_nP=triton_head.buffer(70, 90, hidden).fill_(7.0))
+    score = lambda: triton_head.logits(
+        hidden.detach(), head.detach()[:90], out_nP=triton_head.buffer(70, 90, hidden).fill_(7.0)
+    )
     want = score()
     for kept in (1, 2 * 16 * 8 * 4, 3 * 16 * 8 * 4):
         monkeypatch.setattr(triton_head, "CACHED_BYTES", kept)
@@ -277,7 +447,10 @@ def test_a_target_that_is_no_id_and_a_head_of_another_layout():
     assert scored.logp_n(1.0).isnan().tolist() == [False, True, True, True, *[False] * 7]
     target[1:4] = 0
     turned = head.detach().t().contiguous().t()
-    losses = [linear_logprob(hidden, w, target, weight, cross_entropy, vocab=37)[0].item() for w in (head, turned)]
+    losses = [
+        linear_logprob(hidden, w, target, weight, cross_entropy, vocab=37)[0].item()
+        for w in (head, turned)
+    ]
     assert losses[0] == losses[1]
 
 
