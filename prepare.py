@@ -11,17 +11,16 @@ from pathlib import Path
 
 import torch
 
-import config as configuration
+import options
+from config import Config, check
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Stream, find_file, task_of
+from data.dataset import Dataset, Stream, find_file, show_batch, task_of
 from data.formatter import Formatter
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
 from errors import RunFailed, UserError, say
-from eval.log import forward_flops, show_batch
 from kernels import backend
-from knobs import Config, check
 from model import lineage, parallel
 from model.checkpoint import (
     ADAPTER,
@@ -32,12 +31,13 @@ from model.checkpoint import (
     stop_ids_of,
     tokenizer_folder,
 )
+from model.flops import forward_flops
 from model.lora import LoraConfig, adapt, parse_targets
 from model.optim import build_optimizer
-from model.runs import RunFolder, only_one, open_run
 from model.transformer import PRESETS, Transformer
+from rl.logprobs import teacher_topk
 from rl.reward import parse_reward
-from rl.score import likeliest
+from run import RunFolder, only_one, open_run
 
 
 def choose_device(cfg):
@@ -59,7 +59,7 @@ def choose_device(cfg):
 
 
 @functools.cache
-def embedded_tokenizer():
+def toy_tokenizer():
     examples = [
         TASKS["word_problems"].example("word_problems", "train", f"tokenizer/{i}")
         for i in range(2000)
@@ -78,15 +78,15 @@ TEACHER = dict(
     batch_size=64,
     eval_every=0,
     save_every=200,
-    keep=1,
+    max_checkpoints=1,
 )
 STUDENT = dict(mode="kd")
 
 
 def embedded(cfg, rank, what, recipe, launch):
     """The folder of the embedded task's teacher or distilled student, trained on first use by the same loop, kept and shared by all runs."""
-    whole = Config(**configuration.with_defaults(Config, recipe))
-    knobs = {k: v for k, v in configuration.resolved(whole).items() if k not in PASSING}
+    whole = Config(**options.with_defaults(Config, recipe))
+    knobs = {k: v for k, v in options.resolved(whole).items() if k not in PASSING}
     sources = [
         (Path(__file__).parent / f).read_bytes()
         for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")
@@ -127,7 +127,7 @@ def finished_run(runs, knobs, steps):
             if (
                 stored == knobs
                 and (last / "tokenizer.json").read_bytes()
-                == embedded_tokenizer().files["tokenizer.json"]
+                == toy_tokenizer().files["tokenizer.json"]
             ):
                 return last
         except (OSError, ValueError, AttributeError):
@@ -141,7 +141,7 @@ PASSING = (
     "resume",
     "device",
     "kernels",
-    "keep",
+    "max_checkpoints",
     "log_every",
     "wandb",
 )  # knobs that do not change what a run learns
@@ -152,7 +152,7 @@ def choose_tokenizer(cfg, folder, teacher_folder):
         return Tokenizer.load(cfg.tokenizer)
     if folder or teacher_folder:
         return Tokenizer.load(tokenizer_folder(folder or teacher_folder))
-    return embedded_tokenizer()
+    return toy_tokenizer()
 
 
 def lora_config(cfg, folder):
@@ -310,10 +310,10 @@ def training_record(cfg, dataset, student_folder, teacher_folder, reference_fold
             before += lineage.read(path.parent, f"traces {entry['data']}")
         elif any(written_by_teacher(example) for example in examples):
             before += lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
-    remembered = int(before.contains([example.question for example in dataset.held_out]).sum())
+    remembered = int(before.contains([example.question for example in dataset.validation]).sum())
     if remembered:
         print(
-            f"note: {remembered:,} of the {len(dataset.held_out):,} held-out questions were trained on by what this run begins from",
+            f"note: {remembered:,} of the {len(dataset.validation):,} held-out questions were trained on by what this run begins from",
             flush=True,
         )
     hashes = lineage.fingerprints(prompt_texts(cfg, examples))
@@ -344,11 +344,11 @@ def load_data(cfg, tokenizer, vocab, rank):
         cfg.data,
         Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
         seed=cfg.seed,
-        max_tokens=cfg.micro_tokens,
+        max_tokens=cfg.micro_batch_tokens,
         vocab=vocab,
         eval_examples=cfg.eval_examples,
         train_examples=cfg.train_examples,
-        overlong=cfg.overlong,
+        overlong=cfg.max_length_policy,
         new_tokens=cfg.sample_tokens if on_policy else 0,
         completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
         progress=rank == 0,
@@ -356,7 +356,7 @@ def load_data(cfg, tokenizer, vocab, rank):
     reward = None
     if cfg.mode == "grpo":
         reward = parse_reward(
-            cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_overlong, cfg.grpo_truncated_cost
+            cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
         )
         if reward.reads_gold:
             dataset.need_answers()
@@ -372,7 +372,7 @@ def prepare(cfg, held, launch):
     check(cfg)
     device, compute_dtype, rank, world = choose_device(cfg)
     has_teacher, distilled = (
-        cfg.mode == "kd" or cfg.grpo_kd > 0,
+        cfg.mode == "kd" or cfg.grpo_kd_coef > 0,
         cfg.mode == "grpo" and cfg.model == "tiny",
     )
     own_teacher, teacher_name = has_teacher and not cfg.teacher, cfg.teacher or "tiny-teacher"
@@ -389,7 +389,7 @@ def prepare(cfg, held, launch):
     teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
     tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
     teacher_tokenizer = (
-        embedded_tokenizer()
+        toy_tokenizer()
         if own_teacher
         else teacher_folder and Tokenizer.load(tokenizer_folder(teacher_folder))
     )
@@ -398,7 +398,7 @@ def prepare(cfg, held, launch):
     origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
     reference_shape = (
         read_config(cfg.reference or cfg.model, origin)
-        if cfg.mode == "grpo" and cfg.grpo_beta
+        if cfg.mode == "grpo" and cfg.grpo_kl_coef
         else None
     )
     its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None
@@ -415,7 +415,7 @@ def prepare(cfg, held, launch):
         )
         return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
     prompts, passes = (
-        (cfg.batch_size // cfg.grpo_samples, cfg.grpo_epochs)
+        (cfg.batch_size // cfg.grpo_samples, cfg.grpo_ppo_epochs)
         if cfg.mode == "grpo"
         else (cfg.batch_size, 1)
     )
@@ -424,9 +424,9 @@ def prepare(cfg, held, launch):
         raise UserError(
             "--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples"
         )
-    knobs = configuration.resolved(cfg, without=("name", "resume"))
+    knobs = options.resolved(cfg, without=("name", "resume"))
     folder, start = held.enter_context(
-        open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.keep, knobs, rank)
+        open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, knobs, rank)
     )
     student_folder = (
         embedded(cfg, rank, "student", STUDENT, launch) if distilled else student_folder
@@ -459,7 +459,7 @@ def prepare(cfg, held, launch):
         model = adapt(base, lora_config(cfg, student_folder), cfg.seed, wide)
         if start is not None:  # the base is built as it was, not unmerged
             load_adapter(model, folder.step_folder(start) / "adapter")
-    model.checkpointing = cfg.checkpointing
+    model.activation_checkpointing = cfg.activation_checkpointing
     frozen = lambda shape, weights: build_model(
         shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype
     ).requires_grad_(False)
@@ -474,13 +474,13 @@ def prepare(cfg, held, launch):
             f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}"
         )
         cache.fill(
-            likeliest(
+            teacher_topk(
                 documents,
                 teacher,
                 cfg.kd_topk,
                 temperature=cfg.kd_temperature,
                 vocab=vocab,
-                micro_tokens=cfg.micro_tokens,
+                micro_batch_tokens=cfg.micro_batch_tokens,
                 device=device,
             )
         )

@@ -10,31 +10,31 @@ import time
 
 import torch
 
-import config as configuration
+import options
+from config import Config, check, kept, needs_old_logp
+from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Order, Stream
 from errors import RunFailed, as_command
-from eval.heldout import evaluate
-from eval.log import Log, forward_flops, generation_flops, peak_flops, step_flops
-from eval.report import draw_curves, summary
 from kernels.attention import PackedAttention
-from knobs import Config, check, compares_with_rollout, kept
 from losses.grpo import VARIANTS, grpo_loss
 from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model import parallel
+from model.flops import forward_flops, generation_flops, peak_flops, step_flops
 from model.generate import generate
 from model.optim import clip_gradients, learning_rate
-from model.runs import StopSignal, stored_config
-from prepare import COSTS, TEACHER, embedded_tokenizer, prepare
+from prepare import COSTS, TEACHER, prepare, toy_tokenizer
+from rl.logprobs import add_correction, add_logprobs, kl_penalty
 from rl.rollout import Mixed, Rollouts
-from rl.score import add_correction, add_logprobs, kl_penalty
+from run import Log, StopSignal, stored_config
+from validation import evaluate
 
 __all__ = [
     "Config",
     "TEACHER",
     "check",
-    "embedded_tokenizer",
+    "toy_tokenizer",
     "forward_backward",
     "launch",
     "main",
@@ -51,12 +51,12 @@ def build(cfg, run):
             variant=cfg.grpo_variant,
             clip_low=cfg.grpo_clip_low,
             clip_high=cfg.grpo_clip_high,
-            kl=cfg.grpo_kl,
-            beta=cfg.grpo_beta if cfg.grpo_kl_in == "loss" else 0.0,
-            entropy=cfg.grpo_entropy,
+            kl=cfg.grpo_kl_estimator,
+            beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
+            entropy=cfg.grpo_entropy_coef,
             temperature=cfg.sample_temperature,
             vocab=run.vocab,
-            kd=cfg.grpo_kd,
+            kd=cfg.grpo_kd_coef,
             divergence=cfg.kd_divergence,
             kd_beta=cfg.kd_beta,
         )
@@ -148,20 +148,17 @@ def rewarded_rollouts(cfg, run):
         return *run.reward(example, text, len(completion.tokens), completion.stopped, opened), text
 
     def score(documents):
-        if compares_with_rollout(cfg):
+        if needs_old_logp(cfg):
             log_probs(cfg, run, documents, "old_logp", run.model)
         if run.reference:
             log_probs(cfg, run, documents, "ref_logp", run.reference)
-        if cfg.grpo_correction != "none":
+        if cfg.grpo_tis != "none":
             add_correction(
-                documents,
-                cfg.grpo_correction,
-                cfg.grpo_cap,
-                by_sequence=VARIANTS[cfg.grpo_variant][2],
+                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant][2]
             )
 
-    kl_in_reward = cfg.grpo_beta > 0 and cfg.grpo_kl_in == "reward"
-    price = functools.partial(kl_penalty, beta=cfg.grpo_beta) if kl_in_reward else None
+    kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
+    price = functools.partial(kl_penalty, beta=cfg.grpo_kl_coef) if kl_in_reward else None
     weighting = functools.partial(constant_length, length=cfg.sample_tokens)
     return rollouts(
         cfg,
@@ -171,10 +168,10 @@ def rewarded_rollouts(cfg, run):
         score,
         WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting),
         cfg.grpo_samples,
-        baseline=cfg.grpo_baseline,
-        updates=cfg.grpo_updates,
-        epochs=cfg.grpo_epochs,
-        refills=cfg.grpo_refills,
+        baseline=cfg.grpo_advantage,
+        updates=cfg.grpo_minibatches_per_rollout,
+        epochs=cfg.grpo_ppo_epochs,
+        refills=cfg.grpo_dynamic_sampling_rounds,
         mask_truncated=cfg.grpo_truncated == "mask",
         price=price,
         correctness=run.reward.correctness,
@@ -200,7 +197,7 @@ def log_probs(cfg, run, documents, name, model):
         model,
         temperature=cfg.sample_temperature,
         vocab=run.vocab,
-        micro_tokens=cfg.micro_tokens,
+        micro_batch_tokens=cfg.micro_batch_tokens,
         device=run.device,
     )
     lengths, rows = [len(d) for d in documents], sum((d.weights != 0).sum() for d in documents)
@@ -219,10 +216,10 @@ def score(teacher, micro, attend):
     return micro.select(hidden_TC), teacher.head_VD
 
 
-def forward_backward(model, teacher, loss_fn, batch, norm, micro_tokens, device):
+def forward_backward(model, teacher, loss_fn, batch, norm, micro_batch_tokens, device):
     """Gradients of the global batch's loss, micro-batch by micro-batch; returns the metrics' (sum, count) pairs."""
     sums = {}
-    for micro in batch.split(micro_tokens):
+    for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
         frozen = score(teacher, micro, attend)
@@ -256,10 +253,7 @@ def launch(cfg):
 def train(cfg, run, stop):
     """One run to its last checkpoint; the same loop for every mode."""
     log = Log(
-        run.folder.path,
-        configuration.resolved(cfg, without=("name", "resume")),
-        run.start,
-        run.rank,
+        run.folder.path, options.resolved(cfg, without=("name", "resume")), run.start, run.rank
     )
     start, steps, counters = run.start or 0, run.steps, run.counters
     trained, frozen = (
@@ -271,7 +265,7 @@ def train(cfg, run, stop):
         f"{run.dataset.label}, {steps} steps -> {run.folder.path}"
         + (f" (resumed at step {start})" if run.start else "")
     )
-    if cfg.lora_dropout and compares_with_rollout(cfg):
+    if cfg.lora_dropout and needs_old_logp(cfg):
         log.say(
             "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared with those of the rollout"
         )
@@ -294,7 +288,7 @@ def train(cfg, run, stop):
                     run.dataset,
                     run.stop_ids,
                     sft_loss,
-                    cfg.micro_tokens,
+                    cfg.micro_batch_tokens,
                     cfg.eval_tokens,
                     **run_on,
                 ),
@@ -318,13 +312,13 @@ def train(cfg, run, stop):
         )  # its word is in the advantages already
         sums = (
             forward_backward(
-                run.model, teacher, run.loss_fn, batch, norm, cfg.micro_tokens, run.device
+                run.model, teacher, run.loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
             )
             if norm > 0
             else {}
         )
         parallel.sync_gradients(run.model)
-        grad_norm, finite = clip_gradients(run.model, cfg.clip)
+        grad_norm, finite = clip_gradients(run.model, cfg.max_grad_norm)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
         if not finite:
             counters["skipped"] += 1
@@ -417,13 +411,13 @@ def due(step, every, last):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        print(configuration.usage(Config, "train.py"))
+        print(options.usage(Config, "train.py"))
         return 0
 
     def run():
-        cfg, _ = configuration.parse(Config, argv, together=False)  # to learn which run it is
+        cfg, _ = options.parse(Config, argv, together=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
-        cfg, _ = configuration.parse(Config, argv, stored, kept(stored))
+        cfg, _ = options.parse(Config, argv, stored, kept(stored))
         launch(cfg)
 
     return as_command("train.py", run, "interrupted")

@@ -40,7 +40,7 @@ class Case:
         self.want = {name: self.run(name, config) for name, config in self.table.items()}
 
     def run(self, name, config):
-        """The outputs of a kernel under a configuration."""
+        """The outputs of a kernel under a options."""
         ta, (q, k, v, do) = self.ta, (self.q, self.k, self.v, self.do)
         heads, kv_heads = q.shape[1], k.shape[1]
         if name == "forward":

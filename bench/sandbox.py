@@ -41,8 +41,8 @@ check(has_close_elements)
 
 
 def jobs_of(data):
-    from data.code import find_code
     from data.formats import read_examples
+    from data.grading.code import find_code
 
     if not data:
         return [(PROGRAM, TESTS)]

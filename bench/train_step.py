@@ -6,7 +6,7 @@
 The loop's own forward_backward, clipping and AdamW on random weights and tokens: bf16 compute, fp32 master weights, every token but the
 first of a document trained on. SFT at 16 × 2,048 and 4 × 8,192 tokens, KD (forward KL) with a 1.5B teacher, with and
 without torch.compile, by the Triton kernels and by the PyTorch path. Utilisation counts the head over loss rows only, the backward
-as twice the forward, against 989 TFLOP/s of dense bf16 (H100, H200; eval/log.py has the others). The median of ten steps.
+as twice the forward, against 989 TFLOP/s of dense bf16 (H100, H200; model/flops.py has the others). The median of ten steps.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import torch
 
 from bench.gpu import Bench, environment, kept, table
 from data.batch import Batch, Document
-from eval.log import peak_flops, step_flops
 from kernels import backend
 from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model.checkpoint import build_model
+from model.flops import peak_flops, step_flops
 from model.optim import build_optimizer, clip_gradients
 from model.transformer import PRESETS
 from train import forward_backward

@@ -48,8 +48,8 @@ class Batch:
     rows_N: torch.Tensor
     fields: dict
     normaliser: float
-    listed_ids_Nk: torch.Tensor | None = None
-    listed_logp_NB: torch.Tensor | None = None
+    topk_ids_Nk: torch.Tensor | None = None
+    topk_logp_NB: torch.Tensor | None = None
     metrics: dict = dataclasses.field(default_factory=dict)
     samples: list = dataclasses.field(default_factory=list)
 
@@ -72,10 +72,10 @@ class Batch:
         weight_T = _concat(weight, np.float64)
         listed = {}
         if documents and all(d.listed for d in documents):
-            listed["listed_ids_Nk"] = torch.from_numpy(
+            listed["topk_ids_Nk"] = torch.from_numpy(
                 np.concatenate([d.listed[0] for d in documents]).astype(np.int64)
             )
-            listed["listed_logp_NB"] = torch.from_numpy(
+            listed["topk_logp_NB"] = torch.from_numpy(
                 np.concatenate([d.listed[1] for d in documents]).astype(np.float32)
             ).log_softmax(1)
         return cls(
@@ -96,19 +96,19 @@ class Batch:
             **listed,
         )
 
-    def split(self, micro_tokens):
-        """Micro-batches of whole documents, at most micro_tokens tokens each.
+    def split(self, micro_batch_tokens):
+        """Micro-batches of whole documents, at most micro_batch_tokens tokens each.
 
-        First-fit decreasing: the fullest bins that a simple rule finds. Documents longer than micro_tokens were refused
+        First-fit decreasing: the fullest bins that a simple rule finds. Documents longer than micro_batch_tokens were refused
         when the data was read; one that arrives here all the same is an error.
         """
         bins = []
         for d in sorted(self.documents, key=lambda d: -len(d)):
-            if len(d) > micro_tokens:
+            if len(d) > micro_batch_tokens:
                 raise UserError(
-                    f"a document of {len(d)} tokens does not fit micro_tokens={micro_tokens}; raise --micro_tokens"
+                    f"a document of {len(d)} tokens does not fit micro_batch_tokens={micro_batch_tokens}; raise --micro_batch_tokens"
                 )
-            home = next((b for b in bins if b[0] + len(d) <= micro_tokens), None)
+            home = next((b for b in bins if b[0] + len(d) <= micro_batch_tokens), None)
             if home is None:
                 bins.append(home := [0, []])
             home[0] += len(d)

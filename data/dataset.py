@@ -197,7 +197,7 @@ class Dataset:
             )
         if self.dropped:
             self.notes.append(
-                f"{self.dropped:,} examples are too long for --micro_tokens and dropped"
+                f"{self.dropped:,} examples are too long for --micro_batch_tokens and dropped"
             )
 
     def __len__(self) -> int:
@@ -226,7 +226,7 @@ class Dataset:
             if documents:
                 return example, documents[0]
         raise UserError(
-            f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_tokens {self.max_tokens:,}; raise it"
+            f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_batch_tokens {self.max_tokens:,}; raise it"
         )
 
     def need_answers(self) -> None:
@@ -237,7 +237,7 @@ class Dataset:
                 f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give --grpo_reward file.py:function"
             )
 
-    def held_out_documents(self) -> list[Document]:
+    def validation_documents(self) -> list[Document]:
         return self._held_out_documents
 
     def _tokenise(self, examples: list[Example], progress: bool) -> None:
@@ -295,14 +295,14 @@ class Dataset:
                     return False
                 raise UserError(
                     f"{example.origin}: --sample_tokens {self.new_tokens} and this prompt ({prompt:,} tokens) do not fit "
-                    f"--micro_tokens {self.max_tokens}; raise it or set --overlong drop"
+                    f"--micro_batch_tokens {self.max_tokens}; raise it or set --max_length_policy drop"
                 )
         if len(document) <= self.max_tokens:
             return True
         if self.overlong == "drop":
             return False
         raise UserError(
-            f"{example.origin}: {len(document):,} tokens, more than --micro_tokens {self.max_tokens:,}; raise it or set --overlong drop"
+            f"{example.origin}: {len(document):,} tokens, more than --micro_batch_tokens {self.max_tokens:,}; raise it or set --max_length_policy drop"
         )
 
 
@@ -365,3 +365,18 @@ class Order:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
         return int(self._epoch[1][offset])
+
+
+def show_batch(batch, tokenizer, count):
+    """Print documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
+    on, off = ("\033[32m⟦", "⟧\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for n, d in enumerate(batch.documents[:count], 1):
+        trained = int((d.weights != 0).sum())
+        print(f"--- example {n}: {len(d)} tokens, {trained} trained on")
+        lo = 0
+        for hi in range(1, len(d) + 1):
+            if hi == len(d) or (d.weights[hi] != 0) != (d.weights[lo] != 0):
+                text = tokenizer.decode(d.tokens[lo:hi])
+                print(on + text + off if d.weights[lo] != 0 else text, end="")
+                lo = hi
+        print()

@@ -8,7 +8,7 @@ A row is a JSON object (or a Parquet row). The forms, by their columns:
   none of them where nobody's answer is needed; a gold answer may stand beside them in `answer`, `final_answer`,
   `expected_answer`, `ground_truth` or verl's `reward_model` ({"ground_truth"});
 - Alpaca: `instruction`, `input`, `output`; CAMEL's traces: `problem`, `reasoning_solution`;
-- HumanEval and MBPP (data/code.py).
+- HumanEval and MBPP (data/grading/code.py).
 
 What a row says is what is trained on: text stays as it is written, a column or a field of a message that
 would change the prompt or the training is used or refused by name, and columns that are not read are
@@ -26,8 +26,8 @@ from collections.abc import Collection, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 
-from data.code import humaneval, mbpp, split_of
 from data.grade import LONGEST, marked_answer, parse_number
+from data.grading.code import humaneval, mbpp, split_of
 from data.messages import check_all_text, is_empty, json_value, normalise_messages
 from data.tasks import TASKS, Example
 from errors import UserError

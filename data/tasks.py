@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from data.code import grade_code
 from data.grade import grade_math, grade_number
+from data.grading.code import grade_code
 from data.sandbox import at_once
 
 HELD_OUT_SHARE = 8  # one problem in eight is held out
@@ -228,7 +228,7 @@ def grade(example, text):
     return TASKS[example.task].grade(text, example.answer)
 
 
-def judge_all(judge, items):
+def grade_all(judge, items):
     """[judge(example, …)] of tuples (example, …) in their order, several at a time where an example's task waits for other processes."""
     pool = ThreadPoolExecutor(at_once())
     waits = lambda example: getattr(TASKS.get(getattr(example, "task", None)), "waits", False)

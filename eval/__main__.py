@@ -19,15 +19,14 @@ from pathlib import Path
 import torch
 
 from data.grade import grade_by_math_verify, vote
-from data.tasks import grade, judge_all
+from data.tasks import grade, grade_all
 from errors import RunFailed, UserError
-from eval import benchmarks, prompts, results, trained
-from eval.load import Subject, find
-from eval.report import environment
+from eval import benchmarks, contamination, prompts, summary
 from files import replace_file
 from model import parallel
 from model.generate import generate
-from model.runs import handled, interrupt
+from model.load import Subject, find
+from run import environment, handled, interrupt
 
 PROGRESS = 10.0  # seconds between progress lines
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank may wait for one whose answers are longer
@@ -176,11 +175,11 @@ class Job:
     subject: Subject
     benchmark: benchmarks.Benchmark
     prompts: prompts.Prompts
-    samples: results.Samples
+    samples: summary.Samples
     identity: dict  # what the samples depend on: they are kept together only if it agrees
     new_tokens: int
     trained: (
-        trained.Trained
+        contamination.Trained
     )  # how many questions of the test set the checkpoint was trained on, as far as that is known
 
 
@@ -191,7 +190,7 @@ def plan(args):
     sets = [benchmarks.load(task, args.data, args.limit) for task in args.tasks]
     jobs = []
     for subject in subjects:
-        seen = trained.seen(subject, sets, args.allow_trained)
+        seen = contamination.seen(subject, sets, args.allow_trained)
         for benchmark in sets:
             words = args.prompt, args.system, args.instruction, args.prefill
             asked = prompts.build(
@@ -219,7 +218,7 @@ def plan(args):
                 "vocabulary": subject.vocab,
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
             }
-            samples = results.Samples(Path(args.out) / subject.label, benchmark.name)
+            samples = summary.Samples(Path(args.out) / subject.label, benchmark.name)
             samples.agree(identity)
             jobs.append(
                 Job(
@@ -278,7 +277,7 @@ def fill(job, args, model, rank, world):
     tokens, seconds = zip(*parallel.gather((written, time.perf_counter() - clock)))
     rows = job.samples.read()
     ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
-    graded = judge_all(
+    graded = grade_all(
         judge, [(examples[problem], rows[problem, sample]) for problem, sample in ungraded]
     )
     for part in parallel.gather(dict(zip(ungraded, graded))):
@@ -307,7 +306,7 @@ def write(job, args, model, groups, rank):
         text, example = tokenizer.decode(completion.tokens, skip_special=True), examples[key[0]]
         for stop in job.prompts.stop:
             text = text.partition(stop)[0]
-        return results.line(
+        return summary.line(
             dict(
                 problem=key[0],
                 sample=key[1],
@@ -380,7 +379,7 @@ def report(args, jobs, rows):
         (
             j.subject.label,
             j.benchmark.name,
-            results.summarise(r, args.k, j.samples.stated["generated"]),
+            summary.summarise(r, args.k, j.samples.stated["generated"]),
         )
         for j, r in zip(jobs, rows)
     ]
@@ -398,16 +397,16 @@ def report(args, jobs, rows):
     conditions = list(
         dict.fromkeys(conditions)
     )  # checkpoints that were asked the same share a line
-    training = trained.notes([(j.subject.label, j.benchmark.name, j.trained) for j in jobs])
+    training = contamination.notes([(j.subject.label, j.benchmark.name, j.trained) for j in jobs])
     listed = {f"{j.subject.label} on {j.benchmark.name}" for j in jobs}
     if others := [name for name in jobs[0].samples.others() if name not in listed]:
         conditions.append(f"not in this summary, though beside it: {', '.join(others)}")
     tables = [
-        results.table(summaries),
-        *([results.comparison_table(comparisons)] if comparisons else []),
+        summary.table(summaries),
+        *([summary.comparison_table(comparisons)] if comparisons else []),
     ]
     out = Path(args.out)
-    page = [*map(results.markdown, tables), "\n".join(f"- {c}" for c in [*conditions, *training])]
+    page = [*map(summary.markdown, tables), "\n".join(f"- {c}" for c in [*conditions, *training])]
     kept = {
         "conditions": [*conditions, *training],
         "training": training,
@@ -417,8 +416,8 @@ def report(args, jobs, rows):
     kept["trained_on"] = [[j.subject.label, j.benchmark.name, *j.trained] for j in jobs]
     replace_file(out / "summary.md", "\n\n".join(page) + "\n")
     replace_file(out / "summary.json", json.dumps(kept, indent=1) + "\n")
-    results.draw(summaries, out / "summary.png")
-    said = [*map(results.aligned, tables), *conditions, *training]
+    summary.draw(summaries, out / "summary.png")
+    said = [*map(summary.aligned, tables), *conditions, *training]
     return "\n\n".join([*said, f"samples, summary.md, summary.json and summary.png are in {out}"])
 
 
@@ -449,13 +448,13 @@ def compare(args, jobs, rows):
         if job.subject.label == label:
             continue
         other, theirs = others[job.benchmark.name]
-        differing = results.asked_differently(job.samples.stated, other.samples.stated)
+        differing = summary.asked_differently(job.samples.stated, other.samples.stated)
         found.append(
             (
                 job.subject.label,
                 label,
                 job.benchmark.name,
-                results.compare(ours, theirs) | {"asked_differently": differing},
+                summary.compare(ours, theirs) | {"asked_differently": differing},
             )
         )
     return found

@@ -15,7 +15,7 @@ from errors import UserError
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROGRAM = "\nAnswer with the whole program in one ```python block."
 HELD_OUT = 400  # problems of an embedded task, unless --limit asks for another number
-CODE = ("humaneval", "mbpp")  # read and graded by data/code.py
+CODE = ("humaneval", "mbpp")  # read and graded by data/grading/code.py
 EMBEDDED = "embedded"  # instead of a file: the problems are made
 
 

@@ -12,8 +12,8 @@ from data.messages import check_text
 from data.tasks import Example
 from data.tokenizer import parse_template_kwargs
 from errors import UserError
-from eval.load import find
 from model.generate import generate
+from model.load import find
 
 
 class Stream:

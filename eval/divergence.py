@@ -2,7 +2,7 @@
 
     python -m eval.divergence runs/my-run path/to/Qwen2.5-0.5B --evals evals/mine evals/base --out kl.json
 
-Means per token of the measures of eval/heldout.py (CHECKPOINT is the model, REFERENCE its teacher; over the ids that both share), on what
+Means per token of the measures of validation.py (CHECKPOINT is the model, REFERENCE its teacher; over the ids that both share), on what
 CHECKPOINT wrote (`on_own`) and on what REFERENCE wrote. By the chain rule reverse_kl summed over an own answer estimates KL(CHECKPOINT ‖
 REFERENCE) of whole answers, and forward_kl summed over REFERENCE's the other KL: …_per_answer. At a temperature or top-p other than 1
 that is along the answers as they were sampled. Texts become tokens anew; one that was ended gets its stop token back.
@@ -19,11 +19,11 @@ from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
 from errors import UserError, as_command
-from eval.heldout import compare, document
-from eval.load import find
-from eval.results import Samples
+from eval.summary import Samples
 from files import read_json, replace_file
-from model.runs import handled, interrupt
+from model.load import find
+from run import handled, interrupt
+from validation import compare, document
 
 
 def parse(argv):
@@ -132,7 +132,7 @@ def run(args):
         raise UserError(f"--out {args.out}: {e.strerror}") from None
     model, teacher, measured = checkpoint.model(), reference.model(), {}
     for name, batch in batches.items():
-        sums = compare(model, teacher, batch, vocab, micro_tokens=8192)
+        sums = compare(model, teacher, batch, vocab, micro_batch_tokens=8192)
         sums |= {
             f"{kl}_per_answer": (sums[kl][0], len(batch.documents))
             for kl in ("forward_kl", "reverse_kl")

@@ -19,19 +19,18 @@ import torch
 from data.dataset import Dataset
 from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
 from data.formatter import OPENED, Formatter
-from data.tasks import TASKS, grade, judge_all
+from data.tasks import TASKS, grade, grade_all
 from data.tokenizer import parse_template_kwargs
 from errors import RunFailed, UserError, as_command
 from eval.__main__ import seed_of
-from eval.load import find
-from eval.log import generation_flops
-from eval.report import environment
-from eval.results import Samples, line
+from eval.summary import Samples, line
 from files import replace_file
 from model import lineage
+from model.flops import generation_flops
 from model.generate import generate
-from model.runs import handled, interrupt
+from model.load import find
 from model.transformer import Transformer
+from run import environment, handled, interrupt
 
 # Columns that say what a trace's messages and answer say already, in forms of their own.
 REPLACED = {
@@ -244,7 +243,7 @@ def judge(found, rows):
     )
     keys = sorted(rows)
     return dict(
-        zip(keys, judge_all(ask, [(found[p][0], rows[p, s]) for p, s in keys]), strict=True)
+        zip(keys, grade_all(ask, [(found[p][0], rows[p, s]) for p, s in keys]), strict=True)
     )
 
 

@@ -17,9 +17,9 @@ Legend: T packed tokens, H query heads, K key-value heads, E head dimension; J t
 from dataclasses import dataclass
 
 import torch
-from torch import library
 import triton
 import triton.language as tl
+from torch import library
 
 TILE = 128  # tokens of the map's tiles; a kernel's own tile divides it
 LOG2E = 1.4426950408889634

@@ -10,7 +10,7 @@ Every variant is a row loss of short vectors plus a weighting of the tokens (`VA
 | gspo | sequence | 1/|o|, over sequences | GSPO, arXiv 2507.18071, eq. 5 (gradient: eq. 10) |
 | cispo | token, detached | 1, over all tokens | MiniMax-M1, arXiv 2506.13585, eq. 4 |
 
-With a variant come the baseline and the clip bounds of its paper, as defaults (knobs.py): Dr. GRPO
+With a variant come the baseline and the clip bounds of its paper, as defaults (config.py): Dr. GRPO
 divides by no deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is 0.28, CISPO has no lower
 one. A sample without loss rows (masked because it did not stop) counts in no divisor.
 
@@ -50,7 +50,7 @@ VARIANTS = {
 # (arXiv 2510.01555, 2512.21852; tests/test_grpo.py enumerates small vocabularies):
 # - in the loss, token by token: k1's gradient is 0 on average, k2's is that of KL(policy ‖ ref), k3's
 #   that of KL(ref ‖ policy), each of the next token while the prefixes that the policy writes stay put.
-# - in the reward, detached (`rl.score.kl_penalty`): only k1 is right, and summed over a sample it has
+# - in the reward, detached (`rl.logprobs.kl_penalty`): only k1 is right, and summed over a sample it has
 #   the gradient of the KL of whole sequences; k3 has that of KL(policy ‖ ref) − KL(ref ‖ policy).
 KL_ESTIMATES = {
     "k1": lambda d: d,

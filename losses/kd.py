@@ -84,7 +84,7 @@ def kd_loss(
         listed = (
             topk_logprobs(*frozen, topk, temperature=temperature, vocab=vocab)
             if frozen
-            else (batch.listed_ids_Nk, batch.listed_logp_NB)
+            else (batch.topk_ids_Nk, batch.topk_logp_NB)
         )
         definition = lambda ls, lt: DIVERGENCES[divergence](ls, lt, beta)
         loss_sum, rows = linear_topk_divergence(

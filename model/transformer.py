@@ -179,7 +179,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config, compute_dtype=None):
         super().__init__()
-        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
+        self.config, self.compute_dtype, self.activation_checkpointing = (
+            config,
+            compute_dtype,
+            False,
+        )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -198,7 +202,7 @@ class Transformer(nn.Module):
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x_TD = checkpoint(
                     block, layer, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False
                 )

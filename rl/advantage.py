@@ -14,7 +14,7 @@ def group_advantages(rewards_G, baseline):
     leave_one_out: r − mean of the others (RLOO, arXiv 2402.14740).
     """
     rewards_G = np.asarray(rewards_G, np.float64)
-    if not spread(rewards_G):
+    if not has_reward_spread(rewards_G):
         return np.zeros_like(rewards_G)
     return BASELINES[baseline](rewards_G - rewards_G.mean())
 
@@ -44,7 +44,7 @@ def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
     return centred_G
 
 
-def spread(rewards_G):
+def has_reward_spread(rewards_G):
     """Whether a group can teach anything."""
     return len(rewards_G) > 1 and max(rewards_G) != min(rewards_G)
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.batch import Batch, Document
-from data.tasks import judge_all
+from data.tasks import grade_all
 from errors import RunFailed, UserError
 from model import parallel
-from rl.advantage import group_advantages, kl_advantages, spread
+from rl.advantage import group_advantages, has_reward_spread, kl_advantages
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Group:
     def teaches(self):
         """Whether dynamic sampling keeps the group: some samples are better than others, by their
         correctness (DAPO, arXiv 2503.14476, eq. 11), and their rewards say so."""
-        return spread(self.correctness) and spread(self.rewards)
+        return has_reward_spread(self.correctness) and has_reward_spread(self.rewards)
 
 
 class Rollouts(Iterator):
@@ -158,7 +158,7 @@ class Rollouts(Iterator):
         seeds = [sample_seed(self.seed, p, s) for p, s in jobs]
         done = self.write([ids for _, ids in prompts for _ in range(self.samples)], seeds)
         examples = [example for example, _ in prompts for _ in range(self.samples)]
-        judged = judge_all(self.judge, list(zip(examples, done))) if self.judge else []
+        judged = grade_all(self.judge, list(zip(examples, done))) if self.judge else []
         groups = []
         for i, (position, (example, ids)) in enumerate(zip(positions, prompts)):
             own = slice(i * self.samples, (i + 1) * self.samples)
@@ -217,8 +217,8 @@ class Rollouts(Iterator):
         judged = [j for g in groups for j in g.judged]
         if judged:
             values["reward"] = [reward for reward, *_ in judged]
-            values["spread"] = [spread(g.rewards) for g in groups]
-            values["correctness_spread"] = [spread(g.correctness) for g in groups]
+            values["spread"] = [has_reward_spread(g.rewards) for g in groups]
+            values["correctness_spread"] = [has_reward_spread(g.correctness) for g in groups]
             values["reward_std"] = [np.std(g.rewards) for g in groups]
             for name in sorted({name for _, parts, *_ in judged for name in parts}):
                 values[f"reward_{name}"] = [parts.get(name, 0.0) for _, parts, *_ in judged]

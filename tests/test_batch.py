@@ -56,7 +56,7 @@ def test_sequence_mean_gives_every_sequence_the_weight_one():
 
 
 def test_a_document_too_long_and_an_empty_batch():
-    with pytest.raises(UserError, match="micro_tokens=4"):
+    with pytest.raises(UserError, match="micro_batch_tokens=4"):
         Batch.pack([doc(*range(5))]).split(4)
     empty = Batch.pack([])
     assert empty.split(8) == [] and empty.normaliser == 0 and empty.tokens_T.dtype == torch.long

@@ -10,7 +10,6 @@ from model.checkpoint import build_model, save_model
 from model.transformer import PRESETS
 from tests.conftest import ROOT
 
-
 LINES = "Mia has 3 apples.\n\nAnd now?\n/new\nMia has 3 apples.\n"
 
 
@@ -20,7 +19,7 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
         code = chat.main([str(a) for a in arguments])
         return (code, *capsys.readouterr())
 
-    tokenizer, folder = train.embedded_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
+    tokenizer, folder = train.toy_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
     folder.mkdir(parents=True)
     save_model(build_model(PRESETS["tiny"], None, device="cpu", seed=0), folder, tokenizer, [2, 0])
     command = [

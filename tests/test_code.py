@@ -8,15 +8,16 @@ import threading
 
 import pytest
 
-from data import code, tasks
-from data.code import IMPORT, find_code, grade_code, humaneval, mbpp
+from data import tasks
 from data.dataset import Dataset
 from data.formats import read_examples, read_rows, to_example
 from data.grade import Verdict
+from data.grading import code
+from data.grading.code import IMPORT, find_code, grade_code, humaneval, mbpp
 from data.sandbox import at_once, check_many
 from data.tasks import grade
 from errors import UserError
-from eval.report import read_metrics
+from run import read_metrics
 from tests.test_rl import run
 from tests.test_train import SMALL
 
@@ -320,12 +321,12 @@ def test_several_are_judged_at_once_where_that_helps(task, together, monkeypatch
         barrier.wait()
         return number
 
-    assert tasks.judge_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(
+    assert tasks.grade_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(
         range(9)
     )
     with pytest.raises(threading.BrokenBarrierError):
         barrier.abort()
-        tasks.judge_all(judge, [(tasks.Example((), task=task), 1)])
+        tasks.grade_all(judge, [(tasks.Example((), task=task), 1)])
 
 
 def test_ranks_share_the_processors(monkeypatch):
@@ -349,7 +350,7 @@ def test_mbpp_is_trained_on(tmp_path):
     )
     data = [o for o in SMALL if not o.startswith("--data")] + [
         f"--data={path}",
-        "--micro_tokens=600",
+        "--micro_batch_tokens=600",
     ]
     code_, said = run("--mode=sft", *data, "--name=s", cwd=tmp_path)
     assert code_ == 0, said

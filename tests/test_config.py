@@ -7,9 +7,9 @@ import pytest
 
 import config
 import train
-from config import knob
+from config import kept
 from errors import UserError
-from knobs import kept
+from options import knob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +255,10 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
             0
         ]
         train.check(cfg)
-        return cfg.grpo_baseline, cfg.grpo_clip_low, cfg.grpo_clip_high
+        return cfg.grpo_advantage, cfg.grpo_clip_low, cfg.grpo_clip_high
 
     assert settings() == (baseline, low, high)
-    assert settings("--grpo_baseline=leave_one_out", "--grpo_clip_low=0.1") == (
+    assert settings("--grpo_advantage=leave_one_out", "--grpo_clip_low=0.1") == (
         "leave_one_out",
         0.1,
         high,
@@ -272,14 +272,16 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
 
 def test_the_kls_estimate_goes_with_its_place():
     kl = lambda *args: (
-        config.parse(train.Config, ["--mode=grpo", "--grpo_beta=0.1", *args])[0].grpo_kl
+        config.parse(train.Config, ["--mode=grpo", "--grpo_kl_coef=0.1", *args])[
+            0
+        ].grpo_kl_estimator
     )
-    assert (kl(), kl("--grpo_kl_in=loss"), kl("--grpo_kl_in=reward"), kl("--grpo_kl=k2")) == (
-        "k3",
-        "k3",
-        "k1",
-        "k2",
-    )
+    assert (
+        kl(),
+        kl("--grpo_kl_in=loss"),
+        kl("--grpo_kl_in=reward"),
+        kl("--grpo_kl_estimator=k2"),
+    ) == ("k3", "k3", "k1", "k2")
 
 
 @pytest.fixture(params=["stored", "file"])
@@ -315,7 +317,7 @@ def stored_by(*args):
 def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, new, brings, reuse):
     def settings(values, *args):
         cfg = reuse(values, *args)
-        return cfg.grpo_baseline, cfg.grpo_clip_low, cfg.grpo_clip_high
+        return cfg.grpo_advantage, cfg.grpo_clip_low, cfg.grpo_clip_high
 
     run = stored_by("--mode=grpo", f"--grpo_variant={old}")
     assert settings(run, f"--grpo_variant={new}") == brings
@@ -328,17 +330,20 @@ def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, ne
         "--mode=grpo",
         f"--grpo_variant={old}",
         "--grpo_clip_high=0.5",
-        "--grpo_baseline=leave_one_out",
+        "--grpo_advantage=leave_one_out",
     )
     assert settings(chosen, f"--grpo_variant={new}") == ("leave_one_out", brings[1], 0.5)
     assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
 
 
 def test_other_knobs_with_defaults_of_their_own_go_along_too(reuse):
-    run = stored_by("--mode=grpo", "--grpo_beta=0.1")
-    assert run["grpo_kl"] == "k3" and reuse(run, "--grpo_kl_in=reward").grpo_kl == "k1"
-    assert reuse(run | {"grpo_kl": "k2"}, "--grpo_kl_in=reward").grpo_kl == "k2"
-    assert reuse(run, "--grpo_kl_in=loss").grpo_kl == "k3"
+    run = stored_by("--mode=grpo", "--grpo_kl_coef=0.1")
+    assert (
+        run["grpo_kl_estimator"] == "k3"
+        and reuse(run, "--grpo_kl_in=reward").grpo_kl_estimator == "k1"
+    )
+    assert reuse(run | {"grpo_kl_estimator": "k2"}, "--grpo_kl_in=reward").grpo_kl_estimator == "k2"
+    assert reuse(run, "--grpo_kl_in=loss").grpo_kl_estimator == "k3"
 
 
 def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
@@ -376,7 +381,7 @@ def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 def test_no_knob_takes_what_is_not_finite(value, tmp_path):
     floats = [f.name for f in dataclasses.fields(train.Config) if f.type is float]
-    assert "lr" in floats and "grpo_cap" in floats and len(floats) > 15
+    assert "lr" in floats and "grpo_tis_cap" in floats and len(floats) > 15
     for name in floats:
         with pytest.raises(UserError, match=f"--{name}: .* is not a number that is finite"):
             config.parse(train.Config, [f"--{name}={value}"], together=False)

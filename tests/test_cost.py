@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from eval.log import Log, duration, forward_flops, generation_flops, peak_flops
-from eval.report import read_metrics
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model
+from model.flops import forward_flops, generation_flops, peak_flops
 from model.generate import generate
 from model.transformer import PRESETS, Transformer
+from run import Log, duration, read_metrics
 
 SMALL = [
     "--device=cpu",
@@ -32,15 +32,15 @@ GRPO = [
     "--model=tiny-teacher",
     "--sample_tokens=8",
     "--grpo_samples=2",
-    "--grpo_beta=0.1",
+    "--grpo_kl_coef=0.1",
     "--grpo_reward=mine.py:letters",
 ]
 REUSED = [
     *GRPO,
-    "--grpo_updates=2",
-    "--grpo_epochs=2",
-    "--grpo_refills=1",
-    "--grpo_kd=0.5",
+    "--grpo_minibatches_per_rollout=2",
+    "--grpo_ppo_epochs=2",
+    "--grpo_dynamic_sampling_rounds=1",
+    "--grpo_kd_coef=0.5",
     "--teacher=tiny-teacher",
 ]
 
@@ -68,7 +68,12 @@ CASES = {  # knobs, generations, tokens that the teacher reads for each that is 
     ),
     "grpo": (GRPO, 4, 0, 0),
     "grpo, one rollout for four steps": (REUSED, 1, 1, 0),
-    "gspo, its ratios first": ([*GRPO, "--grpo_variant=gspo", "--grpo_updates=2"], 2, 0, 0),
+    "gspo, its ratios first": (
+        [*GRPO, "--grpo_variant=gspo", "--grpo_minibatches_per_rollout=2"],
+        2,
+        0,
+        0,
+    ),
     "gspo, one update": ([*GRPO, "--grpo_variant=gspo"], 4, 0, 0),
     "gspo and a teacher": ([*REUSED, "--grpo_variant=gspo"], 1, 1, 0),
     "grpo with lora": ([*GRPO, "--lora_rank=4"], 4, 0, 0),

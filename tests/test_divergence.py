@@ -47,9 +47,7 @@ def made(tmp_path_factory):
         for p in model.parameters():
             p.mul_(1 + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     (home / "near").mkdir()
-    save_model(
-        model, home / "near", train.embedded_tokenizer(), train.embedded_tokenizer().stop_ids()
-    )
+    save_model(model, home / "near", train.toy_tokenizer(), train.toy_tokenizer().stop_ids())
     for name in ("base", "near"):
         assert evaluation.main([str(home / name), *ASKED, f"--out={home}/evals-{name}"]) == 0
         (kept,) = (home / f"evals-{name}").glob("*/word_problems.jsonl")

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 import train
-from data.code import IMPORT, find_code
 from data.dataset import divide
 from data.grade import grade_by_math_verify
+from data.grading.code import IMPORT, find_code
 from data.tasks import TASKS, Example, grade
 from errors import UserError
 from eval import __main__ as evaluation
-from eval import benchmarks, prompts, results
+from eval import benchmarks, prompts, summary
 from model.checkpoint import build_model, save_model
 from model.generate import Completion, generate
 from model.transformer import PRESETS, ModelConfig
+from tests.distributed_workers import eval_main, spawned
 from tests.test_code import BREAK
-from tests.workers import eval_main, spawned
 
 CODE = ("humaneval", "mbpp")
 MATH = ("gsm8k", "svamp", "math500", "amc23", "aime24", "minerva_math", "olympiadbench")
@@ -27,7 +27,7 @@ MATH = ("gsm8k", "svamp", "math500", "amc23", "aime24", "minerva_math", "olympia
 
 def checkpoint(folder, seed=0, tokenizer=None, **shape):
     folder.mkdir(parents=True)
-    tokenizer = tokenizer or train.embedded_tokenizer()
+    tokenizer = tokenizer or train.toy_tokenizer()
     config = ModelConfig(
         **vars(PRESETS["tiny"])
         | dict(
@@ -180,7 +180,7 @@ def says(monkeypatch):
     """Makes every model say what `answer(example)` returns."""
 
     def prepare(answer, task, data):
-        examples, tokenizer = benchmarks.load(task, data).examples, train.embedded_tokenizer()
+        examples, tokenizer = benchmarks.load(task, data).examples, train.toy_tokenizer()
 
         def speak(model, prompts, *_, on_done, **more):
             for i in range(len(prompts)):
@@ -433,7 +433,7 @@ def same(a, b):
 def test_a_killed_evaluation_goes_on_with_what_is_missing(group, tiny, tmp_path, run, monkeypatch):
     whole, broken, sampled = tmp_path / "whole", tmp_path / "broken", [*SAMPLED, "--group", group]
     assert run(tiny, *sampled, "--out", whole)[0] == 0
-    written, line = [], results.line
+    written, line = [], summary.line
 
     def dies(row):
         written.append(row)
@@ -561,7 +561,7 @@ def test_code_is_completed_as_it_stands_or_asked_for():
     turns = ({"role": "user", "content": code}, {"role": "assistant", "content": " x"})
     benchmark, tokenizer = (
         benchmarks.Benchmark("humaneval", (Example(turns),), benchmarks.PROGRAM, (), "a", "b"),
-        train.embedded_tokenizer(),
+        train.toy_tokenizer(),
     )
     plain, chat = (prompts.build(benchmark, tokenizer, {}, kind) for kind in ("plain", "chat"))
     assert plain.stated["first_prompt"] == code and "\ndef" in plain.stop
@@ -571,7 +571,7 @@ def test_code_is_completed_as_it_stands_or_asked_for():
 
 
 def test_a_few_shot_answer_ends_before_the_next_question(tiny, tmp_path, run, monkeypatch):
-    tokenizer, stops = train.embedded_tokenizer(), []
+    tokenizer, stops = train.toy_tokenizer(), []
 
     def speak(model, prompts, *_, on_done, stop_strings, **more):
         stops.append(stop_strings)
@@ -715,7 +715,7 @@ def test_a_template_that_differs_is_named_unless_the_prompts_conditions_say_it(
         conditions = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 64} | sampling
         return {"identity": {"prompt": PROMPT | prompt} | conditions, "about": {}}
 
-    assert list(results.asked_differently(stated(prompt, sampling), stated({}, {}))) == said
+    assert list(summary.asked_differently(stated(prompt, sampling), stated({}, {}))) == said
 
 
 def test_answers_that_end_where_the_models_positions_do_are_stated_so(tmp_path, run):
@@ -772,7 +772,7 @@ def test_a_summary_names_what_is_beside_it_and_not_in_it(tiny, tmp_path, run):
 
 def test_samples_of_other_conditions_are_not_summed_up(tmp_path):
     """Another command began in the same folder while this one was generating."""
-    ours, theirs = (results.Samples(tmp_path / "c", "gsm8k") for _ in range(2))
+    ours, theirs = (summary.Samples(tmp_path / "c", "gsm8k") for _ in range(2))
     ours.begin({"temperature": 0.6}, {})
     (tmp_path / "c" / "gsm8k.json").unlink()
     theirs.begin({"temperature": 1.0}, {})
@@ -785,7 +785,7 @@ def arguments_tokenizer():
     """The embedded tokenizer with a template that shows its arguments: [thinks] and [x=3]."""
     from data.tokenizer import Tokenizer
 
-    files = dict(train.embedded_tokenizer().files)
+    files = dict(train.toy_tokenizer().files)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if enable_thinking is not defined or enable_thinking %}[thinks]{% endif %}{% if x is defined %}[x={{ x }}]{% endif %}{% endif %}"
@@ -849,7 +849,7 @@ def test_code_is_asked_for_with_its_own_words_whatever_a_run_puts_behind_its_que
 ):
     benchmark, tokenizer = (
         benchmarks.load(task, small_sets(tmp_path / "sets")),
-        train.embedded_tokenizer(),
+        train.toy_tokenizer(),
     )
     for run in ({"prompt_suffix": "\nPut your answer in \\boxed{}."}, {"prompt_suffix": ""}, {}):
         asked = prompts.build(benchmark, tokenizer, run)

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from data import download
-from eval.results import aligned, compare, markdown, summarise, table
-from eval.statistics import intervals, majority_at_k, paired, pass_at_k, sign_flip_p, student_t
+from eval.stats import intervals, majority_at_k, paired, pass_at_k, sign_flip_p, student_t
+from eval.summary import aligned, compare, markdown, summarise, table
 
 # --- estimates -------------------------------------------------------------------------------------------------------
 

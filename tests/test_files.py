@@ -152,7 +152,7 @@ def checkpoint(tmp_path):
     theirs("qwen2-tied").save_pretrained(tmp_path / "in")
     model = build_model(read_config("", tmp_path / "in"), tmp_path / "in", device="cpu", seed=0)
     (tmp_path / "ck").mkdir()
-    save_model(model, tmp_path / "ck", train.embedded_tokenizer(), [2, 0])
+    save_model(model, tmp_path / "ck", train.toy_tokenizer(), [2, 0])
     return tmp_path / "ck"
 
 
@@ -167,7 +167,7 @@ def checkpoint(tmp_path):
     ],
 )
 def test_a_pointer_in_place_of_any_file_of_a_checkpoint(name, checkpoint):
-    from eval.load import find
+    from model.load import find
 
     find(str(checkpoint)).model()
     (checkpoint / name).write_bytes(LFS)

@@ -18,7 +18,7 @@ from tests.chat_templates import ALL
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train.embedded_tokenizer()
+    return train.toy_tokenizer()
 
 
 def with_template(tiny, name):

@@ -68,7 +68,7 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
     for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
         backend.use(kernels)
         model = body(dtype=dtype)
-        model.checkpointing = checkpointing
+        model.activation_checkpointing = checkpointing
         if teacher:
             teacher.compute_dtype = dtype
             teacher.to(dtype)

@@ -11,7 +11,7 @@ from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
 from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
 from losses.kd import kd_loss
-from rl.advantage import BASELINES, group_advantages, spread
+from rl.advantage import BASELINES, group_advantages, has_reward_spread
 from tests import reference
 
 VOCAB, HEAD, HIDDEN, LENGTH = 17, 20, 6, 9
@@ -447,12 +447,14 @@ def test_advantages_against_brute_force():
             a.shape == (n,) and a.dtype == np.float64 and np.isfinite(a).all() for a in got.values()
         )
         if n == 1 or all(r == rewards[0] for r in rewards):
-            assert not spread(rewards) and not any(a.any() for a in got.values()), "exactly zero"
+            assert not has_reward_spread(rewards) and not any(a.any() for a in got.values()), (
+                "exactly zero"
+            )
             continue
         mean = sum(rewards) / n
         std = (sum((r - mean) ** 2 for r in rewards) / (n - 1)) ** 0.5
         others = [sum(rewards[:i] + rewards[i + 1 :]) / (n - 1) for i in range(n)]
-        assert spread(rewards)
+        assert has_reward_spread(rewards)
         np.testing.assert_allclose(got["mean"], [r - mean for r in rewards], rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(
             got["std"], [(r - mean) / (std + 1e-4) for r in rewards], rtol=1e-12, atol=1e-15

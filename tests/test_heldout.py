@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from data.batch import Batch, Document
-from eval.heldout import compare
 from kernels.attention import PackedAttention
 from tests.test_invariance import VOCAB, build
+from validation import compare
 
 
 def test_compare_equals_brute_force_however_the_batch_is_cut(monkeypatch):
@@ -40,7 +40,7 @@ def test_compare_equals_brute_force_however_the_batch_is_cut(monkeypatch):
                 want.setdefault(name, []).append(value)
     for elements in (1 << 20, 8 * 3 * VOCAB):
         monkeypatch.setitem(__import__("kernels.chunk").chunk.CHUNK_ELEMENTS, "cpu", elements)
-        got = compare(model, teacher, Batch.pack(documents), VOCAB, micro_tokens=33)
+        got = compare(model, teacher, Batch.pack(documents), VOCAB, micro_batch_tokens=33)
         assert got.keys() == want.keys()
         for name, (total, count) in got.items():
             assert count == len(want[name]) and total == pytest.approx(sum(want[name]), rel=1e-9), (

@@ -14,7 +14,7 @@ from losses.kd import DIVERGENCES, kd_loss
 from losses.sft import sft_loss
 from model.checkpoint import build_model
 from model.transformer import ModelConfig
-from tests import workers
+from tests import distributed_workers as workers
 
 VOCAB = 40
 WEIGHED = WEIGHTINGS | {"constant": functools.partial(constant_length, length=7)}
@@ -118,11 +118,11 @@ def whole(request):
 def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
     docs, want = whole
     model, teacher, every = build()
-    for micro_tokens in (14, 20, 31):
+    for micro_batch_tokens in (14, 20, 31):
         assert_same(
-            workers.gradient(model, teacher, every[name], docs, micro_tokens),
+            workers.gradient(model, teacher, every[name], docs, micro_batch_tokens),
             want[name],
-            f"{micro_tokens} tokens",
+            f"{micro_batch_tokens} tokens",
         )
     shuffled = random.Random(0).sample(docs, len(docs))
     assert_same(workers.gradient(model, teacher, every[name], shuffled, 23), want[name], "order")

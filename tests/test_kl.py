@@ -15,11 +15,11 @@ import torch
 import train
 from data.batch import WEIGHTINGS, Batch, Document
 from data.grade import Verdict
-from eval.report import read_metrics
 from losses.grpo import KL_ESTIMATES, grpo_loss
 from rl.advantage import BASELINES, group_advantages, kl_advantages
+from rl.logprobs import kl_penalty
 from rl.rollout import Rollouts
-from rl.score import kl_penalty
+from run import read_metrics
 
 IDS, STOP, BETA = 3, 2, 0.4
 LOSS = dict(variant="token", clip_low=0.2, clip_high=0.28, vocab=IDS)
@@ -376,7 +376,7 @@ def moved(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     "args",
-    [["--grpo_kl_in=reward"], ["--grpo_kl=k2"], ["--grpo_kl=k3"]],
+    [["--grpo_kl_in=reward"], ["--grpo_kl_estimator=k2"], ["--grpo_kl_estimator=k3"]],
     ids=["reward", "k2", "k3"],
 )
 def test_a_run_with_a_zero_reward_goes_back_to_its_reference(moved, tmp_path, args, seed):
@@ -388,7 +388,7 @@ def test_a_run_with_a_zero_reward_goes_back_to_its_reference(moved, tmp_path, ar
         "--device=cpu",
         f"--model={policy}",
         f"--reference={ref}",
-        "--grpo_beta=1",
+        "--grpo_kl_coef=1",
         f"--grpo_reward={tmp_path}/zero.py:zero",
     ]
     args += [

@@ -15,7 +15,7 @@ from eval import __main__ as evaluation
 from eval import traces
 from model import lineage
 from model.lineage import Lineage, fingerprints
-from model.runs import RunFolder
+from run import RunFolder
 from tests.test_eval import checkpoint
 
 QUESTIONS = [
@@ -337,7 +337,7 @@ def test_teachers_and_references_count(capsys):
         "--batch_size=2",
         "--grpo_samples=2",
         "--sample_tokens=2",
-        "--grpo_beta=0.1",
+        "--grpo_kl_coef=0.1",
     ]
     ran("rl", *rl, f"--reference={seen}")
     assert "trained on 3 of" in evaluated(capsys, "runs/rl")[0]

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
+import eval.study.__main__ as study
 import locks
 from errors import UserError
-from eval import study, study_plan
-from model.runs import only_one, open_run
+from eval.study import plan as study_plan
+from run import only_one, open_run
 from tests.conftest import ROOT
 
 ERRORS = ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"]

@@ -14,17 +14,16 @@ from safetensors.torch import load_file
 import train
 from data.batch import WEIGHTINGS, Document
 from eval import __main__ as evaluation
-from eval.load import find
-from eval.log import step_flops
-from eval.report import run_of
 from kernels.attention import PackedAttention
 from losses.sft import sft_loss
 from model import lora, parallel
 from model.checkpoint import build_model, save_model
+from model.flops import step_flops
 from model.generate import generate, in_compute_dtype
+from model.load import find
 from model.optim import build_optimizer
-from model.runs import RunFolder
-from tests import workers
+from run import RunFolder, run_of
+from tests import distributed_workers as workers
 from tests.test_model import logits, small
 from tests.test_train import SMALL, timeless
 
@@ -61,7 +60,7 @@ def gradients(model):
 def saved(model, folder):
     """A checkpoint of the model, with the embedded tokenizer."""
     folder.mkdir(parents=True)
-    save_model(model, folder, train.embedded_tokenizer(), [2, 0])
+    save_model(model, folder, train.toy_tokenizer(), [2, 0])
     return folder
 
 
@@ -197,7 +196,7 @@ DROPPING = lora.LoraConfig(3, 7.0, dropout=0.25)
 def dropping(checkpointing=False):
     """A fresh model with dropout, at the beginning of step 4."""
     _, model = adapted(DROPPING)
-    model.checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     model.dropout.begin(4)
     return model
 
@@ -222,9 +221,9 @@ def test_how_the_batch_is_cut_does_not_change_the_gradient():
         lambda: dropping(checkpointing=True),
     ):
         want = workers.gradient(make(), None, sft_loss, docs, 1000)[1]
-        for cut, micro_tokens in ((docs, 14), (docs, 23), (shuffled, 30)):
+        for cut, micro_batch_tokens in ((docs, 14), (docs, 23), (shuffled, 30)):
             assert (
-                workers.gradient(make(), None, sft_loss, cut, micro_tokens)[1] - want
+                workers.gradient(make(), None, sft_loss, cut, micro_batch_tokens)[1] - want
             ).norm() < 1e-10 * want.norm()
     want = workers.gradient(dropping(), None, sft_loss, docs, 1000)[1]
     plain = workers.gradient(adapted(lora.LoraConfig(3, 7.0))[1], None, sft_loss, docs, 1000)[1]
@@ -403,7 +402,7 @@ GRPO = [
     "--sample_tokens=6",
     "--lr=1e-2",
 ]
-GRPO += ["--eval_examples=2", "--lora_rank=4", "--grpo_beta=0.1"]
+GRPO += ["--eval_examples=2", "--lora_rank=4", "--grpo_kl_coef=0.1"]
 
 
 @pytest.fixture
@@ -514,8 +513,8 @@ def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, re
 
 
 OFF = {
-    "several updates": ["--grpo_updates=2"],
-    "correction": ["--grpo_correction=truncate"],
+    "several updates": ["--grpo_minibatches_per_rollout=2"],
+    "correction": ["--grpo_tis=truncate"],
     "KL in the reward": ["--grpo_kl_in=reward"],
     "sampled signal": [
         "--mode=kd",
@@ -575,7 +574,7 @@ def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, mon
 # --- the command -----------------------------------------------------------------------------------------------------
 
 MODES = {
-    "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_tokens=120"],
+    "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_batch_tokens=120"],
     "kd": [
         "--mode=kd",
         "--teacher=tiny-teacher",
@@ -587,10 +586,10 @@ MODES = {
         "--teacher=tiny-teacher",
         "--kd_prefix=student",
         "--sample_tokens=5",
-        "--checkpointing",
+        "--activation_checkpointing",
         "--lora_dropout=0.2",
     ],
-    "grpo": [*GRPO, "--grpo_updates=2"],
+    "grpo": [*GRPO, "--grpo_minibatches_per_rollout=2"],
 }
 
 

@@ -103,7 +103,7 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, shard, tmp_path):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     theirs(kind).save_pretrained(tmp_path / "in")
-    model, tokenizer = ours(tmp_path / "in"), train.embedded_tokenizer()
+    model, tokenizer = ours(tmp_path / "in"), train.toy_tokenizer()
     (tmp_path / "out").mkdir()
     save_model(model, tmp_path / "out", tokenizer, [2, 0])
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -179,7 +179,7 @@ def test_activation_checkpointing_changes_nothing():
     grads = []
     for checkpointing in (False, True):
         model = small()
-        model.checkpointing = checkpointing
+        model.activation_checkpointing = checkpointing
         logits(model, documents).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))

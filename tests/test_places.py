@@ -11,8 +11,8 @@ import pytest
 
 from data import sandbox
 from errors import UserError
-from eval.report import environment
 from model import parallel
+from run import environment
 from tests.conftest import ROOT
 
 MEET = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")

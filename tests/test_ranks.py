@@ -8,12 +8,12 @@ import pytest
 
 import prepare
 import train
+from config import Config
 from errors import RunFailed, UserError
 from eval.__main__ import main as evaluate
-from knobs import Config
 from model import parallel
+from tests.distributed_workers import failing_main, spawned
 from tests.test_train import SMALL
-from tests.workers import failing_main, spawned
 
 FULL = OSError(28, "No space left on device")
 SFT = [
@@ -74,13 +74,13 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
         ),
         "log": (
             SFT,
-            patched("eval.log.append", RunFailed("metrics.jsonl could not be written")),
+            patched("run.append", RunFailed("metrics.jsonl could not be written")),
             1,
             "metrics.jsonl could not be written",
         ),
         "begin": (
             SFT,
-            patched("eval.log.cut_back", RunFailed("metrics.jsonl is no file")),
+            patched("run.cut_back", RunFailed("metrics.jsonl is no file")),
             1,
             "metrics.jsonl is no file",
         ),

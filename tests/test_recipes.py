@@ -43,7 +43,7 @@ def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, 
         f"--batch_size={batch}",
         "--eval_examples=2",
         "--eval_tokens=4",
-        "--micro_tokens=512",
+        "--micro_batch_tokens=512",
         "--dtype=float32",
         "--device=cpu",
         "--compile=false",
@@ -175,7 +175,7 @@ def test_the_papers_study_is_the_papers():
         assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
         assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data
         if name != "rl":
-            assert (cfg.lr, cfg.epochs, cfg.micro_tokens) == (
+            assert (cfg.lr, cfg.epochs, cfg.micro_batch_tokens) == (
                 1e-4 if cfg.lora_rank else 4e-5,
                 4,
                 8192,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import config
 import train
 from data.tokenizer import Tokenizer
-from eval.report import read_metrics
 from model.generate import Completion
+from run import read_metrics
 from tests import test_train
 from tests.chat_templates import OPENED
 from tests.test_train import SMALL, timeless
@@ -87,12 +87,12 @@ def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
 
 
 VARIED = [
-    "--grpo_updates=2",
-    "--grpo_epochs=2",
-    "--grpo_beta=0.1",
-    "--grpo_refills=1",
+    "--grpo_minibatches_per_rollout=2",
+    "--grpo_ppo_epochs=2",
+    "--grpo_kl_coef=0.1",
+    "--grpo_dynamic_sampling_rounds=1",
     "--grpo_truncated=mask",
-    "--grpo_correction=truncate",
+    "--grpo_tis=truncate",
 ]
 
 
@@ -103,15 +103,15 @@ VARIED = [
         [
             "--grpo_variant=dr_grpo",
             "--grpo_kl_in=reward",
-            "--grpo_beta=0.1",
-            "--grpo_baseline=leave_one_out",
-            "--grpo_truncated_cost=0.5",
+            "--grpo_kl_coef=0.1",
+            "--grpo_advantage=leave_one_out",
+            "--grpo_truncation_penalty=0.5",
         ],
         [
             "--grpo_variant=cispo",
-            "--grpo_updates=3",
-            "--grpo_entropy=0.01",
-            "--grpo_overlong=4",
+            "--grpo_minibatches_per_rollout=3",
+            "--grpo_entropy_coef=0.01",
+            "--grpo_length_penalty=4",
             "--save_every=1",
         ],
     ],
@@ -120,7 +120,15 @@ VARIED = [
 def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
     start, reward, tmp_path, more
 ):
-    args = [*GRPO, "--save_every=1", "--keep=9", f"--model={start}", reward, *more, "--name=r"]
+    args = [
+        *GRPO,
+        "--save_every=1",
+        "--max_checkpoints=9",
+        f"--model={start}",
+        reward,
+        *more,
+        "--name=r",
+    ]
     code, said = run(*args, cwd=tmp_path)
     assert code == 0, said
     whole = tmp_path / "runs/r"
@@ -145,14 +153,14 @@ def test_unspent_samples_keep_what_they_were_scored_with(start, reward, tmp_path
             *GRPO,
             f"--model={start}",
             reward,
-            "--grpo_updates=2",
+            "--grpo_minibatches_per_rollout=2",
             "--steps=1",
             "--name=r",
             cwd=tmp_path,
         )[0]
         == 0
     )
-    for more in ("--grpo_beta=0.1", "--sample_temperature=0.5", "--grpo_variant=gspo"):
+    for more in ("--grpo_kl_coef=0.1", "--sample_temperature=0.5", "--grpo_variant=gspo"):
         code, said = run("--name=r", "--resume", "--steps=4", more, cwd=tmp_path)
         assert code == 2 and "keeps it" in said
     assert run("--name=r", "--resume", "--steps=4", "--grpo_clip_high=0.3", cwd=tmp_path)[0] == 0
@@ -164,8 +172,8 @@ def test_rollouts_without_anything_to_learn_from_do_not_end_a_run(start, tmp_pat
         *GRPO,
         f"--model={start}",
         "--grpo_reward=accuracy",
-        "--grpo_refills=1",
-        "--grpo_updates=2",
+        "--grpo_dynamic_sampling_rounds=1",
+        "--grpo_minibatches_per_rollout=2",
         "--steps=8",
         "--name=r",
     ]
@@ -194,7 +202,7 @@ def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
         f"--grpo_reward={tmp_path}/mine.py:f",
         "--weight_decay=0.5",
         "--save_every=1",
-        "--keep=9",
+        "--max_checkpoints=9",
         "--steps=5",
         "--eval_examples=0",
     ]
@@ -224,7 +232,7 @@ def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
 
 def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start, tmp_path):
     (tmp_path / "mine.py").write_text("def f(example, completion):\n    return 1.0\n")
-    for more in (["--grpo_entropy=0.01"], ["--grpo_beta=0.1", "--reference=tiny-teacher"]):
+    for more in (["--grpo_entropy_coef=0.01"], ["--grpo_kl_coef=0.1", "--reference=tiny-teacher"]):
         args = [
             *GRPO,
             f"--model={start}",
@@ -316,7 +324,7 @@ def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
         *GRPO,
         "--dtype=float64",
         "--steps=3",
-        "--grpo_updates=2",
+        "--grpo_minibatches_per_rollout=2",
         f"--model={start}",
         reward,
         "--name=r",
@@ -361,7 +369,7 @@ def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
         *GRPO,
         f"--model={start}",
         f"--teacher={start}",
-        "--grpo_kd=0.5",
+        "--grpo_kd_coef=0.5",
         "--grpo_reward=accuracy",
         "--steps=2",
         "--name=r",
@@ -414,25 +422,28 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--grpo_reward=nofile.py:f"], "no such file"),
         (["--kd_temperature=2"], "not read with mode=grpo"),
         (["--weighting=sequence"], "not read with mode=grpo"),
-        (["--teacher=tiny-teacher"], "not read with grpo_kd=0.0, only with a value above 0"),
-        (["--grpo_kl=k1"], "not read with grpo_beta=0.0"),
-        (["--reference=tiny"], "not read with grpo_beta"),
-        (["--sample_tokens=300", "--micro_tokens=256"], "do not fit --micro_tokens"),
+        (["--teacher=tiny-teacher"], "not read with grpo_kd_coef=0.0, only with a value above 0"),
+        (["--grpo_kl_estimator=k1"], "not read with grpo_kl_coef=0.0"),
+        (["--reference=tiny"], "not read with grpo_kl_coef"),
+        (["--sample_tokens=300", "--micro_batch_tokens=256"], "do not fit --micro_batch_tokens"),
         (["--sample_temperature=inf"], "sample_temperature: inf is not a number that is finite"),
         (["--sample_temperature=0"], "must be positive"),
-        (["--grpo_beta=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
+        (["--grpo_kl_coef=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
         (
-            ["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k3"],
-            "set --grpo_kl k1, or --grpo_kl_in loss",
+            ["--grpo_kl_coef=0.1", "--grpo_kl_in=reward", "--grpo_kl_estimator=k3"],
+            "set --grpo_kl_estimator k1, or --grpo_kl_in loss",
         ),
         (
-            ["--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k2"],
-            "set --grpo_kl k1, or --grpo_kl_in loss",
+            ["--grpo_kl_coef=0.1", "--grpo_kl_in=reward", "--grpo_kl_estimator=k2"],
+            "set --grpo_kl_estimator k1, or --grpo_kl_in loss",
         ),
-        (["--grpo_beta=0.1", "--grpo_kl=k1"], "set --grpo_kl k3 or k2, or --grpo_kl_in reward"),
+        (
+            ["--grpo_kl_coef=0.1", "--grpo_kl_estimator=k1"],
+            "set --grpo_kl_estimator k3 or k2, or --grpo_kl_in reward",
+        ),
         (
             [
-                "--grpo_kd=0.5",
+                "--grpo_kd_coef=0.5",
                 "--teacher=tiny-teacher",
                 "--kd_divergence=skew_forward_kl",
                 "--kd_beta=1",
@@ -441,7 +452,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         ),
         (
             [
-                "--grpo_kd=0.5",
+                "--grpo_kd_coef=0.5",
                 "--teacher=tiny-teacher",
                 "--kd_divergence=skew_reverse_kl",
                 "--kd_beta=1",
@@ -468,13 +479,13 @@ def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
 @pytest.mark.parametrize(
     "args",
     [
-        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl_in=reward"],
-        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl_in=reward", "--grpo_kl=k1"],
-        ["--mode=grpo", "--grpo_beta=0.1", "--grpo_kl=k2"],
-        ["--mode=grpo", "--grpo_kd=0.5", "--kd_divergence=skew_forward_kl", "--kd_beta=0.9"],
+        ["--mode=grpo", "--grpo_kl_coef=0.1", "--grpo_kl_in=reward"],
+        ["--mode=grpo", "--grpo_kl_coef=0.1", "--grpo_kl_in=reward", "--grpo_kl_estimator=k1"],
+        ["--mode=grpo", "--grpo_kl_coef=0.1", "--grpo_kl_estimator=k2"],
+        ["--mode=grpo", "--grpo_kd_coef=0.5", "--kd_divergence=skew_forward_kl", "--kd_beta=0.9"],
         [
             "--mode=grpo",
-            "--grpo_kd=0.5",
+            "--grpo_kd_coef=0.5",
             "--kd_divergence=jsd",
             "--kd_beta=1",
         ],  # by convention the reverse KL
@@ -493,7 +504,7 @@ def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path
         f"--model={start}",
         reward,
         "--grpo_variant=gspo",
-        "--grpo_beta=0.1",
+        "--grpo_kl_coef=0.1",
         "--grpo_kl_in=reward",
         "--steps=1",
         "--name=r",
@@ -502,8 +513,14 @@ def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path
     path = tmp_path / "runs/r/config.json"
     stored = json.loads(path.read_text())
     assert {
-        k: stored[k] for k in ("grpo_clip_low", "grpo_clip_high", "grpo_baseline", "grpo_kl")
-    } == {"grpo_clip_low": 3e-4, "grpo_clip_high": 4e-4, "grpo_baseline": "std", "grpo_kl": "k1"}
+        k: stored[k]
+        for k in ("grpo_clip_low", "grpo_clip_high", "grpo_advantage", "grpo_kl_estimator")
+    } == {
+        "grpo_clip_low": 3e-4,
+        "grpo_clip_high": 4e-4,
+        "grpo_advantage": "std",
+        "grpo_kl_estimator": "k1",
+    }
     path.write_text(json.dumps(stored | {"grpo_clip_low": 0.125}))
     assert (done := run("--name=r", "--resume", "--steps=2", cwd=tmp_path))[0] == 0, done[1]
     assert (
@@ -521,7 +538,7 @@ def test_grpo_on_real_gsm8k(real_data, start, tmp_path):
         f"--data={real_data / 'gsm8k'}",
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
         "--model=small",
-        "--micro_tokens=1024",
+        "--micro_batch_tokens=1024",
         "--steps=2",
         "--batch_size=4",
         "--grpo_samples=2",

@@ -16,7 +16,7 @@ from errors import UserError
 from rl.advantage import group_advantages
 from rl.reward import parse_reward
 from rl.rollout import Mixed, Rollouts, sample_seed
-from tests import workers
+from tests import distributed_workers as workers
 
 SAMPLES, SEED = 3, 5
 CONSTANT = functools.partial(constant_length, length=8)
@@ -384,7 +384,7 @@ def timeless(metrics):
     return {name: value for name, value in metrics.items() if name != "rollout/seconds"}
 
 
-# --- ranks: a real process group; what a rank does is in tests/workers.py ------------------------------------------------
+# --- ranks: a real process group; what a rank does is in tests/distributed_workers.py ------------------------------------------------
 
 RANKED = {
     "plain": dict(updates=2, epochs=2),

@@ -8,14 +8,13 @@ import signal
 import pytest
 
 import prepare
+import run as runs
 import train
+from curves import summary
 from errors import RunFailed, UserError
-from eval.log import cut_back
-from eval.report import environment, read_metrics, run_of, summary
 from files import replace_file
 from model.checkpoint import build_model
-from model import runs
-from model.runs import RunFolder, open_run
+from run import RunFolder, cut_back, environment, open_run, read_metrics, run_of
 from tests.test_train import SMALL
 
 SFT = ["--mode=sft", "--device=cpu", *SMALL, "--steps=2", "--name=r"]
@@ -129,8 +128,8 @@ def stored(tmp_path, **knobs):
         (dict(mode="kd", kd_divergence="jsd", kd_beta=0.5), ["--kd_beta=0.3"]),
         (dict(mode="sft", steps=0, epochs=0.2), ["--epochs=0.4"]),
         (
-            dict(mode="sft", steps=5, lr=0.1, micro_tokens=9),
-            ["--steps=9", "--lr=0.2", "--log_every=2", "--micro_tokens=99"],
+            dict(mode="sft", steps=5, lr=0.1, micro_batch_tokens=9),
+            ["--steps=9", "--lr=0.2", "--log_every=2", "--micro_batch_tokens=99"],
         ),
         (
             dict(mode="sft", data="word_problems:9", eval_examples=5, batch_size=4),
@@ -166,13 +165,13 @@ def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started)
         "--system_prompt=x",
         "--prompt_suffix=x",
         "--weighting=sequence",
-        "--overlong=error",
-        "--micro_tokens=99",
+        "--max_length_policy=error",
+        "--micro_batch_tokens=99",
     ],
 )
 def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
     base = train.Config(mode="kd", data="mine.jsonl", overlong="drop")
-    knobs = train.configuration.resolved(base, without=("name", "resume"))
+    knobs = train.options.resolved(base, without=("name", "resume"))
     name = args.split("=")[0]
     assert (
         f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args))
@@ -193,13 +192,13 @@ def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
     assert "nowhere.jsonl" in refused(capsys, *kd, "--data=nowhere.jsonl")
     assert "long.jsonl:1" in refused(
-        capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_tokens=200"
+        capsys, *kd, "--data=long.jsonl", "--eval_examples=2", "--micro_batch_tokens=200"
     )
     assert "--grpo_reward beauty" in refused(
         capsys, "--mode=grpo", "--device=cpu", "--grpo_reward=beauty"
     )
     assert "--reference nowhere" in refused(
-        capsys, "--mode=grpo", "--device=cpu", "--grpo_beta=0.1", "--reference=nowhere"
+        capsys, "--mode=grpo", "--device=cpu", "--grpo_kl_coef=0.1", "--reference=nowhere"
     )
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs/k").mkdir(parents=True)

@@ -47,7 +47,7 @@ def open_python():
                 "-S",
                 "-c",
                 "import os, socket, sys; os.stat(sys.argv[1])",
-                str(ROOT / "data/jail.py"),
+                str(ROOT / "data/sandbox/jail.py"),
             ]
             if (
                 not AS_ROOT

@@ -13,11 +13,11 @@ import pytest
 
 import eval.__main__
 import eval.divergence
+import eval.study.__main__ as study
 import eval.traces
 import train
-from eval import study
 from model import parallel
-from model.runs import STOP_SIGNALS, RunFolder, handled
+from run import STOP_SIGNALS, RunFolder, handled
 from tests.test_train import SMALL, command, timeless
 
 QUICK = [

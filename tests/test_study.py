@@ -15,10 +15,11 @@ import torch
 
 import eval.__main__
 import eval.divergence
+import eval.study.__main__ as study
 import eval.traces
 import train
 from errors import UserError
-from eval import study, study_plan
+from eval.study import plan as study_plan
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "recipes" / "study").glob("*.toml"))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval.study_report import Outcome, Study, claims_table, cost, fenced, judge, write
+from eval.study.report import Outcome, Study, claims_table, cost, fenced, judge, write
 
 SEEDS, PROBLEMS = [0, 1], 40
 ARMS = {

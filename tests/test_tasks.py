@@ -27,7 +27,7 @@ def answered(question):
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_solves_the_problem(name):
     tokenizer, longest = (
-        train.embedded_tokenizer(),
+        train.toy_tokenizer(),
         {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name],
     )
     for split in ("train", "heldout"):

@@ -55,12 +55,12 @@ def test_every_position_gets_its_own_rows(tmp_path):
             ]
         )
         assert len(micro.rows_N) == len(rows)
-        assert np.array_equal(micro.listed_ids_Nk.numpy(), ids[rows])
+        assert np.array_equal(micro.topk_ids_Nk.numpy(), ids[rows])
         torch.testing.assert_close(
-            micro.listed_logp_NB.double(), torch.from_numpy(logp[rows]), rtol=0, atol=6e-3
+            micro.topk_logp_NB.double(), torch.from_numpy(logp[rows]), rtol=0, atol=6e-3
         )
-        assert torch.allclose(micro.listed_logp_NB.exp().sum(1), torch.ones(len(rows)))
-    assert Batch.pack([listed[0], docs[1]]).listed_ids_Nk is None
+        assert torch.allclose(micro.topk_logp_NB.exp().sum(1), torch.ones(len(rows)))
+    assert Batch.pack([listed[0], docs[1]]).topk_ids_Nk is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def run(tmp_path, name, *options):
     ]
 
 
-@pytest.mark.parametrize("k", [8, train.embedded_tokenizer().size])
+@pytest.mark.parametrize("k", [8, train.toy_tokenizer().size])
 def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch):
     with_teacher = run(tmp_path, "with", f"--kd_topk={k}")
     first = run(tmp_path, "first", f"--kd_topk={k}", f"--kd_cache={tmp_path / 'c'}")

@@ -17,7 +17,7 @@ from errors import UserError
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train.embedded_tokenizer()
+    return train.toy_tokenizer()
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -26,8 +26,8 @@ def tiny():
 def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
     text = "Mia has 12 apples.\n  Ünïcode – “quotes” 3.14\t<|im_end|>"
     assert tiny.decode(tiny.encode(text)) == text
-    train.embedded_tokenizer.cache_clear()
-    assert train.embedded_tokenizer().files == tiny.files
+    train.toy_tokenizer.cache_clear()
+    assert train.toy_tokenizer().files == tiny.files
     assert tiny.size <= 512 and tiny.stop_ids() == [
         tiny.encode("<|im_end|>")[0],
         tiny.encode("<|endoftext|>")[0],
@@ -352,7 +352,7 @@ def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
     a, b = dataset(tiny, path, seed=1), dataset(tiny, path, seed=2)
     text = lambda d: tiny.decode(d.tokens)
     assert [e.origin for e in a.held_out] == [e.origin for e in b.held_out] and len(a) == 35
-    held, trained = {text(d) for d in a.held_out_documents()}, {text(a.get(i)) for i in range(35)}
+    held, trained = {text(d) for d in a.validation_documents()}, {text(a.get(i)) for i in range(35)}
     assert len(held) == 5 and len(trained) == 35 and not held & trained
     assert len(dataset(tiny, path, train_examples=7)) == 7
     with pytest.raises(UserError, match="leaves none"):
@@ -445,7 +445,7 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
     path = write(
         tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c " * n} for n in (3, 300, 5)]
     )
-    with pytest.raises(UserError, match="d.jsonl:2.*--overlong drop"):
+    with pytest.raises(UserError, match="d.jsonl:2.*--max_length_policy drop"):
         dataset(tiny, str(path), max_tokens=100, eval_examples=0)
     kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, overlong="drop")
     assert len(kept) == 2 and kept.dropped == 1
@@ -463,10 +463,10 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     assert any(
         len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out
     )
-    with pytest.raises(UserError, match="d.jsonl:1.*--overlong drop"):
+    with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)
     kept = dataset(tiny, path, **longest_is_held_out, overlong="drop")
-    assert len(kept.held_out_documents()) == 1 and kept.dropped == 1
+    assert len(kept.validation_documents()) == 1 and kept.dropped == 1
 
 
 def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
@@ -482,9 +482,9 @@ def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
         (Formatter(tiny).documents([a.example(i)])[0].tokens == d.tokens).all()
         for i, d in enumerate(drawn)
     )
-    with pytest.raises(UserError, match="in a row are longer than --micro_tokens 9"):
+    with pytest.raises(UserError, match="in a row are longer than --micro_batch_tokens 9"):
         dataset(tiny, max_tokens=9, overlong="drop")
-    with pytest.raises(UserError, match="--overlong drop"):
+    with pytest.raises(UserError, match="--max_length_policy drop"):
         dataset(tiny, max_tokens=9, eval_examples=0)
 
 

@@ -20,7 +20,7 @@ ARGS = ["--data=word_problems:6", "--n=3", "--max_tokens=40"]
 
 @pytest.fixture
 def teacher(tmp_path):
-    tokenizer = train.embedded_tokenizer()
+    tokenizer = train.toy_tokenizer()
     (tmp_path / "teacher").mkdir()
     save_model(
         build_model(PRESETS["tiny"], None, device="cpu", seed=0),
@@ -36,7 +36,7 @@ def writes(monkeypatch):
     """A teacher that gives the gold solution, then a wrong one, then the gold one again but never ends."""
     from data.tasks import TASKS
 
-    tokenizer, asked = train.embedded_tokenizer(), []
+    tokenizer, asked = train.toy_tokenizer(), []
 
     def generate(model, prompts, limit, stop_ids, *, seeds, on_done, fail_after=10**9, **more):
         assert len(set(seeds)) == len(prompts)
@@ -173,7 +173,7 @@ def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch
         }
     ]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts, tokenizer = [], train.embedded_tokenizer()
+    prompts, tokenizer = [], train.toy_tokenizer()
 
     def generate(model, asked, *_, on_done, **more):
         prompts.extend(asked)
@@ -226,7 +226,7 @@ class Row:
 
 
 def collected(example, prompt="", text="ok"):
-    subject = type("Subject", (), dict(tokenizer=train.embedded_tokenizer(), sha256="ab"))
+    subject = type("Subject", (), dict(tokenizer=train.toy_tokenizer(), sha256="ab"))
     args = type("Args", (), dict(keep="ended", data="x.jsonl"))
     ids = subject.tokenizer.encode(prompt)
     return json.loads(
@@ -248,7 +248,7 @@ def test_a_row_without_an_answer_of_its_own_keeps_its_question():
 
 
 def test_prompts_alone_are_answered_too(teacher, tmp_path, monkeypatch):
-    tokenizer = train.embedded_tokenizer()
+    tokenizer = train.toy_tokenizer()
     rows = [
         {"prompt": "How many?"},
         {"prompt": conversation(("system", "Be kind."), ("user", "How many?"))},
@@ -318,7 +318,7 @@ def test_a_tag_that_the_template_opens_is_part_of_the_trace():
     row = collected(Row(turns), "<|im_start|>assistant\n<think>\n", "So.\n</think>\nIt is 7.")
     assert row["messages"][-1]["content"] == "<think>\nSo.\n</think>\nIt is 7."
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
-    files = dict(train.embedded_tokenizer().files)
+    files = dict(train.toy_tokenizer().files)
     files["tokenizer_config.json"] = json.dumps(
         json.loads(files["tokenizer_config.json"]) | {"chat_template": template}
     ).encode()

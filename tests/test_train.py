@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import train
-from eval.report import read_metrics
-from model.runs import RunFolder
+from run import RunFolder, read_metrics
 from tests.conftest import ROOT
 
 SMALL = [
@@ -125,7 +124,7 @@ def test_the_checkpoint_is_a_model_for_everyone(teacher):
         tokenize=False,
         add_generation_prompt=True,
     )
-    assert text == train.embedded_tokenizer().render(
+    assert text == train.toy_tokenizer().render(
         [{"role": "user", "content": "Mia has 3 books."}], generate=True
     )
 
@@ -191,7 +190,7 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
         *SMALL,
         "--steps=3",
         "--dtype=float64",
-        "--micro_tokens=130",
+        "--micro_batch_tokens=130",
         f"--teacher={teacher[0] / 'checkpoints/step-6'}",
     ]
     results = [run(*args, f"--name=w{n}", cwd=tmp_path, ranks=n) for n in (1, 2)]
@@ -208,7 +207,7 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
     result = sft(
         "--lr=1e30",
-        "--clip=0",
+        "--max_grad_norm=0",
         "--max_skipped=3",
         "--steps=20",
         "--eval_examples=0",
@@ -246,14 +245,19 @@ def test_show_batch_prints_the_masks_and_trains_nothing(tmp_path):
         (["--mode=sft", "--model=nowhere"], "--model nowhere"),
         (["--mode=kd", "--teacher=nowhere"], "--teacher nowhere"),
         (["--mode=sft", "--data=nowhere.jsonl"], "--data nowhere.jsonl"),
-        (["--mode=sft", "--model=qwen2.5-0.5b", "--micro_tokens=9"], "--micro_tokens"),
+        (["--mode=sft", "--model=qwen2.5-0.5b", "--micro_batch_tokens=9"], "--micro_batch_tokens"),
         (["--mode=kd", "--model=qwen2.5-0.5b"], "--teacher is needed"),
         (["--mode=sft", "--lr=-1"], "--lr"),
         (["--mode=sft", "--seed=-1"], "--seed"),
         (["--mode=sft", "--seed=1e30"], "--seed"),
         (
-            ["--mode=sft", "--data=word_problems", "--overlong=drop", "--micro_tokens=9"],
-            "--micro_tokens",
+            [
+                "--mode=sft",
+                "--data=word_problems",
+                "--max_length_policy=drop",
+                "--micro_batch_tokens=9",
+            ],
+            "--micro_batch_tokens",
         ),
         (["--mode=sft", "--resume"], "--name"),
         (["--mode=sft", "--resume", "--name=never"], "there is no run"),
@@ -353,7 +357,7 @@ def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
         f"--data={real_data / 'gsm8k'}",
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
         "--model=small",
-        "--micro_tokens=1024",
+        "--micro_batch_tokens=1024",
     ]
     more = [
         "--steps=5",
@@ -399,10 +403,10 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
         ]
         extra["grpo"] += [
             "--grpo_samples=4",
-            "--grpo_updates=2",
-            "--grpo_epochs=2",
+            "--grpo_minibatches_per_rollout=2",
+            "--grpo_ppo_epochs=2",
             "--sample_tokens=12",
-            "--grpo_beta=0.01",
+            "--grpo_kl_coef=0.01",
             "--lr=1e-3",
         ]
         extra["grpo+lora"] = [*extra["grpo"], "--lora_rank=4", "--lora_dropout=0.1"]

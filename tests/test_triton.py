@@ -32,7 +32,7 @@ def run(*command, **environment):
 
 def test_by_the_interpreter():
     """Two processes at a time: the interpreter takes one core."""
-    files = sorted((ROOT / "tests/interpreted").glob("test_*.py"))
+    files = sorted((ROOT / "tests/triton_interpreter").glob("test_*.py"))
     interpret = lambda file: run(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1"
     )
@@ -49,7 +49,7 @@ def test_by_the_interpreter():
 def compiled(tmp_path_factory):
     done = run(
         "-m",
-        "tests.offline",
+        "tests.compile_kernels",
         "head",
         "attention",
         TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")),
@@ -59,7 +59,7 @@ def compiled(tmp_path_factory):
 
 
 def test_compiled_kernels_keep_to_registers_and_shared_memory(compiled):
-    from tests.offline import SHARED_LIMIT
+    from tests.compile_kernels import SHARED_LIMIT
 
     assert {k["capability"] for k in compiled} == {80, 90} and len(compiled) >= 66
     for k in compiled:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from errors import UserError
 from eval.benchmarks import Benchmark
-from eval.load import Subject
 from model import lineage
+from model.load import Subject
 
 NAMED = 5  # data files in an error
 

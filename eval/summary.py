@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 from errors import RunFailed, UserError
-from eval.statistics import intervals, majority_at_k, paired, pass_at_k
+from eval.stats import intervals, majority_at_k, paired, pass_at_k
 from files import read_json, replace_file
 
 

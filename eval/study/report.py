@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from errors import RunFailed
-from eval.report import read_metrics
-from eval.results import Samples, aligned, asked, asked_differently, counts, markdown
-from eval.statistics import paired, student_t
+from eval.stats import paired, student_t
+from eval.summary import Samples, aligned, asked, asked_differently, counts, markdown
 from files import read_json, replace_file
+from run import read_metrics
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
 MARK = " †"  # behind a gain whose two sides were asked differently

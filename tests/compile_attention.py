@@ -1,4 +1,4 @@
-"""The attention kernels of each configuration: what tests/offline.py compiles."""
+"""The attention kernels of each configuration: what tests/compile_kernels.py compiles."""
 
 from kernels import decode_attention as da
 from kernels import triton_attention as ta

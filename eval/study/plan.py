@@ -12,17 +12,17 @@ import re
 import tomllib
 from pathlib import Path
 
-import config as configuration
 import eval.__main__
 import eval.traces
+import options
+from config import Config, check
 from data.tasks import TASKS
 from data.teacher_cache import weights_digest
 from errors import UserError
 from eval.benchmarks import find
 from files import read_json, read_text, reason, replace_file
-from knobs import Config, check
-from model.runs import RunFolder
 from model.transformer import PRESETS
+from run import RunFolder
 
 TABLES = ("study", "eval", "common", "model", "traces", "run", "arm", "claim")
 KEYS = {
@@ -34,7 +34,7 @@ KEYS = {
 REFERRING = ("model", "teacher", "reference", "data")  # what "@NAME" may be given for
 HELD = (*REFERRING, "checkpoint", "grpo_reward")  # what may name files
 OWN = ("seed", "name", "runs", "resume", "model", "config")  # what the study itself gives to a run
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -387,11 +387,11 @@ class _Plan:
         try:
             if taken := [k for k in (*own, *common) if k in OWN]:
                 raise UserError(f"{taken[0]} is given by the study itself")
-            readable = configuration.resolved(
-                configuration.parse(Config, flags(common | own), together=False)[0]
+            readable = options.resolved(
+                options.parse(Config, flags(common | own), together=False)[0]
             )
             given = {k: v for k, v in common.items() if k in readable} | own
-            check(cfg := configuration.parse(Config, flags(given))[0])
+            check(cfg := options.parse(Config, flags(given))[0])
         except UserError as e:
             raise UserError(f"[run.{name}]: {e}") from None
         return {"mode": cfg.mode} | {
@@ -434,9 +434,9 @@ SHORT = dict(
     steps=2,
     batch_size=4,
     grpo_samples=2,
-    micro_tokens=512,
+    micro_batch_tokens=512,
     sample_tokens=16,
-    grpo_overlong=4,
+    grpo_length_penalty=4,
     eval_examples=2,
     eval_tokens=8,
     warmup=1,
@@ -490,8 +490,8 @@ def miniature(content):
 
 def _short(run):
     """A run's knobs with the expensive ones cut down, less those that it then does not read."""
-    readable = lambda knobs: configuration.resolved(
-        configuration.parse(Config, flags(knobs), together=False)[0]
+    readable = lambda knobs: options.resolved(
+        options.parse(Config, flags(knobs), together=False)[0]
     )
     asked = readable(run)
     referred = {

@@ -1,80 +1,8 @@
-"""What a run is read by: its environment, its metrics, a table and a picture."""
+"""What a run shows at its end: a table of what was measured, and the curves."""
 
-import json
-import platform
-import re
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-
-def environment():
-    """Versions, git commit, device and command of this process."""
-    import torch
-
-    from model import parallel
-
-    def git(*args):
-        try:
-            result = subprocess.run(
-                ["git", *args],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except OSError:  # no git on this machine
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    def installed(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    changes = git("status", "--porcelain")
-    return {
-        "command": sys.argv,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "ranks": parallel.place().world,
-        "python": platform.python_version(),
-        "packages": {
-            p: installed(p)
-            for p in (
-                "torch",
-                "triton",
-                "safetensors",
-                "tokenizers",
-                "numpy",
-                "math-verify",
-                "wandb",
-            )
-        },
-    }
-
-
-def read_metrics(run):
-    """metrics.jsonl as a list of dicts; [] if there is none."""
-    path = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run_of(checkpoint):
-    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N, or the adapter in it; None for any other folder."""
-    path = Path(checkpoint).resolve()
-    path = path.parent if path.name == "adapter" else path
-    return (
-        path.parents[1]
-        if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
-        else None
-    )
+from run import read_metrics, run_of
 
 
 def series(metrics, name):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from data import judge
+from data.sandbox import judge
 from tests.test_sandbox import TRIED, jail, pytestmark, shared  # noqa: F401 (fixtures)
 
 # --- forged verdicts -------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What the kernel offers to hold a process in: namespaces, Landlock, a filter of system calls, limits, another user. Linux, ctypes only.
 
-Each function does one thing and raises OSError where the system does not allow it; `data/jail.py` decides what is used together.
+Each function does one thing and raises OSError where the system does not allow it; `data/sandbox/jail.py` decides what is used together.
 """
 
 import ctypes

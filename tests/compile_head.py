@@ -1,4 +1,4 @@
-"""Every use that the head's functions make of their kernels, for each configuration: what tests/offline.py compiles."""
+"""Every use that the head's functions make of their kernels, for each configuration: what tests/compile_kernels.py compiles."""
 
 from kernels import triton_head as th
 from kernels.linear_kl import HAND_WRITTEN

@@ -1,4 +1,4 @@
-"""The folder of a run: made or found, locked, its checkpoints saved and resumed; and the signal that ends it early.
+"""A run's folder: found or made, locked, its checkpoints, its logs, what it was run on, and the signal that ends it early.
 
 A checkpoint appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
 """
@@ -6,16 +6,23 @@ A checkpoint appears whole or not at all: it is written beside its place, flushe
 import contextlib
 import functools
 import json
+import os
+import platform
+import re
+import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock, waiting_for
 from model import parallel
@@ -224,3 +231,191 @@ def only_one(path, rank, what):
 
         parallel.on_rank_0(rank, take)
         yield
+
+
+class Log:
+    """Written on rank 0 only. config: the resolved knobs, kept as config.json. resume_step: later lines are cut off (None: all).
+    error: the RunFailed of the first line that could not be written, on rank 0, or None: the loop tells all ranks of it at its next step."""
+
+    def __init__(self, folder, config, resume_step, rank):
+        self.folder, self.rank, self.wandb, self.error = folder, rank, None, None
+        parallel.on_rank_0(rank, functools.partial(self._open, folder, config, resume_step))
+
+    def _open(self, folder, config, resume_step):
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_back(folder / name, -1 if resume_step is None else resume_step)
+        replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        replace_file(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        if config["wandb"] != "off":
+            import wandb
+
+            id_file = folder / "wandb_id"
+            run_id = (
+                id_file.read_text()
+                if id_file.exists()
+                else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+            )
+            replace_file(id_file, run_id)
+            try:
+                self.wandb = wandb.init(
+                    project=config["wandb_project"],
+                    name=folder.name,
+                    id=run_id,
+                    resume="allow",
+                    mode=config["wandb"],
+                    dir=str(folder),
+                    config=config,
+                )
+            except Exception as e:  # not logged in, no network: wandb raises many kinds
+                raise RunFailed(
+                    f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
+                ) from None
+
+    def metrics(self, step, values):
+        if self.rank:
+            return
+        self._append("metrics.jsonl", json.dumps({"step": step} | values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def samples(self, step, samples):
+        lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
+        if not self.rank and lines:
+            self._append("samples.jsonl", lines)
+
+    def _append(self, name, text):
+        try:
+            append(self.folder / name, text)
+        except RunFailed as e:
+            self.error = self.error or e
+
+    def evaluation(self, step, steps, metrics, samples):
+        self.metrics(step, metrics)
+        self.samples(step, samples)
+        self.say(
+            f"step {step}/{steps}  "
+            + "  ".join(
+                f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2
+            )
+        )
+
+    def say(self, text):
+        if not self.rank:
+            say(text)
+
+    def progress(self, step, steps, values, left):
+        shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}
+        parts = [
+            f"step {step:>{len(str(steps))}}/{steps}",
+            f"loss {shown['loss']:.4f}",
+            f"|g| {shown['grad_norm']:.2f}",
+        ]
+        parts += [f"reward {shown['rollout/reward']:.3f}"] if "rollout/reward" in shown else []
+        parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
+        parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
+        parts += [f"no gradient {shown['no_gradient']}"] if shown["no_gradient"] else []
+        self.say("  ".join([*parts, f"{duration(left)} left"]))
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def duration(seconds):
+    """As in 0m32s, 59m59s, 2h00m00s. Rounded first: 59.7 seconds are a minute."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
+
+
+def append(path, text):
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
+
+
+def cut_back(path, step):
+    """Drop the lines of later steps, and a line that was cut off while written."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").split(
+            "\n"
+        ):  # texts hold other line separators raw
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line + "\n")
+        replace_file(path, "".join(kept))
+
+
+def environment():
+    """Versions, git commit, device and command of this process."""
+    import torch
+
+    from model import parallel
+
+    def git(*args):
+        try:
+            result = subprocess.run(
+                ["git", *args],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError:  # no git on this machine
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    def installed(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    changes = git("status", "--porcelain")
+    return {
+        "command": sys.argv,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "ranks": parallel.place().world,
+        "python": platform.python_version(),
+        "packages": {
+            p: installed(p)
+            for p in (
+                "torch",
+                "triton",
+                "safetensors",
+                "tokenizers",
+                "numpy",
+                "math-verify",
+                "wandb",
+            )
+        },
+    }
+
+
+def read_metrics(run):
+    """metrics.jsonl as a list of dicts; [] if there is none."""
+    path = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_of(checkpoint):
+    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N, or the adapter in it; None for any other folder."""
+    path = Path(checkpoint).resolve()
+    path = path.parent if path.name == "adapter" else path
+    return (
+        path.parents[1]
+        if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
+        else None
+    )

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.judge import receive, send
+from data.sandbox.judge import receive, send
 from errors import RunFailed, UserError
 from model.parallel import place
 
@@ -77,7 +77,7 @@ def missing():
 
 
 class Helper:
-    """One warm process (`data/jail.py`), one program at a time."""
+    """One warm process (`data/sandbox/jail.py`), one program at a time."""
 
     def __init__(self, without=(), python=None, user=None):
         if not sys.platform.startswith("linux"):

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from data.confine import PR_PDEATHSIG, prctl
+from data.sandbox.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, as_command, say
-from eval import study_plan, study_report
-from eval.log import duration
+from eval.study import plan as study_plan
+from eval.study import report as study_report
 from files import reason, replace_file
 from locks import Busy, lock
 from model import parallel
-from model.runs import StopSignal, handled, interrupt
+from run import StopSignal, duration, handled, interrupt
 
 PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and between reports
 

@@ -39,13 +39,13 @@ def setup(world, rank, port, patience=None):
     parallel.init("cpu", patience)
 
 
-def gradient(model, teacher, loss_fn, documents, micro_tokens):
+def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
     """Loss and gradients of the global batch as the loop computes them: (metrics, flat gradient)."""
     batch = Batch.pack(documents)
     (norm,) = parallel.all_reduce_sum([batch.normaliser])
     model.zero_grad()
     sums = train.forward_backward(
-        model, teacher, loss_fn, batch, norm, micro_tokens, torch.device("cpu")
+        model, teacher, loss_fn, batch, norm, micro_batch_tokens, torch.device("cpu")
     )
     parallel.sync_gradients(model)
     metrics = {
@@ -57,13 +57,13 @@ def gradient(model, teacher, loss_fn, documents, micro_tokens):
 
 
 def rank_main(rank, world, port, build, jobs, results):
-    """jobs: [(name, [documents of each rank], micro_tokens)]; rank 0 puts {job: (metrics, gradient)} into `results`."""
+    """jobs: [(name, [documents of each rank], micro_batch_tokens)]; rank 0 puts {job: (metrics, gradient)} into `results`."""
     setup(world, rank, port)
     done = {}
-    for name, shares, micro_tokens in jobs:
+    for name, shares, micro_batch_tokens in jobs:
         model, teacher, losses = build()
         for loss_name, loss_fn in losses.items():
-            metrics, grad = gradient(model, teacher, loss_fn, shares[rank], micro_tokens)
+            metrics, grad = gradient(model, teacher, loss_fn, shares[rank], micro_batch_tokens)
             done[name, loss_name] = (metrics, grad.tolist())
     if rank == 0:
         results.put(done)

@@ -1,6 +1,6 @@
 """Compile a kernel for a GPU that is not there and read off what the assembler says: registers, stack, shared memory, instructions.
 
-Run as a program in a process without TRITON_INTERPRET: `python -m tests.offline head` prints one JSON object per kernel and target.
+Run as a program in a process without TRITON_INTERPRET: `python -m tests.compile_kernels head` prints one JSON object per kernel and target.
 """
 
 import importlib
@@ -68,7 +68,7 @@ def compiled(fn, types, constants, capability, warps, stages):
 
 def main(argv):
     for name in argv:
-        for case, arguments in importlib.import_module(f"tests.offline_{name}").cases():
+        for case, arguments in importlib.import_module(f"tests.compile_{name}").cases():
             print(json.dumps({"case": case} | compiled(*arguments)), flush=True)
 
 

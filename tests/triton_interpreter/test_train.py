@@ -37,7 +37,7 @@ def test_a_run_by_kernel_is_the_one_without(options, tmp_path):
             "--batch_size=1",
             "--eval_examples=1",
             "--eval_tokens=1",
-            "--micro_tokens=256",
+            "--micro_batch_tokens=256",
             f"--kernels={kernels}",
             f"--runs={tmp_path}",
             f"--name={kernels}",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch, Document
-from data.tasks import TASKS, grade, judge_all
+from data.tasks import TASKS, grade, grade_all
 from kernels.attention import PackedAttention
 from kernels.chunk import accumulate_dtype, default_chunk_rows, product
 from model import parallel
@@ -22,7 +22,7 @@ def evaluate(
     dataset,
     stop_ids,
     loss_fn,
-    micro_tokens,
+    micro_batch_tokens,
     max_new_tokens,
     rank=0,
     world=1,
@@ -33,19 +33,19 @@ def evaluate(
     `compare`, on what the teacher and what the student answer to the same prompts. Returns (metrics, samples)."""
     model.eval()
     device, formatter = model.head_VD.device, dataset.formatter
-    documents = dataset.held_out_documents()[rank::world]
+    documents = dataset.validation_documents()[rank::world]
     total = count = 0.0
-    for micro in Batch.pack(documents).split(micro_tokens) if documents else ():
+    for micro in Batch.pack(documents).split(micro_batch_tokens) if documents else ():
         micro = micro.to(device)
         hidden_TD = model(micro.tokens_T, micro.positions_T, PackedAttention(micro.lengths, device))
         loss_sum, _ = loss_fn(hidden_TD, model.head_VD, None, micro)
         total, count = total + float(loss_sum), count + micro.normaliser
-    examples = [e for e in dataset.held_out if e.answer is not None and e.task in TASKS][
+    examples = [e for e in dataset.validation if e.answer is not None and e.task in TASKS][
         rank::world
     ]
     prompts = [formatter.prompt(e) for e in examples]
     answers = generate(model, prompts, max_new_tokens, stop_ids, vocab=formatter.tokenizer.size)
-    samples = judge_all(
+    samples = grade_all(
         _sample,
         [
             (e, formatter.tokenizer.decode(a.tokens, skip_special=True), a)
@@ -60,7 +60,7 @@ def evaluate(
             batch = Batch.pack(document(p, a.tokens) for p, a in zip(few, written))
             sums |= {
                 f"on_{author}/{k}": v
-                for k, v in compare(model, teacher, batch, vocab, micro_tokens).items()
+                for k, v in compare(model, teacher, batch, vocab, micro_batch_tokens).items()
             }
     model.train()
     samples = [
@@ -82,11 +82,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def compare(model, teacher, batch, vocab, micro_tokens):
+def compare(model, teacher, batch, vocab, micro_batch_tokens):
     """{measure: (sum, count)} over the loss rows of a batch, at temperature 1 in nats: forward and reverse KL, how often both have the same
     likeliest token, both entropies, and the forward KL by position in the answer."""
     sums = {}
-    for micro in batch.split(max([micro_tokens, *batch.lengths])):
+    for micro in batch.split(max([micro_batch_tokens, *batch.lengths])):
         position = [i for d in micro.documents for i in range(np.count_nonzero(d.weights))]
         moved = micro.to(model.head_VD.device)
         attend = PackedAttention(micro.lengths, model.head_VD.device)

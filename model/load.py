@@ -9,7 +9,6 @@ import torch
 
 from data.tokenizer import Tokenizer
 from errors import UserError
-from eval.report import run_of
 from files import read_json
 from model import lineage, parallel
 from model.checkpoint import (
@@ -21,8 +20,8 @@ from model.checkpoint import (
     stop_ids_of,
     tokenizer_folder,
 )
-from model.runs import RunFolder
 from model.transformer import ModelConfig
+from run import RunFolder, run_of
 
 
 @dataclasses.dataclass

@@ -10,9 +10,9 @@ from kernels.linear_topk import topk_logprobs
 
 
 @torch.no_grad()
-def add_logprobs(documents, name, model, *, temperature, vocab, micro_tokens, device):
+def add_logprobs(documents, name, model, *, temperature, vocab, micro_batch_tokens, device):
     """documents[i].fields[name] = log p(token) in nats under softmax(logits / temperature) over `vocab` ids; 0 where the weight is 0."""
-    for micro in Batch.pack(documents).split(micro_tokens):
+    for micro in Batch.pack(documents).split(micro_batch_tokens):
         moved = micro.to(device)
         hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
         target_N, weight_N = moved.select(moved.target_T), moved.select(moved.weight_T)
@@ -44,12 +44,14 @@ def kl_penalty(document, beta):
 
 
 @torch.no_grad()
-def likeliest(documents, model, k, *, temperature, vocab, micro_tokens, device):
+def teacher_topk(documents, model, k, *, temperature, vocab, micro_batch_tokens, device):
     """Yields (ids_Rk, logp_RB) of the trained positions of the documents, in their order: what data/teacher_cache.py keeps."""
     lo = 0
     while lo < len(documents):
         hi, total = lo, 0
-        while hi < len(documents) and (hi == lo or total + len(documents[hi]) <= micro_tokens):
+        while hi < len(documents) and (
+            hi == lo or total + len(documents[hi]) <= micro_batch_tokens
+        ):
             total, hi = total + len(documents[hi]), hi + 1
         micro = Batch.pack(documents[lo:hi])
         moved = micro.to(device)
