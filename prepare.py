@@ -348,7 +348,7 @@ def load_data(cfg, tokenizer, vocab, rank):
         vocab=vocab,
         eval_examples=cfg.eval_examples,
         train_examples=cfg.train_examples,
-        overlong=cfg.max_length_policy,
+        max_length_policy=cfg.max_length_policy,
         new_tokens=cfg.sample_tokens if on_policy else 0,
         completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
         progress=rank == 0,

@@ -111,7 +111,7 @@ def divide(
 class Dataset:
     """Training documents by index, and held-out examples. Length None: endless, made on demand.
 
-    max_tokens: of a document. vocab: ids from here on are refused. overlong: "error" or "drop". new_tokens: room
+    max_tokens: of a document. vocab: ids from here on are refused. max_length_policy: "error" or "drop". new_tokens: room
     that every prompt has to leave for what a model generates; 0: nothing is generated. completions: whether rows need an
     assistant's turn to train on; without it a document is the prompt alone, and prompts without an answer will do.
     `notes` says in sentences what a user should know of the data.
@@ -127,13 +127,13 @@ class Dataset:
         vocab: int,
         eval_examples: int = 0,
         train_examples: int = 0,
-        overlong: str = "error",
+        max_length_policy: str = "error",
         new_tokens: int = 0,
         completions: bool = True,
         progress: bool = False,
     ):
         self.name, self.formatter, self.seed = name, formatter, seed
-        self.max_tokens, self.vocab, self.overlong = max_tokens, vocab, overlong
+        self.max_tokens, self.vocab, self.max_length_policy = max_tokens, vocab, max_length_policy
         self.new_tokens, self.completions = new_tokens, completions
         self.dropped, self._documents, self._examples, self.listed = 0, None, None, None
         self.notes = []
@@ -143,8 +143,8 @@ class Dataset:
             self._make(task, count, eval_examples, train_examples, progress)
         else:
             self._read(eval_examples, train_examples, progress)
-        with_answers = [e for e in self.held_out if completions or e.has_answer]
-        self._held_out_documents = self._checked(with_answers, completions=True)[1]
+        with_answers = [e for e in self.validation if completions or e.has_answer]
+        self._validation_documents = self._checked(with_answers, completions=True)[1]
         self._note_texts()
 
     def _make(
@@ -156,7 +156,7 @@ class Dataset:
             raise UserError(
                 f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems"
             )
-        self.held_out = [
+        self.validation = [
             TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)
         ]
         if count or train_examples:
@@ -171,12 +171,12 @@ class Dataset:
     def _read(self, eval_examples: int, train_examples: int, progress: bool) -> None:
         """The examples of a file."""
         path = find_file(self.name)
-        self.held_out, training = divide(path, eval_examples, train_examples, self.notes)
-        first = next(iter([*self.held_out, *training]), None)
+        self.validation, training = divide(path, eval_examples, train_examples, self.notes)
+        first = next(iter([*self.validation, *training]), None)
         named = first is not None and first.task not in ("", "number", "answer")
         self.label = first.task if named else path.stem.removesuffix(".jsonl")
         if not training:
-            questions = f"{len(self.held_out)} different questions" if first else "no examples"
+            questions = f"{len(self.validation)} different questions" if first else "no examples"
             raise UserError(
                 f"--data {self.name} has {questions}; --eval_examples {eval_examples} leaves none to train on"
             )
@@ -238,7 +238,7 @@ class Dataset:
             )
 
     def validation_documents(self) -> list[Document]:
-        return self._held_out_documents
+        return self._validation_documents
 
     def _tokenise(self, examples: list[Example], progress: bool) -> None:
         self._documents, self._examples, step = [], [], 2000
@@ -291,7 +291,7 @@ class Dataset:
         if self.new_tokens:
             prompt = len(self.formatter.prompt(example)) if completions else len(document)
             if prompt + self.new_tokens > self.max_tokens:
-                if self.overlong == "drop":
+                if self.max_length_policy == "drop":
                     return False
                 raise UserError(
                     f"{example.origin}: --sample_tokens {self.new_tokens} and this prompt ({prompt:,} tokens) do not fit "
@@ -299,7 +299,7 @@ class Dataset:
                 )
         if len(document) <= self.max_tokens:
             return True
-        if self.overlong == "drop":
+        if self.max_length_policy == "drop":
             return False
         raise UserError(
             f"{example.origin}: {len(document):,} tokens, more than --micro_batch_tokens {self.max_tokens:,}; raise it or set --max_length_policy drop"

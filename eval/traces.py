@@ -144,7 +144,7 @@ def examples_of(args, subject):
         max_tokens=room,
         vocab=subject.vocab,
         eval_examples=args.eval_examples,
-        overlong="drop",
+        max_length_policy="drop",
         completions=False,
     )
     if not len(data):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import config
+import options
 import train
 from config import kept
 from errors import UserError
@@ -27,7 +27,7 @@ class Example:
 
 
 def parse(*argv, base=None):
-    return config.parse(Example, argv, base)[0]
+    return options.parse(Example, argv, base)[0]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, 
 )
 def test_a_toml_file_without_a_line_sets_nothing(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    cfg, given = config.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
+    cfg, given = options.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
     assert cfg == Example(lr=2.0) and given == {"lr"}
 
 
@@ -178,23 +178,23 @@ def test_a_json_file_that_is_no_object_is_one_line_that_names_it(tmp_path):
 def test_a_resumed_run_is_judged_by_its_own_knobs_and_keeps_some():
     base = {"kd_divergence": "forward_kl", "steps": 5, "data": "x"}
     assert (
-        config.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[
+        options.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[
             0
         ].kd_beta
         == 0.3
     )
     with pytest.raises(UserError, match="kd_beta is not read"):
         parse("--kd_beta=0.3", base=base)
-    assert config.parse(Example, ["--steps=6", "--data=x"], base, kept=["data"])[0].steps == 6
+    assert options.parse(Example, ["--steps=6", "--data=x"], base, kept=["data"])[0].steps == 6
     with pytest.raises(UserError, match="--steps 6: the run was begun with 5"):
-        config.parse(Example, ["--steps=6"], base, kept=["data", "steps"])
+        options.parse(Example, ["--steps=6"], base, kept=["data", "steps"])
 
 
 def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
     got = parse("--mode=sft", "--lr=5")
-    values = config.resolved(got)
+    values = options.resolved(got)
     assert "lr" in values and not any(k.startswith("kd_") for k in values)
-    assert "kd_beta" not in config.resolved(parse("--kd_divergence=forward_kl"))
+    assert "kd_beta" not in options.resolved(parse("--kd_divergence=forward_kl"))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     assert parse("--config", str(path)) == got
@@ -221,8 +221,8 @@ def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_pa
         parse("--config", str(file)).batch == 3
         and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
     )
-    assert config.resolved(parse(*chosen))["batch"] == 3
-    line = next(line for line in config.usage(Example, "x").splitlines() if "--batch" in line)
+    assert options.resolved(parse(*chosen))["batch"] == 3
+    line = next(line for line in options.usage(Example, "x").splitlines() if "--batch" in line)
     assert "[1, mode=sft: 2, kd_divergence=forward_kl: 3]" in line
     assert Example(kd_divergence="forward_kl").batch == 1, (
         "a config that is built directly holds the plain defaults"
@@ -251,9 +251,9 @@ def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
 )
 def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
     def settings(*more, base=None):
-        cfg = config.parse(train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base)[
-            0
-        ]
+        cfg = options.parse(
+            train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base
+        )[0]
         train.check(cfg)
         return cfg.grpo_advantage, cfg.grpo_clip_low, cfg.grpo_clip_high
 
@@ -272,7 +272,7 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
 
 def test_the_kls_estimate_goes_with_its_place():
     kl = lambda *args: (
-        config.parse(train.Config, ["--mode=grpo", "--grpo_kl_coef=0.1", *args])[
+        options.parse(train.Config, ["--mode=grpo", "--grpo_kl_coef=0.1", *args])[
             0
         ].grpo_kl_estimator
     )
@@ -291,16 +291,16 @@ def reuse(request, tmp_path):
 
     def parsed(values, *args):
         if request.param == "stored":
-            return config.parse(train.Config, list(args), values, kept(values))[0]
+            return options.parse(train.Config, list(args), values, kept(values))[0]
         path = tmp_path / "config.json"
         path.write_text(json.dumps(values))
-        return config.parse(train.Config, ["--config", str(path), *args])[0]
+        return options.parse(train.Config, ["--config", str(path), *args])[0]
 
     return parsed
 
 
 def stored_by(*args):
-    return config.resolved(config.parse(train.Config, list(args))[0], without=("name", "resume"))
+    return options.resolved(options.parse(train.Config, list(args))[0], without=("name", "resume"))
 
 
 @pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo"])
@@ -356,11 +356,11 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
     sft = ["--config", str(path)]
     # weighting is one of sft's knobs that grpo does not read: refused as ever
     with pytest.raises(UserError, match="weighting is not read with mode=grpo"):
-        config.parse(train.Config, [*sft, "--mode=grpo"])
-    got = config.parse(train.Config, [*sft, "--mode=grpo"], together=False)[0]
+        options.parse(train.Config, [*sft, "--mode=grpo"])
+    got = options.parse(train.Config, [*sft, "--mode=grpo"], together=False)[0]
     assert (got.steps, got.batch_size, got.lr, got.schedule) == (200, 128, 3e-4, "linear")
     assert (got.warmup, got.weight_decay, got.data) == (7, 0.1, "mine.jsonl")
-    assert config.parse(train.Config, [*sft, "--mode=kd"])[0].lr == 5e-3
+    assert options.parse(train.Config, [*sft, "--mode=kd"])[0].lr == 5e-3
 
 
 def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
@@ -384,9 +384,9 @@ def test_no_knob_takes_what_is_not_finite(value, tmp_path):
     assert "lr" in floats and "grpo_tis_cap" in floats and len(floats) > 15
     for name in floats:
         with pytest.raises(UserError, match=f"--{name}: .* is not a number that is finite"):
-            config.parse(train.Config, [f"--{name}={value}"], together=False)
+            options.parse(train.Config, [f"--{name}={value}"], together=False)
     (tmp_path / "c.toml").write_text(f"lr = {'inf' if '9' in value else value}\n")
     (tmp_path / "c.json").write_text('{"lr": -Infinity}')
     for name in ("c.toml", "c.json"):
         with pytest.raises(UserError, match=f"{name}: lr: .* is not a number that is finite"):
-            config.parse(train.Config, ["--config", str(tmp_path / name)])
+            options.parse(train.Config, ["--config", str(tmp_path / name)])

@@ -441,9 +441,9 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(group, tiny, tmp_path,
             raise KeyboardInterrupt
         return line(row)
 
-    monkeypatch.setattr(results, "line", dies)
+    monkeypatch.setattr(summary, "line", dies)
     assert run(tiny, *sampled, "--out", broken)[0] == 130
-    monkeypatch.setattr(results, "line", line)
+    monkeypatch.setattr(summary, "line", line)
     (part,) = broken.glob("*/*.part-0.jsonl")
     part.write_text(part.read_text() + line(written[-1])[:40])  # cut off in the middle of a line
     asked = []

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-import config
+import options
 import train
 from eval import __main__ as evaluation
 from tests.conftest import ROOT
@@ -65,7 +65,7 @@ def test_every_command_exists_and_parses(line):
             w.replace("recipes/", f"{ROOT}/recipes/") for w in words[words.index("train.py") + 1 :]
         ]
         if argv != ["--help"]:
-            train.check(config.parse(train.Config, argv)[0])
+            train.check(options.parse(train.Config, argv)[0])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
         if words[2] == "eval":

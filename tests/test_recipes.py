@@ -7,9 +7,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-import config
 import eval.__main__
 import eval.traces
+import options
 import train
 from tests.conftest import ROOT
 
@@ -22,7 +22,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid_and_explain_themselves(path):
-    cfg, given = config.parse(train.Config, ["--config", str(path)])
+    cfg, given = options.parse(train.Config, ["--config", str(path)])
     train.check(cfg)
     assert given == set(tomllib.loads(path.read_text()))
     assert f"--config recipes/{path.name}" in path.read_text()
@@ -74,8 +74,8 @@ def knobs(study, name):
     """A run's own knobs and those in common that it reads, as a config."""
     common, own = study["common"], study["run"][name]
     argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
-    read = config.resolved(config.parse(train.Config, argv(common | own), together=False)[0])
-    return config.parse(
+    read = options.resolved(options.parse(train.Config, argv(common | own), together=False)[0])
+    return options.parse(
         train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read})
     )[0]
 
@@ -104,10 +104,10 @@ def test_studies_are_whole(study):
         train.check(cfg)
         assert cfg.data and not cfg.data.startswith("@") or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
-    for name, options in traces.items():
-        options = {k: v for k, v in options.items() if k != "teacher"}
+    for name, chosen in traces.items():
+        chosen = {k: v for k, v in chosen.items() if k != "teacher"}
         eval.traces.parse(
-            [traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in options.items())]
+            [traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in chosen.items())]
         )
     for arm in arms.values():
         assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
@@ -227,7 +227,7 @@ def test_sweeps_parse_as_wandb_writes_them(path):
             {"args": {name: {"value": value} for name, value in values.items()}}
         )
         for args in (written["args"], written["args_no_equals"]):
-            cfg, given = config.parse(
+            cfg, given = options.parse(
                 train.Config,
                 [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args,
             )

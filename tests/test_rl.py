@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import config
+import options
 import train
 from data.tokenizer import Tokenizer
 from model.generate import Completion
@@ -494,7 +494,7 @@ def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
     ],
 )
 def test_their_neighbours_work(args):
-    train.check(config.parse(train.Config, args)[0])
+    train.check(options.parse(train.Config, args)[0])
 
 
 def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path):

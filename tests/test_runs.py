@@ -170,7 +170,7 @@ def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started)
     ],
 )
 def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
-    base = train.Config(mode="kd", data="mine.jsonl", overlong="drop")
+    base = train.Config(mode="kd", data="mine.jsonl", max_length_policy="drop")
     knobs = train.options.resolved(base, without=("name", "resume"))
     name = args.split("=")[0]
     assert (

@@ -351,7 +351,7 @@ def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
     )
     a, b = dataset(tiny, path, seed=1), dataset(tiny, path, seed=2)
     text = lambda d: tiny.decode(d.tokens)
-    assert [e.origin for e in a.held_out] == [e.origin for e in b.held_out] and len(a) == 35
+    assert [e.origin for e in a.validation] == [e.origin for e in b.validation] and len(a) == 35
     held, trained = {text(d) for d in a.validation_documents()}, {text(a.get(i)) for i in range(35)}
     assert len(held) == 5 and len(trained) == 35 and not held & trained
     assert len(dataset(tiny, path, train_examples=7)) == 7
@@ -418,7 +418,7 @@ def test_prompts_alone_and_room_for_what_is_generated(tiny, tmp_path):
     assert len(dataset(tiny, path, new_tokens=20, **room)) == 4
     with pytest.raises(UserError, match="d.jsonl:3: --sample_tokens 21 and this prompt"):
         dataset(tiny, path, new_tokens=21, **room)
-    kept = dataset(tiny, path, new_tokens=21, overlong="drop", **room)
+    kept = dataset(tiny, path, new_tokens=21, max_length_policy="drop", **room)
     assert len(kept) == 3 and any("too long" in note for note in kept.notes)
     # a conversation's last prompt counts, not its first
     turns = [("user", "a"), ("assistant", "b " * 40), ("user", "c"), ("assistant", "d")]
@@ -447,7 +447,7 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
     )
     with pytest.raises(UserError, match="d.jsonl:2.*--max_length_policy drop"):
         dataset(tiny, str(path), max_tokens=100, eval_examples=0)
-    kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, overlong="drop")
+    kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, max_length_policy="drop")
     assert len(kept) == 2 and kept.dropped == 1
     with pytest.raises(UserError, match="outside the 50 ids"):
         dataset(tiny, str(path), vocab=50, eval_examples=0)
@@ -461,16 +461,16 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     )
     longest_is_held_out = dict(eval_examples=2, max_tokens=100)
     assert any(
-        len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).held_out
+        len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).validation
     )
     with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)
-    kept = dataset(tiny, path, **longest_is_held_out, overlong="drop")
+    kept = dataset(tiny, path, **longest_is_held_out, max_length_policy="drop")
     assert len(kept.validation_documents()) == 1 and kept.dropped == 1
 
 
 def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
-    a, b = (dataset(tiny, max_tokens=70, overlong="drop") for _ in range(2))
+    a, b = (dataset(tiny, max_tokens=70, max_length_policy="drop") for _ in range(2))
     drawn = [a.get(i) for i in range(60)]
     assert (
         a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
@@ -483,7 +483,7 @@ def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
         for i, d in enumerate(drawn)
     )
     with pytest.raises(UserError, match="in a row are longer than --micro_batch_tokens 9"):
-        dataset(tiny, max_tokens=9, overlong="drop")
+        dataset(tiny, max_tokens=9, max_length_policy="drop")
     with pytest.raises(UserError, match="--max_length_policy drop"):
         dataset(tiny, max_tokens=9, eval_examples=0)
 

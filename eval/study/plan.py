@@ -178,10 +178,10 @@ class Study:
 
     def check_test_sets(self):
         """Refuse a study whose evaluations would find no test set, before anything is trained."""
-        for options in {
+        for chosen in {
             job.options[1:] for job in self.jobs if job.kind == "eval"
         }:  # the first is the checkpoint
-            args = eval.__main__.parse(["checkpoint", *flags(dict(options))])
+            args = eval.__main__.parse(["checkpoint", *flags(dict(chosen))])
             for task in args.tasks:
                 if not (task in TASKS and TASKS[task].make):
                     find(task, args.data)
