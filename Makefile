@@ -1,4 +1,4 @@
-# The commands of the README: `make kd`, `make grpo`, `make study` and `make test`. Each sets up what it needs in .venv.
+# The commands of the README. Each sets up what it needs in .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 # real data for the tests that want it; they skip with a reason where the folder is absent
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
+# One thread a test worker: two that share a core spin while they wait for each other.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+JOBS ?= $(shell nproc)
 
-.PHONY: kd grpo sft study test test-slow bench bench-gpu clean
+.PHONY: kd grpo sft study lint format test test-slow bench bench-gpu clean
 
 kd: $(VENV)/run
 	$(BIN)/torchrun train.py --mode kd
@@ -21,18 +24,28 @@ sft: $(VENV)/run
 study: $(VENV)/run
 	$(BIN)/python -m eval.study recipes/study/mini.toml --seeds 0
 
-test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10 tests
+lint: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m tests.gates
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(TEST) -m "not slow" -n $(JOBS) --dist worksteal tests
 
 test-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -q -m slow --durations=0 tests
+	$(TEST) -m slow tests
 
 bench: $(VENV)/run
 	$(BIN)/python -m bench.kd_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
 	$(BIN)/python -m bench.grpo_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
 
 bench-gpu: $(VENV)/run
-	for what in head attention decode train_step; do $(BIN)/python -m bench.$$what || exit; done
+	for name in head attention decode train_step; do $(BIN)/python -m bench.$$name || exit; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
