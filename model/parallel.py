@@ -3,7 +3,7 @@
 import datetime
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from errors import RunFailed, UserError, say
 from files import reason
+from kernels import backend
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
@@ -155,6 +156,42 @@ def init(device_type: str, patience: float | None = None) -> tuple[int, int, int
     return here.rank, here.world, here.local_rank
 
 
+class Device(NamedTuple):
+    """Where this process computes, and as which rank."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    rank: int
+    world: int
+
+
+def choose_device(device: str, dtype: str, kernels: str) -> Device:
+    """Pick device, dtype and kernels from the options of these names, and join the other ranks.
+
+    "auto" is a GPU where there is one, in bf16; else the CPU, in fp32. Raises UserError.
+    """
+    kind = device
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world, local_rank = init(kind)
+    chosen = torch.device("cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank} in the environment, but there are "
+                f"{torch.cuda.device_count()} GPUs to be seen; start fewer processes"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    try:
+        backend.use(kernels)
+    except ValueError as e:
+        raise UserError(f"--kernels={kernels}: {e}") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" else "float32"
+    return Device(chosen, getattr(torch, dtype), rank, world)
+
+
 _said = set()  # notes, once per process
 
 
@@ -189,7 +226,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce_sum(values, device="cpu"):
+def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """Element-wise sum of a list of numbers over ranks, in fp64."""
     if not active():
         return [float(v) for v in values]

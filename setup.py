@@ -1,0 +1,315 @@
+"""What a run needs before its first step, in stages: options, then data, then weights.
+
+`setup` checks all that can be checked before a weight is read; `load_models` reads or makes the
+weights. `train.launch` calls the two, and opens the run's folder between them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, check
+from data.dataset import Dataset
+from data.formatter import Formatter
+from data.record import PROMPT_OPTIONS, training_record
+from data.teacher_cache import TeacherCache, weights_digest
+from data.tokenizer import Tokenizer, parse_template_kwargs
+from errors import UserError, say
+from model import parallel
+from model.flops import forward_flops
+from model.load import (
+    Checkpoint,
+    describe,
+    load_frozen,
+    load_policy,
+    peft_base_name,
+    policy_vocab_size,
+    shared_vocab_size,
+    stop_ids,
+)
+from model.lora import LoraConfig, parse_targets
+from model.optim import build_optimizer
+from model.transformer import Transformer
+from rl.logprobs import teacher_topk
+from rl.reward import Reward, parse_reward
+from run import RunFolder
+from toy_models import STUDENT, TEACHER, toy_model, toy_tokenizer
+
+# What a run has cost so far, over all ranks; its evaluations are not counted.
+COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
+
+# Steps that changed nothing: the gradient was not finite (now, in a row), or 0 everywhere.
+STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is known of a run before a weight is read."""
+
+    place: parallel.Device
+    student: Checkpoint
+    teacher: Checkpoint | None
+    reference: Checkpoint | None
+    tokenizer: Tokenizer
+    vocab_size: int  # head rows that take part in the loss
+    dataset: Dataset
+    reward: Reward | None
+
+
+@dataclasses.dataclass
+class Run:
+    """What `build` and the loop work with."""
+
+    device: torch.device
+    rank: int
+    world: int
+    folder: RunFolder
+    resume_step: int | None  # the step of the checkpoint that is continued; None: a new run
+    steps: int
+    tokenizer: Tokenizer
+    vocab_size: int
+    stop_ids: list[int]
+    dataset: Dataset
+    reward: Reward | None
+    policy: Any  # a Transformer; with LoRA adapters it has `dropout`, too
+    teacher: Transformer | None
+    teacher_folder: Path | None
+    reference: Transformer | None
+    optimizer: torch.optim.Optimizer
+    counters: dict[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
+    )
+    cost: Counter = dataclasses.field(default_factory=Counter)  # this rank's, since the last step
+
+
+def setup(cfg: Config) -> Plan:
+    """Check everything that can be checked before a weight is read. Raises UserError."""
+    check(cfg)
+    place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
+    student, teacher, reference = describe_checkpoints(cfg)
+    tokenizer = choose_tokenizer(cfg, student, teacher)
+    vocab_size = loss_vocab_size(cfg, tokenizer, student, teacher)
+    if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
+        raise UserError(
+            f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
+            "it must share the policy's vocabulary"
+        )
+    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank)
+    reward = load_reward(cfg, dataset)
+    return Plan(
+        place=place,
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        dataset=dataset,
+        reward=reward,
+    )
+
+
+def has_teacher(cfg: Config) -> bool:
+    """Whether a teacher's distribution is part of the loss."""
+    return cfg.mode == "kd" or cfg.grpo_kd_coef > 0
+
+
+def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
+    """The student, the teacher and the reference; None where the run has none."""
+    teacher = reference = None
+    if has_teacher(cfg) and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
+        raise UserError("--teacher is needed: the toy one only fits the toy student (--model tiny)")
+    student = describe(cfg.model, "--model", read_tokenizer=not cfg.tokenizer)
+    if has_teacher(cfg):
+        teacher = describe(cfg.teacher or "tiny-teacher", "--teacher")
+        if not cfg.teacher:
+            teacher = dataclasses.replace(teacher, tokenizer=toy_tokenizer())
+    if cfg.mode == "grpo" and cfg.grpo_kl_coef:
+        reference = describe(cfg.reference, "--reference") if cfg.reference else student
+    return student, teacher, reference
+
+
+def choose_tokenizer(cfg: Config, student: Checkpoint, teacher: Checkpoint | None) -> Tokenizer:
+    """The user's choice, or the student's, or the teacher's, or the toy task's."""
+    if cfg.tokenizer:
+        return Tokenizer.load(cfg.tokenizer)
+    if student.tokenizer:
+        return student.tokenizer
+    return teacher.tokenizer if teacher and teacher.tokenizer else toy_tokenizer()
+
+
+def loss_vocab_size(
+    cfg: Config, tokenizer: Tokenizer, student: Checkpoint, teacher: Checkpoint | None
+) -> int:
+    """Head rows in the loss: the ids shared with a teacher, a policy's ids, or in SFT all."""
+    if teacher:
+        return shared_vocab_size(tokenizer, student.config, teacher)
+    policy_size = policy_vocab_size(tokenizer, student.config)
+    return policy_size if cfg.mode == "grpo" else student.config.vocab_size
+
+
+def load_dataset(cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int) -> Dataset:
+    """The data, every example measured; what the user should know of it is printed."""
+    on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
+    template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
+    dataset = Dataset(
+        cfg.data,
+        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
+        seed=cfg.seed,
+        max_tokens=cfg.micro_batch_tokens,
+        vocab=vocab_size,
+        eval_examples=cfg.eval_examples,
+        train_examples=cfg.train_examples,
+        max_length_policy=cfg.max_length_policy,
+        new_tokens=cfg.sample_tokens if on_policy else 0,
+        completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
+        progress=rank == 0,
+    )
+    if rank == 0:
+        for note in dataset.notes:
+            say(f"{cfg.data}: {note}")
+    return dataset
+
+
+def load_reward(cfg: Config, dataset: Dataset) -> Reward | None:
+    """What samples earn, in grpo. Raises UserError where it needs answers that the data lacks."""
+    if cfg.mode != "grpo":
+        return None
+    reward = parse_reward(
+        cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
+    )
+    if reward.reads_gold:
+        dataset.need_answers()
+    return reward
+
+
+def number_of_steps(cfg: Config, examples: int) -> int:
+    """`--steps`, or as many as `--epochs` passes over the examples take. Raises UserError."""
+    prompts, passes = cfg.batch_size, 1
+    if cfg.mode == "grpo":
+        prompts, passes = cfg.batch_size // cfg.grpo_samples, cfg.grpo_ppo_epochs
+    steps = cfg.steps or math.ceil(cfg.epochs * examples / prompts) * passes
+    if steps == 0:
+        raise UserError(
+            "--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; "
+            "set --train_examples"
+        )
+    return steps
+
+
+def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | None) -> Run:
+    """Read or make all weights; the folder gets the record of what the policy is trained on."""
+    place, student, teacher = plan.place, plan.student, plan.teacher
+    if cfg.mode == "grpo" and cfg.model == "tiny":
+        path = toy_model("student", STUDENT, cfg.runs, cfg.device, place.rank)
+        student = dataclasses.replace(student, folder=path)
+    if teacher and not cfg.teacher:
+        path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, place.rank)
+        teacher = dataclasses.replace(teacher, folder=path)
+    resumed = None if resume_step is None else folder.step_folder(resume_step)
+    ancestors = [(cfg.model, student.folder)]
+    if teacher and teacher.folder:
+        ancestors.append((cfg.teacher or "the toy teacher", teacher.folder))
+    if cfg.reference and plan.reference:
+        ancestors.append((cfg.reference, plan.reference.folder))
+    if resumed:
+        ancestors.append((str(resumed), resumed))
+    prompt_options = {name: getattr(cfg, name) for name in PROMPT_OPTIONS}
+    record = functools.partial(training_record, cfg.data, plan.dataset, prompt_options, ancestors)
+    folder.lineage = parallel.on_rank_0(place.rank, record)
+
+    lora = None
+    if cfg.lora_rank:
+        targets, base_name = parse_targets(cfg.lora_targets), peft_base_name(student)
+        lora = LoraConfig(
+            cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
+        )
+    device, dtype = place.device, place.compute_dtype
+    policy, base = load_policy(student, resumed, lora, device, dtype, cfg.seed)
+    policy.activation_checkpointing = cfg.activation_checkpointing
+    teacher_model, cost = load_teacher(cfg, plan, teacher)
+    reference = None
+    if plan.reference and lora and not cfg.reference:
+        reference = base  # the policy as it starts is the base, which is there already
+    elif plan.reference:
+        origin = plan.reference if cfg.reference else student
+        reference = load_frozen(origin, device, dtype, cfg.seed)
+    if cfg.compile:
+        for model in (policy, teacher_model, reference):
+            for block in model.layers if model else ():
+                block.compile_halves()
+    return Run(
+        device=device,
+        rank=place.rank,
+        world=place.world,
+        folder=folder,
+        resume_step=resume_step,
+        steps=number_of_steps(cfg, len(plan.dataset)),
+        tokenizer=plan.tokenizer,
+        vocab_size=plan.vocab_size,
+        stop_ids=stop_ids(plan.tokenizer, student.folder),
+        dataset=plan.dataset,
+        reward=plan.reward,
+        policy=policy,
+        teacher=teacher_model,
+        teacher_folder=teacher.folder if teacher else None,
+        reference=reference,
+        optimizer=build_optimizer(
+            policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
+        ),
+        cost=cost if not resume_step and place.rank == 0 else Counter(),
+    )
+
+
+def load_teacher(
+    cfg: Config, plan: Plan, teacher: Checkpoint | None
+) -> tuple[Transformer | None, Counter]:
+    """The teacher's model, or None: with `--kd_cache` its top-k is kept on disk, on first use.
+
+    The second value is what it took to fill the cache, whoever did it.
+    """
+    if teacher is None:
+        return None, Counter()
+    place = plan.place
+    load = functools.partial(load_frozen, teacher, place.device, place.compute_dtype, cfg.seed)
+    if not cfg.kd_cache:
+        return load(), Counter()
+    dataset = plan.dataset
+    if not len(dataset):
+        raise UserError(
+            f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
+            f"write {cfg.data}:1000"
+        )
+    documents = [dataset.get(i) for i in range(len(dataset))]
+    weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
+    if teacher.folder:
+        weights = weights_digest(teacher.folder)
+    cache = TeacherCache(
+        cfg.kd_cache, documents, weights, cfg.kd_topk, cfg.kd_temperature, plan.vocab_size
+    )
+    positions = cache.what["positions"]
+    if not cache.whole:
+        if place.world > 1:
+            raise UserError(
+                f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
+            )
+        say(f"keeping the teacher's top {cfg.kd_topk} of {positions:,} positions in {cfg.kd_cache}")
+        rows = teacher_topk(
+            documents,
+            load(),
+            cfg.kd_topk,
+            temperature=cfg.kd_temperature,
+            vocab=plan.vocab_size,
+            micro_batch_tokens=cfg.micro_batch_tokens,
+            device=place.device,
+        )
+        cache.fill(rows)
+    dataset.listed = cache
+    lengths = [len(document) for document in documents]
+    with torch.device("meta"):
+        flops = forward_flops(Transformer(teacher.config), lengths, positions, plan.vocab_size)
+    return None, Counter(teacher_tokens=sum(lengths), flops=flops)
