@@ -1,7 +1,7 @@
 """Train a small reasoning language model: `torchrun train.py --mode kd`, `python train.py --mode sft`.
 
 A mode is a source of batches plus a loss; everything else is shared. `launch` at the end lists the
-stages: `setup` and `load_models` (setup.py), `build` (the only branch on the mode), and `train`,
+stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the mode), and `train`,
 the loop.
 """
 
@@ -28,10 +28,10 @@ from model.flops import forward_flops, generation_flops, peak_flops, step_flops
 from model.generate import generate
 from model.optim import clip_gradients, learning_rate
 from model.transformer import Transformer
+from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import add_correction, add_logprobs, kl_penalty
 from rl.rollout import Mixed, Rollouts
 from run import Log, StopSignal, open_run, stored_config
-from setup import COSTS, Run, load_models, number_of_steps, setup
 from toy_models import TEACHER, toy_tokenizer  # noqa: F401 (tests, until they are merged)
 from validation import evaluate
 

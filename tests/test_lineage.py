@@ -399,7 +399,7 @@ def test_held_out_questions_are_not_recorded_and_those_seen_before_are_noted(cap
         "--eval_tokens=2",
     )
     assert (
-        "note: 1 of the 5 held-out questions were trained on by what this run begins from"
+        "note: 1 of the 5 validation questions were trained on by what this run begins from"
         in capsys.readouterr().out
     )
 

@@ -64,7 +64,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
         ),
         "record": (
             SFT,
-            patched("setup.training_record", UserError("a trained_on.json that is no JSON")),
+            patched("prepare.training_record", UserError("a trained_on.json that is no JSON")),
             2,
             "a trained_on.json that is no JSON",
         ),

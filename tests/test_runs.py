@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
+import prepare
 import run as runs
-import setup
 import toy_models
 import train
 from curves import summary
@@ -188,7 +188,7 @@ def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(setup, "toy_model", interrupted)
+    monkeypatch.setattr(prepare, "toy_model", interrupted)
     rows = [{"prompt": f"p{n}", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
