@@ -224,7 +224,9 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
         with StopSignal() as stop:
             inside.append(signal.getsignal(signal.SIGTERM) is stop)
         teacher = build_model(PRESETS["tiny-teacher"], None, device="cpu", seed=0)
-        save_model(teacher, folder.step_folder(recipe["steps"]), train.toy_tokenizer(), [])
+        checkpoint = folder.step_folder(recipe["steps"])
+        checkpoint.mkdir(parents=True)
+        save_model(teacher, checkpoint, train.toy_tokenizer(), [0])
 
     monkeypatch.setattr(toy_models, "_train", train_teacher)
     monkeypatch.setattr(train, "train", loop)
