@@ -160,8 +160,10 @@ def _described(path: Path) -> str:
 
 
 def _is_dead(holder: Holder) -> bool:
-    """Whether a holder is certainly gone: its process is of this host, and there is none, or another
-    one that began later."""
+    """Whether a holder is certainly gone.
+
+    Its process is of this host, and there is none, or another one that began later.
+    """
     if holder.host != _host():
         return False
     try:
@@ -187,7 +189,7 @@ OUTERMOST = 0xEFFFFFFC  # Linux's first namespace of process ids
 
 
 def _start(pid: int) -> int | None:
-    """When a process began, in ticks since the boot, behind the boot's id; None if nobody can say."""
+    """When a process began, in ticks since the boot, and the boot's id; None: nobody can say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")

@@ -1,343 +1,159 @@
-"""What a run needs before its first step: device, tokenizers, data, models, the run's folder; and the embedded task's own models."""
+"""What a run needs before its first step, in stages: options, then data, then weights.
+
+`setup` checks all that can be checked before a weight is read; `load_models` reads or makes the
+weights. `train.launch` calls the two, and opens the run's folder between them.
+"""
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import options
 from config import Config, check
-from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Stream, find_file, show_batch, task_of
+from data.dataset import Dataset
 from data.formatter import Formatter
-from data.tasks import TASKS, Example
+from data.record import PROMPT_OPTIONS, training_record
 from data.teacher_cache import TeacherCache, weights_digest
-from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
-from errors import RunFailed, UserError, say
-from kernels import backend
-from model import lineage, parallel
-from model.checkpoint import (
-    ADAPTER,
-    build_model,
-    load_adapter,
-    locate,
-    read_config,
-    stop_ids_of,
-    tokenizer_folder,
-)
+from data.tokenizer import Tokenizer, parse_template_kwargs
+from errors import UserError, say
+from model import parallel
 from model.flops import forward_flops
-from model.lora import LoraConfig, adapt, parse_targets
-from model.optim import build_optimizer
-from model.transformer import PRESETS, Transformer
-from rl.logprobs import teacher_topk
-from rl.reward import parse_reward
-from run import RunFolder, only_one, open_run
-
-
-def choose_device(cfg):
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world, local = parallel.init(kind)
-    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK={local} in the environment, but there are {torch.cuda.device_count()} GPUs to be seen; start fewer processes"
-            )
-        torch.cuda.set_device(device)
-    try:
-        backend.use(cfg.kernels)
-    except ValueError as e:
-        raise UserError(f"--kernels={cfg.kernels}: {e}") from None
-    name = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
-    return device, getattr(torch, name), rank, world
-
-
-@functools.cache
-def toy_tokenizer():
-    examples = [
-        TASKS["word_problems"].example("word_problems", "train", f"tokenizer/{i}")
-        for i in range(2000)
-    ]
-    return build_tiny(
-        "\n".join(m["role"] + "\n" + m["content"] for m in e.messages) for e in examples
-    )
-
-
-TEACHER = dict(
-    mode="sft",
-    model="tiny-teacher",
-    data="word_problems",
-    steps=700,
-    lr=3e-3,
-    batch_size=64,
-    eval_every=0,
-    save_every=200,
-    max_checkpoints=1,
+from model.load import (
+    Checkpoint,
+    describe,
+    load_frozen,
+    load_policy,
+    peft_base_name,
+    policy_vocab_size,
+    shared_vocab_size,
+    stop_ids,
 )
-STUDENT = dict(mode="kd")
+from model.lora import LoraConfig, parse_targets
+from model.optim import build_optimizer
+from model.transformer import Transformer
+from rl.logprobs import teacher_topk
+from rl.reward import Reward, parse_reward
+from run import RunFolder
+from toy_models import STUDENT, TEACHER, toy_model, toy_tokenizer
 
+# What a run has cost so far, over all ranks; its evaluations are not counted.
+COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
 
-def embedded(cfg, rank, what, recipe, launch):
-    """The folder of the embedded task's teacher or distilled student, trained on first use by the same loop, kept and shared by all runs."""
-    whole = Config(**options.with_defaults(Config, recipe))
-    knobs = {k: v for k, v in options.resolved(whole).items() if k not in PASSING}
-    sources = [
-        (Path(__file__).parent / f).read_bytes()
-        for f in ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")
-    ]
-    path = (
-        Path(cfg.runs)
-        / f"{what}-{hashlib.sha256(json.dumps(knobs).encode() + b''.join(sources)).hexdigest()[:8]}"
-    )
-    if found := parallel.on_rank_0(
-        rank, functools.partial(finished_run, cfg.runs, knobs, whole.steps)
-    ):
-        return found
-    with only_one(
-        path.with_suffix(".lock"), rank, f"the embedded {what}"
-    ):  # the runs of a sweep may all be the first
-        if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
-            if rank == 0:
-                say(f"training the embedded {what} first (once; kept in {path})")
-            begun = parallel.broadcast((path / "config.json").exists())
-            launch(
-                dataclasses.replace(
-                    whole, name=path.name, runs=cfg.runs, resume=begun, device=cfg.device
-                )
-            )
-    if whole.steps not in parallel.broadcast(RunFolder(path).steps()):
-        raise RunFailed(
-            f"stopped before the embedded {what} was ready; the same command goes on with it"
-        )
-    return RunFolder(path).step_folder(whole.steps)
-
-
-def finished_run(runs, knobs, steps):
-    """The last checkpoint of a run that did just this, with this tokenizer: `make grpo` goes on from what `make kd` left. Or None."""
-    for path in sorted(Path(runs).glob("*/config.json")):
-        try:
-            stored = {k: v for k, v in json.loads(path.read_text()).items() if k not in PASSING}
-            last = RunFolder(path.parent).step_folder(steps)
-            if (
-                stored == knobs
-                and (last / "tokenizer.json").read_bytes()
-                == toy_tokenizer().files["tokenizer.json"]
-            ):
-                return last
-        except (OSError, ValueError, AttributeError):
-            continue  # another run's folder, or one being written
-    return None
-
-
-PASSING = (
-    "name",
-    "runs",
-    "resume",
-    "device",
-    "kernels",
-    "max_checkpoints",
-    "log_every",
-    "wandb",
-)  # knobs that do not change what a run learns
-
-
-def choose_tokenizer(cfg, folder, teacher_folder):
-    if cfg.tokenizer:
-        return Tokenizer.load(cfg.tokenizer)
-    if folder or teacher_folder:
-        return Tokenizer.load(tokenizer_folder(folder or teacher_folder))
-    return toy_tokenizer()
-
-
-def lora_config(cfg, folder):
-    """base: the model's folder, or the hub id as the user wrote it; a preset's random weights and an adapter merged have no name for PEFT."""
-    from_hub = folder and cfg.model not in PRESETS and not Path(cfg.model).is_dir()
-    base = (
-        ""
-        if folder is None or (folder / ADAPTER).is_file()
-        else cfg.model
-        if from_hub
-        else str(folder.resolve())
-    )
-    return LoraConfig(
-        cfg.lora_rank,
-        cfg.lora_alpha,
-        parse_targets(cfg.lora_targets),
-        cfg.lora_dropout,
-        cfg.lora_rslora,
-        base,
-    )
-
-
-def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
-    """How many head rows take part in the loss: the full head for SFT, the tokenizer's ids for a policy, the shared prefix for a pair."""
-    if tokenizer.size > shape.vocab_size:
-        raise UserError(
-            f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer"
-        )
-    if teacher_shape is None:
-        return tokenizer.size if cfg.mode == "grpo" else shape.vocab_size
-    shared = (
-        shared_vocabulary(tokenizer, teacher_tokenizer) if teacher_tokenizer else tokenizer.size
-    )
-    return min(shared, shape.vocab_size, teacher_shape.vocab_size)
-
-
-COSTS = (
-    "tokens",
-    "sampled_tokens",
-    "teacher_tokens",
-    "flops",
-)  # of a run so far, over all ranks; its evaluations aside
-
-# optimizer steps that were not taken: for a gradient that was not finite, now and in a row; for one that was 0 everywhere
+# Steps that changed nothing: the gradient was not finite (now, in a row), or 0 everywhere.
 STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
 
 
 @dataclasses.dataclass
+class Plan:
+    """What is known of a run before a weight is read."""
+
+    place: parallel.Device
+    student: Checkpoint
+    teacher: Checkpoint | None
+    reference: Checkpoint | None
+    tokenizer: Tokenizer
+    vocab_size: int  # head rows that take part in the loss
+    dataset: Dataset
+    reward: Reward | None
+
+
+@dataclasses.dataclass
 class Run:
-    """What `prepare` makes and the loop uses."""
+    """What `build` and the loop work with."""
 
     device: torch.device
     rank: int
     world: int
     folder: RunFolder
-    tokenizer: Tokenizer
-    dataset: Dataset
-    stop_ids: list
-    vocab: int
+    resume_step: int | None  # the step of the checkpoint that is continued; None: a new run
     steps: int
-    model: torch.nn.Module
-    teacher: torch.nn.Module | None
+    tokenizer: Tokenizer
+    vocab_size: int
+    stop_ids: list[int]
+    dataset: Dataset
+    reward: Reward | None
+    policy: Any  # a Transformer; with LoRA adapters it has `dropout`, too
+    teacher: Transformer | None
     teacher_folder: Path | None
-    reference: torch.nn.Module | None
-    reward: Callable | None
+    reference: Transformer | None
     optimizer: torch.optim.Optimizer
-    start: int | None = (
-        None  # None: from the beginning; else the step of the checkpoint that is continued
-    )
-    source: Iterator = None
-    loss_fn: Callable = None
-    counters: dict = dataclasses.field(
+    counters: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
     )
-    cost: Counter = dataclasses.field(
-        default_factory=Counter
-    )  # this rank's since the last step, by the names of COSTS
+    cost: Counter = dataclasses.field(default_factory=Counter)  # this rank's, since the last step
 
 
-def open_cache(cfg, dataset, teacher_folder, vocab, world):
-    """The teacher's kept top-k for this data, whole or still empty; refused where it is of something else."""
-    if not len(dataset):
+def setup(cfg: Config) -> Plan:
+    """Check everything that can be checked before a weight is read. Raises UserError."""
+    check(cfg)
+    place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
+    student, teacher, reference = describe_checkpoints(cfg)
+    tokenizer = choose_tokenizer(cfg, student, teacher)
+    vocab_size = loss_vocab_size(cfg, tokenizer, student, teacher)
+    if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
         raise UserError(
-            f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; write {cfg.data}:1000"
+            f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
+            "it must share the policy's vocabulary"
         )
-    teacher = (
-        weights_digest(teacher_folder)
-        if teacher_folder
-        else f"{cfg.teacher}, random weights of seed {cfg.seed}"
-    )
-    cache = TeacherCache(
-        cfg.kd_cache,
-        [dataset.get(i) for i in range(len(dataset))],
-        teacher,
-        cfg.kd_topk,
-        cfg.kd_temperature,
-        vocab,
-    )
-    if world > 1 and not cache.whole:
-        raise UserError(
-            f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
-        )
-    return cache
-
-
-def cost_of(cache, documents, teacher_shape, vocab):
-    """What it took the teacher to fill the cache, whoever did it."""
-    with torch.device("meta"):
-        teacher = Transformer(teacher_shape)
-    lengths = [len(d) for d in documents]
-    return Counter(
-        teacher_tokens=sum(lengths),
-        flops=forward_flops(teacher, lengths, cache.what["positions"], vocab),
+    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank)
+    reward = load_reward(cfg, dataset)
+    return Plan(
+        place=place,
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        dataset=dataset,
+        reward=reward,
     )
 
 
-PROMPT = (
-    "template",
-    "system_prompt",
-    "prompt_suffix",
-    "chat_template_kwargs",
-)  # the knobs that say how questions are asked
+def has_teacher(cfg: Config) -> bool:
+    """Whether a teacher's distribution is part of the loss."""
+    return cfg.mode == "kd" or cfg.grpo_kd_coef > 0
 
 
-def training_record(cfg, dataset, student_folder, teacher_folder, reference_folder, resumed):
-    """The Lineage of what this run will have trained: its own examples, and what was trained on before by the models that it begins from or learns
-    from. Folders are None for random weights, and where there is no such model; resumed: the checkpoint that is continued, or None.
-    Of the examples all that the assistant does not say counts: the user's, the system's and tools' turns, and what the options add to every prompt.
-
-    A note is printed where one of those models was trained on held-out questions."""
-    begun_from = [(cfg.model, student_folder)]
-    if teacher_folder:
-        begun_from.append((cfg.teacher or "the embedded teacher", teacher_folder))
-    if cfg.reference:
-        begun_from.append((cfg.reference, reference_folder))
-    if resumed:
-        begun_from.append((str(resumed), resumed))
-    before = lineage.Lineage(prompt={name: getattr(cfg, name) for name in PROMPT})
-    for name, folder in begun_from:
-        before += lineage.of_checkpoint(name, folder)
-    examples = list(dataset.examples())
-    entry = {"data": cfg.data, "sha256": None, "examples": len(examples) or None}
-    if task_of(cfg.data):
-        examples = []  # a task's own rule keeps what it holds out apart, and its problems are all much alike
-    else:
-        path = find_file(cfg.data)
-        entry |= {
-            "data": cfg.data
-            if not Path(cfg.data).exists()
-            else f"{path.resolve().parent.name}/{path.name}"
-        }
-        with open(path, "rb") as file:
-            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        if (path.parent / lineage.RECORD).exists():  # traces: of the teacher that wrote them
-            before += lineage.read(path.parent, f"traces {entry['data']}")
-        elif any(written_by_teacher(example) for example in examples):
-            before += lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
-    remembered = int(before.contains([example.question for example in dataset.validation]).sum())
-    if remembered:
-        print(
-            f"note: {remembered:,} of the {len(dataset.validation):,} held-out questions were trained on by what this run begins from",
-            flush=True,
-        )
-    hashes = lineage.fingerprints(prompt_texts(cfg, examples))
-    return before + lineage.Lineage(hashes, (entry,))
+def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
+    """The student, the teacher and the reference; None where the run has none."""
+    teacher = reference = None
+    if has_teacher(cfg) and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
+        raise UserError("--teacher is needed: the toy one only fits the toy student (--model tiny)")
+    student = describe(cfg.model, "--model", read_tokenizer=not cfg.tokenizer)
+    if has_teacher(cfg):
+        teacher = describe(cfg.teacher or "tiny-teacher", "--teacher")
+        if not cfg.teacher:
+            teacher = dataclasses.replace(teacher, tokenizer=toy_tokenizer())
+    if cfg.mode == "grpo" and cfg.grpo_kl_coef:
+        reference = describe(cfg.reference, "--reference") if cfg.reference else student
+    return student, teacher, reference
 
 
-def prompt_texts(cfg: Config, examples: list[Example]) -> Iterator[str]:
-    """All texts of the prompts: worked examples may stand in any of them."""
-    yield cfg.system_prompt
-    yield cfg.prompt_suffix
-    for example in examples:
-        for message in example.messages:
-            if message["role"] != "assistant":
-                yield message["content"] or ""
+def choose_tokenizer(cfg: Config, student: Checkpoint, teacher: Checkpoint | None) -> Tokenizer:
+    """The user's choice, or the student's, or the teacher's, or the toy task's."""
+    if cfg.tokenizer:
+        return Tokenizer.load(cfg.tokenizer)
+    if student.tokenizer:
+        return student.tokenizer
+    return teacher.tokenizer if teacher and teacher.tokenizer else toy_tokenizer()
 
 
-def written_by_teacher(example):
-    """Whether eval.traces made this row."""
-    source = example.columns.get("source")
-    return isinstance(source, dict) and "teacher" in source
+def loss_vocab_size(
+    cfg: Config, tokenizer: Tokenizer, student: Checkpoint, teacher: Checkpoint | None
+) -> int:
+    """Head rows in the loss: the ids shared with a teacher, a policy's ids, or in SFT all."""
+    if teacher:
+        return shared_vocab_size(tokenizer, student.config, teacher)
+    policy_size = policy_vocab_size(tokenizer, student.config)
+    return policy_size if cfg.mode == "grpo" else student.config.vocab_size
 
 
-def load_data(cfg, tokenizer, vocab, rank):
-    """(the Dataset, the Reward or None), every example measured; what a user should know of the data is printed."""
+def load_dataset(cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int) -> Dataset:
+    """The data, every example measured; what the user should know of it is printed."""
     on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
     dataset = Dataset(
@@ -345,7 +161,7 @@ def load_data(cfg, tokenizer, vocab, rank):
         Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
         seed=cfg.seed,
         max_tokens=cfg.micro_batch_tokens,
-        vocab=vocab,
+        vocab=vocab_size,
         eval_examples=cfg.eval_examples,
         train_examples=cfg.train_examples,
         max_length_policy=cfg.max_length_policy,
@@ -353,165 +169,147 @@ def load_data(cfg, tokenizer, vocab, rank):
         completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
         progress=rank == 0,
     )
-    reward = None
-    if cfg.mode == "grpo":
-        reward = parse_reward(
-            cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
-        )
-        if reward.reads_gold:
-            dataset.need_answers()
     if rank == 0:
         for note in dataset.notes:
             say(f"{cfg.data}: {note}")
-    return dataset, reward
+    return dataset
 
 
-def prepare(cfg, held, launch):
-    """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
-    until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
-    check(cfg)
-    device, compute_dtype, rank, world = choose_device(cfg)
-    has_teacher, distilled = (
-        cfg.mode == "kd" or cfg.grpo_kd_coef > 0,
-        cfg.mode == "grpo" and cfg.model == "tiny",
+def load_reward(cfg: Config, dataset: Dataset) -> Reward | None:
+    """What samples earn, in grpo. Raises UserError where it needs answers that the data lacks."""
+    if cfg.mode != "grpo":
+        return None
+    reward = parse_reward(
+        cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
     )
-    own_teacher, teacher_name = has_teacher and not cfg.teacher, cfg.teacher or "tiny-teacher"
-    if own_teacher and cfg.model not in ("tiny", "tiny-teacher"):
-        raise UserError(
-            "--teacher is needed: the embedded one only fits the embedded student (--model tiny)"
-        )
-    student_folder, teacher_folder = (
-        locate(cfg.model, "--model"),
-        locate(teacher_name, "--teacher") if has_teacher else None,
-    )
-    origin = locate(cfg.reference, "--reference") if cfg.reference else None
-    shape = read_config(cfg.model, student_folder)
-    teacher_shape = read_config(teacher_name, teacher_folder) if has_teacher else None
-    tokenizer = choose_tokenizer(cfg, student_folder, teacher_folder)
-    teacher_tokenizer = (
-        toy_tokenizer()
-        if own_teacher
-        else teacher_folder and Tokenizer.load(tokenizer_folder(teacher_folder))
-    )
-    vocab = loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape)
-    dataset, reward = load_data(cfg, tokenizer, vocab, rank)
-    origin = locate(cfg.reference, "--reference") if cfg.reference else student_folder
-    reference_shape = (
-        read_config(cfg.reference or cfg.model, origin)
-        if cfg.mode == "grpo" and cfg.grpo_kl_coef
-        else None
-    )
-    its_tokenizer = Tokenizer.load(tokenizer_folder(origin)) if reference_shape and origin else None
-    if (
-        reference_shape
-        and loss_vocabulary(cfg, tokenizer, shape, its_tokenizer, reference_shape) < vocab
-    ):
-        raise UserError(
-            f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab:,} ids; it must share the policy's vocabulary"
-        )
-    if cfg.show_batch:
-        batch = next(
-            Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
-        )
-        return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
-    prompts, passes = (
-        (cfg.batch_size // cfg.grpo_samples, cfg.grpo_ppo_epochs)
-        if cfg.mode == "grpo"
-        else (cfg.batch_size, 1)
-    )
-    steps = cfg.steps or math.ceil(cfg.epochs * len(dataset) / prompts) * passes
+    if reward.reads_gold:
+        dataset.need_answers()
+    return reward
+
+
+def number_of_steps(cfg: Config, examples: int) -> int:
+    """`--steps`, or as many as `--epochs` passes over the examples take. Raises UserError."""
+    prompts, passes = cfg.batch_size, 1
+    if cfg.mode == "grpo":
+        prompts, passes = cfg.batch_size // cfg.grpo_samples, cfg.grpo_ppo_epochs
+    steps = cfg.steps or math.ceil(cfg.epochs * examples / prompts) * passes
     if steps == 0:
         raise UserError(
-            "--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; set --train_examples"
+            "--steps 0 takes the number of steps from --epochs, but an endless task has no epochs; "
+            "set --train_examples"
         )
-    knobs = options.resolved(cfg, without=("name", "resume"))
-    folder, start = held.enter_context(
-        open_run(cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, knobs, rank)
-    )
-    student_folder = (
-        embedded(cfg, rank, "student", STUDENT, launch) if distilled else student_folder
-    )
-    teacher_folder = (
-        embedded(cfg, rank, "teacher", TEACHER, launch) if own_teacher else teacher_folder
-    )
-    cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
+    return steps
 
-    def record():
-        resumed = None if start is None else folder.step_folder(start)
-        folder.lineage = training_record(
-            cfg, dataset, student_folder, teacher_folder, origin, resumed
-        )
 
-    parallel.on_rank_0(rank, record)
+def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | None) -> Run:
+    """Read or make all weights; the folder gets the record of what the policy is trained on."""
+    place, student, teacher = plan.place, plan.student, plan.teacher
+    if cfg.mode == "grpo" and cfg.model == "tiny":
+        path = toy_model("student", STUDENT, cfg.runs, cfg.device, place.rank)
+        student = dataclasses.replace(student, folder=path)
+    if teacher and not cfg.teacher:
+        path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, place.rank)
+        teacher = dataclasses.replace(teacher, folder=path)
+    resumed = None if resume_step is None else folder.step_folder(resume_step)
+    ancestors = [(cfg.model, student.folder)]
+    if teacher and teacher.folder:
+        ancestors.append((cfg.teacher or "the toy teacher", teacher.folder))
+    if cfg.reference and plan.reference:
+        ancestors.append((cfg.reference, plan.reference.folder))
+    if resumed:
+        ancestors.append((str(resumed), resumed))
+    prompt_options = {name: getattr(cfg, name) for name in PROMPT_OPTIONS}
+    record = functools.partial(training_record, cfg.data, plan.dataset, prompt_options, ancestors)
+    folder.lineage = parallel.on_rank_0(place.rank, record)
 
-    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    weights = student_folder if start is None or cfg.lora_rank else folder.step_folder(start)
-    held_as = compute_dtype if cfg.lora_rank else wide  # what is frozen needs no master weights
-    base = model = build_model(
-        shape,
-        weights,
-        device=device,
-        seed=cfg.seed,
-        weight_dtype=held_as,
-        compute_dtype=compute_dtype,
-    )
+    lora = None
     if cfg.lora_rank:
-        model = adapt(base, lora_config(cfg, student_folder), cfg.seed, wide)
-        if start is not None:  # the base is built as it was, not unmerged
-            load_adapter(model, folder.step_folder(start) / "adapter")
-    model.activation_checkpointing = cfg.activation_checkpointing
-    frozen = lambda shape, weights: build_model(
-        shape, weights, device=device, seed=cfg.seed, weight_dtype=compute_dtype
-    ).requires_grad_(False)
-    teacher = (
-        frozen(teacher_shape, teacher_folder)
-        if has_teacher and not (cache and cache.whole)
-        else None
-    )
-    documents = [dataset.get(i) for i in range(len(dataset))] if cache else []
-    if cache and not cache.whole:
-        say(
-            f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}"
+        targets, base_name = parse_targets(cfg.lora_targets), peft_base_name(student)
+        lora = LoraConfig(
+            cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
         )
-        cache.fill(
-            teacher_topk(
-                documents,
-                teacher,
-                cfg.kd_topk,
-                temperature=cfg.kd_temperature,
-                vocab=vocab,
-                micro_batch_tokens=cfg.micro_batch_tokens,
-                device=device,
-            )
-        )
-    dataset.listed, teacher = cache, None if cache else teacher
-    origin = origin if cfg.reference else student_folder
+    device, dtype = place.device, place.compute_dtype
+    policy, base = load_policy(student, resumed, lora, device, dtype, cfg.seed)
+    policy.activation_checkpointing = cfg.activation_checkpointing
+    teacher_model, cost = load_teacher(cfg, plan, teacher)
     reference = None
-    if reference_shape:  # with LoRA the policy as it starts is the base, which is there already
-        reference = base if cfg.lora_rank and not cfg.reference else frozen(reference_shape, origin)
+    if plan.reference and lora and not cfg.reference:
+        reference = base  # the policy as it starts is the base, which is there already
+    elif plan.reference:
+        origin = plan.reference if cfg.reference else student
+        reference = load_frozen(origin, device, dtype, cfg.seed)
     if cfg.compile:
-        for block in (block for m in (model, teacher, reference) if m for block in m.layers):
-            block.compile_halves()
-    optimizer = build_optimizer(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
-    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(student_folder)]))
-    run = Run(
-        device,
-        rank,
-        world,
-        folder,
-        tokenizer,
-        dataset,
-        stop_ids,
-        vocab,
-        steps,
-        model,
-        teacher,
-        teacher_folder,
-        reference,
-        reward,
-        optimizer,
-        start,
+        for model in (policy, teacher_model, reference):
+            for block in model.layers if model else ():
+                block.compile_halves()
+    return Run(
+        device=device,
+        rank=place.rank,
+        world=place.world,
+        folder=folder,
+        resume_step=resume_step,
+        steps=number_of_steps(cfg, len(plan.dataset)),
+        tokenizer=plan.tokenizer,
+        vocab_size=plan.vocab_size,
+        stop_ids=stop_ids(plan.tokenizer, student.folder),
+        dataset=plan.dataset,
+        reward=plan.reward,
+        policy=policy,
+        teacher=teacher_model,
+        teacher_folder=teacher.folder if teacher else None,
+        reference=reference,
+        optimizer=build_optimizer(
+            policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
+        ),
+        cost=cost if not resume_step and place.rank == 0 else Counter(),
     )
-    if cache and not start and rank == 0:
-        run.cost = cost_of(cache, documents, teacher_shape, vocab)
-    return run
+
+
+def load_teacher(
+    cfg: Config, plan: Plan, teacher: Checkpoint | None
+) -> tuple[Transformer | None, Counter]:
+    """The teacher's model, or None: with `--kd_cache` its top-k is kept on disk, on first use.
+
+    The second value is what it took to fill the cache, whoever did it.
+    """
+    if teacher is None:
+        return None, Counter()
+    place = plan.place
+    load = functools.partial(load_frozen, teacher, place.device, place.compute_dtype, cfg.seed)
+    if not cfg.kd_cache:
+        return load(), Counter()
+    dataset = plan.dataset
+    if not len(dataset):
+        raise UserError(
+            f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
+            f"write {cfg.data}:1000"
+        )
+    documents = [dataset.get(i) for i in range(len(dataset))]
+    weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
+    if teacher.folder:
+        weights = weights_digest(teacher.folder)
+    cache = TeacherCache(
+        cfg.kd_cache, documents, weights, cfg.kd_topk, cfg.kd_temperature, plan.vocab_size
+    )
+    positions = cache.what["positions"]
+    if not cache.whole:
+        if place.world > 1:
+            raise UserError(
+                f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
+            )
+        say(f"keeping the teacher's top {cfg.kd_topk} of {positions:,} positions in {cfg.kd_cache}")
+        rows = teacher_topk(
+            documents,
+            load(),
+            cfg.kd_topk,
+            temperature=cfg.kd_temperature,
+            vocab=plan.vocab_size,
+            micro_batch_tokens=cfg.micro_batch_tokens,
+            device=place.device,
+        )
+        cache.fill(rows)
+    dataset.listed = cache
+    lengths = [len(document) for document in documents]
+    with torch.device("meta"):
+        flops = forward_flops(Transformer(teacher.config), lengths, positions, plan.vocab_size)
+    return None, Counter(teacher_tokens=sum(lengths), flops=flops)

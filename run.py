@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from data.sandbox.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock, waiting_for
@@ -209,6 +210,11 @@ class StopSignal:
 
     def __exit__(self, *_):
         self.handlers.close()
+
+
+def die_with_parent() -> None:
+    """Run in a child process (`preexec_fn`): a killed parent takes it along."""
+    prctl(PR_PDEATHSIG, signal.SIGKILL)
 
 
 def interrupt(number, frame=None):

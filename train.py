@@ -1,20 +1,23 @@
 """Train a small reasoning language model: `torchrun train.py --mode kd`, `python train.py --mode sft`.
 
-A mode is a source of batches plus a loss; everything else is shared. Read `train()` first: it is the whole loop.
+A mode is a source of batches plus a loss; everything else is shared. `launch` at the end lists the
+stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the mode), and `train`,
+the loop.
 """
 
-import contextlib
 import functools
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
 import options
-from config import Config, check, kept, needs_old_logp
+from config import Config, kept, needs_old_logp
 from curves import draw_curves, summary
-from data.batch import WEIGHTINGS, constant_length
-from data.dataset import Order, Stream
+from data.batch import WEIGHTINGS, Batch, constant_length
+from data.dataset import Dataset, Order, Stream, show_batch
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
 from losses.grpo import VARIANTS, grpo_loss
@@ -24,21 +27,28 @@ from model import parallel
 from model.flops import forward_flops, generation_flops, peak_flops, step_flops
 from model.generate import generate
 from model.optim import clip_gradients, learning_rate
-from prepare import COSTS, TEACHER, prepare, toy_tokenizer
+from model.transformer import Transformer
+from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import add_correction, add_logprobs, kl_penalty
 from rl.rollout import Mixed, Rollouts
-from run import Log, StopSignal, stored_config
+from run import Log, StopSignal, open_run, stored_config
+from toy_models import TEACHER, toy_tokenizer  # noqa: F401 (tests, until they are merged)
 from validation import evaluate
 
-__all__ = [
-    "Config",
-    "TEACHER",
-    "check",
-    "toy_tokenizer",
-    "forward_backward",
-    "launch",
-    "main",
-]  # what others take from here
+Metrics = dict[str, tuple[Any, Any]]  # name: (sum, count)
+
+
+class Source(Protocol):
+    """An endless stream of batches; `state` and `load` continue it where it was."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
 
 # --- the mode: a source plus a loss --------------------------------------------------------------------------------
 
@@ -55,14 +65,12 @@ def build(cfg, run):
             beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
             entropy=cfg.grpo_entropy_coef,
             temperature=cfg.sample_temperature,
-            vocab=run.vocab,
+            vocab=run.vocab_size,
             kd=cfg.grpo_kd_coef,
             divergence=cfg.kd_divergence,
             kd_beta=cfg.kd_beta,
         )
-    data = Stream(
-        run.dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], run.rank, run.world
-    )
+    data = data_stream(cfg, run.dataset, run.rank, run.world)
     if cfg.mode == "sft":
         return data, sft_loss
     if cfg.kd_signal == "sampled":
@@ -72,7 +80,7 @@ def build(cfg, run):
             clip_low=0.2,
             clip_high=0.2,
             temperature=cfg.sample_temperature,
-            vocab=run.vocab,
+            vocab=run.vocab_size,
         )
     loss_fn = functools.partial(
         kd_loss,
@@ -82,12 +90,17 @@ def build(cfg, run):
         t_squared=cfg.kd_t_squared,
         ce=cfg.kd_ce,
         topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
-        vocab=run.vocab,
+        vocab=run.vocab_size,
     )
     if cfg.kd_prefix == "data":
         return data, loss_fn
-    written = rollouts(cfg, run, run.model if cfg.kd_prefix == "student" else run.teacher)
+    written = rollouts(cfg, run, run.policy if cfg.kd_prefix == "student" else run.teacher)
     return Mixed(data, written, cfg.kd_mix, cfg.seed) if cfg.kd_mix < 1 else written, loss_fn
+
+
+def data_stream(cfg: Config, dataset: Dataset, rank: int, world: int) -> Stream:
+    """Batches of the data set, this rank's share."""
+    return Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
 
 
 def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1, **more):
@@ -107,7 +120,7 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
             prompts,
             cfg.sample_tokens,
             run.stop_ids,
-            vocab=run.vocab,
+            vocab=run.vocab_size,
             temperature=cfg.sample_temperature,
             top_k=cfg.sample_top_k,
             top_p=cfg.sample_top_p,
@@ -115,7 +128,7 @@ def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1
             batch_size=cfg.sample_batch,
         )
         new = [len(c.tokens) for c in done]
-        flops = generation_flops(author, prompts, new, run.vocab)
+        flops = generation_flops(author, prompts, new, run.vocab_size)
         run.cost.update(
             sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher), flops=flops
         )
@@ -149,7 +162,7 @@ def rewarded_rollouts(cfg, run):
 
     def score(documents):
         if needs_old_logp(cfg):
-            log_probs(cfg, run, documents, "old_logp", run.model)
+            log_probs(cfg, run, documents, "old_logp", run.policy)
         if run.reference:
             log_probs(cfg, run, documents, "ref_logp", run.reference)
         if cfg.grpo_tis != "none":
@@ -163,7 +176,7 @@ def rewarded_rollouts(cfg, run):
     return rollouts(
         cfg,
         run,
-        run.model,
+        run.policy,
         judge,
         score,
         WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting),
@@ -182,12 +195,12 @@ def teacher_advantages(cfg, run):
     """Samples whose advantage is log p_teacher − log p_student of each token: on average the gradient of the reverse KL."""
 
     def score(documents):
-        log_probs(cfg, run, documents, "old_logp", run.model)
+        log_probs(cfg, run, documents, "old_logp", run.policy)
         log_probs(cfg, run, documents, "teacher_logp", run.teacher)
         for d in documents:
             d.fields["advantage"] = d.fields.pop("teacher_logp") - d.fields["old_logp"]
 
-    return rollouts(cfg, run, run.model, score=score)
+    return rollouts(cfg, run, run.policy, score=score)
 
 
 def log_probs(cfg, run, documents, name, model):
@@ -196,136 +209,103 @@ def log_probs(cfg, run, documents, name, model):
         name,
         model,
         temperature=cfg.sample_temperature,
-        vocab=run.vocab,
+        vocab=run.vocab_size,
         micro_batch_tokens=cfg.micro_batch_tokens,
         device=run.device,
     )
     lengths, rows = [len(d) for d in documents], sum((d.weights != 0).sum() for d in documents)
     run.cost.update(
         teacher_tokens=sum(lengths) * (model is run.teacher),
-        flops=forward_flops(model, lengths, rows, run.vocab),
+        flops=forward_flops(model, lengths, rows, run.vocab_size),
     )
 
 
-@torch.no_grad()
-def score(teacher, micro, attend):
-    """What the loss needs from frozen models: the teacher's hidden loss rows and its head."""
+def teacher_forward(
+    teacher: Transformer | None, micro: Batch, attend: PackedAttention
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the loss needs from a teacher: its hidden loss rows [N, C] and its head [U, C]."""
     if teacher is None:
         return None
-    hidden_TC = teacher(micro.tokens_T, micro.positions_T, attend)
-    return micro.select(hidden_TC), teacher.head_VD
+    with torch.no_grad():
+        hidden_TC = teacher(micro.tokens_T, micro.positions_T, attend)
+        return micro.select(hidden_TC), teacher.head_VD
 
 
-def forward_backward(model, teacher, loss_fn, batch, norm, micro_batch_tokens, device):
-    """Gradients of the global batch's loss, micro-batch by micro-batch; returns the metrics' (sum, count) pairs."""
-    sums = {}
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def forward_backward(
+    model: Transformer,
+    teacher: Transformer | None,
+    loss_fn: Callable,
+    batch: Batch,
+    norm: float,
+    micro_batch_tokens: int,
+    device: torch.device,
+) -> Metrics:
+    """Add the gradients of the global batch's loss, one micro-batch after another.
+
+    Args:
+        norm: What divides the sum of losses: the normaliser of the batch over all ranks.
+
+    Returns:
+        This rank's metrics as (sum, count).
+    """
+    sums: Metrics = {}
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
-        frozen = score(teacher, micro, attend)
-        loss_sum, metrics = loss_fn(
-            model(micro.tokens_T, micro.positions_T, attend), model.head_VD, frozen, micro
-        )
+        frozen = teacher_forward(teacher, micro, attend)
+        hidden_TD = model(micro.tokens_T, micro.positions_T, attend)
+        loss_sum, metrics = loss_fn(hidden_TD, model.head_VD, frozen, micro)
         (loss_sum / norm).backward()
         for name, (total, count) in metrics.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + total.double(), old[1] + count.double())
+            old_total, old_count = sums.get(name, (0, 0))
+            sums[name] = (old_total + total.double(), old_count + count.double())
     return sums
 
 
-# --- the loop ------------------------------------------------------------------------------------------------------
-
-
-def launch(cfg):
-    """Prepare and train; however that ends, the run's folder is free again and signals do what they did before."""
-    with contextlib.ExitStack() as held:
-        run = prepare(cfg, held, launch)
-        if run is None:
-            return
-        run.source, run.loss_fn = build(cfg, run)
-        if run.start is not None:
-            saved = run.folder.load(run.start, run.model, run.optimizer)
-            run.source.load(saved["source"][run.rank if run.rank < len(saved["source"]) else 0])
-            run.counters |= saved["counters"]  # those of an older run lack what it did not count
-        train(cfg, run, held.enter_context(StopSignal()))
-
-
-def train(cfg, run, stop):
+def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
-    log = Log(
-        run.folder.path, options.resolved(cfg, without=("name", "resume")), run.start, run.rank
-    )
-    start, steps, counters = run.start or 0, run.steps, run.counters
-    trained, frozen = (
-        sum(p.numel() for p in run.model.parameters() if p.requires_grad == t)
-        for t in (True, False)
-    )
-    log.say(
-        f"{cfg.mode}: {trained:,} parameters{f' beside {frozen:,} frozen ones' if frozen else ''} on {run.world} x {run.device.type}, "
-        f"{run.dataset.label}, {steps} steps -> {run.folder.path}"
-        + (f" (resumed at step {start})" if run.start else "")
-    )
-    if cfg.lora_dropout and needs_old_logp(cfg):
-        log.say(
-            "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared with those of the rollout"
-        )
-    spent = 0.0
-
+    settings = options.resolved(cfg, without=("name", "resume"))
+    log = Log(run.folder.path, settings, run.resume_step, run.rank)
+    describe_run(cfg, run, log)
+    start, steps, counters = run.resume_step or 0, run.steps, run.counters
+    seconds = 0.0
     for step in range(start, steps + 1):
         stopping, failed = parallel.all_reduce_sum(
             [bool(stop.received), bool(log.error)], run.device
         )
         if failed:
             raise parallel.broadcast(log.error)
-        seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
-        if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
-            run_on = dict(rank=run.rank, world=run.world, teacher=run.teacher, vocab=run.vocab)
-            log.evaluation(
-                step,
-                steps,
-                *evaluate(
-                    run.model,
-                    run.dataset,
-                    run.stop_ids,
-                    sft_loss,
-                    cfg.micro_batch_tokens,
-                    cfg.eval_tokens,
-                    **run_on,
-                ),
-            )
-        if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
-            state = {"source": parallel.gather(run.source.state()), "counters": counters}
-            save = functools.partial(
-                run.folder.save, step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state
-            )
-            parallel.on_rank_0(run.rank, save)
+        if step != run.resume_step:  # the checkpoint that is continued was evaluated and saved
+            if cfg.eval_examples and due(step, cfg.eval_every, steps):
+                log.evaluation(step, steps, *validate(cfg, run))
+            if stopping or (step and due(step, cfg.save_every, steps)):
+                save(run, source, step)
         if step == steps or stopping:
             break
 
         clock = time.perf_counter()
-        batch = next(run.source)
+        batch = next(source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
         if cfg.lora_dropout:
-            run.model.dropout.begin(step, applied="old_logp" not in batch.fields)
-        teacher = (
-            run.teacher if cfg.kd_signal != "sampled" else None
-        )  # its word is in the advantages already
-        sums = (
-            forward_backward(
-                run.model, teacher, run.loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
+            run.policy.dropout.begin(step, applied="old_logp" not in batch.fields)
+        # A sampled signal is in the advantages already: the loss needs no teacher.
+        teacher = None if cfg.kd_signal == "sampled" else run.teacher
+        sums = {}
+        if norm > 0:
+            sums = forward_backward(
+                run.policy, teacher, loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
             )
-            if norm > 0
-            else {}
-        )
-        parallel.sync_gradients(run.model)
-        grad_norm, finite = clip_gradients(run.model, cfg.max_grad_norm)
+        parallel.sync_gradients(run.policy)
+        grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
         if not finite:
             counters["skipped"] += 1
             counters["skipped_in_a_row"] += 1
-        elif (
-            grad_norm == 0
-        ):  # nothing to learn from: momentum and weight decay would move the weights all the same
+        elif grad_norm == 0:
+            # Nothing to learn from; momentum and weight decay would move the weights all the same.
             counters["no_gradient"] += 1
         else:
             for group in run.optimizer.param_groups:
@@ -335,86 +315,172 @@ def train(cfg, run, stop):
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
-        values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock) | {
-            "train/grad_norm": grad_norm,
-            "train/lr": lr,
-        }
-        spent += values["train/seconds"]
+        values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock)
+        values |= {"train/grad_norm": grad_norm, "train/lr": lr}
+        seconds += values["train/seconds"]
         log.metrics(step + 1, values)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            log.progress(step + 1, steps, values, spent / (step + 1 - start) * (steps - step - 1))
+            per_step = seconds / (step + 1 - start)
+            log.progress(step + 1, steps, values, per_step * (steps - step - 1))
         if counters["skipped_in_a_row"] >= cfg.max_skipped:
             raise RunFailed(
-                f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite gradient; lower --lr or look at the data"
+                f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite "
+                "gradient; lower --lr or look at the data"
             )
 
-    run.source.close()
-    parallel.on_rank_0(run.rank, functools.partial(finish, cfg, run, log, step, stop, stopping))
+    source.close()
+    stopped_by = (stop.received or "a signal") if stopping else ""
+    parallel.on_rank_0(run.rank, functools.partial(finish, cfg, run, log, step, stopped_by))
 
 
-def finish(cfg, run, log, step, stop, stopping):
-    """The last words of a run after `step`. Raises RunFailed if something of it could not be written."""
-    if log.error:
-        raise log.error
-    if stopping:
-        elsewhere = "" if cfg.runs == "runs" else f" --runs {cfg.runs}"
-        log.say(
-            f"stopped by {stop.received or 'a signal'} after step {step}; continue with --name {run.folder.path.name}{elsewhere} --resume"
-        )
-    else:
-        try:
-            draw_curves(run.folder.path)
-        except OSError as e:
-            raise RunFailed(
-                f"{run.folder.path}/curves.png could not be written ({e.strerror}); the run itself is whole"
-            ) from None
-        log.say(summary(run.folder.path, run.teacher_folder))
-    log.close()
+def due(step: int, every: int, last: int) -> bool:
+    """Before the first step, every `every` steps, and after the last."""
+    return step in (0, last) or (every > 0 and step % every == 0)
 
 
-def step_metrics(cfg, run, batch, teacher, sums, seconds):
-    """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
-    tokens = len(batch.tokens_T)
-    ratios_first = (
-        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2] and "old_logp" in batch.fields
-    )  # see grpo_loss
-    flops = (
-        step_flops(batch, run.model, teacher, run.vocab, head_passes=int(ratios_first))
-        if sums
-        else 0
-    )  # no sums: nothing was computed
-    run.cost.update(tokens=tokens, teacher_tokens=tokens if teacher and sums else 0, flops=flops)
-    tokens, flops, *cost = parallel.all_reduce_sum(
-        [tokens, flops, *(run.cost[name] for name in COSTS)], run.device
+def validate(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
+    """Metrics and samples of the policy on the validation examples."""
+    return evaluate(
+        run.policy,
+        run.dataset,
+        run.stop_ids,
+        sft_loss,
+        cfg.micro_batch_tokens,
+        cfg.eval_tokens,
+        rank=run.rank,
+        world=run.world,
+        teacher=run.teacher,
+        vocab=run.vocab_size,
     )
+
+
+def save(run: Run, source: Source, step: int) -> None:
+    """Checkpoint `step`: the model in Hugging Face form and the trainer's state."""
+    state = {"source": parallel.gather(source.state()), "counters": run.counters}
+    write = functools.partial(
+        run.folder.save, step, run.policy, run.optimizer, run.tokenizer, run.stop_ids, state
+    )
+    parallel.on_rank_0(run.rank, write)
+
+
+def restore(run: Run, source: Source) -> None:
+    """Continue the checkpoint `run.resume_step`: optimizer, stream of batches, counters."""
+    state = run.folder.load(run.resume_step, run.policy, run.optimizer)
+    sources = state["source"]  # one a rank; there may be more ranks now than before
+    source.load(sources[run.rank] if run.rank < len(sources) else sources[0])
+    run.counters |= state["counters"]
+
+
+def step_metrics(
+    cfg: Config, run: Run, batch: Batch, teacher: Transformer | None, sums: Metrics, seconds: float
+) -> dict[str, float]:
+    """A step's line of metrics.jsonl: losses over all ranks, speed, and the cost of the run so far.
+
+    `sums` is empty where nothing was computed, as no row of the batch carried loss.
+    """
+    tokens, flops = len(batch.tokens_T), 0
+    if sums:
+        # GSPO needs the ratios of whole sequences first: one more pass of the head.
+        needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2]
+        head_passes = int(needs_ratios and "old_logp" in batch.fields)
+        flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
+        run.cost["teacher_tokens"] += tokens if teacher else 0
+    run.cost.update(tokens=tokens, flops=flops)
+    own = [tokens, flops, *(run.cost[name] for name in COSTS)]
+    tokens, flops, *costs = parallel.all_reduce_sum(own, run.device)
     run.cost.clear()
-    run.counters |= {name: run.counters[name] + int(value) for name, value in zip(COSTS, cost)}
-    name = lambda k: k if "/" in k else f"train/{k}"
-    values = {
-        name(k): total / count
-        for k, (total, count) in parallel.reduce_metrics(sums | batch.metrics).items()
-        if count
-    }
-    values |= {f"train/{name}": run.counters[name] for name in (*COSTS, "skipped", "no_gradient")}
+    for name, cost in zip(COSTS, costs, strict=True):
+        run.counters[name] += int(cost)
+
+    values = {}
+    for name, (total, count) in parallel.reduce_metrics(sums | batch.metrics).items():
+        if count:
+            values[name if "/" in name else f"train/{name}"] = total / count
+    for name in (*COSTS, "skipped", "no_gradient"):
+        values[f"train/{name}"] = run.counters[name]
     values |= {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds}
     if run.device.type == "cuda":
         values["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if peak := peak_flops(torch.cuda.get_device_name()):
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak:
             values["train/mfu"] = flops / seconds / peak / run.world
     return values
 
 
-def due(step, every, last):
-    """Before the first step, every `every` steps, and after the last."""
-    return step in (0, last) or bool(every) and step % every == 0
+def describe_run(cfg: Config, run: Run, log: Log) -> None:
+    """The first line of a run's output: what is trained, on what, where."""
+    sizes = {True: 0, False: 0}
+    for parameter in run.policy.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    frozen = f" beside {sizes[False]:,} frozen ones" if sizes[False] else ""
+    resumed = f" (resumed at step {run.resume_step})" if run.resume_step else ""
+    log.say(
+        f"{cfg.mode}: {sizes[True]:,} parameters{frozen} on {run.world} x {run.device.type}, "
+        f"{run.dataset.label}, {run.steps} steps -> {run.folder.path}{resumed}"
+    )
+    if cfg.lora_dropout and needs_old_logp(cfg):
+        log.say(
+            "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "
+            "with those of the rollout"
+        )
 
 
-def main(argv):
+def finish(cfg: Config, run: Run, log: Log, step: int, stopped_by: str) -> None:
+    """Say how a run ended after `step`, with its table and curves unless a signal stopped it.
+
+    Raises RunFailed if something of the run could not be written.
+    """
+    path = run.folder.path
+    if log.error:
+        raise log.error
+    if stopped_by:
+        elsewhere = "" if cfg.runs == "runs" else f" --runs {cfg.runs}"
+        log.say(
+            f"stopped by {stopped_by} after step {step}; "
+            f"continue with --name {path.name}{elsewhere} --resume"
+        )
+    else:
+        try:
+            draw_curves(path)
+        except OSError as e:
+            raise RunFailed(
+                f"{path}/curves.png could not be written ({e.strerror}); the run itself is complete"
+            ) from None
+        log.say(summary(path, run.teacher_folder))
+    log.close()
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def launch(cfg: Config) -> None:
+    """One run, from its options to its last checkpoint."""
+    plan = setup(cfg)
+    if cfg.show_batch:
+        if plan.place.rank == 0:
+            batch = next(data_stream(cfg, plan.dataset, plan.place.rank, plan.place.world))
+            show_batch(batch, plan.tokenizer, cfg.show_batch)
+        return
+    number_of_steps(cfg, len(plan.dataset))
+    settings = options.resolved(cfg, without=("name", "resume"))
+    with open_run(
+        cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, settings, plan.place.rank
+    ) as (folder, resume_step):
+        run = load_models(cfg, plan, folder, resume_step)
+        source, loss_fn = build(cfg, run)
+        if resume_step is not None:
+            restore(run, source)
+        with StopSignal() as stop:
+            train(cfg, run, source, loss_fn, stop)
+
+
+def main(argv: list[str]) -> int:
+    """The command `train.py` with these arguments. Returns its exit code."""
     if "--help" in argv or "-h" in argv:
         print(options.usage(Config, "train.py"))
         return 0
 
-    def run():
+    def run() -> None:
         cfg, _ = options.parse(Config, argv, together=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
         cfg, _ = options.parse(Config, argv, stored, kept(stored))

@@ -1,13 +1,17 @@
-"""A checkpoint to be evaluated or talked to: found and described first, its weights read when they are needed."""
+"""Models by their names: what can be known before weights are read, and then the weights.
+
+Training (policy, teacher, reference) and evaluation build their models here and nowhere else.
+"""
 
 import dataclasses
 import hashlib
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, shared_vocabulary
 from errors import UserError
 from files import read_json
 from model import lineage, parallel
@@ -15,82 +19,208 @@ from model.checkpoint import (
     ADAPTER,
     base_of,
     build_model,
+    load_adapter,
     locate,
     read_config,
     stop_ids_of,
     tokenizer_folder,
 )
-from model.transformer import ModelConfig
+from model.lora import LoraConfig, adapt
+from model.transformer import PRESETS, ModelConfig, Transformer
 from run import RunFolder, run_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model that the user named, before its weights are read.
+
+    name: As the user wrote it: a folder, a hub id, or a preset.
+    folder: Where its files are; None for a preset, whose weights are random.
+    config: The model's shape.
+    tokenizer: The one in its folder; None for a preset.
+    """
+
+    name: str
+    folder: Path | None
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
+    """Find a model and read its shape and tokenizer.
+
+    Args:
+        name: What the user gave for `option` ("--model", say), which errors name.
+        read_tokenizer: False where another tokenizer is used in its place.
+    """
+    folder = locate(name, option)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder)) if folder and read_tokenizer else None
+    return Checkpoint(name, folder, read_config(name, folder), tokenizer)
+
+
+def policy_vocab_size(tokenizer: Tokenizer, config: ModelConfig) -> int:
+    """How many ids a policy may sample: those of its tokenizer. The head may have more rows."""
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.where} has {tokenizer.size:,} ids but the model only "
+            f"{config.vocab_size:,}; name another --tokenizer"
+        )
+    return tokenizer.size
+
+
+def shared_vocab_size(tokenizer: Tokenizer, config: ModelConfig, other: Checkpoint) -> int:
+    """How many head rows a model and another one share: the same ids mean the same tokens there."""
+    shared = policy_vocab_size(tokenizer, config)
+    if other.tokenizer is not None:
+        shared = shared_vocabulary(tokenizer, other.tokenizer)
+    return min(shared, config.vocab_size, other.config.vocab_size)
+
+
+def load_policy(
+    checkpoint: Checkpoint,
+    resumed: Path | None,
+    lora: LoraConfig | None,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> tuple[Any, Transformer]:
+    """The model that is trained, and the base under its adapters (itself without LoRA).
+
+    Master weights are fp32 (fp64 in an fp64 run); what LoRA freezes is held in the compute dtype.
+
+    Args:
+        resumed: The checkpoint of this run that is continued, or None.
+        lora: Train adapters of this kind; None: train the model itself.
+        seed: Of the weights of a preset, and of new adapters.
+    """
+    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    # A resumed adapter goes back onto the base as it was: what was merged is not unmerged.
+    weights = checkpoint.folder if resumed is None or lora else resumed
+    base = build_model(
+        checkpoint.config,
+        weights,
+        device=device,
+        seed=seed,
+        weight_dtype=compute_dtype if lora else master,
+        compute_dtype=compute_dtype,
+    )
+    if lora is None:
+        return base, base
+    policy = adapt(base, lora, seed, master)
+    if resumed is not None:
+        load_adapter(policy, resumed / "adapter")
+    return policy, base
+
+
+def load_frozen(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int
+) -> Transformer:
+    """A model that is only read, its weights in `dtype`: a teacher or a reference."""
+    model = build_model(
+        checkpoint.config, checkpoint.folder, device=device, seed=seed, weight_dtype=dtype
+    )
+    return model.requires_grad_(False)
+
+
+def peft_base_name(checkpoint: Checkpoint) -> str:
+    """What an adapter on this model names as its base, for PEFT: a hub id or a folder.
+
+    Empty where PEFT has no name for it: random weights, and an adapter merged into its base.
+    """
+    folder, name = checkpoint.folder, checkpoint.name
+    if folder is None or (folder / ADAPTER).is_file():
+        return ""
+    is_hub_id = name not in PRESETS and not Path(name).is_dir()
+    return name if is_hub_id else str(folder.resolve())
 
 
 @dataclasses.dataclass
 class Subject:
-    """name: as the user wrote it; run: the folder of the run that trained it, or None; settings: that run's config, of a checkpoint that was
-    taken out of its run's folder what its record says of the training prompts, else {}."""
+    """A checkpoint that is evaluated or talked to; its weights are read by `model()`.
+
+    name: As the user wrote it.
+    run: The folder of the run that trained it, or None.
+    settings: That run's config.json; of a checkpoint that was taken out of its run's folder, what
+        its record says of the training prompts; else {}.
+    """
 
     name: str
     folder: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    stop_ids: list
+    stop_ids: list[int]
     run: Path | None
-    settings: dict
+    settings: dict[str, Any]
 
     @property
-    def vocab(self):
+    def vocab(self) -> int:
+        """How many ids it may sample."""
         return min(self.tokenizer.size, self.config.vocab_size)
 
     @cached_property
-    def sha256(self):
-        """Of config and weights, read once by rank 0."""
+    def sha256(self) -> str:
+        """Of the config and the weight files, which rank 0 reads once."""
         digest = hashlib.sha256()
-        files = {
-            f
-            for d in (base_of(self.folder), self.folder)
-            for pattern in ("*.safetensors", ADAPTER)
-            for f in d.glob(pattern)
-        }
-        for file in sorted(files) if parallel.rank() == 0 else ():
-            with open(file, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
+        if parallel.rank() == 0:
+            files = set()
+            for folder in (base_of(self.folder), self.folder):
+                files.update(folder.glob("*.safetensors"))
+                files.update(folder.glob(ADAPTER))
+            for path in sorted(files):
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         digest.update(repr(self.config).encode())
         return parallel.broadcast(digest.hexdigest())
 
     @property
-    def label(self):
-        """A folder's name for its results: readable, and another one for other weights."""
+    def label(self) -> str:
+        """A name for the folder of its results: readable, and another one for other weights."""
         name = f"{self.run.name}-{self.folder.name}" if self.run else Path(self.name).resolve().name
         return f"{name}-{self.sha256[:6]}"
 
-    def model(self):
-        device, dtype = (
-            ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        )
-        return build_model(
-            self.config, self.folder, device=device, seed=0, weight_dtype=dtype
-        ).eval()
+    def model(self) -> Transformer:
+        """Its weights on the GPU in bf16, or on the CPU in fp32."""
+        device, dtype = "cpu", torch.float32
+        if torch.cuda.is_available():
+            device, dtype = "cuda", torch.bfloat16
+        model = build_model(self.config, self.folder, device=device, seed=0, weight_dtype=dtype)
+        return model.eval()
 
 
-def find(name, tokenizer=""):
-    """The Subject of a folder in Hugging Face or PEFT form, a run's folder (its newest checkpoint), or a hub id."""
-    folder = Path(name)
-    if steps := RunFolder(folder).steps():
+def find(name: str, tokenizer: str = "") -> Subject:
+    """Describe a checkpoint for evaluation.
+
+    Args:
+        name: A folder in Hugging Face or PEFT form, a run's folder (its newest checkpoint is
+            meant), or a hub id.
+        tokenizer: A folder with another tokenizer.json.
+    """
+    folder: Path | None = Path(name)
+    steps = RunFolder(folder).steps()
+    if steps:
         folder = RunFolder(folder).step_folder(steps[-1])
     folder = locate(str(folder), "checkpoint")
     if folder is None:
         raise UserError(
             f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder"
         )
-    tokenizer, config, run = (
-        Tokenizer.load(tokenizer or tokenizer_folder(folder)),
-        read_config(name, folder),
-        run_of(folder),
+    loaded = Tokenizer.load(tokenizer or tokenizer_folder(folder))
+    run = run_of(folder)
+    if run and (run / "config.json").is_file():
+        settings = read_json(run / "config.json")
+    else:
+        settings = lineage.prompt_of(folder)
+    return Subject(
+        name=str(name),
+        folder=folder,
+        config=read_config(name, folder),
+        tokenizer=loaded,
+        stop_ids=stop_ids(loaded, folder),
+        run=run,
+        settings=settings,
     )
-    stop_ids = list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))
-    settings = (
-        read_json(run / "config.json")
-        if run and (run / "config.json").is_file()
-        else lineage.prompt_of(folder)
-    )
-    return Subject(str(name), folder, config, tokenizer, stop_ids, run, settings)
+
+
+def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> list[int]:
+    """The ids that end an answer: the tokenizer's, then those in the checkpoint's configuration."""
+    return list(dict.fromkeys([*tokenizer.stop_ids(), *stop_ids_of(folder)]))

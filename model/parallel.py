@@ -1,16 +1,21 @@
-"""Replicas: the process group, sums over ranks, one gradient sync. Without torchrun all of it is a no-op."""
+"""Replicas: the process group, sums over ranks, one gradient sync.
+
+Without torchrun, in one process, all of it does nothing.
+"""
 
 import datetime
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from errors import RunFailed, UserError, say
 from files import reason
+from kernels import backend
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
@@ -26,8 +31,14 @@ VARIABLES = (
 )  # as torchrun sets them
 
 
+ALONE = "this is one process of its own; torchrun starts several"
+
+
 class Place(NamedTuple):
-    """Where this process stands among those that were started together. note: what was overlooked in the environment, or ""."""
+    """Where this process stands among those that were started together.
+
+    note: What was overlooked in the environment, or "".
+    """
 
     rank: int
     world: int
@@ -37,13 +48,12 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """This process's place, by the variables that torchrun sets: the one reader of WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT.
+    """This process's place, by the variables that torchrun sets; they are read nowhere else.
 
-    Platforms set some of them without starting anything: a WORLD_SIZE above 1 without a RANK, with an address to meet at or
-    without, is one process, and so is a RANK above 0 without a WORLD_SIZE. But not where a launcher says that it started several
-    tasks (LAUNCHERS): each of them would do the whole work for itself. Raises UserError then, and where the variables contradict
-    each other.
+    Platforms set some of them without starting anything: a WORLD_SIZE above 1 without a RANK, with
+    an address to meet at or without, is one process, and so is a RANK above 0 without a WORLD_SIZE.
+    But not where a launcher says that it started several tasks (`LAUNCHERS`): each of them would do
+    the whole work for itself. Raises UserError then, and where the variables contradict each other.
     """
     world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
     local_rank, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
@@ -51,35 +61,37 @@ def place() -> Place:
     if (size > 1 and rank is None) or (world is None and rank is not None):
         _refuse_several_tasks(world, rank)
     if size > 1 and rank is None:
-        missing = [
-            name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-        ]
-        note = f"WORLD_SIZE={size}, but {', '.join(missing)} not set: this is one process of its own; torchrun starts several"
+        missing = ", ".join(_not_set("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        note = f"WORLD_SIZE={size}, but {missing} not set: {ALONE}"
         return Place(0, 1, 0, local_world or 1, note)
     if world is None and number > 0:
-        note = f"RANK={number}, but WORLD_SIZE not set: this is one process of its own; torchrun starts several"
+        note = f"RANK={number}, but WORLD_SIZE not set: {ALONE}"
         return Place(0, 1, 0, local_world or 1, note)
     if number >= size:
         raise UserError(
-            f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; unset both, or use torchrun"
+            f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; "
+            "unset both, or use torchrun"
         )
     if size == 1:
         return Place(0, 1, local_rank or 0, local_world or 1, "")
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    missing = " and ".join(_not_set("MASTER_ADDR", "MASTER_PORT"))
     if missing:
-        both = " and ".join(missing)
         raise UserError(
-            f"RANK={number} and WORLD_SIZE={size} in the environment, but not {both}: unset the two, or use torchrun"
+            f"RANK={number} and WORLD_SIZE={size} in the environment, but not {missing}: "
+            "unset the two, or use torchrun"
         )
     if not 0 < (_variable("MASTER_PORT", 1) or 0) < 1 << 16:
         raise UserError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; unset it, or use torchrun"
+            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; "
+            "unset it, or use torchrun"
         )
-    if local_rank is None:
-        local_rank = number % max(
-            1, torch.cuda.device_count()
-        )  # srun and mpirun tell the rank only
+    if local_rank is None:  # srun and mpirun name the rank only
+        local_rank = number % max(1, torch.cuda.device_count())
     return Place(number, size, local_rank, local_world or 1, "")
+
+
+def _not_set(*names: str) -> list[str]:
+    return [name for name in names if not os.environ.get(name)]
 
 
 class Launcher(NamedTuple):
@@ -101,13 +113,12 @@ LAUNCHERS = (
 )
 
 
-def _refuse_several_tasks(world, rank):
-    """Raise UserError if one of WORLD_SIZE and RANK is missing in one of several tasks of a launcher."""
+def _refuse_several_tasks(world: int | None, rank: int | None) -> None:
+    """Raise UserError if WORLD_SIZE or RANK is missing in one of several tasks of a launcher."""
     for launcher in LAUNCHERS:
         tasks = os.environ.get(launcher.tasks, "").strip()
-        if not (
-            tasks.isascii() and tasks.isdigit() and int(tasks) > 1 and os.environ.get(launcher.rank)
-        ):
+        several = tasks.isascii() and tasks.isdigit() and int(tasks) > 1
+        if not (several and os.environ.get(launcher.rank)):
             continue
         if rank is None:
             found = f"WORLD_SIZE={world}, but RANK not set"
@@ -116,25 +127,26 @@ def _refuse_several_tasks(world, rank):
             found = f"RANK={rank}, but WORLD_SIZE not set"
             export = f"WORLD_SIZE=${launcher.tasks}"
         raise UserError(
-            f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export {export} in each task "
-            "(or unset it, for tasks that are processes of their own)"
+            f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export "
+            f"{export} in each task (or unset it, for tasks that are processes of their own)"
         )
 
 
-def _variable(name, least):
-    """A whole number of the environment that is at least `least`; None where it is not set, or set to nothing."""
+def _variable(name: str, least: int) -> int | None:
+    """A whole number of the environment, at least `least`; None where it is not set, or empty."""
     text = os.environ.get(name, "").strip()
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise UserError(
-            f"{name}={text} in the environment is not a whole number of at least {least}; unset it, or use torchrun"
+            f"{name}={text} in the environment is not a whole number of at least {least}; "
+            "unset it, or use torchrun"
         )
     return int(text)
 
 
 def speaks() -> bool:
-    """Whether this is the process that speaks for all, before `init` too and whatever the environment holds."""
+    """Whether this process speaks for all: before `init` too, whatever the environment holds."""
     if dist.is_initialized():
         return rank() == 0
     try:
@@ -144,8 +156,18 @@ def speaks() -> bool:
 
 
 def init(device_type: str, patience: float | None = None) -> tuple[int, int, int]:
-    """(rank, world, local rank). Joins the process group if there is more than one rank. patience: seconds after which a rank
-    that waits for another gives up (None: torch's own 10 or 30 minutes). Raises UserError if the others cannot be met."""
+    """Join the process group if there is more than one rank.
+
+    Args:
+        patience: Seconds after which a rank that waits for another gives up; None: torch's own 10
+            or 30 minutes.
+
+    Returns:
+        (rank, number of ranks, rank on this machine).
+
+    Raises:
+        UserError: The others cannot be met.
+    """
     here = place()
     if here.note and here.note not in _said:
         _said.add(here.note)
@@ -155,41 +177,81 @@ def init(device_type: str, patience: float | None = None) -> tuple[int, int, int
     return here.rank, here.world, here.local_rank
 
 
-_said = set()  # notes, once per process
+class Device(NamedTuple):
+    """Where this process computes, and as which rank."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    rank: int
+    world: int
 
 
-def _join(here, backend, patience):
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    waits = f"rank {here.rank} waits for the other {here.world - 1} of WORLD_SIZE={here.world} at {address}"
+def choose_device(device: str, dtype: str, kernels: str) -> Device:
+    """Pick device, dtype and kernels from the options of these names, and join the other ranks.
+
+    "auto" is a GPU where there is one, in bf16; else the CPU, in fp32. Raises UserError.
+    """
+    kind = device
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world, local_rank = init(kind)
+    chosen = torch.device("cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank} in the environment, but there are "
+                f"{torch.cuda.device_count()} GPUs to be seen; start fewer processes"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    try:
+        backend.use(kernels)
+    except ValueError as e:
+        raise UserError(f"--kernels={kernels}: {e}") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" else "float32"
+    return Device(chosen, getattr(torch, dtype), rank, world)
+
+
+_said: set[str] = set()  # notes are printed once per process
+
+
+def _join(here: Place, engine: str, patience: float | None) -> None:
+    waits = (
+        f"rank {here.rank} waits for the other {here.world - 1} of WORLD_SIZE={here.world} "
+        f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    )
     alarm = threading.Timer(30, say, (waits,))
     alarm.daemon = True
     alarm.start()
     try:
-        meeting = dist.rendezvous(
-            "env://", here.rank, here.world, timeout=datetime.timedelta(seconds=MEETING)
-        )
+        limit = datetime.timedelta(seconds=MEETING)
+        meeting = rendezvous("env://", here.rank, here.world, timeout=limit)
         store, _, _ = next(iter(meeting))
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
         raise UserError(
-            f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, or use torchrun"
+            f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, "
+            "or use torchrun"
         ) from None
     finally:
         alarm.cancel()
-    limit = patience and datetime.timedelta(seconds=patience)
+    waiting = None if patience is None else datetime.timedelta(seconds=patience)
     dist.init_process_group(
-        backend, store=store, rank=here.rank, world_size=here.world, timeout=limit
+        engine, store=store, rank=here.rank, world_size=here.world, timeout=waiting
     )
 
 
-def active():
+def active() -> bool:
+    """Whether there is more than one rank."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def rank():
+def rank() -> int:
+    """This process's rank; 0 before `init`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce_sum(values, device="cpu"):
+def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """Element-wise sum of a list of numbers over ranks, in fp64."""
     if not active():
         return [float(v) for v in values]
@@ -198,8 +260,8 @@ def all_reduce_sum(values, device="cpu"):
     return total.tolist()
 
 
-def broadcast(value):
-    """Rank 0's picklable value (it comes from our own process group) on every rank."""
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank. It is pickled: it comes from our own process group."""
     if not active():
         return value
     box = [value]
@@ -207,11 +269,11 @@ def broadcast(value):
     return box[0]
 
 
-def gather(value):
+def gather(value: Any) -> list[Any]:
     """Every rank's value, by rank."""
     if not active():
         return [value]
-    box = [None] * dist.get_world_size()
+    box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
 
@@ -230,53 +292,61 @@ def on_rank_0(rank: int, call: Callable[[], Any]) -> Any:
         UserError or RunFailed as `call` does. Any other error of it is raised on rank 0, and the
         other ranks raise a RunFailed that names it.
     """
-    value = told = unforeseen = None
+    value = reported = unexpected = None
     if rank == 0:
         try:
             value = call()
         except (UserError, RunFailed) as e:
-            told = e
+            reported = e
         except Exception as e:  # the others must hear of it, whatever it is
-            unforeseen = e
-            told = RunFailed(f"rank 0 failed ({type(e).__name__}: {reason(e)})")
-    value, told = broadcast((value, told))
-    if unforeseen:
-        raise unforeseen
-    if told:
-        raise told
+            unexpected = e
+            reported = RunFailed(f"rank 0 failed ({type(e).__name__}: {reason(e)})")
+    value, reported = broadcast((value, reported))
+    if unexpected:
+        raise unexpected
+    if reported:
+        raise reported
     return value
 
 
 def raise_on_all(error: Exception | None) -> None:
-    """Raise the first rank's error on every rank, if one has any. error: this rank's, or None."""
+    """Raise the first error that a rank has, on every rank.
+
+    Args:
+        error: This rank's, or None.
+    """
     for found in gather(error):
         if found:
             raise found
 
 
-def reduce_metrics(sums):
+def reduce_metrics(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
     """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
-    merged = {}
+    merged: dict[str, tuple[float, float]] = {}
     for part in gather(pairs):
         for name, (total, count) in part.items():
-            old = merged.get(name, (0.0, 0.0))
-            merged[name] = (old[0] + total, old[1] + count)
+            old_total, old_count = merged.get(name, (0.0, 0.0))
+            merged[name] = (old_total + total, old_count + count)
     return merged
 
 
 @torch.no_grad()
-def sync_gradients(model):
-    """Sum the gradients over ranks: the losses were divided by a global normaliser already. A rank without micro-batches
-    contributes zeros."""
+def sync_gradients(model: torch.nn.Module) -> None:
+    """Sum the gradients over ranks: the losses were divided by a global normaliser already.
+
+    A rank without micro-batches contributes zeros.
+    """
     if not active():
         return
     bucket, size = [], 0
-    for p in (p for p in model.parameters() if p.requires_grad):
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        size += p.grad.numel()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel()
         if size >= BUCKET_ELEMENTS:
             _reduce(bucket)
             bucket, size = [], 0
@@ -284,19 +354,21 @@ def sync_gradients(model):
         _reduce(bucket)
 
 
-def _reduce(grads):
-    flat = torch.cat([g.flatten() for g in grads])
+def _reduce(grads: list[torch.Tensor]) -> None:
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    torch._foreach_copy_(
-        grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
-    )
+    parts = flat.split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
 
 
-def barrier():
+def barrier() -> None:
+    """Wait for all ranks."""
     if active():
         dist.barrier()
 
 
-def close():
+def close() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,8 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-import prepare
+import toy_models
 import train
+from data import record
 from data.tasks import Example
 from eval import __main__ as evaluation
 from eval import traces
@@ -346,10 +347,11 @@ def test_teachers_and_references_count(capsys):
 
 
 def test_the_embedded_teacher_and_student_are_known(capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "TEACHER", prepare.TEACHER | {"steps": 1, "batch_size": 2})
+    monkeypatch.setitem(toy_models.TEACHER, "steps", 1)
+    monkeypatch.setitem(toy_models.TEACHER, "batch_size", 2)
     ran("kd", "--mode=kd", "--data=word_problems:4")
     stated = json.load(open("runs/kd/checkpoints/step-1/trained_on.json"))
-    assert evaluated(capsys, "runs/kd") == (0, "") and "the embedded teacher" in stated["ancestors"]
+    assert evaluated(capsys, "runs/kd") == (0, "") and "the toy teacher" in stated["ancestors"]
 
 
 def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
@@ -397,7 +399,7 @@ def test_held_out_questions_are_not_recorded_and_those_seen_before_are_noted(cap
         "--eval_tokens=2",
     )
     assert (
-        "note: 1 of the 5 held-out questions were trained on by what this run begins from"
+        "note: 1 of the 5 validation questions were trained on by what this run begins from"
         in capsys.readouterr().out
     )
 
@@ -444,8 +446,8 @@ def test_all_turns_but_the_assistants_are_prompts():
     example = Example(
         tuple({"role": role, "content": f"{i} {role}"} for i, role in enumerate(roles))
     )
-    cfg = train.Config(mode="sft", system_prompt="Be kind.", prompt_suffix=" Go.")
-    texts = list(prepare.prompt_texts(cfg, [example]))
+    asked = {"system_prompt": "Be kind.", "prompt_suffix": " Go."}
+    texts = list(record.prompt_texts(asked, [example]))
     assert texts == ["Be kind.", " Go.", "0 system", "1 user", "3 tool", "4 developer"]
 
 
@@ -482,7 +484,7 @@ def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
 
 def test_traces_without_their_record_have_an_unknown_teacher(world):
     class Data:
-        held_out = []
+        validation = []
         columns = {"source": {"teacher": "ab12"}}
         __len__ = lambda self: 1
         examples = lambda self: [
@@ -492,12 +494,12 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
             )
         ]
 
-    cfg = train.Config(mode="sft", data="clean.jsonl")
-    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == (
+    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    assert record.training_record("clean.jsonl", Data(), asked, []).unknown == (
         f"the teacher that wrote {world.name}/clean.jsonl",
     )
     Data.columns = {"source": "the web"}
-    assert prepare.training_record(cfg, Data(), None, None, None, None).unknown == ()
+    assert record.training_record("clean.jsonl", Data(), asked, []).unknown == ()
 
 
 # --- a checkpoint away from its run ----------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ from unittest import mock
 
 import pytest
 
-import prepare
+import toy_models
 import train
-from config import Config
 from errors import RunFailed, UserError
 from eval.__main__ import main as evaluate
 from model import parallel
@@ -33,14 +32,17 @@ def patched(name, error):
 
 
 def lock_of_the_embedded_teacher(runs):
-    """The path that `prepare.embedded` would lock."""
+    """The path that `toy_models.toy_model` would lock."""
 
     class Found(Exception):
         pass
 
-    with mock.patch("prepare.only_one", side_effect=Found) as only_one, pytest.raises(Found):
-        prepare.embedded(Config(runs=str(runs)), 0, "teacher", prepare.TEACHER, None)
-    return only_one.call_args.args[0]
+    with (
+        mock.patch("toy_models.waiting_for", side_effect=Found) as waiting_for,
+        pytest.raises(Found),
+    ):
+        toy_models.toy_model("teacher", toy_models.TEACHER, str(runs), "cpu", 0)
+    return waiting_for.call_args.args[0]
 
 
 def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
@@ -56,7 +58,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
     cases = {
         "lock": (
             blocked,
-            patched("prepare.say", None),
+            patched("toy_models.say", None),
             2,
             "tiny-teacher|teacher-.*lock cannot be made",
         ),
@@ -88,11 +90,11 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
             SFT,
             patched("train.draw_curves", FULL),
             1,
-            "curves.png could not be written .*the run itself is whole",
+            "curves.png could not be written .*the run itself is complete",
         ),
         "find": (
             blocked,
-            patched("prepare.finished_run", ValueError("odd\nin two lines")),
+            patched("toy_models.finished_run", ValueError("odd\nin two lines")),
             "ValueError",
             "rank 0 failed .ValueError: odd",
         ),

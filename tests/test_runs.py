@@ -9,12 +9,14 @@ import pytest
 
 import prepare
 import run as runs
+import toy_models
 import train
 from curves import summary
 from errors import RunFailed, UserError
 from files import replace_file
-from model.checkpoint import build_model
-from run import RunFolder, cut_back, environment, open_run, read_metrics, run_of
+from model.checkpoint import build_model, save_model
+from model.transformer import PRESETS
+from run import RunFolder, StopSignal, cut_back, environment, open_run, read_metrics, run_of
 from tests.test_train import SMALL
 
 SFT = ["--mode=sft", "--device=cpu", *SMALL, "--steps=2", "--name=r"]
@@ -55,7 +57,7 @@ def test_a_run_that_was_killed_while_loading_weights_goes_on_with_its_own_settin
 ):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m:
-        m.setattr(prepare, "build_model", interrupted)
+        m.setattr("model.load.build_model", interrupted)
         assert train.main(SFT) == 130
     config = json.loads((tmp_path / "runs/r/config.json").read_text())
     assert config["mode"] == "sft" and config["steps"] == 2 and "resume" not in config
@@ -186,7 +188,7 @@ def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(prepare, "embedded", interrupted)
+    monkeypatch.setattr(prepare, "toy_model", interrupted)
     rows = [{"prompt": f"p{n}", "completion": "c " * n} for n in (3000, 3, 5)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kd = ["--mode=kd", "--device=cpu", "--name=k"]
@@ -208,26 +210,31 @@ def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
 
 
 def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
-    """While the teacher trains SIGTERM is noted; while the student is set up it ends the process; then it is noted again."""
+    """While the toy teacher trains SIGTERM is noted; then it ends the process, until the loop."""
     inside = []
 
-    def loop(cfg, run, stop):
+    def loop(cfg, run, source, loss_fn, stop):
         inside.append(signal.getsignal(signal.SIGTERM) is stop)
-        run.folder.save(cfg.steps, run.model, run.optimizer, run.tokenizer, run.stop_ids, {})
 
     def build(*args, **more):
         inside.append(signal.getsignal(signal.SIGTERM))
         return build_model(*args, **more)
 
-    monkeypatch.setitem(train.TEACHER, "steps", 1)
+    def train_teacher(recipe, folder, device):
+        with StopSignal() as stop:
+            inside.append(signal.getsignal(signal.SIGTERM) is stop)
+        teacher = build_model(PRESETS["tiny-teacher"], None, device="cpu", seed=0)
+        checkpoint = folder.step_folder(recipe["steps"])
+        checkpoint.mkdir(parents=True)
+        save_model(teacher, checkpoint, train.toy_tokenizer(), [0])
+
+    monkeypatch.setattr(toy_models, "_train", train_teacher)
     monkeypatch.setattr(train, "train", loop)
-    monkeypatch.setattr(prepare, "build_model", build)
+    monkeypatch.setattr("model.load.build_model", build)
     before = signal.getsignal(signal.SIGTERM)
     assert train.main(["--mode=kd", "--device=cpu", *SMALL, "--steps=1"]) == 0
-    assert (
-        inside == [before, True, before, before, True]
-        and signal.getsignal(signal.SIGTERM) == before
-    )
+    assert inside == [True, before, before, True]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # --- what is read back -------------------------------------------------------------------------------------------------------

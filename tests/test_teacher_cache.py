@@ -118,12 +118,12 @@ def run(tmp_path, name, *options):
 def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch):
     with_teacher = run(tmp_path, "with", f"--kd_topk={k}")
     first = run(tmp_path, "first", f"--kd_topk={k}", f"--kd_cache={tmp_path / 'c'}")
-    import prepare
+    import model.load
 
     built = []
-    build = prepare.build_model
+    build = model.load.build_model
     monkeypatch.setattr(
-        prepare, "build_model", lambda *a, **more: built.append(a) or build(*a, **more)
+        model.load, "build_model", lambda *a, **more: built.append(a) or build(*a, **more)
     )
     again = run(tmp_path, "again", f"--kd_topk={k}", f"--kd_cache={tmp_path / 'c'}")
     assert len(built) == 1  # the student alone

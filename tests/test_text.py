@@ -461,7 +461,8 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     )
     longest_is_held_out = dict(eval_examples=2, max_tokens=100)
     assert any(
-        len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).validation
+        len(e.messages[1]["content"]) == 600
+        for e in dataset(tiny, path, eval_examples=2).validation
     )
     with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)

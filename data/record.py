@@ -1,0 +1,88 @@
+"""The record of a training run: all that its model was trained on, with its ancestors' records.
+
+Every checkpoint carries it (`model/lineage.py`), so that an evaluation can refuse questions which
+the model has seen.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from data.dataset import Dataset, find_file, task_of
+from data.tasks import Example
+from errors import say
+from model import lineage
+
+# The options that say how a question is asked: an evaluation of the checkpoint asks likewise.
+PROMPT_OPTIONS = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs")
+
+
+def training_record(
+    data: str,
+    dataset: Dataset,
+    prompt_options: Mapping[str, str],
+    ancestors: Sequence[tuple[str, Path | None]],
+) -> lineage.Lineage:
+    """What a model will have been trained on after this run.
+
+    Of its own examples everything counts that the assistant does not say: the turns of user,
+    system and tools, and what the options add to every prompt. A note is printed where an ancestor
+    was trained on questions that this run keeps for validation.
+
+    Args:
+        data: `--data`, as the user wrote it.
+        prompt_options: The values of `PROMPT_OPTIONS`.
+        ancestors: (name, folder) of each model that this run begins from or learns from; the
+            folder is None for random weights.
+    """
+    record = lineage.Lineage(prompt=dict(prompt_options))
+    for name, folder in ancestors:
+        record += lineage.of_checkpoint(name, folder)
+    examples = list(dataset.examples())
+    entry = {"data": data, "sha256": None, "examples": len(examples) or None}
+    if task_of(data):
+        # A task's own rule keeps its validation problems apart, and its problems are much alike.
+        examples = []
+    else:
+        from_teacher = _file_record(find_file(data), entry, Path(data).exists(), examples)
+        if from_teacher is not None:
+            record += from_teacher
+    seen = int(record.contains([example.question for example in dataset.validation]).sum())
+    if seen:
+        say(
+            f"note: {seen:,} of the {len(dataset.validation):,} validation questions were trained "
+            "on by what this run begins from"
+        )
+    texts = prompt_texts(prompt_options, examples)
+    return record + lineage.Lineage(lineage.fingerprints(texts), (entry,))
+
+
+def _file_record(
+    path: Path, entry: dict, is_local: bool, examples: Sequence[Example]
+) -> lineage.Lineage | None:
+    """Complete `entry` with the file's hash; the record of the teacher that wrote the file, or None."""
+    if is_local:
+        entry["data"] = f"{path.resolve().parent.name}/{path.name}"
+    with open(path, "rb") as file:
+        entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if (path.parent / lineage.RECORD).exists():
+        return lineage.read(path.parent, f"traces {entry['data']}")
+    if any(written_by_teacher(example) for example in examples):
+        return lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
+    return None
+
+
+def prompt_texts(prompt_options: Mapping[str, str], examples: Sequence[Example]) -> Iterator[str]:
+    """All texts of the prompts: worked examples may stand in any of them."""
+    yield prompt_options["system_prompt"]
+    yield prompt_options["prompt_suffix"]
+    for example in examples:
+        for message in example.messages:
+            if message["role"] != "assistant":
+                yield message["content"] or ""
+
+
+def written_by_teacher(example: Example) -> bool:
+    """Whether `eval.traces` wrote this row."""
+    source = example.columns.get("source")
+    return isinstance(source, dict) and "teacher" in source
