@@ -14,8 +14,9 @@ import torch
 import options
 from config import Config, check
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Stream, find_file, show_batch, task_of
+from data.dataset import Dataset, DataStream, find_file, task_of
 from data.formatter import Formatter
+from data.show import show_batch
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, build_tiny, parse_template_kwargs, shared_vocabulary
@@ -211,9 +212,9 @@ class Run:
     tokenizer: Tokenizer
     dataset: Dataset
     stop_ids: list
-    vocab: int
+    vocab_size: int
     steps: int
-    model: torch.nn.Module
+    policy: torch.nn.Module
     teacher: torch.nn.Module | None
     teacher_folder: Path | None
     reference: torch.nn.Module | None
@@ -411,7 +412,7 @@ def prepare(cfg, held, launch):
         )
     if cfg.show_batch:
         batch = next(
-            Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
+            DataStream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
         )
         return show_batch(batch, tokenizer, cfg.show_batch) if rank == 0 else None
     prompts, passes = (
@@ -481,10 +482,9 @@ def prepare(cfg, held, launch):
                 temperature=cfg.kd_temperature,
                 vocab=vocab,
                 micro_batch_tokens=cfg.micro_batch_tokens,
-                device=device,
             )
         )
-    dataset.listed, teacher = cache, None if cache else teacher
+    dataset.teacher_topk, teacher = cache, None if cache else teacher
     origin = origin if cfg.reference else student_folder
     reference = None
     if reference_shape:  # with LoRA the policy as it starts is the base, which is there already

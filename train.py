@@ -4,31 +4,31 @@ A mode is a source of batches plus a loss; everything else is shared. Read `trai
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 
 import options
 from config import Config, check, kept, needs_old_logp
 from curves import draw_curves, summary
-from data.batch import WEIGHTINGS, constant_length
-from data.dataset import Order, Stream
+from data.batch import WEIGHTINGS, GlobalBatch, constant_length
+from data.dataset import DataStream
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
 from losses.grpo import VARIANTS, grpo_loss
 from losses.kd import kd_loss
 from losses.sft import sft_loss
 from model import parallel
-from model.flops import forward_flops, generation_flops, peak_flops, step_flops
-from model.generate import generate
+from model.flops import peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
-from prepare import COSTS, TEACHER, prepare, toy_tokenizer
-from rl.logprobs import add_correction, add_logprobs, kl_penalty
-from rl.rollout import Mixed, Rollouts
+from prepare import COSTS, TEACHER, Run, prepare, toy_tokenizer
+from rl.rollout import GRPORollouts, MixedSource, RolloutConfig, Rollouts, SampledKDRollouts
 from run import Log, StopSignal, stored_config
-from validation import evaluate
+from validation import Validation
 
 __all__ = [
     "Config",
@@ -43,36 +43,30 @@ __all__ = [
 # --- the mode: a source plus a loss --------------------------------------------------------------------------------
 
 
-def build(cfg, run):
-    """The only branch on the mode. source yields Batches; loss_fn(hidden_TD, head_VD, frozen, batch) -> (sum, metrics)."""
-    if cfg.mode == "grpo":
-        return rewarded_rollouts(cfg, run), functools.partial(
-            grpo_loss,
-            variant=cfg.grpo_variant,
-            clip_low=cfg.grpo_clip_low,
-            clip_high=cfg.grpo_clip_high,
-            kl=cfg.grpo_kl_estimator,
-            beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
-            entropy=cfg.grpo_entropy_coef,
-            temperature=cfg.sample_temperature,
-            vocab=run.vocab,
-            kd=cfg.grpo_kd_coef,
-            divergence=cfg.kd_divergence,
-            kd_beta=cfg.kd_beta,
-        )
-    data = Stream(
-        run.dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], run.rank, run.world
-    )
-    if cfg.mode == "sft":
-        return data, sft_loss
+def build(cfg: Config, run: Run) -> tuple[Iterator[GlobalBatch], Callable]:
+    """Return (source of batches, loss function): the only branch on the mode.
+
+    A source also has `state` and `load` (for --resume), `take_cost` (tokens and FLOPs spent on its
+    batches since it was last asked) and `close`. A loss function takes (hidden_TD, head_VD,
+    the teacher's hidden rows and head or None, batch) and returns (sum, {metric: (sum, count)}).
+    """
+    return {"sft": build_sft, "kd": build_kd, "grpo": build_grpo}[cfg.mode](cfg, run)
+
+
+def build_sft(cfg: Config, run: Run):
+    return data_stream(cfg, run), sft_loss
+
+
+def build_kd(cfg: Config, run: Run):
     if cfg.kd_signal == "sampled":
-        return teacher_advantages(cfg, run), functools.partial(
+        rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
+        return rollouts, functools.partial(
             grpo_loss,
             variant="token",
             clip_low=0.2,
             clip_high=0.2,
             temperature=cfg.sample_temperature,
-            vocab=run.vocab,
+            vocab=run.vocab_size,
         )
     loss_fn = functools.partial(
         kd_loss,
@@ -82,129 +76,81 @@ def build(cfg, run):
         t_squared=cfg.kd_t_squared,
         ce=cfg.kd_ce,
         topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
-        vocab=run.vocab,
+        vocab=run.vocab_size,
     )
+    data = data_stream(cfg, run)
     if cfg.kd_prefix == "data":
         return data, loss_fn
-    written = rollouts(cfg, run, run.model if cfg.kd_prefix == "student" else run.teacher)
-    return Mixed(data, written, cfg.kd_mix, cfg.seed) if cfg.kd_mix < 1 else written, loss_fn
+    generator = run.policy if cfg.kd_prefix == "student" else run.teacher
+    mixed = cfg.kd_mix < 1
+    # Beside the data, prompts come in an order of their own.
+    config = rollout_config(cfg, run, prompt_seed=cfg.seed + mixed)
+    rollouts = Rollouts(run.dataset, generator, config, run.teacher)
+    return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed) if mixed else rollouts, loss_fn
 
 
-def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1, **more):
-    """Batches of what `author` (a model) writes on the dataset's prompts."""
-    formatter, order = (
-        run.dataset.formatter,
-        Order(len(run.dataset), cfg.seed + (cfg.kd_mix < 1)),
-    )  # beside the data, not along with it
-
-    def prompt_at(position):
-        example = run.dataset.example(order(position))
-        return example, formatter.prompt(example)
-
-    def write(prompts, seeds):
-        done = generate(
-            author,
-            prompts,
-            cfg.sample_tokens,
-            run.stop_ids,
-            vocab=run.vocab,
-            temperature=cfg.sample_temperature,
-            top_k=cfg.sample_top_k,
-            top_p=cfg.sample_top_p,
-            seeds=seeds,
-            batch_size=cfg.sample_batch,
-        )
-        new = [len(c.tokens) for c in done]
-        flops = generation_flops(author, prompts, new, run.vocab)
-        run.cost.update(
-            sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher), flops=flops
-        )
-        return done
-
-    return Rollouts(
-        prompt_at,
-        write,
-        judge,
-        score,
-        per_batch=cfg.batch_size // samples,
-        samples=samples,
-        seed=cfg.seed,
-        weighting=weighting or WEIGHTINGS[cfg.weighting],
-        logged=cfg.sample_log,
-        rank=run.rank,
-        world=run.world,
-        **more,
+def build_grpo(cfg: Config, run: Run):
+    loss_fn = functools.partial(
+        grpo_loss,
+        variant=cfg.grpo_variant,
+        clip_low=cfg.grpo_clip_low,
+        clip_high=cfg.grpo_clip_high,
+        kl=cfg.grpo_kl_estimator,
+        beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
+        entropy=cfg.grpo_entropy_coef,
+        temperature=cfg.sample_temperature,
+        vocab=run.vocab_size,
+        kd=cfg.grpo_kd_coef,
+        divergence=cfg.kd_divergence,
+        kd_beta=cfg.kd_beta,
     )
-
-
-def rewarded_rollouts(cfg, run):
-    """The source of `grpo`: groups of samples with rewards, and the frozen log-probs that their loss reads."""
-
-    def judge(example, completion):
-        text = run.tokenizer.decode(completion.tokens, skip_special=True)
-        opened = (
-            run.dataset.formatter.opened(example) if "format" in run.reward.parts else ""
-        )  # no other part looks at it
-        return *run.reward(example, text, len(completion.tokens), completion.stopped, opened), text
-
-    def score(documents):
-        if needs_old_logp(cfg):
-            log_probs(cfg, run, documents, "old_logp", run.model)
-        if run.reference:
-            log_probs(cfg, run, documents, "ref_logp", run.reference)
-        if cfg.grpo_tis != "none":
-            add_correction(
-                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant][2]
-            )
-
-    kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
-    price = functools.partial(kl_penalty, beta=cfg.grpo_kl_coef) if kl_in_reward else None
-    weighting = functools.partial(constant_length, length=cfg.sample_tokens)
-    return rollouts(
+    _, weighting, sequence_ratio = VARIANTS[cfg.grpo_variant]
+    constant = functools.partial(constant_length, length=cfg.sample_tokens)
+    config = rollout_config(
         cfg,
         run,
-        run.model,
-        judge,
-        score,
-        WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting),
-        cfg.grpo_samples,
-        baseline=cfg.grpo_advantage,
-        updates=cfg.grpo_minibatches_per_rollout,
-        epochs=cfg.grpo_ppo_epochs,
-        refills=cfg.grpo_dynamic_sampling_rounds,
+        prompts_per_batch=cfg.batch_size // cfg.grpo_samples,
+        weighting=WEIGHTINGS.get(weighting, constant),
+        samples_per_prompt=cfg.grpo_samples,
+        advantage=cfg.grpo_advantage,
+        kl_penalty_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "reward" else 0.0,
+        old_logprobs=needs_old_logp(cfg),
+        tis=cfg.grpo_tis,
+        tis_cap=cfg.grpo_tis_cap,
+        tis_by_sequence=sequence_ratio,
+        dynamic_sampling_rounds=cfg.grpo_dynamic_sampling_rounds,
         mask_truncated=cfg.grpo_truncated == "mask",
-        price=price,
-        correctness=run.reward.correctness,
+        minibatches=cfg.grpo_minibatches_per_rollout,
+        ppo_epochs=cfg.grpo_ppo_epochs,
+        logged_samples=cfg.sample_log,
     )
+    return GRPORollouts(run.dataset, run.policy, config, run.reward, run.reference), loss_fn
 
 
-def teacher_advantages(cfg, run):
-    """Samples whose advantage is log p_teacher − log p_student of each token: on average the gradient of the reverse KL."""
-
-    def score(documents):
-        log_probs(cfg, run, documents, "old_logp", run.model)
-        log_probs(cfg, run, documents, "teacher_logp", run.teacher)
-        for d in documents:
-            d.fields["advantage"] = d.fields.pop("teacher_logp") - d.fields["old_logp"]
-
-    return rollouts(cfg, run, run.model, score=score)
+def data_stream(cfg: Config, run: Run) -> DataStream:
+    weighting = WEIGHTINGS[cfg.weighting]
+    return DataStream(run.dataset, cfg.batch_size, cfg.seed, weighting, run.rank, run.world)
 
 
-def log_probs(cfg, run, documents, name, model):
-    add_logprobs(
-        documents,
-        name,
-        model,
-        temperature=cfg.sample_temperature,
-        vocab=run.vocab,
+def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
+    """What every kind of rollout reads of the options; `more` replaces or adds fields."""
+    common = RolloutConfig(
+        prompts_per_batch=cfg.batch_size,
+        weighting=WEIGHTINGS[cfg.weighting],
+        max_new_tokens=cfg.sample_tokens,
+        stop_ids=run.stop_ids,
+        vocab_size=run.vocab_size,
         micro_batch_tokens=cfg.micro_batch_tokens,
-        device=run.device,
+        temperature=cfg.sample_temperature,
+        top_k=cfg.sample_top_k,
+        top_p=cfg.sample_top_p,
+        generation_batch=cfg.sample_batch,
+        seed=cfg.seed,
+        prompt_seed=cfg.seed,
+        rank=run.rank,
+        world=run.world,
     )
-    lengths, rows = [len(d) for d in documents], sum((d.weights != 0).sum() for d in documents)
-    run.cost.update(
-        teacher_tokens=sum(lengths) * (model is run.teacher),
-        flops=forward_flops(model, lengths, rows, run.vocab),
-    )
+    return dataclasses.replace(common, **more)
 
 
 @torch.no_grad()
@@ -244,7 +190,7 @@ def launch(cfg):
             return
         run.source, run.loss_fn = build(cfg, run)
         if run.start is not None:
-            saved = run.folder.load(run.start, run.model, run.optimizer)
+            saved = run.folder.load(run.start, run.policy, run.optimizer)
             run.source.load(saved["source"][run.rank if run.rank < len(saved["source"]) else 0])
             run.counters |= saved["counters"]  # those of an older run lack what it did not count
         train(cfg, run, held.enter_context(StopSignal()))
@@ -257,7 +203,7 @@ def train(cfg, run, stop):
     )
     start, steps, counters = run.start or 0, run.steps, run.counters
     trained, frozen = (
-        sum(p.numel() for p in run.model.parameters() if p.requires_grad == t)
+        sum(p.numel() for p in run.policy.parameters() if p.requires_grad == t)
         for t in (True, False)
     )
     log.say(
@@ -269,6 +215,16 @@ def train(cfg, run, stop):
         log.say(
             "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared with those of the rollout"
         )
+    validation = Validation(
+        run.dataset,
+        run.stop_ids,
+        cfg.micro_batch_tokens,
+        cfg.eval_tokens,
+        teacher=run.teacher,
+        vocab=run.vocab_size,
+        rank=run.rank,
+        world=run.world,
+    )
     spent = 0.0
 
     for step in range(start, steps + 1):
@@ -279,24 +235,11 @@ def train(cfg, run, stop):
             raise parallel.broadcast(log.error)
         seen = step == run.start  # the checkpoint that is continued was evaluated and saved already
         if cfg.eval_examples and due(step, cfg.eval_every, steps) and not seen:
-            run_on = dict(rank=run.rank, world=run.world, teacher=run.teacher, vocab=run.vocab)
-            log.evaluation(
-                step,
-                steps,
-                *evaluate(
-                    run.model,
-                    run.dataset,
-                    run.stop_ids,
-                    sft_loss,
-                    cfg.micro_batch_tokens,
-                    cfg.eval_tokens,
-                    **run_on,
-                ),
-            )
+            log.evaluation(step, steps, *validation.run(run.policy))
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
             state = {"source": parallel.gather(run.source.state()), "counters": counters}
             save = functools.partial(
-                run.folder.save, step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state
+                run.folder.save, step, run.policy, run.optimizer, run.tokenizer, run.stop_ids, state
             )
             parallel.on_rank_0(run.rank, save)
         if step == steps or stopping:
@@ -306,19 +249,19 @@ def train(cfg, run, stop):
         batch = next(run.source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
         if cfg.lora_dropout:
-            run.model.dropout.begin(step, applied="old_logp" not in batch.fields)
+            run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
         teacher = (
             run.teacher if cfg.kd_signal != "sampled" else None
         )  # its word is in the advantages already
         sums = (
             forward_backward(
-                run.model, teacher, run.loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
+                run.policy, teacher, run.loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
             )
             if norm > 0
             else {}
         )
-        parallel.sync_gradients(run.model)
-        grad_norm, finite = clip_gradients(run.model, cfg.max_grad_norm)
+        parallel.sync_gradients(run.policy)
+        grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
         if not finite:
             counters["skipped"] += 1
@@ -374,15 +317,16 @@ def finish(cfg, run, log, step, stop, stopping):
 
 def step_metrics(cfg, run, batch, teacher, sums, seconds):
     """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
-    tokens = len(batch.tokens_T)
+    tokens = sum(batch.lengths)
     ratios_first = (
-        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2] and "old_logp" in batch.fields
+        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2] and batch.has_field("old_logp")
     )  # see grpo_loss
     flops = (
-        step_flops(batch, run.model, teacher, run.vocab, head_passes=int(ratios_first))
+        step_flops(batch, run.policy, teacher, run.vocab_size, head_passes=int(ratios_first))
         if sums
         else 0
     )  # no sums: nothing was computed
+    run.cost.update(run.source.take_cost())
     run.cost.update(tokens=tokens, teacher_tokens=tokens if teacher and sums else 0, flops=flops)
     tokens, flops, *cost = parallel.all_reduce_sum(
         [tokens, flops, *(run.cost[name] for name in COSTS)], run.device

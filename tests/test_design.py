@@ -13,7 +13,7 @@ MAY = {
     "data": {"model.parallel"},  # the sandbox: how many processes share the processors
     "losses": {"kernels", "data.batch"},
     "model": {"kernels"},
-    "rl": {"model", "data", "kernels"},
+    "rl": {"model", "data", "kernels", "losses"},
     "eval": {"model", "data", "kernels"},
 }
 PARTS = {*MAY, "config", "knobs", "prepare", "train", "tests", "bench"}

@@ -274,7 +274,7 @@ def test_the_format_is_that_of_prompt_and_completion_together(
         ids = [*tokenizer.encode(text), tokenizer.stop_ids()[0]]
         return [Completion(ids, [-1.0] * len(ids), True) for _ in prompts]
 
-    monkeypatch.setattr(train, "generate", write)
+    monkeypatch.setattr("rl.rollout.generate", write)
     (tmp_path / "d.jsonl").write_text('{"question": "6+6?", "answer": "12"}\n')
     args = [
         f"--model={folder}",

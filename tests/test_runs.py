@@ -213,7 +213,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
 
     def loop(cfg, run, stop):
         inside.append(signal.getsignal(signal.SIGTERM) is stop)
-        run.folder.save(cfg.steps, run.model, run.optimizer, run.tokenizer, run.stop_ids, {})
+        run.folder.save(cfg.steps, run.policy, run.optimizer, run.tokenizer, run.stop_ids, {})
 
     def build(*args, **more):
         inside.append(signal.getsignal(signal.SIGTERM))

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Stream, divide, find_file
+from data.dataset import Dataset, DataStream, divide, find_file
 from data.formats import read_rows, to_example
 from data.formatter import Formatter
 from data.grade import parse_number
@@ -500,7 +500,7 @@ def texts(batch):
 @pytest.mark.parametrize("examples", [0, 10])
 def test_the_global_batch_does_not_depend_on_the_ranks(tiny, examples):
     data = dataset(tiny, "word_problems:10" if examples else "word_problems")
-    make = lambda rank, world: Stream(data, 6, 0, WEIGHTINGS["token"], rank, world)
+    make = lambda rank, world: DataStream(data, 6, 0, WEIGHTINGS["token"], rank, world)
     one, three = make(0, 1), [make(r, 3) for r in range(3)]
     for _ in range(5):
         assert sorted(texts(next(one))) == sorted(t for s in three for t in texts(next(s)))
@@ -509,7 +509,7 @@ def test_the_global_batch_does_not_depend_on_the_ranks(tiny, examples):
 @pytest.mark.parametrize("examples", [0, 10])
 def test_the_stream_resumes_at_the_example_whatever_was_prefetched(tiny, examples):
     data = dataset(tiny, train_examples=examples)
-    make = lambda: Stream(data, 4, 0, WEIGHTINGS["token"])
+    make = lambda: DataStream(data, 4, 0, WEIGHTINGS["token"])
     through, cut = make(), make()
     want = [texts(next(through)) for _ in range(9)]
     got = [texts(next(cut)) for _ in range(4)]
@@ -520,6 +520,6 @@ def test_the_stream_resumes_at_the_example_whatever_was_prefetched(tiny, example
 
 
 def test_an_epoch_holds_every_example_once_and_epochs_differ(tiny):
-    stream = Stream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
+    stream = DataStream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
     first, second = ([t for _ in range(3) for t in texts(next(stream))] for _ in range(2))
     assert sorted(first) == sorted(second) and first != second and len(set(first)) == len(first)
