@@ -26,7 +26,8 @@ from model import parallel
 from model.flops import peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
 from prepare import COSTS, TEACHER, Run, prepare, toy_tokenizer
-from rl.rollout import GRPORollouts, MixedSource, RolloutConfig, Rollouts, SampledKDRollouts
+from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts
+from rl.sample import RolloutConfig
 from run import Log, StopSignal, stored_config
 from validation import Validation
 

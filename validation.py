@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import torch
 
-from data.batch import Document, GlobalBatch
+from data.batch import Document, GlobalBatch, Metrics
 from data.dataset import Dataset
 from data.tasks import TASKS, Example, grade, grade_all
 from kernels.chunk import accumulate_dtype, default_chunk_rows, product
@@ -19,11 +19,10 @@ from model import parallel
 from model.generate import Completion, generate
 from model.transformer import Transformer
 from rl.logprobs import last_states
+from rl.sample import sample_line
 
 COMPARED = 100  # validation prompts on which a teacher and its student are compared
 POSITIONS = (0, 8, 16, 32, 64, 128)  # where the buckets of the per-position divergence begin
-
-Sums = dict[str, tuple[float, float]]  # measure -> (sum, count)
 
 
 @dataclasses.dataclass
@@ -71,7 +70,7 @@ class Validation:
         label = self.dataset.label
         return {f"eval/{label}/{name}": value for name, value in metrics.items()}, samples
 
-    def loss(self, model: Transformer) -> Sums:
+    def loss(self, model: Transformer) -> Metrics:
         documents = self.dataset.validation_documents()[self.rank :: self.world]
         total = count = 0.0
         for micro in GlobalBatch(documents).split(self.micro_batch_tokens):
@@ -83,7 +82,7 @@ class Validation:
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
         return generate(model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab)
 
-    def divergence(self, model: Transformer, prompts: list, answers: list[Completion]) -> Sums:
+    def divergence(self, model: Transformer, prompts: list, answers: list[Completion]) -> Metrics:
         """The measures of `compare` on the teacher's and on the student's answers."""
         if self.teacher is None:
             return {}
@@ -105,7 +104,7 @@ def compare(
     documents: list[Document],
     vocab: int,
     micro_batch_tokens: int,
-) -> Sums:
+) -> Metrics:
     """Compare the next-token distributions of two models over the trained positions.
 
     At temperature 1, in nats: forward and reverse KL, how often both have the same likeliest token,
@@ -113,7 +112,7 @@ def compare(
     """
     device = model.head_VD.device
     step = max(1, default_chunk_rows(vocab, device) // 8)
-    sums: Sums = {}
+    sums: Metrics = {}
     for micro in GlobalBatch(documents).split(max([micro_batch_tokens, *map(len, documents)])):
         positions = [np.arange(np.count_nonzero(d.weights)) for d in micro.documents]
         bucket_N = np.searchsorted(POSITIONS, np.concatenate(positions), side="right") - 1
@@ -148,21 +147,10 @@ def _log_probs(model: Transformer, hidden_nD: torch.Tensor, vocab: int) -> torch
 
 
 def _grade(example: Example, text: str, answer: Completion) -> dict:
-    """A line of samples.jsonl."""
-    verdict = grade(example, text)
-    return {
-        "question": example.question,
-        "gold": example.answer,
-        "text": text,
-        "correct": verdict.strict,
-        "lenient": verdict.lenient,
-        "parsed": verdict.parsed,
-        "tokens": len(answer.tokens),
-        "stopped": answer.stopped,
-    }
+    return sample_line(example, text, grade(example, text), len(answer.tokens), answer.stopped)
 
 
-def _means(sums: Sums) -> dict[str, float]:
+def _means(sums: Metrics) -> dict[str, float]:
     """Over all ranks; a measure of nothing is left out."""
     reduced = parallel.reduce_metrics(sums)
     return {name: total / count for name, (total, count) in reduced.items() if count}

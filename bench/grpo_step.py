@@ -88,7 +88,8 @@ def main():
     from model.checkpoint import build_model
     from model.optim import build_optimizer, clip_gradients
     from model.transformer import PRESETS
-    from rl.rollout import GRPORollouts, RolloutConfig
+    from rl.rollout import GRPORollouts
+    from rl.sample import RolloutConfig
     from train import forward_backward
 
     prompts, vocab = prompts_of(args)

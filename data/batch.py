@@ -12,6 +12,8 @@ import torch
 
 from errors import UserError
 
+Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
+
 
 @dataclasses.dataclass
 class Document:
@@ -96,10 +98,9 @@ class Batch:
         )
         topk = [d.teacher_topk for d in documents if d.teacher_topk]
         if topk and len(topk) == len(documents):
-            ids_Nk = np.concatenate([ids for ids, _ in topk])
-            logp_NB = np.concatenate([logp for _, logp in topk])
-            batch.topk_ids_Nk = torch.from_numpy(ids_Nk).long()
-            batch.topk_logp_NB = torch.from_numpy(logp_NB).float().log_softmax(1)
+            ids, logp = zip(*topk, strict=True)
+            batch.topk_ids_Nk = torch.from_numpy(np.concatenate(ids)).long()
+            batch.topk_logp_NB = torch.from_numpy(np.concatenate(logp)).float().log_softmax(1)
         return batch
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -107,12 +108,12 @@ class Batch:
         if torch.device(device).type == "cpu":
             return self
 
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.pin_memory().to(device, non_blocking=True)
-
-        moved = {k: move(x) for k, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        fields = {name: move(x_T) for name, x_T in self.fields.items()}
-        return dataclasses.replace(self, fields=fields, **moved)
+        moved = dataclasses.replace(self, fields=dict(self.fields))
+        for values in (vars(moved), moved.fields):
+            for name, x in values.items():
+                if isinstance(x, torch.Tensor):
+                    values[name] = x.pin_memory().to(device, non_blocking=True)
+        return moved
 
     def select(self, x_T: torch.Tensor) -> torch.Tensor:
         """The loss rows of a [T, …] tensor: rows first, head second."""
@@ -123,11 +124,11 @@ class Batch:
 class GlobalBatch:
     """This rank's documents of one optimizer step, not packed yet.
 
-    metrics (name -> sum and count) and samples (lines of samples.jsonl) are only logged.
+    metrics and samples (lines of samples.jsonl) are only logged.
     """
 
     documents: list[Document]
-    metrics: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    metrics: Metrics = dataclasses.field(default_factory=dict)
     samples: list[dict] = dataclasses.field(default_factory=list)
 
     @property

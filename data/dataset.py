@@ -1,22 +1,21 @@
 """From files or tasks to examples to documents to a deterministic, resumable stream of batches.
 
-data/formats.py reads rows and data/formatter.py makes ids of them; here examples are divided into
-those to train on and those to validate with, measured, and dealt out.
+data/formats.py reads rows, data/split.py keeps some for validation, and data/formatter.py makes ids
+of them; here they are measured and dealt out.
 """
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data.batch import Document, GlobalBatch
-from data.formats import SUFFIXES, read_examples, to_example, unread_columns
+from data.formats import to_example, unread_columns
 from data.formatter import Formatter
+from data.split import SPLIT_SEED, divide, find_file, task_of
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
@@ -26,6 +25,7 @@ __all__ = [
     "DataStream",
     "EpochOrder",
     "Formatter",
+    "SPLIT_SEED",
     "divide",
     "find_file",
     "task_of",
@@ -33,99 +33,9 @@ __all__ = [
 ]
 
 REDRAWS = 1000  # attempts at a problem of an endless task that is not too long
-SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
 CHUNK = 2000  # examples that are tokenised at once
 
 Tokenised = list[tuple[Example, Document]]
-
-
-# --- files -> examples ----------------------------------------------------------------------------
-
-
-def find_file(name: str) -> Path:
-    """`--data` as a file. Raises UserError.
-
-    It is a path, a folder with one data file or a train.*, or `org/name/path.jsonl` of a hub dataset.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return _file_of_folder(path)
-    if path.exists():
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"--data {name}: a data file ends in {', '.join(SUFFIXES)}")
-        return path
-    owner, *rest = name.split("/")
-    if len(rest) >= 2 and path.suffix in SUFFIXES and owner not in ("", ".", "..", "~"):
-        from huggingface_hub import hf_hub_download
-
-        repository, file = f"{owner}/{rest[0]}", "/".join(rest[1:])
-        try:
-            return Path(hf_hub_download(repository, file, repo_type="dataset"))
-        except Exception as e:
-            problem = f"neither a local file nor a hub dataset file ({type(e).__name__})"
-            raise UserError(f"--data {name}: {problem}") from None
-    tasks = ", ".join(task for task in TASKS if TASKS[task].make)
-    raise UserError(f"--data {name}: no such file or folder, and no task of that name ({tasks})")
-
-
-def _file_of_folder(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    train = [path for path in files if path.stem.split("-")[0] == "train"]
-    candidates = train or files
-    if len(candidates) == 1:
-        return candidates[0]
-    listing = ", ".join(path.name for path in files) or "no .jsonl, .json or .parquet file"
-    raise UserError(f"--data {folder}: which file of the folder? It has {listing}")
-
-
-def task_of(name: str) -> str | None:
-    """The task that `--data name` or `--data name:count` asks for, or None: a file."""
-    task = name.partition(":")[0]
-    return task if task in TASKS and TASKS[task].make else None
-
-
-def question_key(example: Example) -> bytes:
-    """The same for rows that ask the same question, whatever its case and white space.
-
-    A row that asks nothing has a key of its own.
-    """
-    asked = " ".join(example.opening.split()).casefold() or repr(example.messages)
-    return hashlib.blake2b(asked.encode(), digest_size=16).digest()
-
-
-def divide(
-    path: Path, eval_examples: int, train_examples: int = 0, notes: list[str] | None = None
-) -> tuple[list[Example], list[Example]]:
-    """Divide a file into (validation examples, training examples): the same ones for every seed.
-
-    Questions are divided, not rows: one row of a validation question is kept for validation, and
-    none of its rows is trained on.
-
-    Args:
-        train_examples: The first so many of the rest only; 0: all.
-        notes: Gets sentences on rows that are left out.
-    """
-    examples = read_examples(path, "train", notes)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
-    if not eval_examples:
-        return [], [examples[i] for i in order][: train_examples or None]
-    keys = [question_key(example) for example in examples]
-    validation: dict[bytes, Example] = {}
-    for i in order:
-        if len(validation) == eval_examples:
-            break
-        validation.setdefault(keys[i], examples[i])
-    training = [examples[i] for i in order if keys[i] not in validation]
-    withheld = len(examples) - len(training) - len(validation)
-    if withheld and notes is not None:
-        notes.append(
-            f"{withheld:,} more rows ask one of the {len(validation):,} held-out questions; "
-            "they are not trained on"
-        )
-    return list(validation.values()), training[: train_examples or None]
-
-
-# --- examples -> documents ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
@@ -161,12 +71,16 @@ class Dataset:
         self.notes: list[str] = []
         self.dropped = 0
         self.teacher_topk: TeacherCache | None = None
-        self._training: Tokenised | None = None
         self.task = task_of(self.name)
         examples = self._make_examples(self.task) if self.task else self._read_examples()
-        if examples:
-            self._training = self._tokenise_all(examples)
-        else:
+        chunks = range(0, len(examples), CHUNK)
+        pairs = []
+        for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
+            pairs += self._tokenise(examples[start : start + CHUNK])
+        if examples and not pairs:
+            raise UserError(f"--data {self.name}: no example is left to train on")
+        self._training: Tokenised = pairs
+        if not pairs:
             self.get(0)  # what is wrong with every problem is wrong with the first
         answered = [e for e in self.validation if self.completions or e.has_answer]
         self._validation_documents = [d for _, d in self._tokenise(answered, completions=True)]
@@ -212,17 +126,24 @@ class Dataset:
 
     def _note_texts(self) -> None:
         """Note the texts that another program would have treated in another way."""
-        notes = {
-            "in the texts of {:,} examples there are names of control tokens; they are encoded as "
-            "characters": len(self.formatter.escaped),
-            "the generation prompt opens a block of reasoning, which {:,} answers without any close "
-            "before they begin": len(self.formatter.closed),
-            "{:,} examples are too long for --micro_batch_tokens and dropped": self.dropped,
-        }
-        self.notes += [note.format(count) for note, count in notes.items() if count]
+        escaped, closed = len(self.formatter.escaped), len(self.formatter.closed)
+        if escaped:
+            self.notes.append(
+                f"in the texts of {escaped:,} examples there are names of control tokens; they are "
+                "encoded as characters"
+            )
+        if closed:
+            self.notes.append(
+                f"the generation prompt opens a block of reasoning, which {closed:,} answers "
+                "without any close before they begin"
+            )
+        if self.dropped:
+            self.notes.append(
+                f"{self.dropped:,} examples are too long for --micro_batch_tokens and dropped"
+            )
 
     def __len__(self) -> int:
-        return len(self._training or ())
+        return len(self._training)
 
     def get(self, index: int) -> Document:
         document = self._pair(index)[1]
@@ -236,7 +157,7 @@ class Dataset:
 
     def examples(self) -> Iterator[Example]:
         """All training examples; none of an endless task."""
-        return (example for example, _ in self._training or ())
+        return (example for example, _ in self._training)
 
     def validation_documents(self) -> list[Document]:
         return self._validation_documents
@@ -251,28 +172,20 @@ class Dataset:
             )
 
     def _pair(self, index: int) -> tuple[Example, Document]:
-        """(example, document). Of an endless task: the first that fits, of this index's sequence."""
-        if self._training is not None:
+        """(example, document). Of an endless task: the first one that fits of the index's own."""
+        if self._training:
             return self._training[index]
         assert self.task is not None
-        for attempt in range(REDRAWS):
-            redraw = f"/redraw-{attempt}" if attempt else ""
-            key = f"{self.seed}/{index}{redraw}"
-            example = TASKS[self.task].example(self.task, "train", key)
-            for pair in self._tokenise([example]):
-                return pair
+        key = first = f"{self.seed}/{index}"
+        for attempt in range(1, REDRAWS + 1):
+            pairs = self._tokenise([TASKS[self.task].example(self.task, "train", key)])
+            if pairs:
+                return pairs[0]
+            key = f"{first}/redraw-{attempt}"
         raise UserError(
             f"--data {self.name}: {REDRAWS:,} problems in a row are longer than "
             f"--micro_batch_tokens {self.max_tokens:,}; raise it"
         )
-
-    def _tokenise_all(self, examples: list[Example]) -> Tokenised:
-        pairs, quiet = [], not self.progress or len(examples) <= 5 * CHUNK
-        for start in tqdm(range(0, len(examples), CHUNK), "tokenising", disable=quiet):
-            pairs += self._tokenise(examples[start : start + CHUNK])
-        if not pairs:
-            raise UserError(f"--data {self.name}: no example is left to train on")
-        return pairs
 
     def _tokenise(self, examples: Iterable[Example], completions: bool = False) -> Tokenised:
         """Examples with their documents, turns apart where the template asks for it.
@@ -326,9 +239,6 @@ class Dataset:
                 f"{example.origin}: {problem}; raise it or set --max_length_policy drop"
             )
         return not problem
-
-
-# --- documents -> batches -------------------------------------------------------------------------
 
 
 class EpochOrder:

@@ -11,6 +11,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import topk_logprobs
 from losses.sft import cross_entropy
 from model.transformer import Transformer
+from rl.sample import RolloutConfig
 
 
 def last_states(model: Transformer, batch: Batch) -> torch.Tensor:
@@ -20,21 +21,12 @@ def last_states(model: Transformer, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def add_logprobs(
-    batch: GlobalBatch,
-    name: str,
-    model: Transformer,
-    *,
-    temperature: float,
-    vocab: int,
-    micro_batch_tokens: int,
-) -> None:
+def add_logprobs(batch: GlobalBatch, name: str, model: Transformer, config: RolloutConfig) -> None:
     """Set the field `name` of each document of a batch to the log-probs of its tokens, in nats.
 
-    They are those of softmax(logits / temperature) over the first `vocab` ids; 0 where the weight
-    is 0.
+    They are those of softmax(logits / temperature) over the vocabulary; 0 where the weight is 0.
     """
-    for micro in batch.split(micro_batch_tokens):
+    for micro in batch.split(config.micro_batch_tokens):
         moved = micro.to(model.head_VD.device)
         _, rows = linear_logprob(
             moved.select(last_states(model, moved)),
@@ -42,8 +34,8 @@ def add_logprobs(
             moved.select(moved.target_T),
             moved.select(moved.weight_T),
             cross_entropy,
-            temperature=temperature,
-            vocab=vocab,
+            temperature=config.temperature,
+            vocab=config.vocab_size,
         )
         logp_T = torch.zeros(len(micro.tokens_T) + 1, dtype=torch.float64)
         logp_T[micro.rows_N + 1] = rows["logp"].double().cpu()  # position t predicts token t + 1
@@ -62,19 +54,18 @@ def kl_penalty(document: Document, beta: float) -> float:
     return beta * float(log_ratio.numpy().sum())
 
 
-def add_tis_weights(document: Document, mode: str, cap: float, by_sequence: bool) -> None:
+def add_tis_weights(document: Document, config: RolloutConfig) -> None:
     """Set the field "tis_weight": importance weights, where the sampler rounds in another way.
 
-    The ratio of the trainer's to the sampler's probability of a token, or (by_sequence) its
-    geometric mean over the sample: cut at `cap` ("truncate"), or 0 outside [1/cap, cap] ("mask").
+    The ratio of the trainer's to the sampler's probability of a token, or (tis_by_sequence) its
+    geometric mean over the sample: cut at the cap ("truncate"), or 0 outside [1/cap, cap] ("mask").
     """
     gap = (document.fields["old_logp"] - document.fields["sampler_logp"]).numpy()
-    if by_sequence:
-        trained = max(1, np.count_nonzero(document.weights))
-        gap = np.full(len(document), gap.sum() / trained)
-    ratio = np.exp(gap)
+    if config.tis_by_sequence:
+        gap = np.full_like(gap, gap.sum() / max(1, np.count_nonzero(document.weights)))
+    ratio, cap = np.exp(gap), config.tis_cap
     weight = np.minimum(ratio, cap)
-    if mode == "mask":
+    if config.tis == "mask":
         weight = np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
     document.fields["tis_weight"] = torch.from_numpy(weight)
 
@@ -99,13 +90,10 @@ def teacher_topk(
         while stop < len(documents) and tokens + len(documents[stop]) <= micro_batch_tokens:
             tokens += len(documents[stop])
             stop += 1
-        moved = Batch.pack(documents[start:stop]).to(model.head_VD.device)
+        batch = Batch.pack(documents[start:stop]).to(model.head_VD.device)
+        hidden_ND = batch.select(last_states(model, batch))
         ids_Rk, logp_RB = topk_logprobs(
-            moved.select(last_states(model, moved)),
-            model.head_VD,
-            k,
-            temperature=temperature,
-            vocab=vocab,
+            hidden_ND, model.head_VD, k, temperature=temperature, vocab=vocab
         )
         yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
         start = stop

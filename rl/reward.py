@@ -12,28 +12,23 @@ from data.grade import Verdict, format_reward
 from data.tasks import TASKS, Example, grade
 from errors import UserError
 
-
-def accuracy(text: str, verdict: Verdict) -> float:
-    return float(verdict.strict)
-
-
-def lenient(text: str, verdict: Verdict) -> float:
-    return float(verdict.lenient)
+VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
+PARTS = (*VERDICTS, "format")
+PENALTIES = ("overlong", "truncated")  # what length costs
 
 
-def signed_accuracy(text: str, verdict: Verdict) -> float:
-    """+1 or −1, as the study has it (arXiv 2506.13404, section 3)."""
-    return 1.0 if verdict.strict else -1.0
+def part_values(text: str, verdict: Verdict) -> dict[str, float]:
+    """The value of every part; a fork adds one here, and its name to PARTS.
 
-
-def well_formed(text: str, verdict: Verdict) -> float:
-    return format_reward(text)
-
-
-# Parts of a reward: functions of (completion with the tag that the prompt opened, verdict).
-VERDICTS = {"accuracy": accuracy, "lenient": lenient, "signed_accuracy": signed_accuracy}
-PARTS = VERDICTS | {"format": well_formed}
-PENALTIES = ("overlong", "truncated")
+    text: the completion, behind the tag with which its prompt may have opened it. The signed parts
+    are the study's (arXiv 2506.13404, section 3): +1 or −1.
+    """
+    return {
+        "accuracy": float(verdict.strict),
+        "lenient": float(verdict.lenient),
+        "signed_accuracy": 1.0 if verdict.strict else -1.0,
+        "format": format_reward(text),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +74,11 @@ class Reward:
         verdict = Verdict(False, False, False)
         if example.answer is not None and example.task in TASKS:
             verdict = grade(example, text)
-        values = {}
         if self.function:
-            values["function"] = self._call(self.function, example, text)
-        for name, weight in self.parts.items():
-            values[name] = weight * PARTS[name](opened + text, verdict)
+            values = {"function": self._call(self.function, example, text)}
+        else:
+            every = part_values(opened + text, verdict)
+            values = {name: weight * every[name] for name, weight in self.parts.items()}
         if self.overlong:
             excess = max(0, tokens - (self.limit - self.overlong))
             values["overlong"] = -min(1.0, excess / self.overlong)

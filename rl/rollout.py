@@ -8,19 +8,18 @@ What is sampled depends on the seed and the prompt's position alone: every sampl
 numbers, whatever rank or batch it is generated in. Legend: G samples of a prompt.
 """
 
-import dataclasses
 import hashlib
 import random
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from data.batch import Document, GlobalBatch
+from data.batch import Document, GlobalBatch, Metrics
 from data.dataset import Dataset, DataStream, EpochOrder
-from data.grade import Verdict
 from data.tasks import Example, grade_all
 from errors import RunFailed, UserError
 from model import parallel
@@ -30,58 +29,7 @@ from model.transformer import Transformer
 from rl.advantage import group_advantages, has_reward_spread, kl_advantages
 from rl.logprobs import add_logprobs, add_tis_weights, kl_penalty
 from rl.reward import Reward
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """How completions are sampled, and what GRPO makes of them."""
-
-    prompts_per_batch: int  # over all ranks
-    weighting: Callable[[Document], Document]  # of a document's tokens; see data/batch.py
-    max_new_tokens: int
-    stop_ids: list[int]
-    vocab_size: int
-    micro_batch_tokens: int = 8192
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    generation_batch: int = 256  # sequences generated at once
-    seed: int = 0  # of the samples
-    prompt_seed: int = 0  # of the order of the prompts
-    rank: int = 0
-    world: int = 1
-    # GRPO alone
-    samples_per_prompt: int = 1
-    advantage: str = "std"  # a name in rl.advantage.BASELINES
-    kl_penalty_coef: float = 0.0  # of the KL to the reference that is subtracted from rewards
-    old_logprobs: bool = False  # whether the log-probs at the time of sampling are needed
-    tis: str = "none"  # importance weights: "none", "truncate" or "mask" (add_tis_weights)
-    tis_cap: float = 2.0
-    tis_by_sequence: bool = False
-    dynamic_sampling_rounds: int = 0
-    mask_truncated: bool = False  # samples that did not stop: no loss, but part of the group's mean
-    minibatches: int = 1  # of a rollout
-    ppo_epochs: int = 1  # passes over them
-    logged_samples: int = 8  # of each rollout
-
-
-@dataclasses.dataclass
-class Sample:
-    """One completion of a prompt, and what the stages of a rollout find out about it."""
-
-    position: int  # of its prompt in the run's order of prompts
-    example: Example
-    prompt: list[int]
-    completion: list[int]
-    stopped: bool
-    document: Document  # of both; its fields hold the log-probs per token, at first the sampler's
-    text: str = ""
-    reward: float = 0.0
-    reward_parts: dict[str, float] = dataclasses.field(default_factory=dict)
-    verdict: Verdict = Verdict(False, False, False)
-    correctness: float = 0.0
-    kl_penalty: float = 0.0
-    advantage: float = 0.0
+from rl.sample import RolloutConfig, Sample, sample_line
 
 
 class Rollouts(Iterator[GlobalBatch]):
@@ -102,7 +50,7 @@ class Rollouts(Iterator[GlobalBatch]):
         self.prompt_order = EpochOrder(len(dataset), config.prompt_seed)
         self.position = 0  # of the next prompt
         self.pending: list[GlobalBatch] = []
-        self.cost = Counter()
+        self.cost: Counter = Counter()
 
     def __next__(self) -> GlobalBatch:
         if not self.pending:
@@ -113,11 +61,10 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def rollout(self) -> list[GlobalBatch]:
         """The batches of one rollout; here a single one, of plain text."""
-        samples = self.draw(self.config.prompts_per_batch)
-        return [self.batch(samples)]
+        return [self.batch(self.draw(self.config.prompts_per_batch))]
 
     def draw(self, prompts: int) -> list[Sample]:
-        """This rank's samples of the next prompts, rewarded. An error of one rank is raised on all."""
+        """This rank's samples of the next prompts, rewarded. An error is raised on all ranks."""
         positions = range(self.position, self.position + prompts)
         self.position = positions.stop
         samples, error = [], None
@@ -131,20 +78,19 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def sample(self, positions: Sequence[int]) -> list[Sample]:
         """G completions of the prompt at each position, one prompt after the other."""
-        samples, seeds = [], []
+        samples = []
         for position in positions:
             example = self.dataset.example(self.prompt_order(position))
             prompt = self.dataset.formatter.prompt(example)
             for number in range(self.config.samples_per_prompt):
-                samples.append((position, example, prompt))
-                seeds.append(sample_seed(self.config.seed, position, number))
-        completions = self.generate([prompt for _, _, prompt in samples], seeds)
-        for i, c in enumerate(completions):
-            prompt = samples[i][2]
-            document = Document.of_completion(prompt, c.tokens)
-            logp = [0.0] * len(prompt) + c.logp
-            document.fields["sampler_logp"] = torch.tensor(logp, dtype=torch.float64)
-            samples[i] = Sample(*samples[i], c.tokens, c.stopped, document)
+                samples.append(Sample(position, number, example, prompt))
+        seeds = [sample_seed(self.config.seed, s.position, s.number) for s in samples]
+        completions = self.generate([s.prompt for s in samples], seeds)
+        for s, completion in zip(samples, completions, strict=True):
+            s.completion, s.stopped = completion.tokens, completion.stopped
+            s.document = Document.of_completion(s.prompt, s.completion)
+            logp = [0.0] * len(s.prompt) + completion.logp
+            s.document.fields["sampler_logp"] = torch.tensor(logp, dtype=torch.float64)
         return samples
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
@@ -172,16 +118,9 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def add_logprobs(self, samples: list[Sample], name: str, model: Transformer) -> None:
         """Set the field `name` of the samples' documents to the log-probs of their tokens."""
-        config, batch = self.config, GlobalBatch([s.document for s in samples])
-        add_logprobs(
-            batch,
-            name,
-            model,
-            temperature=config.temperature,
-            vocab=config.vocab_size,
-            micro_batch_tokens=config.micro_batch_tokens,
-        )
-        flops = forward_flops(model, batch.lengths, batch.loss_rows, config.vocab_size)
+        batch = GlobalBatch([s.document for s in samples])
+        add_logprobs(batch, name, model, self.config)
+        flops = forward_flops(model, batch.lengths, batch.loss_rows, self.config.vocab_size)
         self.count(model, sum(batch.lengths), flops)
 
     def batch(self, samples: list[Sample]) -> GlobalBatch:
@@ -209,8 +148,7 @@ class Rollouts(Iterator[GlobalBatch]):
                 "yet: resume with as many"
             )
         self.position = state["position"]
-        for documents in state["pending"]:
-            self.pending.append(GlobalBatch([_from_json(saved) for saved in documents]))
+        self.pending = [GlobalBatch(list(map(_from_json, saved))) for saved in state["pending"]]
 
     def close(self) -> None:
         """Nothing runs in the background."""
@@ -300,14 +238,13 @@ class GRPORollouts(Rollouts):
         return found
 
     def add_policy_logprobs(self, samples: list[Sample]) -> None:
-        config = self.config
-        if config.old_logprobs:
+        if self.config.old_logprobs:
             self.add_logprobs(samples, "old_logp", self.generator)
         if self.reference is not None:
             self.add_logprobs(samples, "ref_logp", self.reference)
-        if config.tis != "none":
+        if self.config.tis != "none":
             for sample in samples:
-                add_tis_weights(sample.document, config.tis, config.tis_cap, config.tis_by_sequence)
+                add_tis_weights(sample.document, self.config)
 
     def add_kl_penalties(self, samples: list[Sample]) -> None:
         if self.config.kl_penalty_coef:
@@ -326,13 +263,14 @@ class GRPORollouts(Rollouts):
 
     def minibatches(self, samples: list[Sample]) -> list[GlobalBatch]:
         """Whole groups in the order of their prompts over all ranks, once for each epoch."""
-        positions = parallel.gather({s.position for s in samples})
-        order = {position: i for i, position in enumerate(sorted(set().union(*positions)))}
-        parts = [[] for _ in range(max(1, min(self.config.minibatches, len(order))))]
+        gathered = parallel.gather({s.position for s in samples})
+        positions = sorted(set().union(*gathered))
+        parts = [[] for _ in range(max(1, min(self.config.minibatches, len(positions))))]
         for sample in samples:
             if self.config.mask_truncated and not sample.stopped:
                 sample.document.weights[:] = 0
-            part = parts[order[sample.position] * len(parts) // len(order)]
+            order = bisect_left(positions, sample.position)
+            part = parts[order * len(parts) // len(positions)]
             part.append(self.config.weighting(sample.document))
         return [GlobalBatch(part) for _ in range(self.config.ppo_epochs) for part in parts]
 
@@ -340,21 +278,25 @@ class GRPORollouts(Rollouts):
         size = self.config.samples_per_prompt
         return [samples[i : i + size] for i in range(0, len(samples), size)]
 
-    def metrics(self, drawn: list[Sample], samples: list[Sample]) -> dict:
+    def metrics(self, drawn: list[Sample], samples: list[Sample]) -> Metrics:
         """What was earned, how verdicts differ and how samples end."""
-        values, groups = {"reward": [s.reward for s in drawn]}, self.groups(drawn)
+        groups, verdicts = self.groups(drawn), [s.verdict for s in drawn]
         rewards = [[s.reward for s in group] for group in groups]
         correctness = [[s.correctness for s in group] for group in groups]
-        values["spread"] = [has_reward_spread(group) for group in rewards]
-        values["correctness_spread"] = [has_reward_spread(group) for group in correctness]
-        values["reward_std"] = [np.std(group) for group in rewards]
+        values = {
+            "reward": [s.reward for s in drawn],
+            "spread": list(map(has_reward_spread, rewards)),
+            "correctness_spread": list(map(has_reward_spread, correctness)),
+            "reward_std": list(map(np.std, rewards)),
+        }
         for name in sorted({name for s in drawn for name in s.reward_parts}):
             values[f"reward_{name}"] = [s.reward_parts.get(name, 0.0) for s in drawn]
-        verdicts = [s.verdict for s in drawn]
-        values["accuracy"] = [v.strict for v in verdicts]
-        values["lenient"] = [v.lenient for v in verdicts]
-        values["disagree"] = [v.lenient != v.strict for v in verdicts]
-        values["unparsed"] = [not v.parsed for v in verdicts]
+        values |= {
+            "accuracy": [v.strict for v in verdicts],
+            "lenient": [v.lenient for v in verdicts],
+            "disagree": [v.lenient != v.strict for v in verdicts],
+            "unparsed": [not v.parsed for v in verdicts],
+        }
         kept = {"rollout/kept": (len(self.groups(samples)), len(groups))}
         return length_metrics(drawn) | _sums(values) | kept
 
@@ -396,30 +338,18 @@ def sample_seed(seed: int, position: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-def length_metrics(samples: list[Sample]) -> dict[str, tuple[float, float]]:
+def length_metrics(samples: list[Sample]) -> Metrics:
     tokens, truncated = [len(s.completion) for s in samples], [not s.stopped for s in samples]
     return _sums({"tokens": tokens, "truncated": truncated})
 
 
-def _sums(values: dict[str, list]) -> dict[str, tuple[float, float]]:
-    return {f"rollout/{name}": (float(np.sum(v)), len(v)) for name, v in values.items()}
+def _sums(values: dict[str, list]) -> Metrics:
+    return {f"rollout/{name}": (float(np.sum(x)), len(x)) for name, x in values.items()}
 
 
-def _logged(sample: Sample) -> dict:
-    """A line of samples.jsonl."""
-    verdict = sample.verdict
-    return {
-        "question": sample.example.question,
-        "gold": sample.example.answer,
-        "text": sample.text,
-        "reward": sample.reward,
-        "parts": sample.reward_parts,
-        "correct": verdict.strict,
-        "lenient": verdict.lenient,
-        "parsed": verdict.parsed,
-        "tokens": len(sample.completion),
-        "stopped": sample.stopped,
-    }
+def _logged(s: Sample) -> dict:
+    reward = {"reward": s.reward, "parts": s.reward_parts}
+    return sample_line(s.example, s.text, s.verdict, len(s.completion), s.stopped, **reward)
 
 
 def _to_json(document: Document) -> dict:

@@ -19,7 +19,8 @@ from data.batch import WEIGHTINGS, Batch, Document
 from losses.grpo import KL_ESTIMATES, grpo_loss
 from rl.advantage import BASELINES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
-from rl.rollout import GRPORollouts, RolloutConfig
+from rl.rollout import GRPORollouts
+from rl.sample import RolloutConfig
 from run import read_metrics
 
 IDS, STOP, BETA = 3, 2, 0.4

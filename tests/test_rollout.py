@@ -16,7 +16,8 @@ from data.tasks import Example
 from errors import UserError
 from rl.advantage import group_advantages
 from rl.reward import parse_reward
-from rl.rollout import GRPORollouts, MixedSource, RolloutConfig, Rollouts, sample_seed
+from rl.rollout import GRPORollouts, MixedSource, Rollouts, sample_seed
+from rl.sample import RolloutConfig
 from tests import distributed_workers as workers
 
 SAMPLES, SEED = 3, 5
