@@ -80,17 +80,18 @@ class Batch:
         """Pack documents end to end. A field that a document lacks is 0 there."""
         documents = list(documents)
         ends = np.cumsum([0, *map(len, documents)])
-        weight_T = _predicted([d.weights for d in documents], ends, torch.float64)
+        tokens_T = _concatenate([d.tokens for d in documents], torch.int64)
+        weight_T = _predicted(_concatenate([d.weights for d in documents], torch.float64), ends)
         fields = {}
         for name in dict.fromkeys(name for d in documents for name in d.fields):
             values = [d.fields.get(name, np.zeros(len(d))) for d in documents]
-            fields[name] = _predicted(values, ends, torch.float64)
+            fields[name] = _predicted(_concatenate(values, torch.float64), ends)
         batch = cls(
             documents,
-            tokens_T=_concatenate([d.tokens for d in documents], torch.int64),
+            tokens_T,
             positions_T=_concatenate([np.arange(len(d)) for d in documents], torch.int64),
             cu_seqlens=torch.from_numpy(ends).int(),
-            target_T=_predicted([d.tokens for d in documents], ends, torch.int64),
+            target_T=_predicted(tokens_T, ends),
             weight_T=weight_T,
             rows_N=weight_T.nonzero().squeeze(1),
             fields=fields,
@@ -195,13 +196,11 @@ WEIGHTINGS = {"token": token_mean, "sequence": sequence_mean}
 
 def _concatenate(parts: list, dtype: torch.dtype) -> torch.Tensor:
     """One [T] tensor of arrays or tensors."""
-    return torch.cat(
-        [torch.empty(0, dtype=dtype), *(torch.as_tensor(x, dtype=dtype) for x in parts)]
-    )
+    return torch.cat([torch.empty(0, dtype=dtype), *map(torch.as_tensor, parts)]).to(dtype)
 
 
-def _predicted(parts: list, ends: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """`parts`, each value at the position that predicts its token; 0 at a document's last one."""
-    x_T = _concatenate(parts, dtype).roll(-1)
+def _predicted(x_T: torch.Tensor, ends: np.ndarray) -> torch.Tensor:
+    """Each token's value at the position that predicts it; 0 at a document's last one."""
+    x_T = x_T.roll(-1)
     x_T[torch.from_numpy(ends[1:] - 1)] = 0
     return x_T
