@@ -77,7 +77,7 @@ def grpo_loss(
     divergence="reverse_kl",
     kd_beta=0.5,
 ):
-    """Σ weight · (policy loss · correction + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
+    """Σ weight · (policy loss · tis_weight + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
     (at temperature 1).
 
     batch.fields (per token, nats): "advantage"; "old_logp" where a rollout serves several updates (else the current value, detached);
