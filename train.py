@@ -8,14 +8,14 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 import options
 from config import Config, check, kept, needs_old_logp
 from curves import draw_curves, summary
-from data.batch import WEIGHTINGS, GlobalBatch, constant_length
+from data.batch import WEIGHTINGS, constant_length
 from data.dataset import DataStream
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
@@ -26,7 +26,7 @@ from model import parallel
 from model.flops import peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
 from prepare import COSTS, TEACHER, Run, prepare, toy_tokenizer
-from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts
+from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
 from run import Log, StopSignal, stored_config
 from validation import Validation
@@ -44,21 +44,22 @@ __all__ = [
 # --- the mode: a source plus a loss --------------------------------------------------------------------------------
 
 
-def build(cfg: Config, run: Run) -> tuple[Iterator[GlobalBatch], Callable]:
+def build(cfg: Config, run: Run) -> tuple[Source, Callable]:
     """Return (source of batches, loss function): the only branch on the mode.
 
-    A source also has `state` and `load` (for --resume), `take_cost` (tokens and FLOPs spent on its
-    batches since it was last asked) and `close`. A loss function takes (hidden_TD, head_VD,
-    the teacher's hidden rows and head or None, batch) and returns (sum, {metric: (sum, count)}).
+    A source is an endless iterator of GlobalBatches with `state` and `load` (for --resume),
+    `take_cost` (tokens and FLOPs spent on batches since it was last asked) and `close`. A loss
+    function takes (hidden_TD, head_VD, the teacher's hidden rows and head or None, batch) and
+    returns (sum, {metric: (sum, count)}).
     """
     return {"sft": build_sft, "kd": build_kd, "grpo": build_grpo}[cfg.mode](cfg, run)
 
 
-def build_sft(cfg: Config, run: Run):
+def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
     return data_stream(cfg, run), sft_loss
 
 
-def build_kd(cfg: Config, run: Run):
+def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_signal == "sampled":
         rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
         return rollouts, functools.partial(
@@ -90,7 +91,7 @@ def build_kd(cfg: Config, run: Run):
     return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed) if mixed else rollouts, loss_fn
 
 
-def build_grpo(cfg: Config, run: Run):
+def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
     loss_fn = functools.partial(
         grpo_loss,
         variant=cfg.grpo_variant,

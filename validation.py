@@ -49,17 +49,13 @@ class Validation:
         of greedy ones; with a teacher there are the measures of `compare`, on what the teacher and
         on what the student answers to the same prompts.
         """
-        model.eval()
-        metrics = _means(self.loss(model))
         graded = [e for e in self.dataset.validation if e.answer is not None and e.task in TASKS]
         examples = graded[self.rank :: self.world]
         prompts = [self.dataset.formatter.prompt(e) for e in examples]
-        tokenizer = self.dataset.formatter.tokenizer
-        answers = self.generate(model, prompts, tokenizer.size)
-        texts = [tokenizer.decode(answer.tokens, skip_special=True) for answer in answers]
-        own = grade_all(_grade, list(zip(examples, texts, answers, strict=True)))
-        by_rank = itertools.zip_longest(*parallel.gather(own))
-        samples = [sample for each in by_rank for sample in each if sample]  # the examples' order
+        model.eval()
+        metrics = _means(self.loss(model))
+        answers = self.generate(model, prompts, self.dataset.formatter.tokenizer.size)
+        samples = self.grade(examples, answers)
         if samples:
             for name in ("lenient", "stopped"):
                 metrics[name] = sum(sample[name] for sample in samples) / len(samples)
@@ -81,6 +77,14 @@ class Validation:
 
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
         return generate(model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab)
+
+    def grade(self, examples: list[Example], answers: list[Completion]) -> list[dict]:
+        """Lines of samples.jsonl, over all ranks, in the order of the examples."""
+        decode = self.dataset.formatter.tokenizer.decode
+        texts = [decode(answer.tokens, skip_special=True) for answer in answers]
+        own = grade_all(_sample_line, list(zip(examples, texts, answers, strict=True)))
+        by_rank = itertools.zip_longest(*parallel.gather(own))
+        return [line for lines in by_rank for line in lines if line]
 
     def divergence(self, model: Transformer, prompts: list, answers: list[Completion]) -> Metrics:
         """The measures of `compare` on the teacher's and on the student's answers."""
@@ -146,7 +150,7 @@ def _log_probs(model: Transformer, hidden_nD: torch.Tensor, vocab: int) -> torch
     return torch.log_softmax(product(hidden_nD, head_DV, out_nV), 1)
 
 
-def _grade(example: Example, text: str, answer: Completion) -> dict:
+def _sample_line(example: Example, text: str, answer: Completion) -> dict:
     return sample_line(example, text, grade(example, text), len(answer.tokens), answer.stopped)
 
 

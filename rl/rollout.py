@@ -332,6 +332,9 @@ class MixedSource(Iterator[GlobalBatch]):
             source.close()
 
 
+Source = DataStream | Rollouts | MixedSource  # where the training loop takes batches from
+
+
 def sample_seed(seed: int, position: int, sample: int) -> int:
     """63 bits that belong to this sample alone."""
     key = f"{seed}/{position}/{sample}".encode()

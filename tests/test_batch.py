@@ -41,6 +41,17 @@ def test_a_completion_is_trained_on_behind_its_prompt():
     assert not Document.of_completion([7, 8], []).weights.any()
 
 
+def test_a_batch_is_moved_as_a_whole_and_the_original_stays(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    b = Batch.pack([doc(1, 2, 3, advantage=[9, 0.5, -1])])
+    moved = b.to("meta")
+    tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 6 and b.to("cpu") is b
+    assert {x.device.type for x in [*tensors, *moved.fields.values()]} == {"meta"}
+    assert b.tokens_T.device.type == b.fields["advantage"].device.type == "cpu"
+    assert moved.lengths == [3] and moved.normaliser == b.normaliser
+
+
 @pytest.mark.parametrize("micro", [7, 11, 64])
 def test_split_keeps_every_document_whole_and_wastes_little(micro):
     rng = np.random.default_rng(0)
