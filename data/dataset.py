@@ -5,7 +5,6 @@ of them; here they are measured and dealt out.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -296,9 +295,9 @@ class DataStream(Iterator[GlobalBatch]):
         documents = [self.dataset.get(self.order(position)) for position in positions]
         return GlobalBatch([self.weighting(document) for document in documents])
 
-    def take_cost(self) -> Counter:
-        """Reading data costs no tokens."""
-        return Counter()
+    def take_cost(self) -> dict[str, float]:
+        """Reading data costs no model's tokens or FLOPs."""
+        return {}
 
     def state(self) -> dict:
         return {"consumed": self.consumed}

@@ -12,7 +12,7 @@ import hashlib
 import random
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -50,7 +50,7 @@ class Rollouts(Iterator[GlobalBatch]):
         self.prompt_order = EpochOrder(len(dataset), config.prompt_seed)
         self.position = 0  # of the next prompt
         self.pending: list[GlobalBatch] = []
-        self.cost: Counter = Counter()
+        self.cost: dict[str, float] = defaultdict(int)
 
     def __next__(self) -> GlobalBatch:
         if not self.pending:
@@ -132,9 +132,10 @@ class Rollouts(Iterator[GlobalBatch]):
         if model is self.teacher:
             self.cost["teacher_tokens"] += tokens
 
-    def take_cost(self) -> Counter:
+    def take_cost(self) -> dict[str, float]:
         """The cost since this was last called."""
-        cost, self.cost = self.cost, Counter()
+        cost = dict(self.cost)
+        self.cost.clear()
         return cost
 
     def state(self) -> dict:
@@ -316,7 +317,7 @@ class MixedSource(Iterator[GlobalBatch]):
         self.count += 1
         return next(self.sources[coin < self.on_policy_fraction])
 
-    def take_cost(self) -> Counter:
+    def take_cost(self) -> dict[str, float]:
         return self.sources[1].take_cost()
 
     def state(self) -> dict:
