@@ -193,6 +193,7 @@ class GRPORollouts(Rollouts):
         self.add_policy_logprobs(samples)
         self.add_kl_penalties(samples)
         self.add_advantages(samples)
+        self.mask_truncated(samples)
         batches = self.minibatches(samples)
         batches[0].metrics = self.metrics(drawn, samples)
         batches[0].samples = [_logged(s) for s in drawn[: self.config.logged_samples]]
@@ -219,17 +220,17 @@ class GRPORollouts(Rollouts):
         """
         if not self.config.dynamic_sampling_rounds:
             return drawn
-        samples = self.teaching(drawn)
+        samples = self.informative(drawn)
         for _ in range(self.config.dynamic_sampling_rounds):
             missing = self.prompts_per_rollout - sum(parallel.gather(len(self.groups(samples))))
             if not missing:
                 break
             fresh = self.draw(missing)
             drawn += fresh
-            samples += self.teaching(fresh)
+            samples += self.informative(fresh)
         return samples
 
-    def teaching(self, samples: list[Sample]) -> list[Sample]:
+    def informative(self, samples: list[Sample]) -> list[Sample]:
         """The groups in which some samples are more correct than others, and rewarded for it."""
         found = []
         for group in self.groups(samples):
@@ -262,14 +263,18 @@ class GRPORollouts(Rollouts):
                 fields = sample.document.fields
                 fields["advantage"] = torch.full_like(fields["sampler_logp"], advantage)
 
+    def mask_truncated(self, samples: list[Sample]) -> None:
+        """Take the loss off samples that did not stop, after their part in their groups' means."""
+        for sample in samples:
+            if self.config.mask_truncated and not sample.stopped:
+                sample.document.weights[:] = 0
+
     def minibatches(self, samples: list[Sample]) -> list[GlobalBatch]:
         """Whole groups in the order of their prompts over all ranks, once for each epoch."""
         gathered = parallel.gather({s.position for s in samples})
         positions = sorted(set().union(*gathered))
         parts = [[] for _ in range(max(1, min(self.config.minibatches, len(positions))))]
         for sample in samples:
-            if self.config.mask_truncated and not sample.stopped:
-                sample.document.weights[:] = 0
             order = bisect_left(positions, sample.position)
             part = parts[order * len(parts) // len(positions)]
             part.append(self.config.weighting(sample.document))

@@ -266,7 +266,7 @@ def teaches(spec, given, **more):
     )
     source = Given(data, None, config, reward)
     samples = source.draw(1)
-    kept = bool(source.teaching(samples))
+    kept = bool(source.informative(samples))
     batch = next(source)
     assert bool(batch.documents) == kept, (
         "a group that does not teach is replaced, here by its like: none is left"
