@@ -50,31 +50,28 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-# --- the mode: a source plus a loss --------------------------------------------------------------------------------
+# --- the mode: a source plus a loss --------------------------------------------------------------
 
 
-def build(cfg, run):
-    """The only branch on the mode. source yields Batches; loss_fn(hidden_TD, head_VD, frozen, batch) -> (sum, metrics)."""
-    if cfg.mode == "grpo":
-        return rewarded_rollouts(cfg, run), functools.partial(
-            grpo_loss,
-            variant=cfg.grpo_variant,
-            clip_low=cfg.grpo_clip_low,
-            clip_high=cfg.grpo_clip_high,
-            kl=cfg.grpo_kl_estimator,
-            beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
-            entropy=cfg.grpo_entropy_coef,
-            temperature=cfg.sample_temperature,
-            vocab=run.vocab_size,
-            kd=cfg.grpo_kd_coef,
-            divergence=cfg.kd_divergence,
-            kd_beta=cfg.kd_beta,
-        )
-    data = data_stream(cfg, run.dataset, run.rank, run.world)
-    if cfg.mode == "sft":
-        return data, sft_loss
+def build(cfg: Config, run: Run) -> tuple[Source, Callable]:
+    """Return (source of batches, loss function): the only branch on the mode.
+
+    A source is an endless iterator of GlobalBatches with `state` and `load` (for --resume),
+    `take_cost` (tokens and FLOPs spent on batches since it was last asked) and `close`. A loss
+    function takes (hidden_TD, head_VD, the teacher's hidden rows and head or None, batch) and
+    returns (sum, {metric: (sum, count)}).
+    """
+    return {"sft": build_sft, "kd": build_kd, "grpo": build_grpo}[cfg.mode](cfg, run)
+
+
+def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
+    return data_stream(cfg, run), sft_loss
+
+
+def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_signal == "sampled":
-        return teacher_advantages(cfg, run), functools.partial(
+        rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
+        return rollouts, functools.partial(
             grpo_loss,
             variant="token",
             clip_low=0.2,
@@ -92,132 +89,79 @@ def build(cfg, run):
         topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
         vocab=run.vocab_size,
     )
+    data = data_stream(cfg, run)
     if cfg.kd_prefix == "data":
         return data, loss_fn
-    written = rollouts(cfg, run, run.policy if cfg.kd_prefix == "student" else run.teacher)
-    return Mixed(data, written, cfg.kd_mix, cfg.seed) if cfg.kd_mix < 1 else written, loss_fn
+    generator = run.policy if cfg.kd_prefix == "student" else run.teacher
+    mixed = cfg.kd_mix < 1
+    # Beside the data, prompts come in an order of their own.
+    config = rollout_config(cfg, run, prompt_seed=cfg.seed + mixed)
+    rollouts = Rollouts(run.dataset, generator, config, run.teacher)
+    return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed) if mixed else rollouts, loss_fn
 
 
-def data_stream(cfg: Config, dataset: Dataset, rank: int, world: int) -> Stream:
-    """Batches of the data set, this rank's share."""
-    return Stream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
-
-
-def rollouts(cfg, run, author, judge=None, score=None, weighting=None, samples=1, **more):
-    """Batches of what `author` (a model) writes on the dataset's prompts."""
-    formatter, order = (
-        run.dataset.formatter,
-        Order(len(run.dataset), cfg.seed + (cfg.kd_mix < 1)),
-    )  # beside the data, not along with it
-
-    def prompt_at(position):
-        example = run.dataset.example(order(position))
-        return example, formatter.prompt(example)
-
-    def write(prompts, seeds):
-        done = generate(
-            author,
-            prompts,
-            cfg.sample_tokens,
-            run.stop_ids,
-            vocab=run.vocab_size,
-            temperature=cfg.sample_temperature,
-            top_k=cfg.sample_top_k,
-            top_p=cfg.sample_top_p,
-            seeds=seeds,
-            batch_size=cfg.sample_batch,
-        )
-        new = [len(c.tokens) for c in done]
-        flops = generation_flops(author, prompts, new, run.vocab_size)
-        run.cost.update(
-            sampled_tokens=sum(new), teacher_tokens=sum(new) * (author is run.teacher), flops=flops
-        )
-        return done
-
-    return Rollouts(
-        prompt_at,
-        write,
-        judge,
-        score,
-        per_batch=cfg.batch_size // samples,
-        samples=samples,
-        seed=cfg.seed,
-        weighting=weighting or WEIGHTINGS[cfg.weighting],
-        logged=cfg.sample_log,
-        rank=run.rank,
-        world=run.world,
-        **more,
-    )
-
-
-def rewarded_rollouts(cfg, run):
-    """The source of `grpo`: groups of samples with rewards, and the frozen log-probs that their loss reads."""
-
-    def judge(example, completion):
-        text = run.tokenizer.decode(completion.tokens, skip_special=True)
-        opened = (
-            run.dataset.formatter.opened(example) if "format" in run.reward.parts else ""
-        )  # no other part looks at it
-        return *run.reward(example, text, len(completion.tokens), completion.stopped, opened), text
-
-    def score(documents):
-        if needs_old_logp(cfg):
-            log_probs(cfg, run, documents, "old_logp", run.policy)
-        if run.reference:
-            log_probs(cfg, run, documents, "ref_logp", run.reference)
-        if cfg.grpo_tis != "none":
-            add_correction(
-                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant][2]
-            )
-
-    kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
-    price = functools.partial(kl_penalty, beta=cfg.grpo_kl_coef) if kl_in_reward else None
-    weighting = functools.partial(constant_length, length=cfg.sample_tokens)
-    return rollouts(
-        cfg,
-        run,
-        run.policy,
-        judge,
-        score,
-        WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting),
-        cfg.grpo_samples,
-        baseline=cfg.grpo_advantage,
-        updates=cfg.grpo_minibatches_per_rollout,
-        epochs=cfg.grpo_ppo_epochs,
-        refills=cfg.grpo_dynamic_sampling_rounds,
-        mask_truncated=cfg.grpo_truncated == "mask",
-        price=price,
-        correctness=run.reward.correctness,
-    )
-
-
-def teacher_advantages(cfg, run):
-    """Samples whose advantage is log p_teacher − log p_student of each token: on average the gradient of the reverse KL."""
-
-    def score(documents):
-        log_probs(cfg, run, documents, "old_logp", run.policy)
-        log_probs(cfg, run, documents, "teacher_logp", run.teacher)
-        for d in documents:
-            d.fields["advantage"] = d.fields.pop("teacher_logp") - d.fields["old_logp"]
-
-    return rollouts(cfg, run, run.policy, score=score)
-
-
-def log_probs(cfg, run, documents, name, model):
-    add_logprobs(
-        documents,
-        name,
-        model,
+def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
+    loss_fn = functools.partial(
+        grpo_loss,
+        variant=cfg.grpo_variant,
+        clip_low=cfg.grpo_clip_low,
+        clip_high=cfg.grpo_clip_high,
+        kl=cfg.grpo_kl_estimator,
+        beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
+        entropy=cfg.grpo_entropy_coef,
         temperature=cfg.sample_temperature,
         vocab=run.vocab_size,
+        kd=cfg.grpo_kd_coef,
+        divergence=cfg.kd_divergence,
+        kd_beta=cfg.kd_beta,
+    )
+    _, weighting, sequence_ratio = VARIANTS[cfg.grpo_variant]
+    constant = functools.partial(constant_length, length=cfg.sample_tokens)
+    config = rollout_config(
+        cfg,
+        run,
+        prompts_per_batch=cfg.batch_size // cfg.grpo_samples,
+        weighting=WEIGHTINGS.get(weighting, constant),
+        samples_per_prompt=cfg.grpo_samples,
+        advantage=cfg.grpo_advantage,
+        kl_penalty_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "reward" else 0.0,
+        old_logprobs=needs_old_logp(cfg),
+        tis=cfg.grpo_tis,
+        tis_cap=cfg.grpo_tis_cap,
+        tis_by_sequence=sequence_ratio,
+        dynamic_sampling_rounds=cfg.grpo_dynamic_sampling_rounds,
+        mask_truncated=cfg.grpo_truncated == "mask",
+        minibatches=cfg.grpo_minibatches_per_rollout,
+        ppo_epochs=cfg.grpo_ppo_epochs,
+        logged_samples=cfg.sample_log,
+    )
+    return GRPORollouts(run.dataset, run.policy, config, run.reward, run.reference), loss_fn
+
+
+def data_stream(cfg: Config, run: Run) -> DataStream:
+    weighting = WEIGHTINGS[cfg.weighting]
+    return DataStream(run.dataset, cfg.batch_size, cfg.seed, weighting, run.rank, run.world)
+
+
+def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
+    """What every kind of rollout reads of the options; `more` replaces or adds fields."""
+    common = RolloutConfig(
+        prompts_per_batch=cfg.batch_size,
+        weighting=WEIGHTINGS[cfg.weighting],
+        max_new_tokens=cfg.sample_tokens,
+        stop_ids=run.stop_ids,
+        vocab_size=run.vocab_size,
         micro_batch_tokens=cfg.micro_batch_tokens,
-        device=run.device,
+        temperature=cfg.sample_temperature,
+        top_k=cfg.sample_top_k,
+        top_p=cfg.sample_top_p,
+        generation_batch=cfg.sample_batch,
+        seed=cfg.seed,
+        prompt_seed=cfg.seed,
+        rank=run.rank,
+        world=run.world,
     )
-    lengths, rows = [len(d) for d in documents], sum((d.weights != 0).sum() for d in documents)
-    run.cost.update(
-        teacher_tokens=sum(lengths) * (model is run.teacher),
-        flops=forward_flops(model, lengths, rows, run.vocab_size),
-    )
+    return dataclasses.replace(common, **more)
 
 
 def teacher_forward(

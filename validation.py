@@ -1,146 +1,160 @@
-"""The evaluation inside a run: loss and greedy answers on examples that were held out of the training data, and how far a teacher is."""
+"""Evaluation inside a run, on validation examples: loss, greedy answers, distance to the teacher.
 
+Legend: N loss rows, n rows of a chunk, D hidden, V vocabulary.
+"""
+
+import dataclasses
 import itertools
 
 import numpy as np
 import torch
 
-from data.batch import Batch, Document
-from data.tasks import TASKS, grade, grade_all
-from kernels.attention import PackedAttention
+from data.batch import Document, GlobalBatch, Metrics
+from data.dataset import Dataset
+from data.tasks import TASKS, Example, grade, grade_all
 from kernels.chunk import accumulate_dtype, default_chunk_rows, product
+from losses.kd import DIVERGENCES
+from losses.sft import sft_loss
 from model import parallel
-from model.generate import generate
+from model.generate import Completion, generate
+from model.transformer import Transformer
+from rl.logprobs import last_states
+from rl.sample import sample_line
 
-COMPARED = 100  # held-out prompts on which a teacher and its student are compared
+COMPARED = 100  # validation prompts on which a teacher and its student are compared
 POSITIONS = (0, 8, 16, 32, 64, 128)  # where the buckets of the per-position divergence begin
 
 
-@torch.no_grad()
-def evaluate(
-    model,
-    dataset,
-    stop_ids,
-    loss_fn,
-    micro_batch_tokens,
-    max_new_tokens,
-    rank=0,
-    world=1,
-    teacher=None,
-    vocab=None,
-):
-    """Held-out loss (nats per trained token) and, where the examples have answers, greedy accuracy; against a teacher the measures of
-    `compare`, on what the teacher and what the student answer to the same prompts. Returns (metrics, samples)."""
-    model.eval()
-    device, formatter = model.head_VD.device, dataset.formatter
-    documents = dataset.validation_documents()[rank::world]
-    total = count = 0.0
-    for micro in Batch.pack(documents).split(micro_batch_tokens) if documents else ():
-        micro = micro.to(device)
-        hidden_TD = model(micro.tokens_T, micro.positions_T, PackedAttention(micro.lengths, device))
-        loss_sum, _ = loss_fn(hidden_TD, model.head_VD, None, micro)
-        total, count = total + float(loss_sum), count + micro.normaliser
-    examples = [e for e in dataset.validation if e.answer is not None and e.task in TASKS][
-        rank::world
-    ]
-    prompts = [formatter.prompt(e) for e in examples]
-    answers = generate(model, prompts, max_new_tokens, stop_ids, vocab=formatter.tokenizer.size)
-    samples = grade_all(
-        _sample,
-        [
-            (e, formatter.tokenizer.decode(a.tokens, skip_special=True), a)
-            for e, a in zip(examples, answers)
-        ],
-    )
-    sums = {}
-    if teacher:
-        few = prompts[: -(-COMPARED // world)]
-        theirs = generate(teacher, few, max_new_tokens, stop_ids, vocab=vocab)
-        for author, written in (("teacher", theirs), ("student", answers)):
-            batch = Batch.pack(document(p, a.tokens) for p, a in zip(few, written))
-            sums |= {
-                f"on_{author}/{k}": v
-                for k, v in compare(model, teacher, batch, vocab, micro_batch_tokens).items()
-            }
-    model.train()
-    samples = [
-        s for each in itertools.zip_longest(*parallel.gather(samples)) for s in each if s
-    ]  # in the examples' order
-    total, count = parallel.all_reduce_sum([total, count], device)
-    metrics = {"loss": total / count} if count else {}
-    if n := len(samples):
-        metrics |= {
-            name: sum(s[name] for s in samples) / n for name in ("correct", "lenient", "stopped")
-        } | {"problems": n}
-        metrics["accuracy"] = metrics.pop("correct")
-    metrics |= {
-        name: total / count
-        for name, (total, count) in parallel.reduce_metrics(sums).items()
-        if count
-    }
-    return {f"eval/{dataset.label}/{name}": value for name, value in metrics.items()}, samples
+@dataclasses.dataclass
+class Validation:
+    """The evaluations of one run. vocab: how many ids student and teacher share.
+
+    rank, world: which of the examples are this process's.
+    """
+
+    dataset: Dataset
+    stop_ids: list[int]
+    micro_batch_tokens: int
+    max_new_tokens: int
+    teacher: Transformer | None = None
+    vocab: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @torch.no_grad()
+    def run(self, model: Transformer) -> tuple[dict[str, float], list[dict]]:
+        """Evaluate a model. Returns (metrics, samples), over all ranks.
+
+        The loss is in nats per trained token. Where the examples have answers there is the accuracy
+        of greedy ones; with a teacher there are the measures of `compare`, on what the teacher and
+        on what the student answers to the same prompts.
+        """
+        graded = [e for e in self.dataset.validation if e.answer is not None and e.task in TASKS]
+        examples = graded[self.rank :: self.world]
+        prompts = [self.dataset.formatter.prompt(e) for e in examples]
+        model.eval()
+        metrics = _means(self.loss(model))
+        answers = self.generate(model, prompts, self.dataset.formatter.tokenizer.size)
+        samples = self.grade(examples, answers)
+        if samples:
+            for name in ("lenient", "stopped"):
+                metrics[name] = sum(sample[name] for sample in samples) / len(samples)
+            metrics["problems"] = len(samples)
+            metrics["accuracy"] = sum(sample["correct"] for sample in samples) / len(samples)
+        metrics |= _means(self.divergence(model, prompts, answers))
+        model.train()
+        label = self.dataset.label
+        return {f"eval/{label}/{name}": value for name, value in metrics.items()}, samples
+
+    def loss(self, model: Transformer) -> Metrics:
+        documents = self.dataset.validation_documents()[self.rank :: self.world]
+        total = count = 0.0
+        for micro in GlobalBatch(documents).split(self.micro_batch_tokens):
+            moved = micro.to(model.head_VD.device)
+            loss_sum, _ = sft_loss(last_states(model, moved), model.head_VD, None, moved)
+            total, count = total + float(loss_sum), count + micro.normaliser
+        return {"loss": (total, count)}
+
+    def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
+        return generate(model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab)
+
+    def grade(self, examples: list[Example], answers: list[Completion]) -> list[dict]:
+        """Lines of samples.jsonl, over all ranks, in the order of the examples."""
+        decode = self.dataset.formatter.tokenizer.decode
+        texts = [decode(answer.tokens, skip_special=True) for answer in answers]
+        own = grade_all(_sample_line, list(zip(examples, texts, answers, strict=True)))
+        by_rank = itertools.zip_longest(*parallel.gather(own))
+        return [line for lines in by_rank for line in lines if line]
+
+    def divergence(self, model: Transformer, prompts: list, answers: list[Completion]) -> Metrics:
+        """The measures of `compare` on the teacher's and on the student's answers."""
+        if self.teacher is None:
+            return {}
+        some = prompts[: -(-COMPARED // self.world)]
+        sums = {}
+        teachers = self.generate(self.teacher, some, self.vocab)
+        for name, completions in (("on_teacher", teachers), ("on_student", answers)):
+            pairs = zip(some, completions, strict=False)
+            documents = [Document.of_completion(prompt, c.tokens) for prompt, c in pairs]
+            found = compare(model, self.teacher, documents, self.vocab, self.micro_batch_tokens)
+            sums |= {f"{name}/{measure}": value for measure, value in found.items()}
+        return sums
 
 
 @torch.no_grad()
-def compare(model, teacher, batch, vocab, micro_batch_tokens):
-    """{measure: (sum, count)} over the loss rows of a batch, at temperature 1 in nats: forward and reverse KL, how often both have the same
-    likeliest token, both entropies, and the forward KL by position in the answer."""
-    sums = {}
-    for micro in batch.split(max([micro_batch_tokens, *batch.lengths])):
-        position = [i for d in micro.documents for i in range(np.count_nonzero(d.weights))]
-        moved = micro.to(model.head_VD.device)
-        attend = PackedAttention(micro.lengths, model.head_VD.device)
-        hidden = [
-            moved.select(m(moved.tokens_T, moved.positions_T, attend)) for m in (model, teacher)
-        ]
-        for lo in range(
-            0, len(position), step := max(1, default_chunk_rows(vocab, attend.device) // 8)
-        ):
-            ls, lt = (
-                torch.log_softmax(_logits(h[lo : lo + step], m.head_VD[:vocab]), 1)
-                for h, m in zip(hidden, (model, teacher))
-            )
+def compare(
+    model: Transformer,
+    teacher: Transformer,
+    documents: list[Document],
+    vocab: int,
+    micro_batch_tokens: int,
+) -> Metrics:
+    """Compare the next-token distributions of two models over the trained positions.
+
+    At temperature 1, in nats: forward and reverse KL, how often both have the same likeliest token,
+    both entropies, and the forward KL by position in the answer.
+    """
+    device = model.head_VD.device
+    step = max(1, default_chunk_rows(vocab, device) // 8)
+    sums: Metrics = {}
+    for micro in GlobalBatch(documents).split(max([micro_batch_tokens, *map(len, documents)])):
+        positions = [np.arange(np.count_nonzero(d.weights)) for d in micro.documents]
+        bucket_N = np.searchsorted(POSITIONS, np.concatenate(positions), side="right") - 1
+        moved = micro.to(device)
+        student_ND = moved.select(last_states(model, moved))
+        teacher_ND = moved.select(last_states(teacher, moved))
+        for lo in range(0, len(bucket_N), step):
+            rows = slice(lo, lo + step)
+            student_nV = _log_probs(model, student_ND[rows], vocab)
+            teacher_nV = _log_probs(teacher, teacher_ND[rows], vocab)
             values = {
-                "forward_kl": (lt.exp() * (lt - ls)).sum(1),
-                "reverse_kl": (ls.exp() * (ls - lt)).sum(1),
-                "top1": ls.argmax(1) == lt.argmax(1),
+                "forward_kl": DIVERGENCES["forward_kl"](student_nV, teacher_nV, 0.0),
+                "reverse_kl": DIVERGENCES["reverse_kl"](student_nV, teacher_nV, 0.0),
+                "top1": student_nV.argmax(1) == teacher_nV.argmax(1),
+                "entropy": -(student_nV.exp() * student_nV).sum(1),
+                "teacher_entropy": -(teacher_nV.exp() * teacher_nV).sum(1),
             }
-            values |= {
-                "entropy": -(ls.exp() * ls).sum(1),
-                "teacher_entropy": -(lt.exp() * lt).sum(1),
-            }
-            bucket = np.searchsorted(POSITIONS, position[lo : lo + step], side="right") - 1
-            for i in np.unique(bucket):
-                values[f"forward_kl_from_{POSITIONS[i]}"] = values["forward_kl"][
-                    torch.from_numpy(bucket == i).to(ls.device)
-                ]
-            for name, x in values.items():
-                old = sums.get(name, (0.0, 0))
-                sums[name] = (old[0] + float(x.double().sum()), old[1] + len(x))
+            for i in np.unique(bucket_N[rows]):
+                in_bucket_n = torch.from_numpy(bucket_N[rows] == i).to(device)
+                values[f"forward_kl_from_{POSITIONS[i]}"] = values["forward_kl"][in_bucket_n]
+            for name, value_n in values.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + float(value_n.double().sum()), count + len(value_n))
     return sums
 
 
-def _logits(hidden_nD, head_VD):
-    out_nV = torch.empty(
-        len(hidden_nD), len(head_VD), dtype=accumulate_dtype(hidden_nD), device=hidden_nD.device
-    )
-    return product(hidden_nD, head_VD.to(hidden_nD.dtype).t(), out_nV)
+def _log_probs(model: Transformer, hidden_nD: torch.Tensor, vocab: int) -> torch.Tensor:
+    head_DV = model.head_VD[:vocab].to(hidden_nD.dtype).t()
+    shape, dtype = (len(hidden_nD), vocab), accumulate_dtype(hidden_nD)
+    out_nV = torch.empty(shape, dtype=dtype, device=hidden_nD.device)
+    return torch.log_softmax(product(hidden_nD, head_DV, out_nV), 1)
 
 
-def document(prompt, completion):
-    tokens = np.array([*prompt, *completion], np.int32)
-    return Document(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
+def _sample_line(example: Example, text: str, answer: Completion) -> dict:
+    return sample_line(example, text, grade(example, text), len(answer.tokens), answer.stopped)
 
 
-def _sample(example, text, answer):
-    verdict = grade(example, text)
-    return dict(
-        question=example.question,
-        gold=example.answer,
-        text=text,
-        correct=verdict.strict,
-        lenient=verdict.lenient,
-        parsed=verdict.parsed,
-        tokens=len(answer.tokens),
-        stopped=answer.stopped,
-    )
+def _means(sums: Metrics) -> dict[str, float]:
+    """Over all ranks; a measure of nothing is left out."""
+    reduced = parallel.reduce_metrics(sums)
+    return {name: total / count for name, (total, count) in reduced.items() if count}

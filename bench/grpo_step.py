@@ -14,6 +14,7 @@ import functools
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -82,40 +83,45 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     from data.batch import WEIGHTINGS
-    from data.grade import Verdict
     from kernels.chunk import default_chunk_rows
     from losses.grpo import grpo_loss
     from model.checkpoint import build_model
-    from model.generate import generate
     from model.optim import build_optimizer, clip_gradients
     from model.transformer import PRESETS
-    from rl.rollout import Rollouts
+    from rl.rollout import GRPORollouts
+    from rl.sample import RolloutConfig
     from train import forward_backward
 
     prompts, vocab = prompts_of(args)
     model = build_model(PRESETS["small"], None, device="cpu", seed=0)
     optimizer = build_optimizer(model, 1e-6, (0.9, 0.95), 1e-8, 0.0)
     coin = np.random.default_rng(0)
-    judge = lambda example, completion: (
-        float(coin.integers(2)),
-        {},
-        Verdict(False, False, False),
-        "",
-    )
-    write = lambda ids, seeds: generate(
-        model, ids, NEW, [], vocab=vocab, temperature=1.0, seeds=seeds
-    )
-    source = Rollouts(
-        lambda position: (None, prompts[position % 2]),
-        write,
-        judge,
-        None,
-        per_batch=2,
-        samples=SAMPLES,
-        seed=0,
+
+    class CoinRollouts(GRPORollouts):
+        def grade(self, example, sample):
+            sample.reward = float(coin.integers(2))
+
+    class TwoPrompts:
+        """Endless; an example is the prompt itself."""
+
+        formatter = SimpleNamespace(prompt=list)
+
+        def __len__(self):
+            return 0
+
+        def example(self, position):
+            return prompts[position % 2]
+
+    config = RolloutConfig(
+        prompts_per_batch=2,
+        samples_per_prompt=SAMPLES,
         weighting=WEIGHTINGS["token"],
-        logged=0,
+        max_new_tokens=NEW,
+        stop_ids=[],
+        vocab_size=vocab,
+        logged_samples=0,
     )
+    source = CoinRollouts(TwoPrompts(), model, config, reward=None)
     loss_fn = functools.partial(
         grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab
     )

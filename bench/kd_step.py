@@ -74,6 +74,7 @@ def plain_loss(student, teacher, batch, vocab, select):
 def our_step(student, teacher, batch, vocab):
     import functools
 
+    from data.batch import GlobalBatch
     from losses.kd import kd_loss
     from train import forward_backward
 
@@ -87,7 +88,13 @@ def our_step(student, teacher, batch, vocab):
         vocab=vocab,
     )
     sums = forward_backward(
-        student, teacher, loss_fn, batch, batch.normaliser, 8192, torch.device("cpu")
+        student,
+        teacher,
+        loss_fn,
+        GlobalBatch(batch.documents),
+        batch.normaliser,
+        8192,
+        torch.device("cpu"),
     )
     return float(sums["loss"][0] / sums["loss"][1])
 

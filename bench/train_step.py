@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.gpu import Bench, environment, kept, table
-from data.batch import Batch, Document
+from data.batch import Document, GlobalBatch
 from kernels import backend
 from losses.kd import kd_loss
 from losses.sft import sft_loss
@@ -34,7 +34,8 @@ def packed(count, length, vocab):
     rng = np.random.default_rng(0)
     weights = np.ones(length)
     weights[0] = 0
-    return Batch.pack(Document(rng.integers(vocab, size=length), weights) for _ in range(count))
+    documents = [Document(rng.integers(vocab, size=length), weights) for _ in range(count)]
+    return GlobalBatch(documents)
 
 
 def step_of(model, teacher, batch, vocab, device):
@@ -52,7 +53,7 @@ def step_of(model, teacher, batch, vocab, device):
 
     def step():
         forward_backward(
-            model, teacher, loss_fn, batch, batch.normaliser, len(batch.tokens_T), device
+            model, teacher, loss_fn, batch, batch.normaliser, sum(batch.lengths), device
         )
         clip_gradients(model, 1.0)
         optimizer.step()
@@ -134,7 +135,7 @@ def run(bench, cases, body, teacher, peak, args):
         row = bench.measure(step, **facts)
         if "ms" in row:
             seconds = row["ms"] / 1e3
-            row |= {"tokens/s": len(batch.tokens_T) / seconds}
+            row |= {"tokens/s": sum(batch.lengths) / seconds}
             if peak:
                 row["utilisation"] = step_flops(batch, body, frozen, vocab) / seconds / peak
             if args.profile and mode == "kd" and not args.dry:

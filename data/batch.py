@@ -1,162 +1,206 @@
-"""The one Batch: documents packed end to end, one weight per token, no padding path.
+"""Documents, the global batch of one step, and the packed micro-batches that a model reads.
 
-Legend: T packed tokens, N loss rows (positions whose weight is not 0).
+There is no padding: documents are packed end to end, and each token has a weight of its own.
+Legend: T packed tokens, N loss rows (positions whose weight is not 0), k ids of a teacher's top-k.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from errors import UserError
 
+Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
+
 
 @dataclasses.dataclass
 class Document:
-    """One sequence. `weights[i]` is the weight of predicting `tokens[i]`: 0 on a prompt token; the first is never predicted.
+    """A sequence. `weights[i]` is the weight of predicting `tokens[i]`: 0 on a prompt's tokens.
 
-    `fields` hold one float per token, aligned like `weights`: "advantage", "sampler_logp", "old_logp", "ref_logp".
-    share: what it adds to the normaliser; None: the sum of its weights. listed: a teacher's likeliest ids and their log-probs for every
-    position whose weight is not 0 (arrays, one row each; data/teacher_cache.py).
+    Args:
+        fields: More numbers per token (fp64, aligned like `weights`): "advantage", "old_logp",
+            "ref_logp", "sampler_logp", "tis_weight".
+        normalizer_weight: What it adds to the normaliser; None: the sum of its weights.
+        teacher_topk: For each position with a weight, the teacher's k likeliest ids, and the
+            log-probs of these and of all other ids together (data/teacher_cache.py).
     """
 
     tokens: np.ndarray
     weights: np.ndarray
-    fields: dict = dataclasses.field(default_factory=dict)
-    share: float | None = None
-    listed: tuple | None = None
+    fields: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    normalizer_weight: float | None = None
+    teacher_topk: tuple[np.ndarray, np.ndarray] | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
+
+    @classmethod
+    def of_completion(cls, prompt: Sequence[int], completion: Sequence[int]) -> "Document":
+        """A prompt and what was written after it; the latter alone is trained on."""
+        tokens = np.array([*prompt, *completion], np.int32)
+        return cls(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
+
+
+def normaliser(documents: Iterable[Document]) -> float:
+    """The sum of all weights (tokens for a token mean, sequences for a sequence mean).
+
+    Losses are sums, divided once by the normaliser of the global batch, summed over ranks.
+    """
+    total = 0.0
+    for d in documents:
+        own = d.normalizer_weight
+        total += d.weights.sum(dtype=np.float64) if own is None else own
+    return float(total)
 
 
 @dataclasses.dataclass
 class Batch:
-    """Packed documents. Position t predicts target_T[t] with weight_T[t]; rows_N are the positions that carry loss.
+    """Packed documents. Position t predicts target_T[t] with weight_T[t]; rows_N carry loss."""
 
-    normaliser: the sum of all weights (tokens for a token mean, sequences for a sequence mean) unless documents say otherwise; losses
-    are sums and are divided once, by the normaliser summed over ranks. metrics ({name: (sum, count)}) and samples come from a source
-    that has something to tell, and are only logged.
-    """
-
-    documents: list
+    documents: list[Document]
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     cu_seqlens: torch.Tensor
     target_T: torch.Tensor
     weight_T: torch.Tensor
     rows_N: torch.Tensor
-    fields: dict
+    fields: dict[str, torch.Tensor]
     normaliser: float
     topk_ids_Nk: torch.Tensor | None = None
     topk_logp_NB: torch.Tensor | None = None
-    metrics: dict = dataclasses.field(default_factory=dict)
-    samples: list = dataclasses.field(default_factory=list)
 
     @property
-    def lengths(self):
+    def lengths(self) -> list[int]:
         return [len(d) for d in self.documents]
 
     @classmethod
-    def pack(cls, documents):
+    def pack(cls, documents: Iterable[Document]) -> "Batch":
+        """Pack documents end to end. A field that a document lacks is 0 there."""
         documents = list(documents)
-        names = {name for d in documents for name in d.fields}
-        target, weight, position = [], [], []
-        fields = {name: [] for name in names}
-        for d in documents:
-            target.append(_shift(d.tokens))
-            weight.append(_shift(d.weights))
-            position.append(np.arange(len(d)))
-            for name in names:
-                fields[name].append(_shift(d.fields.get(name, np.zeros(len(d)))))
-        weight_T = _concat(weight, np.float64)
-        listed = {}
-        if documents and all(d.listed for d in documents):
-            listed["topk_ids_Nk"] = torch.from_numpy(
-                np.concatenate([d.listed[0] for d in documents]).astype(np.int64)
-            )
-            listed["topk_logp_NB"] = torch.from_numpy(
-                np.concatenate([d.listed[1] for d in documents]).astype(np.float32)
-            ).log_softmax(1)
-        return cls(
+        ends = np.cumsum([0, *map(len, documents)])
+        tokens_T = _concatenate([d.tokens for d in documents], torch.int64)
+        weight_T = _predicted(_concatenate([d.weights for d in documents], torch.float64), ends)
+        fields = {}
+        for name in dict.fromkeys(name for d in documents for name in d.fields):
+            values = [d.fields.get(name, np.zeros(len(d))) for d in documents]
+            fields[name] = _predicted(_concatenate(values, torch.float64), ends)
+        batch = cls(
             documents,
-            torch.from_numpy(_concat([d.tokens for d in documents], np.int64)),
-            torch.from_numpy(_concat(position, np.int64)),
-            torch.tensor([0, *np.cumsum([len(d) for d in documents])], dtype=torch.int32),
-            torch.from_numpy(_concat(target, np.int64)),
-            torch.from_numpy(weight_T),
-            torch.from_numpy(weight_T.nonzero()[0]),
-            {name: torch.from_numpy(_concat(f, np.float64)) for name, f in fields.items()},
-            float(
-                sum(
-                    d.weights.sum(dtype=np.float64) if d.share is None else d.share
-                    for d in documents
-                )
-            ),
-            **listed,
+            tokens_T,
+            positions_T=_concatenate([np.arange(len(d)) for d in documents], torch.int64),
+            cu_seqlens=torch.from_numpy(ends).int(),
+            target_T=_predicted(tokens_T, ends),
+            weight_T=weight_T,
+            rows_N=weight_T.nonzero().squeeze(1),
+            fields=fields,
+            normaliser=normaliser(documents),
         )
+        topk = [d.teacher_topk for d in documents if d.teacher_topk]
+        if topk and len(topk) == len(documents):
+            ids, logp = zip(*topk, strict=True)
+            batch.topk_ids_Nk = torch.from_numpy(np.concatenate(ids)).long()
+            batch.topk_logp_NB = torch.from_numpy(np.concatenate(logp)).float().log_softmax(1)
+        return batch
 
-    def split(self, micro_batch_tokens):
-        """Micro-batches of whole documents, at most micro_batch_tokens tokens each.
-
-        First-fit decreasing: the fullest bins that a simple rule finds. Documents longer than micro_batch_tokens were refused
-        when the data was read; one that arrives here all the same is an error.
-        """
-        bins = []
-        for d in sorted(self.documents, key=lambda d: -len(d)):
-            if len(d) > micro_batch_tokens:
-                raise UserError(
-                    f"a document of {len(d)} tokens does not fit micro_batch_tokens={micro_batch_tokens}; raise --micro_batch_tokens"
-                )
-            home = next((b for b in bins if b[0] + len(d) <= micro_batch_tokens), None)
-            if home is None:
-                bins.append(home := [0, []])
-            home[0] += len(d)
-            home[1].append(d)
-        return [Batch.pack(documents) for _, documents in bins]
-
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Batch":
         """A copy with its tensors on `device`; asynchronous from pinned memory on a GPU."""
         if torch.device(device).type == "cpu":
             return self
-        move = lambda x: x.pin_memory().to(device, non_blocking=True)
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
-        return Batch(**moved | {"fields": {k: move(v) for k, v in self.fields.items()}})
 
-    def select(self, x_T):
+        moved = dataclasses.replace(self, fields=dict(self.fields))
+        for values in (vars(moved), moved.fields):
+            for name, x in values.items():
+                if isinstance(x, torch.Tensor):
+                    values[name] = x.pin_memory().to(device, non_blocking=True)
+        return moved
+
+    def select(self, x_T: torch.Tensor) -> torch.Tensor:
         """The loss rows of a [T, …] tensor: rows first, head second."""
         return x_T.index_select(0, self.rows_N)
 
 
-def token_mean(document):
+@dataclasses.dataclass
+class GlobalBatch:
+    """This rank's documents of one optimizer step, not packed yet.
+
+    metrics and samples (lines of samples.jsonl) are only logged.
+    """
+
+    documents: list[Document]
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    samples: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(d) for d in self.documents]
+
+    @property
+    def loss_rows(self) -> int:
+        return sum(int(np.count_nonzero(d.weights)) for d in self.documents)
+
+    @property
+    def normaliser(self) -> float:
+        return normaliser(self.documents)
+
+    def has_field(self, name: str) -> bool:
+        return any(name in d.fields for d in self.documents)
+
+    def split(self, micro_batch_tokens: int) -> Iterator[Batch]:
+        """Pack whole documents into micro-batches of at most micro_batch_tokens tokens each.
+
+        First-fit decreasing: at most 11/9 of the fewest micro-batches. Data that is too long was
+        refused when it was read; a document that is too long here is a UserError.
+        """
+        bins: list[list[Document]] = []
+        free: list[int] = []
+        for d in sorted(self.documents, key=len, reverse=True):
+            if len(d) > micro_batch_tokens:
+                raise UserError(
+                    f"a document of {len(d)} tokens does not fit "
+                    f"micro_batch_tokens={micro_batch_tokens}; raise --micro_batch_tokens"
+                )
+            i = next((i for i, room in enumerate(free) if len(d) <= room), len(bins))
+            if i == len(bins):
+                bins.append([])
+                free.append(micro_batch_tokens)
+            bins[i].append(d)
+            free[i] -= len(d)
+        yield from map(Batch.pack, bins)
+
+
+def token_mean(document: Document) -> Document:
     """Every trained token counts the same over the whole global batch."""
     return document
 
 
-def sequence_mean(document):
-    """Every sequence counts the same: its trained tokens share a weight of 1 (of what its turns weigh, where that is said)."""
-    trained = np.count_nonzero(document.weights)
-    return (
-        dataclasses.replace(document, weights=document.weights / trained) if trained else document
-    )
+def sequence_mean(document: Document) -> Document:
+    """Every sequence counts the same: its trained tokens share a weight of 1 between them."""
+    trained = max(1, np.count_nonzero(document.weights))
+    return dataclasses.replace(document, weights=document.weights / trained)
 
 
-def constant_length(document, length):
-    """Every token weighs 1/length and every sequence counts, so that long wrong answers are not cheaper (Dr. GRPO, arXiv 2503.20783).
+def constant_length(document: Document, length: int) -> Document:
+    """Every token weighs 1/length, and the normaliser counts sequences.
 
-    A sequence without loss (a masked one) counts in no divisor, here as in the other two means.
+    Long wrong answers are then not cheaper than short ones (Dr. GRPO, arXiv 2503.20783). A sequence
+    without loss (a masked one) counts in no divisor, here as in the other two means.
     """
-    counts = float(document.weights.any())
-    return dataclasses.replace(document, weights=document.weights / length, share=counts)
+    counts, weights = float(document.weights.any()), document.weights / length
+    return dataclasses.replace(document, weights=weights, normalizer_weight=counts)
 
 
 WEIGHTINGS = {"token": token_mean, "sequence": sequence_mean}
 
 
-def _shift(x):
-    return np.append(x[1:], x.dtype.type(0))[: len(x)]
+def _concatenate(parts: list, dtype: torch.dtype) -> torch.Tensor:
+    """One [T] tensor of arrays or tensors."""
+    return torch.cat([torch.empty(0, dtype=dtype), *map(torch.as_tensor, parts)]).to(dtype)
 
 
-def _concat(parts, dtype):
-    return np.concatenate([np.asarray(p, dtype) for p in parts]) if parts else np.zeros(0, dtype)
+def _predicted(x_T: torch.Tensor, ends: np.ndarray) -> torch.Tensor:
+    """Each token's value at the position that predicts it; 0 at a document's last one."""
+    x_T = x_T.roll(-1)
+    x_T[torch.from_numpy(ends[1:] - 1)] = 0
+    return x_T

@@ -1,199 +1,140 @@
 """From files or tasks to examples to documents to a deterministic, resumable stream of batches.
 
-data/formats.py reads rows, data/formatter.py makes ids of them; here they are divided into those to train on and
-those to validate with, measured, and dealt out.
+data/formats.py reads rows, data/split.py keeps some for validation, and data/formatter.py makes ids
+of them; here they are measured and dealt out.
 """
 
 import dataclasses
-import hashlib
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
-from data.batch import Batch, Document
-from data.formats import SUFFIXES, read_examples, to_example, unread_columns
+from data.batch import Document, GlobalBatch
+from data.formats import to_example, unread_columns
 from data.formatter import Formatter
+from data.split import SPLIT_SEED, divide, find_file, task_of
 from data.tasks import TASKS, Example
+from data.teacher_cache import TeacherCache
 from errors import UserError
 
 __all__ = [
     "Dataset",
+    "DataStream",
+    "EpochOrder",
     "Formatter",
-    "Order",
-    "Stream",
+    "SPLIT_SEED",
     "divide",
     "find_file",
     "task_of",
     "to_example",
-]  # what others take from here
+]
 
-REDRAWS = 1000  # attempts at a problem of an endless task that is not overlong
-SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
+REDRAWS = 1000  # attempts at a problem of an endless task that is not too long
+CHUNK = 2000  # examples that are tokenised at once
 
-
-# --- files -> examples ---------------------------------------------------------------------------------------------
-
-
-def find_file(name):
-    """`--data` as a file: a path, a folder with one data file or a train.*, or `org/name/path.jsonl` of a hub dataset."""
-    path = Path(name)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        train = [p for p in found if p.stem.split("-")[0] == "train"]
-        if len(train or found) == 1:
-            return (train or found)[0]
-        listing = ", ".join(p.name for p in found) or "no .jsonl, .json or .parquet file"
-        raise UserError(f"--data {name}: which file of the folder? It has {listing}")
-    if path.exists():
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"--data {name}: a data file ends in {', '.join(SUFFIXES)}")
-        return path
-    owner, *rest = name.split("/")
-    if len(rest) >= 2 and Path(name).suffix in SUFFIXES and owner not in ("", ".", "..", "~"):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(
-                hf_hub_download(f"{owner}/{rest[0]}", "/".join(rest[1:]), repo_type="dataset")
-            )
-        except Exception as e:
-            raise UserError(
-                f"--data {name}: neither a local file nor a hub dataset file ({type(e).__name__})"
-            ) from None
-    raise UserError(
-        f"--data {name}: no such file or folder, and no task of that name ({', '.join(t for t in TASKS if TASKS[t].make)})"
-    )
+Tokenised = list[tuple[Example, Document]]
 
 
-# --- documents -> batches ------------------------------------------------------------------------------------------
-
-
-def task_of(name):
-    """The task that `--data name` or `--data name:count` asks for, or None: a file."""
-    task = name.partition(":")[0]
-    return task if task in TASKS and TASKS[task].make else None
-
-
-def question_key(example: Example) -> bytes:
-    """The same for rows that ask the same question, whatever its case and white space; a row that asks nothing has its own."""
-    asked = " ".join(example.opening.split()).casefold() or repr(example.messages)
-    return hashlib.blake2b(asked.encode(), digest_size=16).digest()
-
-
-def divide(
-    path: Path, eval_examples: int, train_examples: int = 0, notes: list[str] | None = None
-) -> tuple[list[Example], list[Example]]:
-    """(held-out examples, those to train on) of a file: the same ones for every seed.
-
-    Questions are divided, not rows: of a question that is held out no row is trained on, and one row is held out.
-    train_examples: the first so many of the rest only; 0: all. notes: gets sentences on rows that are left out.
-    """
-    examples = read_examples(path, "train", notes)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
-    keys = [question_key(example) for example in examples] if eval_examples else []
-    held_out = {}
-    for i in order if eval_examples else ():
-        if len(held_out) == eval_examples:
-            break
-        held_out.setdefault(keys[i], examples[i])
-    rest = [examples[i] for i in order if not held_out or keys[i] not in held_out]
-    withheld = len(examples) - len(rest) - len(held_out)
-    if withheld and notes is not None:
-        notes.append(
-            f"{withheld:,} more rows ask one of the {len(held_out):,} held-out questions; they are not trained on"
-        )
-    return list(held_out.values()), rest[: train_examples or None]
-
-
+@dataclasses.dataclass(eq=False)
 class Dataset:
-    """Training documents by index, and held-out examples. Length None: endless, made on demand.
+    """Training documents by index, and validation examples. Length 0: an endless task.
 
-    max_tokens: of a document. vocab: ids from here on are refused. max_length_policy: "error" or "drop". new_tokens: room
-    that every prompt has to leave for what a model generates; 0: nothing is generated. completions: whether rows need an
-    assistant's turn to train on; without it a document is the prompt alone, and prompts without an answer will do.
-    `notes` says in sentences what a user should know of the data.
+    `notes` says in sentences what a user should know of the data. Raises UserError for what cannot
+    be trained on.
+
+    Args:
+        max_tokens: Of a document.
+        vocab: Ids from here on are refused.
+        max_length_policy: What happens to a document that is too long: "error" or "drop".
+        new_tokens: Room that each prompt has to leave for what a model generates; 0: for nothing.
+        completions: Whether rows need an assistant's turn to train on; without it a document is the
+            prompt alone, and prompts without an answer will do.
     """
 
-    def __init__(
-        self,
-        name: str,
-        formatter: Formatter,
-        *,
-        seed: int,
-        max_tokens: int,
-        vocab: int,
-        eval_examples: int = 0,
-        train_examples: int = 0,
-        max_length_policy: str = "error",
-        new_tokens: int = 0,
-        completions: bool = True,
-        progress: bool = False,
-    ):
-        self.name, self.formatter, self.seed = name, formatter, seed
-        self.max_tokens, self.vocab, self.max_length_policy = max_tokens, vocab, max_length_policy
-        self.new_tokens, self.completions = new_tokens, completions
-        self.dropped, self._documents, self._examples, self.listed = 0, None, None, None
-        self.notes = []
-        task, _, count = name.partition(":")
-        self.task = task_of(name)
-        if self.task:
-            self._make(task, count, eval_examples, train_examples, progress)
-        else:
-            self._read(eval_examples, train_examples, progress)
-        with_answers = [e for e in self.validation if completions or e.has_answer]
-        self._validation_documents = self._checked(with_answers, completions=True)[1]
+    name: str
+    formatter: Formatter
+    _: dataclasses.KW_ONLY
+    seed: int
+    max_tokens: int
+    vocab: int
+    eval_examples: int = 0
+    train_examples: int = 0
+    max_length_policy: str = "error"
+    new_tokens: int = 0
+    completions: bool = True
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        self.dropped = 0
+        self.teacher_topk: TeacherCache | None = None
+        self.task = task_of(self.name)
+        examples = self._make_examples(self.task) if self.task else self._read_examples()
+        chunks = range(0, len(examples), CHUNK)
+        pairs = []
+        for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
+            pairs += self._tokenise(examples[start : start + CHUNK])
+        if examples and not pairs:
+            raise UserError(f"--data {self.name}: no example is left to train on")
+        self._training: Tokenised = pairs
+        if not pairs:
+            self.get(0)  # what is wrong with every problem is wrong with the first
+        answered = [e for e in self.validation if self.completions or e.has_answer]
+        self._validation_documents = [d for _, d in self._tokenise(answered, completions=True)]
         self._note_texts()
 
-    def _make(
-        self, task: str, count: str, eval_examples: int, train_examples: int, progress: bool
-    ) -> None:
-        """The examples of a task that makes its own."""
-        self.label = task
+    def _make_examples(self, task: str) -> list[Example]:
+        """The training examples of a task that makes its own; none if it is endless."""
+        self.label, count = task, self.name.partition(":")[2]
         if count and not (count.isdigit() and int(count)):
             raise UserError(
-                f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems"
+                f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its "
+                "first 1,000 problems"
             )
-        self.validation = [
-            TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)
-        ]
-        if count or train_examples:
-            n = min(int(n) for n in (count, train_examples) if n)
-            self._tokenise(
-                [TASKS[task].example(task, "train", f"{SPLIT_SEED}/{i}") for i in range(n)],
-                progress,
-            )
-        else:
-            self.get(0)  # what is wrong with every problem is wrong with the first
 
-    def _read(self, eval_examples: int, train_examples: int, progress: bool) -> None:
-        """The examples of a file."""
+        def problems(split: str, number: int) -> list[Example]:
+            keys = [f"{SPLIT_SEED}/{i}" for i in range(number)]
+            return [TASKS[task].example(task, split, key) for key in keys]
+
+        self.validation = problems("heldout", self.eval_examples)
+        limits = [int(limit) for limit in (count, self.train_examples) if limit]
+        return problems("train", min(limits, default=0))
+
+    def _read_examples(self) -> list[Example]:
+        """The training examples of a file."""
         path = find_file(self.name)
-        self.validation, training = divide(path, eval_examples, train_examples, self.notes)
-        first = next(iter([*self.validation, *training]), None)
-        named = first is not None and first.task not in ("", "number", "answer")
-        self.label = first.task if named else path.stem.removesuffix(".jsonl")
+        self.validation, training = divide(
+            path, self.eval_examples, self.train_examples, self.notes
+        )
         if not training:
-            questions = f"{len(self.validation)} different questions" if first else "no examples"
+            number = len(self.validation)
+            questions = f"{number} different questions" if number else "no examples"
             raise UserError(
-                f"--data {self.name} has {questions}; --eval_examples {eval_examples} leaves none to train on"
+                f"--data {self.name} has {questions}; --eval_examples {self.eval_examples} leaves "
+                "none to train on"
             )
-        unread = sorted(set().union(*(unread_columns(e) for e in training)))
+        task = (self.validation or training)[0].task
+        own_task = task not in ("", "number", "answer")
+        self.label = task if own_task else path.stem.removesuffix(".jsonl")
+        unread = sorted(set().union(*map(unread_columns, training)))
         if unread:
             self.notes.append(f"columns that are not read: {', '.join(unread)}")
-        self._tokenise(training, progress)
+        return training
 
     def _note_texts(self) -> None:
-        """Say what was done with texts that another program would have made something else of."""
-        if escaped := len(self.formatter.escaped):
+        """Note the texts that another program would have treated in another way."""
+        escaped, closed = len(self.formatter.escaped), len(self.formatter.closed)
+        if escaped:
             self.notes.append(
-                f"in the texts of {escaped:,} examples there are names of control tokens; they are encoded as characters"
+                f"in the texts of {escaped:,} examples there are names of control tokens; they are "
+                "encoded as characters"
             )
-        if closed := len(self.formatter.closed):
+        if closed:
             self.notes.append(
-                f"the generation prompt opens a block of reasoning, which {closed:,} answers without any close before they begin"
+                f"the generation prompt opens a block of reasoning, which {closed:,} answers "
+                "without any close before they begin"
             )
         if self.dropped:
             self.notes.append(
@@ -201,182 +142,168 @@ class Dataset:
             )
 
     def __len__(self) -> int:
-        return 0 if self._documents is None else len(self._documents)
+        return len(self._training)
 
     def get(self, index: int) -> Document:
-        document = self._documents[index] if self._documents is not None else self._draw(index)[1]
-        return dataclasses.replace(document, listed=self.listed[index]) if self.listed else document
+        document = self._pair(index)[1]
+        if self.teacher_topk is None:
+            return document
+        return dataclasses.replace(document, teacher_topk=self.teacher_topk[index])
 
     def example(self, index: int) -> Example:
-        """What `get` makes a document of."""
-        return self._examples[index] if self._examples is not None else self._draw(index)[0]
+        """The example of which `get` returns the document."""
+        return self._pair(index)[0]
 
     def examples(self) -> Iterator[Example]:
         """All training examples; none of an endless task."""
-        return iter(self._examples or ())
-
-    def _draw(self, index: int) -> tuple[Example, Document]:
-        """(example, document) of an endless task: the first that is not dropped, of a fixed sequence for this index."""
-        for key in (
-            f"{self.seed}/{index}",
-            *(f"{self.seed}/{index}/redraw-{n}" for n in range(1, REDRAWS)),
-        ):
-            example = TASKS[self.task].example(self.task, "train", key)
-            documents = self._checked([example])[1]
-            if documents:
-                return example, documents[0]
-        raise UserError(
-            f"--data {self.name}: {REDRAWS:,} problems in a row are longer than --micro_batch_tokens {self.max_tokens:,}; raise it"
-        )
-
-    def need_answers(self) -> None:
-        """Refuse examples without an answer that a grader knows. Raises UserError."""
-        bad = [e for e in self._examples or () if e.answer is None or e.task not in TASKS]
-        if bad:
-            raise UserError(
-                f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give --grpo_reward file.py:function"
-            )
+        return (example for example, _ in self._training)
 
     def validation_documents(self) -> list[Document]:
         return self._validation_documents
 
-    def _tokenise(self, examples: list[Example], progress: bool) -> None:
-        self._documents, self._examples, step = [], [], 2000
-        show = progress and len(examples) > 5 * step
-        for lo in range(0, len(examples), step):
-            kept, documents = self._checked(examples[lo : lo + step])
-            self._examples += kept
-            self._documents += documents
-            if show:
-                done = min(lo + step, len(examples))
-                print(
-                    f"\rtokenising {done:,}/{len(examples):,}", end="", file=sys.stderr, flush=True
-                )
-        if show:
-            print(file=sys.stderr)
-        if not self._documents:
-            raise UserError(f"--data {self.name}: no example is left to train on")
+    def need_answers(self) -> None:
+        """Refuse examples without an answer that a grader knows. Raises UserError."""
+        bad = [e for e in self.examples() if e.answer is None or e.task not in TASKS]
+        if bad:
+            raise UserError(
+                f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give "
+                "--grpo_reward file.py:function"
+            )
 
-    def _checked(
-        self, examples: list[Example], completions: bool = False
-    ) -> tuple[list[Example], list[Document]]:
-        """The examples that are not too long (or an error), turns apart where the template asks for it, and their documents."""
+    def _pair(self, index: int) -> tuple[Example, Document]:
+        """(example, document). Of an endless task: the first one that fits of the index's own."""
+        if self._training:
+            return self._training[index]
+        assert self.task is not None
+        key = first = f"{self.seed}/{index}"
+        for attempt in range(1, REDRAWS + 1):
+            pairs = self._tokenise([TASKS[self.task].example(self.task, "train", key)])
+            if pairs:
+                return pairs[0]
+            key = f"{first}/redraw-{attempt}"
+        raise UserError(
+            f"--data {self.name}: {REDRAWS:,} problems in a row are longer than "
+            f"--micro_batch_tokens {self.max_tokens:,}; raise it"
+        )
+
+    def _tokenise(self, examples: Iterable[Example], completions: bool = False) -> Tokenised:
+        """Examples with their documents, turns apart where the template asks for it.
+
+        Those that are too long are an error or left out.
+        """
         completions = completions or self.completions
-        if completions:
+        if not completions:
+            prompts = [self.formatter.prompt(example) for example in examples]
+            documents = [Document.of_completion(prompt, ()) for prompt in prompts]
+        else:
+            turns = []
             for example in examples:
                 if not example.has_answer:
                     raise UserError(
-                        f"{example.origin}: it ends without an assistant's answer to train on; grpo and --kd_prefix student take prompts alone"
+                        f"{example.origin}: it ends without an assistant's answer to train on; "
+                        "grpo and --kd_prefix student take prompts alone"
                     )
-            examples = [
-                part for example in examples for part in self.formatter.split_turns(example)
-            ]
-            documents = self.formatter.documents(examples)
-        else:
-            documents = [prompt_alone(self.formatter.prompt(example)) for example in examples]
-        kept = [
-            (e, d)
-            for e, d in zip(examples, documents, strict=True)
-            if self._fits(e, d, completions)
-        ]
-        self.dropped += len(documents) - len(kept)
-        return [e for e, _ in kept], [d for _, d in kept]
+                turns += self.formatter.split_turns(example)
+            examples, documents = turns, self.formatter.documents(turns)
+        pairs = []
+        for example, document in zip(examples, documents, strict=True):
+            if self._fits(example, document, completions):
+                pairs.append((example, document))
+            else:
+                self.dropped += 1
+        return pairs
 
     def _fits(self, example: Example, document: Document, completions: bool) -> bool:
-        """Whether a document and what is generated behind its prompt are not too long. Raises UserError where that is an error."""
-        if len(document) and document.tokens.max() >= self.vocab:
+        """Whether a document, and what is generated after its prompt, are short enough."""
+        largest = document.tokens.max(initial=0)
+        if largest >= self.vocab:
             raise UserError(
-                f"{example.origin}: token id {document.tokens.max()} is outside the {self.vocab:,} ids that the models share"
+                f"{example.origin}: token id {largest} is outside the {self.vocab:,} ids that the "
+                "models share"
+            )
+        problem = ""
+        if len(document) > self.max_tokens:
+            problem = (
+                f"{len(document):,} tokens, more than --micro_batch_tokens {self.max_tokens:,}"
             )
         if self.new_tokens:
             prompt = len(self.formatter.prompt(example)) if completions else len(document)
             if prompt + self.new_tokens > self.max_tokens:
-                if self.max_length_policy == "drop":
-                    return False
-                raise UserError(
-                    f"{example.origin}: --sample_tokens {self.new_tokens} and this prompt ({prompt:,} tokens) do not fit "
-                    f"--micro_batch_tokens {self.max_tokens}; raise it or set --max_length_policy drop"
+                problem = (
+                    f"--sample_tokens {self.new_tokens} and this prompt ({prompt:,} tokens) do not "
+                    f"fit --micro_batch_tokens {self.max_tokens}"
                 )
-        if len(document) <= self.max_tokens:
-            return True
-        if self.max_length_policy == "drop":
-            return False
-        raise UserError(
-            f"{example.origin}: {len(document):,} tokens, more than --micro_batch_tokens {self.max_tokens:,}; raise it or set --max_length_policy drop"
-        )
+        if problem and self.max_length_policy != "drop":
+            raise UserError(
+                f"{example.origin}: {problem}; raise it or set --max_length_policy drop"
+            )
+        return not problem
 
 
-def prompt_alone(ids: list[int]) -> Document:
-    """A document on which nothing is trained: what is trained on is generated behind it."""
-    return Document(np.array(ids, np.int32), np.zeros(len(ids), np.float32))
+class EpochOrder:
+    """position -> index: epochs of `size` examples, each a permutation drawn from (seed, epoch).
 
-
-class Stream:
-    """Endless global batches of `batch_size` documents; this rank gets its share. The next one is made while a step runs.
-
-    Batch k holds positions k·batch_size … of the concatenated epochs, each a permutation drawn from (seed, epoch): what a
-    step trains on depends on (seed, step) alone, not on the number of ranks. `state` counts what was consumed, not fetched.
+    size 0: endless, as they come.
     """
 
-    def __init__(self, dataset, batch_size, seed, weighting, rank=0, world=1):
-        self.dataset, self.batch_size, self.seed, self.weighting = (
-            dataset,
-            batch_size,
-            seed,
-            weighting,
-        )
-        self.rank, self.world, self.consumed = rank, world, 0
-        self._worker, self._next = ThreadPoolExecutor(1), None
-        self._order = Order(len(dataset), seed)
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, -1
+        self.permutation = np.empty(0, int)
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        batch = (self._next or self._worker.submit(self._make, self.consumed)).result()
-        self.consumed += 1
-        self._next = self._worker.submit(self._make, self.consumed)
-        return batch
-
-    def state(self):
-        return {"consumed": self.consumed}
-
-    def load(self, state):
-        self.consumed, self._next = state["consumed"], None
-
-    def close(self):
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _make(self, k):
-        positions = range(k * self.batch_size + self.rank, (k + 1) * self.batch_size, self.world)
-        return Batch.pack(self.weighting(self.dataset.get(self._order(p))) for p in positions)
-
-
-class Order:
-    """position -> index: epochs of `size` examples, each a permutation drawn from (seed, epoch); size 0: endless, as they come."""
-
-    def __init__(self, size, seed):
-        self.size, self.seed, self._epoch = size, seed, (-1, None)
-
-    def __call__(self, position):
+    def __call__(self, position: int) -> int:
         if not self.size:
             return position
         epoch, offset = divmod(position, self.size)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
-        return int(self._epoch[1][offset])
+        if epoch != self.epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.permutation = epoch, generator.permutation(self.size)
+        return int(self.permutation[offset])
 
 
-def show_batch(batch, tokenizer, count):
-    """Print documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
-    on, off = ("\033[32m⟦", "⟧\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    for n, d in enumerate(batch.documents[:count], 1):
-        trained = int((d.weights != 0).sum())
-        print(f"--- example {n}: {len(d)} tokens, {trained} trained on")
-        lo = 0
-        for hi in range(1, len(d) + 1):
-            if hi == len(d) or (d.weights[hi] != 0) != (d.weights[lo] != 0):
-                text = tokenizer.decode(d.tokens[lo:hi])
-                print(on + text + off if d.weights[lo] != 0 else text, end="")
-                lo = hi
-        print()
+class DataStream(Iterator[GlobalBatch]):
+    """Endless global batches of `batch_size` documents, of which this rank gets its part.
+
+    Batch k holds positions k·batch_size … of the concatenated epochs: what a step trains on depends
+    on (seed, step) alone, not on the number of ranks. The next batch is made while a step runs;
+    `state` counts what was consumed, not what was made.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        weighting: Callable[[Document], Document],
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.dataset, self.batch_size, self.weighting = dataset, batch_size, weighting
+        self.rank, self.world, self.consumed = rank, world, 0
+        self.order = EpochOrder(len(dataset), seed)
+        self.worker = ThreadPoolExecutor(1)
+        self.prefetched: Future[GlobalBatch] | None = None
+
+    def __next__(self) -> GlobalBatch:
+        future = self.prefetched or self.worker.submit(self._make, self.consumed)
+        batch = future.result()
+        self.consumed += 1
+        self.prefetched = self.worker.submit(self._make, self.consumed)
+        return batch
+
+    def _make(self, k: int) -> GlobalBatch:
+        positions = range(k * self.batch_size + self.rank, (k + 1) * self.batch_size, self.world)
+        documents = [self.dataset.get(self.order(position)) for position in positions]
+        return GlobalBatch([self.weighting(document) for document in documents])
+
+    def take_cost(self) -> dict[str, float]:
+        """Reading data costs no model's tokens or FLOPs."""
+        return {}
+
+    def state(self) -> dict:
+        return {"consumed": self.consumed}
+
+    def load(self, state: dict) -> None:
+        self.consumed, self.prefetched = state["consumed"], None
+
+    def close(self) -> None:
+        self.worker.shutdown(wait=True, cancel_futures=True)

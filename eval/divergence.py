@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from data.batch import Batch
+from data.batch import Document
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
@@ -23,7 +23,7 @@ from eval.summary import Samples
 from files import read_json, replace_file
 from model.load import find
 from run import handled, interrupt
-from validation import compare, document
+from validation import compare
 
 
 def parse(argv):
@@ -89,7 +89,7 @@ def answers(folder, author, limit):
                 "plain",
             )  # by other text, which is cut off
             found[about.stem].append(
-                document(
+                Document.of_completion(
                     prompt,
                     [
                         *tokenizer.encode(tokenizer.escape(row["text"])),
@@ -119,10 +119,10 @@ def run(args):
             f"--evals: answers to {', '.join(own)} and to {', '.join(others)}; evaluate both on the same tasks"
         )
     batches = {
-        name: Batch.pack(d for task in found.values() for d in task)
+        name: [d for task in found.values() for d in task]
         for name, found in zip(("on_own", "on_reference"), written)
     }
-    if max(int(b.tokens_T.max()) for b in batches.values()) >= vocab:
+    if max(int(d.tokens.max()) for batch in batches.values() for d in batch) >= vocab:
         raise UserError(
             f"{checkpoint.name} and {reference.name} share the first {vocab:,} ids only, and an answer holds another"
         )
@@ -134,7 +134,7 @@ def run(args):
     for name, batch in batches.items():
         sums = compare(model, teacher, batch, vocab, micro_batch_tokens=8192)
         sums |= {
-            f"{kl}_per_answer": (sums[kl][0], len(batch.documents))
+            f"{kl}_per_answer": (sums[kl][0], len(batch))
             for kl in ("forward_kl", "reverse_kl")
             if kl in sums
         }

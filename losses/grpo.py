@@ -77,11 +77,11 @@ def grpo_loss(
     divergence="reverse_kl",
     kd_beta=0.5,
 ):
-    """Σ weight · (policy loss · correction + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
+    """Σ weight · (policy loss · tis_weight + beta · KL estimate − entropy · H) over the loss rows, plus kd · divergence from a teacher
     (at temperature 1).
 
     batch.fields (per token, nats): "advantage"; "old_logp" where a rollout serves several updates (else the current value, detached);
-    "ref_logp" if beta; "correction" where the sampler's mismatch is corrected. frozen: the teacher's (hidden_NC, head_UC) if kd.
+    "ref_logp" if beta; "tis_weight" where the sampler's mismatch is corrected. frozen: the teacher's (hidden_NC, head_UC) if kd.
     Returns (loss_sum, {metric: (sum, count)}); a token-level variant costs three vocabulary products, gspo four.
     """
     policy_loss, _, by_sequence = VARIANTS[variant]
@@ -105,7 +105,7 @@ def grpo_loss(
     def row_loss(logp_N, entropy_N, fields):
         loss_N = policy_loss(
             log_ratio(logp_N, fields), logp_N, fields["advantage"], clip_low, clip_high
-        ) * fields.get("correction", 1.0)
+        ) * fields.get("tis_weight", 1.0)
         if beta:
             loss_N = loss_N + beta * KL_ESTIMATES[kl](logp_N - fields["ref_logp"])
         return loss_N - entropy * entropy_N if entropy else loss_N

@@ -65,7 +65,7 @@ def generation_flops(model, prompts, new, vocab):
 def step_flops(batch, model, teacher, vocab, head_passes=0):
     """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward but for the gradients of
     frozen matrices. head_passes: how often the head runs over the loss rows before, without gradients (GSPO's sequence ratios: once)."""
-    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
+    tokens, rows = sum(batch.lengths), batch.loss_rows
     forward = lambda m: forward_flops(m, batch.lengths, rows, vocab)
     spared = (
         2

@@ -1,28 +1,52 @@
-"""How much better a sample is than the other samples of its prompt."""
+"""How much better a sample is than the other samples of its prompt. G: samples of a prompt."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-EPSILON = 1e-4  # beside the deviation of a group's rewards; a group whose rewards are all equal has no advantage at all
+EPSILON = 1e-4  # added to the standard deviation of a group's rewards
 
 
-def group_advantages(rewards_G, baseline):
-    """[G] rewards of one prompt -> [G] advantages; zeros where all rewards are equal.
+def has_reward_spread(rewards_G: Sequence[float]) -> bool:
+    """Whether some samples are better than others; a group where none is teaches nothing."""
+    return len(rewards_G) > 1 and max(rewards_G) != min(rewards_G)
 
-    std: (r − mean) / (std + 1e-4), std over G−1 (DeepSeekMath, arXiv 2402.03300); mean: r − mean (Dr. GRPO, arXiv 2503.20783);
-    leave_one_out: r − mean of the others (RLOO, arXiv 2402.14740).
+
+def standardised(centred_G: np.ndarray) -> np.ndarray:
+    """(r − mean) / (std + 1e-4), std over G−1 (DeepSeekMath, arXiv 2402.03300)."""
+    return centred_G / (centred_G.std(ddof=1) + EPSILON)
+
+
+def centred(centred_G: np.ndarray) -> np.ndarray:
+    """r − mean (Dr. GRPO, arXiv 2503.20783)."""
+    return centred_G
+
+
+def leave_one_out(centred_G: np.ndarray) -> np.ndarray:
+    """r − mean of the others (RLOO, arXiv 2402.14740)."""
+    return centred_G * len(centred_G) / (len(centred_G) - 1)
+
+
+BASELINES = {"std": standardised, "mean": centred, "leave_one_out": leave_one_out}
+
+
+def group_advantages(rewards_G: Sequence[float], baseline: str) -> np.ndarray:
+    """Advantages [G] of one prompt's samples; zeros where all rewards are equal.
+
+    Args:
+        rewards_G: [G] rewards of the samples.
+        baseline: A name in BASELINES. A fork adds its own function of the centred rewards there.
     """
-    rewards_G = np.asarray(rewards_G, np.float64)
     if not has_reward_spread(rewards_G):
-        return np.zeros_like(rewards_G)
-    return BASELINES[baseline](rewards_G - rewards_G.mean())
+        return np.zeros(len(rewards_G))
+    values_G = np.asarray(rewards_G, np.float64)
+    return BASELINES[baseline](values_G - values_G.mean())
 
 
 def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
-    """What the KL penalties of one prompt's samples add to their advantages.
+    """What the KL penalties of one prompt's samples add to their advantages [G].
 
-    That is the group's mean penalty minus each sample's own (of the others only, for leave_one_out),
+    That is the group's mean penalty (for leave_one_out: of the others only) minus the sample's own,
     and no deviation divides it. The advantages of the task's rewards may be normalised, since only
     their order and proportions matter; a KL penalty is a quantity in nats times beta, and must stay
     proportional to beta. Divided by the deviation of the group's rewards it would not: where all
@@ -32,25 +56,9 @@ def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
     Args:
         penalties_G: [G] beta times the KL estimate of each sample, in nats.
         baseline: A name in BASELINES.
-
-    Returns:
-        [G] advantages, to be added to those of the rewards.
     """
-    penalties_G = np.asarray(penalties_G, np.float64)
-    centred_G = penalties_G.mean() - penalties_G
-    samples = len(penalties_G)
-    if baseline == "leave_one_out" and samples > 1:
-        centred_G = centred_G * samples / (samples - 1)
+    values_G = np.asarray(penalties_G, np.float64)
+    centred_G = values_G.mean() - values_G
+    if baseline == "leave_one_out" and len(centred_G) > 1:
+        return leave_one_out(centred_G)
     return centred_G
-
-
-def has_reward_spread(rewards_G):
-    """Whether a group can teach anything."""
-    return len(rewards_G) > 1 and max(rewards_G) != min(rewards_G)
-
-
-BASELINES = {
-    "std": lambda centred_G: centred_G / (centred_G.std(ddof=1) + EPSILON),
-    "mean": lambda centred_G: centred_G,
-    "leave_one_out": lambda centred_G: centred_G * len(centred_G) / (len(centred_G) - 1),
-}

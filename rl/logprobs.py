@@ -1,78 +1,99 @@
-"""Log-probs of what was sampled, from the trainer's own forward pass, written back onto the documents."""
+"""Log-probs of a document's tokens by the trainer's own forward pass, and what is made of them."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from data.batch import Batch
+from data.batch import Batch, Document, GlobalBatch
 from kernels.attention import PackedAttention
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import topk_logprobs
+from losses.sft import cross_entropy
+from model.transformer import Transformer
+from rl.sample import RolloutConfig
+
+
+def last_states(model: Transformer, batch: Batch) -> torch.Tensor:
+    """The last hidden states [T, D] of a batch that is on the model's device."""
+    attention = PackedAttention(batch.lengths, batch.tokens_T.device)
+    return model(batch.tokens_T, batch.positions_T, attention)
 
 
 @torch.no_grad()
-def add_logprobs(documents, name, model, *, temperature, vocab, micro_batch_tokens, device):
-    """documents[i].fields[name] = log p(token) in nats under softmax(logits / temperature) over `vocab` ids; 0 where the weight is 0."""
-    for micro in Batch.pack(documents).split(micro_batch_tokens):
-        moved = micro.to(device)
-        hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
-        target_N, weight_N = moved.select(moved.target_T), moved.select(moved.weight_T)
+def add_logprobs(batch: GlobalBatch, name: str, model: Transformer, config: RolloutConfig) -> None:
+    """Set the field `name` of each document of a batch to the log-probs of its tokens, in nats.
+
+    They are those of softmax(logits / temperature) over the vocabulary; 0 where the weight is 0.
+    """
+    for micro in batch.split(config.micro_batch_tokens):
+        moved = micro.to(model.head_VD.device)
         _, rows = linear_logprob(
-            moved.select(hidden_TD),
+            moved.select(last_states(model, moved)),
             model.head_VD,
-            target_N,
-            weight_N,
-            lambda logp_N, *_: logp_N,
-            temperature=temperature,
-            vocab=vocab,
+            moved.select(moved.target_T),
+            moved.select(moved.weight_T),
+            cross_entropy,
+            temperature=config.temperature,
+            vocab=config.vocab_size,
         )
-        logp_T = np.zeros(len(micro.tokens_T) + 1)
-        logp_T[micro.rows_N.numpy() + 1] = (
-            rows["logp"].double().cpu().numpy()
-        )  # position t predicts token t + 1
-        for document, start in zip(micro.documents, micro.cu_seqlens.tolist()):
-            document.fields[name] = logp_T[start : start + len(document)].copy()
+        logp_T = torch.zeros(len(micro.tokens_T) + 1, dtype=torch.float64)
+        logp_T[micro.rows_N + 1] = rows["logp"].double().cpu()  # position t predicts token t + 1
+        for document, logp in zip(micro.documents, logp_T[:-1].split(micro.lengths), strict=True):
+            document.fields[name] = logp
 
 
-def kl_penalty(document, beta):
-    """beta · Σ_t (log p(token) − log p_ref(token)) of a sample, in nats: what the reward loses.
+def kl_penalty(document: Document, beta: float) -> float:
+    """beta · Σ_t (log p(token) − log p_ref(token)), in nats; subtracted from a sample's reward.
 
     The sum over a sample's tokens is the log-ratio of the whole sequence: its mean is the KL of the
     policy's sequences from the reference's, and as a reward it has that KL's gradient (k1; see
-    `losses.grpo.KL_ESTIMATES` for why no other estimate may stand here).
+    the KL estimates in `losses/grpo.py` for why no other may stand here).
     """
-    return beta * float((document.fields["old_logp"] - document.fields["ref_logp"]).sum())
+    log_ratio = document.fields["old_logp"] - document.fields["ref_logp"]
+    return beta * float(log_ratio.numpy().sum())
+
+
+def add_tis_weights(document: Document, config: RolloutConfig) -> None:
+    """Set the field "tis_weight": importance weights, where the sampler rounds in another way.
+
+    The ratio of the trainer's to the sampler's probability of a token, or (tis_by_sequence) its
+    geometric mean over the sample: cut at the cap ("truncate"), or 0 outside [1/cap, cap] ("mask").
+    """
+    gap = (document.fields["old_logp"] - document.fields["sampler_logp"]).numpy()
+    if config.tis_by_sequence:
+        gap = np.full_like(gap, gap.sum() / max(1, np.count_nonzero(document.weights)))
+    ratio, cap = np.exp(gap), config.tis_cap
+    weight = np.minimum(ratio, cap)
+    if config.tis == "mask":
+        weight = np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
+    document.fields["tis_weight"] = torch.from_numpy(weight)
 
 
 @torch.no_grad()
-def teacher_topk(documents, model, k, *, temperature, vocab, micro_batch_tokens, device):
-    """Yields (ids_Rk, logp_RB) of the trained positions of the documents, in their order: what data/teacher_cache.py keeps."""
-    lo = 0
-    while lo < len(documents):
-        hi, total = lo, 0
-        while hi < len(documents) and (
-            hi == lo or total + len(documents[hi]) <= micro_batch_tokens
-        ):
-            total, hi = total + len(documents[hi]), hi + 1
-        micro = Batch.pack(documents[lo:hi])
-        moved = micro.to(device)
-        hidden_TD = model(moved.tokens_T, moved.positions_T, PackedAttention(micro.lengths, device))
+def teacher_topk(
+    documents: list[Document],
+    model: Transformer,
+    k: int,
+    *,
+    temperature: float,
+    vocab: int,
+    micro_batch_tokens: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids_Rk, logp_RB) of the R trained positions of consecutive documents.
+
+    data/teacher_cache.py keeps them: B is k ids and one for all others together.
+    """
+    start = 0
+    while start < len(documents):
+        stop, tokens = start + 1, len(documents[start])
+        while stop < len(documents) and tokens + len(documents[stop]) <= micro_batch_tokens:
+            tokens += len(documents[stop])
+            stop += 1
+        batch = Batch.pack(documents[start:stop]).to(model.head_VD.device)
+        hidden_ND = batch.select(last_states(model, batch))
         ids_Rk, logp_RB = topk_logprobs(
-            moved.select(hidden_TD), model.head_VD, k, temperature=temperature, vocab=vocab
+            hidden_ND, model.head_VD, k, temperature=temperature, vocab=vocab
         )
         yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
-        lo = hi
-
-
-def add_correction(documents, how, cap, by_sequence=False):
-    """fields["correction"]: the ratio of the trainer's to the sampler's probability of a token (or, by_sequence, its geometric mean over the
-    sample), where rounding made them differ: cut at `cap` ("truncate") or 0 outside [1/cap, cap] ("mask")."""
-    for d in documents:
-        gap = d.fields["old_logp"] - d.fields["sampler_logp"]
-        if by_sequence:
-            gap = np.full(len(d), gap.sum() / max(1, np.count_nonzero(d.weights)))
-        ratio = np.exp(gap)
-        d.fields["correction"] = (
-            np.minimum(ratio, cap)
-            if how == "truncate"
-            else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
-        )
+        start = stop

@@ -1,4 +1,4 @@
-"""What a sample earns: named parts with weights, or any Python function of yours, and a price for length."""
+"""What a sample earns: named parts with weights, or a Python function of yours; less for length."""
 
 import dataclasses
 import importlib.util
@@ -6,39 +6,48 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from data.grade import Verdict, format_reward
-from data.tasks import TASKS, grade
+from data.tasks import TASKS, Example, grade
 from errors import UserError
 
-# part -> f(text, verdict), the text with the tag that the prompt opened. The signed ones are the paper's (arXiv 2506.13404, section 3): +1 or −1
-PARTS = {
-    "accuracy": lambda text, verdict: float(verdict.strict),
-    "lenient": lambda text, verdict: float(verdict.lenient),
-    "signed_accuracy": lambda text, verdict: 1.0 if verdict.strict else -1.0,
-    "format": lambda text, verdict: format_reward(text),
-}
-VERDICTS = (
-    "accuracy",
-    "lenient",
-    "signed_accuracy",
-)  # the parts that say whether an answer is right
+VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
+PARTS = (*VERDICTS, "format")
 PENALTIES = ("overlong", "truncated")  # what length costs
+
+
+def part_values(text: str, verdict: Verdict) -> dict[str, float]:
+    """The value of every part; a fork adds one here, and its name to PARTS.
+
+    text: the completion, behind the tag with which its prompt may have opened it. The signed parts
+    are the study's (arXiv 2506.13404, section 3): +1 or −1.
+    """
+    return {
+        "accuracy": float(verdict.strict),
+        "lenient": float(verdict.lenient),
+        "signed_accuracy": 1.0 if verdict.strict else -1.0,
+        "format": format_reward(text),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """reward(example, text, tokens, stopped, opened) -> (total, {part: value}, verdict). Built by `parse_reward`.
+    """The reward of a sample. Built by `parse_reward`.
 
-    text: the completion. opened: the tag with which the generation prompt has begun it (`<think>`), else empty.
-
-    overlong: from limit − overlong tokens on, a sample loses linearly up to 1 (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
-    truncated: what a sample that never stopped loses.
+    Args:
+        parts: Weights by name of a part; empty where there is a function.
+        function: The user's `reward(example, completion) -> float`, or None.
+        spec: The text of --grpo_reward.
+        limit: The most tokens that a sample can have.
+        overlong: Over its last `overlong` tokens before the limit a sample loses linearly up to 1
+            (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
+        truncated: What a sample that did not stop loses.
     """
 
-    parts: dict
+    parts: dict[str, float]
     function: Callable | None
-    where: str
+    spec: str
     limit: int
     overlong: int = 0
     truncated: float = 0.0
@@ -48,26 +57,37 @@ class Reward:
         """Whether it looks at gold answers: without them it would be the same for every sample."""
         return any(self.parts.get(name) for name in VERDICTS)
 
-    def __call__(self, example, text, tokens, stopped, opened=""):
-        known = example.answer is not None and example.task in TASKS
-        verdict = grade(example, text) if known else Verdict(False, False, False)
+    def __call__(
+        self, example: Example, text: str, tokens: int, stopped: bool, opened: str = ""
+    ) -> tuple[float, dict[str, float], Verdict]:
+        """Grade a completion.
+
+        Args:
+            text: The completion.
+            tokens: Its length in tokens.
+            stopped: Whether it ended by itself.
+            opened: The tag with which the generation prompt has begun it (`<think>`), else empty.
+
+        Returns:
+            (reward, {part: what it adds to the reward}, verdict).
+        """
+        verdict = Verdict(False, False, False)
+        if example.answer is not None and example.task in TASKS:
+            verdict = grade(example, text)
         if self.function:
-            values = {"function": self._ask(example, text)}
+            values = {"function": self._call(self.function, example, text)}
         else:
-            values = {
-                name: weight * PARTS[name](opened + text, verdict)
-                for name, weight in self.parts.items()
-            }
+            every = part_values(opened + text, verdict)
+            values = {name: weight * every[name] for name, weight in self.parts.items()}
         if self.overlong:
-            values["overlong"] = -min(
-                1.0, max(0, tokens - (self.limit - self.overlong)) / self.overlong
-            )
+            excess = max(0, tokens - (self.limit - self.overlong))
+            values["overlong"] = -min(1.0, excess / self.overlong)
         if self.truncated and not stopped:
             values["truncated"] = -self.truncated
         return sum(values.values()), values, verdict
 
-    def correctness(self, values):
-        """What a sample's {part: value} says of its correctness: dynamic sampling looks at nothing else.
+    def correctness(self, values: dict[str, float]) -> float:
+        """What a sample's {part: value} says of its correctness, for dynamic sampling.
 
         That is the sum of the parts that are verdicts on the answer. Where the reward has none (or
         gives them no weight): what the user's function returned, or the sum of all parts. Never a
@@ -78,22 +98,22 @@ class Reward:
         names = verdicts or [name for name in values if name not in PENALTIES]
         return sum(values[name] for name in names)
 
-    def _ask(self, example, text):
+    def _call(self, function: Callable, example: Example, text: str) -> float:
+        sample = f"the sample {text[:60]!r} for {example.origin}"
         try:
-            value = float(self.function(example, text))
+            value = float(function(example, text))
         except Exception as e:  # the user's code may raise anything
-            raise UserError(
-                f"--grpo_reward {self.where} raised {type(e).__name__}: {e} on {_sample(example, text)}"
-            ) from None
+            refuse(self.spec, f" raised {type(e).__name__}: {e} on {sample}")
         if not math.isfinite(value):
-            raise UserError(
-                f"--grpo_reward {self.where} returned {value} on {_sample(example, text)}"
-            )
+            refuse(self.spec, f" returned {value} on {sample}")
         return value
 
 
-def parse_reward(spec, limit, overlong=0, truncated=0.0):
-    """`accuracy,format:0.5` or `path/to/file.py:function`, the latter `reward(example, completion) -> float`."""
+def parse_reward(spec: str, limit: int, overlong: int = 0, truncated: float = 0.0) -> Reward:
+    """The Reward of `accuracy,format:0.5`, or of `path/to/file.py:function`.
+
+    Such a function is `reward(example, completion) -> float`. Raises UserError.
+    """
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
         return Reward({}, load_function(path, name), spec, limit, overlong, truncated)
@@ -103,40 +123,38 @@ def parse_reward(spec, limit, overlong=0, truncated=0.0):
         try:
             weight = float(text or 1)
         except ValueError:
-            raise UserError(f"--grpo_reward {spec}: {text!r} is not a number") from None
+            refuse(spec, f": {text!r} is not a number")
         if part not in PARTS:
-            raise UserError(
-                f"--grpo_reward {spec}: no {item.strip()!r}; choose from {', '.join(PARTS)}, or write path/to/file.py:function"
-            )
+            known = f"{', '.join(PARTS)}, or write path/to/file.py:function"
+            refuse(spec, f": no {item.strip()!r}; choose from {known}")
         if not math.isfinite(weight):
-            raise UserError(f"--grpo_reward {spec}: {text} is not a number that is finite")
+            refuse(spec, f": {text} is not a number that is finite")
         if part in parts:
-            raise UserError(f"--grpo_reward {spec}: {part} is there twice; give it one weight")
+            refuse(spec, f": {part} is there twice; give it one weight")
         parts[part] = weight
     if not any(parts.values()):
-        raise UserError(
-            f"--grpo_reward {spec}: every weight is 0, so nothing is rewarded; give a part another weight"
-        )
+        refuse(spec, ": every weight is 0, so nothing is rewarded; give a part another weight")
     return Reward(parts, None, spec, limit, overlong, truncated)
 
 
-def load_function(path, name):
+def load_function(path: str, name: str) -> Callable:
+    """The function `name` of a Python file. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"--grpo_reward {path}: no such file")
+        refuse(path, ": no such file")
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as e:
-        raise UserError(
-            f"--grpo_reward {path} could not be loaded ({type(e).__name__}: {e})"
-        ) from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--grpo_reward {path} has no function {name!r}")
-    return getattr(module, name)
+        refuse(path, f" could not be loaded ({type(e).__name__}: {e})")
+    function = getattr(module, name, None)
+    if not callable(function):
+        refuse(path, f" has no function {name!r}")
+    return function
 
 
-def _sample(example, text):
-    return f"the sample {text[:60]!r} for {example.origin}"
+def refuse(spec: str, problem: str) -> NoReturn:
+    raise UserError(f"--grpo_reward {spec}{problem}") from None

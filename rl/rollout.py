@@ -1,300 +1,373 @@
-"""From prompts to samples to rewards to batches: the source of `grpo`, and of `kd` on prefixes that a model writes itself.
+"""From prompts to completions to rewards to batches: the sources that train on sampled text.
 
-A rollout draws whole groups (the samples of one prompt), deals them out to ranks, and is spent over one or several batches. What is
-drawn depends on (seed, position) alone: every sample has its own random numbers, whatever rank or batch it is generated in.
+`Rollouts` is the source of `kd` on text that a model writes, `SampledKDRollouts` that of `kd` by
+sampled tokens, `GRPORollouts` that of `grpo`. The `rollout` method of each lists its stages. A fork
+edits a stage or what it calls: rl/reward.py, rl/advantage.py, rl/logprobs.py.
+
+What is sampled depends on the seed and the prompt's position alone: every sample has its own random
+numbers, whatever rank or batch it is generated in. Legend: G samples of a prompt.
 """
 
-import dataclasses
 import hashlib
 import random
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
-from data.batch import Batch, Document
-from data.tasks import grade_all
+from data.batch import Document, GlobalBatch, Metrics
+from data.dataset import Dataset, DataStream, EpochOrder
+from data.tasks import Example, grade_all
 from errors import RunFailed, UserError
 from model import parallel
+from model.flops import forward_flops, generation_flops
+from model.generate import Completion, generate
+from model.transformer import Transformer
 from rl.advantage import group_advantages, has_reward_spread, kl_advantages
+from rl.logprobs import add_logprobs, add_tis_weights, kl_penalty
+from rl.reward import Reward
+from rl.sample import RolloutConfig, Sample, sample_line
 
 
-@dataclasses.dataclass
-class Group:
-    """A prompt's samples. judged: per sample (reward, {part: value}, verdict, text), or [] where nothing is rewarded.
-    correctness: per sample what its reward says of that alone."""
+class Rollouts(Iterator[GlobalBatch]):
+    """Endless batches of completions that `generator` samples for the prompts of a dataset.
 
-    position: int
-    example: object
-    prompt: list
-    completions: list
-    judged: list
-    correctness: list
-
-    @property
-    def rewards(self):
-        return [reward for reward, *_ in self.judged]
-
-    def teaches(self):
-        """Whether dynamic sampling keeps the group: some samples are better than others, by their
-        correctness (DAPO, arXiv 2503.14476, eq. 11), and their rewards say so."""
-        return has_reward_spread(self.correctness) and has_reward_spread(self.rewards)
-
-
-class Rollouts(Iterator):
-    """Endless batches of `per_batch` groups over all ranks.
-
-    prompt_at(position) -> (example, ids); write(prompts, seeds) -> completions; judge(example, completion) -> (reward, parts, verdict,
-    text) or None; score(documents) adds their fields of trainer log-probs in place, or None; price(document) is a penalty in
-    nats, a KL to the reference, that is taken off its reward on a scale of its own (`kl_advantages`). weighting: as in `data.batch`. A rollout
-    serves `updates` batches, `epochs` times over. refills: how often at most groups that do not teach (`Group.teaches`) are replaced by
-    fresh ones (dynamic sampling). correctness(parts) -> what a sample's reward says of its correctness; None: the whole reward.
-    mask_truncated: a sample that did not stop carries no loss and counts in no divisor; its reward stays in its group's mean.
+    `cost` counts their tokens and FLOPs; what `teacher` reads and writes are teacher tokens, too.
     """
 
     def __init__(
         self,
-        prompt_at,
-        write,
-        judge,
-        score,
-        *,
-        per_batch,
-        samples,
-        seed,
-        weighting,
-        baseline="std",
-        updates=1,
-        epochs=1,
-        refills=0,
-        mask_truncated=False,
-        price=None,
-        correctness=None,
-        logged=8,
-        rank=0,
-        world=1,
+        dataset: Dataset,
+        generator: Transformer,
+        config: RolloutConfig,
+        teacher: Transformer | None = None,
     ):
-        self.prompt_at, self.write, self.judge, self.score = prompt_at, write, judge, score
-        self.per_batch, self.samples, self.seed, self.weighting, self.baseline = (
-            per_batch,
-            samples,
-            seed,
-            weighting,
-            baseline,
-        )
-        self.updates, self.epochs, self.refills, self.mask_truncated = (
-            updates,
-            epochs,
-            refills,
-            mask_truncated,
-        )
-        self.price, self.correctness = price, correctness
-        self.logged, self.rank, self.world = logged, rank, world
-        self.position, self.pending = 0, []
+        self.dataset, self.generator, self.config = dataset, generator, config
+        self.teacher = teacher
+        self.prompt_order = EpochOrder(len(dataset), config.prompt_seed)
+        self.position = 0  # of the next prompt
+        self.pending: list[GlobalBatch] = []
+        self.cost: dict[str, float] = defaultdict(int)
 
-    def __next__(self):
+    def __next__(self) -> GlobalBatch:
         if not self.pending:
-            began = time.perf_counter()
-            groups, order, drawn = self._draw()
-            batches = self._batches(groups, order)
-            metrics, samples = (
-                self._audit(drawn),
-                self._samples(drawn[: -(-self.logged // self.samples)]),
-            )
-            metrics["rollout/kept"] = (len(groups), len(drawn))
-            batches[0] = dataclasses.replace(batches[0], metrics=metrics, samples=samples)
-            batches[0].metrics["rollout/seconds"] = (time.perf_counter() - began, 1)
-            self.pending = batches * self.epochs
-            self.pending[1:] = [
-                dataclasses.replace(b, metrics={}, samples=[]) for b in self.pending[1:]
-            ]
+            started = time.perf_counter()
+            self.pending = self.rollout()
+            self.pending[0].metrics["rollout/seconds"] = (time.perf_counter() - started, 1)
         return self.pending.pop(0)
 
-    def state(self):
-        return {
-            "position": self.position,
-            "world": self.world,
-            "pending": [[_as_lists(d) for d in batch.documents] for batch in self.pending],
-        }
+    def rollout(self) -> list[GlobalBatch]:
+        """The batches of one rollout; here a single one, of plain text."""
+        return [self.batch(self.draw(self.config.prompts_per_batch))]
 
-    def load(self, state):
-        if state["pending"] and state["world"] != self.world:
+    def draw(self, prompts: int) -> list[Sample]:
+        """This rank's samples of the next prompts, rewarded. An error is raised on all ranks."""
+        positions = range(self.position, self.position + prompts)
+        self.position = positions.stop
+        samples, error = [], None
+        try:
+            samples = self.sample(positions[self.config.rank :: self.config.world])
+            self.add_rewards(samples)
+        except (UserError, RunFailed) as e:
+            error = e
+        parallel.raise_on_all(error)
+        return samples
+
+    def sample(self, positions: Sequence[int]) -> list[Sample]:
+        """G completions of the prompt at each position, one prompt after the other."""
+        samples = []
+        for position in positions:
+            example = self.dataset.example(self.prompt_order(position))
+            prompt = self.dataset.formatter.prompt(example)
+            for number in range(self.config.samples_per_prompt):
+                samples.append(Sample(position, number, example, prompt))
+        seeds = [sample_seed(self.config.seed, s.position, s.number) for s in samples]
+        completions = self.generate([s.prompt for s in samples], seeds)
+        for s, completion in zip(samples, completions, strict=True):
+            s.completion, s.stopped = completion.tokens, completion.stopped
+            s.document = Document.of_completion(s.prompt, s.completion)
+            logp = [0.0] * len(s.prompt) + completion.logp
+            s.document.fields["sampler_logp"] = torch.tensor(logp, dtype=torch.float64)
+        return samples
+
+    def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+        config, model = self.config, self.generator
+        completions = generate(
+            model,
+            prompts,
+            config.max_new_tokens,
+            config.stop_ids,
+            vocab=config.vocab_size,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seeds=seeds,
+            batch_size=config.generation_batch,
+        )
+        new_tokens = [len(c.tokens) for c in completions]
+        self.cost["sampled_tokens"] += sum(new_tokens)
+        flops = generation_flops(model, prompts, new_tokens, config.vocab_size)
+        self.count(model, sum(new_tokens), flops)
+        return completions
+
+    def add_rewards(self, samples: list[Sample]) -> None:
+        """Nothing is rewarded in distillation."""
+
+    def add_logprobs(self, samples: list[Sample], name: str, model: Transformer) -> None:
+        """Set the field `name` of the samples' documents to the log-probs of their tokens."""
+        batch = GlobalBatch([s.document for s in samples])
+        add_logprobs(batch, name, model, self.config)
+        flops = forward_flops(model, batch.lengths, batch.loss_rows, self.config.vocab_size)
+        self.count(model, sum(batch.lengths), flops)
+
+    def batch(self, samples: list[Sample]) -> GlobalBatch:
+        metrics = length_metrics(samples) | {"rollout/kept": (len(samples), len(samples))}
+        return GlobalBatch([self.config.weighting(s.document) for s in samples], metrics)
+
+    def count(self, model: Transformer, tokens: int, flops: float) -> None:
+        self.cost["flops"] += flops
+        if model is self.teacher:
+            self.cost["teacher_tokens"] += tokens
+
+    def take_cost(self) -> dict[str, float]:
+        """The cost since this was last called."""
+        cost = dict(self.cost)
+        self.cost.clear()
+        return cost
+
+    def state(self) -> dict:
+        pending = [[_to_json(d) for d in batch.documents] for batch in self.pending]
+        return {"position": self.position, "world": self.config.world, "pending": pending}
+
+    def load(self, state: dict) -> None:
+        if state["pending"] and state["world"] != self.config.world:
             raise UserError(
-                f"the checkpoint holds unspent samples of {state['world']} ranks: resume with as many"
+                f"the checkpoint holds samples of {state['world']} ranks that were not trained on "
+                "yet: resume with as many"
             )
         self.position = state["position"]
-        self.pending = [
-            Batch.pack(_from_lists(d) for d in documents) for documents in state["pending"]
-        ]
+        self.pending = [GlobalBatch(list(map(_from_json, saved))) for saved in state["pending"]]
 
-    def close(self):
+    def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _draw(self):
-        """(this rank's groups to train on, the positions of all ranks' such groups in order, all groups that this rank drew)."""
-        wanted, groups, kept, drawn = self.per_batch * self.updates, [], [], []
-        for _ in range(1 + self.refills):
-            positions = range(self.position, self.position + wanted - len(kept))
-            self.position = positions.stop
-            fresh, error = [], None
-            try:
-                fresh = self._groups(positions[self.rank :: self.world])
-            except (
-                UserError,
-                RunFailed,
-            ) as e:  # a reward of the user's, say: every rank must hear of it
-                error = e
-            parallel.raise_on_all(error)
-            drawn += fresh
-            groups += (good := [g for g in fresh if not self.refills or g.teaches()])
-            kept += sorted(p for part in parallel.gather([g.position for g in good]) for p in part)
-            if len(kept) == wanted:
+
+class SampledKDRollouts(Rollouts):
+    """On-policy distillation by sampled tokens: the gradient of the reverse KL, on average.
+
+    The advantage of a token is log p_teacher − log p_student.
+    """
+
+    def rollout(self) -> list[GlobalBatch]:
+        assert self.teacher is not None
+        samples = self.draw(self.config.prompts_per_batch)
+        self.add_logprobs(samples, "old_logp", self.generator)
+        self.add_logprobs(samples, "teacher_logp", self.teacher)
+        for sample in samples:
+            fields = sample.document.fields
+            fields["advantage"] = fields.pop("teacher_logp") - fields["old_logp"]
+        return [self.batch(samples)]
+
+
+class GRPORollouts(Rollouts):
+    """Groups of G samples of a prompt with rewards, and the log-probs that their loss reads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        policy: Transformer,
+        config: RolloutConfig,
+        reward: Reward,
+        reference: Transformer | None = None,
+    ):
+        super().__init__(dataset, policy, config)
+        self.reward, self.reference = reward, reference
+        self.prompts_per_rollout = config.prompts_per_batch * config.minibatches
+
+    def rollout(self) -> list[GlobalBatch]:
+        drawn = self.draw(self.prompts_per_rollout)  # prompts, completions, rewards
+        samples = self.dynamic_sampling(drawn)
+        self.add_policy_logprobs(samples)
+        self.add_kl_penalties(samples)
+        self.add_advantages(samples)
+        self.mask_truncated(samples)
+        batches = self.minibatches(samples)
+        batches[0].metrics = self.metrics(drawn, samples)
+        batches[0].samples = [_logged(s) for s in drawn[: self.config.logged_samples]]
+        return batches
+
+    def add_rewards(self, samples: list[Sample]) -> None:
+        grade_all(self.grade, [(s.example, s) for s in samples])
+
+    def grade(self, example: Example, sample: Sample) -> None:
+        """Set a sample's text, reward and verdict."""
+        formatter = self.dataset.formatter
+        sample.text = formatter.tokenizer.decode(sample.completion, skip_special=True)
+        # No other part looks at the tag with which the prompt may have opened the completion.
+        opened = formatter.opened(example) if "format" in self.reward.parts else ""
+        sample.reward, sample.reward_parts, sample.verdict = self.reward(
+            example, sample.text, len(sample.completion), sample.stopped, opened
+        )
+        sample.correctness = self.reward.correctness(sample.reward_parts)
+
+    def dynamic_sampling(self, drawn: list[Sample]) -> list[Sample]:
+        """The samples to train on: groups that teach nothing are replaced by fresh ones.
+
+        DAPO, arXiv 2503.14476, eq. 11. What is drawn in their place is appended to `drawn`.
+        """
+        if not self.config.dynamic_sampling_rounds:
+            return drawn
+        samples = self.informative(drawn)
+        for _ in range(self.config.dynamic_sampling_rounds):
+            missing = self.prompts_per_rollout - sum(parallel.gather(len(self.groups(samples))))
+            if not missing:
                 break
-        return groups, kept, drawn
+            fresh = self.draw(missing)
+            drawn += fresh
+            samples += self.informative(fresh)
+        return samples
 
-    def _groups(self, positions):
-        prompts = [self.prompt_at(p) for p in positions]
-        jobs = [(p, s) for p in positions for s in range(self.samples)]
-        seeds = [sample_seed(self.seed, p, s) for p, s in jobs]
-        done = self.write([ids for _, ids in prompts for _ in range(self.samples)], seeds)
-        examples = [example for example, _ in prompts for _ in range(self.samples)]
-        judged = grade_all(self.judge, list(zip(examples, done))) if self.judge else []
-        groups = []
-        for i, (position, (example, ids)) in enumerate(zip(positions, prompts)):
-            own = slice(i * self.samples, (i + 1) * self.samples)
-            correctness = [self._correctness(j) for j in judged[own]]
-            groups.append(Group(position, example, ids, done[own], judged[own], correctness))
-        return groups
+    def informative(self, samples: list[Sample]) -> list[Sample]:
+        """The groups in which some samples are more correct than others, and rewarded for it."""
+        found = []
+        for group in self.groups(samples):
+            correctness, rewards = [s.correctness for s in group], [s.reward for s in group]
+            if has_reward_spread(correctness) and has_reward_spread(rewards):
+                found += group
+        return found
 
-    def _correctness(self, judged):
-        reward, parts, *_ = judged
-        return self.correctness(parts) if self.correctness else reward
+    def add_policy_logprobs(self, samples: list[Sample]) -> None:
+        if self.config.old_logprobs:
+            self.add_logprobs(samples, "old_logp", self.generator)
+        if self.reference is not None:
+            self.add_logprobs(samples, "ref_logp", self.reference)
+        if self.config.tis != "none":
+            for sample in samples:
+                add_tis_weights(sample.document, self.config)
 
-    def _batches(self, groups, order):
-        """`updates` batches (fewer if groups are) of whole groups, in the order in which they were drawn, whatever rank holds them."""
-        batches = [[] for _ in range(max(1, min(self.updates, len(order))))]
-        made = [self._documents(g) for g in groups]
-        if self.score:
-            self.score([d for documents in made for d in documents])
-        ordinal = {position: i for i, position in enumerate(order)}
-        for group, documents in zip(groups, made):
-            if group.judged:
-                for d, advantage in zip(documents, self._advantages(group, documents)):
-                    d.fields["advantage"] = np.full(len(d), advantage)
-            for d, completion in zip(documents, group.completions):
-                if (
-                    self.mask_truncated and not completion.stopped
-                ):  # not earlier: its log-probs have a price
-                    d.weights[:] = 0
-            batches[ordinal[group.position] * len(batches) // len(order)] += documents
-        return [Batch.pack(self.weighting(d) for d in documents) for documents in batches]
+    def add_kl_penalties(self, samples: list[Sample]) -> None:
+        if self.config.kl_penalty_coef:
+            for sample in samples:
+                sample.kl_penalty = kl_penalty(sample.document, self.config.kl_penalty_coef)
 
-    def _advantages(self, group, documents):
-        """[G]: of the rewards, normalised as the baseline says; the KL is on its own scale."""
-        advantages_G = group_advantages(group.rewards, self.baseline)
-        if self.price:
-            prices = [self.price(d) for d in documents]
-            advantages_G = advantages_G + kl_advantages(prices, self.baseline)
-        return advantages_G
+    def add_advantages(self, samples: list[Sample]) -> None:
+        """Compare each sample with its group; the KL penalty has a scale of its own."""
+        for group in self.groups(samples):
+            advantages_G = group_advantages([s.reward for s in group], self.config.advantage)
+            advantages_G += kl_advantages([s.kl_penalty for s in group], self.config.advantage)
+            for sample, advantage in zip(group, advantages_G.tolist(), strict=True):
+                sample.advantage = advantage
+                fields = sample.document.fields
+                fields["advantage"] = torch.full_like(fields["sampler_logp"], advantage)
 
-    def _documents(self, group):
-        made = []
-        for completion in group.completions:
-            tokens = np.array([*group.prompt, *completion.tokens], np.int32)
-            generated = np.arange(len(tokens)) >= len(group.prompt)
-            logp = np.zeros(len(tokens))
-            logp[generated] = completion.logp
-            made.append(Document(tokens, generated.astype(np.float64), {"sampler_logp": logp}))
-        return made
+    def mask_truncated(self, samples: list[Sample]) -> None:
+        """Take the loss off samples that did not stop, after their part in their groups' means."""
+        for sample in samples:
+            if self.config.mask_truncated and not sample.stopped:
+                sample.document.weights[:] = 0
 
-    def _audit(self, groups):
-        """Metrics of a rollout as (sum, count): what was earned, how verdicts differ, how samples end."""
-        completions = [c for g in groups for c in g.completions]
+    def minibatches(self, samples: list[Sample]) -> list[GlobalBatch]:
+        """Whole groups in the order of their prompts over all ranks, once for each epoch."""
+        gathered = parallel.gather({s.position for s in samples})
+        positions = sorted(set().union(*gathered))
+        parts = [[] for _ in range(max(1, min(self.config.minibatches, len(positions))))]
+        for sample in samples:
+            order = bisect_left(positions, sample.position)
+            part = parts[order * len(parts) // len(positions)]
+            part.append(self.config.weighting(sample.document))
+        return [GlobalBatch(part) for _ in range(self.config.ppo_epochs) for part in parts]
+
+    def groups(self, samples: list[Sample]) -> list[list[Sample]]:
+        size = self.config.samples_per_prompt
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def metrics(self, drawn: list[Sample], samples: list[Sample]) -> Metrics:
+        """What was earned, how verdicts differ and how samples end."""
+        groups, verdicts = self.groups(drawn), [s.verdict for s in drawn]
+        rewards = [[s.reward for s in group] for group in groups]
+        correctness = [[s.correctness for s in group] for group in groups]
         values = {
-            "tokens": [len(c.tokens) for c in completions],
-            "truncated": [not c.stopped for c in completions],
+            "reward": [s.reward for s in drawn],
+            "spread": list(map(has_reward_spread, rewards)),
+            "correctness_spread": list(map(has_reward_spread, correctness)),
+            "reward_std": list(map(np.std, rewards)),
         }
-        judged = [j for g in groups for j in g.judged]
-        if judged:
-            values["reward"] = [reward for reward, *_ in judged]
-            values["spread"] = [has_reward_spread(g.rewards) for g in groups]
-            values["correctness_spread"] = [has_reward_spread(g.correctness) for g in groups]
-            values["reward_std"] = [np.std(g.rewards) for g in groups]
-            for name in sorted({name for _, parts, *_ in judged for name in parts}):
-                values[f"reward_{name}"] = [parts.get(name, 0.0) for _, parts, *_ in judged]
-            verdicts = [verdict for *_, verdict, _ in judged]
-            values["accuracy"] = [v.strict for v in verdicts]
-            values["lenient"] = [v.lenient for v in verdicts]
-            values["disagree"] = [v.lenient != v.strict for v in verdicts]
-            values["unparsed"] = [not v.parsed for v in verdicts]
-        return {f"rollout/{name}": (float(np.sum(v)), len(v)) for name, v in values.items()}
-
-    def _samples(self, groups):
-        lines = []
-        for g in groups:
-            for completion, (reward, parts, verdict, text) in zip(g.completions, g.judged):
-                line = dict(
-                    question=g.example.question,
-                    gold=g.example.answer,
-                    text=text,
-                    reward=reward,
-                    parts=parts,
-                )
-                line |= dict(correct=verdict.strict, lenient=verdict.lenient, parsed=verdict.parsed)
-                lines.append(line | dict(tokens=len(completion.tokens), stopped=completion.stopped))
-        return lines[: self.logged]
+        for name in sorted({name for s in drawn for name in s.reward_parts}):
+            values[f"reward_{name}"] = [s.reward_parts.get(name, 0.0) for s in drawn]
+        values |= {
+            "accuracy": [v.strict for v in verdicts],
+            "lenient": [v.lenient for v in verdicts],
+            "disagree": [v.lenient != v.strict for v in verdicts],
+            "unparsed": [not v.parsed for v in verdicts],
+        }
+        kept = {"rollout/kept": (len(self.groups(samples)), len(groups))}
+        return length_metrics(drawn) | _sums(values) | kept
 
 
-class Mixed(Iterator):
-    """Each batch is from `second` with probability `share`, else from `first`; which one depends on (seed, number) alone (GKD's
-    mixture, arXiv 2306.13649, algorithm 1)."""
+class MixedSource(Iterator[GlobalBatch]):
+    """Each batch is from `rollouts` with a probability, else from `data` (GKD, algorithm 1).
 
-    def __init__(self, first, second, share, seed):
-        self.sources, self.share, self.seed, self.count = (first, second), share, seed, 0
+    Which one depends on the seed and the batch's number alone (arXiv 2306.13649).
+    """
 
-    def __next__(self):
-        chosen = self.sources[random.Random(f"{self.seed}/{self.count}").random() < self.share]
+    def __init__(self, data: DataStream, rollouts: Rollouts, on_policy_fraction: float, seed: int):
+        self.sources = (data, rollouts)
+        self.on_policy_fraction, self.seed, self.count = on_policy_fraction, seed, 0
+
+    def __next__(self) -> GlobalBatch:
+        coin = random.Random(f"{self.seed}/{self.count}").random()
         self.count += 1
-        return next(chosen)
+        return next(self.sources[coin < self.on_policy_fraction])
 
-    def state(self):
+    def take_cost(self) -> dict[str, float]:
+        return self.sources[1].take_cost()
+
+    def state(self) -> dict:
         return {"count": self.count, "sources": [s.state() for s in self.sources]}
 
-    def load(self, state):
+    def load(self, state: dict) -> None:
         self.count = state["count"]
-        for source, saved in zip(self.sources, state["sources"]):
+        for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load(saved)
 
-    def close(self):
+    def close(self) -> None:
         for source in self.sources:
             source.close()
 
 
-def sample_seed(seed, position, sample):
+Source = DataStream | Rollouts | MixedSource  # where the training loop takes batches from
+
+
+def sample_seed(seed: int, position: int, sample: int) -> int:
     """63 bits that belong to this sample alone."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=8).digest(),
-            "little",
-        )
-        >> 1
-    )
+    key = f"{seed}/{position}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-def _as_lists(d):
-    return [
-        d.tokens.tolist(),
-        d.weights.tolist(),
-        {name: x.tolist() for name, x in d.fields.items()},
-        d.share,
-    ]
+def length_metrics(samples: list[Sample]) -> Metrics:
+    tokens, truncated = [len(s.completion) for s in samples], [not s.stopped for s in samples]
+    return _sums({"tokens": tokens, "truncated": truncated})
 
 
-def _from_lists(saved):
-    tokens, weights, fields, share = saved
-    return Document(
-        np.array(tokens, np.int32),
-        np.array(weights),
-        {name: np.array(x) for name, x in fields.items()},
-        share,
-    )
+def _sums(values: dict[str, list]) -> Metrics:
+    return {f"rollout/{name}": (float(np.sum(x)), len(x)) for name, x in values.items()}
+
+
+def _logged(s: Sample) -> dict:
+    reward = {"reward": s.reward, "parts": s.reward_parts}
+    return sample_line(s.example, s.text, s.verdict, len(s.completion), s.stopped, **reward)
+
+
+def _to_json(document: Document) -> dict:
+    saved = {"tokens": document.tokens.tolist(), "weights": document.weights.tolist()}
+    saved["fields"] = {name: x_T.tolist() for name, x_T in document.fields.items()}
+    return saved | {"normalizer_weight": document.normalizer_weight}
+
+
+def _from_json(saved: dict) -> Document:
+    fields = {name: torch.tensor(x, dtype=torch.float64) for name, x in saved["fields"].items()}
+    tokens, weights = np.array(saved["tokens"], np.int32), np.array(saved["weights"])
+    return Document(tokens, weights, fields, saved["normalizer_weight"])

@@ -1,4 +1,4 @@
-"""What a spawned rank runs in `test_invariance.py` and `test_rollout.py`; a module of its own so that it can be imported by name."""
+"""What a spawned rank runs in several tests; a module of its own, to be imported by name."""
 
 import contextlib
 import io
@@ -9,12 +9,15 @@ import torch
 import torch.multiprocessing as mp
 
 import train
-from data.batch import Batch
+from data.batch import GlobalBatch
 from model import parallel
 
 
 def spawned(main, world, *arguments):
-    """What rank 0 of `world` processes puts, each of which runs main(rank, world, port, *arguments, results); raises if one fails."""
+    """What rank 0 of `world` processes puts into the queue `results`; raises if one fails.
+
+    Each process runs main(rank, world, port, *arguments, results).
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -40,8 +43,8 @@ def setup(world, rank, port, patience=None):
 
 
 def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
-    """Loss and gradients of the global batch as the loop computes them: (metrics, flat gradient)."""
-    batch = Batch.pack(documents)
+    """(metrics, flat gradient) of the global batch as the loop computes them."""
+    batch = GlobalBatch(documents)
     (norm,) = parallel.all_reduce_sum([batch.normaliser])
     model.zero_grad()
     sums = train.forward_backward(
@@ -57,7 +60,10 @@ def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
 
 
 def rank_main(rank, world, port, build, jobs, results):
-    """jobs: [(name, [documents of each rank], micro_batch_tokens)]; rank 0 puts {job: (metrics, gradient)} into `results`."""
+    """Rank 0 puts {job: (metrics, gradient)}.
+
+    jobs: [(name, [documents of each rank], micro_batch_tokens)]
+    """
     setup(world, rank, port)
     done = {}
     for name, shares, micro_batch_tokens in jobs:
@@ -86,8 +92,10 @@ def rollout_main(rank, world, port, sources, describe, batches, results):
 
 
 def failing_main(rank, world, port, jobs, results):
-    """jobs: [(main, argv, rank that is sabotaged, its context manager)]; rank 0 puts, for each job, every rank's (exit code, or the
-    name of what was raised; standard error)."""
+    """Rank 0 puts, for each job, every rank's (exit code or the name of an error, standard error).
+
+    jobs: [(main, argv, rank that is sabotaged, its context manager)]
+    """
     setup(world, rank, port, patience=60)  # a rank that waits for one that failed alone gives up
     told = []
     for main, argv, sabotaged, sabotage in jobs:

@@ -98,7 +98,8 @@ def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, he
         Transformer, "flops_per_token", lambda model, context: flops_per_token(model, 0)
     )
     monkeypatch.setattr(
-        train, "generate", lambda *args, **more: done.append(generate(*args, **more)) or done[-1]
+        "rl.rollout.generate",
+        lambda *args, **more: done.append(generate(*args, **more)) or done[-1],
     )
     with FlopCounterMode(display=False) as counted:
         assert train.main([*SMALL, *knobs]) == 0

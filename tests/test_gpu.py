@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import Batch, Document
+from data.batch import Document, GlobalBatch
 from kernels import backend
 from kernels.attention import PackedAttention
 from losses.kd import kd_loss
@@ -44,9 +44,11 @@ def body(seed=0, dtype=torch.bfloat16, **more):
 
 def batch():
     rng = np.random.default_rng(0)
-    return Batch.pack(
-        Document(rng.integers(1900, size=n), (np.arange(n) > n // 4).astype(float))
-        for n in (1, 5, 127, 128, 129, 400)
+    return GlobalBatch(
+        [
+            Document(rng.integers(1900, size=n), (np.arange(n) > n // 4).astype(float))
+            for n in (1, 5, 127, 128, 129, 400)
+        ]
     )
 
 

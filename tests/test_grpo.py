@@ -82,7 +82,7 @@ def restated(
         for n, i in enumerate(trained):
             advantage, correction = (
                 float(d.fields[name][i]) if name in d.fields else 1.0
-                for name in ("advantage", "correction")
+                for name in ("advantage", "tis_weight")
             )
             if variant.startswith(
                 "gspo"
@@ -128,7 +128,7 @@ CASES = {
     "k2": ({"beta": 0.3, "kl": "k2", "entropy": 0.05}, ("ref_logp", "sampler_logp")),
     "k3": (
         {"beta": 0.3, "entropy": 0.05, "temperature": 1.3, "vocab": None},
-        ("old_logp", "ref_logp", "correction", "sampler_logp"),
+        ("old_logp", "ref_logp", "tis_weight", "sampler_logp"),
     ),
 }
 
@@ -179,7 +179,7 @@ def samples(arguments, names, seed=0):
                 "ref_logp": logp - rng.normal(0, 0.5, completion),
                 "sampler_logp": old + rng.normal(0, 0.01, completion),
             }
-            noise["correction"] = np.full(completion, rng.uniform(0.5, 1.5))
+            noise["tis_weight"] = np.full(completion, rng.uniform(0.5, 1.5))
             for name in names:
                 made[name][-completion:] = noise[name]
         d.fields.update(made)
@@ -269,9 +269,9 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
 def test_gspo_with_a_correction_per_token_is_gspo_token():
     """Where a factor differs from token to token, eq. 5 has no say; the gradient is that of GSPO-token (eq. 14)."""
     arguments = BASE | {"temperature": 1.3}
-    hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "correction"))
+    hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "tis_weight"))
     for d in documents:
-        d.fields["correction"] = d.fields["correction"] * np.linspace(0.5, 2, len(d))
+        d.fields["tis_weight"] = d.fields["tis_weight"] * np.linspace(0.5, 2, len(d))
     assert_agrees("gspo-token", "gspo", arguments, hidden_TD, head_VD, documents)
 
 

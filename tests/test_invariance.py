@@ -1,4 +1,7 @@
-"""How the global batch is cut never changes the loss or the gradient: micro-batches, order, chunks, ranks (fp64, 1e-10)."""
+"""How the global batch is cut never changes loss or gradient: micro-batches, order, chunks, ranks.
+
+fp64, relative 1e-10.
+"""
 
 import functools
 import random
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import WEIGHTINGS, Batch, Document, constant_length
+from data.batch import WEIGHTINGS, Document, GlobalBatch, constant_length
 from kernels import chunk
 from losses.grpo import VARIANTS, grpo_loss
 from losses.kd import DIVERGENCES, kd_loss
@@ -70,16 +73,13 @@ def documents(weighting):
         weights = np.ones(length, np.float64)
         weights[: rng.integers(1, length + 1)] = 0
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
-        fields = {
-            "advantage": np.full(length, rng.normal())
-        }  # what the policy losses read, and the others do not
-        fields |= {
-            name: rng.normal(-np.log(VOCAB), 0.3, length)
-            for name in ("old_logp", "ref_logp", "sampler_logp")
-        }
-        made.append(
-            weigh(Document(tokens, weights, fields | {"correction": rng.uniform(0.5, 1.5, length)}))
-        )
+        # what the policy losses read, and the others do not
+        fields = {"advantage": np.full(length, rng.normal())}
+        for name in ("old_logp", "ref_logp", "sampler_logp"):
+            fields[name] = rng.normal(-np.log(VOCAB), 0.3, length)
+        fields["tis_weight"] = rng.uniform(0.5, 1.5, length)
+        fields = {name: torch.from_numpy(x) for name, x in fields.items()}
+        made.append(weigh(Document(tokens, weights, fields)))
     made.append(Document(np.arange(6, dtype=np.int32), np.zeros(6)))  # carries no loss at all
     return made
 
@@ -136,11 +136,11 @@ def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sft", "forward_kl", *VARIANTS, "grpo+kd"])
 def test_a_mean_of_micro_batches_would_fail(whole, name):
-    """The classic bug: dividing each micro-batch by its own count. It must not pass the comparison above."""
+    """The classic bug is dividing each micro-batch by its own count: it must not pass."""
     docs, want = whole
     model, teacher, every = build()
 
-    carrying = [m for m in Batch.pack(docs).split(14) if m.normaliser]
+    carrying = [m for m in GlobalBatch(docs).split(14) if m.normaliser]
     norm = sum(m.normaliser for m in carrying)
 
     def mean_of_means(hidden, head, frozen, micro):

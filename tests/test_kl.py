@@ -1,8 +1,10 @@
-"""The KL to the reference, by estimate and by place: gradients by exact enumeration, and that it falls when nothing else is rewarded."""
+"""The KL to the reference, by estimate and by place: gradients by exact enumeration.
+
+And that it falls where nothing else is rewarded.
+"""
 
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import math
@@ -14,11 +16,11 @@ import torch
 
 import train
 from data.batch import WEIGHTINGS, Batch, Document
-from data.grade import Verdict
 from losses.grpo import KL_ESTIMATES, grpo_loss
 from rl.advantage import BASELINES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
-from rl.rollout import Rollouts
+from rl.rollout import GRPORollouts
+from rl.sample import RolloutConfig
 from run import read_metrics
 
 IDS, STOP, BETA = 3, 2, 0.4
@@ -26,8 +28,11 @@ LOSS = dict(variant="token", clip_low=0.2, clip_high=0.28, vocab=IDS)
 
 
 class Sequences:
-    """All sequences of a three-id vocabulary that end with the stop id or at `longest` tokens, under a policy and a reference that are
-    free in every context. Sums over `documents`, weighted by their probability, are expectations."""
+    """All sequences of a three-id vocabulary that end with the stop id or at `longest` tokens.
+
+    Policy and reference are free in every context. Sums over `documents`, weighted by their
+    probability, are expectations.
+    """
 
     def __init__(self, longest, seed=0):
         gen = torch.Generator().manual_seed(seed)
@@ -57,14 +62,16 @@ class Sequences:
         return sum(self.token_logps(y, logp_PV))
 
     def documents(self):
-        """One per sequence: the prompt is a single id, each token weighs the sequence's probability."""
+        """One per sequence, with a prompt of one id; tokens weigh the sequence's probability."""
         logp_PV, ref_PV, made = self.log_policy().tolist(), self.ref_PV.tolist(), []
-        for y, p in zip(self.all, self.probabilities()):
+        for y, p in zip(self.all, self.probabilities(), strict=True):
             fields = {
                 "old_logp": self.token_logps(y, logp_PV),
                 "ref_logp": self.token_logps(y, ref_PV),
             }
-            fields = {name: np.array([0.0, *x]) for name, x in fields.items()}
+            fields = {
+                name: torch.tensor([0.0, *x], dtype=torch.float64) for name, x in fields.items()
+            }
             made.append(Document(np.array([0, *y]), np.array([0.0, *[p] * len(y)]), fields))
         return made
 
@@ -73,10 +80,8 @@ class Sequences:
         rows = []
         for d in documents:
             y = tuple(d.tokens[1:].tolist())
-            rows += [
-                *(self.contexts[y[:t]] for t in range(len(y))),
-                0,
-            ]  # the last position predicts nothing
+            rows += [self.contexts[y[:t]] for t in range(len(y))]
+            rows.append(0)  # the last position predicts nothing
         batch = Batch.pack(documents)
         loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, **LOSS | arguments)
         return loss_sum / batch.normaliser
@@ -109,7 +114,7 @@ class Sequences:
         )
 
     def sequence_kl(self, forward=False):
-        """KL(policy ‖ reference) of whole sequences by its definition; forward: KL(reference ‖ policy)."""
+        """KL(policy ‖ reference) of whole sequences; forward: KL(reference ‖ policy)."""
         logp_PV = self.log_policy()
         total = 0.0
         for y in self.all:
@@ -120,7 +125,10 @@ class Sequences:
         return total
 
     def next_token_kl(self, forward=False):
-        """The KL of the next token, over the contexts that the policy reaches; how often it reaches them has no gradient."""
+        """The KL of the next token, over the contexts that the policy reaches.
+
+        How often it reaches them has no gradient.
+        """
         logp_PV = self.log_policy()
         a_PV, b_PV = (self.ref_PV, logp_PV) if forward else (logp_PV, self.ref_PV)
         kl_P = (a_PV.exp() * (a_PV - b_PV)).sum(1)
@@ -135,15 +143,17 @@ class Sequences:
         documents = self.documents()
         for d in documents:
             loss = penalty(d, estimate, BETA)
-            d.fields = {
-                "advantage": np.full(len(d), 0.7 - loss)
-            }  # a baseline changes nothing on average
+            # a baseline changes nothing on average
+            d.fields = {"advantage": torch.full((len(d),), 0.7 - loss, dtype=torch.float64)}
         return self.gradient(documents)
 
     def in_loss(self, estimate):
         documents = self.documents()
         for d in documents:
-            d.fields = {"advantage": np.zeros(len(d)), "ref_logp": d.fields["ref_logp"]}
+            d.fields = {
+                "advantage": torch.zeros(len(d), dtype=torch.float64),
+                "ref_logp": d.fields["ref_logp"],
+            }
         return self.gradient(documents, beta=BETA, kl=estimate)
 
 
@@ -170,8 +180,11 @@ def test_other_estimates_in_the_reward_are_the_gradient_of_something_else():
 
 @pytest.mark.parametrize("longest", [1, 2, 3])
 def test_estimates_in_the_loss_are_gradients_of_the_next_tokens_kl(longest):
-    """k2: of KL(policy ‖ reference), k3: of KL(reference ‖ policy), k1: of nothing. For one token that is the whole KL; for several, how
-    the policy comes to its contexts has no part in it."""
+    """k2: of KL(policy ‖ reference), k3: of KL(reference ‖ policy), k1: of nothing.
+
+    For one token that is the whole KL; for several, how the policy comes to its contexts has no
+    part in it.
+    """
     world = Sequences(longest)
     assert_same(world.in_loss("k2"), BETA * world.flat(world.next_token_kl()))
     assert_same(world.in_loss("k3"), BETA * world.flat(world.next_token_kl(forward=True)))
@@ -187,19 +200,19 @@ def test_estimates_in_the_loss_are_gradients_of_the_next_tokens_kl(longest):
         assert float((world.in_loss("k2") - whole).norm() / whole.norm()) > 0.01
 
 
-# --- training on nothing but the KL ----------------------------------------------------------------------------------------
+# --- training on nothing but the KL ---------------------------------------------------------------
 
 
 def penalty(document, estimate, beta=1.0):
-    """What the KL in the reward costs a sample; by an estimate that is refused: what it would cost."""
+    """What the KL in the reward costs a sample, or would cost by an estimate that is refused."""
     if estimate == "k1":
         return kl_penalty(document, beta)
-    gaps = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
+    gaps = document.fields["old_logp"] - document.fields["ref_logp"]
     return beta * float(KL_ESTIMATES[estimate](gaps).sum())
 
 
 def trained(place, estimate, seed, steps=100, groups=2, samples=8):
-    """(KL of whole sequences before, after) of GRPO steps on samples whose reward is 0, at beta 1."""
+    """(KL of whole sequences before, after) of GRPO steps on samples without reward, at beta 1."""
     world, rng = Sequences(3, seed), np.random.default_rng(seed)
     optimizer = torch.optim.Adam([world.hidden_PD, world.head_VD], lr=0.03)
     before = world.sequence_kl().item()
@@ -212,8 +225,8 @@ def trained(place, estimate, seed, steps=100, groups=2, samples=8):
                 advantages_G = advantages_G + kl_advantages(
                     [penalty(d, estimate) for d in group], "std"
                 )
-            for d, advantage in zip(group, advantages_G):
-                d.fields["advantage"] = np.full(len(d), advantage)
+            for d, advantage in zip(group, advantages_G, strict=True):
+                d.fields["advantage"] = torch.full((len(d),), advantage, dtype=torch.float64)
             documents += group
         optimizer.zero_grad()
         world.loss(documents, beta=float(place == "loss"), kl=estimate).backward()
@@ -237,68 +250,76 @@ def test_what_is_refused_does_not_take_it_down(place, estimate):
     assert min(ratios) > 0.5 and max(ratios) > 1
 
 
-def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
-    """(gradient of a group's step with the KL in the reward, the rollout's metrics), as `Rollouts` makes
-    it. The completions are samples of the policy; the fields that it needs are written beside them."""
-    world = Sequences(3)
-    samples = len(rewards)
-    group = world.sampler(np.random.default_rng(1))(samples)
+class Given(GRPORollouts):
+    """A group of samples of the policy, with the rewards and log-probs that are given."""
 
-    def write(prompts, seeds):
+    group: list
+    rewards: tuple
+
+    def generate(self, prompts, seeds):
         return [
             SimpleNamespace(tokens=d.tokens[1:].tolist(), logp=[0.0] * (len(d) - 1), stopped=True)
-            for d in group
+            for d in self.group
         ]
 
-    left = list(rewards)
+    def add_rewards(self, samples):
+        for sample, reward in zip(samples, self.rewards, strict=True):
+            sample.reward = reward
+            sample.reward_parts = {"accuracy": reward}
 
-    def judge(example, completion):
-        reward = left.pop(0)
-        return reward, {"accuracy": reward}, Verdict(reward > 0, reward > 0, True), ""
+    def add_policy_logprobs(self, samples):
+        for sample, given in zip(samples, self.group, strict=True):
+            sample.document.fields |= given.fields
 
-    def score(documents):
-        for document, sampled in zip(documents, group):
-            document.fields |= sampled.fields
 
-    source = Rollouts(
-        lambda position: (SimpleNamespace(question="", answer=""), [0]),
-        write,
-        judge,
-        score,
-        per_batch=1,
-        samples=samples,
-        seed=0,
+class OnePrompt:
+    formatter = SimpleNamespace(prompt=lambda example: [0])
+
+    def __len__(self):
+        return 1
+
+    def example(self, index):
+        return SimpleNamespace(question="", answer="")
+
+
+def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
+    """(gradient of a group's step with the KL in the reward, the rollout's batch)."""
+    world = Sequences(3)
+    config = RolloutConfig(
+        prompts_per_batch=1,
+        samples_per_prompt=len(rewards),
         weighting=WEIGHTINGS["token"],
-        baseline=baseline,
-        price=functools.partial(kl_penalty, beta=beta),
+        max_new_tokens=3,
+        stop_ids=[STOP],
+        vocab_size=IDS,
+        advantage=baseline,
+        kl_penalty_coef=beta,
     )
+    source = Given(OnePrompt(), None, config, reward=None)
+    source.group = world.sampler(np.random.default_rng(1))(len(rewards))
+    source.rewards = rewards
     batch = next(source)
     return world.gradient(batch.documents), batch
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_kl_in_the_reward_is_proportional_to_beta(baseline):
-    """Where the task rewards are equal nothing else has a gradient, and no baseline may normalise it."""
+    """Where rewards are equal nothing else has a gradient, and no baseline may normalise it."""
     one, batch = kl_gradient(1.0, baseline)
     assert float(one.norm()) > 1e-3
     for beta in (1e-4, 0.02, 7.0):
         other, _ = kl_gradient(beta, baseline)
         assert_same(other, beta * one)
     assert kl_gradient(0.0, baseline)[0].norm() == 0
-    assert batch.metrics["rollout/spread"] == (0.0, 1) and batch.metrics["rollout/reward"] == (
-        8.0,
-        8,
-    )
+    assert batch.metrics["rollout/spread"] == (0.0, 1)
+    assert batch.metrics["rollout/reward"] == (8.0, 8)
 
 
 @pytest.mark.parametrize(
     "baseline,of_rewards,times",
     [
-        (
-            "std",
-            1 / (math.sqrt(4 / 3) + 1e-4),
-            1.0,
-        ),  # rewards 1 −1 −1 1: mean 0, variance over G − 1: 4/3
+        # rewards 1 −1 −1 1: mean 0, variance over G − 1: 4/3
+        ("std", 1 / (math.sqrt(4 / 3) + 1e-4), 1.0),
         ("mean", 1.0, 1.0),
         ("leave_one_out", 4 / 3, 4 / 3),
     ],
@@ -308,30 +329,35 @@ def test_advantages_of_rewards_and_penalties_by_hand(baseline, of_rewards, times
     got = group_advantages(rewards, baseline) + kl_advantages(penalties, baseline)
     from_kl = [-0.4 * times, 0.0, 0.4 * times, 0.0]
     assert got == pytest.approx(
-        [sign * of_rewards + kl for sign, kl in zip((1, -1, -1, 1), from_kl)], rel=1e-12
+        [sign * of_rewards + kl for sign, kl in zip((1, -1, -1, 1), from_kl, strict=True)],
+        rel=1e-12,
     )
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
-    """By the definition, from the samples' log-probs; penalties are small beside the rewards' deviation."""
+    """By the definition, from log-probs; penalties are small beside the rewards' deviation."""
     rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     _, batch = kl_gradient(0.1, baseline, rewards)
-    penalties = [0.1 * (d.fields["old_logp"] - d.fields["ref_logp"]).sum() for d in batch.documents]
+    penalties = [
+        0.1 * float((d.fields["old_logp"] - d.fields["ref_logp"]).sum()) for d in batch.documents
+    ]
     deviation = np.std(rewards, ddof=1) + 1e-4 if baseline == "std" else 1.0
     for i, d in enumerate(batch.documents):
         others = [j for j in range(8) if j != i] if baseline == "leave_one_out" else list(range(8))
         of_task = (rewards[i] - np.mean([rewards[j] for j in others])) / deviation
         of_kl = penalties[i] - np.mean([penalties[j] for j in others])
-        assert d.fields["advantage"] == pytest.approx(
-            np.full(len(d), of_task - of_kl), rel=1e-9, abs=1e-12
-        )
+        want = pytest.approx(np.full(len(d), of_task - of_kl), rel=1e-9, abs=1e-12)
+        assert d.fields["advantage"].numpy() == want
     assert np.std(penalties) > 1e-3
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """(checkpoint of a reference, one of a policy that was moved away from it: the same problems in another style)."""
+    """(checkpoint of a reference, one of a policy that was moved away from it).
+
+    The policy was trained on the same problems in another style.
+    """
     cwd = tmp_path_factory.mktemp("moved")
     common = [
         "--mode=sft",
@@ -340,35 +366,12 @@ def moved(tmp_path_factory):
         "--save_every=0",
         "--batch_size=16",
     ]
+    first = ["--model=tiny-teacher", "--data=word_problems:400", "--steps=100", "--lr=3e-3"]
+    ref = cwd / "runs/ref/checkpoints/step-100"
+    second = [f"--model={ref}", "--data=word_problems_talk:200", "--steps=20", "--lr=3e-4"]
     with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()):
-        assert (
-            train.main(
-                [
-                    *common,
-                    "--model=tiny-teacher",
-                    "--data=word_problems:400",
-                    "--steps=100",
-                    "--lr=3e-3",
-                    "--name=ref",
-                ]
-            )
-            == 0
-        )
-        ref = cwd / "runs/ref/checkpoints/step-100"
-        assert (
-            train.main(
-                [
-                    *common,
-                    f"--model={ref}",
-                    "--data=word_problems_talk:200",
-                    "--steps=20",
-                    "--batch_size=8",
-                    "--lr=3e-4",
-                    "--name=policy",
-                ]
-            )
-            == 0
-        )
+        assert train.main([*common, *first, "--name=ref"]) == 0
+        assert train.main([*common, *second, "--batch_size=8", "--name=policy"]) == 0
     return ref, cwd / "runs/policy/checkpoints/step-20"
 
 
@@ -404,7 +407,6 @@ def test_a_run_with_a_zero_reward_goes_back_to_its_reference(moved, tmp_path, ar
         assert train.main([*args, f"--seed={seed}", "--save_every=0", "--name=r"]) == 0
     kl = [m["train/ref_kl"] for m in read_metrics(tmp_path / "runs/r") if "train/ref_kl" in m]
     first, last = np.mean(kl[:5]), np.mean(kl[-5:])
-    print(
-        f"{args[0]} seed {seed}: {first:.3f} -> {last:.3f}"
-    )  # seen with -s, and in the log of a failure
+    # seen with -s, and in the log of a failure
+    print(f"{args[0]} seed {seed}: {first:.3f} -> {last:.3f}")
     assert last < first / 4

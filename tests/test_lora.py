@@ -377,11 +377,11 @@ def test_masks_belong_to_seed_step_and_document():
 
 
 def test_flops_leave_out_the_gradients_of_what_is_frozen():
-    from data.batch import Batch
+    from data.batch import GlobalBatch
 
     base, model = adapted()
-    batch = Batch.pack(documents(np.random.default_rng(0), 4))
-    tokens, rows = len(batch.tokens_T), len(batch.rows_N)
+    batch = GlobalBatch(documents(np.random.default_rng(0), 4))
+    tokens, rows = sum(batch.lengths), batch.loss_rows
     full = step_flops(batch, small(), None, 50)
     matrices = sum(p.numel() for n, p in base.layers.named_parameters() if p.dim() == 2)
     more = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
@@ -417,7 +417,7 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
     """In bf16, as on a GPU: the base in bf16 once, for policy, reference and generation; fp32 for adapters only. Every tensor that Python can
     reach in the middle of the step is counted."""
     seen, copies = [], []
-    step, inner = train.forward_backward, train.generate
+    step, inner = train.forward_backward, generate
 
     def writing(author, *args, **more):
         copies.append(in_compute_dtype(author))  # kept, as the one that generation makes for itself
@@ -441,7 +441,7 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
         if type(t) in (torch.Tensor, torch.nn.Parameter) and t.shape == (96, 256)
     ]
     assert not before
-    monkeypatch.setattr(train, "generate", writing)
+    monkeypatch.setattr("rl.rollout.generate", writing)
     monkeypatch.setattr(train, "forward_backward", counting)
     kept, build = [], train.build
     monkeypatch.setattr(train, "build", lambda cfg, run: kept.append(run) or build(cfg, run))
@@ -452,18 +452,18 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
         assert len(storages) == 3 and {dtype for _, dtype in storages} == {
             torch.bfloat16
         }  # one per layer
-    models = (run.model, run.reference, copies[-1])
+    models = (run.policy, run.reference, copies[-1])
     parameters = {
         p.untyped_storage().data_ptr(): p.numel() * p.element_size()
         for m in models
         for p in m.parameters()
     }
     base = sum(p.numel() * 2 for p in run.reference.parameters())
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
     assert sum(parameters.values()) == base + trained * (
         4 + 2
     )  # masters, and generation's bf16 copies of them
-    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in run.policy.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, reward, monkeypatch):
@@ -483,7 +483,7 @@ def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, re
     assert train.main([*GRPO, reward, f"--runs={tmp_path}", "--name=r"]) == 0
     (run,) = kept
     plain = build_model(
-        run.model.config, None, device="cpu", seed=0
+        run.policy.config, None, device="cpu", seed=0
     )  # what --model=tiny-teacher --seed=0 is
     assert not lora.adapters(run.reference)
     for (name, p), (_, q) in zip(
@@ -493,10 +493,10 @@ def test_the_reference_is_the_base_and_its_log_probs_are_those_used(tmp_path, re
     for batch in used:
         with torch.no_grad():
             attend = PackedAttention(batch.lengths)
-            for model, same in ((plain, True), (run.model, False)):
+            for model, same in ((plain, True), (run.policy, False)):
                 rows = (
                     batch.select(model(batch.tokens_T, batch.positions_T, attend))
-                    @ model.head_VD[: run.vocab].T
+                    @ model.head_VD[: run.vocab_size].T
                 )
                 logp = (
                     torch.log_softmax(rows.double(), 1)

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank alone is the same line on all of them, and no traceback of the process group."""
+"""What goes wrong on one rank alone is the same line on all, and no traceback of the group."""
 
 import contextlib
 import functools
@@ -140,7 +140,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
         and "gloo" not in no_folder[1][1]
     )
     for name, (_, _, code, words) in cases.items():
-        (code_0, said_0), (code_1, said_1) = dict(zip(cases, told))[name]
+        (code_0, said_0), (code_1, said_1) = dict(zip(cases, told, strict=True))[name]
         assert code_0 == code, (name, said_0)
         assert code_1 == (code if isinstance(code, int) else 1), (name, said_1)
         assert (

@@ -1,4 +1,4 @@
-"""Rollouts through the command: grpo and on-policy distillation run, resume bit for bit, refuse what cannot work."""
+"""Rollouts through the command: they run, resume bit for bit, and refuse what cannot work."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ GRPO = [
 
 
 def run(*args, cwd, ranks=0):
-    """In this process where one rank does: most of a small run is its start. Returns (exit code, what was said)."""
+    """(exit code, output) of a run: in this process where one rank does, since a start is slow."""
     if ranks:
         result = test_train.run(*args, cwd=cwd, ranks=ranks)
         return result.returncode, result.stderr
@@ -53,7 +53,8 @@ def start(tmp_path_factory):
 def reward(tmp_path):
     """A reward with spread on gibberish: how often the letter e is written."""
     (tmp_path / "mine.py").write_text(
-        "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+        "def letters(example, completion):\n"
+        "    return completion.count('e') + 0.01 * len(completion)\n"
     )
     return f"--grpo_reward={tmp_path / 'mine.py'}:letters"
 
@@ -66,9 +67,8 @@ def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
     code, said = run(*GRPO, f"--model={start}", reward, "--name=r", cwd=tmp_path)
     assert code == 0, said
     lines = rollout_lines(tmp_path / "runs/r")
-    assert len(lines) == 6 and {
-        f"rollout/{k}" for k in ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")
-    } <= set(lines[0])
+    names = ("truncated", "unparsed", "disagree", "spread", "kept", "tokens")
+    assert len(lines) == 6 and {f"rollout/{name}" for name in names} <= set(lines[0])
     assert all(
         m["train/sampler_mismatch"] < 1e-4
         and 0 < m["train/entropy"] < 7
@@ -194,7 +194,10 @@ def f(example, completion):
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
-    """Two steps with advantages fill AdamW's momentum, three have none: weights and optimizer state stay as they are, to the bit."""
+    """Two steps with advantages fill AdamW's momentum, three have none.
+
+    In those weights and optimizer state stay as they are, to the bit.
+    """
     (tmp_path / "mine.py").write_text(
         SPREAD_AT_FIRST.replace("16", "8" if ranks else "16")
     )  # each rank counts its own samples
@@ -262,7 +265,7 @@ def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start
 def test_the_format_is_that_of_prompt_and_completion_together(
     start, tmp_path, monkeypatch, opens, text, parts
 ):
-    """A template whose generation prompt opens <think>: the best completion there can be begins behind it."""
+    """Where the generation prompt opens <think>, the best completion begins behind it."""
     folder = tmp_path / "model"
     shutil.copytree(start, folder)
     if opens:
@@ -274,7 +277,7 @@ def test_the_format_is_that_of_prompt_and_completion_together(
         ids = [*tokenizer.encode(text), tokenizer.stop_ids()[0]]
         return [Completion(ids, [-1.0] * len(ids), True) for _ in prompts]
 
-    monkeypatch.setattr(train, "generate", write)
+    monkeypatch.setattr("rl.rollout.generate", write)
     (tmp_path / "d.jsonl").write_text('{"question": "6+6?", "answer": "12"}\n')
     args = [
         f"--model={folder}",
@@ -305,7 +308,11 @@ def test_rewards_that_read_no_gold_answer_need_none(start, tmp_path):
 
 def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
     (tmp_path / "bad.py").write_text(
-        "import os\ndef f(e, c):\n    if os.environ['RANK'] == '1':\n        raise KeyError('x')\n    return 1.0\n"
+        "import os\n"
+        "def f(e, c):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise KeyError('x')\n"
+        "    return 1.0\n"
     )
     code, said = run(
         *GRPO,

@@ -1,4 +1,4 @@
-"""Rollouts with a fake model: which documents a batch holds, whatever the ranks, the refills and the interruptions."""
+"""Rollouts with a fake model: what a batch holds, whatever the ranks, rounds and interruptions."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from data.batch import WEIGHTINGS, constant_length
 from data.grade import Verdict
@@ -15,16 +16,29 @@ from data.tasks import Example
 from errors import UserError
 from rl.advantage import group_advantages
 from rl.reward import parse_reward
-from rl.rollout import Mixed, Rollouts, sample_seed
+from rl.rollout import GRPORollouts, MixedSource, Rollouts, sample_seed
+from rl.sample import RolloutConfig
 from tests import distributed_workers as workers
 
 SAMPLES, SEED = 3, 5
 CONSTANT = functools.partial(constant_length, length=8)
 
 
-def prompt_at(position):
-    example = SimpleNamespace(question=f"q{position}", answer=str(position), position=position)
-    return example, [90 + position % 7] * (1 + position % 3)
+class Prompts:
+    """An endless data set: the example at a position, and its prompt."""
+
+    def __init__(self):
+        self.formatter = SimpleNamespace(prompt=prompt_of)
+
+    def __len__(self):
+        return 0
+
+    def example(self, position):
+        return SimpleNamespace(question=f"q{position}", answer=str(position), position=position)
+
+
+def prompt_of(example):
+    return [90 + example.position % 7] * (1 + example.position % 3)
 
 
 def write(prompts, seeds):
@@ -32,54 +46,84 @@ def write(prompts, seeds):
     done = []
     for rng in map(random.Random, seeds):
         tokens = [rng.randrange(50) for _ in range(rng.randint(1, 6))]
-        done.append(
-            SimpleNamespace(
-                tokens=tokens, logp=[-rng.random() for _ in tokens], stopped=rng.random() < 0.7
-            )
-        )
+        logp = [-rng.random() for _ in tokens]
+        done.append(SimpleNamespace(tokens=tokens, logp=logp, stopped=rng.random() < 0.7))
     assert len(done) == len(prompts)
     return done
 
 
-def judge(example, completion):
-    """Every third prompt is solved by all of its samples; the others by some."""
-    right = completion.tokens[-1] % 2 == 0
-    parts = (
-        {"accuracy": float(right), "format": 0.25 * completion.stopped}
-        if example.position % 3 != 1
-        else {"accuracy": 1.0}
-    )
-    verdict = SimpleNamespace(
-        strict=right,
-        lenient=right or completion.stopped,
-        parsed=right or len(completion.tokens) > 2,
-    )
-    return sum(parts.values()), parts, verdict, f"text of {completion.tokens}"
+def judge(example, tokens, stopped):
+    """(reward, parts, verdict): every third prompt is solved by all samples, the others by some."""
+    right = tokens[-1] % 2 == 0
+    parts = {"accuracy": 1.0}
+    if example.position % 3 != 1:
+        parts = {"accuracy": float(right), "format": 0.25 * stopped}
+    verdict = Verdict(right, right or stopped, right or len(tokens) > 2)
+    return sum(parts.values()), parts, verdict
 
 
-def score(documents):
-    for d in documents:
-        d.fields["old_logp"] = d.fields["sampler_logp"] * 1.01
+class FakeRollouts(GRPORollouts):
+    """The real stages around a fake model and a fake grader."""
+
+    def generate(self, prompts, seeds):
+        return write(prompts, seeds)
+
+    def grade(self, example, sample):
+        sample.text = f"text of {sample.completion}"
+        reward, parts, verdict = judge(example, sample.completion, sample.stopped)
+        sample.reward, sample.reward_parts, sample.verdict = reward, parts, verdict
+        sample.correctness = reward
+
+    def add_policy_logprobs(self, samples):
+        for sample in samples:
+            fields = sample.document.fields
+            fields["old_logp"] = fields["sampler_logp"] * 1.01
 
 
-def make(rank=0, world=1, **arguments):
-    defaults = dict(per_batch=3, samples=SAMPLES, seed=SEED, weighting=WEIGHTINGS["sequence"])
-    calls = [arguments.pop(name, f) for name, f in (("judge", judge), ("score", score))]
-    return Rollouts(prompt_at, write, *calls, **defaults | arguments, rank=rank, world=world)
+class AllAlike(FakeRollouts):
+    """Every sample is right."""
+
+    def grade(self, example, sample):
+        sample.reward, sample.verdict = 1.0, Verdict(True, True, True)
+        sample.correctness = 1.0
+
+
+class PlainRollouts(Rollouts):
+    def generate(self, prompts, seeds):
+        return write(prompts, seeds)
+
+
+def config_of(**changes):
+    defaults = {
+        "prompts_per_batch": 3,
+        "samples_per_prompt": SAMPLES,
+        "seed": SEED,
+        "weighting": WEIGHTINGS["sequence"],
+        "max_new_tokens": 6,
+        "stop_ids": [],
+        "vocab_size": 50,
+    }
+    return RolloutConfig(**defaults | changes)
+
+
+def make(kind=FakeRollouts, **changes):
+    return kind(Prompts(), None, config_of(**changes), reward=None)
 
 
 def drawn(position):
     """(prompt ids, completions, judgements) of a group, from its position alone."""
-    example, ids = prompt_at(position)
+    example = Prompts().example(position)
+    ids = prompt_of(example)
     completions = write([ids] * SAMPLES, [sample_seed(SEED, position, s) for s in range(SAMPLES)])
-    return ids, completions, [judge(example, c) for c in completions]
+    return ids, completions, [judge(example, c.tokens, c.stopped) for c in completions]
 
 
 def group(position, mask_truncated=False):
-    """What a group's documents should be under the sequence weighting, as `told` tells them."""
+    """What a group's documents should be under the sequence weighting, as `described` has them."""
     ids, completions, judged = drawn(position)
     made = []
-    for c, advantage in zip(completions, group_advantages([j[0] for j in judged], "std")):
+    advantages = group_advantages([reward for reward, _, _ in judged], "std")
+    for c, advantage in zip(completions, advantages, strict=True):
         weight = 0.0 if mask_truncated and not c.stopped else 1 / len(c.tokens)
         zeros, logp = [0.0] * len(ids), np.array([0.0] * len(ids) + c.logp)
         fields = {
@@ -87,28 +131,22 @@ def group(position, mask_truncated=False):
             "old_logp": list(logp * 1.01),
             "sampler_logp": list(logp),
         }
-        made.append(
-            (
-                tuple(ids + c.tokens),
-                tuple(zeros + [weight] * len(c.tokens)),
-                json.dumps(fields),
-                None,
-            )
-        )
+        weights = (*zeros, *[weight] * len(c.tokens))
+        made.append((tuple(ids + c.tokens), weights, json.dumps(fields), None))
     return made
 
 
 def has_spread(position):
-    return len({reward for reward, *_ in drawn(position)[2]}) > 1
+    return len({reward for reward, _, _ in drawn(position)[2]}) > 1
 
 
-def told(batch):
+def described(batch):
     return [
         (
             tuple(d.tokens.tolist()),
             tuple(d.weights.tolist()),
-            json.dumps({k: d.fields[k].tolist() for k in sorted(d.fields)}),
-            d.share,
+            json.dumps({name: d.fields[name].tolist() for name in sorted(d.fields)}),
+            d.normalizer_weight,
         )
         for d in batch.documents
     ]
@@ -118,125 +156,124 @@ def groups(positions, **how):
     return [d for p in positions for d in group(p, **how)]
 
 
-def test_batches_are_whole_groups_in_order_updates_within_epochs():
-    asked = []
+def test_batches_are_whole_groups_in_order_minibatches_within_epochs():
+    scored = []
 
-    def scored(documents):
-        asked.append(len(documents))
-        score(documents)
+    class Counting(FakeRollouts):
+        def add_policy_logprobs(self, samples):
+            scored.append(len(samples))
+            super().add_policy_logprobs(samples)
 
-    source = make(updates=2, epochs=2, score=scored)
+    source = make(Counting, minibatches=2, ppo_epochs=2)
     batches = [next(source) for _ in range(10)]
-    want = (
-        [range(0, 3), range(3, 6)] * 2
-        + [range(6, 9), range(9, 12)] * 2
-        + [range(12, 15), range(15, 18)]
-    )
-    assert [told(b) for b in batches] == [groups(w) for w in want]
-    assert asked == [6 * SAMPLES] * 3, (
+    first, second, third = (range(n, n + 6) for n in (0, 6, 12))
+    halves = [(six[:3], six[3:]) for six in (first, second, third)]
+    want = [*halves[0] * 2, *halves[1] * 2, *halves[2]]
+    assert [described(b) for b in batches] == [groups(w) for w in want]
+    assert scored == [6 * SAMPLES] * 3, (
         "log-probs are taken once per rollout, before its first update"
     )
-    assert (
-        [bool(b.metrics) for b in batches]
-        == [bool(b.samples) for b in batches]
-        == [i % 4 == 0 for i in range(10)]
-    )
+    starts = [i % 4 == 0 for i in range(10)]
+    assert [bool(b.metrics) for b in batches] == [bool(b.samples) for b in batches] == starts
     assert all(b.normaliser == pytest.approx(9) for b in batches)
-    assert batches[0].tokens_T.tolist() == [t for d in told(batches[0]) for t in d[0]]
+    (packed,) = batches[0].split(10_000)
+    assert sorted(packed.tokens_T.tolist()) == sorted(t for d in groups(range(3)) for t in d[0])
 
 
-def test_weights_share_and_masks():
-    """mask_truncated takes the loss off a sample that did not stop; its reward stays in the group's mean."""
-    masked = next(make(mask_truncated=True, per_batch=6))
-    assert told(masked) == groups(range(6), mask_truncated=True)
+def test_weighting_and_masks():
+    """mask_truncated takes the loss off a sample that did not stop, not its reward off the mean."""
+    masked = next(make(mask_truncated=True, prompts_per_batch=6))
+    assert described(masked) == groups(range(6), mask_truncated=True)
     stopped = [c.stopped for p in range(6) for c in drawn(p)[1]]
     assert masked.normaliser == pytest.approx(sum(stopped)) and 0 < sum(stopped) < len(stopped)
-    masked = next(make(mask_truncated=True, weighting=CONSTANT, per_batch=6))
+    masked = next(make(mask_truncated=True, weighting=CONSTANT, prompts_per_batch=6))
     assert masked.normaliser == sum(stopped), (
         "the divisor of Dr. GRPO counts no masked sample either"
     )
-    constant = next(make(weighting=CONSTANT, per_batch=6))
-    assert constant.normaliser == 6 * SAMPLES and set(constant.weight_T.tolist()) == {0.0, 1 / 8}
+    constant = next(make(weighting=CONSTANT, prompts_per_batch=6))
+    assert constant.normaliser == 6 * SAMPLES
+    assert {w for d in constant.documents for w in d.weights.tolist()} == {0.0, 1 / 8}
     tokens = next(make(weighting=WEIGHTINGS["token"]))
     assert tokens.normaliser == sum(len(c.tokens) for p in range(3) for c in drawn(p)[1])
-    plain = next(make(judge=None, score=None))
-    assert [set(d.fields) for d in plain.documents] == [{"sampler_logp"}] * 9, (
-        "a rollout for distillation has no rewards"
-    )
-    assert plain.metrics.keys() == {
+
+
+def test_a_rollout_for_distillation_has_no_rewards():
+    plain = next(PlainRollouts(Prompts(), None, config_of(samples_per_prompt=1)))
+    assert [set(d.fields) for d in plain.documents] == [{"sampler_logp"}] * 3
+    assert [d[0] for d in described(plain)] == [group(p)[0][0] for p in range(3)]
+    assert list(plain.metrics) == [
         "rollout/tokens",
         "rollout/truncated",
         "rollout/kept",
         "rollout/seconds",
-    }
+    ]
 
 
-def refilled(start, wanted, refills):
+def dynamic(start, wanted, rounds):
     """(kept positions, next position) of one rollout, by the definition of dynamic sampling."""
     kept = []
-    for _ in range(1 + refills):
+    for _ in range(1 + rounds):
         stop = start + wanted - len(kept)
         kept += [p for p in range(start, stop) if has_spread(p)]
         start = stop
     return kept, start
 
 
-@pytest.mark.parametrize("refills", [1, 2, 9])
-def test_refills_replace_groups_without_spread(refills):
-    source, position = make(per_batch=2, updates=2, refills=refills), 0
+@pytest.mark.parametrize("rounds", [1, 2, 9])
+def test_dynamic_sampling_replaces_groups_without_spread(rounds):
+    source = make(prompts_per_batch=2, minibatches=2, dynamic_sampling_rounds=rounds)
+    position = 0
     for _ in range(3):
-        kept, stop = refilled(position, 4, refills)
+        kept, stop = dynamic(position, 4, rounds)
         first, second = next(source), next(source)
-        assert told(first) == groups(kept[:2]) and told(second) == groups(kept[2:])
+        assert described(first) == groups(kept[:2]) and described(second) == groups(kept[2:])
         assert first.metrics["rollout/kept"] == (len(kept), stop - position)
-        assert source.state()["position"] == stop and (refills < 9 or len(kept) == 4)
+        assert source.state()["position"] == stop and (rounds < 9 or len(kept) == 4)
         position = stop
 
 
-# --- what dynamic sampling looks at: correctness, by the real rewards -----------------------------------------------------
+# --- what dynamic sampling looks at: correctness, by the real rewards -----------------------------
 
 LIMIT = 8  # new tokens
 RIGHT, WRONG = Verdict(True, True, True), Verdict(False, False, True)
 
 
-def group_of(spec, samples, **more):
-    """The Group that Rollouts makes of (text, verdict, tokens, stopped) samples under a --grpo_reward, by their verdicts as given."""
+def teaches(spec, given, **more):
+    """Whether a group of (text, verdict, tokens, stopped) is trained on under a --grpo_reward."""
     reward = parse_reward(spec, LIMIT, **more)
-
-    def judge(example, completion):
-        text, verdict, tokens, stopped = completion.sample
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rl.reward.grade", lambda example, text: verdict)
-            return *reward(example, text, tokens, stopped), text
-
-    def write(prompts, seeds):
-        return [
-            SimpleNamespace(tokens=[1] * s[2], logp=[-1.0] * s[2], stopped=s[3], sample=s)
-            for s in samples
-        ]
-
     example = Example(({"role": "user", "content": "1+1?"},), "2", "word_problems")
-    source = Rollouts(
-        lambda position: (example, [1]),
-        write,
-        judge,
-        None,
-        per_batch=1,
-        samples=len(samples),
-        seed=0,
-        weighting=WEIGHTINGS["token"],
-        correctness=reward.correctness,
-        refills=1,
+
+    class Given(GRPORollouts):
+        def generate(self, prompts, seeds):
+            return [
+                SimpleNamespace(tokens=[i] * tokens, logp=[-1.0] * tokens, stopped=stopped)
+                for i, (_, _, tokens, stopped) in enumerate(given)
+            ]
+
+        def grade(self, example, sample):
+            text, verdict = given[sample.completion[0]][:2]
+            decode = SimpleNamespace(decode=lambda ids, skip_special: text)
+            self.dataset.formatter.tokenizer = decode
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rl.reward.grade", lambda example, text: verdict)
+                super().grade(example, sample)
+
+    data = Prompts()
+    data.example = lambda position: example
+    data.formatter = SimpleNamespace(prompt=lambda example: [1], opened=lambda example: "")
+    config = config_of(
+        prompts_per_batch=1, samples_per_prompt=len(given), dynamic_sampling_rounds=1
     )
-    (group,) = source._groups([0])
+    source = Given(data, None, config, reward)
+    samples = source.draw(1)
+    kept = bool(source.informative(samples))
     batch = next(source)
-    assert (len(batch.documents) > 0) == group.teaches(), (
+    assert bool(batch.documents) == kept, (
         "a group that does not teach is replaced, here by its like: none is left"
     )
-    assert batch.metrics["rollout/correctness_spread"][0] / batch.metrics[
-        "rollout/correctness_spread"
-    ][1] == (len(set(group.correctness)) > 1)
-    return group
+    total, count = batch.metrics["rollout/correctness_spread"]
+    assert total / count == (len({s.correctness for s in samples}) > 1)
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -263,7 +300,7 @@ BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
 
 
 @pytest.mark.parametrize(
-    "spec,more,samples,teaches",
+    "spec,more,samples,expected",
     [
         ("accuracy", {"overlong": 4}, [("2", RIGHT, n, True) for n in (5, 6, 7, 8)], False),
         ("accuracy", {"overlong": 4}, [("3", WRONG, n, True) for n in (5, 6, 7, 8)], False),
@@ -290,8 +327,8 @@ BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
         ),  # -1 and +1, +1 and -1: all are 0
     ],
 )
-def test_dynamic_sampling_looks_at_correctness(spec, more, samples, teaches):
-    assert group_of(spec, samples, **more).teaches() == teaches
+def test_dynamic_sampling_looks_at_correctness(spec, more, samples, expected):
+    assert teaches(spec, samples, **more) == expected
 
 
 def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path):
@@ -299,33 +336,25 @@ def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path)
         "def letters(example, completion):\n    return completion.count('e')\n"
     )
     spec = f"{tmp_path}/mine.py:letters"
-    assert not group_of(
-        spec, [("e", RIGHT, 5, True), ("e", WRONG, 8, False)], overlong=4, truncated=1.0
-    ).teaches()
-    assert group_of(spec, [("e", RIGHT, 5, True), ("ee", RIGHT, 5, True)]).teaches()
+    by_length = [("e", RIGHT, 5, True), ("e", WRONG, 8, False)]
+    assert not teaches(spec, by_length, overlong=4, truncated=1.0)
+    assert teaches(spec, [("e", RIGHT, 5, True), ("ee", RIGHT, 5, True)])
 
 
 def test_no_group_with_spread_gives_an_empty_batch_and_goes_on():
-    same = lambda example, completion: (
-        1.0,
-        {},
-        SimpleNamespace(strict=True, lenient=True, parsed=True),
-        "",
-    )  # noqa: E731
-    source = make(judge=same, refills=2)
+    source = make(AllAlike, dynamic_sampling_rounds=2)
     batch = next(source)
-    assert (
-        batch.documents == [] and batch.normaliser == 0 and batch.metrics["rollout/kept"] == (0, 9)
-    )
+    assert batch.documents == [] and batch.normaliser == 0
+    assert batch.metrics["rollout/kept"] == (0, 9)
     next(source)
     assert source.state()["position"] == 18
-    assert all(not d.fields["advantage"].any() for d in next(make(judge=same)).documents)
+    assert all(not d.fields["advantage"].any() for d in next(make(AllAlike)).documents)
 
 
 def test_metrics_are_sums_and_counts_over_the_rollout():
-    source = make(updates=2, epochs=2, logged=4)
+    source = make(minibatches=2, ppo_epochs=2, logged_samples=4)
     batch = next(source)
-    every = [(c, j) for p in range(6) for c, j in zip(*drawn(p)[1:])]
+    every = [(c, j) for p in range(6) for c, j in zip(*drawn(p)[1:], strict=True)]
     rewards = [[j[0] for j in drawn(p)[2]] for p in range(6)]
     want = {
         "tokens": sum(len(c.tokens) for c, _ in every),
@@ -345,13 +374,10 @@ def test_metrics_are_sums_and_counts_over_the_rollout():
     assert got.pop("reward_std") == (pytest.approx(sum(np.std(r) for r in rewards)), 6)
     assert got == {name: (pytest.approx(value), 18) for name, value in want.items()}
     assert 0 < want["disagree"] < 18 and 0 < want["unparsed"] < 18
-    first = batch.samples[0]
+    first, (completion, (reward, parts, _)) = batch.samples[0], every[0]
     assert len(batch.samples) == 4 and first["question"] == "q0" and first["gold"] == "0"
-    assert (first["text"], first["reward"], first["parts"]) == (
-        every[0][1][3],
-        every[0][1][0],
-        every[0][1][1],
-    )
+    assert first["text"] == f"text of {completion.tokens}"
+    assert (first["reward"], first["parts"]) == (reward, parts)
 
 
 def resume(source, **arguments):
@@ -362,10 +388,20 @@ def resume(source, **arguments):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"refills": 1, "per_batch": 2, "mask_truncated": True, "weighting": CONSTANT}]
+    "extra",
+    [
+        {},
+        {
+            "dynamic_sampling_rounds": 1,
+            "prompts_per_batch": 2,
+            "mask_truncated": True,
+            "weighting": CONSTANT,
+        },
+    ],
+    ids=["plain", "dynamic sampling, masks"],
 )
 def test_a_resumed_source_continues_identically(extra):
-    arguments = dict(updates=2, epochs=2) | extra
+    arguments = {"minibatches": 2, "ppo_epochs": 2} | extra
     through = make(**arguments)
     want = [next(through) for _ in range(9)]
     for cut in range(9):
@@ -375,8 +411,10 @@ def test_a_resumed_source_continues_identically(extra):
         source = resume(source, **arguments)
         for b in want[cut:]:
             got = next(source)
-            assert told(got) == told(b) and got.normaliser == b.normaliser
-            assert got.tokens_T.dtype == b.tokens_T.dtype and got.weight_T.dtype == b.weight_T.dtype
+            assert described(got) == described(b) and got.normaliser == b.normaliser
+            for d, e in zip(got.documents, b.documents, strict=True):
+                assert d.tokens.dtype == e.tokens.dtype and d.weights.dtype == e.weights.dtype
+                assert all(x.dtype == torch.float64 for x in d.fields.values())
             assert timeless(got.metrics) == timeless(b.metrics) and got.samples == b.samples
 
 
@@ -384,12 +422,12 @@ def timeless(metrics):
     return {name: value for name, value in metrics.items() if name != "rollout/seconds"}
 
 
-# --- ranks: a real process group; what a rank does is in tests/distributed_workers.py ------------------------------------------------
+# --- ranks: a real process group; what a rank does is in tests/distributed_workers.py -------------
 
 RANKED = {
-    "plain": dict(updates=2, epochs=2),
-    "refills": dict(updates=2, refills=2, per_batch=2),
-    "fewer groups than ranks": dict(per_batch=1, updates=1),
+    "plain": {"minibatches": 2, "ppo_epochs": 2},
+    "dynamic sampling": {"minibatches": 2, "dynamic_sampling_rounds": 2, "prompts_per_batch": 2},
+    "fewer groups than ranks": {"prompts_per_batch": 1, "minibatches": 1},
 }
 
 
@@ -401,12 +439,12 @@ def sources(rank, world):
         while True:
             yield next(source := resume(source, **arguments))
 
-    made = {name: make(rank, world, **arguments) for name, arguments in RANKED.items()}
+    made = {name: make(rank=rank, world=world, **arguments) for name, arguments in RANKED.items()}
     return made | {"reloaded": reloaded(rank=rank, world=world, **RANKED["plain"])}
 
 
 def describe(batch):
-    return told(batch), timeless(batch.metrics), batch.normaliser
+    return described(batch), timeless(batch.metrics), batch.normaliser
 
 
 def test_ranks_share_the_same_batches():
@@ -429,7 +467,7 @@ def test_ranks_share_the_same_batches():
     assert all(len(rank["plain"][0][0]) for rank in by_rank), "both ranks held groups"
 
 
-# --- mixtures ----------------------------------------------------------------------------------------------------------
+# --- mixtures -------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -452,7 +490,7 @@ class Counting:
 
 def test_the_coin_of_a_mixture_depends_on_seed_and_number_alone():
     def mixture(share, seed=0):
-        return Mixed(Counting("a"), Counting("b"), share, seed)
+        return MixedSource(Counting("a"), Counting("b"), share, seed)
 
     def first(source, n):
         return list(itertools.islice(source, n))
@@ -466,7 +504,7 @@ def test_the_coin_of_a_mixture_depends_on_seed_and_number_alone():
     assert 0.22 < sum(x[0] == "b" for x in drawn_400) / 400 < 0.38
     assert drawn_400 == first(mixture(0.3), 400) != first(mixture(0.3, seed=1), 400)
     more_b = [x[0] for x in first(mixture(0.6), 400)]
-    assert all(x == "b" for x, y in zip(more_b, drawn_400) if y[0] == "b"), (
+    assert all(x == "b" for x, y in zip(more_b, drawn_400, strict=True) if y[0] == "b"), (
         "the coin itself does not depend on the share"
     )
     for cut in (0, 1, 7):

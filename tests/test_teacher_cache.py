@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from data.batch import Batch, Document
+from data.batch import Batch, Document, GlobalBatch
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
@@ -41,10 +41,10 @@ def test_every_position_gets_its_own_rows(tmp_path):
     _, ids, logp = filled(tmp_path / "c", docs)
     cache = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     assert cache.whole
-    listed = [Document(d.tokens, d.weights, listed=cache[i]) for i, d in enumerate(docs)]
+    listed = [Document(d.tokens, d.weights, teacher_topk=cache[i]) for i, d in enumerate(docs)]
     for micro in (
         Batch.pack(listed),
-        *Batch.pack(listed[::-1]).split(14),
+        *GlobalBatch(listed[::-1]).split(14),
     ):  # packed in whatever order
         start = np.cumsum([0, *(np.count_nonzero(d.weights) for d in docs)])
         of = {d.tokens.tobytes(): i for i, d in enumerate(docs)}

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates, datasets and the stream: the embedded ones here, the real Qwen2.5 tokenizer where it is at hand."""
+"""Tokenizers, chat templates, datasets and the stream: toy ones, and Qwen2.5 if it is at hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 import train
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, Stream, divide, find_file
+from data.dataset import Dataset, DataStream, divide, find_file
 from data.formats import read_rows, to_example
 from data.formatter import Formatter
 from data.grade import parse_number
@@ -20,7 +20,7 @@ def tiny():
     return train.toy_tokenizer()
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
 def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
@@ -108,7 +108,7 @@ def test_chat_template_equals_transformers(real_data):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-# --- formatting ------------------------------------------------------------------------------------------------------
+# --- formatting -----------------------------------------------------------------------------------
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tiny):
@@ -138,14 +138,17 @@ def test_plain_template_system_prompt_and_suffix(tiny):
         Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example)
     )
     assert (
-        prompt
-        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
+        prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert example.messages[0]["content"] == "Q:"  # the example itself is left alone
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
-    template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|"
+        "{% endfor %}"
+    )
     settings = json.dumps({"eos_token": "<|endoftext|>", "chat_template": template}).encode()
     other = Tokenizer(tiny.files | {"tokenizer_config.json": settings}, "x")
     turns = tuple(
@@ -156,7 +159,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
         Formatter(other).documents([Example(turns, origin="f:1")])
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 ROWS = [
@@ -229,7 +232,10 @@ def test_other_questions_and_answers_are_left_as_they_are(answer):
     ],
 )
 def test_traces_of_camel(end, answer, tmp_path):
-    """The columns of camel-ai/gsm8k_distilled; what its makers left of the gold solution's last line is read as GSM8K's."""
+    """The columns of camel-ai/gsm8k_distilled.
+
+    What its makers left of the gold solution's last line is read as GSM8K's.
+    """
     trace = (
         "<think>\n48/2 = 24, so 72. \\boxed{7}\n</think>\n\nNatalia sold \\(\\boxed{72}\\) clips."
     )
@@ -276,7 +282,8 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ('{"prompt": "\\ud83d ok", "completion": "b"}', "half a character"),
         ('{"problem": "a", "solution": "b", "answer": "\\ude00"}', "half a character"),
         (
-            '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}',
+            '{"messages": [{"role": "user", "content": "\\udfff"}, '
+            '{"role": "assistant", "content": "a"}]}',
             "half a character",
         ),
         ('{"question": "a", "ans', "not valid JSON"),
@@ -320,7 +327,7 @@ def test_which_file(tmp_path):
         list(read_rows(tmp_path / "a.parquet"))
 
 
-# --- dataset and stream ----------------------------------------------------------------------------------------------
+# --- dataset and stream ---------------------------------------------------------------------------
 
 
 def dataset(tiny, name="word_problems", **more):
@@ -350,17 +357,17 @@ def test_files_are_carved_the_same_whatever_the_seed(tiny, tmp_path):
         write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(40)])
     )
     a, b = dataset(tiny, path, seed=1), dataset(tiny, path, seed=2)
-    text = lambda d: tiny.decode(d.tokens)
     assert [e.origin for e in a.validation] == [e.origin for e in b.validation] and len(a) == 35
-    held, trained = {text(d) for d in a.validation_documents()}, {text(a.get(i)) for i in range(35)}
-    assert len(held) == 5 and len(trained) == 35 and not held & trained
+    validation = {tiny.decode(d.tokens) for d in a.validation_documents()}
+    trained = {tiny.decode(a.get(i).tokens) for i in range(35)}
+    assert len(validation) == 5 and len(trained) == 35 and not validation & trained
     assert len(dataset(tiny, path, train_examples=7)) == 7
     with pytest.raises(UserError, match="leaves none"):
         dataset(tiny, path, eval_examples=40)
 
 
 def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
-    """Several rows of a question (traces of a teacher, RL sets with copies): whatever the case, spaces and further turns."""
+    """Several rows of a question (traces, copies): whatever the case, spaces and further turns."""
     spellings = (lambda q: q, lambda q: f"  {q.upper()}\n", lambda q: q.replace(" ", "  "))
     rows = [
         {"prompt": spell(f"what is {i} plus {i}?"), "completion": f"c{i}/{n}"}
@@ -379,18 +386,17 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
         for i in range(30)
     ]
     held_out, rest = divide(write(tmp_path / "d.jsonl", rows), 10)
-    key = lambda e: " ".join(e.messages[0]["content"].lower().split())
-    questions = [key(e) for e in held_out]
-    assert len(held_out) == len(set(questions)) == 10 and not set(questions) & {
-        key(e) for e in rest
-    }
-    assert len(rest) == 20 * 4 and len({key(e) for e in rest}) == 20
-    assert (
-        len(divide(tmp_path / "d.jsonl", 0)[1]) == 120
-    )  # nothing is held out: every row is trained on
-    assert [e.origin for e in divide(tmp_path / "d.jsonl", 4)[0]] == [
-        e.origin for e in held_out[:4]
-    ]
+
+    def questions(examples):
+        return {" ".join(e.messages[0]["content"].lower().split()) for e in examples}
+
+    assert len(held_out) == len(questions(held_out)) == 10
+    assert not questions(held_out) & questions(rest)
+    assert len(rest) == 20 * 4 and len(questions(rest)) == 20
+    # nothing is held out: every row is trained on
+    assert len(divide(tmp_path / "d.jsonl", 0)[1]) == 120
+    first = divide(tmp_path / "d.jsonl", 4)[0]
+    assert [e.origin for e in first] == [e.origin for e in held_out[:4]]
     one = str(
         write(
             tmp_path / "one.jsonl",
@@ -501,8 +507,10 @@ def texts(batch):
 @pytest.mark.parametrize("examples", [0, 10])
 def test_the_global_batch_does_not_depend_on_the_ranks(tiny, examples):
     data = dataset(tiny, "word_problems:10" if examples else "word_problems")
-    make = lambda rank, world: Stream(data, 6, 0, WEIGHTINGS["token"], rank, world)
-    one, three = make(0, 1), [make(r, 3) for r in range(3)]
+    one, *three = [
+        DataStream(data, 6, 0, WEIGHTINGS["token"], rank, world)
+        for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))
+    ]
     for _ in range(5):
         assert sorted(texts(next(one))) == sorted(t for s in three for t in texts(next(s)))
 
@@ -510,17 +518,15 @@ def test_the_global_batch_does_not_depend_on_the_ranks(tiny, examples):
 @pytest.mark.parametrize("examples", [0, 10])
 def test_the_stream_resumes_at_the_example_whatever_was_prefetched(tiny, examples):
     data = dataset(tiny, train_examples=examples)
-    make = lambda: Stream(data, 4, 0, WEIGHTINGS["token"])
-    through, cut = make(), make()
+    through, cut, resumed = (DataStream(data, 4, 0, WEIGHTINGS["token"]) for _ in range(3))
     want = [texts(next(through)) for _ in range(9)]
     got = [texts(next(cut)) for _ in range(4)]
-    resumed = make()
     resumed.load(json.loads(json.dumps(cut.state())))
     got += [texts(next(resumed)) for _ in range(5)]
     assert got == want
 
 
 def test_an_epoch_holds_every_example_once_and_epochs_differ(tiny):
-    stream = Stream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
+    stream = DataStream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
     first, second = ([t for _ in range(3) for t in texts(next(stream))] for _ in range(2))
     assert sorted(first) == sorted(second) and first != second and len(set(first)) == len(first)

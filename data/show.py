@@ -1,0 +1,23 @@
+"""What `--show_batch` prints: documents as text, with what is trained on marked."""
+
+import sys
+
+from data.batch import GlobalBatch
+from data.tokenizer import Tokenizer
+
+
+def show_batch(batch: GlobalBatch, tokenizer: Tokenizer, count: int) -> None:
+    """Print the first documents with what is trained on in ⟦brackets⟧ (green on a terminal)."""
+    begin, end = "⟦", "⟧"
+    if sys.stdout.isatty():
+        begin, end = "\033[32m⟦", "⟧\033[0m"
+    for n, d in enumerate(batch.documents[:count], 1):
+        trained = d.weights != 0
+        print(f"--- example {n}: {len(d)} tokens, {trained.sum()} trained on")
+        start = 0
+        for stop in range(1, len(d) + 1):
+            if stop == len(d) or trained[stop] != trained[start]:
+                text = tokenizer.decode(d.tokens[start:stop])
+                print(begin + text + end if trained[start] else text, end="")
+                start = stop
+        print()

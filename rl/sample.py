@@ -1,0 +1,70 @@
+"""What the stages of a rollout share: its settings, and the samples that they add to."""
+
+import dataclasses
+from collections.abc import Callable
+
+from data.batch import Document
+from data.grade import Verdict
+from data.tasks import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled, and what GRPO makes of them."""
+
+    prompts_per_batch: int  # over all ranks
+    weighting: Callable[[Document], Document]  # of a document's tokens; see data/batch.py
+    max_new_tokens: int
+    stop_ids: list[int]
+    vocab_size: int
+    micro_batch_tokens: int = 8192
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generation_batch: int = 256  # sequences generated at once
+    seed: int = 0  # of the samples
+    prompt_seed: int = 0  # of the order of the prompts
+    rank: int = 0
+    world: int = 1
+    # GRPO alone
+    samples_per_prompt: int = 1
+    advantage: str = "std"  # a name in rl.advantage.BASELINES
+    kl_penalty_coef: float = 0.0  # of the KL to the reference that is subtracted from rewards
+    old_logprobs: bool = False  # whether the log-probs at the time of sampling are needed
+    tis: str = "none"  # importance weights: "none", "truncate" or "mask" (add_tis_weights)
+    tis_cap: float = 2.0
+    tis_by_sequence: bool = False
+    dynamic_sampling_rounds: int = 0
+    mask_truncated: bool = False  # samples that did not stop: no loss, but part of the group's mean
+    minibatches: int = 1  # of a rollout
+    ppo_epochs: int = 1  # passes over them
+    logged_samples: int = 8  # of each rollout
+
+
+@dataclasses.dataclass
+class Sample:
+    """One completion of a prompt, and what the stages of a rollout find out about it."""
+
+    position: int  # of its prompt in the run's order of prompts
+    number: int  # among the samples of its prompt
+    example: Example
+    prompt: list[int]
+    completion: list[int] = dataclasses.field(default_factory=list)
+    stopped: bool = False
+    document: Document = dataclasses.field(init=False)  # its fields are the log-probs per token
+    text: str = ""
+    reward: float = 0.0
+    reward_parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    verdict: Verdict = Verdict(False, False, False)
+    correctness: float = 0.0
+    kl_penalty: float = 0.0
+    advantage: float = 0.0
+
+
+def sample_line(
+    example: Example, text: str, verdict: Verdict, tokens: int, stopped: bool, **reward
+) -> dict:
+    """A line of samples.jsonl."""
+    asked = {"question": example.question, "gold": example.answer, "text": text}
+    graded = {"correct": verdict.strict, "lenient": verdict.lenient, "parsed": verdict.parsed}
+    return asked | reward | graded | {"tokens": tokens, "stopped": stopped}
