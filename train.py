@@ -17,8 +17,8 @@ from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Order, Stream
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
-from losses.grpo import VARIANTS, grpo_loss
-from losses.kd import kd_loss
+from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
+from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
 from model.flops import forward_flops, generation_flops, peak_flops, step_flops
@@ -46,36 +46,35 @@ __all__ = [
 def build(cfg, run):
     """The only branch on the mode. source yields Batches; loss_fn(hidden_TD, head_VD, frozen, batch) -> (sum, metrics)."""
     if cfg.mode == "grpo":
-        return rewarded_rollouts(cfg, run), functools.partial(
-            grpo_loss,
+        loss_config = GRPOConfig(
             variant=cfg.grpo_variant,
             clip_low=cfg.grpo_clip_low,
             clip_high=cfg.grpo_clip_high,
-            kl=cfg.grpo_kl_estimator,
-            beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
-            entropy=cfg.grpo_entropy_coef,
+            kl_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
+            kl_estimator=cfg.grpo_kl_estimator,
+            entropy_coef=cfg.grpo_entropy_coef,
             temperature=cfg.sample_temperature,
             vocab=run.vocab,
-            kd=cfg.grpo_kd_coef,
-            divergence=cfg.kd_divergence,
+            kd_coef=cfg.grpo_kd_coef,
+            kd_divergence=cfg.kd_divergence,
             kd_beta=cfg.kd_beta,
         )
+        return rewarded_rollouts(cfg, run), functools.partial(grpo_loss, cfg=loss_config)
     data = Stream(
         run.dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], run.rank, run.world
     )
     if cfg.mode == "sft":
         return data, sft_loss
     if cfg.kd_signal == "sampled":
-        return teacher_advantages(cfg, run), functools.partial(
-            grpo_loss,
+        loss_config = GRPOConfig(
             variant="token",
             clip_low=0.2,
             clip_high=0.2,
             temperature=cfg.sample_temperature,
             vocab=run.vocab,
         )
-    loss_fn = functools.partial(
-        kd_loss,
+        return teacher_advantages(cfg, run), functools.partial(grpo_loss, cfg=loss_config)
+    loss_config = KDConfig(
         divergence=cfg.kd_divergence,
         beta=cfg.kd_beta,
         temperature=cfg.kd_temperature,
@@ -84,6 +83,7 @@ def build(cfg, run):
         topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
         vocab=run.vocab,
     )
+    loss_fn = functools.partial(kd_loss, cfg=loss_config)
     if cfg.kd_prefix == "data":
         return data, loss_fn
     written = rollouts(cfg, run, run.model if cfg.kd_prefix == "student" else run.teacher)
@@ -154,7 +154,7 @@ def rewarded_rollouts(cfg, run):
             log_probs(cfg, run, documents, "ref_logp", run.reference)
         if cfg.grpo_tis != "none":
             add_correction(
-                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant][2]
+                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant].sequence_ratio
             )
 
     kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
@@ -166,7 +166,7 @@ def rewarded_rollouts(cfg, run):
         run.model,
         judge,
         score,
-        WEIGHTINGS.get(VARIANTS[cfg.grpo_variant][1], weighting),
+        WEIGHTINGS.get(VARIANTS[cfg.grpo_variant].weighting, weighting),
         cfg.grpo_samples,
         baseline=cfg.grpo_advantage,
         updates=cfg.grpo_minibatches_per_rollout,
@@ -376,7 +376,7 @@ def step_metrics(cfg, run, batch, teacher, sums, seconds):
     """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
     tokens = len(batch.tokens_T)
     ratios_first = (
-        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2] and "old_logp" in batch.fields
+        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].sequence_ratio and "old_logp" in batch.fields
     )  # see grpo_loss
     flops = (
         step_flops(batch, run.model, teacher, run.vocab, head_passes=int(ratios_first))

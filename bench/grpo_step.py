@@ -84,7 +84,7 @@ def main():
     from data.batch import WEIGHTINGS
     from data.grade import Verdict
     from kernels.chunk import default_chunk_rows
-    from losses.grpo import grpo_loss
+    from losses.grpo import GRPOConfig, grpo_loss
     from model.checkpoint import build_model
     from model.generate import generate
     from model.optim import build_optimizer, clip_gradients
@@ -116,9 +116,8 @@ def main():
         weighting=WEIGHTINGS["token"],
         logged=0,
     )
-    loss_fn = functools.partial(
-        grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab
-    )
+    cfg = GRPOConfig(variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab)
+    loss_fn = functools.partial(grpo_loss, cfg=cfg)
     before = resident()
 
     def rollout():

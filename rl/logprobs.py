@@ -38,7 +38,7 @@ def kl_penalty(document, beta):
 
     The sum over a sample's tokens is the log-ratio of the whole sequence: its mean is the KL of the
     policy's sequences from the reference's, and as a reward it has that KL's gradient (k1; see
-    `losses.grpo.KL_ESTIMATES` for why no other estimate may stand here).
+    `losses.grpo.KL_ESTIMATORS` for why no other estimate may stand here).
     """
     return beta * float((document.fields["old_logp"] - document.fields["ref_logp"]).sum())
 
@@ -64,14 +64,14 @@ def teacher_topk(documents, model, k, *, temperature, vocab, micro_batch_tokens,
 
 
 def add_correction(documents, how, cap, by_sequence=False):
-    """fields["correction"]: the ratio of the trainer's to the sampler's probability of a token (or, by_sequence, its geometric mean over the
+    """fields["tis_weight"]: the ratio of the trainer's to the sampler's probability of a token (or, by_sequence, its geometric mean over the
     sample), where rounding made them differ: cut at `cap` ("truncate") or 0 outside [1/cap, cap] ("mask")."""
     for d in documents:
         gap = d.fields["old_logp"] - d.fields["sampler_logp"]
         if by_sequence:
             gap = np.full(len(d), gap.sum() / max(1, np.count_nonzero(d.weights)))
         ratio = np.exp(gap)
-        d.fields["correction"] = (
+        d.fields["tis_weight"] = (
             np.minimum(ratio, cap)
             if how == "truncate"
             else np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)

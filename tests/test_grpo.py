@@ -9,8 +9,8 @@ import torch
 
 from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
-from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
-from losses.kd import kd_loss
+from losses.grpo import KL_ESTIMATORS, VARIANTS, GRPOConfig, grpo_loss
+from losses.kd import KDConfig, kd_loss
 from rl.advantage import BASELINES, group_advantages, has_reward_spread
 from tests import reference
 
@@ -42,9 +42,9 @@ def restated(
     *,
     clip_low,
     clip_high,
-    beta,
-    kl,
-    entropy,
+    kl_coef,
+    kl_estimator,
+    entropy_coef,
     temperature,
     vocab,
 ):
@@ -65,7 +65,7 @@ def restated(
                 if "old_logp" in d.fields
                 else logp[-1].detach()
             )
-            terms.append(-entropy * entropy_i)
+            terms.append(-entropy_coef * entropy_i)
             records.append(
                 {
                     "entropy": entropy_i.item(),
@@ -74,15 +74,15 @@ def restated(
                     "at": (start, i),
                 }
             )
-            if beta:  # Schulman, "Approximating KL divergence": x ~ pi, r = pi_ref / pi
+            if kl_coef:  # Schulman, "Approximating KL divergence": x ~ pi, r = pi_ref / pi
                 log_r = d.fields["ref_logp"][i] - logp[-1]
                 estimates = {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
-                terms[-1] = terms[-1] + beta * estimates[kl]
+                terms[-1] = terms[-1] + kl_coef * estimates[kl_estimator]
                 records[-1]["ref_kl"] = estimates["k3"].item()
         for n, i in enumerate(trained):
             advantage, correction = (
                 float(d.fields[name][i]) if name in d.fields else 1.0
-                for name in ("advantage", "correction")
+                for name in ("advantage", "tis_weight")
             )
             if variant.startswith(
                 "gspo"
@@ -119,16 +119,22 @@ def restated(
 
 # what is asked of a loss: its arguments, and the fields beside the advantage. Bounds are asymmetric.
 BASE = dict(
-    clip_low=0.2, clip_high=0.28, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=VOCAB
+    clip_low=0.2,
+    clip_high=0.28,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+    temperature=1.0,
+    vocab=VOCAB,
 )
 CASES = {
     "on-policy": ({}, ()),
     "off-policy": ({"temperature": 0.7}, ("old_logp",)),
-    "k1": ({"beta": 0.3, "kl": "k1", "temperature": 1.3}, ("old_logp", "ref_logp", "sampler_logp")),
-    "k2": ({"beta": 0.3, "kl": "k2", "entropy": 0.05}, ("ref_logp", "sampler_logp")),
+    "k1": ({"kl_coef": 0.3, "kl_estimator": "k1", "temperature": 1.3}, ("old_logp", "ref_logp", "sampler_logp")),
+    "k2": ({"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.05}, ("ref_logp", "sampler_logp")),
     "k3": (
-        {"beta": 0.3, "entropy": 0.05, "temperature": 1.3, "vocab": None},
-        ("old_logp", "ref_logp", "correction", "sampler_logp"),
+        {"kl_coef": 0.3, "entropy_coef": 0.05, "temperature": 1.3, "vocab": None},
+        ("old_logp", "ref_logp", "tis_weight", "sampler_logp"),
     ),
 }
 
@@ -136,7 +142,7 @@ CASES = {
 def weigh(variant):
     """The weighting that VARIANTS names."""
     return (WEIGHTINGS | {"constant": functools.partial(constant_length, length=LENGTH)})[
-        VARIANTS[variant][1]
+        VARIANTS[variant].weighting
     ]
 
 
@@ -179,7 +185,7 @@ def samples(arguments, names, seed=0):
                 "ref_logp": logp - rng.normal(0, 0.5, completion),
                 "sampler_logp": old + rng.normal(0, 0.01, completion),
             }
-            noise["correction"] = np.full(completion, rng.uniform(0.5, 1.5))
+            noise["tis_weight"] = np.full(completion, rng.uniform(0.5, 1.5))
             for name in names:
                 made[name][-completion:] = noise[name]
         d.fields.update(made)
@@ -193,9 +199,8 @@ def relative(got, want):
 def assert_agrees(variant, loss_variant, arguments, hidden_TD, head_VD, documents):
     """Mean loss and gradients against the re-statement; returns (metrics, records)."""
     batch = Batch.pack(weigh(loss_variant)(d) for d in documents)
-    loss_sum, metrics = grpo_loss(
-        hidden_TD, head_VD, None, batch, variant=loss_variant, **arguments
-    )
+    cfg = GRPOConfig(variant=loss_variant, **arguments)
+    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, cfg)
     got = torch.autograd.grad(loss_sum / batch.normaliser, (hidden_TD, head_VD))
     want_loss, records = restated(variant, hidden_TD, head_VD, documents, **arguments)
     want = torch.autograd.grad(want_loss, (hidden_TD, head_VD))
@@ -228,7 +233,7 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     )
     sequences = sum(not masked for *_, masked in SAMPLES)
     counts = {"token": len(records), "sequence": sequences, "constant": sequences}
-    assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant][1]], rel=1e-12)
+    assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant].weighting], rel=1e-12)
 
     def mean(of):
         return np.mean([of(r) for r in records])
@@ -269,16 +274,16 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
 def test_gspo_with_a_correction_per_token_is_gspo_token():
     """Where a factor differs from token to token, eq. 5 has no say; the gradient is that of GSPO-token (eq. 14)."""
     arguments = BASE | {"temperature": 1.3}
-    hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "correction"))
+    hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "tis_weight"))
     for d in documents:
-        d.fields["correction"] = d.fields["correction"] * np.linspace(0.5, 2, len(d))
+        d.fields["tis_weight"] = d.fields["tis_weight"] * np.linspace(0.5, 2, len(d))
     assert_agrees("gspo-token", "gspo", arguments, hidden_TD, head_VD, documents)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
     """At T = 1, whatever the sampling temperature is."""
-    arguments = BASE | {"temperature": 1.3, "beta": 0.2}
+    arguments = BASE | {"temperature": 1.3, "kl_coef": 0.2}
     hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "ref_logp"))
     gen = torch.Generator().manual_seed(7)
     teacher_TC, teacher_UC = (
@@ -290,18 +295,14 @@ def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
         student_NV, teacher_NV = (
             x[rows] @ w[:VOCAB].T for x, w in ((hidden_TD, head_VD), (teacher_TC, teacher_UC))
         )
-        policy, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
-        loss, metrics = grpo_loss(
-            hidden_TD,
-            head_VD,
-            (teacher_TC[rows], teacher_UC),
-            batch,
-            variant=variant,
-            kd=0.7,
-            divergence=name,
-            kd_beta=0.3,
-            **arguments,
+        policy, _ = grpo_loss(
+            hidden_TD, head_VD, None, batch, GRPOConfig(variant=variant, **arguments)
         )
+        cfg = GRPOConfig(
+            variant=variant, kd_coef=0.7, kd_divergence=name, kd_beta=0.3, **arguments
+        )
+        frozen = (teacher_TC[rows], teacher_UC)
+        loss, metrics = grpo_loss(hidden_TD, head_VD, frozen, batch, cfg)
         value_N = reference.divergence(name, student_NV, teacher_NV, beta=0.3)
         want = policy + 0.7 * (value_N * batch.select(batch.weight_T)).sum()
         assert abs(loss.item() - want.item()) < 1e-10 * abs(want.item())
@@ -322,9 +323,10 @@ def test_nothing_to_learn_gives_zero(variant):
         Document(d.tokens, d.weights, d.fields | {"advantage": np.zeros(len(d))}) for d in documents
     ]
     masked = [Document(d.tokens, np.zeros(len(d)), d.fields) for d in documents]
-    for docs, arguments in ((equal, BASE), (masked, BASE | {"beta": 0.3, "entropy": 0.1})):
+    for docs, arguments in ((equal, BASE), (masked, BASE | {"kl_coef": 0.3, "entropy_coef": 0.1})):
         batch = Batch.pack(weigh(variant)(d) for d in docs)
-        loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
+        cfg = GRPOConfig(variant=variant, **arguments)
+        loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, cfg)
         assert loss_sum.item() == 0 and all(
             not g.any() for g in torch.autograd.grad(loss_sum, (hidden_TD, head_VD))
         )
@@ -366,19 +368,8 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
     """On-policy distillation by sampled tokens: A = -(log p_student - log p_teacher) descends KL(student || teacher)."""
     hidden_D, head_VD, hidden_TD, teacher, documents = over_all_tokens()
     batch = Batch.pack(documents)
-    sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant="token", **BASE)
-    full, _ = kd_loss(
-        hidden_TD,
-        head_VD,
-        teacher,
-        batch,
-        divergence="reverse_kl",
-        beta=0.5,
-        temperature=1.0,
-        t_squared=False,
-        ce=0.0,
-        vocab=VOCAB,
-    )
+    sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, GRPOConfig(variant="token", **BASE))
+    full, _ = kd_loss(hidden_TD, head_VD, teacher, batch, KDConfig("reverse_kl", vocab=VOCAB))
     logits_1V, teacher_1V = (
         (head_VD[:VOCAB] @ hidden_D)[None],
         (teacher[1][:VOCAB] @ teacher[0][0])[None],
@@ -398,14 +389,8 @@ def test_expected_gradients_of_the_kl_estimates(kl, direction):
     hidden_D, head_VD, hidden_TD, other, documents = over_all_tokens(1)
     for d in documents:
         d.fields["advantage"] = np.zeros(2)
-    loss_sum, metrics = grpo_loss(
-        hidden_TD,
-        head_VD,
-        None,
-        Batch.pack(documents),
-        variant="token",
-        **BASE | {"beta": 1.0, "kl": kl},
-    )
+    cfg = GRPOConfig(variant="token", **BASE | {"kl_coef": 1.0, "kl_estimator": kl})
+    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, Batch.pack(documents), cfg)
     got = torch.autograd.grad(loss_sum, (hidden_D, head_VD))
     logits_1V, other_1V = (head_VD[:VOCAB] @ hidden_D)[None], (other[1][:VOCAB] @ other[0][0])[None]
     if kl != "k2":
@@ -424,10 +409,10 @@ def test_expected_gradients_of_the_kl_estimates(kl, direction):
 def test_estimates_of_a_kl_near_and_far():
     """k3 keeps its digits where both models nearly agree (1e-9 apart: 5e-19), and overflows only where exp does."""
     d = torch.tensor([1e-9, -1e-9, 0.0, 3.0, -3.0], dtype=torch.float64)
-    assert KL_ESTIMATES["k3"](d).tolist() == pytest.approx(
+    assert KL_ESTIMATORS["k3"](d).tolist() == pytest.approx(
         [0, 0, 0, np.exp(-3) + 2, np.exp(3) - 4], rel=1e-12, abs=1e-18
     )
-    assert (KL_ESTIMATES["k3"](d) >= 0).all()
+    assert (KL_ESTIMATORS["k3"](d) >= 0).all()
 
 
 def test_advantages_against_brute_force():

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from kernels import chunk
-from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from losses.kd import DIVERGENCES, WITH_BETA
 from losses.sft import cross_entropy
 from tests import reference
 
 N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
 CASES = [
     (name, beta)
-    for name in HAND_WRITTEN
+    for name in FORMULAS
     for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
@@ -92,20 +92,56 @@ def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, row
     )
 
 
+def plain_torch(name):
+    """The divergence as a user would write it, from log-probs, differentiated by autograd."""
+
+    def forward_kl(student, teacher):
+        return (teacher.exp() * (teacher - student)).sum(-1)
+
+    def mixture(a, b, weight):
+        if weight in (0, 1):
+            return a if weight else b
+        return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
+
+    def divergence(student, teacher, beta):
+        if name == "forward_kl" or (name == "jsd" and beta == 0):
+            return forward_kl(student, teacher)
+        if name == "reverse_kl" or (name == "jsd" and beta == 1):
+            return forward_kl(teacher, student)
+        if name == "jsd":
+            m = mixture(teacher, student, beta)
+            return beta * forward_kl(m, teacher) + (1 - beta) * forward_kl(m, student)
+        if name == "skew_forward_kl":
+            return forward_kl(mixture(teacher, student, beta), teacher)
+        if name == "skew_reverse_kl":
+            return forward_kl(mixture(student, teacher, beta), student)
+        return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+    return divergence
+
+
 @pytest.mark.parametrize("name,beta", CASES)
-def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta):
+def test_the_definitions_are_differentiable_functions_of_log_probs(name, beta):
+    """Values, and gradients at the logits behind them, in fp64."""
+    torch.manual_seed(3)
+    logits, other = torch.randn(2, 5, 19, dtype=torch.float64).unbind()
+    logits.requires_grad_()
+    student, teacher = logits.log_softmax(1), other.log_softmax(1)
+    weight = torch.rand(5, dtype=torch.float64)
+    got = DIVERGENCES[name](student, teacher, beta)
+    want = reference.divergence(name, logits, other, beta=beta)
+    assert_close(got, want, 1e-12)
+    (got_grad,) = grads((got * weight).sum(), logits)
+    (want_grad,) = grads((want * weight).sum(), logits)
+    assert_close(got_grad, want_grad, 1e-10)
+
+
+@pytest.mark.parametrize("name,beta", CASES)
+def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta, monkeypatch):
     hidden, head, th, tw, target, weight = pair()
     by_name, _ = linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V, chunk_rows=4)
-    plain, _ = linear_kl(
-        hidden,
-        head,
-        th,
-        tw,
-        weight,
-        lambda ls, lt: DIVERGENCES[name](ls, lt, beta),
-        vocab=V,
-        chunk_rows=4,
-    )
+    monkeypatch.setitem(DIVERGENCES, "mine", plain_torch(name))
+    plain, _ = linear_kl(hidden, head, th, tw, weight, "mine", beta=beta, vocab=V, chunk_rows=4)
     assert_close(plain, by_name, 1e-12)
     for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head)):
         assert_close(got, exact, 1e-10)

@@ -15,7 +15,7 @@ import torch
 import train
 from data.batch import WEIGHTINGS, Batch, Document
 from data.grade import Verdict
-from losses.grpo import KL_ESTIMATES, grpo_loss
+from losses.grpo import KL_ESTIMATORS, GRPOConfig, grpo_loss
 from rl.advantage import BASELINES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
 from rl.rollout import Rollouts
@@ -78,7 +78,8 @@ class Sequences:
                 0,
             ]  # the last position predicts nothing
         batch = Batch.pack(documents)
-        loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, **LOSS | arguments)
+        cfg = GRPOConfig(**LOSS | arguments)
+        loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, cfg)
         return loss_sum / batch.normaliser
 
     def gradient(self, documents, **arguments):
@@ -144,7 +145,7 @@ class Sequences:
         documents = self.documents()
         for d in documents:
             d.fields = {"advantage": np.zeros(len(d)), "ref_logp": d.fields["ref_logp"]}
-        return self.gradient(documents, beta=BETA, kl=estimate)
+        return self.gradient(documents, kl_coef=BETA, kl_estimator=estimate)
 
 
 def assert_same(got, want):
@@ -195,7 +196,7 @@ def penalty(document, estimate, beta=1.0):
     if estimate == "k1":
         return kl_penalty(document, beta)
     gaps = torch.from_numpy(document.fields["old_logp"] - document.fields["ref_logp"])
-    return beta * float(KL_ESTIMATES[estimate](gaps).sum())
+    return beta * float(KL_ESTIMATORS[estimate](gaps).sum())
 
 
 def trained(place, estimate, seed, steps=100, groups=2, samples=8):
@@ -216,7 +217,7 @@ def trained(place, estimate, seed, steps=100, groups=2, samples=8):
                 d.fields["advantage"] = np.full(len(d), advantage)
             documents += group
         optimizer.zero_grad()
-        world.loss(documents, beta=float(place == "loss"), kl=estimate).backward()
+        world.loss(documents, kl_coef=float(place == "loss"), kl_estimator=estimate).backward()
         optimizer.step()
     return before, world.sequence_kl().item()
 

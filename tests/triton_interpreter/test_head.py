@@ -13,16 +13,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
 
 from kernels import backend, triton_head
-from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from kernels.linear_topk import _listed_logprobs, linear_topk_divergence, topk_logprobs
-from losses.kd import DIVERGENCES, WITH_BETA
+from kernels.linear_topk import bucket_logprobs, linear_topk_divergence, topk_logprobs
 from losses.sft import cross_entropy
 from tests import reference
 
 CASES = [
     (name, beta)
-    for name in HAND_WRITTEN
+    for name in FORMULAS
     for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
@@ -39,7 +39,7 @@ def by_kernel(monkeypatch):
         lambda device: triton_head.Config(16, 32, 16, 4, 1, flatten=True, tma=True, halves=True),
     )
     for module in ("linear_kl", "linear_logprob", "linear_topk"):
-        monkeypatch.delattr(f"kernels.{module}._torch_step")
+        monkeypatch.delattr(f"kernels.{module}.torch_step")
     yield
     backend.use("auto")
 
@@ -94,7 +94,7 @@ def assert_gradients(loss, leaves, want, leaves64, tolerance=5e-6):
 @pytest.mark.parametrize(
     "name,beta,temperature,ce",
     [(*case, 1.0, 0.0) for case in CASES]
-    + [(name, 0.5, *t) for name in HAND_WRITTEN for t in ((2.5, 0.3), (1.0, 0.4))],
+    + [(name, 0.5, *t) for name in FORMULAS for t in ((2.5, 0.3), (1.0, 0.4))],
 )
 def test_divergence_equals_reference(name, beta, temperature, ce):
     vocab = 37
@@ -308,7 +308,7 @@ def test_several_listed_ids_of_one_tile_count_once():
     scored = triton_head.logits(
         hidden.detach(), head.detach()[:64], out_nP=triton_head.buffer(2, 64, hidden)
     )
-    got = _listed_logprobs(scored, ids, 1.0)
+    got = bucket_logprobs(scored, ids, 1.0)
     full = torch.log_softmax(hidden.detach().double() @ head.detach()[:64].double().T, 1)
     torch.testing.assert_close(got[:, :5].double(), full.gather(1, ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -349,7 +349,7 @@ def test_masked_ids_have_no_probability_and_no_gradient():
         w[masked] = 0.0
         w[masked, 0] = -math.inf
     target = torch.tensor(free)[target % len(free)]
-    for name in HAND_WRITTEN:
+    for name in FORMULAS:
         term = LogprobTerm(
             target, weight, lambda logp, entropy, fields: -logp - 0.1 * entropy, entropy=True
         )
@@ -369,7 +369,7 @@ def test_masked_ids_have_no_probability_and_no_gradient():
         assert got[masked].abs().max() == 0
 
 
-@pytest.mark.parametrize("name,beta", [(name, 0.3) for name in HAND_WRITTEN])
+@pytest.mark.parametrize("name,beta", [(name, 0.3) for name in FORMULAS])
 def test_close_pairs_keep_their_digits(name, beta, wide_tiles):
     hidden, head, th, tw = (
         x.float()
