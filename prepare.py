@@ -251,7 +251,7 @@ def open_cache(cfg, dataset, teacher_folder, vocab, world):
         cfg.kd_temperature,
         vocab,
     )
-    if world > 1 and not cache.whole:
+    if world > 1 and not cache.complete:
         raise UserError(
             f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
         )
@@ -265,7 +265,7 @@ def cost_of(cache, documents, teacher_shape, vocab):
     lengths = [len(d) for d in documents]
     return Counter(
         teacher_tokens=sum(lengths),
-        flops=forward_flops(teacher, lengths, cache.what["positions"], vocab),
+        flops=forward_flops(teacher, lengths, cache.positions, vocab),
     )
 
 
@@ -465,13 +465,13 @@ def prepare(cfg, held, launch):
     ).requires_grad_(False)
     teacher = (
         frozen(teacher_shape, teacher_folder)
-        if has_teacher and not (cache and cache.whole)
+        if has_teacher and not (cache and cache.complete)
         else None
     )
     documents = [dataset.get(i) for i in range(len(dataset))] if cache else []
-    if cache and not cache.whole:
+    if cache and not cache.complete:
         say(
-            f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.what['positions']:,} positions in {cfg.kd_cache}"
+            f"keeping the teacher's {cfg.kd_topk} likeliest of {cache.positions:,} positions in {cfg.kd_cache}"
         )
         cache.fill(
             teacher_topk(
