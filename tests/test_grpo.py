@@ -130,8 +130,14 @@ BASE = dict(
 CASES = {
     "on-policy": ({}, ()),
     "off-policy": ({"temperature": 0.7}, ("old_logp",)),
-    "k1": ({"kl_coef": 0.3, "kl_estimator": "k1", "temperature": 1.3}, ("old_logp", "ref_logp", "sampler_logp")),
-    "k2": ({"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.05}, ("ref_logp", "sampler_logp")),
+    "k1": (
+        {"kl_coef": 0.3, "kl_estimator": "k1", "temperature": 1.3},
+        ("old_logp", "ref_logp", "sampler_logp"),
+    ),
+    "k2": (
+        {"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.05},
+        ("ref_logp", "sampler_logp"),
+    ),
     "k3": (
         {"kl_coef": 0.3, "entropy_coef": 0.05, "temperature": 1.3, "vocab": None},
         ("old_logp", "ref_logp", "tis_weight", "sampler_logp"),
@@ -233,7 +239,9 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     )
     sequences = sum(not masked for *_, masked in SAMPLES)
     counts = {"token": len(records), "sequence": sequences, "constant": sequences}
-    assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant].weighting], rel=1e-12)
+    assert float(metrics["loss"][1]) == pytest.approx(
+        counts[VARIANTS[variant].weighting], rel=1e-12
+    )
 
     def mean(of):
         return np.mean([of(r) for r in records])
@@ -298,9 +306,7 @@ def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
         policy, _ = grpo_loss(
             hidden_TD, head_VD, None, batch, GRPOConfig(variant=variant, **arguments)
         )
-        cfg = GRPOConfig(
-            variant=variant, kd_coef=0.7, kd_divergence=name, kd_beta=0.3, **arguments
-        )
+        cfg = GRPOConfig(variant=variant, kd_coef=0.7, kd_divergence=name, kd_beta=0.3, **arguments)
         frozen = (teacher_TC[rows], teacher_UC)
         loss, metrics = grpo_loss(hidden_TD, head_VD, frozen, batch, cfg)
         value_N = reference.divergence(name, student_NV, teacher_NV, beta=0.3)
