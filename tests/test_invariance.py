@@ -1,4 +1,4 @@
-"""How the global batch is cut never changes the loss or the gradient: micro-batches, order, chunks, ranks (fp64, 1e-10)."""
+"""How the global batch is cut never changes the loss or the gradient (fp64, 1e-10)."""
 
 import functools
 import random
@@ -141,7 +141,7 @@ def test_micro_batches_order_and_chunks(whole, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sft", "forward_kl", *VARIANTS, "grpo+kd"])
 def test_a_mean_of_micro_batches_would_fail(whole, name):
-    """The classic bug: dividing each micro-batch by its own count. It must not pass the comparison above."""
+    """The classic bug, dividing each micro-batch by its own count, must not pass the comparison."""
     docs, want = whole
     model, teacher, every = build()
 

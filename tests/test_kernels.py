@@ -1,4 +1,4 @@
-"""The chunked head against the fp64 reference written from the papers: values, gradients, extremes, close pairs."""
+"""The chunked head against an fp64 reference: values, gradients, extremes, close pairs."""
 
 import math
 
@@ -21,7 +21,10 @@ CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_k
 
 def pair(dtype=torch.float64, scale=1.0):
     g = torch.Generator().manual_seed(1)
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
     hidden, head = make(N, D) * scale, make(ROWS, D)
     teacher_hidden, teacher_head = make(N, C) * scale, make(ROWS + 3, C)
     target = torch.randint(V, (N,), generator=g)
@@ -80,7 +83,7 @@ def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, row
     )
     want = (want_N * weight).sum()
     assert_close(loss, want, 1e-12)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
     assert (
         grads(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V)[0], head)[0][V:]
@@ -141,7 +144,7 @@ def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta, monkeypatch):
     monkeypatch.setitem(DIVERGENCES, "mine", plain_torch(name))
     plain, _ = linear_kl(hidden, head, th, tw, weight, "mine", beta=beta, vocab=V, chunk_rows=4)
     assert_close(plain, by_name, 1e-12)
-    for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head)):
+    for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
 
 
@@ -173,7 +176,7 @@ def test_any_function_of_logprob_and_entropy(temperature, rows):
     assert_close(loss, want, 1e-12)
     assert_close(out["logp"], logp, 1e-12)
     assert_close(out["entropy"], entropy, 1e-12)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
 
 
@@ -215,7 +218,7 @@ def test_extreme_logits_give_finite_losses_and_right_gradients(name, beta, dtype
 
 @pytest.mark.parametrize("name,beta", CASES)
 def test_close_pairs_keep_their_digits_in_fp32(name, beta):
-    """Teacher and student nearly agree (KL about 1e-3) over Qwen's 151,665 ids: where naive sums keep three digits."""
+    """KL of about 1e-3 over Qwen's 151,665 ids: naive sums keep three digits there."""
     inputs = reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3)
     results = {}
     for dtype in (torch.float32, torch.float64):
@@ -230,7 +233,7 @@ def test_close_pairs_keep_their_digits_in_fp32(name, beta):
             results[dtype] = (out["divergence"], *grads(loss, hidden, head))
     (value, *gradients), (value64, *gradients64) = results[torch.float32], results[torch.float64]
     assert_close(value.sum(), value64.sum(), 1e-5)
-    for got, want in zip(gradients, gradients64):
+    for got, want in zip(gradients, gradients64, strict=True):
         assert_close(got, want, 1e-4)
 
 
@@ -253,7 +256,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 3 * V)
     got = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=V)[0]
     assert_close(got, want, 1e-14)
-    for a, b in zip(grads(got, hidden, head), grads(want, hidden, head)):
+    for a, b in zip(grads(got, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(a, b, 1e-14)
 
 
@@ -266,7 +269,7 @@ def test_bf16_inputs_keep_fp32_logits():
     want = (exact * weight.double()).sum()
     assert loss.dtype == torch.float32
     assert_close(loss, want, 1e-5)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert got.dtype == torch.bfloat16
         assert_close(got, exact, 2**-7)
 

@@ -1,4 +1,4 @@
-"""The kept top-k of a teacher: training from it is training with the teacher; what is stale, cut short or of something else is refused."""
+"""Training from a cached top-k is training with the teacher; a wrong cache is refused."""
 
 import json
 
@@ -142,7 +142,7 @@ def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch)
 
 
 def test_a_shorter_list_costs_more(tmp_path):
-    """Gradient error against the full vocabulary, kept as the files keep it: falls with k, and at k = V is the rounding of fp16."""
+    """The gradient's error falls with k, and at k = V it is the rounding of fp16."""
     hidden, head, th, tw = (
         x.double()
         for x in reference.near_pair(6, 2000, 16, torch.Generator().manual_seed(0), kl=2e-2)
