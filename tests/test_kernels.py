@@ -237,6 +237,30 @@ def test_close_pairs_keep_their_digits_in_fp32(name, beta):
         assert_close(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("vocab", [32, 5000])
+@pytest.mark.parametrize(
+    "kl,value_error,gradient_error",
+    [(1e-1, 3e-6, 1e-5), (1e-2, 5e-6, 3e-5), (1e-3, 2e-5, 1e-4), (1e-4, 6e-5, 3e-4)],
+    ids=["kl=0.1", "kl=0.01", "kl=0.001", "kl=0.0001"],
+)
+@pytest.mark.parametrize("name,beta", CASES)
+def test_precision_at_every_distance(name, beta, kl, value_error, gradient_error, vocab):
+    """fp32 against fp64: the fused operation, and the divergence as a function of log-probs."""
+    inputs = reference.near_pair(16, vocab, 16, torch.Generator().manual_seed(0), kl=kl)
+    hidden, head, th, tw = (x.requires_grad_() for x in inputs)
+    exact = reference.divergence(name, hidden @ head.T, th @ tw.T, beta=beta).sum()
+    exact_grads = grads(exact, hidden, head)
+    hidden, head, th, tw = (x.detach().float().requires_grad_() for x in inputs)
+    fused, _ = linear_kl(hidden, head, th, tw, torch.ones(16), name, beta=beta)
+    plain = DIVERGENCES[name](
+        (hidden @ head.T).log_softmax(1), (th @ tw.T).detach().log_softmax(1), beta
+    ).sum()
+    for value in (fused, plain):
+        assert_close(value, exact, value_error)
+        for got, want in zip(grads(value, hidden, head), exact_grads, strict=True):
+            assert_close(got, want, gradient_error)
+
+
 def test_the_naive_sum_would_fail_that_test():
     hidden, head, th, tw = (
         x.float()
