@@ -14,6 +14,7 @@ Legend: n rows, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -153,12 +154,9 @@ class _Differentiable(torch.autograd.Function):
 Divergence = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def _differentiable(name: str) -> Divergence:
-    def divergence(student_logp_nV: Tensor, teacher_logp_nV: Tensor, beta: float) -> Tensor:
-        formula = FORMULAS[LIMITS.get((name, beta), name)]
-        return _Differentiable.apply(student_logp_nV, teacher_logp_nV, formula, beta)
-
-    return divergence
+def _divergence(name: str, student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    formula = FORMULAS[LIMITS.get((name, beta), name)]
+    return _Differentiable.apply(student_logp, teacher_logp, formula, beta)
 
 
-DIVERGENCES: dict[str, Divergence] = {name: _differentiable(name) for name in FORMULAS}
+DIVERGENCES: dict[str, Divergence] = {name: partial(_divergence, name) for name in FORMULAS}

@@ -7,11 +7,13 @@ Legend: N loss rows, n rows of a chunk, b rows of a block, D and C hidden sizes 
 teacher, V shared vocabulary, U head rows of the teacher.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import Step, accumulate_dtype, chunked_head, default_chunk_rows, torch_step
+from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, torch_step
 from kernels.divergences import DIVERGENCES, FORMULAS, LIMITS, compare, through_softmax
 from kernels.linear_logprob import LogprobTerm
 
@@ -52,11 +54,11 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
     teacher = teacher_hidden_NC, teacher_head_UC.detach()[:vocab].to(teacher_hidden_NC.dtype)
     kernels_run = triton_runs(hidden_ND) and triton_runs(teacher_hidden_NC)
     if kernels_run and divergence in FORMULAS:
-        from kernels import triton_head  # here: nothing needs Triton where it is not used
+        from kernels import triton_head, triton_steps  # here: not everyone has Triton
 
         chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
         largest_nD = hidden_ND[:chunk_rows]
-        step = _triton_step(loss, divergence, beta, largest_nD, teacher)
+        step = triton_steps.kl_step(loss, divergence, beta, largest_nD, teacher)
     else:
         # student and teacher logits share the budget
         chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, hidden_ND.device) // 2)
@@ -65,6 +67,7 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), loss.values
 
 
+@dataclass
 class DivergenceTerm:
     """What a divergence does with the value of each row; shared by `linear_kl` and the top-k.
 
@@ -73,15 +76,16 @@ class DivergenceTerm:
         values: filled on the way, {"divergence": [N]} and those of `logprob`, detached.
     """
 
-    def __init__(
-        self, weight_N: Tensor, temperature: float, scale: float, logprob: LogprobTerm | None
-    ) -> None:
-        self.weight_N, self.temperature, self.scale = weight_N, temperature, scale
-        self.logprob = logprob
-        value_N = torch.zeros_like(weight_N, dtype=accumulate_dtype(weight_N))
+    weight_N: Tensor
+    temperature: float
+    scale: float
+    logprob: LogprobTerm | None
+
+    def __post_init__(self) -> None:
+        value_N = torch.zeros_like(self.weight_N, dtype=accumulate_dtype(self.weight_N))
         self.values = {"divergence": value_N}
-        if logprob:
-            self.values |= logprob.values
+        if self.logprob:
+            self.values |= self.logprob.values
 
     def loss(self, value_n: Tensor, rows: slice) -> Tensor:
         """The weighted loss of some rows whose divergence is known."""
@@ -140,43 +144,3 @@ def _log_softmax_(logits_bV: Tensor, temperature: float, p_bV: Tensor) -> Tensor
     logits_bV.sub_(largest_b1).sub_((sum_b1 / p_bV.amax(1, keepdim=True)).log_())
     p_bV.div_(sum_b1)
     return logits_bV
-
-
-def _triton_step(
-    loss: DivergenceTerm,
-    divergence: str,
-    beta: float,
-    largest_nD: Tensor,
-    teacher: tuple[Tensor, Tensor],
-) -> Step:
-    """largest_nD: the hidden rows of the largest chunk."""
-    from kernels import triton_head
-
-    teacher_hidden_NC, teacher_VC = teacher
-    vocab, t = len(teacher_VC), loss.temperature
-    student_buffer = triton_head.buffer(len(largest_nD), vocab, largest_nD)
-    teacher_buffer = triton_head.buffer(len(largest_nD), vocab, teacher_hidden_NC)
-
-    def step(hidden_nD: Tensor, weight_VD: Tensor, rows: slice, want_grad: bool):
-        out_nP, teacher_nP = student_buffer[: len(hidden_nD)], teacher_buffer[: len(hidden_nD)]
-        teacher_logits = triton_head.logits(
-            teacher_hidden_NC[rows], teacher_VC, temperature=t, out_nP=teacher_nP
-        )
-        inputs = triton_head.of_term(loss.logprob, rows, t)
-        student = triton_head.logits(hidden_nD, weight_VD[:vocab], out_nP=out_nP, **inputs)
-        term_loss_n, coefficients = triton_head.term_loss(loss.logprob, student, rows, want_grad)
-        value_n, grad_nP = triton_head.gradient_of(
-            student,
-            loss.logprob,
-            coefficients._replace(divergence_n=loss.factor(rows)),
-            rows,
-            teacher=teacher_logits,
-            divergence=divergence,
-            beta=beta,
-            kl_temperature=t,
-            write=want_grad,
-            dtype=hidden_nD.dtype,
-        )
-        return loss.loss(value_n, rows) + term_loss_n, grad_nP
-
-    return step

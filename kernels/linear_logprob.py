@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import Step, accumulate_dtype, chunked_head, default_chunk_rows, torch_step
+from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, torch_step
 
 # row_loss(logp_n, entropy_n, fields) -> loss_n
 RowLoss = Callable[[Tensor, Any, dict[str, Tensor]], Tensor]
@@ -135,36 +135,11 @@ def linear_logprob(  # noqa: PLR0913 (one argument per symbol of the formula)
         raise ValueError(f"target id {int(target_N.max())} is outside the vocabulary of {vocab}")
     term = LogprobTerm(target_N, weight_N, row_loss, fields or {}, temperature, entropy)
     if triton_runs(hidden_ND):
-        from kernels import triton_head  # here: nothing needs Triton where it is not used
+        from kernels import triton_head, triton_steps  # here: not everyone has Triton
 
         chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
-        step = _triton_step(term, vocab)
+        step = triton_steps.logprob_step(term, vocab)
     else:
         chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
         step = torch_step(term.block, chunk_rows, vocab, hidden_ND)
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), term.values
-
-
-def _triton_step(term: LogprobTerm, vocab: int) -> Step:
-    from kernels import triton_head
-
-    buffer = None
-
-    def step(hidden_nD: Tensor, weight_VD: Tensor, rows: slice, want_grad: bool):
-        nonlocal buffer
-        out_nP = None
-        if want_grad:  # without gradients no logits are kept
-            if buffer is None:  # the first chunk is the largest
-                buffer = triton_head.buffer(len(hidden_nD), vocab, hidden_nD)
-            out_nP = buffer[: len(hidden_nD)]
-        inputs = triton_head.of_term(term, rows)
-        student = triton_head.logits(hidden_nD, weight_VD[:vocab], out_nP=out_nP, **inputs)
-        loss_n, coefficients = triton_head.term_loss(term, student, rows, want_grad)
-        if not want_grad:
-            return loss_n, None
-        _, grad_nP = triton_head.gradient_of(
-            student, term, coefficients, rows, dtype=hidden_nD.dtype
-        )
-        return loss_n, grad_nP
-
-    return step

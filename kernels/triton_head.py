@@ -219,14 +219,6 @@ class Logits:
         return (row.lse_n1 - row.mean_n1).squeeze(1)
 
 
-class Coefficients(NamedTuple):
-    """d loss / d of each, per row, over its temperature."""
-
-    divergence_n: torch.Tensor
-    logp_n: torch.Tensor
-    entropy_n: torch.Tensor
-
-
 def config_for(device):
     if device.type != "cuda":  # the interpreter
         return Config(32, 128, 64, 4, 1)
@@ -541,40 +533,3 @@ def gradient(
             WRITE=write, TILES=max(1, ROW_BLOCK // student.tile), TILE=student.tile, num_warps=ROW_WARPS,
         )  # fmt: skip
     return value_n, grad_nP
-
-
-# --- what the files beside this one have in common -----------------------------------------------------------------
-
-
-def of_term(term, rows, kl_temperature=None) -> dict[str, Any]:
-    """The arguments of `logits` for a log-prob term, a divergence at kl_temperature, or both."""
-    if term is None:
-        return dict(temperature=kl_temperature)
-    return dict(
-        temperature=term.temperature,
-        second=None if kl_temperature == term.temperature else kl_temperature,
-        target_n=term.target_N[rows],
-        moment=term.entropy,
-    )
-
-
-def term_loss(term, student, rows, want_grad):
-    """(weighted losses of the term, Coefficients with the divergence's left 0); zeros without a term."""
-    zeros_n = torch.zeros_like(student.row_n4[:, 0])
-    if term is None:
-        return zeros_n, Coefficients(zeros_n, zeros_n, zeros_n)
-    entropy_n = student.entropy_n() if term.entropy else None
-    logp_n = student.logp_n(term.temperature)
-    loss_n, c_logp_n, c_entropy_n = term.coefficients(logp_n, entropy_n, rows, want_grad)
-    t = term.temperature
-    return loss_n, Coefficients(zeros_n, c_logp_n / t, c_entropy_n / t)
-
-
-def gradient_of(student, term, coefficients, rows, **options) -> tuple[Any, torch.Tensor]:
-    """`gradient` with that of the log-prob term, if there is one."""
-    coefficient_n3 = torch.stack([c_n.float() for c_n in coefficients], 1)
-    if term is not None:
-        options |= dict(
-            lp_temperature=term.temperature, target_n=term.target_N[rows], entropy=term.entropy
-        )
-    return gradient(student, coefficient_n3=coefficient_n3, **options)

@@ -65,8 +65,9 @@ VARIANTS = {
 # - In the loss, token by token: the gradient of k1 is 0 on average, that of k2 is the gradient of
 #   KL(policy ‖ ref), that of k3 the gradient of KL(ref ‖ policy), each for the next token while the
 #   prefixes that the policy generates stay as they are.
-# - In the reward, detached (`rl.logprobs.kl_penalty`): only k1 is right. Summed over a sample it has
-#   the gradient of the KL of complete sequences; k3 has that of KL(policy ‖ ref) − KL(ref ‖ policy).
+# - In the reward, detached (`rl.logprobs.kl_penalty`): only k1 is right. Summed over a sample it
+#   has the gradient of the KL of complete sequences; k3 has that of
+#   KL(policy ‖ ref) − KL(ref ‖ policy).
 
 
 def k1(d: Tensor) -> Tensor:
@@ -89,27 +90,17 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """Settings of `grpo_loss`.
+    """Settings of `grpo_loss`."""
 
-    Attributes:
-        variant: a name in VARIANTS.
-        clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high].
-        kl_coef, kl_estimator: the KL to the reference in the loss; a name in KL_ESTIMATORS.
-        entropy_coef: of the entropy, which is subtracted from the loss.
-        temperature: of the sampling; log-probs are under softmax(logits / temperature).
-        vocab: the first `vocab` ids take part; None: all rows of the head.
-        kd_coef, kd_divergence, kd_beta: a divergence from a teacher, added at temperature 1.
-    """
-
-    variant: str
-    clip_low: float
+    variant: str  # a name in VARIANTS
+    clip_low: float  # the ratio is clipped to [1 − clip_low, 1 + clip_high]
     clip_high: float
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    temperature: float = 1.0
-    vocab: int | None = None
-    kd_coef: float = 0.0
+    kl_coef: float = 0.0  # of the KL to the reference
+    kl_estimator: str = "k3"  # a name in KL_ESTIMATORS
+    entropy_coef: float = 0.0  # of the entropy, which is subtracted from the loss
+    temperature: float = 1.0  # of the sampling: log-probs are under softmax(logits / temperature)
+    vocab: int | None = None  # how many ids take part; None: all rows of the head
+    kd_coef: float = 0.0  # of a divergence from a teacher, at temperature 1
     kd_divergence: str = "reverse_kl"
     kd_beta: float = 0.5
 

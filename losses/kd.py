@@ -22,25 +22,15 @@ __all__ = ["DIVERGENCES", "WITH_BETA", "KDConfig", "kd_loss"]
 
 @dataclass(frozen=True)
 class KDConfig:
-    """Settings of `kd_loss`.
+    """Settings of `kd_loss`."""
 
-    Attributes:
-        divergence: a name in DIVERGENCES; beta is its β (see kernels/divergences.py).
-        temperature: both distributions are softmaxes of logits / temperature.
-        t_squared: multiply the divergence by temperature², which keeps the scale of its gradient.
-        ce: the cross-entropy's part of the loss, between 0 and 1.
-        vocab: both distributions are over the first `vocab` ids, which student and teacher share.
-        topk: the teacher is known by so many ids and one bucket for all others; 0: by its whole
-        distribution.
-    """
-
-    divergence: str
-    beta: float = 0.5
-    temperature: float = 1.0
-    t_squared: bool = False
-    ce: float = 0.0
-    vocab: int | None = None
-    topk: int = 0
+    divergence: str  # a name in DIVERGENCES
+    beta: float = 0.5  # its β
+    temperature: float = 1.0  # distributions are softmaxes of logits / temperature
+    t_squared: bool = False  # multiply by temperature², which keeps the gradient's scale
+    ce: float = 0.0  # the cross-entropy's part of the loss, between 0 and 1
+    vocab: int | None = None  # the first ids, which student and teacher share
+    topk: int = 0  # the teacher is known by so many ids and a tail; 0: by its whole distribution
 
 
 def kd_loss(

@@ -17,7 +17,8 @@ from kernels import backend, triton_head
 from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from kernels.linear_topk import bucket_logprobs, linear_topk_divergence, topk_logprobs
+from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from kernels.triton_steps import bucket_logprobs
 from losses.sft import cross_entropy
 from tests import reference
 
