@@ -264,8 +264,7 @@ def cost_of(cache, documents, teacher_shape, vocab):
         teacher = Transformer(teacher_shape)
     lengths = [len(d) for d in documents]
     return Counter(
-        teacher_tokens=sum(lengths),
-        flops=forward_flops(teacher, lengths, cache.positions, vocab),
+        teacher_tokens=sum(lengths), flops=forward_flops(teacher, lengths, cache.positions, vocab)
     )
 
 

@@ -154,7 +154,10 @@ def rewarded_rollouts(cfg, run):
             log_probs(cfg, run, documents, "ref_logp", run.reference)
         if cfg.grpo_tis != "none":
             add_correction(
-                documents, cfg.grpo_tis, cfg.grpo_tis_cap, by_sequence=VARIANTS[cfg.grpo_variant].sequence_ratio
+                documents,
+                cfg.grpo_tis,
+                cfg.grpo_tis_cap,
+                by_sequence=VARIANTS[cfg.grpo_variant].sequence_ratio,
             )
 
     kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
@@ -376,7 +379,9 @@ def step_metrics(cfg, run, batch, teacher, sums, seconds):
     """One step's line of metrics.jsonl: losses over all ranks, speed, the cost so far, and on a known GPU the share of its peak, by the update."""
     tokens = len(batch.tokens_T)
     ratios_first = (
-        cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].sequence_ratio and "old_logp" in batch.fields
+        cfg.mode == "grpo"
+        and VARIANTS[cfg.grpo_variant].sequence_ratio
+        and "old_logp" in batch.fields
     )  # see grpo_loss
     flops = (
         step_flops(batch, run.model, teacher, run.vocab, head_passes=int(ratios_first))

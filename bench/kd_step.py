@@ -77,9 +77,7 @@ def our_step(student, teacher, batch, vocab):
     from losses.kd import KDConfig, kd_loss
     from train import forward_backward
 
-    loss_fn = functools.partial(
-        kd_loss, cfg=KDConfig("forward_kl", vocab=vocab)
-    )
+    loss_fn = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=vocab))
     sums = forward_backward(
         student, teacher, loss_fn, batch, batch.normaliser, 8192, torch.device("cpu")
     )

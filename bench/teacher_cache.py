@@ -63,7 +63,13 @@ def main(argv):
             np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float32)
         ).log_softmax(1)
         loss, short = linear_topk_divergence(
-            hidden, head, ids, kept, weight, lambda ls, lt: DIVERGENCES["forward_kl"](ls, lt, 0.0), vocab=vocab
+            hidden,
+            head,
+            ids,
+            kept,
+            weight,
+            lambda ls, lt: DIVERGENCES["forward_kl"](ls, lt, 0.0),
+            vocab=vocab,
         )
         (got,) = torch.autograd.grad(loss, hidden)
         found.append(
