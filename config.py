@@ -9,7 +9,7 @@ from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
 from kernels.backend import CHOICES
-from losses.grpo import KL_ESTIMATES, VARIANTS
+from losses.grpo import KL_ESTIMATORS, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
 from options import ABOVE_0, knob
@@ -229,7 +229,7 @@ class Config:
         "k3",
         "the KL's estimate; in the reward only k1 is right, in the loss k2 and k3 are",
         only=WITH_REFERENCE,
-        choices=KL_ESTIMATES,
+        choices=KL_ESTIMATORS,
         by={"grpo_kl_in": {"reward": "k1"}},
     )
     grpo_entropy_coef: float = knob(0.0, "weight of an entropy bonus", only=GRPO)

@@ -291,8 +291,8 @@ def load_teacher(
     cache = TeacherCache(
         cfg.kd_cache, documents, weights, cfg.kd_topk, cfg.kd_temperature, plan.vocab_size
     )
-    positions = cache.what["positions"]
-    if not cache.whole:
+    positions = cache.positions
+    if not cache.complete:
         if place.world > 1:
             raise UserError(
                 f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
@@ -305,10 +305,9 @@ def load_teacher(
             temperature=cfg.kd_temperature,
             vocab=plan.vocab_size,
             micro_batch_tokens=cfg.micro_batch_tokens,
-            device=place.device,
         )
         cache.fill(rows)
-    dataset.listed = cache
+    dataset.teacher_topk = cache
     lengths = [len(document) for document in documents]
     with torch.device("meta"):
         flops = forward_flops(Transformer(teacher.config), lengths, positions, plan.vocab_size)

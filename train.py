@@ -5,50 +5,35 @@ stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the 
 the loop.
 """
 
+import dataclasses
 import functools
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 
 import options
 from config import Config, kept, needs_old_logp
 from curves import draw_curves, summary
-from data.batch import WEIGHTINGS, Batch, constant_length
-from data.dataset import Dataset, Order, Stream, show_batch
+from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
+from data.dataset import Dataset, DataStream
+from data.show import show_batch
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
-from losses.grpo import VARIANTS, grpo_loss
-from losses.kd import kd_loss
+from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
+from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
-from model.flops import forward_flops, generation_flops, peak_flops, step_flops
-from model.generate import generate
+from model.flops import peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
 from model.transformer import Transformer
 from prepare import COSTS, Run, load_models, number_of_steps, setup
-from rl.logprobs import add_correction, add_logprobs, kl_penalty
-from rl.rollout import Mixed, Rollouts
+from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
+from rl.sample import RolloutConfig
 from run import Log, StopSignal, open_run, stored_config
 from toy_models import TEACHER, toy_tokenizer  # noqa: F401 (tests, until they are merged)
-from validation import evaluate
-
-Metrics = dict[str, tuple[Any, Any]]  # name: (sum, count)
-
-
-class Source(Protocol):
-    """An endless stream of batches; `state` and `load` continue it where it was."""
-
-    def __next__(self) -> Batch: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
+from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
 
@@ -65,22 +50,21 @@ def build(cfg: Config, run: Run) -> tuple[Source, Callable]:
 
 
 def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
-    return data_stream(cfg, run), sft_loss
+    return data_stream(cfg, run.dataset, run.rank, run.world), sft_loss
 
 
 def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_signal == "sampled":
         rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
-        return rollouts, functools.partial(
-            grpo_loss,
+        policy_gradient = GRPOConfig(
             variant="token",
             clip_low=0.2,
             clip_high=0.2,
             temperature=cfg.sample_temperature,
             vocab=run.vocab_size,
         )
-    loss_fn = functools.partial(
-        kd_loss,
+        return rollouts, functools.partial(grpo_loss, cfg=policy_gradient)
+    distillation = KDConfig(
         divergence=cfg.kd_divergence,
         beta=cfg.kd_beta,
         temperature=cfg.kd_temperature,
@@ -89,58 +73,61 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
         topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
         vocab=run.vocab_size,
     )
-    data = data_stream(cfg, run)
+    loss_fn = functools.partial(kd_loss, cfg=distillation)
+    data = data_stream(cfg, run.dataset, run.rank, run.world)
     if cfg.kd_prefix == "data":
         return data, loss_fn
     generator = run.policy if cfg.kd_prefix == "student" else run.teacher
-    mixed = cfg.kd_mix < 1
+    if cfg.kd_mix == 1:
+        return Rollouts(run.dataset, generator, rollout_config(cfg, run), run.teacher), loss_fn
     # Beside the data, prompts come in an order of their own.
-    config = rollout_config(cfg, run, prompt_seed=cfg.seed + mixed)
+    config = rollout_config(cfg, run, prompt_seed=cfg.seed + 1)
     rollouts = Rollouts(run.dataset, generator, config, run.teacher)
-    return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed) if mixed else rollouts, loss_fn
+    return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed), loss_fn
 
 
 def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
-    loss_fn = functools.partial(
-        grpo_loss,
+    objective = GRPOConfig(
         variant=cfg.grpo_variant,
         clip_low=cfg.grpo_clip_low,
         clip_high=cfg.grpo_clip_high,
-        kl=cfg.grpo_kl_estimator,
-        beta=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
-        entropy=cfg.grpo_entropy_coef,
+        kl_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "loss" else 0.0,
+        kl_estimator=cfg.grpo_kl_estimator,
+        entropy_coef=cfg.grpo_entropy_coef,
         temperature=cfg.sample_temperature,
         vocab=run.vocab_size,
-        kd=cfg.grpo_kd_coef,
-        divergence=cfg.kd_divergence,
+        kd_coef=cfg.grpo_kd_coef,
+        kd_divergence=cfg.kd_divergence,
         kd_beta=cfg.kd_beta,
     )
-    _, weighting, sequence_ratio = VARIANTS[cfg.grpo_variant]
+    variant = VARIANTS[cfg.grpo_variant]
     constant = functools.partial(constant_length, length=cfg.sample_tokens)
     config = rollout_config(
         cfg,
         run,
         prompts_per_batch=cfg.batch_size // cfg.grpo_samples,
-        weighting=WEIGHTINGS.get(weighting, constant),
+        weighting=WEIGHTINGS.get(variant.weighting, constant),
         samples_per_prompt=cfg.grpo_samples,
         advantage=cfg.grpo_advantage,
         kl_penalty_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "reward" else 0.0,
         old_logprobs=needs_old_logp(cfg),
         tis=cfg.grpo_tis,
         tis_cap=cfg.grpo_tis_cap,
-        tis_by_sequence=sequence_ratio,
+        tis_by_sequence=variant.sequence_ratio,
         dynamic_sampling_rounds=cfg.grpo_dynamic_sampling_rounds,
         mask_truncated=cfg.grpo_truncated == "mask",
         minibatches=cfg.grpo_minibatches_per_rollout,
         ppo_epochs=cfg.grpo_ppo_epochs,
         logged_samples=cfg.sample_log,
     )
-    return GRPORollouts(run.dataset, run.policy, config, run.reward, run.reference), loss_fn
+    assert run.reward is not None
+    rollouts = GRPORollouts(run.dataset, run.policy, config, run.reward, run.reference)
+    return rollouts, functools.partial(grpo_loss, cfg=objective)
 
 
-def data_stream(cfg: Config, run: Run) -> DataStream:
-    weighting = WEIGHTINGS[cfg.weighting]
-    return DataStream(run.dataset, cfg.batch_size, cfg.seed, weighting, run.rank, run.world)
+def data_stream(cfg: Config, dataset: Dataset, rank: int, world: int) -> DataStream:
+    """Batches of the data set, this rank's share."""
+    return DataStream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
 
 
 def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
@@ -182,7 +169,7 @@ def forward_backward(
     model: Transformer,
     teacher: Transformer | None,
     loss_fn: Callable,
-    batch: Batch,
+    batch: GlobalBatch,
     norm: float,
     micro_batch_tokens: int,
     device: torch.device,
@@ -214,6 +201,16 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
     settings = options.resolved(cfg, without=("name", "resume"))
     log = Log(run.folder.path, settings, run.resume_step, run.rank)
     describe_run(cfg, run, log)
+    validation = Validation(
+        run.dataset,
+        run.stop_ids,
+        cfg.micro_batch_tokens,
+        cfg.eval_tokens,
+        teacher=run.teacher,
+        vocab=run.vocab_size,
+        rank=run.rank,
+        world=run.world,
+    )
     start, steps, counters = run.resume_step or 0, run.steps, run.counters
     seconds = 0.0
     for step in range(start, steps + 1):
@@ -224,7 +221,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
             raise parallel.broadcast(log.error)
         if step != run.resume_step:  # the checkpoint that is continued was evaluated and saved
             if cfg.eval_examples and due(step, cfg.eval_every, steps):
-                log.evaluation(step, steps, *validate(cfg, run))
+                log.evaluation(step, steps, *validation.run(run.policy))
             if stopping or (step and due(step, cfg.save_every, steps)):
                 save(run, source, step)
         if step == steps or stopping:
@@ -234,7 +231,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         batch = next(source)
         (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
         if cfg.lora_dropout:
-            run.policy.dropout.begin(step, applied="old_logp" not in batch.fields)
+            run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
         # A sampled signal is in the advantages already: the loss needs no teacher.
         teacher = None if cfg.kd_signal == "sampled" else run.teacher
         sums = {}
@@ -259,6 +256,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
+        run.cost.update(source.take_cost())
         values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock)
         values |= {"train/grad_norm": grad_norm, "train/lr": lr}
         seconds += values["train/seconds"]
@@ -282,22 +280,6 @@ def due(step: int, every: int, last: int) -> bool:
     return step in (0, last) or (every > 0 and step % every == 0)
 
 
-def validate(cfg: Config, run: Run) -> tuple[dict[str, float], list[dict]]:
-    """Metrics and samples of the policy on the validation examples."""
-    return evaluate(
-        run.policy,
-        run.dataset,
-        run.stop_ids,
-        sft_loss,
-        cfg.micro_batch_tokens,
-        cfg.eval_tokens,
-        rank=run.rank,
-        world=run.world,
-        teacher=run.teacher,
-        vocab=run.vocab_size,
-    )
-
-
 def save(run: Run, source: Source, step: int) -> None:
     """Checkpoint `step`: the model in Hugging Face form and the trainer's state."""
     state = {"source": parallel.gather(source.state()), "counters": run.counters}
@@ -316,17 +298,22 @@ def restore(run: Run, source: Source) -> None:
 
 
 def step_metrics(
-    cfg: Config, run: Run, batch: Batch, teacher: Transformer | None, sums: Metrics, seconds: float
+    cfg: Config,
+    run: Run,
+    batch: GlobalBatch,
+    teacher: Transformer | None,
+    sums: Metrics,
+    seconds: float,
 ) -> dict[str, float]:
     """A step's line of metrics.jsonl: losses over all ranks, speed, and the cost of the run so far.
 
     `sums` is empty where nothing was computed, as no row of the batch carried loss.
     """
-    tokens, flops = len(batch.tokens_T), 0
+    tokens, flops = sum(batch.lengths), 0
     if sums:
         # GSPO needs the ratios of whole sequences first: one more pass of the head.
-        needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant][2]
-        head_passes = int(needs_ratios and "old_logp" in batch.fields)
+        needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].sequence_ratio
+        head_passes = int(needs_ratios and batch.has_field("old_logp"))
         flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
         run.cost["teacher_tokens"] += tokens if teacher else 0
     run.cost.update(tokens=tokens, flops=flops)

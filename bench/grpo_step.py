@@ -84,7 +84,7 @@ def main():
     torch.set_num_threads(args.threads)
     from data.batch import WEIGHTINGS
     from kernels.chunk import default_chunk_rows
-    from losses.grpo import grpo_loss
+    from losses.grpo import GRPOConfig, grpo_loss
     from model.checkpoint import build_model
     from model.optim import build_optimizer, clip_gradients
     from model.transformer import PRESETS
@@ -122,9 +122,8 @@ def main():
         logged_samples=0,
     )
     source = CoinRollouts(TwoPrompts(), model, config, reward=None)
-    loss_fn = functools.partial(
-        grpo_loss, variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab
-    )
+    cfg = GRPOConfig(variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab)
+    loss_fn = functools.partial(grpo_loss, cfg=cfg)
     before = resident()
 
     def rollout():

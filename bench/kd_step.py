@@ -75,18 +75,10 @@ def our_step(student, teacher, batch, vocab):
     import functools
 
     from data.batch import GlobalBatch
-    from losses.kd import kd_loss
+    from losses.kd import KDConfig, kd_loss
     from train import forward_backward
 
-    loss_fn = functools.partial(
-        kd_loss,
-        divergence="forward_kl",
-        beta=0.5,
-        temperature=1.0,
-        t_squared=False,
-        ce=0.0,
-        vocab=vocab,
-    )
+    loss_fn = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=vocab))
     sums = forward_backward(
         student,
         teacher,

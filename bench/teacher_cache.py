@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from kernels.attention import PackedAttention
 from kernels.linear_kl import linear_kl
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
-from losses.kd import forward_kl
+from losses.kd import DIVERGENCES
 from model.checkpoint import build_model, read_config
 
 
@@ -63,7 +63,13 @@ def main(argv):
             np.maximum(logp.numpy(), -65504).astype(np.float16).astype(np.float32)
         ).log_softmax(1)
         loss, short = linear_topk_divergence(
-            hidden, head, ids, kept, weight, lambda ls, lt: forward_kl(ls, lt, 0.0), vocab=vocab
+            hidden,
+            head,
+            ids,
+            kept,
+            weight,
+            lambda ls, lt: DIVERGENCES["forward_kl"](ls, lt, 0.0),
+            vocab=vocab,
         )
         (got,) = torch.autograd.grad(loss, hidden)
         found.append(

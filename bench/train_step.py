@@ -19,7 +19,7 @@ import torch
 from bench.gpu import Bench, environment, kept, table
 from data.batch import Document, GlobalBatch
 from kernels import backend
-from losses.kd import kd_loss
+from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model.checkpoint import build_model
 from model.flops import peak_flops, step_flops
@@ -40,15 +40,7 @@ def packed(count, length, vocab):
 
 def step_of(model, teacher, batch, vocab, device):
     optimizer = build_optimizer(model, 1e-5, (0.9, 0.95), 1e-8, 0.1)
-    kd = functools.partial(
-        kd_loss,
-        divergence="forward_kl",
-        beta=0.5,
-        temperature=1.0,
-        t_squared=False,
-        ce=0.0,
-        vocab=vocab,
-    )
+    kd = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=vocab))
     loss_fn = kd if teacher else sft_loss
 
     def step():

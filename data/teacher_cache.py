@@ -1,114 +1,30 @@
-"""A teacher's likeliest tokens for every trained position of a data set, kept on disk, so that the teacher need not run again.
+"""A teacher's top-k for every trained position of a data set, kept on disk.
 
-A folder: `ids.bin` (int32), `logp.bin` (fp16) – k ids, and k log-probs with that of all others together behind them, per trained position –
-read through a memory map, and `cache.json`, which says what they are of. That file is written last: without it nothing is kept yet.
-6k + 2 bytes a position. Legend: R trained positions of all documents in their order, k listed.
+The teacher then need not run again.
+
+A folder with `ids.npy` (int32) and `logp.npy` (fp16), read through memory maps: k ids per trained
+position, and k log-probs followed by that of all other ids together. `cache.json` says what they
+were made from; it is written last, and without it the cache is not complete. A position takes 6k +
+2 bytes.
+
+Legend: R trained positions of all documents in their order, k ids, B = k + 1.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
+from data.batch import Document
 from errors import UserError
 
-FORM = 1  # of the files below
-
-
-class TeacherCache:
-    """What was kept for exactly these documents, this teacher, k and temperature; or a place to keep it."""
-
-    def __init__(self, folder, documents, teacher, k, temperature, vocab):
-        self.folder, self.k = Path(folder), k
-        self.ends = np.cumsum([0, *(np.count_nonzero(d.weights) for d in documents)])
-        self.what = dict(
-            form=FORM,
-            k=k,
-            temperature=temperature,
-            vocab=vocab,
-            positions=int(self.ends[-1]),
-            documents=_digest(documents),
-            teacher=teacher,
-        )
-        self.whole = self._agrees()
-        if self.whole:
-            self._open()
-
-    def _agrees(self):
-        """Whether all of it is there. Raises UserError if something else is."""
-        path = self.folder / "cache.json"
-        if not path.is_file():
-            return False
-        try:
-            kept = json.loads(path.read_text())
-            other = next(
-                (name for name, value in self.what.items() if kept.get(name) != value), None
-            )
-        except (OSError, ValueError, AttributeError) as e:
-            raise UserError(
-                f"--kd_cache {self.folder}: cache.json cannot be read ({e}); delete the folder, and it is made again"
-            ) from None
-        if other:
-            raise UserError(
-                f"--kd_cache {self.folder} was made with other {_NAMES.get(other, other)}; name another folder, or delete it to make it again"
-            )
-        for name, size in (("ids.bin", 4 * self.k), ("logp.bin", 2 * self.k + 2)):
-            file, wanted = self.folder / name, size * self.what["positions"]
-            have = file.stat().st_size if file.is_file() else 0
-            if have != wanted:
-                raise UserError(
-                    f"--kd_cache {self.folder}: {name} has {have:,} bytes of {wanted:,}; delete the folder, and it is made again"
-                )
-        return True
-
-    def _open(self):
-        rows = self.what["positions"]
-        shaped = lambda name, dtype, width: (
-            np.memmap(self.folder / name, dtype, "r", shape=(rows, width))
-            if rows
-            else np.zeros((0, width), dtype)
-        )
-        self.ids_Rk, self.logp_RB = (
-            shaped("ids.bin", np.int32, self.k),
-            shaped("logp.bin", np.float16, self.k + 1),
-        )
-
-    def __getitem__(self, index):
-        """(ids, log-probs) of a document's trained positions."""
-        rows = slice(self.ends[index], self.ends[index + 1])
-        return self.ids_Rk[rows], self.logp_RB[rows]
-
-    def fill(self, listed):
-        """Write what `listed` yields, (ids_Rk, logp_RB) arrays of consecutive positions."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            drafts = {
-                self.folder / name: self.folder / f"{name}.{os.getpid()}.draft"
-                for name in ("ids.bin", "logp.bin", "cache.json")
-            }  # others may fill it too
-            with (
-                open(drafts[self.folder / "ids.bin"], "wb") as ids,
-                open(drafts[self.folder / "logp.bin"], "wb") as logp,
-            ):
-                for ids_Rk, logp_RB in listed:
-                    ids.write(np.ascontiguousarray(ids_Rk, np.int32).tobytes())
-                    logp.write(
-                        np.ascontiguousarray(np.maximum(logp_RB, -65504), np.float16).tobytes()
-                    )
-            drafts[self.folder / "cache.json"].write_text(json.dumps(self.what, indent=1) + "\n")
-            for path, draft in drafts.items():
-                draft.rename(path)
-        except OSError as e:
-            raise UserError(
-                f"--kd_cache {self.folder} cannot be written ({e.strerror or e})"
-            ) from None
-        self.whole = self._agrees()
-        self._open()
-
-
-_NAMES = {
+FORM = 2  # of the files
+FP16_MIN = -65504
+NAMES = {
     "documents": "data, template or tokenizer",
     "teacher": "weights of the teacher",
     "positions": "data",
@@ -116,7 +32,94 @@ _NAMES = {
 }
 
 
-def _digest(documents):
+class TeacherCache:
+    """The top-k of exactly these documents, this teacher, k and temperature; or a place to keep it.
+
+    Attributes:
+        complete: whether everything is there.
+        positions: how many trained positions the documents have.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        documents: Sequence[Document],
+        teacher: str,
+        k: int,
+        temperature: float,
+        vocab: int,
+    ) -> None:
+        self.folder, self.k = Path(folder), k
+        self.ends = np.cumsum([0] + [int(np.count_nonzero(d.weights)) for d in documents])
+        self.positions = int(self.ends[-1])
+        self.fingerprint = dict(
+            form=FORM,
+            k=k,
+            temperature=temperature,
+            vocab=vocab,
+            positions=self.positions,
+            documents=_digest(documents),
+            teacher=teacher,
+        )
+        self.complete = (self.folder / "cache.json").is_file()
+        if self.complete:
+            self._open()
+
+    def _open(self) -> None:
+        """Map the files. Raises UserError if they are something else or damaged."""
+        try:
+            found = json.loads((self.folder / "cache.json").read_text())
+            for name, value in self.fingerprint.items():
+                if found.get(name) != value:
+                    raise UserError(
+                        f"--kd_cache {self.folder} was made with other {NAMES.get(name, name)}; "
+                        "name another folder, or delete it to make it again"
+                    )
+            self.ids_Rk = np.load(self.folder / "ids.npy", mmap_mode="r")
+            self.logp_RB = np.load(self.folder / "logp.npy", mmap_mode="r")
+        except (OSError, ValueError, AttributeError, EOFError) as e:
+            raise UserError(
+                f"--kd_cache {self.folder} cannot be read ({e}); "
+                "delete the folder, and it is made again"
+            ) from None
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, log-probs) of a document's trained positions."""
+        rows = slice(self.ends[index], self.ends[index + 1])
+        return self.ids_Rk[rows], self.logp_RB[rows]
+
+    def fill(self, topk: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Write (ids_Rk, logp_RB) arrays of consecutive positions, and complete the cache."""
+        drafts = {}
+        for name in ("ids.npy", "logp.npy", "cache.json"):  # others may fill it, too
+            drafts[name] = self.folder / f"{name}.{os.getpid()}.draft"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(drafts["ids.npy"], "wb") as ids, open(drafts["logp.npy"], "wb") as logp:
+                self._write_header(ids, np.int32, self.k)
+                self._write_header(logp, np.float16, self.k + 1)
+                for ids_Rk, logp_RB in topk:
+                    ids.write(ids_Rk.astype(np.int32).tobytes())
+                    logp.write(np.maximum(logp_RB, FP16_MIN).astype(np.float16).tobytes())
+            drafts["cache.json"].write_text(json.dumps(self.fingerprint, indent=1) + "\n")
+            for name, draft in drafts.items():
+                draft.rename(self.folder / name)
+        except OSError as e:
+            reason = e.strerror or e
+            raise UserError(f"--kd_cache {self.folder} cannot be written ({reason})") from None
+        self.complete = True
+        self._open()
+
+    def _write_header(self, file, dtype: type, width: int) -> None:
+        """The head of a .npy file. Rows are appended: on a full disk a memory map would crash."""
+        descr, shape = npy.dtype_to_descr(np.dtype(dtype)), (self.positions, width)
+        npy.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=shape))
+
+
+def _digest(documents: Sequence[Document]) -> str:
     """Of every token and of what is trained on."""
     digest = hashlib.sha256()
     for d in documents:
@@ -126,8 +129,8 @@ def _digest(documents):
     return digest.hexdigest()
 
 
-def weights_digest(folder):
-    """Of a checkpoint's weight files."""
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 of a checkpoint's weight files."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as file:

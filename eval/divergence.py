@@ -1,11 +1,15 @@
-"""How far a checkpoint is from another – the one it was trained from, say – on the answers of both that `python -m eval` kept.
+"""How far a checkpoint is from another, say the one it was trained from, on answers of both.
 
-    python -m eval.divergence runs/my-run path/to/Qwen2.5-0.5B --evals evals/mine evals/base --out kl.json
+    python -m eval.divergence runs/my-run path/to/Qwen2.5-0.5B --evals evals/mine evals/base --out
+    kl.json
 
-Means per token of the measures of validation.py (CHECKPOINT is the model, REFERENCE its teacher; over the ids that both share), on what
-CHECKPOINT wrote (`on_own`) and on what REFERENCE wrote. By the chain rule reverse_kl summed over an own answer estimates KL(CHECKPOINT ‖
-REFERENCE) of whole answers, and forward_kl summed over REFERENCE's the other KL: …_per_answer. At a temperature or top-p other than 1
-that is along the answers as they were sampled. Texts become tokens anew; one that was ended gets its stop token back.
+The answers are those that `python -m eval` wrote. The results are means per token of the measures
+of validation.py (CHECKPOINT is the model, REFERENCE its teacher; over the ids that both share), on
+what CHECKPOINT generated (`on_own`) and on what REFERENCE generated (`on_reference`). By the chain
+rule, reverse_kl summed over an answer of its own estimates KL(CHECKPOINT ‖ REFERENCE) of complete
+answers, and forward_kl summed over one of REFERENCE the other KL: these are the measures
+..._per_answer. At a temperature or top-p other than 1 that is along the answers as they were
+sampled. Texts are tokenized anew; one that ended gets its stop token back.
 """
 
 import argparse
@@ -21,7 +25,7 @@ from data.tokenizer import shared_vocabulary
 from errors import UserError, as_command
 from eval.summary import Samples
 from files import read_json, replace_file
-from model.load import find
+from model.load import Subject, find
 from run import handled, interrupt
 from validation import compare
 
@@ -51,104 +55,101 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def answers(folder, author, limit):
-    """{task: documents} of what `author` answered: prompts made again from what the results state of them."""
-    found, tokenizer = {}, author.tokenizer
-    for about in sorted(Path(folder).glob("*/*.json")):
-        samples, identity = Samples(about.parent, about.stem), read_json(about).get("identity", {})
-        if identity.get("checkpoint") != author.sha256:
-            continue
-        asked, rows, found[about.stem] = identity["prompt"], samples.read(), []
-        if not samples.path.exists() or asked["kind"] == "few_shot":
-            raise UserError(
-                f"{about}: {'few-shot prompts cannot' if samples.path.exists() else 'an unfinished evaluation cannot'} be compared"
-            )
-        formatter = Formatter(
-            tokenizer,
-            asked["kind"],
-            asked["system"],
-            asked["instruction"],
-            asked.get("chat_template_kwargs", {}),
-        )
-        for problem, row in sorted(
-            (p, row) for (p, sample), row in rows.items() if sample == 0 and p < limit
-        ):
-            example = Example(
-                ({"role": "user", "content": row["question"]}, {"role": "assistant", "content": ""})
-            )
-            prompt = [*formatter.prompt(example), *tokenizer.encode(asked["prefill"])]
-            if (
-                problem == 0
-                and hashlib.sha256(str(prompt).encode()).hexdigest() != asked["first_prompt_sha256"]
-            ):
-                raise UserError(
-                    f"{about}: {author.name} now makes another prompt of the first question; was its tokenizer changed?"
-                )
-            ended = row["stopped"] and (about.stem, asked["kind"]) != (
-                "humaneval",
-                "plain",
-            )  # by other text, which is cut off
-            found[about.stem].append(
-                Document.of_completion(
-                    prompt,
-                    [
-                        *tokenizer.encode(tokenizer.escape(row["text"])),
-                        *identity["stop_ids"][:ended],
-                    ],
-                )
-            )
+def answers(folder: str, author: Subject, limit: int) -> dict[str, list[Document]]:
+    """{task: documents} of what `author` answered in an evaluation.
+
+    The prompts are made again from what the results say about them.
+
+    Raises:
+        UserError: there are no answers of `author`, or prompts cannot be made again.
+    """
+    found = {}
+    for results in sorted(Path(folder).glob("*/*.json")):
+        identity = read_json(results).get("identity", {})
+        if identity.get("checkpoint") == author.sha256:
+            found[results.stem] = _task_answers(results, identity, author, limit)
     if not any(found.values()):
         raise UserError(
-            f"--evals {folder}: no answers of {author.name} to the first {limit} problems; `python -m eval` writes them"
+            f"--evals {folder}: no answers of {author.name} to the first {limit} problems; "
+            "`python -m eval` writes them"
         )
     return found
 
 
-def run(args):
-    both = checkpoint, reference = find(args.checkpoint), find(args.reference)
-    vocab = min(
-        shared_vocabulary(checkpoint.tokenizer, reference.tokenizer),
-        checkpoint.vocab,
-        reference.vocab,
+def _task_answers(results: Path, identity: dict, author: Subject, limit: int) -> list[Document]:
+    samples, prompt = Samples(results.parent, results.stem), identity["prompt"]
+    rows = samples.read()
+    if not samples.path.exists():
+        raise UserError(f"{results}: an unfinished evaluation cannot be compared")
+    if prompt["kind"] == "few_shot":
+        raise UserError(f"{results}: few-shot prompts cannot be compared")
+    tokenizer = author.tokenizer
+    template_kwargs = prompt.get("chat_template_kwargs", {})
+    formatter = Formatter(
+        tokenizer, prompt["kind"], prompt["system"], prompt["instruction"], template_kwargs
     )
-    own, others = written = [
-        answers(folder, author, args.limit) for folder, author in zip(args.evals, both)
-    ]
+    # other stops of this task are text, which is cut off
+    has_stop_token = (results.stem, prompt["kind"]) != ("humaneval", "plain")
+    documents = []
+    for problem, sample in sorted(rows):
+        if sample or problem >= limit:
+            continue
+        row = rows[problem, sample]
+        question = {"role": "user", "content": row["question"]}
+        example = Example((question, {"role": "assistant", "content": ""}))
+        ids = [*formatter.prompt(example), *tokenizer.encode(prompt["prefill"])]
+        digest = hashlib.sha256(str(ids).encode()).hexdigest()
+        if problem == 0 and digest != prompt["first_prompt_sha256"]:
+            raise UserError(
+                f"{results}: {author.name} now makes another prompt of the first question; "
+                "was its tokenizer changed?"
+            )
+        completion = tokenizer.encode(tokenizer.escape(row["text"]))
+        if row["stopped"] and has_stop_token:
+            completion += identity["stop_ids"][:1]
+        documents.append(Document.of_completion(ids, completion))
+    return documents
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure both directions, write --out and print a table."""
+    checkpoint, reference = find(args.checkpoint), find(args.reference)
+    vocab = shared_vocabulary(checkpoint.tokenizer, reference.tokenizer)
+    vocab = min(vocab, checkpoint.vocab, reference.vocab)
+    own = answers(args.evals[0], checkpoint, args.limit)
+    others = answers(args.evals[1], reference, args.limit)
     if own.keys() != others.keys():
         raise UserError(
-            f"--evals: answers to {', '.join(own)} and to {', '.join(others)}; evaluate both on the same tasks"
+            f"--evals: answers to {', '.join(own)} and to {', '.join(others)}; "
+            "evaluate both on the same tasks"
         )
-    batches = {
-        name: [d for task in found.values() for d in task]
-        for name, found in zip(("on_own", "on_reference"), written)
-    }
-    if max(int(d.tokens.max()) for batch in batches.values() for d in batch) >= vocab:
-        raise UserError(
-            f"{checkpoint.name} and {reference.name} share the first {vocab:,} ids only, and an answer holds another"
-        )
+    batches = {}
+    for name, tasks in (("on_own", own), ("on_reference", others)):
+        batches[name] = [document for task in tasks.values() for document in task]
+        if max(int(document.tokens.max()) for document in batches[name]) >= vocab:
+            raise UserError(
+                f"{checkpoint.name} and {reference.name} share the first {vocab:,} ids only, "
+                "and an answer holds another"
+            )
+    out = Path(args.out)
     try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}") from None
-    model, teacher, measured = checkpoint.model(), reference.model(), {}
+    model, teacher, means = checkpoint.model(), reference.model(), {}
     for name, batch in batches.items():
         sums = compare(model, teacher, batch, vocab, micro_batch_tokens=8192)
-        sums |= {
-            f"{kl}_per_answer": (sums[kl][0], len(batch))
-            for kl in ("forward_kl", "reverse_kl")
-            if kl in sums
-        }
-        measured[name] = {measure: total / count for measure, (total, count) in sums.items()}
-    replace_file(Path(args.out), json.dumps(measured, indent=1) + "\n")
+        for kl in ("forward_kl", "reverse_kl"):
+            if kl in sums:
+                sums[f"{kl}_per_answer"] = sums[kl][0], len(batch)
+        means[name] = {measure: total / count for measure, (total, count) in sums.items()}
+    replace_file(out, json.dumps(means, indent=1) + "\n")
     print(f"{'':24}{'on own':>14}{'on reference':>14}")
-    for measure in dict.fromkeys(m for means in measured.values() for m in means):
-        print(
-            f"{measure:24}"
-            + "".join(
-                f"{means[measure]:14.5f}" if measure in means else f"{'-':>14}"
-                for means in measured.values()
-            )
-        )
+    for measure in means["on_own"] | means["on_reference"]:
+        line = f"{measure:24}"
+        for values in means.values():
+            line += f"{values[measure]:14.5f}" if measure in values else f"{'-':>14}"
+        print(line)
 
 
 def main(argv):

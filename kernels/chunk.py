@@ -1,74 +1,112 @@
-"""The vocabulary head in chunks of rows, so that [N, V] logits never exist.
+"""The vocabulary head in chunks of rows, so that the [N, V] logits never exist.
 
-The head of a 0.5B model has 151,936 rows: one fp32 logits tensor for 8 x 1,024 tokens is 5 GB, and a plain
-implementation holds several. Here the logits of a few rows are made, turned into their own gradient in place and
-multiplied out at once into the gradients of the hidden rows and of the head: three products, two buffers.
+The head of a 0.5B model has 151,936 rows: one fp32 logits tensor for 8 x 1,024 tokens takes 5 GB,
+and a plain implementation holds several of them. Here the logits of a chunk of rows are computed,
+overwritten with their own gradient, and multiplied at once into the gradients of the hidden rows
+and of the head: three products, two buffers.
 
-`chunked_head` is the loop; the files beside this one supply what happens to a chunk: in PyTorch (`torch_step`) or by the kernels of
-kernels/triton_head.py. Legend: N loss rows, n rows of a
-chunk, D hidden, V vocabulary (the first V rows of the head take part, padding rows beyond are never seen).
+`chunked_head` is the loop. The files beside this one say what happens to the logits of a chunk,
+either in PyTorch (through `torch_step`) or with the kernels of kernels/triton_head.py.
+
+Legend: N loss rows, n rows of a chunk, b rows of a block, D hidden, V vocabulary (the first V rows
+of the head take part, padding rows beyond them are never read).
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
-CHUNK_ELEMENTS = {
-    "cpu": 64 << 20,
-    "cuda": 640 << 20,
-}  # logits held at once: 441 rows of 151,936 on a CPU, 4,400 on a GPU
-BLOCK_ELEMENTS = (
-    5 << 17
-)  # on a CPU the element-wise work runs on blocks of rows that stay in the cache
+# Logits held at once: 441 rows of 151,936 on a CPU, 4,400 rows on a GPU.
+CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
+# On a CPU the element-wise work runs on blocks of rows that stay in the cache.
+BLOCK_ELEMENTS = 5 << 17
+
+# step(hidden_nD, weight_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
+Step = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
-def accumulate_dtype(tensor):
+def accumulate_dtype(tensor: Tensor) -> torch.dtype:
     """Softmax, log-sum-exp and gradient sums run in at least fp32 (fp64 stays fp64)."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def default_chunk_rows(vocab, device):
+def default_chunk_rows(vocab: int, device: torch.device) -> int:
+    """How many rows of logits fit the budget of this device."""
     return max(1, CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] // vocab)
 
 
-def blocks(n_rows, vocab, device):
+def blocks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:
     """Slices of rows for element-wise work: cache-sized on a CPU, the whole chunk on a GPU."""
     size = n_rows if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
-    return [slice(lo, min(lo + size, n_rows)) for lo in range(0, n_rows, size)]
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def product(a, b, out, add=False):
-    """out (+)= a @ b, summed in `out`'s dtype. bf16 operands keep an fp32 result: rounded logits ruin KD gradients."""
-    if a.dtype == b.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if out.is_cuda and a.dtype == b.dtype:
-        return (
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-            if add
-            else torch.mm(a, b, out_dtype=out.dtype, out=out)
-        )
-    a, b = a.to(out.dtype), b.to(out.dtype)
-    return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b (out += a @ b with `add`), summed in the dtype of `out`.
+
+    bf16 operands keep an fp32 result: rounded logits ruin the gradients of distillation.
+    """
+    options = {}
+    if out.is_cuda and a.dtype == b.dtype != out.dtype:
+        options["out_dtype"] = out.dtype
+    else:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        return torch.addmm(out, a, b, out=out, **options)
+    return torch.mm(a, b, out=out, **options)
 
 
-def torch_step(rows_loss, n_rows, vocab, like):
-    """A step of `chunked_head` in PyTorch. rows_loss(logits_nV, lo, want_grad) -> loss_n gets the logits of rows lo … lo+n in at least fp32
-    and overwrites them with d loss_sum / d logits (when want_grad). One buffer of n_rows serves all chunks."""
-    logits = torch.empty(n_rows, vocab, dtype=accumulate_dtype(like), device=like.device)
+def torch_step(
+    block_loss: Callable[..., Tensor],
+    chunk_rows: int,
+    vocab: int,
+    hidden_ND: Tensor,
+    teacher: tuple[Tensor, Tensor] | None = None,
+) -> Step:
+    """A step of `chunked_head` in PyTorch: the logits of a chunk, then the loss block by block.
 
-    def step(rows_nD, weight_VD, lo, want_grad):
-        logits_nV = product(rows_nD, weight_VD[:vocab].t(), logits[: len(rows_nD)])
-        return rows_loss(logits_nV, lo, want_grad), logits_nV.to(
-            rows_nD.dtype
-        ) if want_grad else None
+    Args:
+        block_loss: block_loss(logits_bV, rows, want_grad) -> loss_b, where `rows` says which of
+            the N rows these are. The logits are at least fp32; with want_grad they must be
+            overwritten with d loss_sum / d logits. With a teacher: block_loss(logits_bV,
+            teacher_logits_bV, rows, want_grad).
+        chunk_rows: the most rows a chunk has; one buffer of that size serves all chunks.
+        teacher: the hidden rows and the head of a teacher, (hidden_NC, head_VC).
+    """
+    shape = (min(chunk_rows, len(hidden_ND)), vocab)
+    dtype, device = accumulate_dtype(hidden_ND), hidden_ND.device
+    buffer = torch.empty(shape, dtype=dtype, device=device)
+    teacher_buffer = torch.empty(shape, dtype=dtype, device=device) if teacher else buffer
+
+    def step(hidden_nD: Tensor, weight_VD: Tensor, rows: slice, want_grad: bool):
+        n_rows = len(hidden_nD)
+        logits = [product(hidden_nD, weight_VD[:vocab].t(), buffer[:n_rows])]
+        if teacher:
+            teacher_hidden_NC, teacher_VC = teacher
+            out = teacher_buffer[:n_rows]
+            logits.append(product(teacher_hidden_NC[rows], teacher_VC.t(), out))
+        losses = []
+        for block in blocks(n_rows, vocab, device):
+            block_rows = slice(rows.start + block.start, rows.start + block.stop)
+            losses.append(block_loss(*(z[block] for z in logits), block_rows, want_grad))
+        grad_nV = logits[0].to(hidden_nD.dtype) if want_grad else None
+        return torch.cat(losses), grad_nV
 
     return step
 
 
-def chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows):
+def chunked_head(
+    hidden_ND: Tensor, head_VD: Tensor, step: Step, vocab: int, chunk_rows: int
+) -> Tensor:
     """Sum of a row loss over all rows, differentiable in hidden_ND and head_VD.
 
-    step(rows_nD, weight_VD, lo, want_grad) -> (loss_n, grad_nP): the losses of rows lo … lo+n, weights included, and (when want_grad)
-    d loss_sum / d logits in rows_nD's dtype; its columns beyond `vocab`, if any, are 0.
-    Returns a scalar. Backward may run once: the gradients are handed over, not kept.
+    Args:
+        step: step(hidden_nD, weight_VD, rows, want_grad) -> (loss_n, grad_nP): the losses of the
+            rows [rows.start, rows.stop), weights included, and (with want_grad) d loss_sum / d
+            logits in the dtype of hidden_nD. Its columns beyond `vocab`, if any, are 0.
+
+    Returns a scalar. Its backward may run once: the gradients are handed over, not kept.
     """
     want_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad)
     return _ChunkedHead.apply(hidden_ND, head_VD, step, vocab, chunk_rows, want_grad)
@@ -77,55 +115,44 @@ def chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows):
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, step, vocab, chunk_rows, want_grad):
-        n_rows, dtype, device = hidden_ND.shape[0], accumulate_dtype(hidden_ND), hidden_ND.device
+        dtype, device = accumulate_dtype(hidden_ND), hidden_ND.device
         weight_VD = head_VD.to(hidden_ND.dtype)
-        need_hidden, need_head = (want_grad and need for need in ctx.needs_input_grad[:2])
-        grad_hidden = (
-            torch.empty(hidden_ND.shape, dtype=dtype, device=device) if need_hidden else None
+        grad_hidden, grad_head = (
+            torch.empty(x.shape, dtype=dtype, device=device) if want_grad and needed else None
+            for x, needed in zip((hidden_ND, head_VD), ctx.needs_input_grad[:2], strict=True)
         )
-        grad_head = torch.empty(head_VD.shape, dtype=dtype, device=device) if need_head else None
-        if need_head:
-            (grad_head[vocab:] if n_rows else grad_head).zero_()
+        if grad_head is not None:  # rows that no product below writes
+            grad_head[vocab if len(hidden_ND) else 0 :].zero_()
         total = torch.zeros((), dtype=dtype, device=device)
-        for lo in range(0, n_rows, chunk_rows):
-            rows_nD = hidden_ND[lo : lo + chunk_rows]
-            loss_n, grad_nP = step(rows_nD, weight_VD, lo, want_grad)
+        for start in range(0, len(hidden_ND), chunk_rows):
+            rows = slice(start, min(start + chunk_rows, len(hidden_ND)))
+            hidden_nD = hidden_ND[rows]
+            loss_n, grad_nP = step(hidden_nD, weight_VD, rows, want_grad)
             total += loss_n.sum()
-            if want_grad:
-                grad_nP = grad_nP[
-                    :, : head_VD.shape[0]
-                ]  # a padded row of logits may be wider than the head
-                width = grad_nP.shape[1]
-            if need_hidden:
-                product(grad_nP, weight_VD[:width], grad_hidden[lo : lo + chunk_rows])
-            if need_head:
-                product(grad_nP.t(), rows_nD, grad_head[:width], add=lo > 0)
+            if not want_grad:
+                continue
+            grad_nP = grad_nP[:, : len(head_VD)]  # padded logits may be wider than the head
+            width = grad_nP.shape[1]
+            if grad_hidden is not None:
+                product(grad_nP, weight_VD[:width], grad_hidden[rows])
+            if grad_head is not None:
+                product(grad_nP.t(), hidden_nD, grad_head[:width], add=start > 0)
         ctx.grads, ctx.dtypes = (grad_hidden, grad_head), (hidden_ND.dtype, head_VD.dtype)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
         if ctx.grads is None:
-            raise RuntimeError(
-                "the chunked head's backward runs once; its gradients were handed over"
-            )
-        grads, ctx.grads = ctx.grads, None
-        return (
-            *(
-                _scaled(grad, grad_total, dtype)
-                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-            ),
-            None,
-            None,
-            None,
-            None,
-        )
+            raise RuntimeError("the chunked head's backward runs once: its gradients are gone")
+        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
+        hidden_dtype, head_dtype = ctx.dtypes
+        grad_hidden = _scaled(grad_hidden, grad_total, hidden_dtype)
+        return grad_hidden, _scaled(grad_head, grad_total, head_dtype), None, None, None, None
 
 
-def _scaled(grad, factor, dtype):
-    """grad · factor in `dtype`, in place or in one pass."""
+def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """grad · factor in `dtype`, in place where the dtype is the same."""
     if grad is None:
         return None
-    return torch.mul(
-        grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
-    )
+    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    return torch.mul(grad, factor, out=out)

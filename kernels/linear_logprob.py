@@ -1,148 +1,145 @@
-"""Log-prob (and entropy) of target tokens under hidden_ND @ head_VDᵀ, and any loss of them, in three products.
+"""Losses of the log-prob and entropy of target tokens under hidden_ND @ head_VDᵀ.
 
-Cross-entropy and token-level policy gradients are functions of a row's log-prob, its entropy and a few numbers that
-belong to the row. Their derivative with respect to the log-prob is one coefficient c per row, and
-d loss / d logits = c · (onehot(target) − p) / temperature, so the gradient is known the moment the chunk's logits are.
+Cross-entropy and token-level policy gradients are functions of a row's log-prob, its entropy and a
+few numbers that belong to the row. Their derivative with respect to the log-prob is one
+coefficient c per row, and d loss / d logits = c · (onehot(target) − p) / temperature, so the
+gradient is known the moment the logits of the chunk are.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import blocks, chunked_head, default_chunk_rows, torch_step
+from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, torch_step
+
+# row_loss(logp_n, entropy_n, fields) -> loss_n
+RowLoss = Callable[[Tensor, Any, dict[str, Tensor]], Tensor]
 
 
+@dataclass
 class LogprobTerm:
-    """What a log-prob loss does with a block of logits; shared by `linear_logprob` and `linear_kl`.
+    """A log-prob loss over N rows; shared by `linear_logprob` and the divergences.
 
-    row_loss(logp_n, entropy_n, fields) -> loss_n is plain differentiable torch; `fields` holds the block's slice of
-    each [N] tensor in `fields`; entropy_n is None unless entropy=True. temperature divides the logits.
+    Attributes:
+        row_loss: row_loss(logp_n, entropy_n, fields) -> loss_n, plain differentiable torch.
+            `fields` has the slice of these n rows of every tensor in `fields`; entropy_n is None
+            without `entropy`.
+        temperature: divides the logits.
+        values: filled on the way, {"logp": [N], "entropy": [N]}, detached, in nats.
     """
 
-    def __init__(self, target_N, weight_N, row_loss, fields=None, temperature=1.0, entropy=False):
-        self.target_N, self.weight_N, self.row_loss, self.fields = (
-            target_N,
-            weight_N,
-            row_loss,
-            fields or {},
-        )
-        self.temperature, self.entropy = temperature, entropy
-        self.logp_N = torch.zeros(
-            weight_N.shape,
-            dtype=torch.promote_types(weight_N.dtype, torch.float32),
-            device=weight_N.device,
-        )
-        self.entropy_N = torch.zeros_like(self.logp_N) if entropy else None
+    target_N: Tensor
+    weight_N: Tensor
+    row_loss: RowLoss
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    temperature: float = 1.0
+    entropy: bool = False
 
-    def block(self, logits_nV, rows, want_grad):
-        """Overwrite the block's logits with d loss / d logits; return the weighted losses. rows: slice of [0, N)."""
-        target_n1 = self.target_N[rows].unsqueeze(1)
+    def __post_init__(self) -> None:
+        self.logp_N = torch.zeros_like(self.weight_N, dtype=accumulate_dtype(self.weight_N))
+        self.entropy_N = torch.zeros_like(self.logp_N)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Log-probs and, if asked for, entropies of all rows."""
+        values = {"logp": self.logp_N}
+        if self.entropy:
+            values["entropy"] = self.entropy_N
+        return values
+
+    def block(self, logits_bV: Tensor, rows: slice, want_grad: bool) -> Tensor:
+        """Overwrite a block of logits with d loss / d logits and return its weighted losses."""
+        target_b1 = self.target_N[rows].unsqueeze(1)
         if self.temperature != 1.0:
-            logits_nV.div_(self.temperature)
-        logits_nV.sub_(logits_nV.amax(1, keepdim=True))
-        target_logit_n = logits_nV.gather(1, target_n1).squeeze(1)
-        p_nV = torch.exp(logits_nV, out=None if self.entropy else logits_nV)
-        sum_n = p_nV.sum(1)
-        entropy_n = None
+            logits_bV.div_(self.temperature)
+        logits_bV.sub_(logits_bV.amax(1, keepdim=True))
+        target_logit_b = logits_bV.gather(1, target_b1).squeeze(1)
+        exp_bV = torch.exp(logits_bV, out=None if self.entropy else logits_bV)
+        sum_b = exp_bV.sum(1)
+        entropy_b = mean_b = None
         if self.entropy:  # H = −Σ p log p with log p = logits − log Σe
-            mean_n = (p_nV * logits_nV).nan_to_num_().sum(1) / sum_n
-            entropy_n = sum_n.log() - mean_n
-        loss_n, c_logp_n, c_entropy_n = self.coefficients(
-            target_logit_n - sum_n.log(), entropy_n, rows, want_grad
+            mean_b = (exp_bV * logits_bV).nan_to_num_().sum(1) / sum_b
+            entropy_b = sum_b.log() - mean_b
+        loss_b, c_logp_b, c_entropy_b = self.coefficients(
+            target_logit_b - sum_b.log(), entropy_b, rows, want_grad
         )
         if not want_grad:
-            return loss_n
-        scale_n = 1 / self.temperature
-        if c_entropy_n is None:
-            logits_nV = torch.mul(p_nV, (-scale_n * c_logp_n / sum_n).unsqueeze(1), out=logits_nV)
+            return loss_b
+        scale = 1 / self.temperature
+        if mean_b is None:
+            factor_b = -scale * c_logp_b / sum_b
+            logits_bV = torch.mul(exp_bV, factor_b.unsqueeze(1), out=logits_bV)
         else:  # dH/dlogits = −p (log p + H) = −p (logits − mean)
-            logits_nV.sub_(mean_n.unsqueeze(1)).mul_(c_entropy_n.unsqueeze(1)).add_(
-                c_logp_n.unsqueeze(1)
-            ).nan_to_num_()
-            logits_nV.mul_(p_nV).mul_((-scale_n / sum_n).unsqueeze(1))
-        logits_nV.scatter_add_(1, target_n1, (scale_n * c_logp_n).unsqueeze(1))
-        return loss_n
+            logits_bV.sub_(mean_b.unsqueeze(1)).mul_(c_entropy_b.unsqueeze(1))
+            logits_bV.add_(c_logp_b.unsqueeze(1)).nan_to_num_()
+            logits_bV.mul_(exp_bV).mul_((-scale / sum_b).unsqueeze(1))
+        logits_bV.scatter_add_(1, target_b1, (scale * c_logp_b).unsqueeze(1))
+        return loss_b
 
-    def coefficients(self, logp_n, entropy_n, rows, want_grad):
-        """The weighted losses of a block, and (when want_grad) their derivatives by log-prob and by entropy."""
+    def coefficients(
+        self, logp_n: Tensor, entropy_n: Tensor | None, rows: slice, want_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted losses of some rows, and their derivatives by log-prob and by entropy.
+
+        The derivatives are 0 without want_grad; that by entropy is 0 without an entropy, too.
+        """
         self.logp_N[rows] = logp_n.to(self.logp_N.dtype)
-        if self.entropy:
+        leaves = [logp_n.detach().requires_grad_()]
+        if entropy_n is not None:
             self.entropy_N[rows] = entropy_n.to(self.entropy_N.dtype)
+            leaves.append(entropy_n.detach().requires_grad_())
         fields = {name: field_N[rows] for name, field_N in self.fields.items()}
+        grads = [torch.zeros_like(logp_n)] * 2
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (logp_n, entropy_n) if x is not None]
-            loss_n = (
-                self.row_loss(leaves[0], leaves[1] if self.entropy else None, fields)
-                * self.weight_N[rows]
-            )
-            if not want_grad:
-                return loss_n.detach(), None, None
-            grads = torch.autograd.grad(
-                loss_n.sum(), leaves, allow_unused=True, materialize_grads=True
-            )
-        return loss_n.detach(), grads[0], grads[1] if self.entropy else None
+            loss_n = self.row_loss(leaves[0], leaves[1] if self.entropy else None, fields)
+            loss_n = loss_n * self.weight_N[rows]
+            if want_grad:
+                grads[: len(leaves)] = torch.autograd.grad(
+                    loss_n.sum(), leaves, allow_unused=True, materialize_grads=True
+                )
+        return loss_n.detach(), grads[0], grads[1]
 
 
-def linear_logprob(
-    hidden_ND,
-    head_VD,
-    target_N,
-    weight_N,
-    row_loss,
-    fields=None,
+def linear_logprob(  # noqa: PLR0913 (one argument per symbol of the formula)
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    row_loss: RowLoss,
+    fields: Mapping[str, Tensor] | None = None,
     *,
-    temperature=1.0,
-    entropy=False,
-    vocab=None,
-    chunk_rows=None,
-):
-    """Σ_n weight_n · row_loss(log p(target_n), entropy_n, fields_n), differentiable in hidden_ND and head_VD.
+    temperature: float = 1.0,
+    entropy: bool = False,
+    vocab: int | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ_n weight_n · row_loss(log p(target_n), entropy_n, fields_n).
 
-    Log-probs are in nats under softmax(hidden @ head[:vocab]ᵀ / temperature). Returns (loss_sum, {"logp": [N], "entropy": [N]}),
-    the latter detached. Under `torch.no_grad` only the logits product runs. Raises ValueError for a target ≥ vocab on a CPU.
+    Differentiable in hidden_ND and head_VD. Log-probs are in nats under softmax(hidden @
+    head[:vocab]ᵀ / temperature). Under `torch.no_grad` only the product of the logits runs. The
+    arguments are those of `LogprobTerm`.
+
+    Returns:
+        (loss_sum, {"logp": [N], "entropy": [N]}); the latter are detached, the entropy only if
+        asked for.
+
+    Raises:
+        ValueError: on a CPU, for a target ≥ vocab.
     """
     vocab = vocab or head_VD.shape[0]
     if target_N.device.type == "cpu" and target_N.numel() and int(target_N.max()) >= vocab:
         raise ValueError(f"target id {int(target_N.max())} is outside the vocabulary of {vocab}")
-    term = LogprobTerm(target_N, weight_N, row_loss, fields, temperature, entropy)
-    step, chunk_rows = (_triton_step if triton_runs(hidden_ND) else _torch_step)(
-        term, hidden_ND, vocab, chunk_rows
-    )
-    loss_sum = chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows)
-    return loss_sum, {"logp": term.logp_N} | ({"entropy": term.entropy_N} if entropy else {})
+    term = LogprobTerm(target_N, weight_N, row_loss, fields or {}, temperature, entropy)
+    if triton_runs(hidden_ND):
+        from kernels import triton_head, triton_steps  # here: not everyone has Triton
 
-
-def _torch_step(term, hidden_ND, vocab, chunk_rows):
-    chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
-
-    def rows_loss(logits_nV, lo, want_grad):
-        parts = [
-            term.block(logits_nV[b], slice(lo + b.start, lo + b.stop), want_grad)
-            for b in blocks(logits_nV.shape[0], vocab, logits_nV.device)
-        ]
-        return torch.cat(parts)
-
-    return torch_step(rows_loss, min(chunk_rows, len(hidden_ND)), vocab, hidden_ND), chunk_rows
-
-
-def _triton_step(term, hidden_ND, vocab, chunk_rows):
-    from kernels import triton_head  # here, so that nothing needs Triton where it is not used
-
-    chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
-    buffer = None
-
-    def step(rows_nD, weight_VD, lo, want_grad):
-        nonlocal buffer
-        if want_grad and buffer is None:  # without gradients no logits are kept
-            buffer = triton_head.buffer(len(rows_nD), vocab, hidden_ND)
-        rows, out = slice(lo, lo + len(rows_nD)), buffer[: len(rows_nD)] if want_grad else None
-        student = triton_head.logits(
-            rows_nD, weight_VD[:vocab], out_nP=out, **triton_head.of_term(term, rows)
-        )
-        loss_n, coefficient_n3 = triton_head.term_loss(term, student, rows, want_grad)
-        if not want_grad:
-            return loss_n, None
-        return loss_n, triton_head.gradient_of(
-            student, term, coefficient_n3, rows, dtype=rows_nD.dtype
-        )[1]
-
-    return step, chunk_rows
+        chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
+        step = triton_steps.logprob_step(term, vocab)
+    else:
+        chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
+        step = torch_step(term.block, chunk_rows, vocab, hidden_ND)
+    return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), term.values

@@ -10,6 +10,7 @@ Legend: n rows of a chunk, V vocabulary, P padded vocabulary (a multiple of the 
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -183,24 +184,39 @@ def logits_kernel(
                   n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
 
 
+class RowStatistics(NamedTuple):
+    """What the kernel keeps of every row of a chunk's logits z at a temperature t, [n, 1] each."""
+
+    max_logit_n1: torch.Tensor
+    kl_lse_n1: torch.Tensor  # log Σ e^{(z − max_logit)/t} at the divergence's temperature
+    lse_n1: torch.Tensor  # the same at the log-prob's temperature
+    mean_n1: torch.Tensor  # the mean of (z − max_logit)/t there
+
+
 @dataclass
 class Logits:
-    """A chunk's logits as the kernel leaves them. row_n4: a row's largest logit, log Σ e^{(z − largest)/t} at the divergence's temperature
-    and at the log-prob's, and at the latter the mean of (z − largest)/t."""
+    """A chunk's logits as the kernel leaves them. row_n4: the columns of RowStatistics, as the kernels read them."""
 
-    z_nP: torch.Tensor | None
+    z_nP: Any  # a tensor, or None where the logits were not kept
     largest_nJ: torch.Tensor
     sum_nJ: torch.Tensor  # Σ e^{(z − the tile's largest)/t} at the divergence's temperature
     row_n4: torch.Tensor
     target_logit_n: torch.Tensor | None
     tile: int
 
+    @property
+    def row(self):
+        return RowStatistics(*self.row_n4.split(1, 1))
+
     def logp_n(self, temperature):
         """Log-prob of the targets in nats: never above 0, since target and largest logit are the same fp32 numbers."""
-        return (self.target_logit_n - self.row_n4[:, 0]) / temperature - self.row_n4[:, 2]
+        row = self.row
+        above_n = self.target_logit_n - row.max_logit_n1.squeeze(1)
+        return above_n / temperature - row.lse_n1.squeeze(1)
 
     def entropy_n(self):
-        return self.row_n4[:, 2] - self.row_n4[:, 3]
+        row = self.row
+        return (row.lse_n1 - row.mean_n1).squeeze(1)
 
 
 def config_for(device):
@@ -210,7 +226,7 @@ def config_for(device):
     return CONFIGS[9 if major in (9, 10) else 8]  # 12.x has the shared memory of 8.x
 
 
-def chunk_rows(vocab, like_ND):
+def chunk_rows(vocab, like_ND) -> int:
     """Rows of a chunk: few chunks of equal size, whole tiles. Logits of one fill at most 2.5 GB, or a sixteenth of a smaller GPU's memory:
     each chunk more costs a pass over the head's gradient, and the products want several thousand rows."""
     room = (
@@ -337,7 +353,7 @@ def _log_ratios(d, weight_t):
 def _terms(ls, lt, beta, NAME: tl.constexpr):
     """Per id: the summand of the value, the summand of the row sum S, u, and p_s, so that d value / d logit = u − p_s S.
 
-    The formulas, and why they keep their digits where teacher and student are close: kernels/linear_kl.py.
+    The formulas, and why they keep their digits where teacher and student are close: kernels/divergences.py.
     """
     ps, pt, d = _exp(ls), _exp(lt), ls - lt
     close = tl.abs(d) < 0.25
@@ -517,45 +533,3 @@ def gradient(
             WRITE=write, TILES=max(1, ROW_BLOCK // student.tile), TILE=student.tile, num_warps=ROW_WARPS,
         )  # fmt: skip
     return value_n, grad_nP
-
-
-# --- what the files beside this one have in common -----------------------------------------------------------------
-
-
-def of_term(term, rows, second=None):
-    """The arguments of `logits` that a LogprobTerm asks for; `second`: the divergence's temperature."""
-    second = None if second == term.temperature else second
-    return dict(
-        temperature=term.temperature,
-        second=second,
-        target_n=term.target_N[rows],
-        moment=term.entropy,
-    )
-
-
-def term_loss(term, student, rows, want_grad):
-    """(weighted losses of the term, coefficient_n3 with the divergence's left 0)."""
-    coefficient_n3 = torch.zeros(
-        len(student.row_n4), 3, dtype=torch.float32, device=student.row_n4.device
-    )
-    if term is None:
-        return coefficient_n3[:, 0].clone(), coefficient_n3
-    loss_n, c_logp_n, c_entropy_n = term.coefficients(
-        student.logp_n(term.temperature),
-        student.entropy_n() if term.entropy else None,
-        rows,
-        want_grad,
-    )
-    for column, c_n in ((1, c_logp_n), (2, c_entropy_n)):
-        if c_n is not None:
-            coefficient_n3[:, column] = c_n / term.temperature
-    return loss_n, coefficient_n3
-
-
-def gradient_of(student, term, coefficient_n3, rows, **options):
-    """`gradient` with the log-prob term's share, if there is one."""
-    if term is not None:
-        options |= dict(
-            lp_temperature=term.temperature, target_n=term.target_N[rows], entropy=term.entropy
-        )
-    return gradient(student, coefficient_n3=coefficient_n3, **options)

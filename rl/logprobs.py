@@ -48,7 +48,7 @@ def kl_penalty(document: Document, beta: float) -> float:
 
     The sum over a sample's tokens is the log-ratio of the whole sequence: its mean is the KL of the
     policy's sequences from the reference's, and as a reward it has that KL's gradient (k1; see
-    the KL estimates in `losses/grpo.py` for why no other may stand here).
+    `losses.grpo.KL_ESTIMATORS` for why no other estimate may stand here).
     """
     log_ratio = document.fields["old_logp"] - document.fields["ref_logp"]
     return beta * float(log_ratio.numpy().sum())

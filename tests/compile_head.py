@@ -1,7 +1,7 @@
 """Every use that the head's functions make of their kernels, for each configuration: what tests/compile_kernels.py compiles."""
 
 from kernels import triton_head as th
-from kernels.linear_kl import HAND_WRITTEN
+from kernels.divergences import FORMULAS
 
 POINTER, IDS = "*fp32!", "*i64!"
 
@@ -92,7 +92,7 @@ def cases():
                 f"logits {use} D={width}",
                 (*logits_case(config, width, use), capability, config.warps, config.stages),
             )
-        gradients = [(name, False, False, False) for name in (*HAND_WRITTEN, "proportional")]
+        gradients = [(name, False, False, False) for name in (*FORMULAS, "proportional")]
         gradients += [
             ("none", True, False, False),
             ("none", True, True, False),

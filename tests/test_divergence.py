@@ -1,4 +1,4 @@
-"""How far a checkpoint is from another, on what both answered, against brute force over full distributions in fp64."""
+"""How far a checkpoint is from another on the answers of both, against brute force in fp64."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ MEASURES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, one near it, and what `python -m eval` keeps of both; of their first samples some are made to end early."""
+    """A checkpoint, one near it, and their evaluations; some first samples made to end early."""
     home = tmp_path_factory.mktemp("made")
     base = checkpoint(home / "base")
     model = build_model(read_config("base", base), base, device="cpu", seed=0)
@@ -72,7 +72,7 @@ def measured(home, out, *names, **more):
 
 
 def brute_force(home, author, limit):
-    """The means on what `author` wrote, by hand: the prompt's text as the embedded template has it, every position's softmax in fp64."""
+    """The means on what `author` generated: the prompt's text by hand, every softmax in fp64."""
     models = [
         build_model(
             read_config(n, home / n), home / n, device="cpu", seed=0, weight_dtype=torch.float64
@@ -84,7 +84,10 @@ def brute_force(home, author, limit):
     for row in map(json.loads, kept.read_text().splitlines()):
         if row["sample"] or row["problem"] >= limit:
             continue
-        text = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{row['question']} Think.<|im_end|>\n<|im_start|>assistant\n"
+        text = (
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            f"<|im_start|>user\n{row['question']} Think.<|im_end|>\n<|im_start|>assistant\n"
+        )
         prompt = tokenizer.encode(text) + tokenizer.encode("So")
         ids = (
             prompt

@@ -9,7 +9,7 @@ import torch
 from data.batch import Document, GlobalBatch
 from kernels import backend
 from kernels.attention import PackedAttention
-from losses.kd import kd_loss
+from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import generate as engine
 from model.checkpoint import build_model
@@ -56,8 +56,7 @@ def batch():
 @pytest.mark.parametrize("loss", ["sft", "kd", "topk"])
 def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
     teacher = body(1, hidden_size=384, num_heads=6).requires_grad_(False) if loss != "sft" else None
-    kd = functools.partial(
-        kd_loss,
+    cfg = KDConfig(
         divergence="jsd",
         beta=0.3,
         temperature=2.0,
@@ -66,6 +65,7 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
         vocab=1990,
         topk=20 if loss == "topk" else 0,
     )
+    kd = functools.partial(kd_loss, cfg=cfg)
     gradients = {}
     for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
         backend.use(kernels)

@@ -1,4 +1,4 @@
-"""The policy losses against a token-by-token fp64 re-statement of the papers, advantages against brute force."""
+"""The policy losses against a token-by-token fp64 re-statement of the papers."""
 
 import functools
 import itertools
@@ -9,14 +9,14 @@ import torch
 
 from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
-from losses.grpo import KL_ESTIMATES, VARIANTS, grpo_loss
-from losses.kd import kd_loss
+from losses.grpo import KL_ESTIMATORS, VARIANTS, GRPOConfig, grpo_loss
+from losses.kd import KDConfig, kd_loss
 from rl.advantage import BASELINES, group_advantages, has_reward_spread
 from tests import reference
 
 VOCAB, HEAD, HIDDEN, LENGTH = 17, 20, 6, 9
 
-# name -> (prompt tokens, completion tokens, advantage, log-ratio of the whole completion, truncated and masked)
+# (prompt tokens, completion tokens, advantage, log-ratio of the completion, masked as truncated)
 SAMPLES = [
     (3, 4, 1.2, 0.5, False),
     (3, 7, -0.7, 0.5, False),
@@ -34,21 +34,8 @@ SAMPLES = [
 ]
 
 
-def restated(
-    variant,
-    hidden_TD,
-    head_VD,
-    documents,
-    *,
-    clip_low,
-    clip_high,
-    beta,
-    kl,
-    entropy,
-    temperature,
-    vocab,
-):
-    """(the papers' mean loss, a record per trained token), every ratio, clip and sum spelled out; objectives turned into losses.
+def restated(variant, hidden_TD, head_VD, documents, cfg):
+    """(the papers' mean loss, a record per trained token); every ratio and sum is spelled out.
 
     A masked sequence is as if it had not been drawn, under every variant.
     """
@@ -57,7 +44,9 @@ def restated(
         trained = [i for i in range(1, len(d)) if d.weights[i] != 0]
         logp, old, terms = [], [], []
         for i in trained:
-            ls_V = torch.log_softmax(head_VD[:vocab] @ hidden_TD[start + i - 1] / temperature, 0)
+            ls_V = torch.log_softmax(
+                head_VD[: cfg.vocab] @ hidden_TD[start + i - 1] / cfg.temperature, 0
+            )
             entropy_i = -(ls_V.exp() * ls_V).sum()
             logp.append(ls_V[d.tokens[i]])
             old.append(
@@ -65,7 +54,7 @@ def restated(
                 if "old_logp" in d.fields
                 else logp[-1].detach()
             )
-            terms.append(-entropy * entropy_i)
+            terms.append(-cfg.entropy_coef * entropy_i)
             records.append(
                 {
                     "entropy": entropy_i.item(),
@@ -74,10 +63,10 @@ def restated(
                     "at": (start, i),
                 }
             )
-            if beta:  # Schulman, "Approximating KL divergence": x ~ pi, r = pi_ref / pi
+            if cfg.kl_coef:  # Schulman, "Approximating KL divergence": x ~ pi, r = pi_ref / pi
                 log_r = d.fields["ref_logp"][i] - logp[-1]
                 estimates = {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
-                terms[-1] = terms[-1] + beta * estimates[kl]
+                terms[-1] = terms[-1] + cfg.kl_coef * estimates[cfg.kl_estimator]
                 records[-1]["ref_kl"] = estimates["k3"].item()
         for n, i in enumerate(trained):
             advantage, correction = (
@@ -87,18 +76,20 @@ def restated(
             if variant.startswith(
                 "gspo"
             ):  # eq. 5 and 7: the likelihood ratio of the sequence, to the power of 1/|o|
-                ratio = torch.exp(sum(a - b for a, b in zip(logp, old)) / len(trained))
+                ratio = torch.exp(sum(a - b for a, b in zip(logp, old, strict=True)) / len(trained))
                 if variant == "gspo-token":  # eq. 14
                     ratio = ratio.detach() * torch.exp(logp[n] - logp[n].detach())
             else:
                 ratio = torch.exp(logp[n] - old[n])
-            inside = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+            inside = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
             if variant == "cispo":  # eq. 4 and 5
                 policy = -inside.detach() * advantage * logp[n]
             else:  # PPO, eq. 7
                 policy = -min(ratio * advantage, inside * advantage)
             terms[n] = terms[n] + correction * policy
-            side = "low" if ratio < 1 - clip_low else "high" if ratio > 1 + clip_high else "in"
+            side = (
+                "low" if ratio < 1 - cfg.clip_low else "high" if ratio > 1 + cfg.clip_high else "in"
+            )
             records[len(records) - len(trained) + n] |= {
                 "side": side,
                 "sign": int(np.sign(advantage)),
@@ -117,17 +108,29 @@ def restated(
     ) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5
 
 
-# what is asked of a loss: its arguments, and the fields beside the advantage. Bounds are asymmetric.
+# case -> (settings, fields of a document beside the advantage); the clip bounds are asymmetric
 BASE = dict(
-    clip_low=0.2, clip_high=0.28, beta=0.0, kl="k3", entropy=0.0, temperature=1.0, vocab=VOCAB
+    clip_low=0.2,
+    clip_high=0.28,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+    temperature=1.0,
+    vocab=VOCAB,
 )
 CASES = {
     "on-policy": ({}, ()),
     "off-policy": ({"temperature": 0.7}, ("old_logp",)),
-    "k1": ({"beta": 0.3, "kl": "k1", "temperature": 1.3}, ("old_logp", "ref_logp", "sampler_logp")),
-    "k2": ({"beta": 0.3, "kl": "k2", "entropy": 0.05}, ("ref_logp", "sampler_logp")),
+    "k1": (
+        {"kl_coef": 0.3, "kl_estimator": "k1", "temperature": 1.3},
+        ("old_logp", "ref_logp", "sampler_logp"),
+    ),
+    "k2": (
+        {"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.05},
+        ("ref_logp", "sampler_logp"),
+    ),
     "k3": (
-        {"beta": 0.3, "entropy": 0.05, "temperature": 1.3, "vocab": None},
+        {"kl_coef": 0.3, "entropy_coef": 0.05, "temperature": 1.3, "vocab": None},
         ("old_logp", "ref_logp", "tis_weight", "sampler_logp"),
     ),
 }
@@ -136,19 +139,19 @@ CASES = {
 def weigh(variant):
     """The weighting that VARIANTS names."""
     return (WEIGHTINGS | {"constant": functools.partial(constant_length, length=LENGTH)})[
-        VARIANTS[variant][1]
+        VARIANTS[variant].weighting
     ]
 
 
 def samples(arguments, names, seed=0):
-    """(hidden_TD, head_VD, documents) of SAMPLES, with the log-ratios that it asks for; NaN where nothing may look."""
+    """(hidden_TD, head_VD, documents) of SAMPLES; NaN where nothing may look."""
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hidden_TD = torch.randn(
         sum(p + c for p, c, *_ in SAMPLES), HIDDEN, dtype=torch.float64, generator=gen
     )
     head_VD = torch.randn(HEAD, HIDDEN, dtype=torch.float64, generator=gen)
     documents = []
-    for prompt, completion, advantage, shift, masked in SAMPLES:
+    for prompt, completion, advantage, _, masked in SAMPLES:
         length = prompt + completion
         weights = np.where(np.arange(length) >= prompt, 0.0 if masked else 1.0, 0.0)
         documents.append(
@@ -163,10 +166,12 @@ def samples(arguments, names, seed=0):
         hidden_TD,
         head_VD,
         documents,
-        **BASE | {"temperature": arguments["temperature"], "vocab": arguments["vocab"]},
+        GRPOConfig(
+            "token", 0.2, 0.28, temperature=arguments["temperature"], vocab=arguments["vocab"]
+        ),
     )
     now = iter(r["logp"] for r in records)
-    for d, (_, completion, _, shift, masked) in zip(documents, SAMPLES):
+    for d, (_, completion, _, shift, masked) in zip(documents, SAMPLES, strict=True):
         made = {name: np.full(len(d), np.nan) for name in names}
         if not masked:
             logp = np.array([next(now) for _ in range(completion)])
@@ -193,11 +198,10 @@ def relative(got, want):
 def assert_agrees(variant, loss_variant, arguments, hidden_TD, head_VD, documents):
     """Mean loss and gradients against the re-statement; returns (metrics, records)."""
     batch = Batch.pack(weigh(loss_variant)(d) for d in documents)
-    loss_sum, metrics = grpo_loss(
-        hidden_TD, head_VD, None, batch, variant=loss_variant, **arguments
-    )
+    cfg = GRPOConfig(variant=loss_variant, **arguments)
+    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, cfg)
     got = torch.autograd.grad(loss_sum / batch.normaliser, (hidden_TD, head_VD))
-    want_loss, records = restated(variant, hidden_TD, head_VD, documents, **arguments)
+    want_loss, records = restated(variant, hidden_TD, head_VD, documents, cfg)
     want = torch.autograd.grad(want_loss, (hidden_TD, head_VD))
     assert abs(loss_sum.item() / batch.normaliser - want_loss.item()) < 1e-10 * abs(
         want_loss.item()
@@ -228,7 +232,9 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     )
     sequences = sum(not masked for *_, masked in SAMPLES)
     counts = {"token": len(records), "sequence": sequences, "constant": sequences}
-    assert float(metrics["loss"][1]) == pytest.approx(counts[VARIANTS[variant][1]], rel=1e-12)
+    assert float(metrics["loss"][1]) == pytest.approx(
+        counts[VARIANTS[variant].weighting], rel=1e-12
+    )
 
     def mean(of):
         return np.mean([of(r) for r in records])
@@ -238,7 +244,7 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
         "high": (-1, 1) if variant == "cispo" else (1,),
     }  # whose gradient changes
     for side, signs in cut.items():
-        want = mean(lambda r: r["side"] == side and r["sign"] in signs)
+        want = np.mean([r["side"] == side and r["sign"] in signs for r in records])
         assert got[f"clip_{side}"] == pytest.approx(want, abs=1e-12) and (want > 0) == (
             "old_logp" in names
         )
@@ -255,10 +261,10 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     if "ref_kl" in got:
         assert got["ref_kl"] == pytest.approx(mean(lambda r: r["ref_kl"]), rel=1e-10)
     if "sampler_mismatch" in got:
-        starts = Batch.pack(documents).cu_seqlens.tolist()
+        starts = Batch.pack(documents).cu_seqlens[:-1].tolist()
         sampled = {
             (start, i): x
-            for start, d in zip(starts, documents)
+            for start, d in zip(starts, documents, strict=True)
             for i, x in enumerate(d.fields["sampler_logp"])
         }
         assert got["sampler_mismatch"] == pytest.approx(
@@ -267,7 +273,7 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
 
 
 def test_gspo_with_a_correction_per_token_is_gspo_token():
-    """Where a factor differs from token to token, eq. 5 has no say; the gradient is that of GSPO-token (eq. 14)."""
+    """Where a factor differs between tokens, the gradient is that of GSPO-token (eq. 14)."""
     arguments = BASE | {"temperature": 1.3}
     hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "tis_weight"))
     for d in documents:
@@ -278,7 +284,7 @@ def test_gspo_with_a_correction_per_token_is_gspo_token():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
     """At T = 1, whatever the sampling temperature is."""
-    arguments = BASE | {"temperature": 1.3, "beta": 0.2}
+    arguments = BASE | {"temperature": 1.3, "kl_coef": 0.2}
     hidden_TD, head_VD, documents = samples(arguments, ("old_logp", "ref_logp"))
     gen = torch.Generator().manual_seed(7)
     teacher_TC, teacher_UC = (
@@ -290,23 +296,17 @@ def test_a_teacher_adds_its_divergence_at_the_weights_of_the_policy(variant):
         student_NV, teacher_NV = (
             x[rows] @ w[:VOCAB].T for x, w in ((hidden_TD, head_VD), (teacher_TC, teacher_UC))
         )
-        policy, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
-        loss, metrics = grpo_loss(
-            hidden_TD,
-            head_VD,
-            (teacher_TC[rows], teacher_UC),
-            batch,
-            variant=variant,
-            kd=0.7,
-            divergence=name,
-            kd_beta=0.3,
-            **arguments,
+        policy, _ = grpo_loss(
+            hidden_TD, head_VD, None, batch, GRPOConfig(variant=variant, **arguments)
         )
+        cfg = GRPOConfig(variant=variant, kd_coef=0.7, kd_divergence=name, kd_beta=0.3, **arguments)
+        frozen = (teacher_TC[rows], teacher_UC)
+        loss, metrics = grpo_loss(hidden_TD, head_VD, frozen, batch, cfg)
         value_N = reference.divergence(name, student_NV, teacher_NV, beta=0.3)
         want = policy + 0.7 * (value_N * batch.select(batch.weight_T)).sum()
         assert abs(loss.item() - want.item()) < 1e-10 * abs(want.item())
         for got_grad, want_grad in zip(
-            *(torch.autograd.grad(x, (hidden_TD, head_VD)) for x in (loss, want))
+            *(torch.autograd.grad(x, (hidden_TD, head_VD)) for x in (loss, want)), strict=True
         ):
             assert relative(got_grad, want_grad) < 1e-10
         assert float(metrics[name][0] / metrics[name][1]) == pytest.approx(
@@ -322,9 +322,10 @@ def test_nothing_to_learn_gives_zero(variant):
         Document(d.tokens, d.weights, d.fields | {"advantage": np.zeros(len(d))}) for d in documents
     ]
     masked = [Document(d.tokens, np.zeros(len(d)), d.fields) for d in documents]
-    for docs, arguments in ((equal, BASE), (masked, BASE | {"beta": 0.3, "entropy": 0.1})):
+    for docs, arguments in ((equal, BASE), (masked, BASE | {"kl_coef": 0.3, "entropy_coef": 0.1})):
         batch = Batch.pack(weigh(variant)(d) for d in docs)
-        loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, variant=variant, **arguments)
+        cfg = GRPOConfig(variant=variant, **arguments)
+        loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, cfg)
         assert loss_sum.item() == 0 and all(
             not g.any() for g in torch.autograd.grad(loss_sum, (hidden_TD, head_VD))
         )
@@ -332,9 +333,9 @@ def test_nothing_to_learn_gives_zero(variant):
 
 
 def over_all_tokens(seed=0):
-    """A context and every next token y once, weighted by p(y): a sum over these documents is an expectation, exactly.
+    """A context and every next token y once, weighted by p(y): sums are expectations.
 
-    Returns (hidden_D, head_VD, hidden_TD, reference log-probs [V], its (hidden_NC, head_UC), documents)."""
+    Returns (hidden_D, head_VD, hidden_TD, the reference's (hidden_NC, head_UC), documents)."""
     gen = torch.Generator().manual_seed(seed)
     hidden_D, other_C = (torch.randn(n, dtype=torch.float64, generator=gen) for n in (HIDDEN, 4))
     head_VD, other_UC = (
@@ -363,22 +364,11 @@ def over_all_tokens(seed=0):
 
 
 def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
-    """On-policy distillation by sampled tokens: A = -(log p_student - log p_teacher) descends KL(student || teacher)."""
+    """On-policy distillation: A = log p_teacher - log p_student descends KL(student || teacher)."""
     hidden_D, head_VD, hidden_TD, teacher, documents = over_all_tokens()
     batch = Batch.pack(documents)
-    sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, variant="token", **BASE)
-    full, _ = kd_loss(
-        hidden_TD,
-        head_VD,
-        teacher,
-        batch,
-        divergence="reverse_kl",
-        beta=0.5,
-        temperature=1.0,
-        t_squared=False,
-        ce=0.0,
-        vocab=VOCAB,
-    )
+    sampled, _ = grpo_loss(hidden_TD, head_VD, None, batch, GRPOConfig(variant="token", **BASE))
+    full, _ = kd_loss(hidden_TD, head_VD, teacher, batch, KDConfig("reverse_kl", vocab=VOCAB))
     logits_1V, teacher_1V = (
         (head_VD[:VOCAB] @ hidden_D)[None],
         (teacher[1][:VOCAB] @ teacher[0][0])[None],
@@ -386,7 +376,7 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
     plain = reference.divergence("reverse_kl", logits_1V, teacher_1V).sum()
     assert abs(sampled.item() - plain.item()) < 1e-10 and abs(full.item() - plain.item()) < 1e-10
     got, fused, want = (torch.autograd.grad(x, (hidden_D, head_VD)) for x in (sampled, full, plain))
-    for g, f, w in zip(got, fused, want):
+    for g, f, w in zip(got, fused, want, strict=True):
         assert relative(g, w) < 1e-10 and relative(f, w) < 1e-10
 
 
@@ -394,18 +384,12 @@ def test_expected_gradient_of_a_teacher_as_advantage_is_the_reverse_kl():
     "kl, direction", [("k1", None), ("k2", "reverse_kl"), ("k3", "forward_kl")]
 )
 def test_expected_gradients_of_the_kl_estimates(kl, direction):
-    """As the comment in losses/grpo.py says; all three estimate KL(policy || reference) in value, but for k2."""
+    """As losses/grpo.py says; k1 and k3 estimate KL(policy || reference) in value."""
     hidden_D, head_VD, hidden_TD, other, documents = over_all_tokens(1)
     for d in documents:
         d.fields["advantage"] = np.zeros(2)
-    loss_sum, metrics = grpo_loss(
-        hidden_TD,
-        head_VD,
-        None,
-        Batch.pack(documents),
-        variant="token",
-        **BASE | {"beta": 1.0, "kl": kl},
-    )
+    cfg = GRPOConfig(variant="token", **BASE | {"kl_coef": 1.0, "kl_estimator": kl})
+    loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, Batch.pack(documents), cfg)
     got = torch.autograd.grad(loss_sum, (hidden_D, head_VD))
     logits_1V, other_1V = (head_VD[:VOCAB] @ hidden_D)[None], (other[1][:VOCAB] @ other[0][0])[None]
     if kl != "k2":
@@ -418,16 +402,16 @@ def test_expected_gradients_of_the_kl_estimates(kl, direction):
         want = torch.autograd.grad(
             reference.divergence(direction, logits_1V, other_1V).sum(), (hidden_D, head_VD)
         )
-        assert all(relative(g, w) < 1e-10 for g, w in zip(got, want))
+        assert all(relative(g, w) < 1e-10 for g, w in zip(got, want, strict=True))
 
 
 def test_estimates_of_a_kl_near_and_far():
-    """k3 keeps its digits where both models nearly agree (1e-9 apart: 5e-19), and overflows only where exp does."""
+    """k3 keeps its digits where both models nearly agree, and overflows only where exp does."""
     d = torch.tensor([1e-9, -1e-9, 0.0, 3.0, -3.0], dtype=torch.float64)
-    assert KL_ESTIMATES["k3"](d).tolist() == pytest.approx(
+    assert KL_ESTIMATORS["k3"](d).tolist() == pytest.approx(
         [0, 0, 0, np.exp(-3) + 2, np.exp(3) - 4], rel=1e-12, abs=1e-18
     )
-    assert (KL_ESTIMATES["k3"](d) >= 0).all()
+    assert (KL_ESTIMATORS["k3"](d) >= 0).all()
 
 
 def test_advantages_against_brute_force():
@@ -460,5 +444,8 @@ def test_advantages_against_brute_force():
             got["std"], [(r - mean) / (std + 1e-4) for r in rewards], rtol=1e-12, atol=1e-15
         )
         np.testing.assert_allclose(
-            got["leave_one_out"], [r - o for r, o in zip(rewards, others)], rtol=1e-12, atol=1e-15
+            got["leave_one_out"],
+            [r - o for r, o in zip(rewards, others, strict=True)],
+            rtol=1e-12,
+            atol=1e-15,
         )

@@ -12,8 +12,8 @@ import torch
 
 from data.batch import WEIGHTINGS, Document, GlobalBatch, constant_length
 from kernels import chunk
-from losses.grpo import VARIANTS, grpo_loss
-from losses.kd import DIVERGENCES, kd_loss
+from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
+from losses.kd import DIVERGENCES, KDConfig, kd_loss
 from losses.sft import sft_loss
 from model.checkpoint import build_model
 from model.transformer import ModelConfig
@@ -24,22 +24,27 @@ WEIGHED = WEIGHTINGS | {"constant": functools.partial(constant_length, length=7)
 
 
 def losses():
-    kd = functools.partial(kd_loss, beta=0.3, temperature=1.7, t_squared=True, vocab=VOCAB)
-    every = {name: functools.partial(kd, divergence=name, ce=0.0) for name in DIVERGENCES}
-    grpo = functools.partial(
-        grpo_loss,
-        clip_low=0.2,
-        clip_high=0.28,
-        beta=0.1,
-        entropy=0.01,
-        temperature=1.3,
-        vocab=VOCAB,
-    )
-    policy = {name: functools.partial(grpo, variant=name) for name in VARIANTS}
-    policy["grpo+kd"] = functools.partial(grpo, variant="grpo", kd=0.5, divergence="reverse_kl")
-    return (
-        {"sft": sft_loss, "kd+ce": functools.partial(kd, divergence="jsd", ce=0.4)} | every | policy
-    )
+    def kd(name, ce=0.0):
+        cfg = KDConfig(name, beta=0.3, temperature=1.7, t_squared=True, ce=ce, vocab=VOCAB)
+        return functools.partial(kd_loss, cfg=cfg)
+
+    def grpo(variant, kd_coef=0.0):
+        cfg = GRPOConfig(
+            variant=variant,
+            clip_low=0.2,
+            clip_high=0.28,
+            kl_coef=0.1,
+            entropy_coef=0.01,
+            temperature=1.3,
+            vocab=VOCAB,
+            kd_coef=kd_coef,
+        )
+        return functools.partial(grpo_loss, cfg=cfg)
+
+    every = {"sft": sft_loss, "kd+ce": kd("jsd", ce=0.4)}
+    every |= {name: kd(name) for name in DIVERGENCES}
+    every |= {name: grpo(name) for name in VARIANTS}
+    return every | {"grpo+kd": grpo("grpo", kd_coef=0.5)}
 
 
 def build():

@@ -1,4 +1,4 @@
-"""The chunked head against the fp64 reference written from the papers: values, gradients, extremes, close pairs."""
+"""The chunked head against an fp64 reference: values, gradients, extremes, close pairs."""
 
 import math
 
@@ -6,24 +6,25 @@ import pytest
 import torch
 
 from kernels import chunk
-from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from losses.kd import DIVERGENCES, WITH_BETA
 from losses.sft import cross_entropy
 from tests import reference
 
 N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
 CASES = [
-    (name, beta)
-    for name in HAND_WRITTEN
-    for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
+    (name, beta) for name in FORMULAS for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
 def pair(dtype=torch.float64, scale=1.0):
     g = torch.Generator().manual_seed(1)
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
     hidden, head = make(N, D) * scale, make(ROWS, D)
     teacher_hidden, teacher_head = make(N, C) * scale, make(ROWS + 3, C)
     target = torch.randint(V, (N,), generator=g)
@@ -82,7 +83,7 @@ def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, row
     )
     want = (want_N * weight).sum()
     assert_close(loss, want, 1e-12)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
     assert (
         grads(linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V)[0], head)[0][V:]
@@ -92,22 +93,58 @@ def test_divergence_equals_reference(name, beta, temperature, t_squared, ce, row
     )
 
 
+def plain_torch(name):
+    """The divergence as a user would write it, from log-probs, differentiated by autograd."""
+
+    def forward_kl(student, teacher):
+        return (teacher.exp() * (teacher - student)).sum(-1)
+
+    def mixture(a, b, weight):
+        if weight in (0, 1):
+            return a if weight else b
+        return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
+
+    def divergence(student, teacher, beta):
+        if name == "forward_kl" or (name == "jsd" and beta == 0):
+            return forward_kl(student, teacher)
+        if name == "reverse_kl" or (name == "jsd" and beta == 1):
+            return forward_kl(teacher, student)
+        if name == "jsd":
+            m = mixture(teacher, student, beta)
+            return beta * forward_kl(m, teacher) + (1 - beta) * forward_kl(m, student)
+        if name == "skew_forward_kl":
+            return forward_kl(mixture(teacher, student, beta), teacher)
+        if name == "skew_reverse_kl":
+            return forward_kl(mixture(student, teacher, beta), student)
+        return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+    return divergence
+
+
 @pytest.mark.parametrize("name,beta", CASES)
-def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta):
+def test_the_definitions_are_differentiable_functions_of_log_probs(name, beta):
+    """Values, and gradients at the logits behind them, in fp64."""
+    torch.manual_seed(3)
+    logits, other = torch.randn(2, 5, 19, dtype=torch.float64).unbind()
+    logits.requires_grad_()
+    student, teacher = logits.log_softmax(1), other.log_softmax(1)
+    weight = torch.rand(5, dtype=torch.float64)
+    got = DIVERGENCES[name](student, teacher, beta)
+    want = reference.divergence(name, logits, other, beta=beta)
+    assert_close(got, want, 1e-12)
+    (got_grad,) = grads((got * weight).sum(), logits)
+    (want_grad,) = grads((want * weight).sum(), logits)
+    assert_close(got_grad, want_grad, 1e-10)
+
+
+@pytest.mark.parametrize("name,beta", CASES)
+def test_a_fork_may_write_a_divergence_in_plain_torch(name, beta, monkeypatch):
     hidden, head, th, tw, target, weight = pair()
     by_name, _ = linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=V, chunk_rows=4)
-    plain, _ = linear_kl(
-        hidden,
-        head,
-        th,
-        tw,
-        weight,
-        lambda ls, lt: DIVERGENCES[name](ls, lt, beta),
-        vocab=V,
-        chunk_rows=4,
-    )
+    monkeypatch.setitem(DIVERGENCES, "mine", plain_torch(name))
+    plain, _ = linear_kl(hidden, head, th, tw, weight, "mine", beta=beta, vocab=V, chunk_rows=4)
     assert_close(plain, by_name, 1e-12)
-    for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head)):
+    for got, exact in zip(grads(plain, hidden, head), grads(by_name, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
 
 
@@ -139,7 +176,7 @@ def test_any_function_of_logprob_and_entropy(temperature, rows):
     assert_close(loss, want, 1e-12)
     assert_close(out["logp"], logp, 1e-12)
     assert_close(out["entropy"], entropy, 1e-12)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(got, exact, 1e-10)
 
 
@@ -181,7 +218,7 @@ def test_extreme_logits_give_finite_losses_and_right_gradients(name, beta, dtype
 
 @pytest.mark.parametrize("name,beta", CASES)
 def test_close_pairs_keep_their_digits_in_fp32(name, beta):
-    """Teacher and student nearly agree (KL about 1e-3) over Qwen's 151,665 ids: where naive sums keep three digits."""
+    """KL of about 1e-3 over Qwen's 151,665 ids: naive sums keep three digits there."""
     inputs = reference.near_pair(6, 151_665, 16, torch.Generator().manual_seed(0), kl=1e-3)
     results = {}
     for dtype in (torch.float32, torch.float64):
@@ -196,8 +233,32 @@ def test_close_pairs_keep_their_digits_in_fp32(name, beta):
             results[dtype] = (out["divergence"], *grads(loss, hidden, head))
     (value, *gradients), (value64, *gradients64) = results[torch.float32], results[torch.float64]
     assert_close(value.sum(), value64.sum(), 1e-5)
-    for got, want in zip(gradients, gradients64):
+    for got, want in zip(gradients, gradients64, strict=True):
         assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("vocab", [32, 5000])
+@pytest.mark.parametrize(
+    "kl,value_error,gradient_error",
+    [(1e-1, 3e-6, 1e-5), (1e-2, 5e-6, 3e-5), (1e-3, 2e-5, 1e-4), (1e-4, 6e-5, 3e-4)],
+    ids=["kl=0.1", "kl=0.01", "kl=0.001", "kl=0.0001"],
+)
+@pytest.mark.parametrize("name,beta", CASES)
+def test_precision_at_every_distance(name, beta, kl, value_error, gradient_error, vocab):
+    """fp32 against fp64: the fused operation, and the divergence as a function of log-probs."""
+    inputs = reference.near_pair(16, vocab, 16, torch.Generator().manual_seed(0), kl=kl)
+    hidden, head, th, tw = (x.requires_grad_() for x in inputs)
+    exact = reference.divergence(name, hidden @ head.T, th @ tw.T, beta=beta).sum()
+    exact_grads = grads(exact, hidden, head)
+    hidden, head, th, tw = (x.detach().float().requires_grad_() for x in inputs)
+    fused, _ = linear_kl(hidden, head, th, tw, torch.ones(16), name, beta=beta)
+    plain = DIVERGENCES[name](
+        (hidden @ head.T).log_softmax(1), (th @ tw.T).detach().log_softmax(1), beta
+    ).sum()
+    for value in (fused, plain):
+        assert_close(value, exact, value_error)
+        for got, want in zip(grads(value, hidden, head), exact_grads, strict=True):
+            assert_close(got, want, gradient_error)
 
 
 def test_the_naive_sum_would_fail_that_test():
@@ -219,7 +280,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 3 * V)
     got = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=V)[0]
     assert_close(got, want, 1e-14)
-    for a, b in zip(grads(got, hidden, head), grads(want, hidden, head)):
+    for a, b in zip(grads(got, hidden, head), grads(want, hidden, head), strict=True):
         assert_close(a, b, 1e-14)
 
 
@@ -232,7 +293,7 @@ def test_bf16_inputs_keep_fp32_logits():
     want = (exact * weight.double()).sum()
     assert loss.dtype == torch.float32
     assert_close(loss, want, 1e-5)
-    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head)):
+    for got, exact in zip(grads(loss, hidden, head), grads(want, hidden, head), strict=True):
         assert got.dtype == torch.bfloat16
         assert_close(got, exact, 2**-7)
 

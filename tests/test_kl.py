@@ -16,7 +16,7 @@ import torch
 
 import train
 from data.batch import WEIGHTINGS, Batch, Document
-from losses.grpo import KL_ESTIMATES, grpo_loss
+from losses.grpo import KL_ESTIMATORS, GRPOConfig, grpo_loss
 from rl.advantage import BASELINES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
 from rl.rollout import GRPORollouts
@@ -83,7 +83,8 @@ class Sequences:
             rows += [self.contexts[y[:t]] for t in range(len(y))]
             rows.append(0)  # the last position predicts nothing
         batch = Batch.pack(documents)
-        loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, **LOSS | arguments)
+        cfg = GRPOConfig(**LOSS | arguments)
+        loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, cfg)
         return loss_sum / batch.normaliser
 
     def gradient(self, documents, **arguments):
@@ -154,7 +155,7 @@ class Sequences:
                 "advantage": torch.zeros(len(d), dtype=torch.float64),
                 "ref_logp": d.fields["ref_logp"],
             }
-        return self.gradient(documents, beta=BETA, kl=estimate)
+        return self.gradient(documents, kl_coef=BETA, kl_estimator=estimate)
 
 
 def assert_same(got, want):
@@ -208,7 +209,7 @@ def penalty(document, estimate, beta=1.0):
     if estimate == "k1":
         return kl_penalty(document, beta)
     gaps = document.fields["old_logp"] - document.fields["ref_logp"]
-    return beta * float(KL_ESTIMATES[estimate](gaps).sum())
+    return beta * float(KL_ESTIMATORS[estimate](gaps).sum())
 
 
 def trained(place, estimate, seed, steps=100, groups=2, samples=8):
@@ -229,7 +230,7 @@ def trained(place, estimate, seed, steps=100, groups=2, samples=8):
                 d.fields["advantage"] = torch.full((len(d),), advantage, dtype=torch.float64)
             documents += group
         optimizer.zero_grad()
-        world.loss(documents, beta=float(place == "loss"), kl=estimate).backward()
+        world.loss(documents, kl_coef=float(place == "loss"), kl_estimator=estimate).backward()
         optimizer.step()
     return before, world.sequence_kl().item()
 

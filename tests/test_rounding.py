@@ -1,7 +1,8 @@
-"""The Triton head's rounding, step by step in PyTorch: how good is a gradient whose logits are kept in two bytes?
+"""The Triton head's rounding, step by step in PyTorch: how good is a gradient of 2-byte logits?
 
-A GPU keeps a tile's logits as fp16 differences from the tile's largest, takes log Σ e from fp32 before that, and writes gradients as bf16
-(kernels/triton_head.py). Teacher and student are close here: the gradient is then a small difference of what was rounded.
+A GPU keeps a tile's logits as fp16 differences from its largest, log Σ e from fp32 before that,
+and writes gradients as bf16 (kernels/triton_head.py). Teacher and student are close here: the
+gradient is then a small difference of what was rounded.
 """
 
 import itertools
@@ -15,7 +16,7 @@ V, TILE = 151_665, 128
 
 
 def kept(logits_NV, dtype, how):
-    """Logits as they come back from two bytes: whole, or less the largest of the row or of the tile."""
+    """Logits as they come back from two bytes: as they are, or less the row's or tile's largest."""
     if how == "whole":
         return logits_NV.to(dtype).float()
     wide = torch.nn.functional.pad(logits_NV, (0, -V % TILE), value=float("-inf"))
@@ -46,7 +47,7 @@ def gradient_error(name, logits_s, logits_t, dtype, how, temperature=1.0):
 
 
 def close_pair(kl, peaked, seed=0):
-    """Logits of a teacher and a student at a given divergence: broad rows, or rows with a few likely ids as a language model's."""
+    """Logits of a teacher and a student at a given KL: broad rows, or a few likely ids each."""
     g = torch.Generator().manual_seed(seed)
     teacher, noise = 3 * torch.randn(2, V, generator=g), torch.randn(2, V, generator=g)
     if peaked:
@@ -85,7 +86,7 @@ def test_what_the_kernels_keep_is_enough(kl, peaked):
 
 @pytest.mark.parametrize("temperature,broad,peaked", [(2.0, 1.3e-2, 4e-3), (4.0, 4e-2, 8e-3)])
 def test_what_a_temperature_costs(temperature, broad, peaked):
-    """It brings the distributions closer still (here to a KL of 2e-4 and 5e-5), and gives weight to logits far below the largest."""
+    """It brings the pair closer still (KL 2e-4 and 5e-5), and gives weight to low logits."""
     for bound, kind in ((broad, False), (peaked, True)):
         error = {
             dtype: gradient_error("forward_kl", *close_pair(1e-3, kind), dtype, "tile", temperature)

@@ -1,4 +1,4 @@
-"""The kept top-k of a teacher: training from it is training with the teacher; what is stale, cut short or of something else is refused."""
+"""Training from a cached top-k is training with the teacher; a wrong cache is refused."""
 
 import json
 
@@ -27,7 +27,7 @@ def documents(count=5, seed=0):
 
 def filled(folder, docs, k=3, cut=2):
     cache = TeacherCache(folder, docs, "teacher", k, 1.0, 50)
-    rows = cache.what["positions"]
+    rows = cache.positions
     ids, logp = (
         np.arange(rows * k).reshape(rows, k) % 50,
         np.log(np.random.default_rng(1).dirichlet(np.ones(k + 1), rows)),
@@ -40,7 +40,7 @@ def test_every_position_gets_its_own_rows(tmp_path):
     docs = documents()
     _, ids, logp = filled(tmp_path / "c", docs)
     cache = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
-    assert cache.whole
+    assert cache.complete
     listed = [Document(d.tokens, d.weights, teacher_topk=cache[i]) for i, d in enumerate(docs)]
     for micro in (
         Batch.pack(listed),
@@ -75,11 +75,11 @@ def test_what_does_not_fit_is_refused(change, tmp_path):
     if change == "weight":
         docs[2].weights[-1] = 0
     if change == "truncated":
-        with open(tmp_path / "c" / "ids.bin", "r+b") as f:
-            f.truncate(40)
+        with open(tmp_path / "c" / "ids.npy", "r+b") as f:
+            f.truncate(140)
     if change == "no json":
         (tmp_path / "c" / "cache.json").unlink()
-        assert not TeacherCache(tmp_path / "c", docs, teacher, k, temperature, vocab).whole
+        assert not TeacherCache(tmp_path / "c", docs, teacher, k, temperature, vocab).complete
         return
     if change == "garbage":
         (tmp_path / "c" / "cache.json").write_text("[1]")
@@ -142,7 +142,7 @@ def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch)
 
 
 def test_a_shorter_list_costs_more(tmp_path):
-    """Gradient error against the full vocabulary, kept as the files keep it: falls with k, and at k = V is the rounding of fp16."""
+    """The gradient's error falls with k, and at k = V it is the rounding of fp16."""
     hidden, head, th, tw = (
         x.double()
         for x in reference.near_pair(6, 2000, 16, torch.Generator().manual_seed(0), kl=2e-2)

@@ -1,4 +1,4 @@
-"""The top-k divergence with a tail bucket, against plain autograd over the merged distributions, and against the full one at k = V."""
+"""Top-k divergence with a tail, against autograd over merged distributions and the full one."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ N, D, V, U = 7, 5, 23, 19
 
 def case():
     g = torch.Generator().manual_seed(0)
-    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+
+    def make(*s):
+        return torch.randn(*s, generator=g, dtype=torch.float64)
+
     return (
         make(N, D),
         make(V, D),
@@ -31,7 +34,10 @@ def grads(loss, *xs):
 def test_equals_the_divergence_of_the_merged_distributions(name, k):
     hidden, head, teacher_hidden, teacher_head, weight = case()
     hidden.requires_grad_(), head.requires_grad_()
-    f = lambda ls, lt: DIVERGENCES[name](ls, lt, 0.3)
+
+    def f(ls, lt):
+        return DIVERGENCES[name](ls, lt, 0.3)
+
     ids, logp = topk_logprobs(teacher_hidden, teacher_head, k, temperature=1.7, vocab=U)
     loss, rows = linear_topk_divergence(
         hidden, head, ids, logp, weight, f, temperature=1.7, scale=2.0, vocab=U, chunk_rows=3
@@ -61,7 +67,10 @@ def test_equals_the_divergence_of_the_merged_distributions(name, k):
 def test_a_full_list_is_the_full_divergence_and_a_short_one_is_below(name):
     hidden, head, teacher_hidden, teacher_head, weight = case()
     hidden.requires_grad_(), head.requires_grad_()
-    f = lambda ls, lt: DIVERGENCES[name](ls, lt, 0.5)
+
+    def f(ls, lt):
+        return DIVERGENCES[name](ls, lt, 0.5)
+
     want, full = linear_kl(hidden, head, teacher_hidden, teacher_head, weight, name, vocab=U)
     lists = {k: topk_logprobs(teacher_hidden, teacher_head, k, vocab=U) for k in (3, U)}
     got, rows = linear_topk_divergence(hidden, head, *lists[U], weight, f, vocab=U)

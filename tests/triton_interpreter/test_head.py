@@ -1,6 +1,7 @@
-"""The Triton kernels of the head against fp64, run by Triton's interpreter in fp32 (its bf16 product is wrong).
+"""The Triton kernels of the head against fp64, interpreted in fp32 (its bf16 product is wrong).
 
-tests/test_triton.py runs this folder in a process of its own: the interpreter is chosen when Triton is imported.
+tests/test_triton.py runs this folder in a process of its own: the interpreter is chosen when
+Triton is imported.
 """
 
 import math
@@ -13,17 +14,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
 
 from kernels import backend, triton_head
-from kernels.linear_kl import HAND_WRITTEN, linear_kl
+from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from kernels.linear_topk import _listed_logprobs, linear_topk_divergence, topk_logprobs
-from losses.kd import DIVERGENCES, WITH_BETA
+from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from kernels.triton_steps import bucket_logprobs
 from losses.sft import cross_entropy
 from tests import reference
 
 CASES = [
-    (name, beta)
-    for name in HAND_WRITTEN
-    for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
+    (name, beta) for name in FORMULAS for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
 CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
@@ -39,7 +39,7 @@ def by_kernel(monkeypatch):
         lambda device: triton_head.Config(16, 32, 16, 4, 1, flatten=True, tma=True, halves=True),
     )
     for module in ("linear_kl", "linear_logprob", "linear_topk"):
-        monkeypatch.delattr(f"kernels.{module}._torch_step")
+        monkeypatch.delattr(f"kernels.{module}.torch_step")
     yield
     backend.use("auto")
 
@@ -57,7 +57,10 @@ def wide_tiles(monkeypatch):
 
 def pair(n=11, vocab=37, width=8, teacher_width=12, padding=4, scale=1.0, seed=1):
     g = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=g)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g)
+
     hidden, head = make(n, width) * scale, make(vocab + padding, width)
     teacher_hidden, teacher_head = (
         make(n, teacher_width) * scale,
@@ -94,7 +97,7 @@ def assert_gradients(loss, leaves, want, leaves64, tolerance=5e-6):
 @pytest.mark.parametrize(
     "name,beta,temperature,ce",
     [(*case, 1.0, 0.0) for case in CASES]
-    + [(name, 0.5, *t) for name in HAND_WRITTEN for t in ((2.5, 0.3), (1.0, 0.4))],
+    + [(name, 0.5, *t) for name in FORMULAS for t in ((2.5, 0.3), (1.0, 0.4))],
 )
 def test_divergence_equals_reference(name, beta, temperature, ce):
     vocab = 37
@@ -150,7 +153,7 @@ def test_divergence_equals_reference(name, beta, temperature, ce):
     ],
 )
 def test_ragged_sizes(n, vocab, width, padding, rows, hopper, monkeypatch):
-    """Below, at and above a tile of rows, ids and width; heads with and without room for a whole last tile; several blocks of a row."""
+    """Sizes around a tile, heads with and without room for a last tile, several blocks of a row."""
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 128)
     if not hopper:
         monkeypatch.setattr(
@@ -210,7 +213,10 @@ def test_any_function_of_logprob_and_entropy(temperature, entropy):
 @pytest.mark.parametrize("kl_temperature,lp_temperature", [(1.0, 0.7), (1.3, 1.3)])
 def test_a_policy_gradient_and_a_divergence_share_the_logits(kl_temperature, lp_temperature):
     hidden, head, th, tw, target, weight = pair()
-    row_loss = lambda logp, entropy, fields: -fields["a"] * logp.exp() - 0.2 * entropy
+
+    def row_loss(logp, entropy, fields):
+        return -fields["a"] * logp.exp() - 0.2 * entropy
+
     fields = {"a": torch.randn(11)}
     term = LogprobTerm(target, weight, row_loss, fields, lp_temperature, entropy=True)
     loss, _ = linear_kl(
@@ -263,19 +269,25 @@ def test_without_gradients_no_logits_are_kept(monkeypatch):
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_topk_list_with_its_tail(name, k):
     hidden, head, th, tw, target, weight = pair()
-    definition = lambda ls, lt: DIVERGENCES[name](ls, lt, 0.3)
+
+    def definition(ls, lt):
+        return DIVERGENCES[name](ls, lt, 0.3)
+
     ids, listed = topk_logprobs(th, tw, k, temperature=1.7, vocab=37, chunk_rows=4)
     full = torch.log_softmax(th.double() @ tw[:37].double().T / 1.7, 1)
     assert torch.equal(ids, full.topk(k, 1).indices)
-    merge = lambda lp: torch.cat(
-        (
-            lp.gather(1, ids),
-            lp.scatter(1, ids, -math.inf)
-            .logsumexp(1, keepdim=True)
-            .clamp(min=math.log(torch.finfo(torch.float32).tiny)),
-        ),
-        1,
-    )
+
+    def merge(lp):
+        return torch.cat(
+            (
+                lp.gather(1, ids),
+                lp.scatter(1, ids, -math.inf)
+                .logsumexp(1, keepdim=True)
+                .clamp(min=math.log(torch.finfo(torch.float32).tiny)),
+            ),
+            1,
+        )
+
     torch.testing.assert_close(
         listed.clamp(min=-87.0).double(), merge(full).clamp(min=-87.0), rtol=1e-5, atol=1e-5
     )
@@ -308,7 +320,7 @@ def test_several_listed_ids_of_one_tile_count_once():
     scored = triton_head.logits(
         hidden.detach(), head.detach()[:64], out_nP=triton_head.buffer(2, 64, hidden)
     )
-    got = _listed_logprobs(scored, ids, 1.0)
+    got = bucket_logprobs(scored, ids, 1.0)
     full = torch.log_softmax(hidden.detach().double() @ head.detach()[:64].double().T, 1)
     torch.testing.assert_close(got[:, :5].double(), full.gather(1, ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -318,7 +330,7 @@ def test_several_listed_ids_of_one_tile_count_once():
 
 @pytest.mark.parametrize("name,beta", CASES)
 def test_extreme_logits(name, beta):
-    """Logits of ±1e4, one-hot teachers on other ids than the student's, and a row where both are the same."""
+    """Logits of ±1e4, one-hot teachers on other ids than the student's, and equal rows."""
     hidden = (1e4 * torch.eye(8)[[0, 1, 2, 3, 0, 5]]).requires_grad_()
     hidden.data[5] *= -1  # all but one id at the top: logits of −1e4
     head = torch.eye(40, 8).requires_grad_()
@@ -349,7 +361,7 @@ def test_masked_ids_have_no_probability_and_no_gradient():
         w[masked] = 0.0
         w[masked, 0] = -math.inf
     target = torch.tensor(free)[target % len(free)]
-    for name in HAND_WRITTEN:
+    for name in FORMULAS:
         term = LogprobTerm(
             target, weight, lambda logp, entropy, fields: -logp - 0.1 * entropy, entropy=True
         )
@@ -369,7 +381,7 @@ def test_masked_ids_have_no_probability_and_no_gradient():
         assert got[masked].abs().max() == 0
 
 
-@pytest.mark.parametrize("name,beta", [(name, 0.3) for name in HAND_WRITTEN])
+@pytest.mark.parametrize("name,beta", [(name, 0.3) for name in FORMULAS])
 def test_close_pairs_keep_their_digits(name, beta, wide_tiles):
     hidden, head, th, tw = (
         x.float()
@@ -395,12 +407,15 @@ def test_a_number_that_is_none_reaches_the_loss():
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_half_precision_storage_keeps_a_gradient_to_its_own_rounding(name, wide_tiles):
-    """The bytes that a GPU keeps: logits as fp16 differences, overwritten by 2-byte gradients (fp16 here: the interpreter has no bf16)."""
+    """What a GPU keeps: fp16 differences, then 2-byte gradients (the interpreter has no bf16)."""
     hidden, head, th, tw = (
         x.float()
         for x in reference.near_pair(4, 3001, 16, torch.Generator().manual_seed(0), kl=1e-3)
     )
-    score = lambda x, w: triton_head.logits(x, w, out_nP=torch.empty(4, 3072, dtype=torch.float16))
+
+    def score(x, w):
+        return triton_head.logits(x, w, out_nP=torch.empty(4, 3072, dtype=torch.float16))
+
     student, teacher = score(hidden, head), score(th, tw)
     stored = teacher.z_nP.clone()
     coefficient = torch.tensor([[100.0, 0, 0]]).expand(4, 3).contiguous()
@@ -428,11 +443,16 @@ def test_rows_are_cut_into_chunks_without_a_trace():
 
 
 def test_rows_in_groups_are_the_rows(monkeypatch):
-    """The order of tiles keeps some rows in the cache; every row is computed once whatever that order."""
+    """Every row is computed once, whatever the order that keeps some rows in the cache."""
     hidden, head, *_ = pair(n=70, vocab=90)
-    score = lambda: triton_head.logits(
-        hidden.detach(), head.detach()[:90], out_nP=triton_head.buffer(70, 90, hidden).fill_(7.0)
-    )
+
+    def score():
+        return triton_head.logits(
+            hidden.detach(),
+            head.detach()[:90],
+            out_nP=triton_head.buffer(70, 90, hidden).fill_(7.0),
+        )
+
     want = score()
     for kept in (1, 2 * 16 * 8 * 4, 3 * 16 * 8 * 4):
         monkeypatch.setattr(triton_head, "CACHED_BYTES", kept)
@@ -455,7 +475,9 @@ def test_a_target_that_is_no_id_and_a_head_of_another_layout():
 
 
 def test_chunks_are_few_and_alike():
-    rows = lambda n: triton_head.chunk_rows(151_665, torch.empty(n, 8, dtype=torch.bfloat16))
+    def rows(n):
+        return triton_head.chunk_rows(151_665, torch.empty(n, 8, dtype=torch.bfloat16))
+
     for n in (1, 300, 8192, 8900, 16_384, 100_000):
         assert rows(n) % 256 == 0 and rows(n) * 151_665 * 2 <= 5 << 29
         chunks = -(-n // rows(n))
