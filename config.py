@@ -1,7 +1,15 @@
-"""Every knob of train.py, one documented line each, and what must hold between them. `config.py` makes them a command line."""
+"""Train a small reasoning language model by SFT, distillation (KD) or GRPO.
+
+    python train.py --mode kd
+    python train.py --config recipes/sft_gsm8k_0.5b.toml --lr 1e-5
+    torchrun --standalone --nproc_per_node=8 train.py --config recipes/grpo_gsm8k_0.5b_paper.toml
+
+Without other options a run trains a tiny model on the toy task, in minutes on a CPU; recipes/ holds
+the options for real models. An option that the chosen mode does not read is refused.
+"""
 
 import dataclasses
-import math
+from typing import Any
 
 import torch
 
@@ -12,432 +20,454 @@ from kernels.backend import CHOICES
 from losses.grpo import KL_ESTIMATES, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
-from options import ABOVE_0, knob
+from options import ABOVE_0, Condition, Values, option
 from rl.advantage import BASELINES
 from rl.reward import PARTS
 
-KD, GRPO = {"mode": ("kd",)}, {"mode": ("grpo",)}
-WITH_TEACHER = [KD, GRPO | {"grpo_kd_coef": ABOVE_0}]
-WITH_LORA = {"lora_rank": ABOVE_0}
-WITH_REFERENCE = GRPO | {"grpo_kl_coef": ABOVE_0}
-ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
+KD: Condition = {"mode": ("kd",)}
+GRPO: Condition = {"mode": ("grpo",)}
+WITH_TEACHER = [KD, {"grpo_kd_coef": ABOVE_0}]
+GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
 
 
-def in_grpo(value):
-    """`by` of a knob whose default in grpo is another one."""
-    return {"mode": {"grpo": value}}
+def in_grpo(default: Any) -> dict[str, Values]:
+    """Return the `default_when` of an option that has another default in grpo."""
+    return {"mode": {"grpo": default}}
+
+
+def reuses_rollouts(stored: Values) -> bool:
+    """Return whether a rollout serves several updates: its samples may wait in a checkpoint, with
+    the log-probs and weights that they got under the options that the run began with."""
+    minibatches = stored.get("grpo_minibatches_per_rollout", 1)
+    return minibatches * stored.get("grpo_ppo_epochs", 1) > 1
+
+
+def drops_long_examples(stored: Values) -> bool:
+    """Return whether --micro_batch_tokens decides which examples are trained on."""
+    return stored.get("max_length_policy") == "drop"
+
+
+def carves_validation(stored: Values) -> bool:
+    """Return whether validation examples are taken from the training data: a task has its own."""
+    return not task_of(str(stored.get("data")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
+    """Every option of train.py. The defaults are those of the toy task."""
 
-    mode: str = knob("kd", "what to train by", choices=("sft", "kd", "grpo"))
-    model: str = knob(
+    # Which options a run reads follows from their names, unless `read_when` says otherwise.
+    read_when_prefix = {
+        "kd_": KD,
+        "grpo_": GRPO,
+        "sample_": [GRPO, GENERATED],
+        "lora_": {"lora_rank": ABOVE_0},
+    }
+
+    mode: str = option(
+        "kd", "training method", section="Run", choices=("sft", "kd", "grpo"), fixed_on_resume=True
+    )
+    model: str = option(
         "tiny",
-        "the student: a checkpoint folder, a hub id, or a preset (random weights); tiny in grpo: the distilled one",
+        "model to train: a checkpoint folder, a hub id, or a preset with random weights; "
+        "tiny in grpo: distilled on the toy task first",
+        fixed_on_resume=True,
     )
-    tokenizer: str = knob(
-        "", "folder with tokenizer.json; empty: the model's, the teacher's, or the embedded one"
+    tokenizer: str = option(
+        "",
+        "folder with tokenizer.json; empty: the tokenizer of the model, of the teacher, or of the "
+        "toy task",
+        fixed_on_resume=True,
     )
-    name: str = knob("", "the run's folder under --runs; empty: a new unique one")
-    runs: str = knob("runs", "where runs are kept")
-    resume: bool = knob(False, "continue the run --name from its newest checkpoint")
-    seed: int = knob(0, "of the data order and of random weights")
-    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = knob(
+    name: str = option("", "name of the run's folder under --runs; empty: a new unique name")
+    runs: str = option("runs", "folder that holds all runs")
+    resume: bool = option(False, "continue the run --name from its newest checkpoint")
+    seed: int = option(
+        0,
+        "random seed of data order, sampling and random weights",
+        minimum=0,
+        maximum=2**63 - 1,
+        fixed_on_resume=True,
+    )
+    device: str = option(
+        "auto", "device; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda")
+    )
+    dtype: str = option(
         "auto",
-        "of activations; auto: bfloat16 on a GPU, float32 on a CPU",
+        "dtype of activations; auto: bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float64"),
     )
 
-    data: str = knob(
+    data: str = option(
         "word_problems:800",
-        "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset",
-        by=in_grpo("word_problems"),
+        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json or "
+        ".parquet file, a folder, or org/name/file of a hub dataset",
+        section="Data",
+        default_when=in_grpo("word_problems"),
+        fixed_on_resume=True,
     )
-    train_examples: int = knob(0, "train on this many examples only; 0: all")
-    template: str = knob(
+    train_examples: int = option(
+        0,
+        "train on the first examples of the data only, this many; 0: on all",
+        minimum=0,
+        fixed_on_resume=True,
+    )
+    template: str = option(
         "auto",
-        "how examples become text; auto: chat if the tokenizer has a template",
+        "how examples become text; auto: chat if the tokenizer has a chat template",
         choices=("auto", "chat", "plain"),
+        fixed_on_resume=True,
     )
-    system_prompt: str = knob(
-        "", "put before a conversation that has none (some templates bring their own)"
+    system_prompt: str = option(
+        "",
+        "system prompt of conversations that have none; some chat templates bring their own",
+        fixed_on_resume=True,
     )
-    prompt_suffix: str = knob("", "put behind the question")
-    chat_template_kwargs: str = knob(
-        "", "arguments of the chat template, as in enable_thinking=false, or a JSON object"
+    prompt_suffix: str = option("", "text appended to every question", fixed_on_resume=True)
+    chat_template_kwargs: str = option(
+        "",
+        "arguments of the chat template, as in enable_thinking=false, or a JSON object",
+        fixed_on_resume=True,
     )
-    max_length_policy: str = knob(
+    max_length_policy: str = option(
         "error",
         "what to do with an example longer than --micro_batch_tokens",
         choices=("error", "drop"),
+        fixed_on_resume=True,
     )
-    show_batch: int = knob(
-        0, "print this many examples of the first batch, what is trained on marked, and stop"
-    )
-
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", by=in_grpo(200))
-    epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
-    batch_size: int = knob(
-        32, "examples (in grpo: samples) per step, over all ranks", by=in_grpo(128)
-    )
-    micro_batch_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
-    weighting: str = knob(
-        "token",
-        "every token counts the same, or every sequence",
-        only={"mode": ("sft", "kd")},
-        choices=WEIGHTINGS,
-    )
-    lr: float = knob(5e-3, "peak learning rate", by=in_grpo(3e-4))
-    warmup: int = knob(20, "steps of linear warm-up")
-    schedule: str = knob(
-        "cosine",
-        "after the warm-up",
-        choices=("constant", "linear", "cosine"),
-        by=in_grpo("linear"),
-    )
-    lr_floor: float = knob(
-        0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")}
-    )
-    beta1: float = knob(0.9, "AdamW")
-    beta2: float = knob(0.98, "AdamW")
-    eps: float = knob(1e-8, "AdamW")
-    weight_decay: float = knob(
-        0.3, "AdamW, on matrices only: not on norms, biases, embeddings", by=in_grpo(0.0)
-    )
-    max_grad_norm: float = knob(1.0, "global gradient norm; 0: never clipped")
-    max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
-
-    lora_rank: int = knob(
-        0, "train adapters of this rank beside the frozen model (LoRA); 0: train the model itself"
-    )
-    lora_alpha: float = knob(
-        32.0, "the adapters' output is multiplied by this / rank", only=WITH_LORA
-    )
-    lora_rslora: bool = knob(False, "by this / square root of the rank instead", only=WITH_LORA)
-    lora_targets: str = knob(
-        "all",
-        "the linear layers that get one, as in q_proj,v_proj; all: the seven projections",
-        only=WITH_LORA,
-    )
-    lora_dropout: float = knob(
-        0.0,
-        "share of an adapter's inputs that a training step leaves out; not applied where log-probs are compared with a rollout's",
-        only=WITH_LORA,
-    )
-
-    teacher: str = knob(
-        "",
-        "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use",
-        only=WITH_TEACHER,
-    )
-    kd_divergence: str = knob(
-        "forward_kl",
-        "from the teacher",
-        only=WITH_TEACHER,
-        choices=DIVERGENCES,
-        by=in_grpo("reverse_kl"),
-    )
-    kd_beta: float = knob(
-        0.5,
-        "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
-        only=[c | {"kd_divergence": WITH_BETA} for c in WITH_TEACHER],
-    )
-    kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
-    kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
-    kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
-    kd_prefix: str = knob(
-        "data",
-        "who writes what the divergence is taken on",
-        only=KD,
-        choices=("data", "student", "teacher"),
-    )
-    kd_mix: float = knob(
-        1.0,
-        "share of steps on what a model wrote; the others are on the data",
-        only=KD | {"kd_prefix": ("student", "teacher")},
-    )
-    kd_signal: str = knob(
-        "full",
-        "all the teacher's probabilities, its likeliest and a bucket for the rest, or its log-prob of the sampled token as an advantage",
-        only=KD,
-        choices=("full", "topk", "sampled"),
-    )
-    kd_topk: int = knob(64, "how many of them", only=KD | {"kd_signal": ("topk",)})
-    kd_cache: str = knob(
-        "",
-        "folder where they are kept for all the data, on first use; then no teacher is loaded",
-        only=KD | {"kd_signal": ("topk",), "kd_prefix": ("data",)},
-    )
-
-    sample_tokens: int = knob(64, "new tokens at most per sample", only=ON_POLICY)
-    sample_temperature: float = knob(
-        1.0, "of sampling, and of all log-probs in grpo", only=ON_POLICY
-    )
-    sample_top_k: int = knob(0, "sample from the k likeliest tokens only; 0: all", only=ON_POLICY)
-    sample_top_p: float = knob(
-        1.0, "sample from the likeliest tokens with this mass only", only=ON_POLICY
-    )
-    sample_batch: int = knob(256, "sequences generated at once, per rank", only=ON_POLICY)
-    sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=GRPO)
-
-    grpo_variant: str = knob(
-        "token",
-        "the loss, with its paper's baseline and clip bounds; grpo: DeepSeekMath's, token: DAPO's",
-        only=GRPO,
-        choices=VARIANTS,
-    )
-    grpo_samples: int = knob(8, "samples per prompt", only=GRPO)
-    grpo_reward: str = knob(
-        "accuracy",
-        f"parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or path/to/file.py:function",
-        only=GRPO,
-    )
-    grpo_advantage: str = knob(
-        "std",
-        "what an advantage is measured against",
-        only=GRPO,
-        choices=BASELINES,
-        by={"grpo_variant": {"dr_grpo": "mean"}},
-    )
-    grpo_clip_low: float = knob(
-        0.2,
-        "the ratio is clipped below 1 minus this; 1: it has no lower bound",
-        only=GRPO,
-        by={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
-    )
-    grpo_clip_high: float = knob(
-        0.2, "and above 1 plus this", only=GRPO, by={"grpo_variant": {"token": 0.28, "gspo": 4e-4}}
-    )
-    grpo_kl_coef: float = knob(
-        0.0, "weight of the KL to the reference; 0: no reference is held", only=GRPO
-    )
-    reference: str = knob(
-        "",
-        "a checkpoint folder, a hub id or a preset; empty: the policy as it starts",
-        only=WITH_REFERENCE,
-    )
-    grpo_kl_in: str = knob(
-        "loss",
-        "where the KL goes: into the loss, or off the reward",
-        only=WITH_REFERENCE,
-        choices=("loss", "reward"),
-    )
-    grpo_kl_estimator: str = knob(
-        "k3",
-        "the KL's estimate; in the reward only k1 is right, in the loss k2 and k3 are",
-        only=WITH_REFERENCE,
-        choices=KL_ESTIMATES,
-        by={"grpo_kl_in": {"reward": "k1"}},
-    )
-    grpo_entropy_coef: float = knob(0.0, "weight of an entropy bonus", only=GRPO)
-    grpo_minibatches_per_rollout: int = knob(
-        1, "optimizer steps that share one rollout, each on its own part", only=GRPO
-    )
-    grpo_ppo_epochs: int = knob(1, "passes over each rollout", only=GRPO)
-    grpo_dynamic_sampling_rounds: int = knob(
+    show_batch: int = option(
         0,
-        "rounds in which groups whose samples are all right or all wrong are replaced by fresh ones (dynamic sampling)",
-        only=GRPO,
-    )
-    grpo_truncated: str = knob(
-        "keep",
-        "samples that did not stop: train on them, or mask them (no loss, and no part of any divisor)",
-        only=GRPO,
-        choices=("keep", "mask"),
-    )
-    grpo_truncation_penalty: float = knob(0.0, "what such a sample loses of its reward", only=GRPO)
-    grpo_length_penalty: int = knob(
-        0, "over this many last tokens a sample loses up to 1 (soft length penalty)", only=GRPO
-    )
-    grpo_tis: str = knob(
-        "none",
-        "importance weights for the sampler's rounding: none, cut at the cap, or masked outside it",
-        only=GRPO,
-        choices=("none", "truncate", "mask"),
-    )
-    grpo_tis_cap: float = knob(2.0, "that cap", only=GRPO | {"grpo_tis": ("truncate", "mask")})
-    grpo_kd_coef: float = knob(
-        0.0, "weight of a divergence from --teacher on the samples", only=GRPO
+        "print this many examples of the first batch, with the trained tokens marked, and stop",
+        minimum=0,
     )
 
-    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
-    eval_examples: int = knob(
-        400, "held-out examples, carved from the training data; 0: no evaluation"
+    steps: int = option(
+        1000,
+        "optimizer steps; 0: computed from --epochs",
+        section="Optimisation",
+        minimum=0,
+        default_when=in_grpo(200),
     )
-    eval_tokens: int = knob(96, "new tokens at most per answer")
-    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
-    max_checkpoints: int = knob(2, "checkpoints kept")
-    log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
-    activation_checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: less memory, a third more time"
+    epochs: float = option(1.0, "passes over the training data", above=0, read_when={"steps": (0,)})
+    batch_size: int = option(
+        32,
+        "examples (in grpo: samples) per optimizer step, over all ranks",
+        minimum=1,
+        default_when=in_grpo(128),
+        fixed_on_resume=True,
     )
-    kernels: str = knob(
+    micro_batch_tokens: int = option(
+        8192,
+        "maximum tokens per forward pass, and so of an example",
+        minimum=1,
+        fixed_on_resume=drops_long_examples,
+    )
+    weighting: str = option(
+        "token",
+        "what counts the same in the loss: every token, or every sequence",
+        choices=WEIGHTINGS,
+        read_when={"mode": ("sft", "kd")},
+        fixed_on_resume=True,
+    )
+    lr: float = option(5e-3, "peak learning rate", above=0, default_when=in_grpo(3e-4))
+    warmup: int = option(20, "steps of linear learning-rate warm-up", minimum=0)
+    schedule: str = option(
+        "cosine",
+        "learning-rate schedule after the warm-up",
+        choices=("constant", "linear", "cosine"),
+        default_when=in_grpo("linear"),
+    )
+    lr_floor: float = option(
+        0.1,
+        "learning rate at the last step, as a fraction of the peak",
+        minimum=0,
+        maximum=1,
+        read_when={"schedule": ("linear", "cosine")},
+    )
+    beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, below=1)
+    beta2: float = option(0.98, "AdamW's decay of the second moment", minimum=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = option(
+        0.3,
+        "AdamW's weight decay, of matrices only: not of norms, biases or embeddings",
+        minimum=0,
+        default_when=in_grpo(0.0),
+    )
+    max_grad_norm: float = option(
+        1.0, "clip the global gradient norm to this value; 0: no clipping", minimum=0
+    )
+    max_skipped: int = option(
+        5, "stop after this many steps in a row without a finite gradient", minimum=1
+    )
+
+    lora_rank: int = option(
+        0,
+        "rank of LoRA adapters beside the frozen model; 0: train the model's own weights",
+        section="LoRA",
+        minimum=0,
+        read_when=[],
+        fixed_on_resume=True,
+    )
+    lora_alpha: float = option(
+        32.0,
+        "LoRA's alpha: an adapter's output is scaled by alpha / rank",
+        above=0,
+        fixed_on_resume=True,
+    )
+    lora_rslora: bool = option(
+        False, "scale adapters by alpha / sqrt(rank) instead (rsLoRA)", fixed_on_resume=True
+    )
+    lora_targets: str = option(
+        "all",
+        "linear layers that get an adapter, as in q_proj,v_proj; all: the seven projections",
+        fixed_on_resume=True,
+    )
+    lora_dropout: float = option(
+        0.0,
+        "dropout on the inputs of adapters; off where log-probs are compared with a rollout's",
+        minimum=0,
+        below=1,
+    )
+
+    teacher: str = option(
+        "",
+        "teacher: a checkpoint folder, a hub id or a preset; empty: the toy task's teacher, "
+        "trained on first use",
+        section="Teacher and distillation",
+        read_when=WITH_TEACHER,
+        fixed_on_resume=reuses_rollouts,
+    )
+    kd_divergence: str = option(
+        "forward_kl",
+        "divergence between teacher and student",
+        choices=DIVERGENCES,
+        read_when=WITH_TEACHER,
+        default_when=in_grpo("reverse_kl"),
+    )
+    kd_beta: float = option(
+        0.5,
+        "mixture weight: of the teacher in jsd and skew_forward_kl, of the student in "
+        "skew_reverse_kl",
+        minimum=0,
+        maximum=1,
+        read_when={"kd_divergence": WITH_BETA},
+    )
+    kd_temperature: float = option(
+        2.0, "temperature that divides the logits of teacher and student", above=0
+    )
+    kd_t_squared: bool = option(False, "multiply the divergence by the squared --kd_temperature")
+    kd_ce: float = option(
+        0.0,
+        "weight of cross-entropy in the loss; the divergence has the rest",
+        minimum=0,
+        maximum=1,
+    )
+    kd_prefix: str = option(
+        "data",
+        "source of the text that is trained on: the data, or generated by student or teacher",
+        choices=("data", "student", "teacher"),
+        fixed_on_resume=True,
+    )
+    kd_mix: float = option(
+        1.0,
+        "fraction of steps on generated text; the other steps are on the data",
+        minimum=0,
+        maximum=1,
+        read_when=GENERATED,
+        fixed_on_resume=True,
+    )
+    kd_signal: str = option(
+        "full",
+        "what is learned from the teacher: its full distribution, its top-k probabilities with a "
+        "bucket for the rest, or the log-prob of the sampled token as an advantage",
+        choices=("full", "topk", "sampled"),
+        fixed_on_resume=True,
+    )
+    kd_topk: int = option(
+        64,
+        "number of teacher probabilities per token in the top-k signal",
+        minimum=1,
+        read_when={"kd_signal": ("topk",)},
+    )
+    kd_cache: str = option(
+        "",
+        "folder that keeps the teacher's top-k for all the data, filled on first use; after that "
+        "no teacher is loaded",
+        read_when={"kd_signal": ("topk",), "kd_prefix": ("data",)},
+    )
+
+    sample_tokens: int = option(64, "maximum new tokens per sample", section="Sampling", minimum=1)
+    sample_temperature: float = option(
+        1.0,
+        "sampling temperature, and in grpo that of all log-probs; above 0 because the samples of a "
+        "prompt must differ",
+        above=0,
+        fixed_on_resume=reuses_rollouts,
+    )
+    sample_top_k: int = option(
+        0, "sample from this many most probable tokens; 0: from all", minimum=0
+    )
+    sample_top_p: float = option(
+        1.0, "sample from the most probable tokens with this total mass", above=0, maximum=1
+    )
+    sample_batch: int = option(256, "sequences generated at once, per rank", minimum=1)
+    sample_log: int = option(
+        8, "samples of each rollout written to samples.jsonl", minimum=0, read_when=GRPO
+    )
+
+    grpo_variant: str = option(
+        "token",
+        "loss, with the advantage and clip bounds of its paper; grpo: DeepSeekMath, token: DAPO",
+        section="GRPO",
+        choices=VARIANTS,
+        fixed_on_resume=reuses_rollouts,
+    )
+    grpo_samples: int = option(
+        8,
+        "samples per prompt, at least 2: an advantage compares the samples of a prompt",
+        minimum=2,
+        fixed_on_resume=True,
+    )
+    grpo_reward: str = option(
+        "accuracy",
+        f"reward: parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or a "
+        "function, path/to/file.py:function",
+    )
+    grpo_advantage: str = option(
+        "std",
+        "how the advantages of a prompt's samples are computed from their rewards",
+        choices=BASELINES,
+        default_when={"grpo_variant": {"dr_grpo": "mean"}},
+    )
+    grpo_clip_low: float = option(
+        0.2,
+        "the policy ratio is clipped below at 1 minus this value; 1: no lower bound",
+        above=0,
+        maximum=1,
+        default_when={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
+    )
+    grpo_clip_high: float = option(
+        0.2,
+        "the policy ratio is clipped above at 1 plus this value",
+        above=0,
+        default_when={"grpo_variant": {"token": 0.28, "gspo": 4e-4}},
+    )
+    grpo_kl_coef: float = option(
+        0.0,
+        "weight of the KL to the reference model; 0: no reference model is loaded",
+        minimum=0,
+        fixed_on_resume=reuses_rollouts,
+    )
+    reference: str = option(
+        "",
+        "reference model: a checkpoint folder, a hub id or a preset; empty: the policy at its "
+        "start",
+        read_when={"grpo_kl_coef": ABOVE_0},
+        fixed_on_resume=True,
+    )
+    grpo_kl_in: str = option(
+        "loss",
+        "where the KL to the reference is: a term of the loss, or subtracted from the reward",
+        choices=("loss", "reward"),
+        read_when={"grpo_kl_coef": ABOVE_0},
+        fixed_on_resume=reuses_rollouts,
+    )
+    grpo_kl_estimator: str = option(
+        "k3",
+        "estimator of the KL to the reference: k2 or k3 in the loss, k1 in the reward",
+        choices=KL_ESTIMATES,
+        read_when={"grpo_kl_coef": ABOVE_0},
+        default_when={"grpo_kl_in": {"reward": "k1"}},
+    )
+    grpo_entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    grpo_minibatches_per_rollout: int = option(
+        1,
+        "optimizer steps per pass over a rollout, each on a part",
+        minimum=1,
+        fixed_on_resume=True,
+    )
+    grpo_ppo_epochs: int = option(1, "passes over each rollout", minimum=1, fixed_on_resume=True)
+    grpo_dynamic_sampling_rounds: int = option(
+        0,
+        "dynamic sampling: rounds in which groups of equal rewards are replaced by new prompts",
+        minimum=0,
+    )
+    grpo_mask_truncated: bool = option(
+        False, "samples that did not stop carry no loss and count in no divisor"
+    )
+    grpo_truncation_penalty: float = option(
+        0.0, "subtracted from the reward of a sample that did not stop", minimum=0
+    )
+    grpo_length_penalty: int = option(
+        0,
+        "soft length penalty: within this many tokens of --sample_tokens the reward falls by up "
+        "to 1",
+        minimum=0,
+    )
+    grpo_tis: str = option(
+        "none",
+        "importance weights that correct the sampler's rounding: none, truncated at "
+        "--grpo_tis_cap, or masked beyond it",
+        choices=("none", "truncate", "mask"),
+        fixed_on_resume=reuses_rollouts,
+    )
+    grpo_tis_cap: float = option(
+        2.0,
+        "largest importance weight of --grpo_tis",
+        minimum=1,
+        read_when={"grpo_tis": ("truncate", "mask")},
+    )
+    grpo_kd_coef: float = option(
+        0.0,
+        "weight of a divergence from --teacher on the samples",
+        minimum=0,
+        fixed_on_resume=reuses_rollouts,
+    )
+
+    eval_every: int = option(
+        250,
+        "steps between evaluations; 0: before the first and after the last step only",
+        section="Evaluation and checkpoints",
+        minimum=0,
+    )
+    eval_examples: int = option(
+        400,
+        "number of validation examples, set apart from the training data; 0: no evaluation",
+        minimum=0,
+        fixed_on_resume=carves_validation,
+    )
+    eval_tokens: int = option(96, "maximum new tokens per answer in evaluations", minimum=1)
+    save_every: int = option(
+        250, "steps between checkpoints; 0: after the last step only", minimum=0
+    )
+    max_checkpoints: int = option(2, "number of newest checkpoints that are kept", minimum=1)
+    log_every: int = option(
+        50, "steps between progress lines; metrics.jsonl gets every step", minimum=1
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass: less memory, a third more time",
+        section="System",
+    )
+    kernels: str = option(
         "auto",
-        "fused operations: Triton on a GPU and PyTorch elsewhere, or one of them",
+        "implementation of the fused operations; auto: Triton on a GPU, PyTorch elsewhere",
         choices=CHOICES,
     )
-    compile: bool = knob(False, "torch.compile the transformer's blocks")
-    wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
-    wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})
-
-
-def check(cfg):
-    """Refuse settings that cannot work, before anything is read."""
-
-    def need(ok, message):
-        if not ok:
-            raise UserError(message)
-
-    positive = (
-        "batch_size",
-        "micro_batch_tokens",
-        "eval_tokens",
-        "max_checkpoints",
-        "log_every",
-        "max_skipped",
-        "kd_topk",
-        "sample_tokens",
-        "sample_batch",
-    )
-    for name in (*positive, "grpo_samples", "grpo_minibatches_per_rollout", "grpo_ppo_epochs"):
-        need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
-    natural = (
-        "seed",
-        "steps",
-        "warmup",
-        "max_grad_norm",
-        "weight_decay",
-        "eval_every",
-        "eval_examples",
-        "save_every",
-        "train_examples",
-        "show_batch",
-    )
-    for name in (
-        *natural,
-        "sample_top_k",
-        "sample_log",
-        "grpo_kl_coef",
-        "grpo_dynamic_sampling_rounds",
-        "grpo_truncation_penalty",
-        "grpo_length_penalty",
-        "grpo_kd_coef",
-        "lora_rank",
-    ):
-        need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
-    need(cfg.seed < 2**63, "--seed must be below 2^63")
-    need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
-    need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
-    need(
-        0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0,
-        "--beta1 and --beta2 must be in [0, 1), --eps positive",
-    )
-    need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
-    need(0 < cfg.lora_alpha < math.inf, "--lora_alpha must be a positive number")
-    need(0 <= cfg.lora_dropout < 1, "--lora_dropout must be at least 0 and below 1")
-    parse_targets(cfg.lora_targets)
-    need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
-    need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
-    need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
-    check_divergence(cfg, need)
-    need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
-    need(
-        cfg.device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: this machine offers no CUDA device",
-    )
-    need(0 <= cfg.kd_mix <= 1, "--kd_mix must be between 0 and 1")
-    need(
-        0 < cfg.sample_temperature < math.inf,
-        "--sample_temperature must be positive: samples of one prompt must differ",
-    )
-    need(0 < cfg.sample_top_p <= 1, "--sample_top_p must be above 0 and at most 1")
-    plain = cfg.sample_top_p == 1 and cfg.sample_top_k == 0
-    need(
-        plain or cfg.mode != "grpo",
-        "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole distribution",
-    )
-    if cfg.mode == "kd" and cfg.kd_signal == "sampled":
-        need(
-            cfg.kd_prefix == "student",
-            "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's own tokens",
-        )
-        alone = cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared and plain
-        need(
-            alone,
-            "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or --sample_top_p",
-        )
-        need(
-            cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
-            "--kd_signal sampled is the reverse KL at the sampling temperature: set --kd_divergence reverse_kl and equal temperatures",
-        )
-    if cfg.mode == "grpo":
-        need(
-            cfg.grpo_samples > 1,
-            "--grpo_samples must be at least 2: an advantage compares the samples of a prompt",
-        )
-        whole = cfg.batch_size % cfg.grpo_samples == 0
-        need(
-            whole,
-            f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}",
-        )
-        need(
-            0 < cfg.grpo_clip_low <= 1 and cfg.grpo_clip_high > 0,
-            "--grpo_clip_low must be in (0, 1], --grpo_clip_high positive",
-        )
-        need(cfg.grpo_tis_cap >= 1, "--grpo_tis_cap must be at least 1")
-        need(
-            cfg.show_batch == 0,
-            "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)",
-        )
-        need(
-            cfg.grpo_length_penalty <= cfg.sample_tokens,
-            "--grpo_length_penalty must not exceed --sample_tokens",
-        )
-        check_kl_estimate(cfg, need)
-
-
-def check_divergence(cfg, need):
-    """Refuse a divergence that teaches nothing, and cross-entropy on the student's own text."""
-    has_divergence = cfg.mode == "kd" or cfg.mode == "grpo" and cfg.grpo_kd_coef > 0
-    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
-    need(
-        not (has_divergence and skew_is_zero),
-        f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; choose one below 1",
-    )
-    own_text = cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0
-    need(
-        not own_text or cfg.kd_signal == "sampled" or cfg.kd_ce == 0,
-        "--kd_ce with --kd_prefix student would teach the student to repeat what it wrote itself, "
-        "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher",
+    compile: bool = option(False, "torch.compile the transformer's blocks")
+    wandb: str = option("off", "log to Weights & Biases", choices=("off", "offline", "online"))
+    wandb_project: str = option(
+        "srlm", "project in Weights & Biases", read_when={"wandb": ("offline", "online")}
     )
 
 
-def check_kl_estimate(cfg, need):
-    """Refuse estimates whose gradient is not that of a KL where --grpo_kl_in puts them.
+def needs_old_logp(cfg: Config) -> bool:
+    """Return whether the policy's log-probs are recomputed when it has sampled.
 
-    losses/grpo.py says what each estimate's gradient is.
+    They are compared with later ones where a rollout serves several updates or the sampler's
+    rounding is corrected, and become part of the advantage where a KL is subtracted from the reward
+    or the teacher's signal is its log-prob.
     """
-    if cfg.grpo_kl_coef == 0:
-        return
-    need(
-        cfg.grpo_kl_in == "loss" or cfg.grpo_kl_estimator == "k1",
-        f"--grpo_kl_estimator {cfg.grpo_kl_estimator} in the reward drives the policy away from its reference "
-        "(arXiv 2510.01555, 2512.21852); set --grpo_kl_estimator k1, or --grpo_kl_in loss",
-    )
-    need(
-        cfg.grpo_kl_in == "reward" or cfg.grpo_kl_estimator != "k1",
-        "--grpo_kl_estimator k1 in the loss has a gradient that is 0 on average (arXiv 2510.01555, "
-        "2512.21852); set --grpo_kl_estimator k3 or k2, or --grpo_kl_in reward",
-    )
-
-
-def needs_old_logp(cfg):
-    """Whether a run compares the policy's log-probs with those that it had when it sampled: a
-    rollout serves several updates, the sampler's rounding is corrected, or what is read off the
-    log-probs of the rollout (a KL in the reward, a teacher's signal) becomes an advantage."""
     if cfg.mode == "grpo":
         several_updates = cfg.grpo_minibatches_per_rollout * cfg.grpo_ppo_epochs > 1
         kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
@@ -445,53 +475,96 @@ def needs_old_logp(cfg):
     return cfg.mode == "kd" and cfg.kd_signal == "sampled"
 
 
-def kept(stored):
-    """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
-    names = [
-        "mode",
-        "model",
-        "tokenizer",
-        "seed",
-        "data",
-        "train_examples",
-        "max_length_policy",
-        "batch_size",
-        "weighting",
-    ]
-    names += [
-        "template",
-        "system_prompt",
-        "prompt_suffix",
-        "chat_template_kwargs",
-        "lora_rank",
-        "lora_alpha",
-        "lora_rslora",
-        "lora_targets",
-    ]
-    names += [
-        "kd_prefix",
-        "kd_mix",
-        "kd_signal",
-        "reference",
-        "grpo_samples",
-        "grpo_minibatches_per_rollout",
-        "grpo_ppo_epochs",
-    ]
-    if (
-        stored.get("grpo_minibatches_per_rollout", 1) * stored.get("grpo_ppo_epochs", 1) > 1
-    ):  # unspent samples were scored and weighted by these
-        names += [
-            "sample_temperature",
-            "grpo_variant",
-            "grpo_kl_coef",
-            "grpo_kl_in",
-            "grpo_tis",
-            "grpo_kd_coef",
-            "teacher",
-        ]
-    names += (
-        ["micro_batch_tokens"] if stored.get("max_length_policy") == "drop" else []
-    )  # it says what is dropped
-    return (
-        names if task_of(str(stored.get("data"))) else [*names, "eval_examples"]
-    )  # held-out examples are carved from a file
+# --- what must hold between options --------------------------------------------------------------
+
+
+def validate(cfg: Config) -> None:
+    """Refuse options that do not work together, before anything is read. Raises UserError."""
+    parse_targets(cfg.lora_targets)
+    _need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
+    _need(
+        cfg.device != "cuda" or torch.cuda.is_available(),
+        "--device cuda: this machine offers no CUDA device",
+    )
+    if cfg.mode == "kd":
+        _validate_kd(cfg)
+    if cfg.mode == "grpo":
+        _validate_grpo(cfg)
+    if cfg.mode == "grpo" and cfg.grpo_kl_coef > 0:
+        _validate_kl(cfg)
+    has_divergence = cfg.mode == "kd" or (cfg.mode == "grpo" and cfg.grpo_kd_coef > 0)
+    is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
+    _need(
+        not (has_divergence and is_zero),
+        f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; choose one below 1",
+    )
+
+
+def _need(holds: object, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _validate_kd(cfg: Config) -> None:
+    if cfg.kd_signal == "sampled":
+        _need(
+            cfg.kd_prefix == "student",
+            "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's "
+            "own tokens",
+        )
+        plain = cfg.sample_top_p == 1 and cfg.sample_top_k == 0
+        _need(
+            plain and cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared,
+            "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or "
+            "--sample_top_p; leave them out",
+        )
+        _need(
+            cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
+            "--kd_signal sampled is the reverse KL at the sampling temperature: set "
+            "--kd_divergence reverse_kl and equal temperatures",
+        )
+    elif cfg.kd_prefix == "student" and cfg.kd_mix > 0:
+        _need(
+            cfg.kd_ce == 0,
+            "--kd_ce with --kd_prefix student would teach the student to repeat its own text, "
+            "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher",
+        )
+
+
+def _validate_grpo(cfg: Config) -> None:
+    _need(
+        cfg.sample_top_p == 1 and cfg.sample_top_k == 0,
+        "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole "
+        "distribution; leave them out",
+    )
+    _need(
+        cfg.batch_size % cfg.grpo_samples == 0,
+        f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples "
+        f"{cfg.grpo_samples}; choose a multiple",
+    )
+    _need(
+        cfg.show_batch == 0,
+        "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)",
+    )
+    _need(
+        cfg.grpo_length_penalty <= cfg.sample_tokens,
+        "--grpo_length_penalty must not exceed --sample_tokens",
+    )
+
+
+def _validate_kl(cfg: Config) -> None:
+    """Refuse estimators whose gradient is not that of a KL where --grpo_kl_in puts them.
+
+    losses/grpo.py says what each estimator's gradient is.
+    """
+    _need(
+        cfg.grpo_kl_in == "loss" or cfg.grpo_kl_estimator == "k1",
+        f"--grpo_kl_estimator {cfg.grpo_kl_estimator} in the reward drives the policy away from "
+        "its reference (arXiv 2510.01555, 2512.21852); set --grpo_kl_estimator k1, or "
+        "--grpo_kl_in loss",
+    )
+    _need(
+        cfg.grpo_kl_in == "reward" or cfg.grpo_kl_estimator != "k1",
+        "--grpo_kl_estimator k1 in the loss has a gradient that is 0 on average (arXiv "
+        "2510.01555, 2512.21852); set --grpo_kl_estimator k3 or k2, or --grpo_kl_in reward",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import options
-from config import Config, check
+from config import Config, validate
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, Stream, find_file, show_batch, task_of
 from data.formatter import Formatter
@@ -369,7 +369,7 @@ def load_data(cfg, tokenizer, vocab, rank):
 def prepare(cfg, held, launch):
     """Everything that can be wrong is found here, before a weight is read. Returns a Run without its source and loss, its folder locked
     until `held` (an ExitStack) is closed, or None after --show_batch. launch(cfg) trains what is missing of the embedded task's models."""
-    check(cfg)
+    validate(cfg)
     device, compute_dtype, rank, world = choose_device(cfg)
     has_teacher, distilled = (
         cfg.mode == "kd" or cfg.grpo_kd_coef > 0,

@@ -11,7 +11,7 @@ import time
 import torch
 
 import options
-from config import Config, check, kept, needs_old_logp
+from config import Config, needs_old_logp, validate
 from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, constant_length
 from data.dataset import Order, Stream
@@ -33,7 +33,7 @@ from validation import evaluate
 __all__ = [
     "Config",
     "TEACHER",
-    "check",
+    "validate",
     "toy_tokenizer",
     "forward_backward",
     "launch",
@@ -172,7 +172,7 @@ def rewarded_rollouts(cfg, run):
         updates=cfg.grpo_minibatches_per_rollout,
         epochs=cfg.grpo_ppo_epochs,
         refills=cfg.grpo_dynamic_sampling_rounds,
-        mask_truncated=cfg.grpo_truncated == "mask",
+        mask_truncated=cfg.grpo_mask_truncated,
         price=price,
         correctness=run.reward.correctness,
     )
@@ -410,15 +410,10 @@ def due(step, every, last):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(options.usage(Config, "train.py"))
-        return 0
-
     def run():
-        cfg, _ = options.parse(Config, argv, together=False)  # to learn which run it is
+        cfg = options.parse(Config, argv, conditions=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
-        cfg, _ = options.parse(Config, argv, stored, kept(stored))
-        launch(cfg)
+        launch(options.parse(Config, argv, stored))
 
     return as_command("train.py", run, "interrupted")
 

@@ -22,9 +22,10 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid_and_explain_themselves(path):
-    cfg, given = options.parse(train.Config, ["--config", str(path)])
-    train.check(cfg)
-    assert given == set(tomllib.loads(path.read_text()))
+    argv = ["--config", str(path)]
+    train.validate(options.parse(train.Config, argv))
+    given, _ = options.read_layers(train.Config, argv)
+    assert set(given) == set(tomllib.loads(path.read_text()))
     assert f"--config recipes/{path.name}" in path.read_text()
 
 
@@ -74,10 +75,10 @@ def knobs(study, name):
     """A run's own knobs and those in common that it reads, as a config."""
     common, own = study["common"], study["run"][name]
     argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
-    read = options.resolved(options.parse(train.Config, argv(common | own), together=False)[0])
+    read = options.resolved(options.parse(train.Config, argv(common | own), conditions=False))
     return options.parse(
         train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read})
-    )[0]
+    )
 
 
 def test_studies_are_whole(study):
@@ -101,7 +102,7 @@ def test_studies_are_whole(study):
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
         cfg = knobs(study, name)
-        train.check(cfg)
+        train.validate(cfg)
         assert cfg.data and not cfg.data.startswith("@") or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
     for name, chosen in traces.items():
@@ -227,11 +228,8 @@ def test_sweeps_parse_as_wandb_writes_them(path):
             {"args": {name: {"value": value} for name, value in values.items()}}
         )
         for args in (written["args"], written["args_no_equals"]):
-            cfg, given = options.parse(
-                train.Config,
-                [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args,
-            )
-            train.check(cfg)
-            assert set(sweep["parameters"]) <= given and all(
-                getattr(cfg, name) == value for name, value in values.items()
-            )
+            argv = [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args
+            cfg = options.parse(train.Config, argv)
+            train.validate(cfg)
+            assert set(sweep["parameters"]) <= set(options.read_layers(train.Config, argv)[-1])
+            assert all(getattr(cfg, name) == value for name, value in values.items())
