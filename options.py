@@ -36,7 +36,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from errors import UserError
 from files import parse_json, read_text, reason
@@ -51,19 +51,20 @@ Condition = dict[str, tuple]  # {other option: values, one of which it must have
 class Rules(NamedTuple):
     """What the parser knows about an option, beside its default and type.
 
-    section: a heading in --help, which this option begins.
     alias: a second name.
+    choices: allowed values, where the type is not a Literal.
     above, minimum, maximum, below: bounds of a number; `above` and `below` themselves are excluded.
     read_when: a run reads the option only if this condition holds, or one of a list of conditions;
     an option in a condition must itself be read. Without it the class's `read_when_prefix`
-    {prefix of names: condition} decides, and an option with no such prefix is always read.
+    {prefix of names: condition on other options} decides; otherwise an option is always read.
     default_when: {other option: {its value: default}}; the other option is declared before this
     one, and where several say something, the last one counts.
-    fixed_on_resume: a resumed run keeps the stored value; a function of what is stored may say so.
+    fixed: a resumed run keeps the stored value; a function of what is stored may say so.
+
+    A class may have `sections`, {option: heading in --help, which it begins}.
     """
 
     help: str
-    section: str = ""
     positional: bool = False
     alias: str = ""
     choices: Collection[str] = ()
@@ -73,7 +74,7 @@ class Rules(NamedTuple):
     below: float = math.inf
     read_when: Condition | list[Condition] | None = None
     default_when: dict[str, Values] = {}
-    fixed_on_resume: bool | Callable[[Values], bool] = False
+    fixed: bool | Callable[[Values], bool] = False
 
 
 class Options(Protocol):
@@ -115,7 +116,7 @@ def parse(
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
     for name in (name for layer in layers for name in layer if name in values):
-        fixed = _rules(fields[name]).fixed_on_resume
+        fixed = _rules(fields[name]).fixed
         if callable(fixed):
             fixed = fixed(stored)
         if fixed and values[name] != stored.get(name, values[name]):
@@ -187,11 +188,11 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config", action="append", metavar="FILE", help="a TOML or JSON file of options"
         )
-        group = self
+        group, sections = self, getattr(cls, "sections", {})
         for field in dataclasses.fields(cls):
             rules, shape = _rules(field), _shape(field)
-            if rules.section:
-                group = self.add_argument_group(rules.section)
+            if field.name in sections:
+                group = self.add_argument_group(sections[field.name])
             about = _help(cls, field)
             if rules.positional:
                 nargs = "+" if shape.size == 0 else shape.size
@@ -220,8 +221,8 @@ def _help(cls: type[Options], field: dataclasses.Field) -> str:
     if conditions:
         facts.append(f"read with {_describe(conditions)}")
     text = rules.help
-    if rules.choices:
-        text += f" ({' | '.join(rules.choices)})"
+    if choices := _shape(field).choices:
+        text += f" ({' | '.join(choices)})"
     if facts:
         text += f" [{'; '.join(facts)}]"
     return text.replace("%", "%%")
@@ -273,9 +274,10 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 class _Shape(NamedTuple):
-    """The type of an option's values, and how many it has: None for one, 0 for a list."""
+    """The type of an option's values, which there are, and how many: None for one, 0 for a list."""
 
     kind: type
+    choices: Collection[str]
     size: int | None = None
 
 
@@ -285,10 +287,12 @@ def _rules(field: dataclasses.Field) -> Rules:
 
 def _shape(field: dataclasses.Field) -> _Shape:
     declared: Any = field.type
-    items = typing.get_args(declared)
+    items, choices = typing.get_args(declared), _rules(field).choices
     if typing.get_origin(declared) is tuple:
-        return _Shape(items[0], 0 if ... in items else len(items))
-    return _Shape(items[0] if items else declared)  # str | None is read as str
+        return _Shape(items[0], choices, 0 if ... in items else len(items))
+    if typing.get_origin(declared) is Literal:
+        return _Shape(str, items)
+    return _Shape(items[0] if items else declared, choices)  # str | None is read as str
 
 
 def _convert(field: dataclasses.Field, value: Any, source: str) -> Any:
@@ -301,7 +305,7 @@ def _convert(field: dataclasses.Field, value: Any, source: str) -> Any:
 
 
 def _convert_one(field: dataclasses.Field, value: Any, source: str) -> Any:
-    kind, rules = _shape(field).kind, _rules(field)
+    kind, choices, _ = _shape(field)
     text = str(value).strip()
     try:
         if kind is bool:
@@ -316,12 +320,12 @@ def _convert_one(field: dataclasses.Field, value: Any, source: str) -> Any:
             if kind is int and number != int(number):
                 raise ValueError
             value = kind(number)
-            _check_bounds(rules, value, source)
+            _check_bounds(_rules(field), value, source)
     except (ValueError, KeyError, OverflowError):
         raise UserError(f"{source}: {value!r} is not {KINDS[kind]}") from None
-    if rules.choices and value not in rules.choices:
-        choices = f"choose from {', '.join(rules.choices)}"
-        near = _nearest(str(value), rules.choices, "did you mean {}?", choices)
+    if choices and value not in choices:
+        every = f"choose from {', '.join(choices)}"
+        near = _nearest(str(value), choices, "did you mean {}?", every)
         raise UserError(f"{source}: no {value!r}; {near}")
     return value
 
@@ -375,8 +379,10 @@ def _conditions(options: Options | type[Options], name: str) -> list[Condition]:
     found = _rules(options.__dataclass_fields__[name]).read_when
     if found is None:
         by_prefix = getattr(options, "read_when_prefix", {})
-        found = next((by_prefix[prefix] for prefix in by_prefix if name.startswith(prefix)), [])
-    return [found] if isinstance(found, dict) else found
+        for prefix, condition in by_prefix.items():
+            if found is None and name.startswith(prefix) and name not in condition:
+                found = condition
+    return [found] if isinstance(found, dict) else found or []
 
 
 def _unmet(config: Options, name: str) -> str:

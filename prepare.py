@@ -222,6 +222,7 @@ class Run:
     start: int | None = (
         None  # None: from the beginning; else the step of the checkpoint that is continued
     )
+    trained_on: lineage.Lineage | None = None  # what the model was trained on, on rank 0
     source: Iterator = None
     loss_fn: Callable = None
     counters: dict = dataclasses.field(
@@ -436,11 +437,12 @@ def prepare(cfg, held, launch):
     )
     cache = open_cache(cfg, dataset, teacher_folder, vocab, world) if cfg.kd_cache else None
 
+    trained_on = None
+
     def record():
+        nonlocal trained_on
         resumed = None if start is None else folder.step_folder(start)
-        folder.lineage = training_record(
-            cfg, dataset, student_folder, teacher_folder, origin, resumed
-        )
+        trained_on = training_record(cfg, dataset, student_folder, teacher_folder, origin, resumed)
 
     parallel.on_rank_0(rank, record)
 
@@ -511,6 +513,7 @@ def prepare(cfg, held, launch):
         reward,
         optimizer,
         start,
+        trained_on,
     )
     if cache and not start and rank == 0:
         run.cost = cost_of(cache, documents, teacher_shape, vocab)

@@ -27,7 +27,7 @@ from model.optim import clip_gradients, learning_rate
 from prepare import COSTS, TEACHER, prepare, toy_tokenizer
 from rl.logprobs import add_correction, add_logprobs, kl_penalty
 from rl.rollout import Mixed, Rollouts
-from run import Log, StopSignal, stored_config
+from run import RunLogger, StopSignal, stored_config
 from validation import evaluate
 
 __all__ = [
@@ -252,7 +252,7 @@ def launch(cfg):
 
 def train(cfg, run, stop):
     """One run to its last checkpoint; the same loop for every mode."""
-    log = Log(
+    log = RunLogger(
         run.folder.path, options.resolved(cfg, without=("name", "resume")), run.start, run.rank
     )
     start, steps, counters = run.start or 0, run.steps, run.counters
@@ -296,7 +296,14 @@ def train(cfg, run, stop):
         if (step and due(step, cfg.save_every, steps) or stopping) and not seen:
             state = {"source": parallel.gather(run.source.state()), "counters": counters}
             save = functools.partial(
-                run.folder.save, step, run.model, run.optimizer, run.tokenizer, run.stop_ids, state
+                run.folder.save,
+                step,
+                run.model,
+                run.optimizer,
+                run.tokenizer,
+                run.stop_ids,
+                state,
+                run.trained_on,
             )
             parallel.on_rank_0(run.rank, save)
         if step == steps or stopping:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 
 import pytest
 
@@ -13,11 +14,11 @@ from options import option
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    mode: str = option("kd", "", choices=("sft", "kd"))
+    mode: typing.Literal["sft", "kd"] = option("kd", "")
     lr: float = option(1e-3, "")
     steps: int = option(10, "")
     compile: bool = option(False, "")
-    data: str = option("x", "", fixed_on_resume=True)
+    data: str = option("x", "", fixed=True)
     kd_temperature: float = option(1.0, "", read_when={"mode": ("kd",)})
     kd_divergence: str = option(
         "jsd", "", read_when={"mode": ("kd",)}, choices=("jsd", "forward_kl")
@@ -234,8 +235,9 @@ def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
     for f in dataclasses.fields(train.Config):
         for other, own_defaults in f.metadata["rules"].default_when.items():
             assert other in seen, f"{f.name} looks at {other}, which is declared later"
-            assert set(own_defaults) <= set(seen[other].metadata["rules"].choices)
-            assert all(type(value) is f.type for value in own_defaults.values())
+            choices = typing.get_args(seen[other].type) or seen[other].metadata["rules"].choices
+            assert set(own_defaults) <= set(choices)
+            assert all(type(value) is type(f.default) for value in own_defaults.values())
         seen[f.name] = f
 
 

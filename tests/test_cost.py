@@ -14,7 +14,7 @@ from model.checkpoint import build_model
 from model.flops import forward_flops, generation_flops, peak_flops
 from model.generate import generate
 from model.transformer import PRESETS, Transformer
-from run import Log, duration, read_metrics
+from run import RunLogger, duration, read_metrics
 
 SMALL = [
     "--device=cpu",
@@ -206,7 +206,7 @@ def test_time_left_is_what_is_left(tmp_path, capsys):
         "train/skipped": 0,
         "train/no_gradient": 0,
     }
-    log = Log.__new__(Log)
+    log = RunLogger.__new__(RunLogger)
     log.rank = 0
     for left, text in ((32.0, "0m32s left"), (29.0, "0m29s left"), (7322.0, "2h02m02s left")):
         log.progress(500, 1000, values, left)
