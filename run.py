@@ -32,7 +32,7 @@ from model import parallel
 from model.checkpoint import open_tensors, save_model, save_tensors
 from model.lineage import Lineage
 
-# --- checkpoints ---------------------------------------------------------------------------------
+Json = dict[str, Any]  # an object in a JSON file
 
 
 class RunFolder:
@@ -61,7 +61,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         tokenizer: Any,
         stop_ids: list[int],
-        state: dict[str, Any],
+        state: Json,
         lineage: Lineage | None = None,
     ) -> None:
         """Write checkpoint `step`, then remove all but the newest `max_checkpoints`.
@@ -95,17 +95,14 @@ class RunFolder:
             flush(self.checkpoints)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(draft, ignore_errors=True)
-            steps = self.steps()
-            newest = f"; the newest complete one is step {steps[-1]}" if steps else ""
             raise RunFailed(
-                f"checkpoint {final} could not be written ({reason(e)}){newest}"
+                f"checkpoint {final} could not be written ({reason(e)}); complete are those of "
+                f"steps {self.steps()}"
             ) from None
         for old in self.steps()[: -self.max_checkpoints]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)
 
-    def load(
-        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Json:
         """Restore the optimizer of a model with the weights of checkpoint `step`.
 
         Returns:
@@ -124,8 +121,6 @@ class RunFolder:
 
 
 # --- the folder of a run -------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def open_run(
     runs: str | Path,
@@ -133,17 +128,13 @@ def open_run(
     mode: str,
     resume: bool,
     max_checkpoints: int,
-    config: dict[str, Any],
+    config: Json,
     rank: int,
 ) -> Iterator[tuple[RunFolder, int | None]]:
     """Find or make a run's folder, the same on every rank, locked by rank 0 inside `with`.
 
-    A folder in which nothing was trained yet is as good as a new one.
-
-    Args:
-        name: The folder's name; empty: a unique one.
-        config: The resolved options. They are in the folder from the start, so that a run which is
-            killed at any moment can be resumed.
+    A folder in which nothing was trained yet is as good as a new one. It has the resolved options
+    from the start, so that a run which is killed at any moment can be resumed.
 
     Yields:
         The folder, and the step to continue from (None: the beginning).
@@ -156,8 +147,8 @@ def open_run(
     with contextlib.ExitStack() as stack:
 
         def claim_first() -> Path:
-            path = Path(runs)
-            for path in (Path(runs) / name for name in names):
+            for candidate in names:
+                path = Path(runs) / candidate
                 try:
                     stack.enter_context(_claim(path, resume, len(names) > 1, config))
                     return path
@@ -171,8 +162,9 @@ def open_run(
                     raise UserError(
                         f"--runs {runs}: {path} cannot be made or opened ({reason(e)})"
                     ) from None
+            taken = Path(runs) / names[-1]
             raise UserError(
-                f"run {path} exists; continue it with --resume or choose another --name"
+                f"run {taken} exists; continue it with --resume or choose another --name"
             )
 
         folder = RunFolder(parallel.on_rank_0(rank, claim_first), max_checkpoints)
@@ -181,7 +173,7 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _claim(path: Path, resume: bool, unique: bool, config: dict[str, Any]) -> Iterator[None]:
+def _claim(path: Path, resume: bool, unique: bool, config: Json) -> Iterator[None]:
     """Lock a run's folder inside `with`, and make it unless it is resumed.
 
     unique: the name was made up, so that a folder which is there is another run's.
@@ -195,7 +187,7 @@ def _claim(path: Path, resume: bool, unique: bool, config: dict[str, Any]) -> It
         if not resume:
             if _has_output(path):  # of a process that had the lock meanwhile
                 raise FileExistsError
-            _replace_json(path / "config.json", config)
+            replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
         yield
 
 
@@ -206,11 +198,7 @@ def _has_output(path: Path) -> bool:
     return not all(name.startswith(".lock") for name in found)
 
 
-def _replace_json(path: Path, value: dict[str, Any]) -> None:
-    replace_file(path, json.dumps(value, indent=2) + "\n")
-
-
-def stored_config(runs: str, name: str) -> dict[str, Any]:
+def stored_config(runs: str, name: str) -> Json:
     """Read the config.json of a run that is to be resumed. Raises UserError."""
     path = Path(runs) / name
     if not path.exists():
@@ -227,8 +215,7 @@ def stored_config(runs: str, name: str) -> dict[str, Any]:
 def only_one(path: Path, rank: int, what: str) -> Iterator[None]:
     """Hold a lock file on rank 0 inside `with`; other processes, and the other ranks, wait.
 
-    what: what they wait for, named in a line on the terminal.
-    Raises UserError on every rank if the file cannot be made.
+    what: what they wait for, for the terminal. Raises UserError if the file cannot be made.
     """
     with contextlib.ExitStack() as stack:
 
@@ -244,8 +231,7 @@ def only_one(path: Path, rank: int, what: str) -> Iterator[None]:
 
 
 def run_of(checkpoint: str | Path) -> Path | None:
-    """Return the folder of the run that saved a checkpoint, <run>/checkpoints/step-N or the adapter
-    in it; None for any other folder."""
+    """Return the run that saved <run>/checkpoints/step-N, or the adapter in it; otherwise None."""
     path = Path(checkpoint).resolve()
     if path.name == "adapter":
         path = path.parent
@@ -255,25 +241,22 @@ def run_of(checkpoint: str | Path) -> Path | None:
 
 
 # --- signals -------------------------------------------------------------------------------------
-
 # Sent by a user or a cluster (TERM), a closing terminal (HUP), a scheduler before the time is up
 # (Slurm's --signal sends USR1 or USR2 by habit, a processor limit XCPU).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @contextlib.contextmanager
-def handled(
-    handler: Callable[..., Any], signals: Sequence[signal.Signals] = STOP_SIGNALS
-) -> Iterator[None]:
-    """Let `handler` get these signals inside `with`.
+def handled(handler: Callable[..., Any]) -> Iterator[None]:
+    """Let `handler` get the STOP_SIGNALS inside `with`.
 
-    Signals that are ignored (HUP under nohup) or handled by no Python code stay as they are. Only
-    the main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) nothing changes.
+    Signals that are ignored (HUP under nohup) or handled outside Python stay as they are. Only the
+    main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) nothing changes.
     """
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in signals:
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     before[number] = signal.signal(number, handler)
         yield
@@ -304,41 +287,35 @@ def interrupt(number: int, frame: Any = None) -> None:
 
 
 # --- logs ----------------------------------------------------------------------------------------
-
-
 class RunLogger:
     """Writes metrics.jsonl, samples.jsonl, Weights & Biases and the terminal, on rank 0 only.
 
-    Args:
-        config: The resolved options, kept as config.json.
-        resume_step: Lines of later steps are removed; None: all lines.
-
-    `error` is the RunFailed of the first line that could not be written, on rank 0, or None: the
+    config: the resolved options. resume_step: lines of later steps are removed; None: all lines.
+    error: the RunFailed of the first line that could not be written, on rank 0, or None: the
     loop raises it on all ranks at its next step.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int | None, rank: int):
+    def __init__(self, folder: Path, config: Json, resume_step: int | None, rank: int):
         self.folder, self.rank = folder, rank
         self.wandb: Any = None
         self.error: RunFailed | None = None
         parallel.on_rank_0(rank, functools.partial(self._open, config, resume_step))
 
-    def _open(self, config: dict[str, Any], resume_step: int | None) -> None:
+    def _open(self, config: Json, resume_step: int | None) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_back(self.folder / name, -1 if resume_step is None else resume_step)
-        _replace_json(self.folder / "config.json", config)
-        _replace_json(self.folder / "environment.json", environment())
+        for name, value in (("config.json", config), ("environment.json", environment())):
+            replace_file(self.folder / name, json.dumps(value, indent=2) + "\n")
         if config["wandb"] != "off":
             self._start_wandb(config)
 
-    def _start_wandb(self, config: dict[str, Any]) -> None:
+    def _start_wandb(self, config: Json) -> None:
         import wandb
 
         id_file = self.folder / "wandb_id"
+        run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         if id_file.exists():
             run_id = id_file.read_text()
-        else:
-            run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         replace_file(id_file, run_id)
         try:
             self.wandb = wandb.init(
@@ -355,42 +332,40 @@ class RunLogger:
                 f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
             ) from None
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
+    def metrics(self, step: int, values: Json) -> None:
         if self.rank:
             return
         self._append("metrics.jsonl", json.dumps({"step": step} | values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
-    def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+    def samples(self, step: int, samples: Sequence[Json]) -> None:
         lines = [json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples]
         if lines and not self.rank:
             self._append("samples.jsonl", "".join(lines))
 
     def _append(self, name: str, text: str) -> None:
         try:
-            append(self.folder / name, text)
-        except RunFailed as e:
-            self.error = self.error or e
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as e:
+            error = RunFailed(f"{self.folder / name} could not be written ({e.strerror})")
+            self.error = self.error or error
 
     def evaluation(
-        self, step: int, steps: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]
+        self, step: int, steps: int, metrics: dict[str, float], samples: Sequence[Json]
     ) -> None:
         """Log an evaluation after `step` of `steps`."""
         self.metrics(step, metrics)
         self.samples(step, samples)
-        shown = [f"step {step}/{steps}"]
-        for name, value in metrics.items():
-            if name.count("/") == 2:
-                shown.append(f"{name.split('/')[-1]} {value:.4g}")
-        self.say("  ".join(shown))
+        shown = [f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2]
+        self.say("  ".join([f"step {step}/{steps}", *shown]))
 
-    def progress(self, step: int, steps: int, values: dict[str, Any], seconds_left: float) -> None:
+    def progress(self, step: int, steps: int, values: Json, seconds_left: float) -> None:
         """Print a progress line from the metrics of `step`."""
-        get = values.get
         parts = [
             f"step {step:>{len(str(steps))}}/{steps}",
-            f"loss {get('train/loss', float('nan')):.4f}",
+            f"loss {values.get('train/loss', float('nan')):.4f}",
             f"|g| {values['train/grad_norm']:.2f}",
         ]
         if "rollout/reward" in values:
@@ -399,9 +374,10 @@ class RunLogger:
         parts.append(f"{values['train/tokens_per_second']:,.0f} tok/s")
         if "train/mfu" in values:
             parts.append(f"mfu {values['train/mfu']:.1%}")
-        for name, label in (("skipped", "skipped"), ("no_gradient", "no gradient")):
-            if values[f"train/{name}"]:
-                parts.append(f"{label} {values[f'train/{name}']}")
+        if values["train/skipped"]:
+            parts.append(f"skipped {values['train/skipped']}")
+        if values["train/no_gradient"]:
+            parts.append(f"no gradient {values['train/no_gradient']}")
         self.say("  ".join([*parts, f"{duration(seconds_left)} left"]))
 
     def say(self, text: str) -> None:
@@ -420,15 +396,6 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
-def append(path: Path, text: str) -> None:
-    """Append to a file. Raises RunFailed."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as e:
-        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
-
-
 def cut_back(path: Path, step: int) -> None:
     """Remove the lines of later steps, and a line that was cut off while it was written."""
     if not path.exists():
@@ -445,7 +412,7 @@ def cut_back(path: Path, step: int) -> None:
     replace_file(path, "".join(kept))
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run: str | Path) -> list[Json]:
     """Read a run's metrics.jsonl; [] if there is none."""
     path = Path(run) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -454,14 +421,12 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Return versions, git commit, device and command of this process."""
-    packages = {}
+    packages: Json = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
     changes = _git("status", "--porcelain")
     device = platform.processor() or platform.machine()
     if torch.cuda.is_available():
@@ -479,12 +444,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git says about the folder of this file, or None if it says nothing."""
-    command = ["git", *arguments]
-    try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git on this machine
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    """Return what git says about the folder of this file, or None."""
+    command = ["git", "-C", Path(__file__).parent, *arguments]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
