@@ -25,25 +25,25 @@ run has stored < `--config file.toml` < command line.
 """
 
 import argparse
-import dataclasses
 import difflib
-import functools
 import json
 import math
 import re
 import sys
 import tomllib
-import typing
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, Field, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from errors import UserError
 from files import parse_json, read_text, reason
 
-REQUIRED = dataclasses.MISSING  # as a default: the option must be given on the command line
+REQUIRED = MISSING  # as a default: the option must be given on the command line
 ABOVE_0 = ("above 0",)  # in a condition: a number that switches something on
 
+Words = Sequence[str]
 Values = dict[str, Any]  # {name of an option: its value}
 Condition = dict[str, tuple]  # {other option: values, one of which it must have}; all must hold
 
@@ -80,10 +80,11 @@ class Rules(NamedTuple):
 class Options(Protocol):
     """A dataclass whose fields are made with `option`."""
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+    __dataclass_fields__: ClassVar[dict[str, Field]]
 
 
 T = TypeVar("T", bound=Options)
+Cls = type[Options]
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
@@ -95,12 +96,10 @@ def option(default: Any, help: str, **rules: Any) -> Any:
         rules: The other fields of `Rules`.
     """
     metadata = {"rules": Rules(help, **rules)}
-    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+    return field(default=default, kw_only=True, metadata=metadata)
 
 
-def parse(
-    cls: type[T], argv: Sequence[str], stored: Values | None = None, conditions: bool = True
-) -> T:
+def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: bool = True) -> T:
     """Build `cls` from a command line.
 
     Args:
@@ -110,13 +109,13 @@ def parse(
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
     """
-    fields = cls.__dataclass_fields__
+    known = cls.__dataclass_fields__
     layers = read_layers(cls, argv)
-    stored = {k: _convert(fields[k], v, k) for k, v in (stored or {}).items() if k in fields}
+    stored = {k: _convert(known[k], v, k) for k, v in (stored or {}).items() if k in known}
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
     for name in (name for layer in layers for name in layer if name in values):
-        fixed = _rules(fields[name]).fixed
+        fixed = _rules(known[name]).fixed
         if callable(fixed):
             fixed = fixed(stored)
         if fixed and values[name] != stored.get(name, values[name]):
@@ -134,7 +133,7 @@ def parse(
     return config
 
 
-def read_layers(cls: type[Options], argv: Sequence[str]) -> list[Values]:
+def read_layers(cls: Cls, argv: Words) -> list[Values]:
     """Return what each `--config` file sets, then what the command line sets; later ones win."""
     given = vars(_Parser(cls).parse_args(_normalize(cls, argv)))
     sources = [(f"{file}: ", read_file(file)) for file in given.pop("config", [])]
@@ -142,21 +141,24 @@ def read_layers(cls: type[Options], argv: Sequence[str]) -> list[Values]:
     for prefix, values in [*sources, ("--", given)]:
         layer = {}
         for name, value in values.items():
-            field = _find(cls, name, prefix + name)
-            layer[field.name] = _convert(field, value, prefix + name)
+            source = prefix + name
+            spec = _find(cls, name, source)
+            if _rules(spec).positional:
+                source = name.upper()
+            layer[spec.name] = _convert(spec, value, source)
         layers.append(layer)
     return layers
 
 
-def with_defaults(cls: type[Options], given: Values) -> Values:
+def with_defaults(cls: Cls, given: Values) -> Values:
     """Add to `given` the default of every other option of `cls` that goes with these values."""
     values = {}
-    for field in dataclasses.fields(cls):
-        values[field.name] = given.get(field.name, _default(field, values))
+    for spec in fields(cls):
+        values[spec.name] = given.get(spec.name, _default(spec, values))
     return values
 
 
-def resolved(config: Options, without: Sequence[str] = ()) -> Values:
+def resolved(config: Options, without: Words = ()) -> Values:
     """Return the options that this run reads, no others, valid again as a `--config` file.
 
     without: names to leave out.
@@ -165,22 +167,17 @@ def resolved(config: Options, without: Sequence[str] = ()) -> Values:
     return {name: getattr(config, name) for name in names}
 
 
-def usage(cls: type[Options]) -> str:
-    """Return the text of --help."""
-    return _Parser(cls).format_help()
-
-
 # --- the command line ----------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
     """Sorts the words of a command line by option; `_convert` reads the values."""
 
-    def __init__(self, cls: type[Options]):
+    def __init__(self, cls: Cls):
         super().__init__(
             usage=argparse.SUPPRESS,
             description=sys.modules[cls.__module__].__doc__,
-            formatter_class=functools.partial(
+            formatter_class=partial(
                 argparse.RawDescriptionHelpFormatter, width=100, max_help_position=38
             ),
             argument_default=argparse.SUPPRESS,
@@ -189,46 +186,46 @@ class _Parser(argparse.ArgumentParser):
             "--config", action="append", metavar="FILE", help="a TOML or JSON file of options"
         )
         group, sections = self, getattr(cls, "sections", {})
-        for field in dataclasses.fields(cls):
-            rules, shape = _rules(field), _shape(field)
-            if field.name in sections:
-                group = self.add_argument_group(sections[field.name])
-            about = _help(cls, field)
+        for spec in fields(cls):
+            rules, shape = _rules(spec), _shape(spec)
+            if spec.name in sections:
+                group = self.add_argument_group(sections[spec.name])
+            help = _help(cls, spec)
             if rules.positional:
-                nargs = "+" if shape.size == 0 else shape.size
-                group.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=about)
-            else:
-                group.add_argument(
-                    f"--{field.name}",
-                    metavar=shape.kind.__name__.upper(),
-                    nargs=shape.size or None,
-                    required=field.default is REQUIRED,
-                    help=about,
-                )
+                nargs = "+" if shape.size == 0 else None
+                group.add_argument(spec.name, metavar=spec.name.upper(), nargs=nargs, help=help)
+                continue
+            group.add_argument(
+                f"--{spec.name}",
+                metavar=shape.kind.__name__.upper(),
+                nargs=shape.size or None,
+                required=spec.default is REQUIRED,
+                help=help,
+            )
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str):
         raise UserError(message)
 
 
-def _help(cls: type[Options], field: dataclasses.Field) -> str:
+def _help(cls: Cls, spec: Field) -> str:
     """Return an option's help with its choices, its defaults and when it is read."""
-    rules, facts = _rules(field), []
-    if field.default not in (REQUIRED, "", None, False, ()):
-        facts.append(f"default {field.default}")
+    rules, facts = _rules(spec), []
+    if spec.default not in (REQUIRED, "", None, False, ()):
+        facts.append(f"default {spec.default}")
     for other, defaults in rules.default_when.items():
         facts += [f"{default} with --{other} {value}" for value, default in defaults.items()]
-    conditions = _conditions(cls, field.name)
+    conditions = _conditions(cls, spec.name)
     if conditions:
         facts.append(f"read with {_describe(conditions)}")
     text = rules.help
-    if choices := _shape(field).choices:
+    if choices := _shape(spec).choices:
         text += f" ({' | '.join(choices)})"
     if facts:
         text += f" [{'; '.join(facts)}]"
     return text.replace("%", "%%")
 
 
-def _normalize(cls: type[Options], argv: Sequence[str]) -> list[str]:
+def _normalize(cls: Cls, argv: Words) -> list[str]:
     """Rewrite a command line for argparse: every option is one word, --name=value.
 
     So a value may begin with dashes, a switch may have a value or none, and names are never
@@ -239,24 +236,24 @@ def _normalize(cls: type[Options], argv: Sequence[str]) -> list[str]:
         word = words.pop(0)
         name, equals, value = word[2:].partition("=")
         if word.startswith("--") and name not in ("help", "config"):
-            field = _find(cls, name.replace("-", "_"), f"--{name}")
-            if not equals and field.type is bool:
+            spec = _find(cls, name.replace("-", "_"), f"--{name}")
+            if not equals and spec.type is bool:
                 has_value = words and words[0].lower() in SWITCH
                 equals, value = "=", words.pop(0) if has_value else "true"
-            elif not equals and words and not _shape(field).size:
+            elif not equals and words and not _shape(spec).size:
                 equals, value = "=", words.pop(0)
-            word = f"--{field.name}{equals}{value}"
+            word = f"--{spec.name}{equals}{value}"
         normal.append(word)
     return normal
 
 
-def _find(cls: type[Options], name: str, source: str) -> dataclasses.Field:
+def _find(cls: Cls, name: str, source: str) -> Field:
     """Return the field of an option, by its name or alias."""
-    fields = cls.__dataclass_fields__
-    for field in fields.values():
-        if name in (field.name, _rules(field).alias):
-            return field
-    near = _nearest(name, [*fields, "config"], "; did you mean {}?", "; see --help")
+    known = cls.__dataclass_fields__
+    for spec in known.values():
+        if name in (spec.name, _rules(spec).alias):
+            return spec
+    near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
     raise UserError(f"{source} is not an option{near}")
 
 
@@ -281,31 +278,31 @@ class _Shape(NamedTuple):
     size: int | None = None
 
 
-def _rules(field: dataclasses.Field) -> Rules:
-    return field.metadata["rules"]
+def _rules(spec: Field) -> Rules:
+    return spec.metadata["rules"]
 
 
-def _shape(field: dataclasses.Field) -> _Shape:
-    declared: Any = field.type
-    items, choices = typing.get_args(declared), _rules(field).choices
-    if typing.get_origin(declared) is tuple:
+def _shape(spec: Field) -> _Shape:
+    declared: Any = spec.type
+    items, choices = get_args(declared), _rules(spec).choices
+    if get_origin(declared) is tuple:
         return _Shape(items[0], choices, 0 if ... in items else len(items))
-    if typing.get_origin(declared) is Literal:
+    if get_origin(declared) is Literal:
         return _Shape(str, items)
     return _Shape(items[0] if items else declared, choices)  # str | None is read as str
 
 
-def _convert(field: dataclasses.Field, value: Any, source: str) -> Any:
+def _convert(spec: Field, value: Any, source: str) -> Any:
     """Return an option's value, as its type says. Raises UserError, naming its source."""
-    if _shape(field).size is None:
-        return _convert_one(field, value, source)
+    if _shape(spec).size is None:
+        return _convert_one(spec, value, source)
     if not isinstance(value, list):
         value = str(value).split(",")
-    return tuple(_convert_one(field, part.strip(), source) for part in value if part.strip())
+    return tuple(_convert_one(spec, part.strip(), source) for part in value if part.strip())
 
 
-def _convert_one(field: dataclasses.Field, value: Any, source: str) -> Any:
-    kind, choices, _ = _shape(field)
+def _convert_one(spec: Field, value: Any, source: str) -> Any:
+    kind, choices, _ = _shape(spec)
     text = str(value).strip()
     try:
         if kind is bool:
@@ -320,7 +317,7 @@ def _convert_one(field: dataclasses.Field, value: Any, source: str) -> Any:
             if kind is int and number != int(number):
                 raise ValueError
             value = kind(number)
-            _check_bounds(_rules(field), value, source)
+            _check_bounds(_rules(spec), value, source)
     except (ValueError, KeyError, OverflowError):
         raise UserError(f"{source}: {value!r} is not {KINDS[kind]}") from None
     if choices and value not in choices:
@@ -344,15 +341,15 @@ def _check_bounds(rules: Rules, value: float, source: str) -> None:
 # --- what follows from other options -------------------------------------------------------------
 
 
-def _default(field: dataclasses.Field, values: Values) -> Any:
-    """Return a field's default beside the values of the fields that are declared before it."""
-    default = field.default
-    for other, own_defaults in _rules(field).default_when.items():
+def _default(spec: Field, values: Values) -> Any:
+    """Return an option's default beside the values of the fields that are declared before it."""
+    default = spec.default
+    for other, own_defaults in _rules(spec).default_when.items():
         default = own_defaults.get(values[other], default)
     return default
 
 
-def _overlay(cls: type[Options], layers: list[Values]) -> Values:
+def _overlay(cls: Cls, layers: list[Values]) -> Values:
     """Merge layers of values, later ones over earlier ones.
 
     A layer that changes an option which other defaults follow (`default_when`) changes those too:
@@ -363,23 +360,22 @@ def _overlay(cls: type[Options], layers: list[Values]) -> Values:
     for layer in layers:
         before = with_defaults(cls, values)
         after, chosen = {}, dict(values)
-        for field in dataclasses.fields(cls):
-            name = field.name
-            for other in _rules(field).default_when:
+        for spec in fields(cls):
+            name = spec.name
+            for other in _rules(spec).default_when:
                 changed = other in values and after[other] != before[other]
-                if changed and before[name] == _default(field, before):
+                if changed and before[name] == _default(spec, before):
                     chosen.pop(name, None)
-            after[name] = (chosen | layer).get(name, _default(field, after))
+            after[name] = (chosen | layer).get(name, _default(spec, after))
         values = chosen | layer
     return values
 
 
-def _conditions(options: Options | type[Options], name: str) -> list[Condition]:
+def _conditions(options: Options | Cls, name: str) -> list[Condition]:
     """Return the conditions of which one must hold for a run to read an option; [] if always."""
     found = _rules(options.__dataclass_fields__[name]).read_when
     if found is None:
-        by_prefix = getattr(options, "read_when_prefix", {})
-        for prefix, condition in by_prefix.items():
+        for prefix, condition in getattr(options, "read_when_prefix", {}).items():
             if found is None and name.startswith(prefix) and name not in condition:
                 found = condition
     return [found] if isinstance(found, dict) else found or []
@@ -411,6 +407,7 @@ def _describe(conditions: list[Condition]) -> str:
 # --- files ---------------------------------------------------------------------------------------
 
 OTHER_FORMS = {".yaml": "YAML", ".yml": "YAML", ".py": "Python", ".ini": "INI", ".cfg": "INI"}
+OTHER_FORMS |= {".jsonl": "JSON Lines"}
 TOML_FORM = (
     "write TOML, one line for an option, as in lr = 1e-5 or "
     'data = "train.jsonl" (recipes/ has examples)'

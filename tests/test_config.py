@@ -201,7 +201,7 @@ def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
     assert parse("--config", str(path)) == got
 
 
-def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_path):
+def test_a_default_follows_other_options_and_is_overridden_by_what_is_given(tmp_path, capsys):
     """default < the default that goes with another knob's value < stored < file < command line."""
     chosen, by_mode = ["--kd_divergence=forward_kl"], parse("--mode=sft")
     by_both = parse("--mode=sft", base={"kd_divergence": "forward_kl"})
@@ -223,7 +223,9 @@ def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_pa
         and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
     )
     assert options.resolved(parse(*chosen))["batch"] == 3
-    line = next(line for line in options.usage(Example).splitlines() if "--batch" in line)
+    with pytest.raises(SystemExit):
+        parse("--help")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "--batch" in line)
     assert "[default 1; 2 with --mode sft; 3 with --kd_divergence forward_kl]" in line
     assert Example(kd_divergence="forward_kl").batch == 1, (
         "a config that is built directly holds the plain defaults"
