@@ -36,19 +36,19 @@ def in_grpo(default: Any) -> dict[str, Values]:
     return {"mode": {"grpo": default}}
 
 
-def reused(stored: Values) -> bool:
+def if_reused(stored: Values) -> bool:
     """Return whether rollouts serve several updates: their samples may wait in a checkpoint, with
     log-probs and weights that depend on the options."""
     minibatches = stored.get("grpo_minibatches_per_rollout", 1)
     return minibatches * stored.get("grpo_ppo_epochs", 1) > 1
 
 
-def dropping(stored: Values) -> bool:
+def if_dropping(stored: Values) -> bool:
     """Return whether --micro_batch_tokens decides which examples are trained on."""
     return stored.get("max_length_policy") == "drop"
 
 
-def carving(stored: Values) -> bool:
+def if_carved(stored: Values) -> bool:
     """Return whether validation examples are taken from the training data: a task has its own."""
     return not task_of(str(stored.get("data")))
 
@@ -79,7 +79,9 @@ class Config:
 
     mode: Literal["sft", "kd", "grpo"] = option("kd", "training method", fixed=True)
     model: str = option(
-        "tiny", "model to train: folder, hub id or preset; tiny in grpo is distilled", fixed=True
+        "tiny",
+        "model to train: a folder, hub id or preset; tiny in grpo: distilled on the toy task first",
+        fixed=True,
     )
     tokenizer: str = option(
         "", "folder with tokenizer.json; empty: the model's, else the teacher's", fixed=True
@@ -97,7 +99,8 @@ class Config:
 
     data: str = option(
         "word_problems:800",
-        "task (:800 for its first 800 problems), .jsonl, .json or .parquet file, folder, hub file",
+        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json "
+        "or .parquet file, a folder, or org/name/file of a hub dataset",
         default_when=in_grpo("word_problems"),
         fixed=True,
     )
@@ -124,14 +127,14 @@ class Config:
     )
     epochs: float = option(1.0, "passes over the data", above=0, read_when={"steps": (0,)})
     batch_size: int = option(
-        32, "examples (grpo: samples) per step", minimum=1, default_when=in_grpo(128), fixed=True
+        32, "examples (samples) per global step", minimum=1, default_when=in_grpo(128), fixed=True
     )
     micro_batch_tokens: int = option(
-        8192, "most tokens per forward pass and example", minimum=1, fixed=dropping
+        8192, "maximum tokens of a forward pass, and of an example", minimum=1, fixed=if_dropping
     )
     weighting: str = option(
         "token",
-        "what has equal weight in the loss",
+        "what has equal weight in the loss: every token, or every sequence",
         choices=WEIGHTINGS,
         read_when={"mode": ("sft", "kd")},
         fixed=True,
@@ -143,7 +146,7 @@ class Config:
     )
     lr_floor: float = option(
         0.1,
-        "fraction of --lr at the last step",
+        "learning rate at the last step, as a fraction of --lr",
         minimum=0,
         maximum=1,
         read_when={"schedule": ("linear", "cosine")},
@@ -172,14 +175,14 @@ class Config:
         "all", "adapted linear layers, as in q_proj,v_proj; all: all seven", fixed=True
     )
     lora_dropout: float = option(
-        0.0, "dropout before adapters; off with log-probs of a rollout", minimum=0, below=1
+        0.0, "dropout of adapter inputs; off where rollout log-probs are used", minimum=0, below=1
     )
 
     teacher: str = option(
         "",
-        "folder, hub id or preset; empty: the toy task's teacher",
+        "teacher: a folder, hub id or preset; empty: the toy task's, trained on first use",
         read_when=WITH_TEACHER,
-        fixed=reused,
+        fixed=if_reused,
     )
     kd_divergence: str = option(
         "forward_kl",
@@ -190,7 +193,7 @@ class Config:
     )
     kd_beta: float = option(
         0.5,
-        "weight in the mixture: the teacher's (student's in skew_reverse_kl)",
+        "mixture weight of the teacher (jsd, skew_forward_kl) or of the student (skew_reverse_kl)",
         minimum=0,
         maximum=1,
         read_when={"kd_divergence": WITH_BETA},
@@ -215,7 +218,8 @@ class Config:
     )
     kd_signal: Literal["full", "topk", "sampled"] = option(
         "full",
-        "teacher's signal: all probabilities, the top-k, or advantages of samples",
+        "teacher's signal: all probabilities, the top-k and a bucket for the rest, or log-probs of "
+        "sampled tokens as advantages",
         fixed=True,
     )
     kd_topk: int = option(
@@ -223,65 +227,67 @@ class Config:
     )
     kd_cache: str = option(
         "",
-        "folder that keeps the teacher's top-k of all data after the first use",
+        "folder for the teacher's top-k of all data; once it is filled, no teacher is loaded",
         read_when=TOPK | {"kd_prefix": ("data",)},
     )
 
-    sample_tokens: int = option(64, "most new tokens per sample", minimum=1)
+    sample_tokens: int = option(64, "maximum new tokens per sample", minimum=1)
     sample_temperature: float = option(
-        1.0, "temperature of sampling, in grpo of all log-probs", above=0, fixed=reused
+        1.0, "temperature of sampling, in grpo of all log-probs", above=0, fixed=if_reused
     )
     sample_top_k: int = option(
         0, "number of most probable tokens to sample from; 0: all", minimum=0
     )
     sample_top_p: float = option(
-        1.0, "mass of most probable tokens to sample from", above=0, maximum=1
+        1.0, "total mass of the most probable tokens to sample from", above=0, maximum=1
     )
     sample_batch: int = option(256, "sequences generated at once, per rank", minimum=1)
     sample_log: int = option(8, "samples of a rollout in samples.jsonl", minimum=0, read_when=GRPO)
 
     grpo_variant: str = option(
         "token",
-        "loss, with its paper's advantage and clip bounds (grpo: DeepSeekMath, token: DAPO)",
+        "loss, with the advantage and clip bounds of its paper; grpo: DeepSeekMath, token: DAPO",
         choices=VARIANTS,
-        fixed=reused,
+        fixed=if_reused,
     )
     grpo_samples: int = option(
-        8, "samples per prompt, which advantages compare", minimum=2, fixed=True
+        8, "samples per prompt; advantages compare them", minimum=2, fixed=True
     )
     grpo_reward: str = option(
-        "accuracy", f"file.py:function, or weights of {', '.join(PARTS)}: accuracy,format:0.5"
+        "accuracy",
+        f"parts with weights ({', '.join(PARTS)}), as in "
+        "accuracy,format:0.5; or path/to/file.py:function",
     )
     grpo_advantage: str = option(
         "std",
-        "scaling of rewards to advantages",
+        "how the rewards of a prompt's samples become advantages",
         choices=BASELINES,
         default_when={"grpo_variant": {"dr_grpo": "mean"}},
     )
     grpo_clip_low: float = option(
         0.2,
-        "the ratio is clipped below 1 minus this; 1: never",
+        "the policy ratio is clipped below at 1 minus this; 1: no lower bound",
         above=0,
         maximum=1,
         default_when={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
     )
     grpo_clip_high: float = option(
         0.2,
-        "the ratio is clipped above 1 plus this",
+        "the policy ratio is clipped above at 1 plus this",
         above=0,
         default_when={"grpo_variant": {"token": 0.28, "gspo": 4e-4}},
     )
     grpo_kl_coef: float = option(
-        0.0, "weight of the KL to the reference model; 0: none", minimum=0, fixed=reused
+        0.0, "weight of the KL to the reference model; 0: none", minimum=0, fixed=if_reused
     )
     reference: str = option(
         "",
-        "folder, hub id or preset; empty: the initial policy",
+        "reference model: a folder, hub id or preset; empty: the policy at its start",
         read_when=WITH_REFERENCE,
         fixed=True,
     )
     grpo_kl_in: Literal["loss", "reward"] = option(
-        "loss", "where the KL to the reference goes: into the loss, or off the reward", fixed=reused
+        "loss", "where the reference KL goes: into the loss, or off the reward", fixed=if_reused
     )
     grpo_kl_estimator: str = option(
         "k3",
@@ -291,45 +297,49 @@ class Config:
     )
     grpo_entropy_coef: float = option(0.0, "weight of the entropy bonus")
     grpo_minibatches_per_rollout: int = option(
-        1, "parts of a rollout, one step each", minimum=1, fixed=True
+        1, "optimizer steps per pass over a rollout, each on a part of it", minimum=1, fixed=True
     )
     grpo_ppo_epochs: int = option(1, "passes over each rollout", minimum=1, fixed=True)
     grpo_dynamic_sampling_rounds: int = option(
-        0, "rounds that replace groups of equal correctness by new ones", minimum=0
+        0, "rounds that replace groups that are all right or all wrong by new ones", minimum=0
     )
-    grpo_mask_truncated: bool = option(False, "samples that did not stop carry no loss")
+    grpo_mask_truncated: bool = option(
+        False, "samples that did not stop carry no loss and count in no divisor"
+    )
     grpo_truncation_penalty: float = option(
-        0.0, "reward lost by a sample that did not stop", minimum=0
+        0.0, "subtracted from the reward of a sample that did not stop", minimum=0
     )
     grpo_length_penalty: int = option(
-        0, "last tokens over which the reward falls by up to 1", minimum=0
+        0, "tokens before --sample_tokens over which the reward falls by up to 1", minimum=0
     )
     grpo_tis: Literal["none", "truncate", "mask"] = option(
-        "none", "importance weights against the sampler's rounding errors", fixed=reused
+        "none", "importance weights against the sampler's rounding errors", fixed=if_reused
     )
     grpo_tis_cap: float = option(
         2.0, "limit of --grpo_tis weights", minimum=1, read_when={"grpo_tis": ("truncate", "mask")}
     )
     grpo_kd_coef: float = option(
-        0.0, "weight of a divergence from --teacher", minimum=0, fixed=reused
+        0.0, "weight of a divergence from --teacher on the samples", minimum=0, fixed=if_reused
     )
 
     eval_every: int = option(250, "steps between evaluations; 0: at start and end", minimum=0)
     eval_examples: int = option(
-        400, "validation examples, from the data; 0: no evaluation", minimum=0, fixed=carving
+        400, "validation examples set apart from data; 0: no evaluation", minimum=0, fixed=if_carved
     )
-    eval_tokens: int = option(96, "most new tokens per answer in evaluations", minimum=1)
+    eval_tokens: int = option(96, "maximum new tokens per answer in evaluations", minimum=1)
     save_every: int = option(250, "steps between checkpoints; 0: only at the end", minimum=0)
     max_checkpoints: int = option(2, "number of checkpoints that are kept", minimum=1)
     log_every: int = option(50, "steps between progress lines", minimum=1)
 
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     kernels: str = option(
-        "auto", "fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
+        "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )
     compile: bool = option(False, "torch.compile the transformer's blocks")
     wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases")
-    wandb_project: str = option("srlm", "wandb project", read_when={"wandb": ("offline", "online")})
+    wandb_project: str = option(
+        "srlm", "project in Weights & Biases", read_when={"wandb": ("offline", "online")}
+    )
 
 
 def needs_old_logp(cfg: Config) -> bool:
@@ -347,8 +357,6 @@ def needs_old_logp(cfg: Config) -> bool:
 
 
 # --- what must hold between options --------------------------------------------------------------
-
-
 def validate(cfg: Config) -> None:
     """Refuse options that do not work together, before anything is read. Raises UserError."""
     parse_targets(cfg.lora_targets)

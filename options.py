@@ -210,7 +210,7 @@ class _Parser(argparse.ArgumentParser):
 def _help(cls: Cls, spec: Field) -> str:
     """Return an option's help with its choices, its defaults and when it is read."""
     rules, facts = _rules(spec), []
-    if spec.default not in (REQUIRED, "", None, False, ()):
+    if spec.default not in (REQUIRED, "", None, ()):
         facts.append(f"default {spec.default}")
     for other, defaults in rules.default_when.items():
         facts += [f"{default} with --{other} {value}" for value, default in defaults.items()]

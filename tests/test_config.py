@@ -202,7 +202,7 @@ def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
 
 
 def test_a_default_follows_other_options_and_is_overridden_by_what_is_given(tmp_path, capsys):
-    """default < the default that goes with another knob's value < stored < file < command line."""
+    """default < default that goes with another option < stored < file < command line."""
     chosen, by_mode = ["--kd_divergence=forward_kl"], parse("--mode=sft")
     by_both = parse("--mode=sft", base={"kd_divergence": "forward_kl"})
     assert (parse().batch, by_mode.batch, parse(*chosen).batch, by_both.batch) == (1, 2, 3, 3)
@@ -232,7 +232,7 @@ def test_a_default_follows_other_options_and_is_overridden_by_what_is_given(tmp_
     )
 
 
-def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
+def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
     seen = {}
     for f in dataclasses.fields(train.Config):
         for other, own_defaults in f.metadata["rules"].default_when.items():
@@ -338,7 +338,7 @@ def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, ne
     assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
 
 
-def test_other_knobs_with_defaults_of_their_own_go_along_too(reuse):
+def test_other_options_with_defaults_of_their_own_go_along_too(reuse):
     run = stored_by("--mode=grpo", "--grpo_kl_coef=0.1")
     assert (
         run["grpo_kl_estimator"] == "k3"
@@ -356,7 +356,7 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
         )
     )
     sft = ["--config", str(path)]
-    # weighting is one of sft's knobs that grpo does not read: refused as ever
+    # weighting is one of sft's options that grpo does not read: refused as ever
     with pytest.raises(UserError, match="weighting is not read with mode=grpo"):
         options.parse(train.Config, [*sft, "--mode=grpo"])
     got = options.parse(train.Config, [*sft, "--mode=grpo"], conditions=False)
@@ -376,12 +376,12 @@ def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
     assert (got.batch, got.micro) == (3, 4), "what the later file says itself counts"
     one.write_text(json.dumps({"batch": 1}))
     assert parse(f"--config={one}", "--kd_divergence=forward_kl").batch == 1, (
-        "a file that says nothing of the other knob chose its value"
+        "a file that says nothing of the other option chose its value"
     )
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-def test_no_knob_takes_what_is_not_finite(value, tmp_path):
+def test_no_option_takes_what_is_not_finite(value, tmp_path):
     floats = [f.name for f in dataclasses.fields(train.Config) if f.type is float]
     assert "lr" in floats and "grpo_tis_cap" in floats and len(floats) > 15
     for name in floats:

@@ -1,4 +1,4 @@
-"""The README's snippets, executed (smaller); its commands, which name files that are not here, checked as far as they can be."""
+"""The README's snippets are run, smaller; its commands name files that are not here: only read."""
 
 import importlib.util
 import os
@@ -56,7 +56,7 @@ def test_make_it_yours(args, code, tmp_path):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_exists_and_parses(line):
-    """make: there is such a target; train.py: the options fit together; wandb: the file is there. Nothing is run."""
+    """make: there is such a target; train.py: the options are valid; wandb: the file is there."""
     words = shlex.split(line, comments=True)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
