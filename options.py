@@ -168,8 +168,6 @@ def resolved(config: Options, without: Words = ()) -> Values:
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
 class _Parser(argparse.ArgumentParser):
     """Sorts the words of a command line by option; `_convert` reads the values."""
 
@@ -209,7 +207,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _help(cls: Cls, spec: Field) -> str:
     """Return an option's help with its choices, its defaults and when it is read."""
-    rules, facts = _rules(spec), []
+    rules, choices, facts = _rules(spec), _shape(spec).choices, []
     if spec.default not in (REQUIRED, "", None, ()):
         facts.append(f"default {spec.default}")
     for other, defaults in rules.default_when.items():
@@ -217,11 +215,8 @@ def _help(cls: Cls, spec: Field) -> str:
     conditions = _conditions(cls, spec.name)
     if conditions:
         facts.append(f"read with {_describe(conditions)}")
-    text = rules.help
-    if choices := _shape(spec).choices:
-        text += f" ({' | '.join(choices)})"
-    if facts:
-        text += f" [{'; '.join(facts)}]"
+    text = f"{rules.help} ({' | '.join(choices)})" if choices else rules.help
+    text += f" [{'; '.join(facts)}]" if facts else ""
     return text.replace("%", "%%")
 
 
@@ -339,8 +334,6 @@ def _check_bounds(rules: Rules, value: float, source: str) -> None:
 
 
 # --- what follows from other options -------------------------------------------------------------
-
-
 def _default(spec: Field, values: Values) -> Any:
     """Return an option's default beside the values of the fields that are declared before it."""
     default = spec.default

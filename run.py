@@ -4,7 +4,6 @@ A checkpoint is complete or not there at all: it is written beside its place, fl
 and renamed.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -18,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class RunFolder:
 
 
 # --- the folder of a run -------------------------------------------------------------------------
-@contextlib.contextmanager
+@contextmanager
 def open_run(
     runs: str | Path,
     name: str,
@@ -144,7 +144,7 @@ def open_run(
     stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
 
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
 
         def claim_first() -> Path:
             for candidate in names:
@@ -172,7 +172,7 @@ def open_run(
         yield folder, saved[-1] if resume and saved else None
 
 
-@contextlib.contextmanager
+@contextmanager
 def _claim(path: Path, resume: bool, unique: bool, config: Json) -> Iterator[None]:
     """Lock a run's folder inside `with`, and make it unless it is resumed.
 
@@ -211,13 +211,13 @@ def stored_config(runs: str, name: str) -> Json:
     return read_json(path / "config.json") | {"runs": runs}  # it may have been moved
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_one(path: Path, rank: int, what: str) -> Iterator[None]:
     """Hold a lock file on rank 0 inside `with`; other processes, and the other ranks, wait.
 
     what: what they wait for, for the terminal. Raises UserError if the file cannot be made.
     """
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
 
         def take() -> None:
             try:
@@ -246,7 +246,7 @@ def run_of(checkpoint: str | Path) -> Path | None:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
-@contextlib.contextmanager
+@contextmanager
 def handled(handler: Callable[..., Any]) -> Iterator[None]:
     """Let `handler` get the STOP_SIGNALS inside `with`.
 
@@ -425,7 +425,7 @@ def environment() -> Json:
     """Return versions, git commit, device and command of this process."""
     packages: Json = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
+        with suppress(PackageNotFoundError):
             packages[package] = version(package)
     changes = _git("status", "--porcelain")
     device = platform.processor() or platform.machine()
@@ -446,5 +446,5 @@ def environment() -> Json:
 def _git(*arguments: str) -> str | None:
     """Return what git says about the folder of this file, or None."""
     command = ["git", "-C", Path(__file__).parent, *arguments]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
