@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A run cannot go on, through no fault of its input (full disk, loss not finite): exit code 1."""
+    """A run cannot go on through no fault of its input (full disk, infinite loss): exit code 1."""
 
 
 def say(text: object, file: TextIO | None = None) -> None:

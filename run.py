@@ -95,9 +95,9 @@ class RunFolder:
             flush(self.checkpoints)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(draft, ignore_errors=True)
+            last = f"; the last complete one is step {self.steps()[-1]}" if self.steps() else ""
             raise RunFailed(
-                f"checkpoint {final} could not be written ({reason(e)}); complete are those of "
-                f"steps {self.steps()}"
+                f"checkpoint {final} could not be written ({reason(e)}){last}"
             ) from None
         for old in self.steps()[: -self.max_checkpoints]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)

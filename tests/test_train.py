@@ -302,7 +302,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     """The file size limit stands in for a full disk: writing fails half-way through the second checkpoint's weights."""
     limited = (
-        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train, model.runs as c; save = c.save_model\n"
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train, run as c; save = c.save_model\n"
         "def fail(model, folder, *rest):\n"
         "    if folder.name == '.draft-4': resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "    save(model, folder, *rest)\n"
