@@ -1,7 +1,15 @@
-"""Every knob of train.py, one documented line each, and what must hold between them. `config.py` makes them a command line."""
+"""Train a small reasoning language model by SFT, distillation (KD) or GRPO.
+
+    python train.py --mode kd
+    python train.py --config recipes/sft_gsm8k_0.5b.toml --lr 1e-5
+    torchrun --standalone --nproc_per_node=8 train.py --config recipes/grpo_gsm8k_0.5b_paper.toml
+
+The defaults train a tiny model on the toy task, in minutes on a CPU; recipes/ has options for real
+models. An option that the run would not read is refused.
+"""
 
 import dataclasses
-import math
+from typing import Any, Literal
 
 import torch
 
@@ -9,435 +17,338 @@ from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
 from kernels.backend import CHOICES
-from losses.grpo import KL_ESTIMATORS, VARIANTS
+from losses.grpo import KL_ESTIMATES, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
-from options import ABOVE_0, knob
+from options import ABOVE_0, Condition, Values, option
 from rl.advantage import BASELINES
 from rl.reward import PARTS
 
-KD, GRPO = {"mode": ("kd",)}, {"mode": ("grpo",)}
-WITH_TEACHER = [KD, GRPO | {"grpo_kd_coef": ABOVE_0}]
-WITH_LORA = {"lora_rank": ABOVE_0}
-WITH_REFERENCE = GRPO | {"grpo_kl_coef": ABOVE_0}
-ON_POLICY = [GRPO, KD | {"kd_prefix": ("student", "teacher")}]  # a model writes what is trained on
+GRPO: Condition = {"mode": ("grpo",)}
+WITH_TEACHER: list[Condition] = [{"mode": ("kd",)}, {"grpo_kd_coef": ABOVE_0}]
+WITH_REFERENCE: Condition = {"grpo_kl_coef": ABOVE_0}
+GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
+TOPK: Condition = {"kd_signal": ("topk",)}
 
 
-def in_grpo(value):
-    """`by` of a knob whose default in grpo is another one."""
-    return {"mode": {"grpo": value}}
+def in_grpo(default: Any) -> dict[str, Values]:
+    """Return the `default_when` of an option that has another default in grpo."""
+    return {"mode": {"grpo": default}}
+
+
+def if_reused(stored: Values) -> bool:
+    """Return whether rollouts serve several updates: their samples may wait in a checkpoint, with
+    log-probs and weights that depend on the options."""
+    minibatches = stored.get("grpo_minibatches_per_rollout", 1)
+    return minibatches * stored.get("grpo_ppo_epochs", 1) > 1
+
+
+def if_dropping(stored: Values) -> bool:
+    """Return whether --micro_batch_tokens decides which examples are trained on."""
+    return stored.get("max_length_policy") == "drop"
+
+
+def if_carved(stored: Values) -> bool:
+    """Return whether validation examples are taken from the training data: a task has its own."""
+    return not task_of(str(stored.get("data")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob. The defaults are those of the embedded task (seconds on a CPU); `recipes/` hold those of real models."""
+    """Every option of train.py; the defaults are those of the toy task."""
 
-    mode: str = knob("kd", "what to train by", choices=("sft", "kd", "grpo"))
-    model: str = knob(
+    sections = {
+        "mode": "Run",
+        "data": "Data",
+        "steps": "Optimisation",
+        "lora_rank": "LoRA",
+        "teacher": "Teacher and distillation",
+        "sample_tokens": "Sampling",
+        "grpo_variant": "GRPO",
+        "eval_every": "Evaluation and checkpoints",
+        "activation_checkpointing": "System",
+    }
+    # Names say which options a run reads, unless an option says it with `read_when`.
+    read_when_prefix = {
+        "kd_": {"mode": ("kd",)},
+        "grpo_kl_": WITH_REFERENCE,
+        "grpo_": GRPO,
+        "sample_": [GRPO, GENERATED],
+        "lora_": {"lora_rank": ABOVE_0},
+    }
+
+    mode: Literal["sft", "kd", "grpo"] = option("kd", "training method", fixed=True)
+    model: str = option(
         "tiny",
-        "the student: a checkpoint folder, a hub id, or a preset (random weights); tiny in grpo: the distilled one",
+        "model to train: a folder, hub id or preset; tiny in grpo: distilled on the toy task first",
+        fixed=True,
     )
-    tokenizer: str = knob(
-        "", "folder with tokenizer.json; empty: the model's, the teacher's, or the embedded one"
+    tokenizer: str = option(
+        "", "folder with tokenizer.json; empty: the model's, else the teacher's", fixed=True
     )
-    name: str = knob("", "the run's folder under --runs; empty: a new unique one")
-    runs: str = knob("runs", "where runs are kept")
-    resume: bool = knob(False, "continue the run --name from its newest checkpoint")
-    seed: int = knob(0, "of the data order and of random weights")
-    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = knob(
-        "auto",
-        "of activations; auto: bfloat16 on a GPU, float32 on a CPU",
-        choices=("auto", "float32", "bfloat16", "float64"),
+    name: str = option("", "name of the run's folder; empty: a new unique name")
+    runs: str = option("runs", "folder that holds all runs")
+    resume: bool = option(False, "continue the run --name from its newest checkpoint")
+    seed: int = option(
+        0, "random seed of data, samples and weights", minimum=0, below=2**63, fixed=True
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device; auto: a GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto", "dtype of activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
 
-    data: str = knob(
+    data: str = option(
         "word_problems:800",
-        "a task (endless, or its first 800 problems), a .jsonl/.json/.parquet file, a folder, or org/name/file of a hub dataset",
-        by=in_grpo("word_problems"),
+        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json "
+        "or .parquet file, a folder, or org/name/file of a hub dataset",
+        default_when=in_grpo("word_problems"),
+        fixed=True,
     )
-    train_examples: int = knob(0, "train on this many examples only; 0: all")
-    template: str = knob(
-        "auto",
-        "how examples become text; auto: chat if the tokenizer has a template",
-        choices=("auto", "chat", "plain"),
+    train_examples: int = option(
+        0, "number of examples that are trained on; 0: all", minimum=0, fixed=True
     )
-    system_prompt: str = knob(
-        "", "put before a conversation that has none (some templates bring their own)"
+    template: Literal["auto", "chat", "plain"] = option(
+        "auto", "format of examples; auto: chat if the tokenizer has a chat template", fixed=True
     )
-    prompt_suffix: str = knob("", "put behind the question")
-    chat_template_kwargs: str = knob(
-        "", "arguments of the chat template, as in enable_thinking=false, or a JSON object"
+    system_prompt: str = option("", "system prompt of conversations without one", fixed=True)
+    prompt_suffix: str = option("", "text appended to every question", fixed=True)
+    chat_template_kwargs: str = option(
+        "", "chat template arguments, as in enable_thinking=false, or as JSON", fixed=True
     )
-    max_length_policy: str = knob(
-        "error",
-        "what to do with an example longer than --micro_batch_tokens",
-        choices=("error", "drop"),
+    max_length_policy: Literal["error", "drop"] = option(
+        "error", "what happens to an example longer than --micro_batch_tokens", fixed=True
     )
-    show_batch: int = knob(
-        0, "print this many examples of the first batch, what is trained on marked, and stop"
+    show_batch: int = option(
+        0, "print this many examples of the first batch, trained tokens marked, and stop", minimum=0
     )
 
-    steps: int = knob(1000, "optimizer steps; 0: as many as --epochs asks for", by=in_grpo(200))
-    epochs: float = knob(1.0, "passes over the data", only={"steps": (0,)})
-    batch_size: int = knob(
-        32, "examples (in grpo: samples) per step, over all ranks", by=in_grpo(128)
+    steps: int = option(
+        1000, "optimizer steps; 0: by --epochs", minimum=0, default_when=in_grpo(200)
     )
-    micro_batch_tokens: int = knob(8192, "tokens per forward pass; the longest example allowed")
-    weighting: str = knob(
+    epochs: float = option(1.0, "passes over the data", above=0, read_when={"steps": (0,)})
+    batch_size: int = option(
+        32, "examples (samples) per global step", minimum=1, default_when=in_grpo(128), fixed=True
+    )
+    micro_batch_tokens: int = option(
+        8192, "maximum tokens of a forward pass, and of an example", minimum=1, fixed=if_dropping
+    )
+    weighting: str = option(
         "token",
-        "every token counts the same, or every sequence",
-        only={"mode": ("sft", "kd")},
+        "what has equal weight in the loss: every token, or every sequence",
         choices=WEIGHTINGS,
+        read_when={"mode": ("sft", "kd")},
+        fixed=True,
     )
-    lr: float = knob(5e-3, "peak learning rate", by=in_grpo(3e-4))
-    warmup: int = knob(20, "steps of linear warm-up")
-    schedule: str = knob(
-        "cosine",
-        "after the warm-up",
-        choices=("constant", "linear", "cosine"),
-        by=in_grpo("linear"),
+    lr: float = option(5e-3, "peak learning rate", above=0, default_when=in_grpo(3e-4))
+    warmup: int = option(20, "steps of linear learning-rate warm-up", minimum=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "learning-rate schedule after the warm-up", default_when=in_grpo("linear")
     )
-    lr_floor: float = knob(
-        0.1, "share of the peak rate at the last step", only={"schedule": ("linear", "cosine")}
+    lr_floor: float = option(
+        0.1,
+        "learning rate at the last step, as a fraction of --lr",
+        minimum=0,
+        maximum=1,
+        read_when={"schedule": ("linear", "cosine")},
     )
-    beta1: float = knob(0.9, "AdamW")
-    beta2: float = knob(0.98, "AdamW")
-    eps: float = knob(1e-8, "AdamW")
-    weight_decay: float = knob(
-        0.3, "AdamW, on matrices only: not on norms, biases, embeddings", by=in_grpo(0.0)
+    beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, below=1)
+    beta2: float = option(0.98, "AdamW's decay of the second moment", minimum=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = option(
+        0.3, "AdamW's weight decay, of matrices only", minimum=0, default_when=in_grpo(0.0)
     )
-    max_grad_norm: float = knob(1.0, "global gradient norm; 0: never clipped")
-    max_skipped: int = knob(5, "stop after this many non-finite steps in a row")
-
-    lora_rank: int = knob(
-        0, "train adapters of this rank beside the frozen model (LoRA); 0: train the model itself"
+    max_grad_norm: float = option(
+        1.0, "global gradient norm above which gradients are clipped; 0: never", minimum=0
     )
-    lora_alpha: float = knob(
-        32.0, "the adapters' output is multiplied by this / rank", only=WITH_LORA
-    )
-    lora_rslora: bool = knob(False, "by this / square root of the rank instead", only=WITH_LORA)
-    lora_targets: str = knob(
-        "all",
-        "the linear layers that get one, as in q_proj,v_proj; all: the seven projections",
-        only=WITH_LORA,
-    )
-    lora_dropout: float = knob(
-        0.0,
-        "share of an adapter's inputs that a training step leaves out; not applied where log-probs are compared with a rollout's",
-        only=WITH_LORA,
+    max_skipped: int = option(
+        5, "stop after so many steps in a row without finite gradients", minimum=1
     )
 
-    teacher: str = knob(
+    lora_rank: int = option(
+        0, "rank of LoRA adapters; 0: train the model itself", minimum=0, fixed=True
+    )
+    lora_alpha: float = option(
+        32.0, "alpha of LoRA: adapters are scaled by alpha / rank", above=0, fixed=True
+    )
+    lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank): rsLoRA", fixed=True)
+    lora_targets: str = option(
+        "all", "adapted linear layers, as in q_proj,v_proj; all: all seven", fixed=True
+    )
+    lora_dropout: float = option(
+        0.0, "dropout of adapter inputs; off where rollout log-probs are used", minimum=0, below=1
+    )
+
+    teacher: str = option(
         "",
-        "a checkpoint folder, a hub id or a preset; empty: the embedded task's, trained on first use",
-        only=WITH_TEACHER,
+        "teacher: a folder, hub id or preset; empty: the toy task's, trained on first use",
+        read_when=WITH_TEACHER,
+        fixed=if_reused,
     )
-    kd_divergence: str = knob(
+    kd_divergence: str = option(
         "forward_kl",
-        "from the teacher",
-        only=WITH_TEACHER,
+        "divergence of student and teacher",
         choices=DIVERGENCES,
-        by=in_grpo("reverse_kl"),
+        read_when=WITH_TEACHER,
+        default_when=in_grpo("reverse_kl"),
     )
-    kd_beta: float = knob(
+    kd_beta: float = option(
         0.5,
-        "share of the teacher in the mixture (jsd, skew_forward_kl), of the student (skew_reverse_kl)",
-        only=[c | {"kd_divergence": WITH_BETA} for c in WITH_TEACHER],
+        "mixture weight of the teacher (jsd, skew_forward_kl) or of the student (skew_reverse_kl)",
+        minimum=0,
+        maximum=1,
+        read_when={"kd_divergence": WITH_BETA},
     )
-    kd_temperature: float = knob(2.0, "divides both models' logits", only=KD)
-    kd_t_squared: bool = knob(False, "multiply the divergence by the squared temperature", only=KD)
-    kd_ce: float = knob(0.0, "share of cross-entropy in the loss, 0 to 1", only=KD)
-    kd_prefix: str = knob(
-        "data",
-        "who writes what the divergence is taken on",
-        only=KD,
-        choices=("data", "student", "teacher"),
+    kd_temperature: float = option(
+        2.0, "temperature of teacher and student in the divergence", above=0
     )
-    kd_mix: float = knob(
+    kd_t_squared: bool = option(False, "multiply the divergence by the squared --kd_temperature")
+    kd_ce: float = option(
+        0.0, "weight of cross-entropy beside the divergence", minimum=0, maximum=1
+    )
+    kd_prefix: Literal["data", "student", "teacher"] = option(
+        "data", "text that is trained on: from the data, or generated by a model", fixed=True
+    )
+    kd_mix: float = option(
         1.0,
-        "share of steps on what a model wrote; the others are on the data",
-        only=KD | {"kd_prefix": ("student", "teacher")},
+        "fraction of steps on generated text, the others on the data",
+        minimum=0,
+        maximum=1,
+        read_when=GENERATED,
+        fixed=True,
     )
-    kd_signal: str = knob(
+    kd_signal: Literal["full", "topk", "sampled"] = option(
         "full",
-        "all the teacher's probabilities, its likeliest and a bucket for the rest, or its log-prob of the sampled token as an advantage",
-        only=KD,
-        choices=("full", "topk", "sampled"),
+        "teacher's signal: all probabilities, the top-k and a bucket for the rest, or log-probs of "
+        "sampled tokens as advantages",
+        fixed=True,
     )
-    kd_topk: int = knob(64, "how many of them", only=KD | {"kd_signal": ("topk",)})
-    kd_cache: str = knob(
+    kd_topk: int = option(
+        64, "number of teacher probabilities per token", minimum=1, read_when=TOPK
+    )
+    kd_cache: str = option(
         "",
-        "folder where they are kept for all the data, on first use; then no teacher is loaded",
-        only=KD | {"kd_signal": ("topk",), "kd_prefix": ("data",)},
+        "folder for the teacher's top-k of all data; once it is filled, no teacher is loaded",
+        read_when=TOPK | {"kd_prefix": ("data",)},
     )
 
-    sample_tokens: int = knob(64, "new tokens at most per sample", only=ON_POLICY)
-    sample_temperature: float = knob(
-        1.0, "of sampling, and of all log-probs in grpo", only=ON_POLICY
+    sample_tokens: int = option(64, "maximum new tokens per sample", minimum=1)
+    sample_temperature: float = option(
+        1.0, "temperature of sampling, in grpo of all log-probs", above=0, fixed=if_reused
     )
-    sample_top_k: int = knob(0, "sample from the k likeliest tokens only; 0: all", only=ON_POLICY)
-    sample_top_p: float = knob(
-        1.0, "sample from the likeliest tokens with this mass only", only=ON_POLICY
+    sample_top_k: int = option(
+        0, "number of most probable tokens to sample from; 0: all", minimum=0
     )
-    sample_batch: int = knob(256, "sequences generated at once, per rank", only=ON_POLICY)
-    sample_log: int = knob(8, "samples of each rollout kept in samples.jsonl", only=GRPO)
+    sample_top_p: float = option(
+        1.0, "total mass of the most probable tokens to sample from", above=0, maximum=1
+    )
+    sample_batch: int = option(256, "sequences generated at once, per rank", minimum=1)
+    sample_log: int = option(8, "samples of a rollout in samples.jsonl", minimum=0, read_when=GRPO)
 
-    grpo_variant: str = knob(
+    grpo_variant: str = option(
         "token",
-        "the loss, with its paper's baseline and clip bounds; grpo: DeepSeekMath's, token: DAPO's",
-        only=GRPO,
+        "loss, with the advantage and clip bounds of its paper; grpo: DeepSeekMath, token: DAPO",
         choices=VARIANTS,
+        fixed=if_reused,
     )
-    grpo_samples: int = knob(8, "samples per prompt", only=GRPO)
-    grpo_reward: str = knob(
+    grpo_samples: int = option(
+        8, "samples per prompt; advantages compare them", minimum=2, fixed=True
+    )
+    grpo_reward: str = option(
         "accuracy",
-        f"parts with weights ({', '.join(PARTS)}), as in accuracy,format:0.5; or path/to/file.py:function",
-        only=GRPO,
+        f"parts with weights ({', '.join(PARTS)}), as in "
+        "accuracy,format:0.5; or path/to/file.py:function",
     )
-    grpo_advantage: str = knob(
+    grpo_advantage: str = option(
         "std",
-        "what an advantage is measured against",
-        only=GRPO,
+        "how the rewards of a prompt's samples become advantages",
         choices=BASELINES,
-        by={"grpo_variant": {"dr_grpo": "mean"}},
+        default_when={"grpo_variant": {"dr_grpo": "mean"}},
     )
-    grpo_clip_low: float = knob(
+    grpo_clip_low: float = option(
         0.2,
-        "the ratio is clipped below 1 minus this; 1: it has no lower bound",
-        only=GRPO,
-        by={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
+        "the policy ratio is clipped below at 1 minus this; 1: no lower bound",
+        above=0,
+        maximum=1,
+        default_when={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
     )
-    grpo_clip_high: float = knob(
-        0.2, "and above 1 plus this", only=GRPO, by={"grpo_variant": {"token": 0.28, "gspo": 4e-4}}
+    grpo_clip_high: float = option(
+        0.2,
+        "the policy ratio is clipped above at 1 plus this",
+        above=0,
+        default_when={"grpo_variant": {"token": 0.28, "gspo": 4e-4}},
     )
-    grpo_kl_coef: float = knob(
-        0.0, "weight of the KL to the reference; 0: no reference is held", only=GRPO
+    grpo_kl_coef: float = option(
+        0.0, "weight of the KL to the reference model; 0: none", minimum=0, fixed=if_reused
     )
-    reference: str = knob(
+    reference: str = option(
         "",
-        "a checkpoint folder, a hub id or a preset; empty: the policy as it starts",
-        only=WITH_REFERENCE,
+        "reference model: a folder, hub id or preset; empty: the policy at its start",
+        read_when=WITH_REFERENCE,
+        fixed=True,
     )
-    grpo_kl_in: str = knob(
-        "loss",
-        "where the KL goes: into the loss, or off the reward",
-        only=WITH_REFERENCE,
-        choices=("loss", "reward"),
+    grpo_kl_in: Literal["loss", "reward"] = option(
+        "loss", "where the reference KL goes: into the loss, or off the reward", fixed=if_reused
     )
-    grpo_kl_estimator: str = knob(
+    grpo_kl_estimator: str = option(
         "k3",
-        "the KL's estimate; in the reward only k1 is right, in the loss k2 and k3 are",
-        only=WITH_REFERENCE,
-        choices=KL_ESTIMATORS,
-        by={"grpo_kl_in": {"reward": "k1"}},
+        "estimator of the KL to the reference: k1 in the reward, else k2, k3",
+        choices=KL_ESTIMATES,
+        default_when={"grpo_kl_in": {"reward": "k1"}},
     )
-    grpo_entropy_coef: float = knob(0.0, "weight of an entropy bonus", only=GRPO)
-    grpo_minibatches_per_rollout: int = knob(
-        1, "optimizer steps that share one rollout, each on its own part", only=GRPO
+    grpo_entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    grpo_minibatches_per_rollout: int = option(
+        1, "optimizer steps per pass over a rollout, each on a part of it", minimum=1, fixed=True
     )
-    grpo_ppo_epochs: int = knob(1, "passes over each rollout", only=GRPO)
-    grpo_dynamic_sampling_rounds: int = knob(
-        0,
-        "rounds in which groups whose samples are all right or all wrong are replaced by fresh ones (dynamic sampling)",
-        only=GRPO,
+    grpo_ppo_epochs: int = option(1, "passes over each rollout", minimum=1, fixed=True)
+    grpo_dynamic_sampling_rounds: int = option(
+        0, "rounds that replace groups that are all right or all wrong by new ones", minimum=0
     )
-    grpo_truncated: str = knob(
-        "keep",
-        "samples that did not stop: train on them, or mask them (no loss, and no part of any divisor)",
-        only=GRPO,
-        choices=("keep", "mask"),
+    grpo_mask_truncated: bool = option(
+        False, "samples that did not stop carry no loss and count in no divisor"
     )
-    grpo_truncation_penalty: float = knob(0.0, "what such a sample loses of its reward", only=GRPO)
-    grpo_length_penalty: int = knob(
-        0, "over this many last tokens a sample loses up to 1 (soft length penalty)", only=GRPO
+    grpo_truncation_penalty: float = option(
+        0.0, "subtracted from the reward of a sample that did not stop", minimum=0
     )
-    grpo_tis: str = knob(
-        "none",
-        "importance weights for the sampler's rounding: none, cut at the cap, or masked outside it",
-        only=GRPO,
-        choices=("none", "truncate", "mask"),
+    grpo_length_penalty: int = option(
+        0, "tokens before --sample_tokens over which the reward falls by up to 1", minimum=0
     )
-    grpo_tis_cap: float = knob(2.0, "that cap", only=GRPO | {"grpo_tis": ("truncate", "mask")})
-    grpo_kd_coef: float = knob(
-        0.0, "weight of a divergence from --teacher on the samples", only=GRPO
+    grpo_tis: Literal["none", "truncate", "mask"] = option(
+        "none", "importance weights against the sampler's rounding errors", fixed=if_reused
+    )
+    grpo_tis_cap: float = option(
+        2.0, "limit of --grpo_tis weights", minimum=1, read_when={"grpo_tis": ("truncate", "mask")}
+    )
+    grpo_kd_coef: float = option(
+        0.0, "weight of a divergence from --teacher on the samples", minimum=0, fixed=if_reused
     )
 
-    eval_every: int = knob(250, "steps between evaluations; 0: before and after only")
-    eval_examples: int = knob(
-        400, "held-out examples, carved from the training data; 0: no evaluation"
+    eval_every: int = option(250, "steps between evaluations; 0: at start and end", minimum=0)
+    eval_examples: int = option(
+        400, "validation examples set apart from data; 0: no evaluation", minimum=0, fixed=if_carved
     )
-    eval_tokens: int = knob(96, "new tokens at most per answer")
-    save_every: int = knob(250, "steps between checkpoints; 0: after the last step only")
-    max_checkpoints: int = knob(2, "checkpoints kept")
-    log_every: int = knob(50, "steps between progress lines; metrics.jsonl gets every step")
-    activation_checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: less memory, a third more time"
-    )
-    kernels: str = knob(
-        "auto",
-        "fused operations: Triton on a GPU and PyTorch elsewhere, or one of them",
-        choices=CHOICES,
-    )
-    compile: bool = knob(False, "torch.compile the transformer's blocks")
-    wandb: str = knob("off", "Weights & Biases", choices=("off", "offline", "online"))
-    wandb_project: str = knob("srlm", "its project", only={"wandb": ("offline", "online")})
+    eval_tokens: int = option(96, "maximum new tokens per answer in evaluations", minimum=1)
+    save_every: int = option(250, "steps between checkpoints; 0: only at the end", minimum=0)
+    max_checkpoints: int = option(2, "number of checkpoints that are kept", minimum=1)
+    log_every: int = option(50, "steps between progress lines", minimum=1)
 
-
-def check(cfg):
-    """Refuse settings that cannot work, before anything is read."""
-
-    def need(ok, message):
-        if not ok:
-            raise UserError(message)
-
-    positive = (
-        "batch_size",
-        "micro_batch_tokens",
-        "eval_tokens",
-        "max_checkpoints",
-        "log_every",
-        "max_skipped",
-        "kd_topk",
-        "sample_tokens",
-        "sample_batch",
+    activation_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    kernels: str = option(
+        "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )
-    for name in (*positive, "grpo_samples", "grpo_minibatches_per_rollout", "grpo_ppo_epochs"):
-        need(getattr(cfg, name) > 0, f"--{name} must be at least 1")
-    natural = (
-        "seed",
-        "steps",
-        "warmup",
-        "max_grad_norm",
-        "weight_decay",
-        "eval_every",
-        "eval_examples",
-        "save_every",
-        "train_examples",
-        "show_batch",
-    )
-    for name in (
-        *natural,
-        "sample_top_k",
-        "sample_log",
-        "grpo_kl_coef",
-        "grpo_dynamic_sampling_rounds",
-        "grpo_truncation_penalty",
-        "grpo_length_penalty",
-        "grpo_kd_coef",
-        "lora_rank",
-    ):
-        need(getattr(cfg, name) >= 0, f"--{name} must not be negative")
-    need(cfg.seed < 2**63, "--seed must be below 2^63")
-    need(cfg.lr > 0 and math.isfinite(cfg.lr), "--lr must be a positive number")
-    need(cfg.steps or 0 < cfg.epochs < math.inf, "--epochs must be positive")
-    need(
-        0 <= cfg.beta1 < 1 and 0 <= cfg.beta2 < 1 and cfg.eps > 0,
-        "--beta1 and --beta2 must be in [0, 1), --eps positive",
-    )
-    need(0 <= cfg.lr_floor <= 1, "--lr_floor must be between 0 and 1")
-    need(0 < cfg.lora_alpha < math.inf, "--lora_alpha must be a positive number")
-    need(0 <= cfg.lora_dropout < 1, "--lora_dropout must be at least 0 and below 1")
-    parse_targets(cfg.lora_targets)
-    need(cfg.kd_temperature > 0, "--kd_temperature must be positive")
-    need(0 <= cfg.kd_ce <= 1, "--kd_ce must be between 0 and 1")
-    need(0 <= cfg.kd_beta <= 1, "--kd_beta must be between 0 and 1")
-    check_divergence(cfg, need)
-    need(not cfg.resume or cfg.name, "--resume needs the --name of a run")
-    need(
-        cfg.device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: this machine offers no CUDA device",
-    )
-    need(0 <= cfg.kd_mix <= 1, "--kd_mix must be between 0 and 1")
-    need(
-        0 < cfg.sample_temperature < math.inf,
-        "--sample_temperature must be positive: samples of one prompt must differ",
-    )
-    need(0 < cfg.sample_top_p <= 1, "--sample_top_p must be above 0 and at most 1")
-    plain = cfg.sample_top_p == 1 and cfg.sample_top_k == 0
-    need(
-        plain or cfg.mode != "grpo",
-        "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole distribution",
-    )
-    if cfg.mode == "kd" and cfg.kd_signal == "sampled":
-        need(
-            cfg.kd_prefix == "student",
-            "--kd_signal sampled needs --kd_prefix student: its expectation is over the student's own tokens",
-        )
-        alone = cfg.kd_mix == 1 and cfg.kd_ce == 0 and not cfg.kd_t_squared and plain
-        need(
-            alone,
-            "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or --sample_top_p",
-        )
-        need(
-            cfg.kd_divergence == "reverse_kl" and cfg.kd_temperature == cfg.sample_temperature,
-            "--kd_signal sampled is the reverse KL at the sampling temperature: set --kd_divergence reverse_kl and equal temperatures",
-        )
-    if cfg.mode == "grpo":
-        need(
-            cfg.grpo_samples > 1,
-            "--grpo_samples must be at least 2: an advantage compares the samples of a prompt",
-        )
-        whole = cfg.batch_size % cfg.grpo_samples == 0
-        need(
-            whole,
-            f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples {cfg.grpo_samples}",
-        )
-        need(
-            0 < cfg.grpo_clip_low <= 1 and cfg.grpo_clip_high > 0,
-            "--grpo_clip_low must be in (0, 1], --grpo_clip_high positive",
-        )
-        need(cfg.grpo_tis_cap >= 1, "--grpo_tis_cap must be at least 1")
-        need(
-            cfg.show_batch == 0,
-            "--show_batch shows data; grpo trains on samples (see samples.jsonl of a run)",
-        )
-        need(
-            cfg.grpo_length_penalty <= cfg.sample_tokens,
-            "--grpo_length_penalty must not exceed --sample_tokens",
-        )
-        check_kl_estimate(cfg, need)
-
-
-def check_divergence(cfg, need):
-    """Refuse a divergence that teaches nothing, and cross-entropy on the student's own text."""
-    has_divergence = cfg.mode == "kd" or cfg.mode == "grpo" and cfg.grpo_kd_coef > 0
-    skew_is_zero = cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1
-    need(
-        not (has_divergence and skew_is_zero),
-        f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; choose one below 1",
-    )
-    own_text = cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0
-    need(
-        not own_text or cfg.kd_signal == "sampled" or cfg.kd_ce == 0,
-        "--kd_ce with --kd_prefix student would teach the student to repeat what it wrote itself, "
-        "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher",
+    compile: bool = option(False, "torch.compile the transformer's blocks")
+    wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases")
+    wandb_project: str = option(
+        "srlm", "project in Weights & Biases", read_when={"wandb": ("offline", "online")}
     )
 
 
-def check_kl_estimate(cfg, need):
-    """Refuse estimates whose gradient is not that of a KL where --grpo_kl_in puts them.
+def needs_old_logp(cfg: Config) -> bool:
+    """Return whether the policy's log-probs are recomputed when it has sampled.
 
-    losses/grpo.py says what each estimate's gradient is.
+    They are compared with later ones where a rollout serves several updates or the sampler's
+    rounding is corrected, and become part of the advantage where a KL is subtracted from the reward
+    or the teacher's signal is its log-prob.
     """
-    if cfg.grpo_kl_coef == 0:
-        return
-    need(
-        cfg.grpo_kl_in == "loss" or cfg.grpo_kl_estimator == "k1",
-        f"--grpo_kl_estimator {cfg.grpo_kl_estimator} in the reward drives the policy away from its reference "
-        "(arXiv 2510.01555, 2512.21852); set --grpo_kl_estimator k1, or --grpo_kl_in loss",
-    )
-    need(
-        cfg.grpo_kl_in == "reward" or cfg.grpo_kl_estimator != "k1",
-        "--grpo_kl_estimator k1 in the loss has a gradient that is 0 on average (arXiv 2510.01555, "
-        "2512.21852); set --grpo_kl_estimator k3 or k2, or --grpo_kl_in reward",
-    )
-
-
-def needs_old_logp(cfg):
-    """Whether a run compares the policy's log-probs with those that it had when it sampled: a
-    rollout serves several updates, the sampler's rounding is corrected, or what is read off the
-    log-probs of the rollout (a KL in the reward, a teacher's signal) becomes an advantage."""
     if cfg.mode == "grpo":
         several_updates = cfg.grpo_minibatches_per_rollout * cfg.grpo_ppo_epochs > 1
         kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
@@ -445,53 +356,73 @@ def needs_old_logp(cfg):
     return cfg.mode == "kd" and cfg.kd_signal == "sampled"
 
 
-def kept(stored):
-    """The knobs that say which model is trained on which stream: a run that is resumed keeps them as `stored`."""
-    names = [
-        "mode",
-        "model",
-        "tokenizer",
-        "seed",
-        "data",
-        "train_examples",
-        "max_length_policy",
-        "batch_size",
-        "weighting",
-    ]
-    names += [
-        "template",
-        "system_prompt",
-        "prompt_suffix",
-        "chat_template_kwargs",
-        "lora_rank",
-        "lora_alpha",
-        "lora_rslora",
-        "lora_targets",
-    ]
-    names += [
-        "kd_prefix",
-        "kd_mix",
-        "kd_signal",
-        "reference",
-        "grpo_samples",
-        "grpo_minibatches_per_rollout",
-        "grpo_ppo_epochs",
-    ]
-    if (
-        stored.get("grpo_minibatches_per_rollout", 1) * stored.get("grpo_ppo_epochs", 1) > 1
-    ):  # unspent samples were scored and weighted by these
-        names += [
-            "sample_temperature",
-            "grpo_variant",
-            "grpo_kl_coef",
-            "grpo_kl_in",
-            "grpo_tis",
-            "grpo_kd_coef",
-            "teacher",
-        ]
-    names += (
-        ["micro_batch_tokens"] if stored.get("max_length_policy") == "drop" else []
-    )  # it says what is dropped
-    return (
-        names if task_of(str(stored.get("data"))) else [*names, "eval_examples"]
-    )  # held-out examples are carved from a file
+# --- what must hold between options --------------------------------------------------------------
+def validate(cfg: Config) -> None:
+    """Refuse options that do not work together, before anything is read. Raises UserError."""
+    parse_targets(cfg.lora_targets)
+    if cfg.resume and not cfg.name:
+        raise UserError("--resume needs the --name of a run")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine offers no CUDA device")
+    if cfg.mode == "kd" and cfg.kd_signal == "sampled":
+        _validate_sampled(cfg)
+    elif cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0 and cfg.kd_ce > 0:
+        raise UserError(
+            "--kd_ce with --kd_prefix student would teach the student to repeat its own text, "
+            "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher"
+        )
+    if cfg.mode == "grpo":
+        _validate_grpo(cfg)
+    has_divergence = cfg.mode == "kd" or (cfg.mode == "grpo" and cfg.grpo_kd_coef > 0)
+    if has_divergence and cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1:
+        raise UserError(f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; set one below 1")
+
+
+def _validate_sampled(cfg: Config) -> None:
+    if cfg.kd_prefix != "student":
+        raise UserError(
+            "--kd_signal sampled is an expectation over the student's own tokens; set "
+            "--kd_prefix student"
+        )
+    truncated = cfg.sample_top_p < 1 or cfg.sample_top_k > 0
+    if truncated or cfg.kd_mix < 1 or cfg.kd_ce > 0 or cfg.kd_t_squared:
+        raise UserError(
+            "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or "
+            "--sample_top_p; leave them out"
+        )
+    if cfg.kd_divergence != "reverse_kl" or cfg.kd_temperature != cfg.sample_temperature:
+        raise UserError(
+            "--kd_signal sampled is the reverse KL at the sampling temperature; set "
+            "--kd_divergence reverse_kl and equal temperatures"
+        )
+
+
+def _validate_grpo(cfg: Config) -> None:
+    if cfg.sample_top_p < 1 or cfg.sample_top_k > 0:
+        raise UserError(
+            "--sample_top_k and --sample_top_p change who samples: grpo trains on the whole "
+            "distribution; leave them out"
+        )
+    if cfg.batch_size % cfg.grpo_samples:
+        raise UserError(
+            f"--batch_size {cfg.batch_size} samples are no whole groups of --grpo_samples "
+            f"{cfg.grpo_samples}; choose a multiple"
+        )
+    if cfg.show_batch:
+        raise UserError(
+            "--show_batch shows data; grpo trains on samples: see a run's samples.jsonl"
+        )
+    if cfg.grpo_length_penalty > cfg.sample_tokens:
+        raise UserError("--grpo_length_penalty must be at most --sample_tokens")
+    # losses/grpo.py says what the gradient of each estimator is
+    if cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward" and cfg.grpo_kl_estimator != "k1":
+        raise UserError(
+            f"--grpo_kl_estimator {cfg.grpo_kl_estimator} in the reward drives the policy away "
+            "from its reference (arXiv 2510.01555, 2512.21852); set --grpo_kl_estimator k1, or "
+            "--grpo_kl_in loss"
+        )
+    if cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "loss" and cfg.grpo_kl_estimator == "k1":
+        raise UserError(
+            "--grpo_kl_estimator k1 in the loss has a gradient that is 0 on average (arXiv "
+            "2510.01555, 2512.21852); set --grpo_kl_estimator k3 or k2, or --grpo_kl_in reward"
+        )

@@ -1,132 +1,416 @@
-"""A flat dataclass <-> command line, TOML and JSON.
+"""One parser for every command: a frozen dataclass is read from the command line, TOML and JSON.
 
-Precedence: defaults < defaults of a mode's or a variant's own < what a resumed run has stored < `--config file.toml` < command line. Both spellings of a name (`--kd_ce`, `--kd-ce`), both ways of
-giving a value (`--lr 1e-5`, `--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted,
-so wandb's `${args}` and `${args_no_boolean_flags}` both work.
+A command declares its options, one `option` per field, and parses its arguments:
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        checkpoints: tuple[str, ...] = option(REQUIRED, "folders or hub ids", positional=True)
+        tasks: tuple[str, ...] = option(REQUIRED, "test sets", choices=("gsm8k", "math500"))
+        evals: tuple[str, str] = option(REQUIRED, "the two folders of answers to compare")
+        samples: int = option(1, "samples per problem", alias="n", minimum=1)
+        greedy: bool = option(False, "always take the most probable token")
+        system: str | None = option(None, "the system prompt; the run's own unless given")
+
+    args = options.parse(Options, argv)
+
+`checkpoints` takes one word or more, `--tasks gsm8k,math500` a list with commas, `--evals A B` two
+words. Both spellings of a name (`--top_p`, `--top-p`), both ways of giving a value (`--lr 1e-5`,
+`--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted, so
+wandb's `${args}` and `${args_no_boolean_flags}` both work. Names are never abbreviated. Whatever is
+wrong is a UserError of one line. `--help` prints the docstring of the module in which the dataclass
+is defined and a line or two per option, and ends the command (SystemExit, as in argparse).
+
+Precedence: defaults < defaults that follow another option's value (`default_when`) < what a resumed
+run has stored < `--config file.toml` < command line.
 """
 
-import dataclasses
+import argparse
 import difflib
 import json
 import math
 import re
+import sys
 import tomllib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, Field, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from errors import UserError
 from files import parse_json, read_text, reason
 
-ABOVE_0 = ("a value above 0",)  # in `only`: a number that switches something on
+REQUIRED = MISSING  # as a default: the option must be given on the command line
+ABOVE_0 = ("above 0",)  # in a condition: a number that switches something on
+
+Words = Sequence[str]
+Values = dict[str, Any]  # {name of an option: its value}
+Condition = dict[str, tuple]  # {other option: values, one of which it must have}; all must hold
 
 
-def knob(default, help, only=None, choices=None, by=None):
-    """A config field.
+class Rules(NamedTuple):
+    """What the parser knows about an option, beside its default and type.
 
-    only: what must hold for a run to read it, {"mode": ("kd",), "kd_divergence": ("jsd",)}, or a
-    list of such, one of which must hold.
-    by: defaults of its own where a knob that is declared before it has some value,
-    {"mode": {"grpo": 64}}; where several hold, the last one counts.
+    alias: a second name.
+    choices: allowed values, where the type is not a Literal.
+    above, minimum, maximum, below: bounds of a number; `above` and `below` themselves are excluded.
+    read_when: a run reads the option only if this condition holds, or one of a list of conditions;
+    an option in a condition must itself be read. Without it the class's `read_when_prefix`
+    {prefix of names: condition on other options} decides; otherwise an option is always read.
+    default_when: {other option: {its value: default}}; the other option is declared before this
+    one, and where several say something, the last one counts.
+    fixed: a resumed run keeps the stored value; a function of what is stored may say so.
+
+    A class may have `sections`, {option: heading in --help, which it begins}.
     """
-    only = [only or {}] if isinstance(only or {}, dict) else only
-    metadata = {"help": help, "only": only, "choices": choices, "by": by or {}}
-    return dataclasses.field(default=default, metadata=metadata)
+
+    help: str
+    positional: bool = False
+    alias: str = ""
+    choices: Collection[str] = ()
+    above: float = -math.inf
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    below: float = math.inf
+    read_when: Condition | list[Condition] | None = None
+    default_when: dict[str, Values] = {}
+    fixed: bool | Callable[[Values], bool] = False
 
 
-def with_defaults(cls, given):
-    """`given` ({name: value}), and for every other knob of `cls` the default that goes with it."""
+class Options(Protocol):
+    """A dataclass whose fields are made with `option`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+
+
+T = TypeVar("T", bound=Options)
+Cls = type[Options]
+
+
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """Make a field of an options dataclass.
+
+    Args:
+        default: The default value, or REQUIRED.
+        help: What the option means, in words that can be understood alone.
+        rules: The other fields of `Rules`.
+    """
+    metadata = {"rules": Rules(help, **rules)}
+    return field(default=default, kw_only=True, metadata=metadata)
+
+
+def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: bool = True) -> T:
+    """Build `cls` from a command line.
+
+    Args:
+        stored: What a resumed run has stored, between the defaults and `--config`.
+        conditions: Refuse an option that is given and not read beside the others.
+
+    Raises:
+        UserError: One line that names the option, and the nearest valid name for a wrong one.
+    """
+    known = cls.__dataclass_fields__
+    layers = read_layers(cls, argv)
+    stored = {k: _convert(known[k], v, k) for k, v in (stored or {}).items() if k in known}
+    values = _overlay(cls, [stored, *layers])
+    config = cls(**with_defaults(cls, values))
+    for name in (name for layer in layers for name in layer if name in values):
+        fixed = _rules(known[name]).fixed
+        if callable(fixed):
+            fixed = fixed(stored)
+        if fixed and values[name] != stored.get(name, values[name]):
+            raise UserError(
+                f"--{name} {values[name]}: the run was begun with {stored[name]!r} and keeps it; "
+                "leave it out, or begin a new run"
+            )
+        unmet = _unmet(config, name)
+        if conditions and unmet:
+            near = _nearest(name, resolved(config), " (the nearest that is read: {})")
+            raise UserError(
+                f"{name} is not read with {unmet}={getattr(config, unmet)}, "
+                f"only with {_describe(_conditions(config, name))}{near}"
+            )
+    return config
+
+
+def read_layers(cls: Cls, argv: Words) -> list[Values]:
+    """Return what each `--config` file sets, then what the command line sets; later ones win."""
+    given = vars(_Parser(cls).parse_args(_normalize(cls, argv)))
+    sources = [(f"{file}: ", read_file(file)) for file in given.pop("config", [])]
+    layers = []
+    for prefix, values in [*sources, ("--", given)]:
+        layer = {}
+        for name, value in values.items():
+            source = prefix + name
+            spec = _find(cls, name, source)
+            if _rules(spec).positional:
+                source = name.upper()
+            layer[spec.name] = _convert(spec, value, source)
+        layers.append(layer)
+    return layers
+
+
+def with_defaults(cls: Cls, given: Values) -> Values:
+    """Add to `given` the default of every other option of `cls` that goes with these values."""
     values = {}
-    for field in dataclasses.fields(cls):
-        values[field.name] = given.get(field.name, _default(field, values))
+    for spec in fields(cls):
+        values[spec.name] = given.get(spec.name, _default(spec, values))
     return values
 
 
-def _default(field, values):
-    """A field's default beside the `values` of the fields that are declared before it."""
-    default = field.default
-    for other, own_defaults in field.metadata["by"].items():
+def resolved(config: Options, without: Words = ()) -> Values:
+    """Return the options that this run reads, no others, valid again as a `--config` file.
+
+    without: names to leave out.
+    """
+    names = [n for n in config.__dataclass_fields__ if n not in without and not _unmet(config, n)]
+    return {name: getattr(config, name) for name in names}
+
+
+# --- the command line ----------------------------------------------------------------------------
+class _Parser(argparse.ArgumentParser):
+    """Sorts the words of a command line by option; `_convert` reads the values."""
+
+    def __init__(self, cls: Cls):
+        super().__init__(
+            usage=argparse.SUPPRESS,
+            description=sys.modules[cls.__module__].__doc__,
+            formatter_class=partial(
+                argparse.RawDescriptionHelpFormatter, width=100, max_help_position=38
+            ),
+            argument_default=argparse.SUPPRESS,
+        )
+        self.add_argument(
+            "--config", action="append", metavar="FILE", help="a TOML or JSON file of options"
+        )
+        group, sections = self, getattr(cls, "sections", {})
+        for spec in fields(cls):
+            rules, shape = _rules(spec), _shape(spec)
+            if spec.name in sections:
+                group = self.add_argument_group(sections[spec.name])
+            help = _help(cls, spec)
+            if rules.positional:
+                nargs = "+" if shape.size == 0 else None
+                group.add_argument(spec.name, metavar=spec.name.upper(), nargs=nargs, help=help)
+                continue
+            group.add_argument(
+                f"--{spec.name}",
+                metavar=shape.kind.__name__.upper(),
+                nargs=shape.size or None,
+                required=spec.default is REQUIRED,
+                help=help,
+            )
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _help(cls: Cls, spec: Field) -> str:
+    """Return an option's help with its choices, its defaults and when it is read."""
+    rules, choices, facts = _rules(spec), _shape(spec).choices, []
+    if spec.default not in (REQUIRED, "", None, ()):
+        facts.append(f"default {spec.default}")
+    for other, defaults in rules.default_when.items():
+        facts += [f"{default} with --{other} {value}" for value, default in defaults.items()]
+    conditions = _conditions(cls, spec.name)
+    if conditions:
+        facts.append(f"read with {_describe(conditions)}")
+    text = f"{rules.help} ({' | '.join(choices)})" if choices else rules.help
+    text += f" [{'; '.join(facts)}]" if facts else ""
+    return text.replace("%", "%%")
+
+
+def _normalize(cls: Cls, argv: Words) -> list[str]:
+    """Rewrite a command line for argparse: every option is one word, --name=value.
+
+    So a value may begin with dashes, a switch may have a value or none, and names are never
+    abbreviated.
+    """
+    words, normal = list(argv), []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word[2:].partition("=")
+        if word.startswith("--") and name not in ("help", "config"):
+            spec = _find(cls, name.replace("-", "_"), f"--{name}")
+            if not equals and spec.type is bool:
+                has_value = words and words[0].lower() in SWITCH
+                equals, value = "=", words.pop(0) if has_value else "true"
+            elif not equals and words and not _shape(spec).size:
+                equals, value = "=", words.pop(0)
+            word = f"--{spec.name}{equals}{value}"
+        normal.append(word)
+    return normal
+
+
+def _find(cls: Cls, name: str, source: str) -> Field:
+    """Return the field of an option, by its name or alias."""
+    known = cls.__dataclass_fields__
+    for spec in known.values():
+        if name in (spec.name, _rules(spec).alias):
+            return spec
+    near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
+    raise UserError(f"{source} is not an option{near}")
+
+
+def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") -> str:
+    """Return `hint` with the name most like `word`, or `otherwise` if none is like it."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return hint.format(*near) if near else otherwise
+
+
+# --- values --------------------------------------------------------------------------------------
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+SWITCH: dict[str, bool] = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+class _Shape(NamedTuple):
+    """The type of an option's values, which there are, and how many: None for one, 0 for a list."""
+
+    kind: type
+    choices: Collection[str]
+    size: int | None = None
+
+
+def _rules(spec: Field) -> Rules:
+    return spec.metadata["rules"]
+
+
+def _shape(spec: Field) -> _Shape:
+    declared: Any = spec.type
+    items, choices = get_args(declared), _rules(spec).choices
+    if get_origin(declared) is tuple:
+        return _Shape(items[0], choices, 0 if ... in items else len(items))
+    if get_origin(declared) is Literal:
+        return _Shape(str, items)
+    return _Shape(items[0] if items else declared, choices)  # str | None is read as str
+
+
+def _convert(spec: Field, value: Any, source: str) -> Any:
+    """Return an option's value, as its type says. Raises UserError, naming its source."""
+    if _shape(spec).size is None:
+        return _convert_one(spec, value, source)
+    if not isinstance(value, list):
+        value = str(value).split(",")
+    return tuple(_convert_one(spec, part.strip(), source) for part in value if part.strip())
+
+
+def _convert_one(spec: Field, value: Any, source: str) -> Any:
+    kind, choices, _ = _shape(spec)
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            value = SWITCH[text.lower()]
+        elif kind is str:
+            if not isinstance(value, str):
+                raise ValueError
+        else:
+            number = int(text) if text.lstrip("+-").isdecimal() else float(text)
+            if kind is float and not math.isfinite(number):
+                raise UserError(f"{source}: {value} is not a number that is finite")
+            if kind is int and number != int(number):
+                raise ValueError
+            value = kind(number)
+            _check_bounds(_rules(spec), value, source)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{source}: {value!r} is not {KINDS[kind]}") from None
+    if choices and value not in choices:
+        every = f"choose from {', '.join(choices)}"
+        near = _nearest(str(value), choices, "did you mean {}?", every)
+        raise UserError(f"{source}: no {value!r}; {near}")
+    return value
+
+
+def _check_bounds(rules: Rules, value: float, source: str) -> None:
+    for holds, bound in (
+        (value > rules.above, f"above {rules.above}"),
+        (value >= rules.minimum, f"at least {rules.minimum}"),
+        (value <= rules.maximum, f"at most {rules.maximum}"),
+        (value < rules.below, f"below {rules.below}"),
+    ):
+        if not holds:
+            raise UserError(f"{source} must be {bound}, not {value}")
+
+
+# --- what follows from other options -------------------------------------------------------------
+def _default(spec: Field, values: Values) -> Any:
+    """Return an option's default beside the values of the fields that are declared before it."""
+    default = spec.default
+    for other, own_defaults in _rules(spec).default_when.items():
         default = own_defaults.get(values[other], default)
     return default
 
 
-def _layered(cls, layers):
-    """{name: value} of several such, later ones over earlier ones.
+def _overlay(cls: Cls, layers: list[Values]) -> Values:
+    """Merge layers of values, later ones over earlier ones.
 
-    A layer that changes a knob which brings defaults of its own (`by`) changes these too: where an
-    earlier layer has just the default that went with the old value (as a run's config.json does,
-    which holds every knob), that is dropped, and the new value's default counts. Values that were
-    chosen stay.
+    A layer that changes an option which other defaults follow (`default_when`) changes those too:
+    where an earlier layer has just the default that went with the old value (as a run's config.json
+    does, which holds every option), it is dropped. Values that were chosen stay.
     """
     values = {}
     for layer in layers:
-        before, after, remaining = with_defaults(cls, values), {}, dict(values)
-        for field in dataclasses.fields(cls):
-            name = field.name
-            changed = [k for k in field.metadata["by"] if k in values and after[k] != before[k]]
-            if changed and values.get(name) == _default(field, before):
-                del remaining[name]
-            after[name] = (remaining | layer).get(name, _default(field, after))
-        values = remaining | layer
+        before = with_defaults(cls, values)
+        after, chosen = {}, dict(values)
+        for spec in fields(cls):
+            name = spec.name
+            for other in _rules(spec).default_when:
+                changed = other in values and after[other] != before[other]
+                if changed and before[name] == _default(spec, before):
+                    chosen.pop(name, None)
+            after[name] = (chosen | layer).get(name, _default(spec, after))
+        values = chosen | layer
     return values
 
 
-def parse(cls, argv, base=None, kept=(), together=True):
-    """Build `cls` from `argv`; `base` (a dict) sits between the defaults and `--config`.
-
-    kept: names whose value in `base` may not be changed. together=False: whether a knob is read beside the others is not asked.
-    Returns (config, given): `given` holds the names that were set by a file or on the command line.
-    Raises UserError naming the key and the nearest valid one.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    from_argv, files = {}, []
-    args = list(argv)
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith("--"):
-            raise UserError(
-                f"{arg!r} is not an option; options are written --name value or --name=value"
-            )
-        name, has_value, value = arg[2:].partition("=")
-        name = name.replace("-", "_")
-        if name == "config":
-            if not has_value and not args:
-                raise UserError("--config needs the path of a .toml or .json file")
-            files.append(value if has_value else args.pop(0))
-            continue
-        field = _field(fields, name, f"--{name}")
-        if not has_value:
-            if field.type is bool and (not args or args[0].lower() not in _BOOLS):
-                value = "true"
-            elif not args:
-                raise UserError(f"--{name} needs a value")
-            else:
-                value = args.pop(0)
-        from_argv[name] = _convert(field, value, f"--{name}")
-
-    layers = []
-    for file in files:
-        layers.append({})
-        for name, value in read_file(file).items():
-            where = f"{file}: {name}"
-            layers[-1][name] = _convert(_field(fields, name, where), value, where)
-    layers.append(from_argv)
-    stored = {k: _convert(fields[k], v, k) for k, v in (base or {}).items() if k in fields}
-    values = _layered(cls, [stored, *layers])
-    config = cls(**with_defaults(cls, values))
-    names = [name for layer in layers for name in layer if name in values]
-    given = {name: values[name] for name in names}
-    for name, value in given.items():
-        if name in kept and value != stored.get(name, value):
-            raise UserError(
-                f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; leave it out, or begin a new run"
-            )
-        if together and not _reads(config, fields[name]):
-            raise UserError(_unread(config, fields[name]))
-    return config, set(given)
+def _conditions(options: Options | Cls, name: str) -> list[Condition]:
+    """Return the conditions of which one must hold for a run to read an option; [] if always."""
+    found = _rules(options.__dataclass_fields__[name]).read_when
+    if found is None:
+        for prefix, condition in getattr(options, "read_when_prefix", {}).items():
+            if found is None and name.startswith(prefix) and name not in condition:
+                found = condition
+    return [found] if isinstance(found, dict) else found or []
 
 
-def read_file(path):
-    """A flat .toml or .json file as a dict. Raises UserError."""
-    path = Path(path)
+def _unmet(config: Options, name: str) -> str:
+    """Name an option for whose value this run does not read the option `name`; "" if it does."""
+    unmet = ""
+    for condition in _conditions(config, name):
+        unmet = ""
+        for other, wanted in condition.items():
+            value = getattr(config, other)
+            holds = value > 0 if wanted == ABOVE_0 else value in wanted
+            unmet = unmet or _unmet(config, other) or ("" if holds else other)
+        if not unmet:
+            break
+    return unmet
+
+
+def _describe(conditions: list[Condition]) -> str:
+    """Return conditions in words, as in --mode kd, or with --grpo_kd_coef above 0."""
+    parts = []
+    for condition in conditions:
+        items = [f"--{name} {' or '.join(map(str, values))}" for name, values in condition.items()]
+        parts.append(" and ".join(items))
+    return ", or with ".join(parts)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+OTHER_FORMS = {".yaml": "YAML", ".yml": "YAML", ".py": "Python", ".ini": "INI", ".cfg": "INI"}
+OTHER_FORMS |= {".jsonl": "JSON Lines"}
+TOML_FORM = (
+    "write TOML, one line for an option, as in lr = 1e-5 or "
+    'data = "train.jsonl" (recipes/ has examples)'
+)
+YAML_LINE = re.compile(r"^[\w-]+:(\s|$)", re.MULTILINE)
+
+
+def read_file(file: str | Path) -> Values:
+    """Read a flat .toml or .json file. Raises UserError."""
+    path = Path(file)
     label, kind = f"--config {path}", path.suffix.lower()
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{label} is a folder; name the file: {path / 'config.json'}")
@@ -146,139 +430,16 @@ def read_file(path):
             raise UserError(f"{label} looks like JSON; give it a name that ends in .json") from None
         raise UserError(f"{label}: not valid {kind[1:] or 'TOML'}: {reason(e)}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{label}: expected one object of names and values, found a {type(values).__name__}"
-        )
-    nested = {k: v for k, v in values.items() if isinstance(v, (dict, list))}
-    if nested:
-        name, value = next(iter(nested.items()))
+        found = type(values).__name__
+        raise UserError(f"{label}: expected one object of names and values, found a {found}")
+    for name, value in values.items():
         if isinstance(value, dict) and "value" in value:
+            plain = value["value"]
+            shown = json.dumps(plain) if isinstance(plain, (str, int, float)) else "..."
             raise UserError(
-                f'{label}: {name} is written as wandb writes it, {{"value": ...}}; write {name} = {_toml(value["value"])}, '
-                "or name the config.json in the run's own folder, which is flat"
+                f'{label}: {name} is written as wandb writes it, {{"value": ...}}; write '
+                f"{name} = {shown}, or name the config.json in the run's own folder, which is flat"
             )
-        raise UserError(f"{label}: {name} is not a plain value; the configuration is flat")
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{label}: {name} is not a plain value; the configuration is flat")
     return values
-
-
-OTHER_FORMS = {
-    ".yaml": "YAML",
-    ".yml": "YAML",
-    ".py": "Python",
-    ".ini": "INI",
-    ".cfg": "INI",
-    ".jsonl": "a list of JSON lines",
-}
-TOML_FORM = 'write TOML, one line for an option, as in lr = 1e-5 or data = "train.jsonl" (recipes/ has examples)'
-YAML_LINE = re.compile(r"^[\w-]+:(\s|$)", re.MULTILINE)
-
-
-def _toml(value):
-    """A value as it is written in a TOML file; anything but a plain one as its place only."""
-    return json.dumps(value) if isinstance(value, (str, int, float)) else "..."
-
-
-def resolved(config, without=()):
-    """The knobs that this run reads, no others; valid again as a `--config` file. `without`: names to leave out."""
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if _reads(config, f) and f.name not in without
-    }
-
-
-def usage(cls, program):
-    """The text of --help: every knob with its default."""
-    lines = [f"usage: {program} [--config file.toml] [--name value ...]", ""]
-    for f in dataclasses.fields(cls):
-        only = " or".join(
-            "".join(f" [{k}: {', '.join(map(str, v))}]" for k, v in c.items())
-            for c in f.metadata["only"]
-        )
-        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        values = [str(f.default)]
-        for other, own_defaults in f.metadata["by"].items():
-            values += [f"{other}={at}: {value}" for at, value in own_defaults.items()]
-        default = "" if f.default == "" and len(values) == 1 else f" [{', '.join(values)}]"
-        lines.append(f"  --{f.name:<20} {f.metadata['help']}{choices}{default}{only}")
-    return "\n".join(lines)
-
-
-_BOOLS = {
-    "true": True,
-    "1": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-}
-
-
-def _field(fields, name, where):
-    if name not in fields:
-        near = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
-        raise UserError(
-            f"{where} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        )
-    return fields[name]
-
-
-def _convert(field, value, where):
-    kind = field.type
-    try:
-        if kind is bool:
-            value = value if isinstance(value, bool) else _BOOLS[str(value).strip().lower()]
-        elif kind is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            value = int(float(value))
-        elif kind is float:
-            if isinstance(value, bool):
-                raise ValueError
-            value = float(value)
-            if not math.isfinite(value):
-                raise UserError(f"{where}: {value} is not a number that is finite")
-        elif not isinstance(value, str):
-            raise ValueError
-    except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{where}: {value!r} is not {_KINDS[kind]}") from None
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
-        raise UserError(f"{where}: no {value!r}; {hint}")
-    return value
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-
-
-def _holds(config, condition):
-    return not _unmet(config, condition)
-
-
-def _unmet(config, condition):
-    holds = lambda value, wanted: value > 0 if wanted == ABOVE_0 else str(value) in map(str, wanted)
-    return {k: v for k, v in condition.items() if not holds(getattr(config, k), v)}
-
-
-def _reads(config, field):
-    return any(_holds(config, condition) for condition in field.metadata["only"])
-
-
-def _unread(config, field):
-    """Why this run does not read the knob, by the condition that is nearest to holding."""
-    key, values = next(
-        iter(
-            min(
-                (_unmet(config, c) for c in field.metadata["only"]),
-                key=lambda unmet: ("mode" in unmet, len(unmet)),
-            ).items()
-        )
-    )
-    readable = [f.name for f in dataclasses.fields(config) if _reads(config, f)]
-    near = difflib.get_close_matches(field.name, readable, n=1, cutoff=0.5)
-    hint = f" (nearest that is: {near[0]})" if near else ""
-    return f"{field.name} is not read with {key}={getattr(config, key)}, only with {' or '.join(map(str, values))}{hint}"

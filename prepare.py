@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from config import Config, check
+from config import Config, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
 from data.record import PROMPT_OPTIONS, training_record
@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
 from model import parallel
 from model.flops import forward_flops
+from model.lineage import Lineage
 from model.load import (
     Checkpoint,
     describe,
@@ -81,6 +82,7 @@ class Run:
     teacher_folder: Path | None
     reference: Transformer | None
     optimizer: torch.optim.Optimizer
+    trained_on: Lineage  # what the policy is trained on: the record in its checkpoints
     counters: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
     )
@@ -89,7 +91,7 @@ class Run:
 
 def setup(cfg: Config) -> Plan:
     """Check everything that can be checked before a weight is read. Raises UserError."""
-    check(cfg)
+    validate(cfg)
     place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
     student, teacher, reference = describe_checkpoints(cfg)
     tokenizer = choose_tokenizer(cfg, student, teacher)
@@ -220,7 +222,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         ancestors.append((str(resumed), resumed))
     prompt_options = {name: getattr(cfg, name) for name in PROMPT_OPTIONS}
     record = functools.partial(training_record, cfg.data, plan.dataset, prompt_options, ancestors)
-    folder.lineage = parallel.on_rank_0(place.rank, record)
+    trained_on = parallel.on_rank_0(place.rank, record)
 
     lora = None
     if cfg.lora_rank:
@@ -261,6 +263,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         optimizer=build_optimizer(
             policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
         ),
+        trained_on=trained_on,
         cost=cost if not resume_step and place.rank == 0 else Counter(),
     )
 

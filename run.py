@@ -1,9 +1,9 @@
-"""A run's folder: found or made, locked, its checkpoints, its logs, what it was run on, and the signal that ends it early.
+"""A run's folder, its checkpoints and logs, and the signals that end it early.
 
-A checkpoint appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
+A checkpoint is complete or not there at all: it is written beside its place, flushed to the disk
+and renamed.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -16,55 +16,78 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from data.sandbox.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock, waiting_for
 from model import parallel
 from model.checkpoint import open_tensors, save_model, save_tensors
+from model.lineage import Lineage
+
+Json = dict[str, Any]  # an object in a JSON file
 
 
 class RunFolder:
-    """`runs/<name>/checkpoints/step-N/`: the model in Hugging Face form (with LoRA: merged, beside the `adapter/` that training goes on from)
-    and `trainer/` (optimizer, stream, counters)."""
+    """`runs/<name>/` with its `checkpoints/step-N/`.
 
-    def __init__(self, path, keep=2):
-        self.path, self.keep = Path(path), keep
-        self.lineage = (
-            None  # what the run's model was trained on (model/lineage.py), for its checkpoints
-        )
+    A checkpoint is the model in Hugging Face form (with LoRA: merged, beside the `adapter/` that
+    training continues from) and `trainer/` (optimizer, data stream, counters).
+    """
+
+    def __init__(self, path: str | Path, max_checkpoints: int = 2):
+        self.path, self.max_checkpoints = Path(path), max_checkpoints
         self.checkpoints = self.path / "checkpoints"
 
-    def steps(self):
-        """Steps of the whole checkpoints, oldest first."""
-        return sorted(
-            int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()
-        )
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, oldest first."""
+        numbers = (path.name[5:] for path in self.checkpoints.glob("step-*"))
+        return sorted(int(number) for number in numbers if number.isdigit())
 
-    def step_folder(self, step):
+    def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
-    def save(self, step, model, optimizer, tokenizer, stop_ids, state):
-        """Write checkpoint `step` atomically, then drop all but the newest `keep`. Raises RunFailed if the disk refuses."""
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Any,
+        stop_ids: list[int],
+        state: Json,
+        lineage: Lineage | None = None,
+    ) -> None:
+        """Write checkpoint `step`, then remove all but the newest `max_checkpoints`.
+
+        Args:
+            state: What `load` returns, as JSON.
+            lineage: What the model was trained on.
+
+        Raises:
+            RunFailed: The files could not be written.
+        """
         final, draft = self.step_folder(step), self.checkpoints / f".draft-{step}"
         if final.exists():
-            return final
+            return
         try:
             for left_over in self.checkpoints.glob(".draft-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
             (draft / "trainer").mkdir(parents=True)
             save_model(model, draft, tokenizer, stop_ids)
-            if self.lineage:
-                self.lineage.save(draft)
-            save_tensors(
-                _optimizer_tensors(model, optimizer), draft / "trainer" / "optimizer.safetensors"
-            )
+            if lineage:
+                lineage.save(draft)
+            tensors = {}
+            for name, parameter in model.named_parameters():
+                for part, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
+            save_tensors(tensors, draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
             for file in draft.rglob("*"):
                 flush(file)
@@ -72,122 +95,168 @@ class RunFolder:
             flush(self.checkpoints)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(draft, ignore_errors=True)
-            kept = f"; the newest whole one is step {self.steps()[-1]}" if self.steps() else ""
+            last = f"; the last complete one is step {self.steps()[-1]}" if self.steps() else ""
             raise RunFailed(
-                f"checkpoint {final} could not be written ({reason(e)}){kept}"
+                f"checkpoint {final} could not be written ({reason(e)}){last}"
             ) from None
-        for old in self.steps()[: -self.keep]:
+        for old in self.steps()[: -self.max_checkpoints]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)
-        return final
 
-    def load(self, step, model, optimizer):
-        """Restore the optimizer of a model built from `step_folder(step)`, or from its adapter; returns the state that was saved beside it."""
-        folder = self.step_folder(step)
-        with open_tensors(folder / "trainer" / "optimizer.safetensors") as tensors:
-            for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
-                keys = [k for k in tensors.keys() if k.partition(".")[2] == name]
-                like = {"step": torch.float32}
-                optimizer.state[p] = {
-                    (part := k.partition(".")[0]): tensors.get_tensor(k).to(
-                        p.device, like.get(part, p.dtype)
-                    )
-                    for k in keys
-                }
-        return read_json(folder / "trainer" / "state.json")
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Json:
+        """Restore the optimizer of a model with the weights of checkpoint `step`.
 
-
-def _optimizer_tensors(model, optimizer):
-    states = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {
-        f"{part}.{name}": value.detach().cpu().contiguous()
-        for name, state in states
-        for part, value in state.items()
-    }
+        Returns:
+            The state that was saved with it.
+        """
+        folder = self.step_folder(step) / "trainer"
+        parameters = dict(model.named_parameters())
+        with open_tensors(folder / "optimizer.safetensors") as tensors:
+            for key in tensors.keys():
+                part, _, name = key.partition(".")
+                parameter = parameters[name]
+                dtype = torch.float32 if part == "step" else parameter.dtype
+                value = tensors.get_tensor(key).to(parameter.device, dtype)
+                optimizer.state[parameter][part] = value
+        return read_json(folder / "state.json")
 
 
-@contextlib.contextmanager
-def open_run(runs, name, mode, resume, keep, config, rank):
-    """Yields the run's folder, made or found, the same on every rank; and the step to continue from (None: the beginning).
+# --- the folder of a run -------------------------------------------------------------------------
+@contextmanager
+def open_run(
+    runs: str | Path,
+    name: str,
+    mode: str,
+    resume: bool,
+    max_checkpoints: int,
+    config: Json,
+    rank: int,
+) -> Iterator[tuple[RunFolder, int | None]]:
+    """Find or make a run's folder, the same on every rank, locked by rank 0 inside `with`.
 
-    Rank 0 locks the folder meanwhile. config: the resolved knobs, in the folder from the start, so that a run killed at any
-    moment can be resumed. A folder in which nothing was trained yet is as good as a new one.
+    A folder in which nothing was trained yet is as good as a new one. It has the resolved options
+    from the start, so that a run which is killed at any moment can be resumed.
+
+    Yields:
+        The folder, and the step to continue from (None: the beginning).
     """
-    with contextlib.ExitStack() as held:
-        choose = functools.partial(_choose, runs, name, mode, resume, config, held)
-        folder = RunFolder(parallel.on_rank_0(rank, choose), keep)
-        saved = parallel.on_rank_0(rank, folder.steps)
-        yield folder, saved[-1] if resume and saved else None
-
-
-def _choose(runs, name, mode, resume, config, held):
-    """The path of the run, locked until `held` is closed. Raises UserError or RunFailed."""
     if name and ("/" in name or name.startswith(".")):
         raise UserError(f"--name {name} must be a plain folder name")
     stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
-    for path in (Path(runs) / n for n in names):
-        try:
-            if resume and not path.exists():
-                raise UserError(f"--resume: there is no run {path}")
-            if not resume:
-                if _begun(path):
+
+    with ExitStack() as stack:
+
+        def claim_first() -> Path:
+            for candidate in names:
+                path = Path(runs) / candidate
+                try:
+                    stack.enter_context(_claim(path, resume, len(names) > 1, config))
+                    return path
+                except FileExistsError:
                     continue
-                (path / "checkpoints").mkdir(
-                    parents=True, exist_ok=bool(name)
-                )  # a unique name: fails if another process was first
-            with contextlib.ExitStack() as taken:
-                taken.enter_context(lock(path / ".lock"))
-                if not resume:
-                    if _begun(path):  # another process had it, and is done
-                        continue
-                    replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
-                held.push(taken.pop_all())
-            return path
-        except FileExistsError:
-            continue
-        except Busy as e:
+                except Busy as e:
+                    raise UserError(
+                        f"run {path} is in use by {e}; wait for its end or choose another --name"
+                    ) from None
+                except OSError as e:
+                    raise UserError(
+                        f"--runs {runs}: {path} cannot be made or opened ({reason(e)})"
+                    ) from None
+            taken = Path(runs) / names[-1]
             raise UserError(
-                f"run {path} is in use by {e}; wait for its end or choose another --name"
-            ) from None
-        except OSError as e:
-            raise UserError(
-                f"--runs {runs}: {path} cannot be made or opened ({reason(e)})"
-            ) from None
-    raise UserError(f"run {path} exists; continue it with --resume or choose another --name")
+                f"run {taken} exists; continue it with --resume or choose another --name"
+            )
+
+        folder = RunFolder(parallel.on_rank_0(rank, claim_first), max_checkpoints)
+        saved = parallel.on_rank_0(rank, folder.steps)
+        yield folder, saved[-1] if resume and saved else None
 
 
-def _begun(path):
-    """Whether a folder holds more than what a run has before it trains."""
+@contextmanager
+def _claim(path: Path, resume: bool, unique: bool, config: Json) -> Iterator[None]:
+    """Lock a run's folder inside `with`, and make it unless it is resumed.
+
+    unique: the name was made up, so that a folder which is there is another run's.
+    Raises FileExistsError if another run has it, Busy if one is using it.
+    """
+    if not resume:
+        if _has_output(path):
+            raise FileExistsError
+        (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
+    with lock(path / ".lock"):
+        if not resume:
+            if _has_output(path):  # of a process that had the lock meanwhile
+                raise FileExistsError
+            replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+        yield
+
+
+def _has_output(path: Path) -> bool:
+    """Return whether a folder holds more than what a run has before it trains."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
-    found = {name for name in found if not name.startswith(".lock")}
-    return bool(found - {"config.json", "config.json.draft", "checkpoints"})
+    found -= {"config.json", "config.json.draft", "checkpoints"}
+    return not all(name.startswith(".lock") for name in found)
 
 
-def stored_config(runs, name):
-    """The config.json of the run that is to be resumed. Raises UserError."""
+def stored_config(runs: str, name: str) -> Json:
+    """Read the config.json of a run that is to be resumed. Raises UserError."""
     path = Path(runs) / name
     if not path.exists():
         raise UserError(f"--resume: there is no run {path}")
     if not (path / "config.json").is_file():
         raise UserError(
-            f"--resume: {path} has no config.json to go on with; if nothing was trained there, begin again without --resume"
+            f"--resume: {path} has no config.json to go on with; if nothing was trained there, "
+            "begin again without --resume"
         )
-    return read_json(path / "config.json") | {"runs": str(runs)}  # it may have been moved
+    return read_json(path / "config.json") | {"runs": runs}  # it may have been moved
 
 
-# Told to stop: by a user or a cluster (TERM), by a terminal that closes (HUP), by a scheduler before the time is up (Slurm's
-# --signal sends USR1 or USR2 by habit, a processor limit XCPU).
+@contextmanager
+def only_one(path: Path, rank: int, what: str) -> Iterator[None]:
+    """Hold a lock file on rank 0 inside `with`; other processes, and the other ranks, wait.
+
+    what: what they wait for, for the terminal. Raises UserError if the file cannot be made.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"{path} cannot be made ({reason(e)})") from None
+            stack.enter_context(waiting_for(path, what))
+
+        parallel.on_rank_0(rank, take)
+        yield
+
+
+def run_of(checkpoint: str | Path) -> Path | None:
+    """Return the run that saved <run>/checkpoints/step-N, or the adapter in it; otherwise None."""
+    path = Path(checkpoint).resolve()
+    if path.name == "adapter":
+        path = path.parent
+    if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name):
+        return path.parents[1]
+    return None
+
+
+# --- signals -------------------------------------------------------------------------------------
+# Sent by a user or a cluster (TERM), a closing terminal (HUP), a scheduler before the time is up
+# (Slurm's --signal sends USR1 or USR2 by habit, a processor limit XCPU).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
-@contextlib.contextmanager
-def handled(handler, signals=STOP_SIGNALS):
-    """Inside `with`, `handler` gets these signals; but for those that are ignored (HUP under nohup) or handled by no Python code.
-    Only the main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) the signals do what they did."""
+@contextmanager
+def handled(handler: Callable[..., Any]) -> Iterator[None]:
+    """Let `handler` get the STOP_SIGNALS inside `with`.
+
+    Signals that are ignored (HUP under nohup) or handled outside Python stay as they are. Only the
+    main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) nothing changes.
+    """
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in signals:
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     before[number] = signal.signal(number, handler)
         yield
@@ -197,231 +266,185 @@ def handled(handler, signals=STOP_SIGNALS):
 
 
 class StopSignal:
-    """Inside `with`, a signal to stop is only noted: the loop acts upon it between steps, saves and leaves."""
+    """Notes a signal to stop inside `with`; the loop saves and leaves between two steps."""
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         self.received = ""  # the signal's name
-        self.handlers = contextlib.ExitStack()
-        self.handlers.enter_context(handled(self))
+        self.handlers = handled(self)
+        self.handlers.__enter__()
         return self
 
-    def __call__(self, number, frame=None):
+    def __call__(self, number: int, frame: Any = None) -> None:
         self.received = signal.Signals(number).name
 
-    def __exit__(self, *_):
-        self.handlers.close()
+    def __exit__(self, *exception: Any) -> None:
+        self.handlers.__exit__(*exception)
 
 
-def die_with_parent() -> None:
-    """Run in a child process (`preexec_fn`): a killed parent takes it along."""
-    prctl(PR_PDEATHSIG, signal.SIGKILL)
-
-
-def interrupt(number, frame=None):
-    """A handler that ends a command as Ctrl-C does: its `finally` clauses run, and `as_command` says how to go on."""
+def interrupt(number: int, frame: Any = None) -> None:
+    """Handle a signal as Ctrl-C: `finally` clauses run, and `as_command` says how to go on."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-@contextlib.contextmanager
-def only_one(path, rank, what):
-    """Rank 0 holds a lock file that other processes wait for, its own other ranks with it. what: the thing that they wait for, in a
-    line on the terminal. Raises UserError on every rank if the file cannot be made."""
-    with contextlib.ExitStack() as held:
+# --- logs ----------------------------------------------------------------------------------------
+class RunLogger:
+    """Writes metrics.jsonl, samples.jsonl, Weights & Biases and the terminal, on rank 0 only.
 
-        def take():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UserError(f"{path} cannot be made ({reason(e)})") from None
-            held.enter_context(waiting_for(path, what))
+    config: the resolved options. resume_step: lines of later steps are removed; None: all lines.
+    error: the RunFailed of the first line that could not be written, on rank 0, or None: the
+    loop raises it on all ranks at its next step.
+    """
 
-        parallel.on_rank_0(rank, take)
-        yield
+    def __init__(self, folder: Path, config: Json, resume_step: int | None, rank: int):
+        self.folder, self.rank = folder, rank
+        self.wandb: Any = None
+        self.error: RunFailed | None = None
+        parallel.on_rank_0(rank, functools.partial(self._open, config, resume_step))
 
-
-class Log:
-    """Written on rank 0 only. config: the resolved knobs, kept as config.json. resume_step: later lines are cut off (None: all).
-    error: the RunFailed of the first line that could not be written, on rank 0, or None: the loop tells all ranks of it at its next step."""
-
-    def __init__(self, folder, config, resume_step, rank):
-        self.folder, self.rank, self.wandb, self.error = folder, rank, None, None
-        parallel.on_rank_0(rank, functools.partial(self._open, folder, config, resume_step))
-
-    def _open(self, folder, config, resume_step):
+    def _open(self, config: Json, resume_step: int | None) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_back(folder / name, -1 if resume_step is None else resume_step)
-        replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        replace_file(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            cut_back(self.folder / name, -1 if resume_step is None else resume_step)
+        for name, value in (("config.json", config), ("environment.json", environment())):
+            replace_file(self.folder / name, json.dumps(value, indent=2) + "\n")
         if config["wandb"] != "off":
-            import wandb
+            self._start_wandb(config)
 
-            id_file = folder / "wandb_id"
-            run_id = (
-                id_file.read_text()
-                if id_file.exists()
-                else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    def _start_wandb(self, config: Json) -> None:
+        import wandb
+
+        id_file = self.folder / "wandb_id"
+        run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        if id_file.exists():
+            run_id = id_file.read_text()
+        replace_file(id_file, run_id)
+        try:
+            self.wandb = wandb.init(
+                project=config["wandb_project"],
+                name=self.folder.name,
+                id=run_id,
+                resume="allow",
+                mode=config["wandb"],
+                dir=str(self.folder),
+                config=config,
             )
-            replace_file(id_file, run_id)
-            try:
-                self.wandb = wandb.init(
-                    project=config["wandb_project"],
-                    name=folder.name,
-                    id=run_id,
-                    resume="allow",
-                    mode=config["wandb"],
-                    dir=str(folder),
-                    config=config,
-                )
-            except Exception as e:  # not logged in, no network: wandb raises many kinds
-                raise RunFailed(
-                    f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
-                ) from None
+        except Exception as e:  # not logged in, no network: wandb raises many kinds
+            raise RunFailed(
+                f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
+            ) from None
 
-    def metrics(self, step, values):
+    def metrics(self, step: int, values: Json) -> None:
         if self.rank:
             return
         self._append("metrics.jsonl", json.dumps({"step": step} | values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
-    def samples(self, step, samples):
-        lines = "".join(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
-        if not self.rank and lines:
-            self._append("samples.jsonl", lines)
+    def samples(self, step: int, samples: Sequence[Json]) -> None:
+        lines = [json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples]
+        if lines and not self.rank:
+            self._append("samples.jsonl", "".join(lines))
 
-    def _append(self, name, text):
+    def _append(self, name: str, text: str) -> None:
         try:
-            append(self.folder / name, text)
-        except RunFailed as e:
-            self.error = self.error or e
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as e:
+            error = RunFailed(f"{self.folder / name} could not be written ({e.strerror})")
+            self.error = self.error or error
 
-    def evaluation(self, step, steps, metrics, samples):
+    def evaluation(
+        self, step: int, steps: int, metrics: dict[str, float], samples: Sequence[Json]
+    ) -> None:
+        """Log an evaluation after `step` of `steps`."""
         self.metrics(step, metrics)
         self.samples(step, samples)
-        self.say(
-            f"step {step}/{steps}  "
-            + "  ".join(
-                f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2
-            )
-        )
+        shown = [f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2]
+        self.say("  ".join([f"step {step}/{steps}", *shown]))
 
-    def say(self, text):
+    def progress(self, step: int, steps: int, values: Json, seconds_left: float) -> None:
+        """Print a progress line from the metrics of `step`."""
+        parts = [
+            f"step {step:>{len(str(steps))}}/{steps}",
+            f"loss {values.get('train/loss', float('nan')):.4f}",
+            f"|g| {values['train/grad_norm']:.2f}",
+        ]
+        if "rollout/reward" in values:
+            parts.append(f"reward {values['rollout/reward']:.3f}")
+        parts.append(f"lr {values['train/lr']:.1e}")
+        parts.append(f"{values['train/tokens_per_second']:,.0f} tok/s")
+        if "train/mfu" in values:
+            parts.append(f"mfu {values['train/mfu']:.1%}")
+        if values["train/skipped"]:
+            parts.append(f"skipped {values['train/skipped']}")
+        if values["train/no_gradient"]:
+            parts.append(f"no gradient {values['train/no_gradient']}")
+        self.say("  ".join([*parts, f"{duration(seconds_left)} left"]))
+
+    def say(self, text: str) -> None:
         if not self.rank:
             say(text)
 
-    def progress(self, step, steps, values, left):
-        shown = {"loss": float("nan")} | {k.removeprefix("train/"): v for k, v in values.items()}
-        parts = [
-            f"step {step:>{len(str(steps))}}/{steps}",
-            f"loss {shown['loss']:.4f}",
-            f"|g| {shown['grad_norm']:.2f}",
-        ]
-        parts += [f"reward {shown['rollout/reward']:.3f}"] if "rollout/reward" in shown else []
-        parts += [f"lr {shown['lr']:.1e}", f"{shown['tokens_per_second']:,.0f} tok/s"]
-        parts += [f"mfu {shown['mfu']:.1%}"] if "mfu" in shown else []
-        parts += [f"skipped {shown['skipped']}"] if shown["skipped"] else []
-        parts += [f"no gradient {shown['no_gradient']}"] if shown["no_gradient"] else []
-        self.say("  ".join([*parts, f"{duration(left)} left"]))
-
-    def close(self):
+    def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
 
 
-def duration(seconds):
-    """As in 0m32s, 59m59s, 2h00m00s. Rounded first: 59.7 seconds are a minute."""
+def duration(seconds: float) -> str:
+    """Format seconds as 0m32s, 59m59s or 2h00m00s, rounded first: 59.7 seconds are a minute."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
-def append(path, text):
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
-
-
-def cut_back(path, step):
-    """Drop the lines of later steps, and a line that was cut off while written."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").split(
-            "\n"
-        ):  # texts hold other line separators raw
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
+def cut_back(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and a line that was cut off while it was written."""
+    if not path.exists():
+        return
+    kept = []
+    # texts hold the other line separators of str.splitlines
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            if json.loads(line)["step"] > step:
                 break
-            kept.append(line + "\n")
-        replace_file(path, "".join(kept))
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    replace_file(path, "".join(kept))
 
 
-def environment():
-    """Versions, git commit, device and command of this process."""
-    import torch
-
-    from model import parallel
-
-    def git(*args):
-        try:
-            result = subprocess.run(
-                ["git", *args],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except OSError:  # no git on this machine
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    def installed(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    changes = git("status", "--porcelain")
-    return {
-        "command": sys.argv,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "ranks": parallel.place().world,
-        "python": platform.python_version(),
-        "packages": {
-            p: installed(p)
-            for p in (
-                "torch",
-                "triton",
-                "safetensors",
-                "tokenizers",
-                "numpy",
-                "math-verify",
-                "wandb",
-            )
-        },
-    }
-
-
-def read_metrics(run):
-    """metrics.jsonl as a list of dicts; [] if there is none."""
+def read_metrics(run: str | Path) -> list[Json]:
+    """Read a run's metrics.jsonl; [] if there is none."""
     path = Path(run) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_of(checkpoint):
-    """The folder of the run that saved this checkpoint, <run>/checkpoints/step-N, or the adapter in it; None for any other folder."""
-    path = Path(checkpoint).resolve()
-    path = path.parent if path.name == "adapter" else path
-    return (
-        path.parents[1]
-        if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
-        else None
-    )
+PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")
+
+
+def environment() -> Json:
+    """Return versions, git commit, device and command of this process."""
+    packages: Json = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    changes = _git("status", "--porcelain")
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "command": sys.argv,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "ranks": parallel.place().world,
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says about the folder of this file, or None."""
+    command = ["git", "-C", Path(__file__).parent, *arguments]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -19,13 +19,14 @@ from typing import Any
 
 import options
 from config import Config
+from data.sandbox.confine import PR_PDEATHSIG, prctl
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny
 from errors import RunFailed, UserError, say
 from files import reason
 from locks import waiting_for
 from model import parallel
-from run import RunFolder, StopSignal, die_with_parent
+from run import RunFolder, StopSignal
 
 ROOT = Path(__file__).resolve().parent
 
@@ -120,6 +121,11 @@ def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> None:
                     passed_on = True
     if code and not stop.received:
         raise RunFailed(f"{' '.join(command[1:])} ended with exit code {code}")
+
+
+def die_with_parent() -> None:
+    """Called in the child before it starts: a parent that is killed takes it along."""
+    prctl(PR_PDEATHSIG, signal.SIGKILL)
 
 
 def finished_run(runs: str, cfg: Config) -> Path | None:

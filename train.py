@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 import options
-from config import Config, kept, needs_old_logp
+from config import Config, needs_old_logp
 from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
@@ -31,7 +31,7 @@ from model.transformer import Transformer
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
-from run import Log, StopSignal, open_run, stored_config
+from run import RunLogger, StopSignal, open_run, stored_config
 from toy_models import TEACHER, toy_tokenizer  # noqa: F401 (tests, until they are merged)
 from validation import Validation
 
@@ -115,7 +115,7 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
         tis_cap=cfg.grpo_tis_cap,
         tis_by_sequence=variant.sequence_ratio,
         dynamic_sampling_rounds=cfg.grpo_dynamic_sampling_rounds,
-        mask_truncated=cfg.grpo_truncated == "mask",
+        mask_truncated=cfg.grpo_mask_truncated,
         minibatches=cfg.grpo_minibatches_per_rollout,
         ppo_epochs=cfg.grpo_ppo_epochs,
         logged_samples=cfg.sample_log,
@@ -199,7 +199,7 @@ def forward_backward(
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
     settings = options.resolved(cfg, without=("name", "resume"))
-    log = Log(run.folder.path, settings, run.resume_step, run.rank)
+    log = RunLogger(run.folder.path, settings, run.resume_step, run.rank)
     describe_run(cfg, run, log)
     validation = Validation(
         run.dataset,
@@ -284,7 +284,14 @@ def save(run: Run, source: Source, step: int) -> None:
     """Checkpoint `step`: the model in Hugging Face form and the trainer's state."""
     state = {"source": parallel.gather(source.state()), "counters": run.counters}
     write = functools.partial(
-        run.folder.save, step, run.policy, run.optimizer, run.tokenizer, run.stop_ids, state
+        run.folder.save,
+        step,
+        run.policy,
+        run.optimizer,
+        run.tokenizer,
+        run.stop_ids,
+        state,
+        run.trained_on,
     )
     parallel.on_rank_0(run.rank, write)
 
@@ -338,7 +345,7 @@ def step_metrics(
     return values
 
 
-def describe_run(cfg: Config, run: Run, log: Log) -> None:
+def describe_run(cfg: Config, run: Run, log: RunLogger) -> None:
     """The first line of a run's output: what is trained, on what, where."""
     sizes = {True: 0, False: 0}
     for parameter in run.policy.parameters():
@@ -356,7 +363,7 @@ def describe_run(cfg: Config, run: Run, log: Log) -> None:
         )
 
 
-def finish(cfg: Config, run: Run, log: Log, step: int, stopped_by: str) -> None:
+def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) -> None:
     """Say how a run ended after `step`, with its table and curves unless a signal stopped it.
 
     Raises RunFailed if something of the run could not be written.
@@ -407,15 +414,11 @@ def launch(cfg: Config) -> None:
 
 def main(argv: list[str]) -> int:
     """The command `train.py` with these arguments. Returns its exit code."""
-    if "--help" in argv or "-h" in argv:
-        print(options.usage(Config, "train.py"))
-        return 0
 
     def run() -> None:
-        cfg, _ = options.parse(Config, argv, together=False)  # to learn which run it is
+        cfg = options.parse(Config, argv, conditions=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
-        cfg, _ = options.parse(Config, argv, stored, kept(stored))
-        launch(cfg)
+        launch(options.parse(Config, argv, stored))
 
     return as_command("train.py", run, "interrupted")
 

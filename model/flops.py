@@ -1,10 +1,12 @@
-"""How many floating-point operations generation and training take, and the peaks of known GPUs."""
+"""Floating-point operations (FLOPs) of generation and training, and the peaks of known GPUs."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
-# Dense bf16 FLOP/s summed in fp32, from NVIDIA's data sheets and architecture papers (half of what they
-# state with sparsity), by the device's whole name without "NVIDIA ": cards of one chip differ by a factor
-# of two (H100 SXM and PCIe, A10 and A10G, desktop and laptop). What is not listed has no known peak.
+# Dense bf16 FLOP/s with fp32 sums, from NVIDIA's data sheets and architecture papers (half of what
+# they state with sparsity), by the device's complete name without "NVIDIA ": cards of one chip
+# differ by a factor of two (H100 SXM and PCIe, A10 and A10G, desktop and laptop).
 PEAK_FLOPS = {
     "H100 80GB HBM3": 989e12,
     "H100 PCIe": 756e12,
@@ -42,36 +44,57 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(name):
-    """Dense bf16 FLOP/s of the GPU of exactly this name, or None."""
+def peak_flops(name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of the GPU of exactly this name, or None if it is not known."""
     return PEAK_FLOPS.get(name.removeprefix("NVIDIA "))
 
 
-def forward_flops(model, lengths, rows, vocab):
-    """FLOPs of a forward pass over documents of these lengths, the head on `rows` of their tokens only."""
-    context = sum(n * n for n in lengths) / max(1, 2 * sum(lengths))
-    return (
-        sum(lengths) * model.flops_per_token(context) + 2 * rows * model.config.hidden_size * vocab
-    )
+def head_flops(model: Any, rows: int, vocab: int) -> int:
+    """Return the FLOPs of the head on `rows` hidden rows."""
+    return 2 * rows * model.config.hidden_size * vocab
 
 
-def generation_flops(model, prompts, new, vocab):
-    """FLOPs of writing new[i] tokens behind prompts[i]: the last one is never read, and a prompt like the one before it shares that one's cache."""
-    shared = [len(p) - 1 for before, p in itertools.pairwise(prompts) if p == before]
+def forward_flops(model: Any, lengths: Sequence[int], rows: int, vocab: int) -> float:
+    """Return the FLOPs of a forward pass.
+
+    Args:
+        lengths: Tokens of each document.
+        rows: Tokens on which the head runs.
+        vocab: Head rows that are used.
+    """
+    tokens = sum(lengths)
+    mean_context = sum(n * n for n in lengths) / max(1, 2 * tokens)
+    return tokens * model.flops_per_token(mean_context) + head_flops(model, rows, vocab)
+
+
+def generation_flops(
+    model: Any, prompts: Sequence[Sequence[int]], new: Sequence[int], vocab: int
+) -> float:
+    """Return the FLOPs of generating new[i] tokens after the token ids prompts[i].
+
+    The last token is never read, and a prompt that equals the one before it shares its cache.
+    """
     read = [len(p) + n - 1 for p, n in zip(prompts, new, strict=True)]
+    shared = [len(p) - 1 for before, p in itertools.pairwise(prompts) if p == before]
     return forward_flops(model, read, sum(new), vocab) - forward_flops(model, shared, 0, vocab)
 
 
-def step_flops(batch, model, teacher, vocab, head_passes=0):
-    """FLOPs of one step's share: body over all tokens, head over the loss rows only, backward twice the forward but for the gradients of
-    frozen matrices. head_passes: how often the head runs over the loss rows before, without gradients (GSPO's sequence ratios: once)."""
-    tokens, rows = sum(batch.lengths), batch.loss_rows
-    forward = lambda m: forward_flops(m, batch.lengths, rows, vocab)
-    spared = (
-        2
-        * tokens
-        * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad)
-    )
-    head = 2 * rows * model.config.hidden_size * vocab
-    spared += 0 if model.head_VD.requires_grad else head
-    return 3 * forward(model) + head_passes * head - spared + (forward(teacher) if teacher else 0)
+def step_flops(batch: Any, model: Any, teacher: Any, vocab: int, head_passes: int = 0) -> float:
+    """Return the FLOPs of this rank's part of an optimizer step.
+
+    The body runs over all tokens, the head over the loss rows only. The backward pass takes twice
+    the forward, less the gradients of frozen matrices.
+
+    Args:
+        teacher: A model that runs forward only, or None.
+        head_passes: How often the head runs over the loss rows before, without gradients (GSPO's
+            sequence ratios: once).
+    """
+    rows = batch.loss_rows
+    head = head_flops(model, rows, vocab)
+    frozen = [p for p in model.layers.parameters() if p.dim() == 2 and not p.requires_grad]
+    spared = 2 * sum(batch.lengths) * sum(p.numel() for p in frozen)
+    if not model.head_VD.requires_grad:
+        spared += head
+    flops = 3 * forward_flops(model, batch.lengths, rows, vocab) + head_passes * head - spared
+    return flops + (forward_flops(teacher, batch.lengths, rows, vocab) if teacher else 0)

@@ -2,32 +2,36 @@
 
 import dataclasses
 import json
+import typing
 
 import pytest
 
 import options
 import train
-from config import kept
 from errors import UserError
-from options import knob
+from options import option
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    mode: str = knob("kd", "", choices=("sft", "kd"))
-    lr: float = knob(1e-3, "")
-    steps: int = knob(10, "")
-    compile: bool = knob(False, "")
-    data: str = knob("x", "")
-    kd_temperature: float = knob(1.0, "", only={"mode": ("kd",)})
-    kd_divergence: str = knob("jsd", "", only={"mode": ("kd",)}, choices=("jsd", "forward_kl"))
-    kd_beta: float = knob(0.5, "", only={"mode": ("kd",), "kd_divergence": ("jsd",)})
-    batch: int = knob(1, "", by={"mode": {"sft": 2}, "kd_divergence": {"forward_kl": 3}})
-    micro: int = knob(1, "", by={"batch": {3: 4}})
+    mode: typing.Literal["sft", "kd"] = option("kd", "")
+    lr: float = option(1e-3, "")
+    steps: int = option(10, "")
+    compile: bool = option(False, "")
+    data: str = option("x", "", fixed=True)
+    kd_temperature: float = option(1.0, "", read_when={"mode": ("kd",)})
+    kd_divergence: str = option(
+        "jsd", "", read_when={"mode": ("kd",)}, choices=("jsd", "forward_kl")
+    )
+    kd_beta: float = option(0.5, "", read_when={"mode": ("kd",), "kd_divergence": ("jsd",)})
+    batch: int = option(
+        1, "", default_when={"mode": {"sft": 2}, "kd_divergence": {"forward_kl": 3}}
+    )
+    micro: int = option(1, "", default_when={"batch": {3: 4}})
 
 
 def parse(*argv, base=None):
-    return options.parse(Example, argv, base)[0]
+    return options.parse(Example, argv, base)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_spellings(argv, name, value):
         (["--steps", "1.5"], ["steps", "1.5", "whole"]),
         (["--compile=maybe"], ["compile", "maybe"]),
         (["--mode=kdd"], ["mode", "kdd", "did you mean kd"]),
-        (["--lr"], ["lr", "needs a value"]),
+        (["--lr"], ["lr", "expected one argument"]),
         (["lr=1"], ["lr=1"]),
         (["--mode=sft", "--kd_temperature=2"], ["kd_temperature", "mode=sft"]),
         (
@@ -146,8 +150,9 @@ def test_files_of_another_form_are_one_line_that_leads_on(name, content, words, 
 )
 def test_a_toml_file_without_a_line_sets_nothing(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    cfg, given = options.parse(Example, ["--config", str(tmp_path / name), "--lr=2"])
-    assert cfg == Example(lr=2.0) and given == {"lr"}
+    argv = ["--config", str(tmp_path / name), "--lr=2"]
+    assert options.parse(Example, argv) == Example(lr=2.0)
+    assert options.read_layers(Example, argv) == [{}, {"lr": 2.0}]
 
 
 def test_a_folder_as_a_file_names_the_file_in_it(tmp_path):
@@ -175,19 +180,15 @@ def test_a_json_file_that_is_no_object_is_one_line_that_names_it(tmp_path):
         parse("--config", str(path))
 
 
-def test_a_resumed_run_is_judged_by_its_own_knobs_and_keeps_some():
+def test_a_resumed_run_is_checked_with_its_own_options_and_keeps_some():
     base = {"kd_divergence": "forward_kl", "steps": 5, "data": "x"}
-    assert (
-        options.parse(Example, ["--kd_divergence=forward_kl", "--kd_beta=0.3"], together=False)[
-            0
-        ].kd_beta
-        == 0.3
-    )
+    argv = ["--kd_divergence=forward_kl", "--kd_beta=0.3"]
+    assert options.parse(Example, argv, conditions=False).kd_beta == 0.3
     with pytest.raises(UserError, match="kd_beta is not read"):
         parse("--kd_beta=0.3", base=base)
-    assert options.parse(Example, ["--steps=6", "--data=x"], base, kept=["data"])[0].steps == 6
-    with pytest.raises(UserError, match="--steps 6: the run was begun with 5"):
-        options.parse(Example, ["--steps=6"], base, kept=["data", "steps"])
+    assert parse("--steps=6", "--data=x", base=base).steps == 6
+    with pytest.raises(UserError, match="--data y: the run was begun with 'x'"):
+        parse("--data=y", base=base)
 
 
 def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
@@ -200,8 +201,8 @@ def test_resolved_holds_what_is_read_and_is_valid_again(tmp_path):
     assert parse("--config", str(path)) == got
 
 
-def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_path):
-    """default < the default that goes with another knob's value < stored < file < command line."""
+def test_a_default_follows_other_options_and_is_overridden_by_what_is_given(tmp_path, capsys):
+    """default < default that goes with another option < stored < file < command line."""
     chosen, by_mode = ["--kd_divergence=forward_kl"], parse("--mode=sft")
     by_both = parse("--mode=sft", base={"kd_divergence": "forward_kl"})
     assert (parse().batch, by_mode.batch, parse(*chosen).batch, by_both.batch) == (1, 2, 3, 3)
@@ -222,20 +223,23 @@ def test_a_default_follows_other_knobs_and_is_overridden_by_what_is_given(tmp_pa
         and parse("--config", str(file), "--kd_divergence=jsd").batch == 1
     )
     assert options.resolved(parse(*chosen))["batch"] == 3
-    line = next(line for line in options.usage(Example, "x").splitlines() if "--batch" in line)
-    assert "[1, mode=sft: 2, kd_divergence=forward_kl: 3]" in line
+    with pytest.raises(SystemExit):
+        parse("--help")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "--batch" in line)
+    assert "[default 1; 2 with --mode sft; 3 with --kd_divergence forward_kl]" in line
     assert Example(kd_divergence="forward_kl").batch == 1, (
         "a config that is built directly holds the plain defaults"
     )
 
 
-def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
+def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
     seen = {}
     for f in dataclasses.fields(train.Config):
-        for other, own_defaults in f.metadata["by"].items():
+        for other, own_defaults in f.metadata["rules"].default_when.items():
             assert other in seen, f"{f.name} looks at {other}, which is declared later"
-            assert set(own_defaults) <= set(seen[other].metadata["choices"])
-            assert all(type(value) is f.type for value in own_defaults.values())
+            choices = typing.get_args(seen[other].type) or seen[other].metadata["rules"].choices
+            assert set(own_defaults) <= set(choices)
+            assert all(type(value) is type(f.default) for value in own_defaults.values())
         seen[f.name] = f
 
 
@@ -251,10 +255,9 @@ def test_defaults_look_at_knobs_before_them_and_at_values_that_there_are():
 )
 def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
     def settings(*more, base=None):
-        cfg = options.parse(
-            train.Config, ["--mode=grpo", f"--grpo_variant={variant}", *more], base
-        )[0]
-        train.check(cfg)
+        argv = ["--mode=grpo", f"--grpo_variant={variant}", *more]
+        cfg = options.parse(train.Config, argv, base)
+        train.validate(cfg)
         return cfg.grpo_advantage, cfg.grpo_clip_low, cfg.grpo_clip_high
 
     assert settings() == (baseline, low, high)
@@ -271,11 +274,10 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
 
 
 def test_the_kls_estimate_goes_with_its_place():
-    kl = lambda *args: (
-        options.parse(train.Config, ["--mode=grpo", "--grpo_kl_coef=0.1", *args])[
-            0
-        ].grpo_kl_estimator
-    )
+    def kl(*args):
+        argv = ["--mode=grpo", "--grpo_kl_coef=0.1", *args]
+        return options.parse(train.Config, argv).grpo_kl_estimator
+
     assert (
         kl(),
         kl("--grpo_kl_in=loss"),
@@ -291,16 +293,16 @@ def reuse(request, tmp_path):
 
     def parsed(values, *args):
         if request.param == "stored":
-            return options.parse(train.Config, list(args), values, kept(values))[0]
+            return options.parse(train.Config, list(args), values)
         path = tmp_path / "config.json"
         path.write_text(json.dumps(values))
-        return options.parse(train.Config, ["--config", str(path), *args])[0]
+        return options.parse(train.Config, ["--config", str(path), *args])
 
     return parsed
 
 
 def stored_by(*args):
-    return options.resolved(options.parse(train.Config, list(args))[0], without=("name", "resume"))
+    return options.resolved(options.parse(train.Config, list(args)), without=("name", "resume"))
 
 
 @pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo"])
@@ -336,7 +338,7 @@ def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, ne
     assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
 
 
-def test_other_knobs_with_defaults_of_their_own_go_along_too(reuse):
+def test_other_options_with_defaults_of_their_own_go_along_too(reuse):
     run = stored_by("--mode=grpo", "--grpo_kl_coef=0.1")
     assert (
         run["grpo_kl_estimator"] == "k3"
@@ -354,13 +356,13 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
         )
     )
     sft = ["--config", str(path)]
-    # weighting is one of sft's knobs that grpo does not read: refused as ever
+    # weighting is one of sft's options that grpo does not read: refused as ever
     with pytest.raises(UserError, match="weighting is not read with mode=grpo"):
         options.parse(train.Config, [*sft, "--mode=grpo"])
-    got = options.parse(train.Config, [*sft, "--mode=grpo"], together=False)[0]
+    got = options.parse(train.Config, [*sft, "--mode=grpo"], conditions=False)
     assert (got.steps, got.batch_size, got.lr, got.schedule) == (200, 128, 3e-4, "linear")
     assert (got.warmup, got.weight_decay, got.data) == (7, 0.1, "mine.jsonl")
-    assert options.parse(train.Config, [*sft, "--mode=kd"])[0].lr == 5e-3
+    assert options.parse(train.Config, [*sft, "--mode=kd"]).lr == 5e-3
 
 
 def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
@@ -374,17 +376,17 @@ def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
     assert (got.batch, got.micro) == (3, 4), "what the later file says itself counts"
     one.write_text(json.dumps({"batch": 1}))
     assert parse(f"--config={one}", "--kd_divergence=forward_kl").batch == 1, (
-        "a file that says nothing of the other knob chose its value"
+        "a file that says nothing of the other option chose its value"
     )
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-def test_no_knob_takes_what_is_not_finite(value, tmp_path):
+def test_no_option_takes_what_is_not_finite(value, tmp_path):
     floats = [f.name for f in dataclasses.fields(train.Config) if f.type is float]
     assert "lr" in floats and "grpo_tis_cap" in floats and len(floats) > 15
     for name in floats:
         with pytest.raises(UserError, match=f"--{name}: .* is not a number that is finite"):
-            options.parse(train.Config, [f"--{name}={value}"], together=False)
+            options.parse(train.Config, [f"--{name}={value}"], conditions=False)
     (tmp_path / "c.toml").write_text(f"lr = {'inf' if '9' in value else value}\n")
     (tmp_path / "c.json").write_text('{"lr": -Infinity}')
     for name in ("c.toml", "c.json"):

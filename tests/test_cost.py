@@ -1,4 +1,4 @@
-"""What a run says it has cost, against the products that PyTorch itself counts while the run goes."""
+"""What a run says it has cost, against the products that PyTorch counts while it goes."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from model.checkpoint import build_model
 from model.flops import forward_flops, generation_flops, peak_flops
 from model.generate import generate
 from model.transformer import PRESETS, Transformer
-from run import Log, duration, read_metrics
+from run import RunLogger, duration, read_metrics
 
 SMALL = [
     "--device=cpu",
@@ -44,7 +44,9 @@ REUSED = [
     "--teacher=tiny-teacher",
 ]
 
-CASES = {  # knobs, generations, tokens that the teacher reads for each that is trained on, and those that it writes for each that is sampled
+# options, calls of `generate`, tokens that the teacher reads for each that is trained on, and those
+# that it generates for each that is sampled
+CASES = {
     "sft": (["--mode=sft"], 0, 0, 0),
     "kd": (["--mode=kd", "--teacher=tiny-teacher", "--kd_ce=0.5"], 0, 1, 0),
     "kd on the student's text or the data": (
@@ -83,16 +85,18 @@ CASES = {  # knobs, generations, tokens that the teacher reads for each that is 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+        "def letters(example, completion):\n"
+        "    return completion.count('e') + 0.01 * len(completion)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "draw_curves", lambda folder: None)
 
 
-@pytest.mark.parametrize("knobs,generations,read,written", CASES.values(), ids=CASES)
-def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, here, monkeypatch):
-    """Without attention (below) the products are exactly those that PyTorch sees, from the first batch to the last update. Only under LoRA
-    is one spared that is counted: nothing needs the gradient of the first layer's input."""
+@pytest.mark.parametrize("args,generations,read,written", CASES.values(), ids=CASES)
+def test_a_run_counts_its_tokens_and_flops(args, generations, read, written, here, monkeypatch):
+    """Without attention (below) the products are exactly those that PyTorch sees, from the first
+    batch to the last update. Only under LoRA is one counted that is not computed: nothing needs the
+    gradient of the first layer's input."""
     flops_per_token, done = Transformer.flops_per_token, []
     monkeypatch.setattr(
         Transformer, "flops_per_token", lambda model, context: flops_per_token(model, 0)
@@ -102,7 +106,7 @@ def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, he
         lambda *args, **more: done.append(generate(*args, **more)) or done[-1],
     )
     with FlopCounterMode(display=False) as counted:
-        assert train.main([*SMALL, *knobs]) == 0
+        assert train.main([*SMALL, *args]) == 0
     lines = read_metrics(Path("r"))
     last = lines[-1]
     sampled = sum(len(c.tokens) for completions in done for c in completions)
@@ -112,7 +116,7 @@ def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, he
         and (sampled > 0) == (generations > 0)
     )
     assert last["train/teacher_tokens"] == read * last["train/tokens"] + written * sampled
-    lora = "--lora_rank=4" in knobs
+    lora = "--lora_rank=4" in args
     assert last["train/flops"] == pytest.approx(
         counted.get_total_flops(), rel=0.02 if lora else 1e-9
     )
@@ -122,7 +126,8 @@ def test_a_run_counts_its_tokens_and_flops(knobs, generations, read, written, he
 
 
 def test_attention_is_counted(monkeypatch):
-    """A token attends to itself and all before it; the formula takes half of n for the mean of 1 … n, which is 1/n less."""
+    """A token attends to itself and all before it; the formula takes half of n for the mean of
+    1 … n, which is 1/n less."""
     model, spent, attention = (
         build_model(PRESETS["tiny"], None, device="cpu", seed=0),
         [],
@@ -207,7 +212,7 @@ def test_time_left_is_what_is_left(tmp_path, capsys):
         "train/skipped": 0,
         "train/no_gradient": 0,
     }
-    log = Log.__new__(Log)
+    log = RunLogger.__new__(RunLogger)
     log.rank = 0
     for left, text in ((32.0, "0m32s left"), (29.0, "0m29s left"), (7322.0, "2h02m02s left")):
         log.progress(500, 1000, values, left)
@@ -215,7 +220,8 @@ def test_time_left_is_what_is_left(tmp_path, capsys):
 
 
 def test_peaks_are_those_of_the_named_card():
-    """Data sheets, dense bf16 in TFLOP/s; a card that is not listed has none, and never that of one with a similar name."""
+    """Data sheets, dense bf16 in TFLOP/s; a card that is not listed has no peak, and never that of
+    a card with a similar name."""
     known = {
         "NVIDIA H100 80GB HBM3": 989,
         "NVIDIA H100 PCIe": 756,

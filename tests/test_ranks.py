@@ -74,12 +74,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
             1,
             "step-1 could not be written .*No space left",
         ),
-        "log": (
-            SFT,
-            patched("run.append", RunFailed("metrics.jsonl could not be written")),
-            1,
-            "metrics.jsonl could not be written",
-        ),
+        "log": (SFT, patched("run.open", FULL), 1, "metrics.jsonl could not be written"),
         "begin": (
             SFT,
             patched("run.cut_back", RunFailed("metrics.jsonl is no file")),

@@ -1,4 +1,4 @@
-"""Recipes, studies and sweeps as shipped: valid, the paper's numbers as the paper has them, and written the way wandb would write their command lines."""
+"""Recipes, studies and sweeps as shipped are valid, and the paper's study has its numbers."""
 
 import itertools
 import tomllib
@@ -22,9 +22,10 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid_and_explain_themselves(path):
-    cfg, given = options.parse(train.Config, ["--config", str(path)])
-    train.check(cfg)
-    assert given == set(tomllib.loads(path.read_text()))
+    argv = ["--config", str(path)]
+    train.validate(options.parse(train.Config, argv))
+    given, _ = options.read_layers(train.Config, argv)
+    assert set(given) == set(tomllib.loads(path.read_text()))
     assert f"--config recipes/{path.name}" in path.read_text()
 
 
@@ -70,18 +71,21 @@ def study(request):
     }
 
 
-def knobs(study, name):
-    """A run's own knobs and those in common that it reads, as a config."""
-    common, own = study["common"], study["run"][name]
-    argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
-    read = options.resolved(options.parse(train.Config, argv(common | own), together=False)[0])
+def flags(given):
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def config_of(study, name):
+    """The config of a run: its own options, and those of [common] that it reads."""
+    own, given = study["run"][name], study["common"] | study["run"][name]
+    read = options.resolved(options.parse(train.Config, flags(given), conditions=False))
     return options.parse(
-        train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read})
-    )[0]
+        train.Config, flags({k: v for k, v in given.items() if k in own or k in read})
+    )
 
 
 def test_studies_are_whole(study):
-    """Every knob and option is one, every run passes train.py's check, and every name in the file leads somewhere."""
+    """Every option is one, every run is valid, and every name in the file leads somewhere."""
     assert set(study) <= {
         "study",
         "eval",
@@ -100,9 +104,10 @@ def test_studies_are_whole(study):
     )
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
-        cfg = knobs(study, name)
-        train.check(cfg)
-        assert cfg.data and not cfg.data.startswith("@") or cfg.data[1:] in traces
+        cfg = config_of(study, name)
+        train.validate(cfg)
+        assert cfg.data
+        assert not cfg.data.startswith("@") or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
     for name, chosen in traces.items():
         chosen = {k: v for k, v in chosen.items() if k != "teacher"}
@@ -152,7 +157,7 @@ PAPER = {
 
 
 def test_the_papers_study_is_the_papers():
-    """Its 18 trained arms, each from the model and by the runs that its name says, its numbers, and every value that it states."""
+    """Its 18 trained arms, each with the model and the runs of its name, and its numbers."""
     study = tomllib.loads((ROOT / "recipes" / "study" / "paper.toml").read_text())
     tasks = ("olympiadbench", "math500", "minerva_math", "amc23", "gsm8k")
     assert {name: arm["paper"] for name, arm in study["arm"].items() if "paper" in arm} == {
@@ -170,7 +175,7 @@ def test_the_papers_study_is_the_papers():
         assert not arm["chain"] or "_".join([start, *arm["chain"]]) == name
     assert set(study["eval"]["tasks"].split(",")) == set(tasks)
     assert [study["eval"][k] for k in ("temperature", "top_p", "max_tokens")] == [0.6, 0.95, 32768]
-    runs = {name: knobs(study, name) for name in study["run"]}
+    runs = {name: config_of(study, name) for name in study["run"]}
     for name, cfg in runs.items():
         assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
         assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data
@@ -227,11 +232,8 @@ def test_sweeps_parse_as_wandb_writes_them(path):
             {"args": {name: {"value": value} for name, value in values.items()}}
         )
         for args in (written["args"], written["args_no_equals"]):
-            cfg, given = options.parse(
-                train.Config,
-                [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args,
-            )
-            train.check(cfg)
-            assert set(sweep["parameters"]) <= given and all(
-                getattr(cfg, name) == value for name, value in values.items()
-            )
+            argv = [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args
+            cfg = options.parse(train.Config, argv)
+            train.validate(cfg)
+            assert set(sweep["parameters"]) <= set(options.read_layers(train.Config, argv)[-1])
+            assert all(getattr(cfg, name) == value for name, value in values.items())

@@ -91,7 +91,7 @@ VARIED = [
     "--grpo_ppo_epochs=2",
     "--grpo_kl_coef=0.1",
     "--grpo_dynamic_sampling_rounds=1",
-    "--grpo_truncated=mask",
+    "--grpo_mask_truncated",
     "--grpo_tis=truncate",
 ]
 
@@ -429,12 +429,15 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--grpo_reward=nofile.py:f"], "no such file"),
         (["--kd_temperature=2"], "not read with mode=grpo"),
         (["--weighting=sequence"], "not read with mode=grpo"),
-        (["--teacher=tiny-teacher"], "not read with grpo_kd_coef=0.0, only with a value above 0"),
+        (
+            ["--teacher=tiny-teacher"],
+            "not read with grpo_kd_coef=0.0, only with --mode kd, or with --grpo_kd_coef above 0",
+        ),
         (["--grpo_kl_estimator=k1"], "not read with grpo_kl_coef=0.0"),
         (["--reference=tiny"], "not read with grpo_kl_coef"),
         (["--sample_tokens=300", "--micro_batch_tokens=256"], "do not fit --micro_batch_tokens"),
         (["--sample_temperature=inf"], "sample_temperature: inf is not a number that is finite"),
-        (["--sample_temperature=0"], "must be positive"),
+        (["--sample_temperature=0"], "must be above 0"),
         (["--grpo_kl_coef=0.1", "--grpo_kl_in=rewards"], "did you mean reward"),
         (
             ["--grpo_kl_coef=0.1", "--grpo_kl_in=reward", "--grpo_kl_estimator=k3"],
@@ -501,7 +504,7 @@ def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
     ],
 )
 def test_their_neighbours_work(args):
-    train.check(options.parse(train.Config, args)[0])
+    train.validate(options.parse(train.Config, args))
 
 
 def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path):

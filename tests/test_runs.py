@@ -1,4 +1,4 @@
-"""A run's folder from the outside: who may have it, what of it survives a kill, what may change when it is resumed."""
+"""A run's folder: who may have it, what survives a kill, what may change on resume."""
 
 import contextlib
 import fcntl
@@ -46,7 +46,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-# --- killed early, locked ------------------------------------------------------------------------------------------------
+# --- killed early, locked ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ def test_a_run_belongs_to_one_process(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs/r/metrics.jsonl").exists()
 
 
-# --- what may change when a run is resumed ---------------------------------------------------------------------------------
+# --- what may change when a run is resumed -------------------------------------------------------
 
 
-def stored(tmp_path, **knobs):
+def stored(tmp_path, **config):
     (tmp_path / "elsewhere/j").mkdir(parents=True)
-    (tmp_path / "elsewhere/j/config.json").write_text(json.dumps({"runs": "runs"} | knobs))
+    (tmp_path / "elsewhere/j/config.json").write_text(json.dumps({"runs": "runs"} | config))
     return ["--name=j", "--resume", "--runs=elsewhere"]
 
 
 @pytest.mark.parametrize(
-    "knobs,args",
+    "config,args",
     [
         (dict(mode="kd", kd_divergence="jsd", kd_beta=0.5), ["--kd_beta=0.3"]),
         (dict(mode="sft", steps=0, epochs=0.2), ["--epochs=0.4"]),
@@ -140,13 +140,13 @@ def stored(tmp_path, **knobs):
         (dict(mode="kd", wandb="online"), ["--wandb_project=p"]),
     ],
 )
-def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started):
-    assert train.main([*stored(tmp_path, **knobs), *args]) == 0
+def test_new_values_fit_the_run_not_the_defaults(config, args, tmp_path, started):
+    assert train.main([*stored(tmp_path, **config), *args]) == 0
     (cfg,) = started
     given = dict(a.removeprefix("--").split("=") for a in args)
     assert {k: str(getattr(cfg, k)) for k in given} == given
     assert (
-        all(getattr(cfg, k) == v for k, v in knobs.items() if k not in given)
+        all(getattr(cfg, k) == v for k, v in config.items() if k not in given)
         and cfg.runs == "elsewhere"
     )
 
@@ -173,16 +173,16 @@ def test_new_values_fit_the_run_not_the_defaults(knobs, args, tmp_path, started)
 )
 def test_what_defines_model_and_stream_stays(args, tmp_path, started, capsys):
     base = train.Config(mode="kd", data="mine.jsonl", max_length_policy="drop")
-    knobs = train.options.resolved(base, without=("name", "resume"))
+    config = train.options.resolved(base, without=("name", "resume"))
     name = args.split("=")[0]
     assert (
-        f"{name} " in (err := refused(capsys, *stored(tmp_path, **knobs), args))
+        f"{name} " in (err := refused(capsys, *stored(tmp_path, **config), args))
         and "the run was begun with" in err
     )
     assert not started
 
 
-# --- wrong settings are found before anything is made ------------------------------------------------------------------------
+# --- wrong settings are found before anything is made --------------------------------------------
 
 
 def test_bad_data_and_taken_names_are_found_before_the_teacher_is_trained(
@@ -237,7 +237,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-# --- what is read back -------------------------------------------------------------------------------------------------------
+# --- what is read back ---------------------------------------------------------------------------
 
 
 def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):

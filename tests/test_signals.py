@@ -1,4 +1,4 @@
-"""Told to stop, by a terminal, a scheduler or a user: what was trained is saved; and runs outside the main thread."""
+"""Signals to stop: what was trained is saved. And runs outside the main thread."""
 
 import fcntl
 import os
@@ -150,10 +150,10 @@ def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypa
 
     class Stub:
         name, kind = "job", "train"
-        command = lambda self, out: [
-            "-c",
-            "import os; print([n for n in os.environ if n in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT')])",
-        ]
+
+        def command(self, out):
+            names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+            return ["-c", f"import os; print([n for n in os.environ if n in {names}])"]
 
     running = study.Running(Stub(), tmp_path, {"OMP_NUM_THREADS": "1"}, 1)
     while running.poll() is None:
@@ -161,7 +161,7 @@ def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypa
     assert study.last_words(tmp_path, Stub()) == "[]"
 
 
-# --- nobody reads any more ---------------------------------------------------------------------------------------------------
+# --- nobody reads any more -----------------------------------------------------------------------
 
 
 def test_a_terminal_that_closes_ends_no_run_before_it_is_saved(tmp_path):
@@ -198,7 +198,7 @@ def test_a_pipe_that_nobody_reads_ends_no_run(tmp_path):
     assert RunFolder(tmp_path / "runs/p").steps() == [30]
 
 
-# --- in a thread ---------------------------------------------------------------------------------------------------------------
+# --- in a thread ---------------------------------------------------------------------------------
 
 
 def in_a_thread(function, *args):

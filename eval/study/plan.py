@@ -15,7 +15,7 @@ from pathlib import Path
 import eval.__main__
 import eval.traces
 import options
-from config import Config, check
+from config import Config, validate
 from data.tasks import TASKS
 from data.teacher_cache import weights_digest
 from errors import UserError
@@ -388,10 +388,10 @@ class _Plan:
             if taken := [k for k in (*own, *common) if k in OWN]:
                 raise UserError(f"{taken[0]} is given by the study itself")
             readable = options.resolved(
-                options.parse(Config, flags(common | own), together=False)[0]
+                options.parse(Config, flags(common | own), conditions=False)
             )
             given = {k: v for k, v in common.items() if k in readable} | own
-            check(cfg := options.parse(Config, flags(given))[0])
+            validate(cfg := options.parse(Config, flags(given)))
         except UserError as e:
             raise UserError(f"[run.{name}]: {e}") from None
         return {"mode": cfg.mode} | {
@@ -490,9 +490,7 @@ def miniature(content):
 
 def _short(run):
     """A run's knobs with the expensive ones cut down, less those that it then does not read."""
-    readable = lambda knobs: options.resolved(
-        options.parse(Config, flags(knobs), together=False)[0]
-    )
+    readable = lambda knobs: options.resolved(options.parse(Config, flags(knobs), conditions=False))
     asked = readable(run)
     referred = {
         k: run[k] if str(run[k]).startswith("@") else "@rehearsed"
