@@ -17,7 +17,7 @@ from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
 from kernels.backend import CHOICES
-from losses.grpo import KL_ESTIMATES, VARIANTS
+from losses.grpo import KL_ESTIMATORS, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
 from options import ABOVE_0, Condition, Values, option
@@ -292,7 +292,7 @@ class Config:
     grpo_kl_estimator: str = option(
         "k3",
         "estimator of the KL to the reference: k1 in the reward, else k2, k3",
-        choices=KL_ESTIMATES,
+        choices=KL_ESTIMATORS,
         default_when={"grpo_kl_in": {"reward": "k1"}},
     )
     grpo_entropy_coef: float = option(0.0, "weight of the entropy bonus")
