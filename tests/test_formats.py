@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from data.formats import gold_of_text, read_rows, to_example, unread_columns
+from data.formats import read_rows, to_example, unread_columns
+from data.gold import gold_of_text
 from data.messages import normalise_messages
 from data.tasks import grade
 from errors import UserError
