@@ -37,7 +37,7 @@ def normalise_messages(value: object, origin: str, name: str = "messages") -> tu
     The other fields: `reasoning_content` (also given as `reasoning` or `thinking`); `tool_calls`,
     their arguments as objects; `weight` in the loss (also given as `loss`, `train`, `training`; 0
     is not trained on). "shortened": true says that the template may leave out the reasoning of a
-    turn that is not trained on. Fields that are null are left out, all others stay for the template.
+    turn that is not trained on. Fields that are null are left out; others stay for the template.
 
     Args:
         value: What the row has as its conversation.
@@ -219,6 +219,11 @@ def is_empty(value: object) -> bool:
 
 
 # --- what a message says -------------------------------------------------------------------------
+
+
+def loss_weight(message: dict) -> float:
+    """The weight of a message's tokens in the loss; 0 is not trained on."""
+    return message.get("weight", 1.0)
 
 
 def message_texts(message: dict) -> Iterator[str]:
