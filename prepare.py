@@ -179,7 +179,7 @@ def loss_vocabulary(cfg, tokenizer, shape, teacher_tokenizer, teacher_shape):
     """How many head rows take part in the loss: the full head for SFT, the tokenizer's ids for a policy, the shared prefix for a pair."""
     if tokenizer.size > shape.vocab_size:
         raise UserError(
-            f"{tokenizer.where} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer"
+            f"{tokenizer.source} has {tokenizer.size:,} ids but the model only {shape.vocab_size:,}; name another --tokenizer"
         )
     if teacher_shape is None:
         return tokenizer.size if cfg.mode == "grpo" else shape.vocab_size

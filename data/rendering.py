@@ -98,7 +98,7 @@ class Renderer:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "leave it out"
             raise UserError(
-                f"{source}: the chat template of {self.tokenizer.where} reads no {name!r}; {hint}"
+                f"{source}: the chat template of {self.tokenizer.source} reads no {name!r}; {hint}"
             )
 
     # --- nothing is left out ---------------------------------------------------------------------
