@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 from data.gold import GOLDS, GSM8K_GOLD, TEXTS, Gold, find_gold, is_number, plain_number
 from data.grading.code import humaneval, mbpp, split_of
-from data.messages import check_all_text, is_empty, normalise_messages
+from data.messages import check_all_text, errors_at, is_empty, normalise_messages
 from data.tasks import Example
 from errors import UserError
-from files import HEAD, explain, parse_json, read_bytes, read_head
+from files import HEAD, explain, parse_json, read_bytes, read_head, reason
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
 
@@ -99,16 +99,13 @@ def _decompressed(path: Path) -> bytes:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
     import pyarrow.parquet
 
     read_head(path, "parquet")  # a pointer of git-lfs, a web page, another format
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as e:
-        raise UserError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}") from None
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise UserError(f"{path}: not a Parquet file to be read ({reason(e)})") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}:row {number}", _without_nulls(row)
 
@@ -196,22 +193,25 @@ def read_examples(path: Path, split: str, notes: list[str] | None = None) -> lis
 
 def to_example(row: object, origin: str) -> Example:
     """Make an Example of a row of any known form. Raises UserError naming the row."""
-    if not isinstance(row, dict):
-        raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
-    check_all_text(row, origin)
+    with errors_at(origin):
+        if not isinstance(row, dict):
+            raise UserError(f"expected an object, found {type(row).__name__}")
+        check_all_text(row)
+    code = _read_code(row, origin)
     columns = {name: value for name, value in row.items() if value is not None}
-    form = (
-        _read_code(row, origin)
-        or _read_chat(columns, origin)
-        or _read_camel(columns, origin)
-        or _read_alpaca(columns, origin)
-        or _read_question(columns, origin)
-    )
-    gold = form.gold
-    if gold is None:
-        gold = find_gold(columns, form.response, origin, form.response_column)
-    messages = _add_system(form.messages, columns, origin)
-    _refuse_columns(columns, origin)
+    with errors_at(origin):
+        form = (
+            code
+            or _read_chat(columns)
+            or _read_camel(columns)
+            or _read_alpaca(columns)
+            or _read_question(columns)
+        )
+        gold = form.gold
+        if gold is None:
+            gold = find_gold(columns, form.response, form.response_column)
+        messages = _add_system(form.messages, columns)
+        _refuse_columns(columns)
     return Example(messages, gold.answer, gold.task, origin, row)
 
 
@@ -240,43 +240,43 @@ def _read_code(row: dict, origin: str) -> Form | None:
     return None
 
 
-def _read_chat(columns: dict, origin: str) -> Form | None:
+def _read_chat(columns: dict) -> Form | None:
     """A conversation, under any of its names."""
     given = [name for name in CONVERSATIONS if not is_empty(columns.get(name))]
     if not given:
         return None
-    _need_same(given, columns, "conversation", origin)
-    return Form(normalise_messages(columns[given[0]], origin, given[0]))
+    _need_same(given, columns, "conversation")
+    return Form(normalise_messages(columns[given[0]], given[0]))
 
 
-def _read_camel(columns: dict, origin: str) -> Form | None:
+def _read_camel(columns: dict) -> Form | None:
     """CAMEL's traces: all are kept as they are, right or wrong. The misspelt column is theirs."""
     names = ("problem", "reasoning_solution")
     if not columns.keys() >= set(names):
         return None
-    problem, trace = (_text(columns[name], origin, name) for name in names)
+    problem, trace = (_text(columns[name], name) for name in names)
     solution = CAMEL_BOX.sub(r"#### \1", str(columns.get("groud_truth_solution")))
     mark = GSM8K_GOLD.search(solution)
     gold = Gold(mark[1], "gsm8k") if mark else Gold()
     return Form(_turns(problem, trace), gold=gold)
 
 
-def _read_alpaca(columns: dict, origin: str) -> Form | None:
+def _read_alpaca(columns: dict) -> Form | None:
     """Alpaca and its kin: an instruction, now and then with an input to it, and an output."""
     response = "output" if "output" in columns else "response"
     if is_empty(columns.get("instruction")) or response not in columns:
         return None
     for name in QUESTIONS:
         if name in columns:
-            raise _ambiguous("instruction", name, "question", origin)
-    question = _text(columns["instruction"], origin, "instruction")
-    output = _text(columns[response], origin, response)
+            raise _ambiguous("instruction", name, "question")
+    question = _text(columns["instruction"], "instruction")
+    output = _text(columns[response], response)
     if not is_empty(columns.get("input")):
-        question += "\n\n" + _text(columns["input"], origin, "input")
+        question += "\n\n" + _text(columns["input"], "input")
     return Form(_turns(question, output), output, response)
 
 
-def _read_question(columns: dict, origin: str) -> Form:
+def _read_question(columns: dict) -> Form:
     """A question and, in most, a response: GSM8K, MATH, prompt and completion, and their kin."""
     asked = [name for name in QUESTIONS if name in columns]
     if not asked and {"input", "output"} <= columns.keys():
@@ -284,38 +284,38 @@ def _read_question(columns: dict, origin: str) -> Form:
     if not asked:
         for name in CONVERSATIONS:
             if name in columns:
-                normalise_messages(columns[name], origin, name)  # says that it is empty
+                normalise_messages(columns[name], name)  # says that it is empty
         raise UserError(
-            f"{origin}: keys {sorted(columns)} fit no known form (question, problem or prompt with "
+            f"keys {sorted(columns)} fit no known form (question, problem or prompt with "
             "answer, solution or completion; messages; conversations; instruction+output; "
             "HumanEval, MBPP)"
         )
-    _need_same(asked, columns, "question", origin)
-    prompt = _prompt(columns, asked[0], origin)
+    _need_same(asked, columns, "question")
+    prompt = _prompt(columns, asked[0])
     present = [name for name in RESPONSES if name in columns]
     if not present:
         return Form(prompt)
     name = next((name for name in present if not is_empty(columns[name])), present[0])
     value = columns[name]
     if isinstance(value, list) and value and name in TEXTS:
-        return Form((*prompt, *normalise_messages(value, origin, name)))
+        return Form((*prompt, *normalise_messages(value, name)))
     if isinstance(value, list) and len(value) == 1 and name == "answer":
         value = value[0]
     if is_number(value):
-        value = plain_number(value, origin, name)
-    response = _text(value, origin, name)
+        value = plain_number(value, name)
+    response = _text(value, name)
     content = GSM8K_CALCULATION.sub("", response) if GSM8K_GOLD.search(response) else response
     return Form((*prompt, {"role": "assistant", "content": content}), response, name)
 
 
-def _prompt(columns: dict, name: str, origin: str) -> tuple[dict, ...]:
+def _prompt(columns: dict, name: str) -> tuple[dict, ...]:
     """The messages of a question: a text, or a list of messages, of which none is trained on."""
     if not isinstance(columns[name], list):
-        return ({"role": "user", "content": _text(columns[name], origin, name)},)
-    messages = normalise_messages(columns[name], origin, name)
+        return ({"role": "user", "content": _text(columns[name], name)},)
+    messages = normalise_messages(columns[name], name)
     if messages[-1]["role"] == "assistant":
         raise UserError(
-            f"{origin}: {name!r} ends with the assistant's words, which would have to be "
+            f"{name!r} ends with the assistant's words, which would have to be "
             "continued; give them with the completion"
         )
     for message in messages:
@@ -327,36 +327,34 @@ def _prompt(columns: dict, name: str, origin: str) -> tuple[dict, ...]:
 # --- columns that every form may have ------------------------------------------------------------
 
 
-def _need_same(names: list[str], columns: dict, meaning: str, origin: str) -> None:
+def _need_same(names: list[str], columns: dict, meaning: str) -> None:
     """Refuse columns with different values for the same thing."""
     for name in names[1:]:
         if columns[name] != columns[names[0]]:
-            raise _ambiguous(names[0], name, meaning, origin)
+            raise _ambiguous(names[0], name, meaning)
 
 
-def _ambiguous(first: str, second: str, meaning: str, origin: str) -> UserError:
+def _ambiguous(first: str, second: str, meaning: str) -> UserError:
     return UserError(
-        f"{origin}: both {first!r} and {second!r}: which of them is the {meaning}? Drop the other"
+        f"both {first!r} and {second!r}: which of them is the {meaning}? Drop the other"
     )
 
 
-def _add_system(messages: tuple[dict, ...], columns: dict, origin: str) -> tuple[dict, ...]:
+def _add_system(messages: tuple[dict, ...], columns: dict) -> tuple[dict, ...]:
     """The conversation with the row's own system prompt in front of it."""
     names = [name for name in SYSTEM if not is_empty(columns.get(name))]
-    prompts = [_text(columns[name], origin, name) for name in names]
+    prompts = [_text(columns[name], name) for name in names]
     has_own = messages[0]["role"] == "system"
     if has_own:
         prompts.append(messages[0]["content"])
     if len(set(prompts)) > 1:
-        raise UserError(
-            f"{origin}: there are two system prompts, and {names[0]!r} is one of them; keep one"
-        )
+        raise UserError(f"there are two system prompts, and {names[0]!r} is one of them; keep one")
     if has_own or not names:
         return messages
     return ({"role": "system", "content": prompts[0]}, *messages)
 
 
-def _refuse_columns(columns: dict, origin: str) -> None:
+def _refuse_columns(columns: dict) -> None:
     """Refuse a column that the prompt would have to show, or that weighs the row."""
     has_question = any(name in columns for name in QUESTIONS)
     for name, value in columns.items():
@@ -364,13 +362,11 @@ def _refuse_columns(columns: dict, origin: str) -> None:
             continue
         if name.lower() in PART_OF_QUESTION:
             raise UserError(
-                f"{origin}: the column {name!r} is part of the question; "
-                "write it into the question's text"
+                f"the column {name!r} is part of the question; write it into the question's text"
             )
         if name in ROW_WEIGHTS and isinstance(value, (bool, int, float)) and value != 1:
             raise UserError(
-                f"{origin}: the column {name!r} would weigh the row, which is not done; "
-                "drop it or the row"
+                f"the column {name!r} would weigh the row, which is not done; drop it or the row"
             )
 
 
@@ -400,9 +396,9 @@ def _is_read(example: Example, name: str, value: object) -> bool:
     return name in READ
 
 
-def _text(value: object, origin: str, name: str) -> str:
+def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{origin}: {name!r} must be a text that is not empty")
+        raise UserError(f"{name!r} must be a text that is not empty")
     return value
 
 

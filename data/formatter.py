@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Document
-from data.messages import check_text, json_value, loss_weight, message_texts
+from data.messages import check_text, errors_at, json_value, loss_weight, message_texts
 from data.rendering import LABELS, OUR_FIELDS, Renderer
 from data.tasks import Example
 from data.tokenizer import Tokenizer
@@ -85,6 +85,10 @@ class Formatter:
 
     def prompt_text(self, example: Example) -> str:
         """The text of `prompt`, a user's control tokens escaped."""
+        with errors_at(example.origin):
+            return self._prompt_text(example)
+
+    def _prompt_text(self, example: Example) -> str:
         messages = self._conversation(example)
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -112,11 +116,15 @@ class Formatter:
         turn at the end it is the prompt alone. Raises UserError for what the template does not
         render.
         """
+        with errors_at(example.origin):
+            return self._segments(example)
+
+    def _segments(self, example: Example) -> list[Segment]:
         messages = self._conversation(example)
         if not messages or messages[-1]["role"] != "assistant":
-            return [Segment(self.prompt_text(example), 0.0)]
+            return [Segment(self._prompt_text(example), 0.0)]
         if not self.chat:
-            prompt = self.prompt_text(example)
+            prompt = self._prompt_text(example)
             completion = self._continue(prompt, messages[-1]["content"], "", example)
             return [Segment(prompt, 0.0), Segment(completion, loss_weight(messages[-1]))]
         segments, text, done = [], "", 0
@@ -124,8 +132,7 @@ class Formatter:
             prompt = self._renderer.render(messages[:i], example, generate=True)
             if not prompt.startswith(text):
                 raise RewrittenTurns(
-                    f"{example.origin}: the chat template rewrites earlier turns; "
-                    "split the conversation"
+                    "the chat template rewrites earlier turns; split the conversation"
                 )
             new = prompt.removeprefix(text)
             self._renderer.check_prompt(messages[done:i], new, messages[:i], example)
@@ -143,7 +150,8 @@ class Formatter:
         turns = _trained_turns(example.messages)
         if not self.chat or not self._rewrites_turns(example):
             return [example]
-        self._renderer.check_untrained(self._conversation(example), example)
+        with errors_at(example.origin):
+            self._renderer.check_untrained(self._conversation(example), example)
         return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in turns]
 
     def _rewrites_turns(self, example: Example) -> bool:
@@ -185,7 +193,7 @@ class Formatter:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         if self.chat:
             return messages
-        self._check_plain(messages, example)
+        self._check_plain(messages, example.columns)
         for message in messages:
             escaped = self.tokenizer.escape(message["content"])
             if escaped != message["content"]:
@@ -193,7 +201,7 @@ class Formatter:
             message["content"] = escaped
         return messages
 
-    def _check_plain(self, messages: list[dict], example: Example) -> None:
+    def _check_plain(self, messages: list[dict], columns: dict) -> None:
         """Refuse what plain text has no place for: anything but the content of one question."""
         lost = []
         for message in messages:
@@ -201,15 +209,13 @@ class Formatter:
             if message["content"] is None:
                 lost.append("a message without content")
         for name in ("tools", "chat_template_kwargs"):
-            if json_value(example.columns.get(name) or []):
+            if json_value(columns.get(name) or []):
                 lost.append(name)
         if lost:
-            raise UserError(
-                f"{example.origin}: plain text has no place for {lost[0]!r}; use a chat template"
-            )
+            raise UserError(f"plain text has no place for {lost[0]!r}; use a chat template")
         if sum(message["role"] not in ("system", "assistant") for message in messages) > 1:
             raise UserError(
-                f"{example.origin}: plain text cannot show who says what in a conversation of "
+                "plain text cannot show who says what in a conversation of "
                 "several turns; use a chat template"
             )
 
@@ -226,7 +232,7 @@ class Formatter:
         content, reasoning = message["content"] or "", message.get("reasoning_content") or ""
         if CLOSED_BLOCK.search(prompt) and content.lstrip().startswith("<think>"):
             raise UserError(
-                f"{example.origin}: the generation prompt ends with a finished <think> block and "
+                "the generation prompt ends with a finished <think> block and "
                 "the answer begins with another; give --chat_template_kwargs enable_thinking=true, "
                 "or take the reasoning out"
             )
@@ -244,7 +250,7 @@ class Formatter:
             if text not in shown:
                 fields = {reasoning: "reasoning_content", content: "content"}
                 raise UserError(
-                    f"{example.origin}: the chat template has no place for {text[:60]!r} of the "
+                    f"the chat template has no place for {text[:60]!r} of the "
                     f"assistant's {fields.get(text, 'tool_calls')}; write it into the content, or "
                     "give a template that shows it"
                 )

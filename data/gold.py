@@ -29,7 +29,7 @@ class Gold(NamedTuple):
     task: str = ""
 
 
-def find_gold(columns: dict, response: str, origin: str, response_column: str = "") -> Gold:
+def find_gold(columns: dict, response: str, response_column: str = "") -> Gold:
     """Find the gold answer of a row: in a column of its own, else in the response.
 
     A column that is there for the answer alone is taken as it is. A response is searched for
@@ -38,7 +38,6 @@ def find_gold(columns: dict, response: str, origin: str, response_column: str = 
     Args:
         columns: The row without null columns.
         response: The text to train on; empty where there is none.
-        origin: The row's file and line, for errors.
         response_column: The column that the response comes from.
     """
     named = columns.get("task")
@@ -51,7 +50,7 @@ def find_gold(columns: dict, response: str, origin: str, response_column: str = 
     if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
         columns = {"ground_truth": reward_model["ground_truth"]}  # verl's form
     is_solution = response_column == "solution"
-    gold = _search(columns, response, origin, is_solution)
+    gold = _search(columns, response, is_solution)
     if gold.answer is not None and named:
         return Gold(gold.answer, named)
     if is_solution and gold.task in ("number", "answer"):
@@ -59,9 +58,9 @@ def find_gold(columns: dict, response: str, origin: str, response_column: str = 
     return gold
 
 
-def _search(columns: dict, response: str, origin: str, is_solution: bool) -> Gold:
+def _search(columns: dict, response: str, is_solution: bool) -> Gold:
     """The first gold answer of: a column for it, the column "solution", the response."""
-    stated = _answer_column(columns, response, origin)
+    stated = _answer_column(columns, response)
     if stated is not None and stated.answer is not None:
         return stated
     solution = columns.get("solution")
@@ -78,14 +77,14 @@ def _search(columns: dict, response: str, origin: str, is_solution: bool) -> Gol
     return gold
 
 
-def _answer_column(columns: dict, response: str, origin: str) -> Gold | None:
+def _answer_column(columns: dict, response: str) -> Gold | None:
     """What the first column for gold answers says, beside the response; None without one."""
     for name in GOLDS:
         value = _single(columns.get(name))
         if value is None or value == response:
             continue
         if not isinstance(value, str):
-            return Gold(plain_number(value, origin, name), "number")
+            return Gold(plain_number(value, name), "number")
         gold, text = gold_of_text(value), value.strip()
         if gold.answer is None and len(value) <= LONGEST and text.casefold() not in NO_ANSWERS:
             return Gold(text, "answer")  # compared by its text
@@ -130,7 +129,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def plain_number(value: int | float, origin: str, name: str) -> str:
+def plain_number(value: int | float, name: str) -> str:
     """A number as people write it: 18 and 18.0 are "18", 1e-07 is "0.0000001".
 
     Raises UserError for infinity and NaN.
@@ -138,5 +137,5 @@ def plain_number(value: int | float, origin: str, name: str) -> str:
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):
-        raise UserError(f"{origin}: {name!r} is {value}, which is no answer")
+        raise UserError(f"{name!r} is {value}, which is no answer")
     return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")

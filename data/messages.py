@@ -1,5 +1,6 @@
 """A conversation in the common names of its fields, whatever names a data set has for them."""
 
+import contextlib
 import json
 import math
 import re
@@ -31,7 +32,7 @@ FUNCTION_FIELDS = ("name", "arguments", "description")
 # --- one form for all ----------------------------------------------------------------------------
 
 
-def normalise_messages(value: object, origin: str, name: str = "messages") -> tuple[dict, ...]:
+def normalise_messages(value: object, name: str = "messages") -> tuple[dict, ...]:
     """Bring a conversation into {role, content, ...} dicts.
 
     The other fields: `reasoning_content` (also given as `reasoning` or `thinking`); `tool_calls`,
@@ -41,84 +42,78 @@ def normalise_messages(value: object, origin: str, name: str = "messages") -> tu
 
     Args:
         value: What the row has as its conversation.
-        origin: The row's file and line, for errors.
         name: The column, for errors.
 
     Raises UserError naming what cannot be used.
     """
     if not _is_list_of_dicts(value) or not value:
-        raise UserError(
-            f"{origin}: {name!r} must be a list of messages {{role, content}} that is not empty"
-        )
+        raise UserError(f"{name!r} must be a list of messages {{role, content}} that is not empty")
     result = []
     for number, message in enumerate(value, 1):
-        result.append(_normalise_message(message, f"{origin}: message {number}"))
+        with errors_at(f"message {number}"):
+            result.append(_normalise_message(message))
     return tuple(result)
 
 
-def _normalise_message(message: dict, origin: str) -> dict:
+def _normalise_message(message: dict) -> dict:
     rest = {name: value for name, value in message.items() if value is not None}
     if "role" not in rest and "from" in rest:
-        rest = _from_sharegpt(rest, origin)
+        rest = _from_sharegpt(rest)
     role = rest.pop("role", None)
     if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise UserError(
-            f"{origin} has no role, or not a plain word for one; write {{role, content}}"
-        )
+        raise UserError("it has no role, or not a plain word for one; write {role, content}")
     if not is_empty(rest.pop("function_call", None)):
-        raise UserError(f"{origin}: 'function_call' is not read; write it as 'tool_calls'")
-    content = _content(rest.pop("content", None), origin)
+        raise UserError("'function_call' is not read; write it as 'tool_calls'")
+    content = _content(rest.pop("content", None))
     result = {"role": role, "content": content}
-    calls = _tool_calls(rest.pop("tool_calls", None), origin)
+    calls = _tool_calls(rest.pop("tool_calls", None))
     if calls:
         result["tool_calls"] = calls
-    reasoning = _pop_same(rest, REASONING_FIELDS, origin)
+    reasoning = _pop_same(rest, REASONING_FIELDS)
     if not is_empty(reasoning):
         if role != "assistant":
-            raise UserError(f"{origin}: only an assistant's message has reasoning")
+            raise UserError("only an assistant's message has reasoning")
         if "<think>" in (content or ""):
             raise UserError(
-                f"{origin}: its reasoning is in a field of its own and in <think> too; "
-                "keep one of them"
+                "its reasoning is in a field of its own and in <think> too; keep one of them"
             )
-        result["reasoning_content"] = _content(reasoning, origin)
-    weight = _pop_weight(rest, origin)
+        result["reasoning_content"] = _content(reasoning)
+    weight = _pop_weight(rest)
     if weight is not None and role == "assistant":
         result["weight"] = weight
     elif weight:
         raise UserError(
-            f"{origin}: only the assistant's turns are trained on, and this {role} message asks "
-            "for it"
+            f"only the assistant's turns are trained on, and this {role} message asks for it"
         )
     if not calls and is_empty(reasoning):
         if content is None:
-            raise UserError(f"{origin}: its content must be a text")
+            raise UserError("its content must be a text")
         if role == "assistant" and weight != 0 and not content.strip():
             raise UserError(
-                f"{origin}: the assistant says nothing; drop the row, or give that message weight 0"
+                "the assistant says nothing; drop the row, or give that message weight 0"
             )
     return result | {name: part for name, part in rest.items() if not is_empty(part)}
 
 
-def _from_sharegpt(fields: dict, origin: str) -> dict:
+def _from_sharegpt(fields: dict) -> dict:
     """A message of ShareGPT's `from` and `value` with `role` and `content`."""
     sender, value = str(fields.pop("from")), fields.pop("value", None)
     if value is not None and "content" in fields:
-        raise UserError(f"{origin}: both 'value' and 'content'; keep one of them")
+        raise UserError("both 'value' and 'content'; keep one of them")
     if sender == "function_call":  # LLaMA-Factory's: the value is the call
         return {"role": "assistant", "content": None, "tool_calls": value} | fields
     if sender not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
-        raise UserError(f"{origin}: unknown 'from' {sender!r}; known are {known}")
+        raise UserError(f"unknown 'from' {sender!r}; known are {known}")
     return {"role": SHAREGPT_ROLES[sender], "content": value} | fields
 
 
-def _content(value: object, origin: str) -> str | None:
+def _content(value: object) -> str | None:
     """A text, or the texts of a list of parts; pictures and sounds are refused."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise UserError(f"{origin}: its content must be a text")
+        raise UserError("its content must be a text")
     texts = []
     for part in value:
         kind, text = type(part).__name__, part
@@ -126,12 +121,12 @@ def _content(value: object, origin: str) -> str | None:
             kind = part.get("type", "text")
             text = part.get("text") if kind == "text" else None
         if not isinstance(text, str):
-            raise UserError(f"{origin}: content of type {kind!r} is not read; only texts are")
+            raise UserError(f"content of type {kind!r} is not read; only texts are")
         texts.append(text)
     return "".join(texts)
 
 
-def _tool_calls(value: object, origin: str) -> list[dict]:
+def _tool_calls(value: object) -> list[dict]:
     """Calls as {"type": "function", "function": {"name", "arguments"}}; [] for none.
 
     Arguments that are JSON in a text become an object, as templates expect them.
@@ -139,40 +134,39 @@ def _tool_calls(value: object, origin: str) -> list[dict]:
     if is_empty(json_value(value)):
         return []
     result = []
-    for call in _list_of_dicts(value, "tool_calls", origin):
+    for call in _list_of_dicts(value, "tool_calls"):
         bare = {k: v for k, v in call.items() if k not in (*LABELS, "type")}
         function = call.get("function", bare)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{origin}: a tool call has no function with a name")
+            raise UserError("a tool call has no function with a name")
         unknown = [name for name in function if name not in FUNCTION_FIELDS]
         unknown += [name for name in call if name not in CALL_FIELDS]
         if unknown:
             raise UserError(
-                f"{origin}: {unknown[0]!r} of a tool call is not read; "
-                "a call has a name and 'arguments'"
+                f"{unknown[0]!r} of a tool call is not read; a call has a name and 'arguments'"
             )
         arguments = json_value(function.get("arguments"))
         function = function | {"arguments": {} if arguments is None else arguments}
-        check_all_text(function, origin)  # also what was JSON in a text
+        check_all_text(function)  # also what was JSON in a text
         labels = {name: part for name, part in call.items() if name in LABELS}
         result.append({"type": "function", **labels, "function": function})
     return result
 
 
-def normalise_tools(value: object, origin: str) -> list[dict]:
+def normalise_tools(value: object) -> list[dict]:
     """A row's `tools`: a list of objects, also as JSON in a text; [] for none."""
     if is_empty(json_value(value)) or value in ("null", "None"):
         return []
-    return _list_of_dicts(value, "tools", origin)
+    return _list_of_dicts(value, "tools")
 
 
-def _list_of_dicts(value: object, name: str, origin: str) -> list[dict]:
+def _list_of_dicts(value: object, name: str) -> list[dict]:
     """Objects that are given in a list, alone, or as JSON in a text."""
     value = json_value(value)
     items = [value] if isinstance(value, dict) else value
     if not _is_list_of_dicts(items):
-        raise UserError(f"{origin}: {name!r} must be a list of objects, or JSON of one")
-    check_all_text(items, origin)
+        raise UserError(f"{name!r} must be a list of objects, or JSON of one")
+    check_all_text(items)
     return items
 
 
@@ -191,31 +185,30 @@ def json_value(value: object) -> object:
     return found if isinstance(found, (dict, list)) else value
 
 
-def _pop_weight(fields: dict, origin: str) -> float | None:
+def _pop_weight(fields: dict) -> float | None:
     """Take out how much a message counts in the loss, under any name for it; None: not said."""
     for name in TRAIN_FIELDS:
         value = fields.get(name, 1)
         if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
             raise UserError(
-                f"{origin}: {name!r} must be true, false or a number that is not negative; "
-                f"it is {value!r}"
+                f"{name!r} must be true, false or a number that is not negative; it is {value!r}"
             )
-    weight = _pop_same(fields, TRAIN_FIELDS, origin)
+    weight = _pop_same(fields, TRAIN_FIELDS)
     return None if weight is None else float(weight)
 
 
-def _pop_same(fields: dict, names: tuple[str, ...], origin: str) -> Any:
+def _pop_same(fields: dict, names: tuple[str, ...]) -> Any:
     """Take out the one value that a message has under several names of the same thing."""
     given = {name: fields.pop(name) for name in names if name in fields}
     values = list(given.values())
     if any(value != values[0] for value in values[1:]):
-        raise UserError(f"{origin}: {' and '.join(map(repr, given))} say different things")
+        raise UserError(f"{' and '.join(map(repr, given))} say different things")
     return values[0] if values else None
 
 
 def is_empty(value: object) -> bool:
     """Whether a value says nothing: null, an empty text, list or object."""
-    return value is None or (isinstance(value, (str, list, dict, tuple)) and not value)
+    return value in (None, "", [], {}, ())
 
 
 # --- what a message says -------------------------------------------------------------------------
@@ -256,26 +249,32 @@ def _leaves(value: object) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def check_all_text(value: object, origin: str) -> None:
-    """`check_text` for every text in a value, names of fields too."""
-    if isinstance(value, str):
-        check_text(value, origin)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            check_text(str(name), origin)
-            check_all_text(part, origin)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            check_all_text(part, origin)
+# --- errors ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def errors_at(origin: str) -> Iterator[None]:
+    """Begin the errors of a block with the place that they are about."""
+    try:
+        yield
+    except UserError as e:
+        raise type(e)(f"{origin}: {e}") from None
 
 
 def check_text(text: str, origin: str) -> None:
-    """Refuse half a character (a lone surrogate), which JSON and command lines can hold.
+    """`check_all_text` for a text; errors begin with `origin`."""
+    with errors_at(origin):
+        check_all_text(text)
 
-    No tokenizer takes it and no file keeps it. Raises UserError beginning with `origin`.
+
+def check_all_text(value: object) -> None:
+    """Refuse half a character (a lone surrogate) in the texts of a value.
+
+    JSON and command lines can hold one; no tokenizer takes it and no file keeps it.
     """
+    text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError as e:
         half = f"{text[e.start]!a} is half a character (a lone surrogate)"
-        raise UserError(f"{origin}: {half}; fix or drop that text") from None
+        raise UserError(f"{half}; fix or drop that text") from None

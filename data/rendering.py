@@ -55,38 +55,35 @@ class Renderer:
         if it does not show the row's tools.
         """
         shown = [_without(message, *OUR_FIELDS) for message in messages]
-        tools = normalise_tools(example.columns.get("tools"), example.origin)
+        tools = normalise_tools(example.columns.get("tools"))
         kwargs = self._arguments(example)
         given: dict[str, Any] = {"messages": shown, "tools": tools, "template_kwargs": kwargs}
         escaped = self._escaped(given)
-        try:
-            text = self.tokenizer.render(**escaped, generate=generate)
-            if escaped != given:
-                self.escaped.add(example.origin)
-                unmarked = self.tokenizer.render(**given, generate=generate)
-                if self.tokenizer.unescape(text) != unmarked:
-                    raise UserError(
-                        "the chat template looks into texts that hold names of control tokens; "
-                        "take those out"
-                    )
-            escaped["tools"] = None
-            if tools and text == self.tokenizer.render(**escaped, generate=generate):
+        text = self.tokenizer.render(**escaped, generate=generate)
+        if escaped != given:
+            self.escaped.add(example.origin)
+            unmarked = self.tokenizer.render(**given, generate=generate)
+            if self.tokenizer.unescape(text) != unmarked:
                 raise UserError(
-                    "the chat template has no place for 'tools'; drop that column, or give a "
-                    "template that shows them"
+                    "the chat template looks into texts that hold names of control tokens; "
+                    "take those out"
                 )
-        except UserError as e:
-            raise UserError(f"{example.origin}: {e}") from None
+        escaped["tools"] = None
+        if tools and text == self.tokenizer.render(**escaped, generate=generate):
+            raise UserError(
+                "the chat template has no place for 'tools'; drop that column, or give a "
+                "template that shows them"
+            )
         return text
 
     def _arguments(self, example: Example) -> dict:
         """The template's arguments: the run's, and over them those of the row (as in TRL)."""
         own = json_value(example.columns.get("chat_template_kwargs") or {})
         if not isinstance(own, dict):
-            raise UserError(f"{example.origin}: 'chat_template_kwargs' must be an object")
+            raise UserError("'chat_template_kwargs' must be an object")
         given = {name: value for name, value in own.items() if not is_empty(value)}
-        check_all_text(given, example.origin)
-        self._check_arguments(given, f"{example.origin}: 'chat_template_kwargs'")
+        check_all_text(given)
+        self._check_arguments(given, "'chat_template_kwargs'")
         return self.template_kwargs | given
 
     def _check_arguments(self, names: Collection[str], source: str) -> None:
@@ -137,10 +134,7 @@ class Renderer:
             said += [content, *call_texts(message)]
         lost = self.missing(said, text)
         if lost is not None:
-            raise UserError(
-                f"{example.origin}: the chat template leaves out {lost[:60]!r}; "
-                "use another template"
-            )
+            raise UserError(f"the chat template leaves out {lost[:60]!r}; use another template")
 
     def _check_roles(self, messages: list[dict], example: Example) -> None:
         """Refuse roles whose messages the template passes over.
@@ -160,7 +154,7 @@ class Renderer:
             self._lost_roles[key] = lost[0] if lost else None
         if role := self._lost_roles[key]:
             raise UserError(
-                f"{example.origin}: the chat template passes over the role {role!r}; "
+                f"the chat template passes over the role {role!r}; "
                 "drop such messages, or give a template that shows them"
             )
 
@@ -175,7 +169,7 @@ class Renderer:
                 without = [_without(m, name) if m is message else m for m in conversation]
                 if self.render(without, example) == self.render(conversation, example):
                     raise UserError(
-                        f"{example.origin}: the field {name!r} of a {message['role']} message is "
+                        f"the field {name!r} of a {message['role']} message is "
                         "not read by the chat template; drop it"
                     )
 
@@ -187,7 +181,7 @@ class Renderer:
                 continue
             if self.missing(list(message_texts(message)), text) is not None:
                 raise UserError(
-                    f"{example.origin}: the chat template leaves out the reasoning of a turn with "
+                    "the chat template leaves out the reasoning of a turn with "
                     'weight 0; take it out of the row, or write "shortened": true into that message'
                 )
 

@@ -68,31 +68,14 @@ def _deciding_parts(tokenizer: "Tokenizer") -> dict[str, object]:
     today's.
     """
     content = json.loads(tokenizer.backend.to_str())
-    model = dict(content.get("model") or {})
-    merges = []
-    for merge in model.pop("merges", None) or ():
-        merges.append(merge.split(" ") if isinstance(merge, str) else list(merge))
-    model.pop("vocab", None)
+    model = content["model"]
+    del model["vocab"]
     return {
-        "normaliser": _without_offsets(content.get("normalizer")),
-        "pre-tokenizer": _without_offsets(content.get("pre_tokenizer")),
+        "merges": model.pop("merges", None),
+        "normaliser": content["normalizer"],
+        "pre-tokenizer": content["pre_tokenizer"],
         "model": model,
-        "merges": merges,
     }
-
-
-def _without_offsets(part: object) -> object:
-    """A part of a tokenizer.json without what only says where in the text a token stands.
-
-    A sequence of one is that one.
-    """
-    if isinstance(part, list):
-        return [_without_offsets(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    part = {name: _without_offsets(v) for name, v in part.items() if name != "trim_offsets"}
-    members = part.get("pretokenizers") or part.get("normalizers") or ()
-    return members[0] if part.get("type") == "Sequence" and len(members) == 1 else part
 
 
 def _cut_alike(a: "Tokenizer", b: "Tokenizer") -> bool:

@@ -553,8 +553,7 @@ def test_messages_in_common_names():
                     }
                 ],
             }
-        ],
-        "f:1",
+        ]
     )
     assert (
         call["reasoning_content"] == "hm"
