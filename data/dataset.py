@@ -157,7 +157,7 @@ class Dataset:
                 f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its first 1,000 problems"
             )
         self.validation = [
-            TASKS[task].example(task, "heldout", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)
+            TASKS[task].example(task, "validation", f"{SPLIT_SEED}/{i}") for i in range(eval_examples)
         ]
         if count or train_examples:
             n = min(int(n) for n in (count, train_examples) if n)

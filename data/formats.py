@@ -24,7 +24,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.gold import GOLDS, GSM8K_GOLD, TEXTS, Gold, find_gold, is_number, plain_number
 from data.grading.code import humaneval, mbpp, split_of
@@ -67,7 +67,7 @@ CAMEL_BOX = re.compile(r"\\boxed\{(\d+)\}")
 # --- files -> rows -------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (origin, row) for every row of a data file; origin is `file:line`, for errors.
 
     The content decides what a file is, not its name: a `.json` may hold JSON Lines (what
@@ -98,7 +98,7 @@ def _decompressed(path: Path) -> bytes:
     return content
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     read_head(path, "parquet")  # a pointer of git-lfs, a web page, another format
@@ -122,7 +122,7 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, object]]:
+def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a file that is one JSON value, or JSON Lines under the name of one."""
     try:
         rows = parse_json(content, str(path))
@@ -158,7 +158,7 @@ def _holds_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, object]]:
+def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", parse_json(line, f"{path}:{number}")

@@ -6,7 +6,8 @@ import re
 import pytest
 
 import train
-from data.tasks import TASKS, _held_out, grade
+from data.tasks import TASKS, grade
+from data.toy import is_validation
 
 STYLES = ("word_problems", "word_problems_talk", "word_problems_long")
 PROBLEM = re.compile(r"\w+ has \d+ \w+\. .*?How many \w+ now\?")
@@ -30,7 +31,7 @@ def test_every_style_solves_the_problem(name):
         train.toy_tokenizer(),
         {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name],
     )
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         for i in range(150):
             e = TASKS[name].example(name, split, f"0/{i}")
             solution = e.messages[1]["content"]
@@ -48,15 +49,15 @@ def test_every_style_solves_the_problem(name):
                     "*": int(left) * int(right),
                 }[op] == int(result)
             assert len(tokenizer.encode(solution)) <= longest
-            assert TASKS[name].example(name, split, f"0/{i}") == e and _held_out(e.question) == (
-                split == "heldout"
+            assert TASKS[name].example(name, split, f"0/{i}") == e and is_validation(e.question) == (
+                split == "validation"
             )
 
 
 def test_what_the_first_style_makes_is_what_it_always_was():
     made = [
         repr(TASKS["word_problems"].example("word_problems", split, f"0/{i}"))
-        for split in ("train", "heldout")
+        for split in ("train", "validation")
         for i in range(500)
     ]
     assert hashlib.sha256("".join(made).encode()).hexdigest()[:16] == "20ddbc7e09822d77"
@@ -64,13 +65,13 @@ def test_what_the_first_style_makes_is_what_it_always_was():
 
 def test_running_text_holds_whole_problems_of_one_split():
     task, found = TASKS["word_problems_text"], []
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         for i in range(200):
             e = task.example("word_problems_text", split, f"0/{i}")
             text = e.question + e.messages[1]["content"]
             problems = PROBLEM.findall(text)
-            assert problems[0] == e.question and {_held_out(p) for p in problems} == {
-                split == "heldout"
+            assert problems[0] == e.question and {is_validation(p) for p in problems} == {
+                split == "validation"
             }
             assert e.answer == str(answered(e.question)) and text.count("####") == (
                 len(problems) == 1

@@ -339,7 +339,7 @@ def test_held_out_problems_are_never_trained_on(tiny):
         for i in range(3000)
     }
     held = {
-        task.example("word_problems", "heldout", f"0/{i}").messages[0]["content"]
+        task.example("word_problems", "validation", f"0/{i}").messages[0]["content"]
         for i in range(1000)
     }
     assert not trained & held and len(held) > 900
