@@ -38,8 +38,8 @@ BLOCKS, BLOCK = 64, 4096  # blocks of a weight file, and their bytes, by which i
 NGRAM, WINDOW = 12, 2
 SPAN = NGRAM + WINDOW - 1  # tokens of a question that is found wherever it stands
 BASE = np.uint64(0x9E3779B97F4A7C15)
-# Words, numbers, letters of other scripts, signs of mathematics. What copies of a question differ in
-# is left out: quotes, brackets, markup.
+# Words, numbers, letters of other scripts, signs of mathematics. What copies of a question differ
+# in is left out: quotes, brackets, markup.
 TOKEN = re.compile(r"[A-Za-z]+|\d+|[^\W\d_]|[-+*/=^<>%\u00b1\u00d7\u00f7\u2200-\u22ff]")
 # Where a short question may begin or end: at tags, lines, sentences, labels ("Answer:"), quotes,
 # bold text and code, words that begin an instruction, and between a formula and a capital letter.
@@ -60,8 +60,9 @@ def fingerprints(texts: Iterable[str]) -> np.ndarray:
     """The sorted hashes by which `Lineage.contains` finds every question that these texts hold.
 
     Winnowing (Schleimer, Wilkerson and Aiken, SIGMOD 2003): of the hashes of NGRAM tokens in a row
-    the smallest of every WINDOW neighbours is kept. Every window of a question is a window of a text
-    that holds the question, so that, whatever stands around it, its hashes are among the text's.
+    the smallest of every WINDOW neighbours is kept. Every window of a question is a window of a
+    text that holds the question, so that, whatever stands around it, its hashes are among the
+    text's.
     A question of less than SPAN tokens has no window: for these every run of less than SPAN tokens
     from one BOUNDARY to another is hashed.
     """

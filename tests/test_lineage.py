@@ -482,7 +482,7 @@ def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
 
 def test_traces_without_their_record_have_an_unknown_teacher(world):
     class Data:
-        held_out = []
+        validation = []
         columns = {"source": {"teacher": "ab12"}}
         __len__ = lambda self: 1
         examples = lambda self: [
