@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from errors import UserError
 from files import reason
 
-CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+JSON_CONSTANTS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
 
 class ChatTemplates:
@@ -123,11 +123,8 @@ def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> 
             )
         if name in result:
             raise UserError(f"{option}: {name} is there twice; give it one value")
-        if value.lower() in CONSTANTS:
-            result[name] = CONSTANTS[value.lower()]
-            continue
         try:
-            result[name] = json.loads(value)
+            result[name] = json.loads(JSON_CONSTANTS.get(value.lower(), value))
         except ValueError:
             result[name] = value
     return result

@@ -19,7 +19,6 @@ are reported by `unread_columns`. Nothing here knows a tokenizer or a template (
 
 import codecs
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 from data.gold import GOLDS, GSM8K_GOLD, TEXTS, Gold, find_gold, is_number, plain_number
 from data.grading.code import humaneval, mbpp, split_of
-from data.messages import check_all_text, errors_at, is_empty, normalise_messages
+from data.messages import check_all_text, errors_at, is_empty, json_value, normalise_messages
 from data.tasks import Example
 from errors import UserError
 from files import HEAD, explain, parse_json, read_bytes, read_head, reason
@@ -128,14 +127,10 @@ def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         rows = parse_json(content, str(path))
     except UserError:
         first_line = content.lstrip().partition(b"\n")[0]
-        try:
-            json.loads(first_line)
-        except (ValueError, RecursionError):
-            pass
-        else:
-            yield from _json_lines(content, path)
-            return
-        raise
+        if not isinstance(json_value(first_line.decode("utf-8", "replace")), dict):
+            raise
+        yield from _json_lines(content, path)
+        return
     if isinstance(rows, dict):
         lists = [name for name, value in rows.items() if _holds_rows(value)]
         if not lists or not {*QUESTIONS, *CONVERSATIONS, "instruction"}.isdisjoint(rows):
@@ -342,14 +337,14 @@ def _ambiguous(first: str, second: str, meaning: str) -> UserError:
 
 def _add_system(messages: tuple[dict, ...], columns: dict) -> tuple[dict, ...]:
     """The conversation with the row's own system prompt in front of it."""
-    names = [name for name in SYSTEM if not is_empty(columns.get(name))]
-    prompts = [_text(columns[name], name) for name in names]
+    given = {name: columns.get(name) for name in SYSTEM}
+    prompts = [_text(value, name) for name, value in given.items() if not is_empty(value)]
     has_own = messages[0]["role"] == "system"
     if has_own:
         prompts.append(messages[0]["content"])
     if len(set(prompts)) > 1:
-        raise UserError(f"there are two system prompts, and {names[0]!r} is one of them; keep one")
-    if has_own or not names:
+        raise UserError("there are two system prompts, which differ; keep one of them")
+    if has_own or not prompts:
         return messages
     return ({"role": "system", "content": prompts[0]}, *messages)
 

@@ -60,25 +60,6 @@ def find_gold(columns: dict, response: str, response_column: str = "") -> Gold:
 
 def _search(columns: dict, response: str, is_solution: bool) -> Gold:
     """The first gold answer of: a column for it, the column "solution", the response."""
-    stated = _answer_column(columns, response)
-    if stated is not None and stated.answer is not None:
-        return stated
-    solution = columns.get("solution")
-    if not is_solution and isinstance(solution, str):
-        gold = gold_of_text(solution)
-        if gold.answer is not None:
-            return gold
-    if stated is not None:
-        return Gold()
-    gold = gold_of_text(response)
-    if gold.task in ("number", "answer") and "\\boxed" not in response:
-        if response in [columns.get(name) for name in TEXTS]:
-            return Gold()  # a short completion is a text like any other
-    return gold
-
-
-def _answer_column(columns: dict, response: str) -> Gold | None:
-    """What the first column for gold answers says, beside the response; None without one."""
     for name in GOLDS:
         value = _single(columns.get(name))
         if value is None or value == response:
@@ -87,9 +68,21 @@ def _answer_column(columns: dict, response: str) -> Gold | None:
             return Gold(plain_number(value, name), "number")
         gold, text = gold_of_text(value), value.strip()
         if gold.answer is None and len(value) <= LONGEST and text.casefold() not in NO_ANSWERS:
-            return Gold(text, "answer")  # compared by its text
-        return gold
-    return None
+            gold = Gold(text, "answer")  # compared by its text
+        if gold.answer is not None:
+            return gold
+        response = ""  # the answer is what the column says, of which nothing can be graded
+        break
+    solution = columns.get("solution")
+    if not is_solution and isinstance(solution, str):
+        gold = gold_of_text(solution)
+        if gold.answer is not None:
+            return gold
+    gold = gold_of_text(response)
+    is_short = gold.task in ("number", "answer") and "\\boxed" not in response
+    if is_short and response in [columns.get(name) for name in TEXTS]:
+        return Gold()  # a short completion is a text like any other
+    return gold
 
 
 def _single(value: object) -> str | int | float | None:

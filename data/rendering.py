@@ -101,18 +101,21 @@ class Renderer:
     # --- nothing is left out ---------------------------------------------------------------------
 
     def missing(self, texts: list[str], rendered: str) -> str | None:
-        """The first of some texts that a rendered text does not hold; None if it holds all.
+        """One of some texts that a rendered text does not hold; None if it holds all.
 
-        Each has a place of its own. It may be written as it is or as JSON, white space around it
-        aside.
+        Each has a place of its own, the longest ones first. It may be written as it is or as JSON,
+        white space around it aside.
         """
-        escaped = [self.tokenizer.escape(text) for text in texts]
-        if _holds(rendered, escaped):
-            return None
-        for text, part in zip(texts, escaped, strict=True):
-            if not _holds(rendered, [part]):
-                return text
-        return texts[0]
+        for text in sorted(texts, key=len, reverse=True):
+            form = self.tokenizer.escape(text.strip())
+            if form not in rendered:
+                in_json = (json.dumps(form, ensure_ascii=False)[1:-1], json.dumps(form)[1:-1])
+                forms = [form for form in in_json if form in rendered]
+                if not forms:
+                    return text
+                form = forms[0]
+            rendered = rendered.replace(form, "\0", 1)
+        return None
 
     def check_prompt(
         self, messages: list[dict], text: str, conversation: list[dict], example: Example
@@ -188,16 +191,3 @@ class Renderer:
 
 def _without(message: dict, *names: str) -> dict:
     return {name: value for name, value in message.items() if name not in names}
-
-
-def _holds(rendered: str, texts: list[str]) -> bool:
-    """Whether a rendered text holds some texts, each in a place of its own."""
-    for text in sorted((text.strip() for text in texts), key=len, reverse=True):
-        if text not in rendered:
-            in_json = (json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
-            found = [form for form in in_json if form in rendered]
-            if not found:
-                return False
-            text = found[0]
-        rendered = rendered.replace(text, "\0", 1)
-    return True

@@ -144,16 +144,14 @@ class Tokenizer:
         Those that the tokenizer calls special or names for a purpose, those in the form <|...|>,
         and the one that ends a turn. `<think>` and `<tool_call>` in a text are what they say.
         """
-        names = set()
+        names = [self.turn_end] if self.chat_template is not None else []
         for token in self._added:
             if token.get("special") or CONTROL_FORM.fullmatch(token["content"]):
-                names.add(token["content"])
-        for token in self._named_tokens.values():
-            if self.backend.token_to_id(token) is not None:
-                names.add(token)
-        if self.chat_template is not None:
-            names.add(self.turn_end)
-        return frozenset(names - ANSWER_TAGS)
+                names.append(token["content"])
+        for name in self._named_tokens.values():
+            if self.backend.token_to_id(name) is not None:
+                names.append(name)
+        return frozenset(names) - ANSWER_TAGS
 
     @cached_property
     def _control_pattern(self) -> re.Pattern:
@@ -170,11 +168,6 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         special = [token for token in self._added if token.get("special")]
         return frozenset(token["id"] for token in special if token["content"] not in ANSWER_TAGS)
-
-    def _named_token(self, name: str) -> str | None:
-        """A special token that tokenizer_config.json names, such as "eos_token"."""
-        token = self.settings.get(name)
-        return token.get("content") if isinstance(token, dict) else token
 
     def _mark_control_tokens(self, text: str) -> str:
         """The text without escapes, control tokens as `_marked_backend` knows them."""
@@ -251,7 +244,9 @@ class Tokenizer:
         """Special tokens that tokenizer_config.json names, as chat templates get them."""
         found = {}
         for kind in SPECIAL:
-            token = self._named_token(f"{kind}_token")
+            token = self.settings.get(f"{kind}_token")
+            if isinstance(token, dict):
+                token = token.get("content")
             if isinstance(token, str) and token:
                 found[f"{kind}_token"] = token
         return found
@@ -259,7 +254,7 @@ class Tokenizer:
     @cached_property
     def eos(self) -> str:
         """The end-of-text token."""
-        token = self._named_token("eos_token")
+        token = self._named_tokens.get("eos_token")
         if token is None or self.backend.token_to_id(token) is None:
             raise UserError(
                 f"{self.source}: tokenizer_config.json names no eos_token that the tokenizer knows"
