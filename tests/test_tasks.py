@@ -1,4 +1,4 @@
-"""The embedded task: three styles of solving the same problems, running text, and a split that nothing leaks through."""
+"""The toy task: three styles of solving the same problems, running text, and its two splits."""
 
 import hashlib
 import re
@@ -16,7 +16,10 @@ PROBLEM = re.compile(r"\w+ has \d+ \w+\. .*?How many \w+ now\?")
 def answered(question):
     """The answer, from the words of the question alone."""
     first, *told = re.findall(r"[^.?]+[.?]", question)[:-1]
-    number = lambda sentence: int(re.search(r"\d+", sentence)[0])
+
+    def number(sentence):
+        return int(re.search(r"\d+", sentence)[0])
+
     total = number(first)
     for sentence in told:
         verb = re.search(r"finds|buys|A friend gives|loses|sells|gives away|times", sentence)[0]
@@ -27,10 +30,8 @@ def answered(question):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_solves_the_problem(name):
-    tokenizer, longest = (
-        train.toy_tokenizer(),
-        {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name],
-    )
+    tokenizer = train.toy_tokenizer()
+    longest = {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name]
     for split in ("train", "validation"):
         for i in range(150):
             e = TASKS[name].example(name, split, f"0/{i}")
@@ -40,18 +41,23 @@ def test_every_style_solves_the_problem(name):
                 and grade(e, solution).strict
                 and not grade(e, solution + "1").strict
             )
-            for left, op, right, result in re.findall(
-                r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " ")
-            ):
-                assert {
+            steps = re.findall(r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " "))
+            for left, op, right, result in steps:
+                values = {
                     "+": int(left) + int(right),
                     "-": int(left) - int(right),
                     "*": int(left) * int(right),
-                }[op] == int(result)
+                }
+                assert values[op] == int(result)
             assert len(tokenizer.encode(solution)) <= longest
-            assert TASKS[name].example(name, split, f"0/{i}") == e and is_validation(e.question) == (
-                split == "validation"
-            )
+            assert TASKS[name].example(name, split, f"0/{i}") == e
+            assert is_validation(e.question) == (split == "validation")
+
+
+def test_other_splits_and_tasks_without_problems_are_refused():
+    for name, split in (("word_problems", "heldout"), ("gsm8k", "train")):
+        with pytest.raises(ValueError, match=f"{name} makes no problems for the split '{split}'"):
+            TASKS[name].example(name, split, "0/0")
 
 
 def test_what_the_first_style_makes_is_what_it_always_was():

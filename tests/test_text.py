@@ -1,4 +1,7 @@
-"""Tokenizers, chat templates, datasets and the stream: the embedded ones here, the real Qwen2.5 tokenizer where it is at hand."""
+"""Tokenizers, chat templates, datasets and the stream.
+
+The toy ones here, the real Qwen2.5 tokenizer where it is at hand.
+"""
 
 import json
 
@@ -20,7 +23,7 @@ def tiny():
     return train.toy_tokenizer()
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------------------
+# --- tokenizer -----------------------------------------------------------------------------------
 
 
 def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
@@ -108,7 +111,7 @@ def test_chat_template_equals_transformers(real_data):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-# --- formatting ------------------------------------------------------------------------------------------------------
+# --- formatting ----------------------------------------------------------------------------------
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tiny):
@@ -137,15 +140,16 @@ def test_plain_template_system_prompt_and_suffix(tiny):
     prompt = tiny.decode(
         Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example)
     )
-    assert (
-        prompt
-        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
-    )
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert prompt == f"{system}<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
     assert example.messages[0]["content"] == "Q:"  # the example itself is left alone
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
-    template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|"
+        "{% endfor %}"
+    )
     settings = json.dumps({"eos_token": "<|endoftext|>", "chat_template": template}).encode()
     other = Tokenizer(tiny.files | {"tokenizer_config.json": settings}, "x")
     turns = tuple(
@@ -156,7 +160,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
         Formatter(other).documents([Example(turns, origin="f:1")])
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 ROWS = [
@@ -229,7 +233,10 @@ def test_other_questions_and_answers_are_left_as_they_are(answer):
     ],
 )
 def test_traces_of_camel(end, answer, tmp_path):
-    """The columns of camel-ai/gsm8k_distilled; what its makers left of the gold solution's last line is read as GSM8K's."""
+    """The columns of camel-ai/gsm8k_distilled.
+
+    What its makers left of the gold solution's last line is read as GSM8K's.
+    """
     trace = (
         "<think>\n48/2 = 24, so 72. \\boxed{7}\n</think>\n\nNatalia sold \\(\\boxed{72}\\) clips."
     )
@@ -276,7 +283,8 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ('{"prompt": "\\ud83d ok", "completion": "b"}', "half a character"),
         ('{"problem": "a", "solution": "b", "answer": "\\ude00"}', "half a character"),
         (
-            '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}',
+            '{"messages": [{"role": "user", "content": "\\udfff"},'
+            ' {"role": "assistant", "content": "a"}]}',
             "half a character",
         ),
         ('{"question": "a", "ans', "not valid JSON"),
@@ -461,7 +469,8 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     )
     longest_is_held_out = dict(eval_examples=2, max_tokens=100)
     assert any(
-        len(e.messages[1]["content"]) == 600 for e in dataset(tiny, path, eval_examples=2).validation
+        len(e.messages[1]["content"]) == 600
+        for e in dataset(tiny, path, eval_examples=2).validation
     )
     with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)
