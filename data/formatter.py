@@ -148,20 +148,15 @@ class Formatter:
         itself.
         """
         turns = _trained_turns(example.messages)
-        if not self.chat or not self._rewrites_turns(example):
+        if not self.chat or len(turns) < 2:
             return [example]
-        with errors_at(example.origin):
-            self._renderer.check_untrained(self._conversation(example), example)
-        return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in turns]
-
-    def _rewrites_turns(self, example: Example) -> bool:
-        if sum(message["role"] == "assistant" for message in example.messages) < 2:
-            return False
         try:
             self.segments(example)
+            return [example]
         except RewrittenTurns:
-            return True
-        return False
+            with errors_at(example.origin):
+                self._renderer.check_untrained(self._conversation(example), example)
+        return [dataclasses.replace(example, messages=_until(example.messages, i)) for i in turns]
 
     def documents(self, examples: list[Example]) -> list[Document]:
         """Documents in the examples' order."""

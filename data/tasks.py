@@ -130,15 +130,14 @@ def grade_all(grade_one: Callable, items: Sequence[tuple]) -> list:
 
     Several run at a time where an example's task waits for other processes.
     """
-    pool, futures = ThreadPoolExecutor(at_once()), {}
+    pool, calls = ThreadPoolExecutor(at_once()), []
     try:
-        for i, item in enumerate(items):
-            task = TASKS.get(getattr(item[0], "task", ""))
+        for item in items:
+            task = TASKS.get(item[0].task)
             if task and task.waits:
-                futures[i] = pool.submit(grade_one, *item)
-        results = []
-        for i, item in enumerate(items):
-            results.append(futures[i].result() if i in futures else grade_one(*item))
-        return results
+                calls.append(pool.submit(grade_one, *item).result)
+            else:
+                calls.append(functools.partial(grade_one, *item))
+        return [call() for call in calls]
     finally:
         pool.shutdown(cancel_futures=True)

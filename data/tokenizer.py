@@ -268,8 +268,7 @@ class Tokenizer:
         `<|im_end|>` for Qwen, base models too.
         """
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        end = self.render(messages).rpartition(PROBE)[2].lstrip()
-        ids = self.encode_many([end])[0]
+        ids = self.encode(self.render(messages).rpartition(PROBE)[2].lstrip())
         is_added = bool(ids) and ids[0] in [token["id"] for token in self._added]
         return self.id_to_token[ids[0]] if is_added else self.eos
 
