@@ -133,7 +133,7 @@ def grade_all(grade_one: Callable, items: Sequence[tuple]) -> list:
     pool, calls = ThreadPoolExecutor(at_once()), []
     try:
         for item in items:
-            task = TASKS.get(item[0].task)
+            task = TASKS.get(getattr(item[0], "task", ""))
             if task and task.waits:
                 calls.append(pool.submit(grade_one, *item).result)
             else:
