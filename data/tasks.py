@@ -10,7 +10,7 @@ from typing import Any
 from data.grade import Verdict, grade_math, grade_number
 from data.grading.code import grade_code
 from data.sandbox import at_once
-from data.toy import LONG, TALK, Problem, is_validation, running_text, word_problem
+from data.toy import LONG, TALK, is_validation, running_text, word_problem
 
 FEW_WORDS = 8  # of a user who asks about what the system said
 
@@ -77,15 +77,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a kind of problem is graded by, and made by.
+    """What a kind of problem is made by, and graded by.
 
+    make: a seeded generator -> (question, solution, answer); None: the problems come from a file.
     grade: (text, gold answer) -> Verdict.
-    make: a problem of a seeded generator; None: the problems come from a file.
     waits: grading waits for other processes, so that several at a time are faster.
     """
 
+    make: Callable[[random.Random], tuple[str, str, str]] | None
     grade: Callable[[str, Any], Verdict]
-    make: Callable[[random.Random], Problem] | None = None
     waits: bool = False
 
     def example(self, name: str, split: str, key: str) -> Example:
@@ -96,27 +96,29 @@ class Task:
         if not self.make or split not in ("train", "validation"):
             raise ValueError(f"task {name} makes no problems for the split {split!r}")
         for attempt in range(10_000):
-            problem = self.make(random.Random(f"{name}/{key}/{attempt}"))
-            if is_validation(problem.question) == (split == "validation"):
+            question, solution, answer = self.make(random.Random(f"{name}/{key}/{attempt}"))
+            if is_validation(question) == (split == "validation"):
                 messages = (
-                    {"role": "user", "content": problem.question},
-                    {"role": "assistant", "content": problem.solution},
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": solution},
                 )
-                return Example(messages, problem.answer, name, f"{name} problem {key}")
+                return Example(messages, answer, name, f"{name} problem {key}")
         raise ValueError(f"task {name} makes no problem for the split {split!r}")
 
 
 TASKS = {
-    "word_problems": Task(grade_number, word_problem),
-    "word_problems_talk": Task(grade_number, functools.partial(word_problem, style=TALK)),
-    "word_problems_long": Task(grade_number, functools.partial(word_problem, style=LONG)),
-    "word_problems_text": Task(grade_number, running_text),
-    "gsm8k": Task(grade_number),
-    "math": Task(grade_math),
-    "number": Task(grade_number),  # this and the next: of any file, by the look of its answers
-    "answer": Task(grade_math),
-    "humaneval": Task(grade_code, waits=True),
-    "mbpp": Task(grade_code, waits=True),
+    "word_problems": Task(word_problem, grade_number),
+    "word_problems_talk": Task(functools.partial(word_problem, style=TALK), grade_number),
+    "word_problems_long": Task(functools.partial(word_problem, style=LONG), grade_number),
+    "word_problems_text": Task(running_text, grade_number),
+    "gsm8k": Task(None, grade_number),
+    "math": Task(None, grade_math),
+    "number": Task(
+        None, grade_number
+    ),  # this and the next: of any file, by the look of its answers
+    "answer": Task(None, grade_math),
+    "humaneval": Task(None, grade_code, waits=True),
+    "mbpp": Task(None, grade_code, waits=True),
 }
 
 
