@@ -44,7 +44,7 @@ TEACHER = {
 STUDENT = {"mode": "kd"}
 
 # Files that decide what such a model learns: another version of them needs another model.
-SOURCES = ("data/tasks.py", "data/tokenizer.py", "model/transformer.py")
+SOURCES = ("data/toy.py", "data/tasks.py", "data/tokenizer.py", "model/transformer.py")
 
 # Options that change nothing of what a run learns.
 NEUTRAL = ("name", "runs", "resume", "device", "kernels", "max_checkpoints", "log_every", "wandb")

@@ -98,7 +98,7 @@ class Dataset:
             keys = [f"{SPLIT_SEED}/{i}" for i in range(number)]
             return [TASKS[task].example(task, split, key) for key in keys]
 
-        self.validation = problems("heldout", self.eval_examples)
+        self.validation = problems("validation", self.eval_examples)
         limits = [int(limit) for limit in (count, self.train_examples) if limit]
         return problems("train", min(limits, default=0))
 

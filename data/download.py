@@ -1,7 +1,8 @@
 """Fetch test sets: python -m data.download gsm8k math500 --to test_sets
 
-Every file is taken from where its makers or the evaluation that made it known keep it, at a fixed commit, and kept only if its
-sha256 is the one below. They were taken from those files; sets without a source of that kind are not offered.
+Every file is taken from where its makers or the evaluation that made it known keep it, at a fixed
+commit, and kept only if its sha256 is the one below. The checksums are of files from there; sets
+without a source of that kind are not offered.
 """
 
 import argparse
@@ -10,118 +11,133 @@ import http.client
 import json
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from data.formats import read_rows
 from errors import RunFailed, UserError
+from files import reason
 
-_GITHUB = "https://raw.githubusercontent.com"
-_GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
-_QWEN = f"{_GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
-_GSM8K_HUB = "https://huggingface.co/datasets/openai/gsm8k/resolve/main/main"
-_MATH500 = f"{_GITHUB}/rasbt/reasoning-from-scratch/f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958/ch03/01_main-chapter-code"
+GITHUB = "https://raw.githubusercontent.com"
+GSM8K = (
+    f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+    "/grade_school_math/data"
+)
+GSM8K_HUB = "https://huggingface.co/datasets/openai/gsm8k/resolve/main/main"
+MATH500 = (
+    f"{GITHUB}/rasbt/reasoning-from-scratch/f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958"
+    "/ch03/01_main-chapter-code"
+)
+HUMANEVAL = f"{GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data"
+MBPP = f"{GITHUB}/mrigankpawagi/PropertyEval/b2be813dcff867cc350c61b8d3ea57ec088ce1ac"
+QWEN = f"{GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
 
 # name -> [(file below the folder, address, sha256 of the file or, with "rows:", of its rows)]
 SETS = {
     "gsm8k": [
         (
             "gsm8k/test.jsonl",
-            f"{_GSM8K}/test.jsonl",
+            f"{GSM8K}/test.jsonl",
             "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
         ),
         (
             "gsm8k/train.jsonl",
-            f"{_GSM8K}/train.jsonl",
+            f"{GSM8K}/train.jsonl",
             "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
         ),
     ],
-    # the hub may write its Parquet files anew: what is checked is that their rows are those of the files above
+    # The hub may write its Parquet files anew: checked is that their rows are those of the above.
     "gsm8k-parquet": [
         (
             "gsm8k/test-00000-of-00001.parquet",
-            f"{_GSM8K_HUB}/test-00000-of-00001.parquet",
+            f"{GSM8K_HUB}/test-00000-of-00001.parquet",
             "rows:5b736e25f3d1e6cdeef6b3d89e3dc71a7e3c20288f93f1bda635f6fbeb4f41b5",
         ),
         (
             "gsm8k/train-00000-of-00001.parquet",
-            f"{_GSM8K_HUB}/train-00000-of-00001.parquet",
+            f"{GSM8K_HUB}/train-00000-of-00001.parquet",
             "rows:937e90ecc5698135a95d098621de3388f3b63bec4dbd8fc1b349adf8612890aa",
         ),
     ],
     "math500": [
         (
             "math500/test.json",
-            f"{_MATH500}/math500_test.json",
+            f"{MATH500}/math500_test.json",
             "a9eccff7e25ecaf3952614e5b92fe081b4f0549c68ae6a387b96e131df9ddf41",
         )
     ],
     "humaneval": [
         (
             "humaneval/HumanEval.jsonl.gz",
-            f"{_GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
+            f"{HUMANEVAL}/HumanEval.jsonl.gz",
             "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
         )
     ],
     "mbpp": [
         (
             "mbpp/sanitized-mbpp.json",
-            f"{_GITHUB}/mrigankpawagi/PropertyEval/b2be813dcff867cc350c61b8d3ea57ec088ce1ac/sanitized-mbpp.json",
+            f"{MBPP}/sanitized-mbpp.json",
             "8ac32b2799150228e2d745aed09c870b7e4444246d4727d1004576207ef40769",
         )
     ],
-} | {
-    name: [(f"{name}/test.jsonl", f"{_QWEN}/{name}/test.jsonl", digest)]
-    for name, digest in {
-        "aime24": "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac",
-        "amc23": "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4",
-        "minerva_math": "0e656b430d3a0a1dab6aa853f453ba3805e28e2cabe4fc72486a897cc09d8ba2",
-        "olympiadbench": "bb8c1e38a16ea9eacb77530315a674d883f267fbff79183effc53681b4fcc416",
-        "svamp": "d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d",
-    }.items()
 }
+for _name, _digest in {
+    "aime24": "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac",
+    "amc23": "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4",
+    "minerva_math": "0e656b430d3a0a1dab6aa853f453ba3805e28e2cabe4fc72486a897cc09d8ba2",
+    "olympiadbench": "bb8c1e38a16ea9eacb77530315a674d883f267fbff79183effc53681b4fcc416",
+    "svamp": "d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d",
+}.items():
+    SETS[_name] = [(f"{_name}/test.jsonl", f"{QWEN}/{_name}/test.jsonl", _digest)]
 
 
-def digest_of(path, kind):
-    """sha256 of the file, or of its questions and answers, whatever file they are in."""
+def digest_of(path: Path, kind: str) -> str:
+    """sha256 of a file or, for the kind "rows", of its questions and answers in any container."""
+    if kind != "rows":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    if kind == "rows":
-        for origin, row in read_rows(path):
-            digest.update(json.dumps([row.get("question"), row.get("answer")]).encode() + b"\n")
-    else:
-        digest.update(path.read_bytes())
+    for _, row in read_rows(path):
+        digest.update(json.dumps([row.get("question"), row.get("answer")]).encode() + b"\n")
     return digest.hexdigest()
 
 
-def fetch(name, folder, open_url=urllib.request.urlopen, say=lambda text: None):
-    """Fetch the set's files that are not there yet, and check all. Raises UserError."""
+def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
+    """Fetch those of a set's files that are not there yet, and check all.
+
+    say: gets a line for every file.
+
+    Raises UserError for an unknown name or a wrong checksum, RunFailed without a connection.
+    """
     if name not in SETS:
         raise UserError(f"{name} is not among the sets that can be fetched: {', '.join(SETS)}")
-    for place, url, wanted in SETS[name]:
+    for place, url, checksum in SETS[name]:
         path = Path(folder) / place
-        kind, _, wanted = wanted.rpartition(":")
+        kind, _, expected = checksum.rpartition(":")
         if path.exists():
-            if (found := digest_of(path, kind)) != wanted:
+            found = digest_of(path, kind)
+            if found != expected:
                 raise UserError(
-                    f"{path} is there but not the set's own file (checksum {found[:12]}, not {wanted[:12]}); move it away"
+                    f"{path} is there but not the set's own file (checksum {found[:12]}, "
+                    f"not {expected[:12]}); move it away"
                 )
             say(f"{path} is there")
             continue
-        draft = path.with_name(
-            "draft-" + path.name
-        )  # beside it, with the suffix by which it is read
+        draft = path.with_name("draft-" + path.name)  # keeps the suffix by which it is read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open_url(url) as answer:
+            with urllib.request.urlopen(url) as answer:
                 draft.write_bytes(answer.read())
-            if (found := digest_of(draft, kind)) != wanted:
+            found = digest_of(draft, kind)
+            if found != expected:
                 raise UserError(
-                    f"{url}: checksum mismatch ({found[:12]}, not {wanted[:12]}); nothing was kept"
+                    f"{url}: checksum mismatch ({found[:12]}, not {expected[:12]}); "
+                    "nothing was kept"
                 )
             draft.rename(path)
         except (OSError, http.client.HTTPException) as e:
-            reason = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
+            words = getattr(e, "reason", None) or reason(e)
             raise RunFailed(
-                f"{url} could not be fetched to {path} ({reason}); fetch it by hand"
+                f"{url} could not be fetched to {path} ({words}); fetch it by hand"
             ) from None
         finally:
             draft.unlink(missing_ok=True)

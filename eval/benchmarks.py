@@ -105,7 +105,7 @@ def load(name, folder, limit=0):
     if name in TASKS and TASKS[name].make:
         wanted = limit or HELD_OUT
         examples = tuple(
-            TASKS[name].example(name, "heldout", f"{SPLIT_SEED}/{i}")
+            TASKS[name].example(name, "validation", f"{SPLIT_SEED}/{i}")
             for i in range(max(wanted, 20))
         )
         digest = hashlib.sha256(

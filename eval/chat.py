@@ -135,7 +135,7 @@ def main(argv):
         template_kwargs = parse_template_kwargs(text, "--chat_template_kwargs")
         if given and subject.tokenizer.chat_template is None:
             raise UserError(
-                f"--chat_template_kwargs {given}: {subject.tokenizer.where} has no chat template; leave it out"
+                f"--chat_template_kwargs {given}: {subject.tokenizer.source} has no chat template; leave it out"
             )
         settings = subject.settings
         system = settings.get("system_prompt", "") if args.system is None else args.system

@@ -48,7 +48,7 @@ def build(
         asked = run.get("template", "auto")
         kind = asked if asked != "auto" else "chat" if template else "plain"
     if kind == "chat" and not template:
-        raise UserError(f"{tokenizer.where} has no chat template; use --prompt plain or few_shot")
+        raise UserError(f"{tokenizer.source} has no chat template; use --prompt plain or few_shot")
     if kind == "few_shot" and not benchmark.shots:
         raise UserError(
             f"{benchmark.name} has no worked examples for --prompt few_shot; use chat or plain"

@@ -62,7 +62,7 @@ def policy_vocab_size(tokenizer: Tokenizer, config: ModelConfig) -> int:
     """How many ids a policy may sample: those of its tokenizer. The head may have more rows."""
     if tokenizer.size > config.vocab_size:
         raise UserError(
-            f"{tokenizer.where} has {tokenizer.size:,} ids but the model only "
+            f"{tokenizer.source} has {tokenizer.size:,} ids but the model only "
             f"{config.vocab_size:,}; name another --tokenizer"
         )
     return tokenizer.size

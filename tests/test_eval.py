@@ -343,7 +343,7 @@ def test_every_set_is_read_and_graded(tmp_path):
     assert benchmarks.load("svamp", sets).examples[0].question == "There are 7 figs. How many?"
     embedded, held_out = benchmarks.load("word_problems", sets).examples, TASKS["word_problems"]
     assert embedded == tuple(
-        held_out.example("word_problems", "heldout", f"0/{i}") for i in range(400)
+        held_out.example("word_problems", "validation", f"0/{i}") for i in range(400)
     )  # those of a run's own evaluation
 
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from data.formats import gold_of_text, read_rows, to_example, unread_columns
+from data.formats import read_rows, to_example, unread_columns
+from data.gold import gold_of_text
 from data.messages import normalise_messages
 from data.tasks import grade
 from errors import UserError
@@ -483,6 +484,7 @@ def test_a_column_that_another_one_goes_before_is_named():
         ),  # the gold answer is from it
         ({"question": "Q?", "answer": "<<1+1=2>>2\n#### 2"}, set()),
         ({"instruction": "Q", "input": "x", "output": "A."}, set()),
+        ({"system": "S", "text": "Q", "code": "def f(): 0", "test_list": ["assert f()"]}, set()),
     ):
         assert unread_columns(to_example(row, "f:1")) == unread, row
 
@@ -505,22 +507,14 @@ def test_a_prompt_of_messages_is_not_trained_on():
 
 
 def test_shared_parquet_columns_bring_no_nulls(tmp_path):
-    import pyarrow
     import pyarrow.parquet
 
-    call = lambda arguments: {
-        "messages": [
-            {
-                "role": "assistant",
-                "content": "x",
-                "tool_calls": [{"name": "f", "arguments": arguments}],
-            }
-        ]
-    }
+    rows = []
+    for arguments in ({"city": "P"}, {"zip": 7}):
+        calls = [{"name": "f", "arguments": arguments}]
+        rows.append({"messages": [{"role": "assistant", "content": "x", "tool_calls": calls}]})
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([call({"city": "P"}), call({"zip": 7})]), path
-    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found = [
         to_example(row, origin).messages[0]["tool_calls"][0]["function"]["arguments"]
         for origin, row in read_rows(path)
@@ -552,8 +546,7 @@ def test_messages_in_common_names():
                     }
                 ],
             }
-        ],
-        "f:1",
+        ]
     )
     assert (
         call["reasoning_content"] == "hm"

@@ -1,4 +1,4 @@
-"""Prompts and documents: the template's own rendering, a user's text as characters, and nothing lost on the way."""
+"""Prompts and documents: the template's own text, a user's text as characters, nothing lost."""
 
 import json
 import random
@@ -131,10 +131,14 @@ def test_templates_get_what_transformers_gives_them(tiny, tmp_path):
         ],
     ]
     sources = ALL | {
-        "environment": "{{ bos_token }}{{ eos_token }}{% for m in messages %}{% generation %}{{ {'z': m.content, 'a': [1]} | tojson(indent=2, sort_keys=true) }}"
-        "{% endgeneration %}{% if loop.first %}{% continue %}{% endif %}{{ strftime_now('%Y') }}{% endfor %}",
-        "absent": "{{ tools is none }} {{ documents is none }} {{ tools is defined }} {{ enable_thinking is defined }}{{ enable_thinking }}",
-        "names": "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.content }}{% endfor %}",
+        "environment": "{{ bos_token }}{{ eos_token }}{% for m in messages %}{% generation %}"
+        "{{ {'z': m.content, 'a': [1]} | tojson(indent=2, sort_keys=true) }}"
+        "{% endgeneration %}{% if loop.first %}{% continue %}{% endif %}"
+        "{{ strftime_now('%Y') }}{% endfor %}",
+        "absent": "{{ tools is none }} {{ documents is none }} {{ tools is defined }} "
+        "{{ enable_thinking is defined }}{{ enable_thinking }}",
+        "names": "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|"
+        "{{ m.content }}{% endfor %}",
     }
     compared = 0
     for name, source in sources.items():
@@ -168,7 +172,7 @@ def test_templates_get_what_transformers_gives_them(tiny, tmp_path):
 @pytest.mark.parametrize(
     "messages,kwargs,text,learnt",
     [
-        # Qwen3's kind: an answer without reasoning is trained with the empty block that the template writes
+        # Qwen3's kind: an answer without reasoning is trained with the empty block of the template
         ("Q=It is 12.", {}, "<think>\n\n</think>\n\nIt is 12.", "<think>\n\n</think>\n\nIt is 12."),
         (
             "Q=<think>\nthree fours\n</think>\n\n12",
@@ -216,10 +220,8 @@ def test_reasoning_in_a_field_of_its_own(tiny, field, template):
     }
     formatter = Formatter(other)
     (d,) = formatter.documents([to_example(row, "f:1")])
-    assert (
-        whole(other, d)
-        == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\nthree fours\n</think>\n\n12<|im_end|>"
-    )
+    expected = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert whole(other, d) == expected + "<think>\nthree fours\n</think>\n\n12<|im_end|>"
     with pytest.raises(
         UserError, match="f:1: .*no place for 'three fours' of the assistant's reasoning_content"
     ):
@@ -282,7 +284,8 @@ def test_tool_calls_are_trained_on(tiny, content, arguments):
     example = to_example({"messages": turns, "tools": TOOLS}, "f:1")
     (d,) = Formatter(other).documents([example])
     said = f"{content}\n" if content else ""
-    called = f'{said}<tool_call>\n{{"name": "weather", "arguments": {{"city": "Oslo"}}}}\n</tool_call><|im_end|>'
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    called = f"{said}<tool_call>\n{call}\n</tool_call><|im_end|>"
     assert trained(other, d) == called + "It is 4 C.<|im_end|>"
     assert "You may call:" in whole(other, d) and "<tool_response>\n4 C" in whole(other, d)
     (as_text,) = Formatter(other).documents(
@@ -344,7 +347,10 @@ def test_what_a_template_does_not_show_is_refused_by_name(tiny):
         with pytest.raises(UserError) as e:
             Formatter(tokenizer).documents([to_example(row, "f:1")])
         assert words in str(e.value) and "\n" not in str(e.value)
-    read = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.mood }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+    read = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.mood }}\n{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+    )
     row = {
         "messages": [
             {"role": "user", "content": "Q", "mood": "sad"},
@@ -401,7 +407,10 @@ def test_names_and_values_in_tool_calls_are_text(tiny):
 
 
 def test_a_template_that_looks_into_marked_texts_is_refused(tiny):
-    looks = "{% for m in messages %}{{ 'ends' if '<|im_end|>' in m.content else 'goes on' }} {{ m.content }}{% endfor %}"
+    looks = (
+        "{% for m in messages %}{{ 'ends' if '<|im_end|>' in m.content else 'goes on' }} "
+        "{{ m.content }}{% endfor %}"
+    )
     ascii_only = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
     for source in (looks, ascii_only):
         formatter = Formatter(with_template(tiny, source))
@@ -556,7 +565,7 @@ def test_template_arguments():
             parse_template_kwargs(bad)
 
 
-# --- tokenizers that are the same ------------------------------------------------------------------
+# --- tokenizers that are the same ----------------------------------------------------------------
 
 
 def test_a_tokenizer_saved_by_another_version_is_the_same(tiny, tmp_path):
@@ -751,12 +760,13 @@ def check_row(row, formatter, controls):
         ):  # the tag is the prompt's, with its own line end
             said = said.removeprefix("<think>").strip()
         assert said in text or in_json in text, (row, "LOST", said, text)
-    for d in documents:  # every control token is the template's: its turns open and close as often as the template says
+    # every control token is the template's: turns open and close as often as the template says
+    for d in documents:
         ids = [int(i) for i in d.tokens]
         count = [ids.count(control) for control in controls]
         opened, closed = count[:2]
         assert count[2] == 0 and opened in (closed, closed + 1), (row, decode(ids))
-        learnt = [int(i) for i, w in zip(d.tokens, d.weights) if w]
+        learnt = [int(i) for i, w in zip(d.tokens, d.weights, strict=True) if w]
         assert controls[0] not in learnt and learnt.count(controls[1]) <= sum(
             m["role"] == "assistant" for m in example.messages
         )

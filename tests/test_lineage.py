@@ -1,4 +1,8 @@
-"""What a checkpoint knows of its training: it travels with renames and copies, counts what a chain of runs saw, and never takes unknown for none."""
+"""What a checkpoint knows of its training.
+
+It travels with renames and copies, counts what a chain of runs saw, and never takes unknown for
+none.
+"""
 
 import json
 import os
@@ -40,10 +44,16 @@ def jsonl(path, rows):
 
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
-    """An empty working directory with a test set of six questions, and training files with three, one and none of them."""
+    """An empty working directory with a test set of six questions.
+
+    And training files with three, one and none of them.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SRLM_DATA", raising=False)
-    row = lambda question: {"question": question, "answer": "So it is.\n#### 3"}
+
+    def row(question):
+        return {"question": question, "answer": "So it is.\n#### 3"}
+
     jsonl(tmp_path / "sets" / "gsm8k" / "test.jsonl", map(row, QUESTIONS))
     jsonl(tmp_path / "three.jsonl", map(row, [*QUESTIONS[:3], "What is 1 + 1?"]))
     jsonl(
@@ -62,7 +72,7 @@ def ran(name, *args):
 
 
 def evaluated(capsys, place, *args, out="out"):
-    """(trained_on, what is said of it) of a whole evaluation; (its error, "") where it is refused."""
+    """(trained_on, what is said of it) of an evaluation; (its error, "") where it is refused."""
     shutil.rmtree(out, ignore_errors=True)
     argv = [
         str(place),
@@ -91,18 +101,20 @@ def evaluated(capsys, place, *args, out="out"):
     return count, said
 
 
-# --- hashes ----------------------------------------------------------------------------------------------------------
+# --- hashes --------------------------------------------------------------------------------------
 
 LONG = "Ann has 3 figs. She eats 1 of them!\nHow many are left?"  # 13 tokens
 SHORT = "Simplify $\\sqrt{50} - \\sqrt{8}$."
 CODE = "What does <b>\ndo in HTML"
 WRAPPINGS = {
     "alone": "@",
-    "R1-Zero's": "A conversation between User and Assistant. The Assistant thinks first and answers then, "
-    "i.e., <think> thoughts </think> <answer> answer </answer>. User: @ Assistant:",
-    "four sentences": "You are good at maths. Think before you answer. Be brief. Write in English. @",
+    "R1-Zero's": "A conversation between User and Assistant. The Assistant thinks first and "
+    "answers then, i.e., <think> thoughts </think> <answer> answer </answer>. User: @ Assistant:",
+    "four sentences": "You are good at maths. Think before you answer. Be brief. Write in "
+    "English. @",
     "five behind": "@ Think first. Then write. Check what you wrote. Be brief. Write in English.",
-    "worked examples": "Question: What is 1 + 1?\nAnswer: 2\n\n@uestion: And 2 + 1?\nAnswer: 3\n\n@uestion: @\nAnswer:",
+    "worked examples": "Question: What is 1 + 1?\nAnswer: 2\n\n@uestion: And 2 + 1?\n"
+    "Answer: 3\n\n@uestion: @\nAnswer:",
     "bold label": "**Question:** @\n\n**Answer:**",
     "bold": "**@**",
     "labels on a line": "Q: @ A:",
@@ -110,9 +122,11 @@ WRAPPINGS = {
     "curly quotes": "Solve: \u201c@\u201d",
     "single quotes": "Solve '@' now",
     "suffix": "@\nPlease reason step by step, and put your final answer within \\boxed{}.",
-    "suffix without a space": "@Please reason step by step, and put your final answer within \\boxed{}.",
-    "DAPO's": "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n@\n\n"
+    "suffix without a space": "@Please reason step by step, and put your final answer within "
+    "\\boxed{}.",
+    "DAPO's": "Solve the following math problem step by step. The last line of your response "
+    "should be of the form Answer: $Answer (without quotes) where $Answer is the answer to the "
+    "problem.\n\n@\n\n"
     'Remember to put your answer on its own line after "Answer:".',
     "Alpaca's": "Below is an instruction.\n\n### Instruction:\n@\n\n### Response:",
     "ChatML": "<|im_start|>user\n@<|im_end|>\n<|im_start|>assistant\n",
@@ -198,7 +212,10 @@ def test_a_question_with_another_token_inside_is_not_found():
 
 
 def test_languages_without_spaces_are_found():
-    question = "\u5c0f\u660e\u67093\u4e2a\u82f9\u679c\uff0c\u4ed6\u53c8\u4e70\u4e865\u4e2a\u3002\u4ed6\u73b0\u5728\u6709\u51e0\u4e2a\u82f9\u679c\uff1f"
+    question = (
+        "\u5c0f\u660e\u67093\u4e2a\u82f9\u679c\uff0c\u4ed6\u53c8\u4e70"
+        "\u4e865\u4e2a\u3002\u4ed6\u73b0\u5728\u6709\u51e0\u4e2a\u82f9\u679c\uff1f"
+    )
     record = Lineage(fingerprints([f"\u8bf7\u89e3\u7b54{question}\u8bf7\u9010\u6b65\u601d\u8003"]))
     assert record.contains([question, question.replace("5", "6")]).tolist() == [True, False]
 
@@ -235,7 +252,7 @@ def test_hashes_are_those_of_all_texts_in_whatever_pieces_they_are_sorted(monkey
     )
 
 
-# --- chains of runs ------------------------------------------------------------------------------------------------
+# --- chains of runs ------------------------------------------------------------------------------
 
 
 def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkeypatch):
@@ -263,10 +280,8 @@ def test_what_a_chain_of_runs_saw_is_known_from_everywhere(world, capsys, monkey
 def test_none_is_said_only_where_all_is_known(world, capsys):
     ran("clean", "--data=clean.jsonl")
     assert evaluated(capsys, "runs/clean") == (0, "")
-    for data in (
-        "word_problems",
-        "word_problems:4",
-    ):  # they are told apart from their test problems by a rule of their own
+    # a task that makes its problems has a rule of its own that tells them from its test problems
+    for data in ("word_problems", "word_problems:4"):
         folder = ran(data.replace(":", "-"), f"--data={data}")
         assert json.loads((folder / "trained_on.json").read_text())["hashes"] == 0
         assert evaluated(capsys, folder) == (0, "")
@@ -405,7 +420,10 @@ def test_held_out_questions_are_not_recorded_and_those_seen_before_are_noted(cap
 
 
 def test_questions_in_conversations_count_whatever_is_asked_around_them(capsys, world):
-    turn = lambda role, content: {"role": role, "content": content}
+
+    def turn(role, content):
+        return {"role": role, "content": content}
+
     rows = [
         {
             "messages": [
@@ -451,7 +469,7 @@ def test_all_turns_but_the_assistants_are_prompts():
     assert texts == ["Be kind.", " Go.", "0 system", "1 user", "3 tool", "4 developer"]
 
 
-# --- traces --------------------------------------------------------------------------------------------------------
+# --- traces --------------------------------------------------------------------------------------
 
 
 def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
@@ -483,16 +501,17 @@ def test_traces_bring_what_their_teacher_was_trained_on(world, capsys):
 
 
 def test_traces_without_their_record_have_an_unknown_teacher(world):
+    messages = ({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."})
+
     class Data:
         validation = []
         columns = {"source": {"teacher": "ab12"}}
-        __len__ = lambda self: 1
-        examples = lambda self: [
-            Example(
-                ({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."}),
-                columns=self.columns,
-            )
-        ]
+
+        def __len__(self):
+            return 1
+
+        def examples(self):
+            return [Example(messages, columns=self.columns)]
 
     asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
     assert record.training_record("clean.jsonl", Data(), asked, []).unknown == (
@@ -502,7 +521,7 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
     assert record.training_record("clean.jsonl", Data(), asked, []).unknown == ()
 
 
-# --- a checkpoint away from its run ----------------------------------------------------------------------------------
+# --- a checkpoint away from its run --------------------------------------------------------------
 
 
 def test_a_copied_checkpoint_is_asked_as_its_run_was_trained(world, capsys):

@@ -1,4 +1,4 @@
-"""The embedded task: three styles of solving the same problems, running text, and a split that nothing leaks through."""
+"""The toy task: three styles of solving the same problems, running text, and its two splits."""
 
 import hashlib
 import re
@@ -6,7 +6,8 @@ import re
 import pytest
 
 import train
-from data.tasks import TASKS, _held_out, grade
+from data.tasks import TASKS, grade
+from data.toy import is_validation
 
 STYLES = ("word_problems", "word_problems_talk", "word_problems_long")
 PROBLEM = re.compile(r"\w+ has \d+ \w+\. .*?How many \w+ now\?")
@@ -15,7 +16,10 @@ PROBLEM = re.compile(r"\w+ has \d+ \w+\. .*?How many \w+ now\?")
 def answered(question):
     """The answer, from the words of the question alone."""
     first, *told = re.findall(r"[^.?]+[.?]", question)[:-1]
-    number = lambda sentence: int(re.search(r"\d+", sentence)[0])
+
+    def number(sentence):
+        return int(re.search(r"\d+", sentence)[0])
+
     total = number(first)
     for sentence in told:
         verb = re.search(r"finds|buys|A friend gives|loses|sells|gives away|times", sentence)[0]
@@ -26,11 +30,9 @@ def answered(question):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_solves_the_problem(name):
-    tokenizer, longest = (
-        train.toy_tokenizer(),
-        {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name],
-    )
-    for split in ("train", "heldout"):
+    tokenizer = train.toy_tokenizer()
+    longest = {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name]
+    for split in ("train", "validation"):
         for i in range(150):
             e = TASKS[name].example(name, split, f"0/{i}")
             solution = e.messages[1]["content"]
@@ -39,24 +41,29 @@ def test_every_style_solves_the_problem(name):
                 and grade(e, solution).strict
                 and not grade(e, solution + "1").strict
             )
-            for left, op, right, result in re.findall(
-                r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " ")
-            ):
-                assert {
+            steps = re.findall(r"(\d+)([+*-])(\d+)=(\d+)", solution.replace("<think>", " "))
+            for left, op, right, result in steps:
+                values = {
                     "+": int(left) + int(right),
                     "-": int(left) - int(right),
                     "*": int(left) * int(right),
-                }[op] == int(result)
+                }
+                assert values[op] == int(result)
             assert len(tokenizer.encode(solution)) <= longest
-            assert TASKS[name].example(name, split, f"0/{i}") == e and _held_out(e.question) == (
-                split == "heldout"
-            )
+            assert TASKS[name].example(name, split, f"0/{i}") == e
+            assert is_validation(e.question) == (split == "validation")
+
+
+def test_other_splits_and_tasks_without_problems_are_refused():
+    for name, split in (("word_problems", "heldout"), ("gsm8k", "train")):
+        with pytest.raises(ValueError, match=f"{name} makes no problems for the split '{split}'"):
+            TASKS[name].example(name, split, "0/0")
 
 
 def test_what_the_first_style_makes_is_what_it_always_was():
     made = [
         repr(TASKS["word_problems"].example("word_problems", split, f"0/{i}"))
-        for split in ("train", "heldout")
+        for split in ("train", "validation")
         for i in range(500)
     ]
     assert hashlib.sha256("".join(made).encode()).hexdigest()[:16] == "20ddbc7e09822d77"
@@ -64,13 +71,13 @@ def test_what_the_first_style_makes_is_what_it_always_was():
 
 def test_running_text_holds_whole_problems_of_one_split():
     task, found = TASKS["word_problems_text"], []
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         for i in range(200):
             e = task.example("word_problems_text", split, f"0/{i}")
             text = e.question + e.messages[1]["content"]
             problems = PROBLEM.findall(text)
-            assert problems[0] == e.question and {_held_out(p) for p in problems} == {
-                split == "heldout"
+            assert problems[0] == e.question and {is_validation(p) for p in problems} == {
+                split == "validation"
             }
             assert e.answer == str(answered(e.question)) and text.count("####") == (
                 len(problems) == 1

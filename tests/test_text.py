@@ -1,4 +1,7 @@
-"""Tokenizers, chat templates, datasets and the stream: toy ones, and Qwen2.5 if it is at hand."""
+"""Tokenizers, chat templates, datasets and the stream.
+
+The toy ones here, the real Qwen2.5 tokenizer where it is at hand.
+"""
 
 import json
 
@@ -20,7 +23,7 @@ def tiny():
     return train.toy_tokenizer()
 
 
-# --- tokenizer ------------------------------------------------------------------------------------
+# --- tokenizer -----------------------------------------------------------------------------------
 
 
 def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
@@ -108,7 +111,7 @@ def test_chat_template_equals_transformers(real_data):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-# --- formatting -----------------------------------------------------------------------------------
+# --- formatting ----------------------------------------------------------------------------------
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tiny):
@@ -137,10 +140,8 @@ def test_plain_template_system_prompt_and_suffix(tiny):
     prompt = tiny.decode(
         Formatter(tiny, system_prompt="Be brief.", prompt_suffix="!").prompt(example)
     )
-    assert (
-        prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ:!<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert prompt == f"{system}<|im_start|>user\nQ:!<|im_end|>\n<|im_start|>assistant\n"
     assert example.messages[0]["content"] == "Q:"  # the example itself is left alone
 
 
@@ -159,7 +160,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
         Formatter(other).documents([Example(turns, origin="f:1")])
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 ROWS = [
@@ -282,8 +283,8 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ('{"prompt": "\\ud83d ok", "completion": "b"}', "half a character"),
         ('{"problem": "a", "solution": "b", "answer": "\\ude00"}', "half a character"),
         (
-            '{"messages": [{"role": "user", "content": "\\udfff"}, '
-            '{"role": "assistant", "content": "a"}]}',
+            '{"messages": [{"role": "user", "content": "\\udfff"},'
+            ' {"role": "assistant", "content": "a"}]}',
             "half a character",
         ),
         ('{"question": "a", "ans', "not valid JSON"),
@@ -346,7 +347,7 @@ def test_held_out_problems_are_never_trained_on(tiny):
         for i in range(3000)
     }
     held = {
-        task.example("word_problems", "heldout", f"0/{i}").messages[0]["content"]
+        task.example("word_problems", "validation", f"0/{i}").messages[0]["content"]
         for i in range(1000)
     }
     assert not trained & held and len(held) > 900
