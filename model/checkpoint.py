@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from errors import UserError, say
 from files import HEAD, explain, named, read_json, reason, unreadable, write_json
 from model import lora, parallel
-from model.transformer import PRESETS, Transformer, config_from_hf, config_to_hf
+from model.hf import config_from_hf, config_to_hf
+from model.transformer import PRESETS, Transformer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SINGLE, INDEX = (

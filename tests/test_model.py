@@ -13,8 +13,9 @@ from errors import UserError
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model, locate, read_config, save_model, stop_ids_of
 from model.generate import generate
+from model.hf import config_from_hf
 from model.optim import learning_rate
-from model.transformer import PRESETS, ModelConfig, Transformer, config_from_hf
+from model.transformer import PRESETS, ModelConfig, Transformer
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -321,5 +322,5 @@ def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
         torch.testing.assert_close(forward(model, lengths), forward(plain, lengths))
     assert len(calls) == 3 * 24 and len(compiled) <= 16
     twin = copy.deepcopy(model)  # as generation makes one in its own dtype
-    assert all(b.before.__self__ is b and b.after.__self__ is b for b in twin.layers)
+    assert all(b.before_attention.__self__ is b and b.after_attention.__self__ is b for b in twin.layers)
     torch._dynamo.reset()

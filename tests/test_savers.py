@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from model.checkpoint import load_weights, read_config, save_model, stop_ids_of
-from model.transformer import config_from_hf
+from model.hf import config_from_hf
 from tests.test_model import logits, ours, theirs
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
