@@ -53,7 +53,7 @@ class Sampler:
 
     def __init__(self, head_VD, vocab, rows, temperature=0.0, top_k=0, top_p=1.0):
         self.temperature, self.top_k, self.top_p = temperature, min(top_k, vocab), top_p
-        self.waits = (
+        self.synchronizes = (
             temperature > 0 and top_p < 1
         )  # for a look at numbers on the device: no part of a CUDA graph
         device, wide = head_VD.device, accumulate_dtype(head_VD)

@@ -170,11 +170,11 @@ def test_no_row_is_computed_for_nothing_and_equal_prompts_are_prefilled_once(mon
     monkeypatch.setattr(model, "forward", counted)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 8)  # several packs
     got = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=20)
-    assert rows[engine._Decode] == sum(len(c.tokens) for c in got)
-    assert rows[engine._Prefill] == sum(len(p) - 1 for p in PROMPTS[:4])
+    assert rows[engine._DecodeAttention] == sum(len(c.tokens) for c in got)
+    assert rows[engine._PrefillAttention] == sum(len(p) - 1 for p in PROMPTS[:4])
     rows.clear()
     again = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=5)
-    assert [c.tokens for c in again] == [c.tokens for c in got] and rows[engine._Decode] == sum(
+    assert [c.tokens for c in again] == [c.tokens for c in got] and rows[engine._DecodeAttention] == sum(
         len(c.tokens) for c in got
     )
 
@@ -444,18 +444,16 @@ class Recorded:
     made, replayed = [], 0
 
     def __init__(self, run, pool):
-        step = run.__closure__ and next(
-            c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, engine._Step)
-        )
+        step = run.func.__self__
         self.run, self.step, self.at = run, step, self.addresses(step)
         Recorded.made.append(self)
 
     @staticmethod
     def addresses(step):
         tensors = (
-            step.inputs,
+            step.inputs_3B,
             step.hidden_BD,
-            step.sampled,
+            step.sampled_2B,
             step.cache.layers,
             step.sampler.logits_BP,
             step.sampler.probs_BP,
@@ -487,7 +485,7 @@ def test_recorded_steps_write_the_same(filters, monkeypatch):
         model, prompts, 80, [3], vocab=47, seeds=range(60), batch_size=size, **filters
     )
     want = ask(60)
-    monkeypatch.setattr(engine, "records", lambda cache: True)
+    monkeypatch.setattr(engine, "uses_graphs", lambda cache: True)
     monkeypatch.setattr(engine, "record", Recorded)
     monkeypatch.setattr(
         engine, "by_kernel", lambda cache: True
