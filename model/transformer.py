@@ -5,8 +5,7 @@ them by the head itself. Parameters have the names of Hugging Face checkpoints (
 `model.`), so loading is a copy. Master weights are fp32 on every device; a layer casts its weight
 to the dtype of its input, there is no autocast.
 
-Shapes: T packed tokens, D hidden, V vocabulary rows, H query heads, K key-value heads,
-E head dimension.
+Shapes: T packed tokens, D hidden, V vocabulary, H query heads, K key-value heads, E head size.
 """
 
 import dataclasses
