@@ -244,6 +244,7 @@ class _DecodeAttention:
         self.cache, self.position_B, self.used = cache, position_B, used
         self.row_B = torch.arange(len(position_B), device=device)
         self.by_kernel = by_kernel(cache)
+        self.length_B = position_B + 1
         if not self.by_kernel:
             beyond_BS = torch.arange(used, device=device) > position_B.unsqueeze(1)
             mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers.dtype, device=device)
@@ -253,8 +254,7 @@ class _DecodeAttention:
     def __call__(self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
         kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
         if self.by_kernel:
-            length_B = self.position_B + 1
-            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], length_B).squeeze(1)
+            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))

@@ -200,7 +200,7 @@ def test_mixed_precisions_are_cast_as_transformers_casts_them(tied):
     assert agrees(folder) and {p.dtype for p in ours(folder).parameters()} == {torch.float32}
 
 
-# --- the index ---------------------------------------------------------------------------------------------------------
+# --- the index ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_one_file_comes_before_a_stale_index_as_in_transformers(shards):
     assert torch.equal(ours(folder).norm.weight, 1.5 * tensors[NORM])
 
 
-# --- config.json -------------------------------------------------------------------------------------------------------
+# --- config.json --------------------------------------------------------------------------
 
 FORMS = [
     {"rope_theta": 5e5},
@@ -509,7 +509,7 @@ def test_weights_are_loaded_only_after_all_headers_fit(tmp_path):
     ],
 )
 def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
-    """As a hub cache has them whose blobs were cleaned away: an optional file would be lost in silence."""
+    """As in a hub cache whose blobs were cleaned away: a file would be lost in silence."""
     import train
     from model.load import find
 
