@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from model.sampling import GOLDEN, mix
 from model.transformer import Linear, Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -103,25 +104,6 @@ class Dropout:
         bits_TD = mix(stream_T1 + word * GOLDEN).view(torch.int16)[:, :features]
         kept_TD = bits_TD < self.level - 2**15  # int16 is signed
         return x_TD * kept_TD * (2**16 / self.level)
-
-
-GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
-
-
-def mix(x: Tensor) -> Tensor:
-    """Hash an int64 tensor: every bit of the result depends on every bit of x.
-
-    splitmix64's finaliser (Steele et al. 2014, "Fast splittable pseudorandom number generators");
-    products wrap around.
-    """
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """x >> bits with zeros shifted in; torch repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def token_keys(tokens_T: Tensor, positions_T: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ C ids of a block, N candidates.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +27,29 @@ LARGE_HEAD, SMALL_SLICE, LARGE_SLICE = 1 << 14, 128, 4096
 # --- random numbers -----------------------------------------------------------------------
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on uint64; products wrap around."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
+
+
+def mix(x: Any) -> Any:
+    """Hash the int64 numbers of an array or a tensor: a bit of x changes every bit of the result.
+
+    The finaliser of splitmix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
+    generators"); products wrap around.
+    """
+    x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ shift_right(x, 31)
+
+
+def shift_right(x: Any, bits: int) -> Any:
+    """x >> bits with zeros shifted in; int64 itself repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def random_keys(seeds: Sequence[int]) -> np.ndarray:
-    """A hashed uint64 per seed: neighbouring seeds start far apart in the sequence of `uniform`."""
+    """A hashed int64 per seed: neighbouring seeds start far apart in the sequence of `uniform`."""
     bits = np.array([int(seed) % 2**64 for seed in seeds], dtype=np.uint64)
-    return _mix(bits + np.uint64(0xA0761D6478BD642F))
+    return mix(bits.astype(np.int64) - 0x5F89E29B87429BD1)
 
 
 def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -44,9 +57,8 @@ def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:
 
     52 bits of the index-th output of splitmix64.
     """
-    counter = keys + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix(counter) >> np.uint64(12)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+    bits = shift_right(mix(keys + (index + 1) * GOLDEN), 12)
+    return (bits + 0.5) * 2.0**-52
 
 
 # --- sampling -----------------------------------------------------------------------------

@@ -418,7 +418,7 @@ def test_the_hash_is_splitmix64():
         np.uint64,
     )
     want = ((known >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
-    assert (uniform(np.full(5, 1234567, np.uint64), np.arange(5)) == want).all()
+    assert (uniform(np.full(5, 1234567), np.arange(5)) == want).all()
 
 
 def test_random_numbers_are_uniform_and_independent():
