@@ -7,8 +7,7 @@ token (at first the last one of its prompt) and brings the sampled tokens back i
 Random numbers are a hash of the sample's seed and the index of the token, so what is sampled
 depends on neither the batch, nor the order, nor the rank.
 
-Shapes: T packed tokens, B rows, S cache slots, H query heads, K key-value heads, G query heads of
-a key-value head, E head dimension, D hidden.
+Shapes: T packed tokens, B rows, D hidden.
 """
 
 import copy
@@ -21,12 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from kernels import backend
-from kernels.attention import PackedAttention
-from kernels.decode_attention import decode_attention
+from model.kv_cache import DecodeAttention, KVCache, PrefillAttention, uses_graphs
 from model.sampling import Sampler, random_keys, uniform
 from model.transformer import Transformer
 
@@ -175,107 +170,6 @@ def _has_stop_string(tokens: list[int], stop_strings: Sequence[str], decode: Dec
     return any(string in text for string in stop_strings)
 
 
-# --- the cache, and attention that reads and fills it -------------------------------------
-
-
-class _Cache:
-    """Keys and values of all layers and rows, [layers, 2, B, K, S, E].
-
-    The slots of a head lie side by side, which is the faster layout on a CPU.
-    """
-
-    def __init__(self, model: Transformer, rows: int, slots: int, max_slots: int) -> None:
-        config, weight = model.config, model.head_VD
-        shape = [config.num_layers, 2, rows, config.num_kv_heads, slots, config.head_dim]
-        if weight.is_cuda:
-            # All that may be needed, where it fits: CUDA graphs hold on to the addresses.
-            size = math.prod(shape) // slots * max_slots * weight.itemsize
-            if size < torch.cuda.mem_get_info(weight.device)[0] // 2:
-                shape[4] = max_slots
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.max_slots = max_slots
-
-    def reserve(self, slots: int) -> bool:
-        """Make room for so many slots per row. Returns whether the cache moved in memory."""
-        have = self.layers.shape[4]
-        if slots <= have:
-            return False
-        more = min(max(slots - have, have), self.max_slots - have)
-        self.layers = F.pad(self.layers, (0, 0, 0, more))
-        return True
-
-    def write(self, layer: int, row: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store [T, K, E] keys and values of a layer. Returns all of the layer's."""
-        kv = self.layers[layer]
-        kv[0, row, :, slot], kv[1, row, :, slot] = keys, values
-        return kv
-
-    def copy_rows(self, to: list[int], source: list[int], slots: int) -> None:
-        """Copy the first slots of the rows `source` to the rows `to`."""
-        self.layers[:, :, to, :, :slots] = self.layers[:, :, source, :, :slots]
-
-
-class _PrefillAttention:
-    """Attention within packed prompts, whose keys and values go to rows of the cache."""
-
-    def __init__(self, cache: _Cache, rows: list[int], lengths: list[int]) -> None:
-        device = cache.layers.device
-        self.cache = cache
-        self.packed = PackedAttention(lengths, device)
-        self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
-        self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
-
-    @torch.compiler.disable
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        self.cache.write(layer, self.row_T, self.position_T, k_TKE, v_TKE)
-        return self.packed(layer, q_THE, k_TKE, v_TKE)
-
-
-class _DecodeAttention:
-    """Attention of one new token per row over its cached past and itself.
-
-    Args:
-        position_B: the slot of each row's new token.
-        used: how many slots the longest row has, the new one included.
-    """
-
-    def __init__(self, cache: _Cache, position_B: Tensor, used: int) -> None:
-        device = position_B.device
-        self.cache, self.position_B, self.used = cache, position_B, used
-        self.row_B = torch.arange(len(position_B), device=device)
-        self.by_kernel = by_kernel(cache)
-        self.length_B = position_B + 1
-        if not self.by_kernel:
-            beyond_BS = torch.arange(used, device=device) > position_B.unsqueeze(1)
-            mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers.dtype, device=device)
-            self.mask_B11S = mask_BS.masked_fill_(beyond_BS, -math.inf)[:, None, None]
-
-    @torch.compiler.disable
-    def __call__(self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
-        kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
-        if self.by_kernel:
-            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
-        k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
-        # The query heads of a key-value head are its queries: keys are not repeated.
-        q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S)
-        return o_BKGE.flatten(1, 2)
-
-
-def by_kernel(cache: _Cache) -> bool:
-    """Whether `decode_attention` has a kernel for this device, dtype and head dimension."""
-    layers = cache.layers
-    return backend.triton_serves(layers.device) and backend.triton_attends(layers[0, 0, 0])
-
-
-def uses_graphs(cache: _Cache) -> bool:
-    """Whether steps become CUDA graphs.
-
-    Only with the kernel: without it the shapes change with the longest row.
-    """
-    return cache.layers.is_cuda and by_kernel(cache)
-
-
 # --- a step -------------------------------------------------------------------------------
 
 
@@ -287,7 +181,7 @@ class _Decoder:
     and a bucket that has come up CAPTURE_AFTER times is recorded as a CUDA graph and replayed.
     """
 
-    def __init__(self, model: Transformer, sampler: Sampler, cache: _Cache, size: int) -> None:
+    def __init__(self, model: Transformer, sampler: Sampler, cache: KVCache, size: int) -> None:
         self.model, self.sampler, self.cache, self.size = model, sampler, cache, size
         head_VD = model.head_VD
         # Tokens, positions, and the bits of the random numbers, which are fp64.
@@ -323,7 +217,7 @@ class _Decoder:
 
     def _forward(self, rows: int, used: int) -> None:
         token_B, position_B, _ = self.inputs_3B[:, :rows]
-        attend = _DecodeAttention(self.cache, position_B, used)
+        attend = DecodeAttention(self.cache, position_B, used)
         self.hidden_BD[:rows] = self.model(token_B, position_B, attend)
         if not self.sampler.synchronizes:
             self._sample(rows)
@@ -390,7 +284,7 @@ class _Batch:
         self.prefix = np.array([len(p) - 1 for p in prompts])
         longest = max(map(len, prompts))
         slots = longest + min(max_new_tokens, FIRST_SLOTS)
-        self.cache = _Cache(model, size, slots, longest + max_new_tokens)
+        self.cache = KVCache(model, size, slots, longest + max_new_tokens)
         self.decoder = _Decoder(model, sampler, self.cache, size)
 
     def positions(self, rows: Any) -> np.ndarray:
@@ -442,7 +336,7 @@ class _Batch:
     def _prefill_pack(self, rows: list[int]) -> None:
         prompts = [self.prompts[index][:-1] for index in self.prompt_B[rows]]
         tokens_T = torch.from_numpy(np.concatenate(prompts)).to(self.cache.layers.device)
-        attend = _PrefillAttention(self.cache, rows, [len(p) for p in prompts])
+        attend = PrefillAttention(self.cache, rows, [len(p) for p in prompts])
         self.model(tokens_T, attend.position_T, attend)
 
     def step(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import PackedAttention
 from model import generate as engine
-from model import sampling
+from model import kv_cache, sampling
 from model.checkpoint import build_model
 from model.generate import generate, in_compute_dtype
 from model.sampling import Sampler, draw, keep_top_k, keep_top_p, random_keys, uniform
@@ -177,12 +177,12 @@ def test_no_row_is_computed_for_nothing_and_equal_prompts_are_prefilled_once(mon
     monkeypatch.setattr(model, "forward", counted)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 8)  # several packs
     got = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=20)
-    assert rows[engine._DecodeAttention] == sum(len(c.tokens) for c in got)
-    assert rows[engine._PrefillAttention] == sum(len(p) - 1 for p in PROMPTS[:4])
+    assert rows[kv_cache.DecodeAttention] == sum(len(c.tokens) for c in got)
+    assert rows[kv_cache.PrefillAttention] == sum(len(p) - 1 for p in PROMPTS[:4])
     rows.clear()
     again = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=5)
     assert [c.tokens for c in again] == [c.tokens for c in got] and rows[
-        engine._DecodeAttention
+        kv_cache.DecodeAttention
     ] == sum(len(c.tokens) for c in got)
 
 
@@ -505,7 +505,7 @@ def test_recorded_steps_write_the_same(filters, monkeypatch):
     monkeypatch.setattr(engine, "uses_graphs", lambda cache: True)
     monkeypatch.setattr(engine, "record", Recorded)
     monkeypatch.setattr(
-        engine, "by_kernel", lambda cache: True
+        kv_cache, "by_kernel", lambda cache: True
     )  # the kernel's place in the engine, taken by its reference
     for size in (7, 60):
         Recorded.made, Recorded.replayed = [], 0
