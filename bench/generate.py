@@ -26,7 +26,7 @@ def reference(model):
         import transformers
     except ImportError:
         return None
-    from model.transformer import config_to_hf
+    from model.hf import config_to_hf
 
     transformers.logging.set_verbosity_error()
     theirs = transformers.Qwen2ForCausalLM(

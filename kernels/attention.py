@@ -18,7 +18,7 @@ MAX_PADDING = 1 / 4  # a block holds documents at least 3/4 as long as its longe
 class PackedAttention:
     """How the T tokens of a micro-batch attend: built once from the documents' lengths, used by every layer."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths, device: torch.device | str = "cpu"):
         self.lengths, self.device, self.tokens, self.tiles = (
             list(lengths),
             torch.device(device),

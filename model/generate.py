@@ -1,440 +1,365 @@
-"""Generation on the training weights: packed prefill, a KV cache, continuous batching, sampling with log-probs.
+"""Generation with the training weights: packed prefill, a KV cache, continuous batching.
 
-The batch is the rows [0, n) of the cache. A row that finishes is overwritten by the last one, a new prompt is appended: no
-row is ever computed for nothing, and the state of a row is a handful of numbers on the host. One step feeds every row its
-newest token (a new row: the last token of its prompt), and brings the sampled tokens back in one transfer.
+The batch is the first rows of the cache. A row that finishes is overwritten by the last one, and
+waiting prompts are appended: no row is computed for nothing. A step feeds every row its newest
+token (at first the last one of its prompt) and brings the sampled tokens back in one transfer.
 
-Random numbers are counter-based: a hash of (seed of the sample, index of the token). What is sampled therefore depends on
-neither the batch, nor the order, nor the rank. Legend: T packed tokens, B rows, S cache slots, H query heads,
-K key-value heads, E head dimension, D hidden, V vocabulary, P vocabulary padded to blocks, M blocks, C ids of a block.
+Random numbers are a hash of the sample's seed and the index of the token, so what is sampled
+depends on neither the batch, nor the order, nor the rank.
+
+Shapes: T packed tokens, B rows, D hidden.
 """
 
 import copy
 import dataclasses
+import functools
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from kernels import backend
-from kernels.attention import PackedAttention
-from kernels.decode_attention import decode_attention
+from model.kv_cache import DecodeAttention, KVCache, PrefillAttention, uses_graphs
 from model.sampling import Sampler, random_keys, uniform
+from model.transformer import Transformer
 
-REFILL_SHARE = (
-    1 / 8
-)  # prompts are admitted once this share of the rows is free: fewer, larger prefills (1 to 4 % faster than at once)
-PREFILL_TOKENS = 1 << 14  # prompts are prefilled in packs of at most this many tokens
-CAPTURE_AFTER = (
-    2  # steps of a batch size before it becomes a CUDA graph: the first compiles what it needs
-)
-GROW_SLOTS = 64  # the cache grows by at least this many slots per row, and by a quarter
+Decode = Callable[[list[int]], str]
+
+# Prompts are admitted once this share of the rows is free: fewer, larger prefills are faster.
+REFILL_SHARE = 1 / 8
+PREFILL_TOKENS = 1 << 14  # a prefill packs prompts up to this many tokens
+# A batch size runs this often before it becomes a CUDA graph: the first run compiles kernels.
+CAPTURE_AFTER = 2
+FIRST_SLOTS = 64  # the cache begins with room for this many new tokens per row, then doubles
 
 
 @dataclasses.dataclass
 class Completion:
-    """New ids (the stop id that ended them is the last), the log-prob of each, and whether a stop id or string ended them."""
+    """What was generated for a prompt.
 
-    tokens: list
-    logp: list
+    Attributes:
+        tokens: the new ids; a stop id is the last of them.
+        logp: the log-prob of each.
+        stopped: whether a stop id or a stop string ended it, not the limit.
+    """
+
+    tokens: list[int]
+    logp: list[float]
     stopped: bool
 
 
 @torch.no_grad()
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    stop_ids,
+def generate(  # noqa: PLR0913  every option is a keyword, which all callers name
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Iterable[int],
     *,
-    vocab=None,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seeds=None,
-    stop_strings=(),
-    decode=None,
-    batch_size=256,
-    on_token=None,
-    on_done=None,
-):
-    """One Completion per prompt (a list of ids, not empty), of at most max_new_tokens ids below `vocab`.
+    vocab: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    decode: Decode | None = None,
+    batch_size: int = 256,
+    on_token: Callable[[int, int, float], object] | None = None,
+    on_done: Callable[[int, Completion], object] | None = None,
+) -> list[Completion]:
+    """Continue every prompt.
 
-    temperature 0 is greedy. top_k keeps every id whose logit is among the k largest (0: all; ties at the border stay), then
-    top_p the smallest set of the likeliest ids whose mass is at least top_p (ties: lower ids first; 1: all). `seeds`: an int
-    of up to 64 bits per prompt, needed to sample. logp is of softmax(logits / temperature) over all `vocab` ids, before
-    top_k and top_p (greedy: temperature 1). stop_strings are looked for in the text that `decode` (ids -> text) makes of the
-    newest tokens. on_token(index of the prompt, id, logp) is called for every new token, on_done(index, Completion) for every one
-    that is finished. Raises ValueError.
+    Args:
+        model: in training or evaluation mode; its weights are read, never changed.
+        prompts: ids, none of them empty.
+        max_new_tokens: of each prompt, the stop id included.
+        stop_ids: end a completion.
+        vocab: sample ids below this one; None: all rows of the head.
+        temperature: 0 is greedy.
+        top_k: keep the ids whose logit is among the k largest (ties stay); 0: all.
+        top_p: of those, keep the smallest set of the most probable ids with at least this mass
+            (lower ids first among equals).
+        seeds: an int of up to 64 bits for each prompt; needed to sample.
+        stop_strings: end a completion once its text contains one. Needs `decode`.
+        decode: ids to text.
+        batch_size: prompts that run at the same time.
+        on_token: called with (index of the prompt, id, log-prob) for every new token.
+        on_done: called with (index of the prompt, its Completion) as soon as it is finished.
+
+    Returns:
+        One Completion per prompt. Its log-probs are those of softmax(logits / temperature) over
+        `vocab` ids before top_k and top_p (greedy: at temperature 1).
+
+    Raises:
+        ValueError: an argument that cannot work.
     """
-    if any(not len(p) for p in prompts):
-        raise ValueError(
-            f"prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty: there is nothing to continue"
-        )
-    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty: there is nothing to continue")
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
         raise ValueError(
             "temperature and top_k must not be negative, top_p in (0, 1], batch_size at least 1"
         )
-    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+    if temperature == 0:
+        seeds = [0] * len(prompts)  # not read
+    if seeds is None or len(seeds) != len(prompts):
         raise ValueError("temperature > 0 needs one seed per prompt")
     if stop_strings and decode is None:
         raise ValueError("stop_strings need decode, which turns ids into text")
     if not prompts or max_new_tokens < 1:
         return [Completion([], [], False) for _ in prompts]
+
     model = in_compute_dtype(model)
     size = min(batch_size, len(prompts))
-    sampler = Sampler(
-        model.head_VD, vocab or model.head_VD.shape[0], size, temperature, top_k, top_p
-    )
-    keys = random_keys(seeds) if temperature > 0 else np.zeros(len(prompts), np.uint64)
-    batch = _Batch(model, sampler, prompts, keys, max_new_tokens, size)
-    batch.stop_ids, batch.on_token = np.array(sorted(stop_ids), dtype=np.int64), on_token
-    batch.on_done = on_done
-    if stop_strings:
-        batch.ended = _StopStrings(stop_strings, decode)
-    while batch.n or batch.pending:
+    vocab = vocab or len(model.head_VD)
+    sampler = Sampler(model.head_VD, vocab, size, temperature, top_k, top_p)
+    batch = _Batch(model, sampler, prompts, random_keys(seeds), max_new_tokens, size)
+    stop_ids = np.array(list(stop_ids), dtype=np.int64)
+    completions = {}
+    while batch.n_rows or batch.pending:
         batch.admit()
-        batch.step()
-    return batch.results
+        logp_B = batch.step()
+        if on_token:
+            for row, logp in enumerate(logp_B.tolist()):
+                on_token(int(batch.prompt_B[row]), int(batch.token_B[row]), logp)
+        stopped_B = np.isin(batch.token_B[: batch.n_rows], stop_ids)
+        if decode and stop_strings:
+            for row in range(batch.n_rows):
+                stopped_B[row] |= _has_stop_string(batch.new_tokens(row), stop_strings, decode)
+        finished = np.flatnonzero(stopped_B | (batch.count_B[: batch.n_rows] == max_new_tokens))
+        for row in finished.tolist():
+            index = int(batch.prompt_B[row])
+            logp = batch.logp[row, : batch.count_B[row]].tolist()
+            done = Completion(batch.new_tokens(row), logp, bool(stopped_B[row]))
+            completions[index] = done
+            if on_done:
+                on_done(index, done)
+        batch.remove(finished)
+    return [completions[index] for index in range(len(prompts))]
 
 
-def in_compute_dtype(model):
-    """The model with weights in its compute dtype, so that no layer casts at every token: itself if they are already."""
+def in_compute_dtype(model: Transformer) -> Transformer:
+    """The model with its weights in its compute dtype: itself if they are already.
+
+    So no layer casts its weight again at every token.
+    """
     dtype = model.compute_dtype
     if dtype is None or all(p.dtype == dtype for p in model.parameters()):
         return model
-    # deepcopy takes what `memo` holds for the copy: weights are cast, never copied, and those of that dtype (LoRA's frozen base) are shared
-    return copy.deepcopy(
-        model,
-        {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()},
-    )
+    # What deepcopy finds in the memo it takes for the copy. So weights are cast, never copied, and
+    # those of that dtype already (the frozen base under LoRA) are shared.
+    memo = {}
+    for p in model.parameters():
+        memo[id(p)] = torch.nn.Parameter(p.to(dtype), requires_grad=False)
+    return copy.deepcopy(model, memo)
 
 
-# --- stop strings, the cache, the two forms of attention -------------------------------------------------------------
+def _has_stop_string(tokens: list[int], stop_strings: Sequence[str], decode: Decode) -> bool:
+    """Whether the newest token completes a stop string.
+
+    Only the end of the text is decoded, enough to hold a stop string and the newest token's text.
+    """
+    needed = max(map(len, stop_strings)) + len(decode(tokens[-1:]))
+    tail = max(map(len, stop_strings)) + 4  # a character that is cut may stand at the start
+    text = decode(tokens[-tail:])
+    # Tokens may be parts of characters, or no text at all.
+    while len(text) < needed and tail < len(tokens):
+        tail *= 2
+        text = decode(tokens[-tail:])
+    return any(string in text for string in stop_strings)
 
 
-class _StopStrings:
-    """Whether the newest token completes a stop string: only the tail of the text that can hold one is decoded."""
-
-    def __init__(self, strings, decode):
-        self.strings, self.decode, self.longest = (
-            tuple(strings),
-            decode,
-            max(len(s) for s in strings),
-        )
-
-    def __call__(self, ids):
-        newest, tail = (
-            len(self.decode(ids[-1:].tolist())),
-            self.longest + 4,
-        )  # a cut character may stand at the start
-        while len(text := self.decode(ids[-tail:].tolist())) < self.longest + newest and tail < len(
-            ids
-        ):
-            tail *= 2  # tokens that are parts of characters, or no text
-        return any(s in text for s in self.strings)
+# --- a step -------------------------------------------------------------------------------
 
 
-class _Cache:
-    """Keys and values of all layers [layers, 2, B, K, S, E] (a head's slots side by side: the faster layout on a CPU)."""
+class _Decoder:
+    """Makes one new token for each of the first rows of the cache, in buffers that stay in place.
 
-    def __init__(self, config, rows, slots, most, dtype, device):
-        shape = lambda slots: (
-            config.num_layers,
-            2,
-            rows,
-            config.num_kv_heads,
-            slots,
-            config.head_dim,
-        )
-        if (
-            device.type == "cuda"
-        ):  # all that may be needed at once, where it fits: graphs hold the addresses
-            size = math.prod(shape(most)) * dtype.itemsize
-            slots = most if size < torch.cuda.mem_get_info(device)[0] // 2 else slots
-        self.layers, self.most = torch.zeros(shape(slots), dtype=dtype, device=device), most
-
-    def reserve(self, slots):
-        """Room for so many slots a row; whether the cache moved for it."""
-        have = self.layers.shape[4]
-        if slots <= have:
-            return False
-        more = max(slots - have, GROW_SLOTS, have if self.layers.is_cuda else have // 4)
-        self.layers = F.pad(self.layers, (0, 0, 0, min(more, max(self.most, slots) - have)))
-        return True
-
-    def copy_rows(self, to, source, slots):
-        to, source = (torch.as_tensor(x, device=self.layers.device) for x in (to, source))
-        self.layers[:, :, to, :, :slots] = self.layers[:, :, source, :, :slots]
-
-
-class _Prefill:
-    """Attention of packed prompts that also fills rows of the cache."""
-
-    def __init__(self, cache, rows, lengths, device):
-        self.cache, self.packed = cache, PackedAttention(lengths, device)
-        self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
-        self.position_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(
-            device
-        )
-
-    @torch.compiler.disable
-    def __call__(self, layer, q_THE, k_TKE, v_TKE):
-        kv = self.cache.layers[layer]
-        kv[0, self.row_T, :, self.position_T], kv[1, self.row_T, :, self.position_T] = k_TKE, v_TKE
-        return self.packed(layer, q_THE, k_TKE, v_TKE)
-
-
-class _Decode:
-    """Attention of one new token per row over its cached past and itself; `used`: slots of the longest row."""
-
-    def __init__(self, cache, position_B, used):
-        self.cache, self.position_B, self.used = cache, position_B, used
-        self.row_B = torch.arange(len(position_B), device=position_B.device)
-        self.by_kernel = by_kernel(cache)
-        if self.by_kernel:
-            self.length_B = position_B + 1
-            return
-        slot_S = torch.arange(used, device=position_B.device)
-        hidden_B11S = (slot_S > position_B.unsqueeze(1))[:, None, None, :]
-        self.mask_B11S = torch.zeros(
-            hidden_B11S.shape, dtype=cache.layers[0].dtype, device=position_B.device
-        )
-        self.mask_B11S.masked_fill_(hidden_B11S, float("-inf"))
-
-    @torch.compiler.disable
-    def __call__(self, layer, q_BHE, k_BKE, v_BKE):
-        kv = self.cache.layers[layer]
-        kv[0, self.row_B, :, self.position_B], kv[1, self.row_B, :, self.position_B] = k_BKE, v_BKE
-        if self.by_kernel:
-            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
-        k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
-        # the query heads of a key-value head are its queries: nothing is repeated
-        q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        return F.scaled_dot_product_attention(
-            q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S
-        ).flatten(1, 2)
-
-
-# --- a step ----------------------------------------------------------------------------------------------------------
-
-
-class _Step:
-    """One new token for each of the first n rows, on buffers that stay where they are.
-
-    On a GPU launching a step's hundreds of small kernels takes longer than running them. So n is rounded up to a bucket (further rows are
-    free, whatever they hold), and a bucket that has come up CAPTURE_AFTER times is recorded as a CUDA graph and replayed from then on.
+    On a GPU, launching the hundreds of small kernels of a step takes longer than running them. So
+    the number of rows is rounded up to a bucket (further rows cost nothing, whatever they hold),
+    and a bucket that has come up CAPTURE_AFTER times is recorded as a CUDA graph and replayed.
     """
 
-    def __init__(self, model, sampler, cache, size):
+    def __init__(self, model: Transformer, sampler: Sampler, cache: KVCache, size: int) -> None:
         self.model, self.sampler, self.cache, self.size = model, sampler, cache, size
-        device = model.head_VD.device
-        self.records = records(cache)
-        self.host = torch.zeros(
-            3, size, dtype=torch.long, pin_memory=device.type == "cuda"
-        )  # tokens, positions, the bits of random numbers
-        self.inputs = torch.zeros(3, size, dtype=torch.long, device=device)
-        self.hidden_BD = torch.zeros(
-            size, model.config.hidden_size, dtype=cache.layers.dtype, device=device
-        )
-        self.sampled = torch.zeros(
-            2, size, dtype=torch.double, device=device
-        )  # ids (exact) and log-probs: one transfer
-        self.forget()
+        head_VD = model.head_VD
+        # Tokens, positions, and the bits of the random numbers, which are fp64.
+        self.host_3B = torch.zeros(3, size, dtype=torch.long, pin_memory=head_VD.is_cuda)
+        self.inputs_3B = self.host_3B.to(head_VD.device, copy=True)
+        self.hidden_BD = head_VD.new_zeros(size, head_VD.shape[1])
+        # Ids (exact in fp64) and log-probs: one transfer.
+        self.sampled_2B = torch.zeros(2, size, dtype=torch.double, device=head_VD.device)
+        self.uses_graphs = uses_graphs(cache)
+        self.graphs, self.runs, self.pool = {}, Counter(), None
 
-    def forget(self):
-        """The cache moved: what was recorded holds its old address."""
-        self.graphs, self.times = {}, Counter()
-
-    def __call__(self, token, position, u, used):
-        n = len(token)
-        rows = _bucket(n, self.size) if self.records else n
-        self.host[:, n:rows] = 0
-        for line, values in zip(self.host.numpy(), (token, position, u.view(np.int64))):
-            line[:n] = values
-        self.inputs.copy_(self.host, non_blocking=True)
+    def __call__(self, token_B: np.ndarray, position_B: np.ndarray, u_B: np.ndarray) -> np.ndarray:
+        """Feed every row a token at a position. Returns new ids and their log-probs, [2, B]."""
+        used = int(position_B.max()) + 1
+        if self.cache.reserve(used):
+            self.graphs, self.runs, self.pool = {}, Counter(), None  # they hold its old address
+        n = len(token_B)
+        rows = _bucket(n, self.size) if self.uses_graphs else n
+        self.host_3B[:, n:rows] = 0
+        self.host_3B.numpy()[:, :n] = token_B, position_B, u_B.view(np.int64)
+        self.inputs_3B.copy_(self.host_3B, non_blocking=True)
         if rows in self.graphs:
             self.graphs[rows].replay()
         else:
-            self.body(rows, used)
-            self.times[rows] += 1
-            if self.records and self.times[rows] == CAPTURE_AFTER:
-                self.graphs[rows] = record(
-                    lambda: self.body(rows, used),
-                    next((g.pool() for g in self.graphs.values()), None),
-                )
-        if not self.sampler.waits:
-            return self.sampled[:, :n].cpu().numpy()
-        return self.choose(n)[:, :n].cpu().numpy()
+            self._forward(rows, used)
+            self.runs[rows] += 1
+            if self.uses_graphs and self.runs[rows] == CAPTURE_AFTER:
+                graph = record(functools.partial(self._forward, rows, used), self.pool)
+                self.graphs[rows], self.pool = graph, graph.pool()
+        if self.sampler.synchronizes:
+            self._sample(n)
+        return self.sampled_2B[:, :n].cpu().numpy()
 
-    def body(self, rows, used):
-        token_B, position_B, _ = self.inputs[:, :rows]
-        self.hidden_BD[:rows] = self.model(
-            token_B, position_B, _Decode(self.cache, position_B, used)
-        )
-        if not self.sampler.waits:
-            self.choose(rows)
+    def _forward(self, rows: int, used: int) -> None:
+        token_B, position_B, _ = self.inputs_3B[:, :rows]
+        attend = DecodeAttention(self.cache, position_B, used)
+        self.hidden_BD[:rows] = self.model(token_B, position_B, attend)
+        if not self.sampler.synchronizes:
+            self._sample(rows)
 
-    def choose(self, rows):
-        u_B = self.inputs[2, :rows].view(torch.double) if self.sampler.temperature else None
+    def _sample(self, rows: int) -> None:
+        u_B = self.inputs_3B[2, :rows].view(torch.double)
         token_B, logp_B = self.sampler(self.hidden_BD[:rows], u_B)
-        self.sampled[0, :rows], self.sampled[1, :rows] = token_B, logp_B
-        return self.sampled
+        self.sampled_2B[0, :rows], self.sampled_2B[1, :rows] = token_B, logp_B
 
 
-def _bucket(n, size):
-    """n rounded up, to a power of two or a multiple of 64: few graphs, little for nothing."""
-    return min(size, 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64)
+def _bucket(n: int, size: int) -> int:
+    """n rounded up to a power of two or a multiple of 64, at most `size`: few graphs."""
+    if n > 64:
+        return min(size, -(-n // 64) * 64)
+    return min(size, 1 << (n - 1).bit_length())
 
 
-def by_kernel(cache):
-    """Whether decode_attention serves: device, dtype and head dimension are such as its kernel takes."""
-    return backend.triton_serves(cache.layers.device) and backend.triton_attends(
-        cache.layers[0, 0, 0]
-    )
+def record(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """run() as a CUDA graph: replay() repeats its kernels on the same addresses.
 
-
-def records(cache):
-    """Whether steps are recorded: with the kernel alone, since otherwise a step's shapes change with its longest row."""
-    return cache.layers.is_cuda and by_kernel(cache)
-
-
-def record(run, pool=None):
-    """run() as a CUDA graph: replay() repeats its kernels on the same addresses. Graphs of one pool share their scratch memory."""
+    Graphs of one pool share their scratch memory.
+    """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(
-        graph, pool=pool, capture_error_mode="thread_local"
-    ):  # other threads may go on with what they do
+    # thread_local: other threads may go on with what they do.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph
 
 
-# --- the batch -------------------------------------------------------------------------------------------------------
+# --- the batch ----------------------------------------------------------------------------
 
 
 class _Batch:
-    """The running rows [0, n) and the prompts that wait. `rows` says of each row which prompt it continues, its newest token
-    and that token's position, how many tokens are new, and the key of its random numbers."""
+    """The prompts that run in rows [0, n_rows), and those that wait.
 
-    def __init__(self, model, sampler, prompts, keys, limit, size):
-        self.model, self.sampler, self.prompts, self.keys, self.limit = (
-            model,
-            sampler,
-            prompts,
-            keys,
-            limit,
-        )
-        self.device = model.head_VD.device
-        first = {}  # equal prompts share what they are called: the first one's index
-        self.kind = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
-        # longest first: rows that run together are of like length, and equal prompts are admitted together
+    Of each row: the index of its prompt, its newest token, how many tokens are new, and these
+    tokens with their log-probs.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampler: Sampler,
+        prompts: Sequence[Sequence[int]],
+        keys: np.ndarray,
+        max_new_tokens: int,
+        size: int,
+    ) -> None:
+        self.model, self.prompts, self.keys = model, prompts, keys
+        self.size, self.n_rows = size, 0
+        # Equal prompts are one group, with the index of the first of them.
+        first = {}
+        self.group = [first.setdefault(tuple(p), index) for index, p in enumerate(prompts)]
+        # Taken from the end, longest first: rows that run together have similar lengths, and equal
+        # prompts are admitted together.
         self.pending = sorted(
-            range(len(prompts)), key=lambda i: (len(prompts[i]), -self.kind[i], -i)
+            range(len(prompts)), key=lambda i: (len(prompts[i]), -self.group[i], -i)
         )
-        self.rows = np.zeros(
-            size,
-            [("prompt", "i8"), ("token", "i8"), ("position", "i8"), ("count", "i8"), ("key", "u8")],
-        )
-        self.tokens, self.logp = np.empty((size, limit), np.int64), np.empty((size, limit))
-        self.results, self.n, self.size = [None] * len(prompts), 0, size
-        longest = len(prompts[self.pending[-1]])
-        slots, dtype = longest + min(limit, GROW_SLOTS), model.compute_dtype or model.head_VD.dtype
-        self.cache = _Cache(model.config, size, slots, longest + limit, dtype, self.device)
-        self.next = _Step(model, sampler, self.cache, size)
-        self.stop_ids, self.on_token, self.on_done, self.ended = (
-            np.empty(0, np.int64),
-            None,
-            None,
-            None,
-        )
+        self.prompt_B, self.token_B, self.count_B = np.zeros((3, size), np.int64)
+        self.tokens = np.empty((size, max_new_tokens), np.int64)
+        self.logp = np.empty((size, max_new_tokens))
+        # All of a prompt but its last token is prefilled.
+        self.prefix = np.array([len(p) - 1 for p in prompts])
+        longest = max(map(len, prompts))
+        slots = longest + min(max_new_tokens, FIRST_SLOTS)
+        self.cache = KVCache(model, size, slots, longest + max_new_tokens)
+        self.decoder = _Decoder(model, sampler, self.cache, size)
 
-    def admit(self):
-        """Append waiting prompts to the rows if enough of them are free. All but a prompt's last token is prefilled, or copied
-        from a row that holds the same prompt."""
-        free = self.size - self.n
-        if not self.pending or (self.n and free < REFILL_SHARE * self.size):
+    def positions(self, rows: Any) -> np.ndarray:
+        """The cache slot of the newest token of these rows (an index of an array)."""
+        return self.prefix[self.prompt_B[rows]] + self.count_B[rows]
+
+    def new_tokens(self, row: int) -> list[int]:
+        return self.tokens[row, : self.count_B[row]].tolist()
+
+    def admit(self) -> None:
+        """Append waiting prompts if enough rows are free.
+
+        A prompt is prefilled, or copied from a row that holds the same prompt.
+        """
+        free = self.size - self.n_rows
+        if not self.pending or (self.n_rows and free < REFILL_SHARE * self.size):
             return
-        holder = {self.kind[p]: row for row, p in enumerate(self.rows["prompt"][: self.n].tolist())}
-        fresh, copies = [], []
+        row_of_group = {}
+        for row, index in enumerate(self.prompt_B[: self.n_rows].tolist()):
+            row_of_group[self.group[index]] = row
+        fresh, copies, sources = [], [], []
         for _ in range(min(free, len(self.pending))):
-            index, row = self.pending.pop(), self.n
-            prompt, kind = self.prompts[index], self.kind[index]
-            self.rows[row] = (index, prompt[-1], len(prompt) - 1, 0, self.keys[index])
-            self.n += 1
-            if kind in holder:
-                copies.append((row, holder[kind]))
+            index, row = self.pending.pop(), self.n_rows
+            prompt, group = self.prompts[index], self.group[index]
+            self.prompt_B[row], self.token_B[row], self.count_B[row] = index, prompt[-1], 0
+            self.n_rows += 1
+            if group in row_of_group:
+                copies.append(row)
+                sources.append(row_of_group[group])
             elif len(prompt) > 1:
-                holder[kind] = row
+                row_of_group[group] = row
                 fresh.append(row)
         self._prefill(fresh)
-        if copies:
-            to, source = np.array(copies).T
-            self.cache.copy_rows(to, source, int(self.rows["position"][to].max()))
+        self._copy_rows(copies, sources)
 
-    def _prefill(self, rows):
-        while rows:
-            lengths, total = [], 0
-            for row in rows:
-                total += self.rows[row]["position"]
-                if lengths and total > PREFILL_TOKENS:
-                    break
-                lengths.append(int(self.rows[row]["position"]))
-            now, rows = rows[: len(lengths)], rows[len(lengths) :]
-            attend = _Prefill(self.cache, np.array(now), lengths, self.device)
-            tokens = np.concatenate([self.prompts[self.rows[row]["prompt"]][:-1] for row in now])
-            self.model(torch.from_numpy(tokens).to(self.device), attend.position_T, attend)
+    def _prefill(self, rows: list[int]) -> None:
+        """Fill the cache for new rows, in packs of at most PREFILL_TOKENS (or one prompt)."""
+        pack, total = [], 0
+        for row in rows:
+            length = self.positions(row)
+            if pack and total + length > PREFILL_TOKENS:
+                self._prefill_pack(pack)
+                pack, total = [], 0
+            pack.append(row)
+            total += length
+        if pack:
+            self._prefill_pack(pack)
 
-    def step(self):
-        """One new token for every row; finished rows are handed over and overwritten by the last ones."""
-        rows = self.rows[: self.n]
-        used = int(rows["position"].max()) + 1
-        if self.cache.reserve(used):
-            self.next.forget()
-        u = uniform(rows["key"], rows["count"]) if self.sampler.temperature else np.zeros(self.n)
-        sampled = self.next(rows["token"], rows["position"], u, used)
-        tokens, logp = sampled[0].astype(np.int64), sampled[1]
-        at = np.arange(self.n), rows["count"]
-        self.tokens[at], self.logp[at] = tokens, logp
-        rows["token"], rows["position"], rows["count"] = (
-            tokens,
-            rows["position"] + 1,
-            rows["count"] + 1,
-        )
-        if self.on_token:
-            for row, token, value in zip(rows, tokens.tolist(), logp.tolist()):
-                self.on_token(int(row["prompt"]), token, value)
-        stopped = np.isin(tokens, self.stop_ids)
-        if self.ended:
-            stopped |= [self.ended(self.tokens[i, : rows["count"][i]]) for i in range(self.n)]
-        finished = np.flatnonzero(stopped | (rows["count"] == self.limit))
-        for row in finished:
-            count = rows["count"][row]
-            index, done = (
-                rows["prompt"][row],
-                Completion(
-                    self.tokens[row, :count].tolist(),
-                    self.logp[row, :count].tolist(),
-                    bool(stopped[row]),
-                ),
-            )
-            self.results[index] = done
-            if self.on_done:
-                self.on_done(int(index), done)
-        if len(finished):
-            self._drop(finished)
+    def _prefill_pack(self, rows: list[int]) -> None:
+        prompts = [self.prompts[index][:-1] for index in self.prompt_B[rows]]
+        tokens_T = torch.from_numpy(np.concatenate(prompts)).to(self.cache.layers.device)
+        attend = PrefillAttention(self.cache, rows, [len(p) for p in prompts])
+        self.model(tokens_T, attend.position_T, attend)
 
-    def _drop(self, finished):
-        keep = self.n - len(finished)
+    def step(self) -> np.ndarray:
+        """Append a token to every row. Returns the log-probs of these tokens."""
+        rows = np.arange(self.n_rows)
+        count_B = self.count_B[rows]
+        u_B = uniform(self.keys[self.prompt_B[rows]], count_B)
+        token_B, logp_B = self.decoder(self.token_B[rows], self.positions(rows), u_B)
+        self.tokens[rows, count_B] = self.token_B[rows] = token_B
+        self.logp[rows, count_B] = logp_B
+        self.count_B[rows] += 1
+        return logp_B
+
+    def remove(self, finished: np.ndarray) -> None:
+        """Overwrite finished rows by the last ones."""
+        keep = self.n_rows - len(finished)
         holes = finished[finished < keep]
-        source = np.setdiff1d(np.arange(keep, self.n), finished)
-        self.n = keep
-        if len(holes):
-            self.rows[holes], self.tokens[holes], self.logp[holes] = (
-                self.rows[source],
-                self.tokens[source],
-                self.logp[source],
-            )
-            self.cache.copy_rows(holes, source, int(self.rows["position"][holes].max()))
+        last = np.setdiff1d(np.arange(keep, self.n_rows), finished)
+        self.n_rows = keep
+        for state in (self.prompt_B, self.token_B, self.count_B, self.tokens, self.logp):
+            state[holes] = state[last]
+        self._copy_rows(holes.tolist(), last.tolist())
+
+    def _copy_rows(self, to: list[int], source: list[int]) -> None:
+        if len(to):
+            self.cache.copy_rows(to, source, int(self.positions(to).max()))

@@ -1,173 +1,186 @@
-"""Low-rank adapters beside frozen linear layers (LoRA, Hu et al., arXiv 2106.09685), and PEFT's names for them.
+"""Low-rank adapters beside frozen linear layers (LoRA, Hu et al., arXiv 2106.09685).
 
-W x becomes W x + s · B A x, with A [R, in] and B [out, R]. B starts at 0, so training starts from the base itself. s is alpha / R, or
-alpha / √R (rsLoRA, Kalajdzievski, arXiv 2312.03732: the size of the update no longer shrinks as the rank grows).
-The adapted model is a second tree of modules over the same tensors: the base stays a model of its own, at no memory. It is the reference
-policy of `grpo`. Adapters are master weights in fp32; the base is held once, in the compute dtype.
+W x becomes W x + s · B A x, with A [R, in] and B [out, R]. B starts at 0, so training starts from
+the base itself. s is alpha / R, or alpha / √R (rsLoRA, Kalajdzievski, arXiv 2312.03732: the size of
+the update no longer shrinks as the rank grows).
+
+The adapted model is a second tree of modules over the same tensors: the base stays a model of its
+own, at no memory, and serves GRPO as the reference policy. Adapters are fp32 master weights; the
+base is there once, in the compute dtype.
 """
 
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from errors import UserError
-from model.transformer import Linear
+from model.sampling import GOLDEN, mix
+from model.transformer import Linear, Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model.model."  # what PEFT puts before our names of the layers of a Qwen2ForCausalLM or Qwen3ForCausalLM
+Pair = tuple[Tensor, Tensor]  # the A and B of a layer
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """base: the name under which PEFT finds the base, for the adapter's adapter_config.json; may be empty."""
+    """The options of an adapter.
+
+    base: the name under which PEFT finds the base, for adapter_config.json; may be empty.
+    """
 
     rank: int
     alpha: float
-    targets: tuple = TARGETS
+    targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
     rslora: bool = False
     base: str = ""
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def parse_targets(text):
-    """--lora_targets as a tuple of layer names. Raises UserError."""
-    names = (
-        TARGETS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    )
+def parse_targets(text: str) -> tuple[str, ...]:
+    """The layer names of --lora_targets. Raises UserError."""
+    if text == "all":
+        return TARGETS
+    names = dict.fromkeys(part.strip() for part in text.split(","))
     for name in names:
         if name not in TARGETS:
-            raise UserError(
-                f"--lora_targets: no layer {name!r}; choose from {', '.join(TARGETS)}, or all"
-            )
-    return names
+            known = ", ".join(TARGETS)
+            raise UserError(f"--lora_targets: no layer {name!r}; choose from {known}, or all")
+    return tuple(names)
 
 
-# --- the adapted model -----------------------------------------------------------------------------------------------
+# --- dropout ------------------------------------------------------------------------------
 
 
 class Dropout:
-    """What of a layer's input its adapter sees while training.
+    """Drops features of the adapters' inputs while training.
 
-    Whether a feature is kept is a hash of (seed, step, the document's tokens, position in it, layer,
-    feature): it belongs to the token, wherever its document lies. How the batch is cut into
-    micro-batches and ranks, a resumed run, activations that are computed a second time and the device
-    change nothing. Documents of the same tokens share their masks within a step.
+    Whether a feature is kept is a hash of (seed, step, the document's tokens, the position in it,
+    layer, feature). So the mask belongs to the token, wherever its document lies: it does not
+    depend on how the batch is cut into micro-batches and ranks, nor on the device, a resumed run,
+    or activations that are computed a second time. Documents of the same tokens share their masks
+    within a step.
     """
 
-    def __init__(self, share, seed):
-        self.share, self.seed, self.step, self.applied, self.key_T = share, seed, 0, True, None
-        # one feature costs 16 bits: it is kept if they are below `level`
-        self.level = min(max(round((1 - share) * 2**16), 1), 2**16 - 1)
+    def __init__(self, probability: float, seed: int) -> None:
+        self.probability, self.seed = probability, seed
+        self.step, self.applied = 0, True
+        self.key_T = torch.empty(0, dtype=torch.long)
+        # Each feature has 16 random bits: it is kept if they are below this level.
+        self.level = min(max(round((1 - probability) * 2**16), 1), 2**16 - 1)
 
-    def begin(self, step, applied=True):
-        """Before the forward passes of a step. applied=False: whole adapters, because log-probs are
-        compared with some that were taken without masks."""
+    def begin(self, step: int, applied: bool = True) -> None:
+        """Called before the forward passes of a step.
+
+        applied: False turns dropout off, where log-probs are compared with some that were taken
+        without it.
+        """
         self.step, self.applied = step, applied
 
-    def see(self, model, args):
-        """Before every forward pass of the whole model: a key for each of its tokens."""
-        if self.share and torch.is_grad_enabled():
-            tokens_T, positions_T, *_ = args
-            self.key_T = token_keys(tokens_T, positions_T)
+    def see(self, model: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Make a key for each token. A hook that runs before each forward pass of the model."""
+        if self.probability and torch.is_grad_enabled():
+            self.key_T = token_keys(args[0], args[1])
 
-    def active(self, layer):
-        return self.share > 0 and self.applied and layer.training and torch.is_grad_enabled()
+    def active(self, layer: nn.Module) -> bool:
+        enabled = layer.training and torch.is_grad_enabled()
+        return self.probability > 0 and self.applied and enabled
 
-    def __call__(self, x_TD, layer):
-        """x_TD with the features of `layer` (its name) that are left out set to 0, the others scaled up."""
+    def __call__(self, x_TD: Tensor, layer: str) -> Tensor:
+        """x_TD with the dropped features of the layer set to 0, and the others scaled up."""
+        features = x_TD.shape[1]
         stream_T1 = mix(self.key_T ^ _seed(self.seed, self.step, layer)).unsqueeze(1)
-        words = torch.arange(
-            -(-x_TD.shape[1] // 4), device=x_TD.device
-        )  # 64 bits are four features'
-        bits_TD = mix(stream_T1 + words * GOLDEN).view(torch.int16)[:, : x_TD.shape[1]]
-        kept_TD = bits_TD < self.level - 2**15  # of signed numbers
+        # 64 bits are those of four features.
+        word = torch.arange(-(-features // 4), device=x_TD.device)
+        bits_TD = mix(stream_T1 + word * GOLDEN).view(torch.int16)[:, :features]
+        kept_TD = bits_TD < self.level - 2**15  # int16 is signed
         return x_TD * kept_TD * (2**16 / self.level)
 
 
-GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
-
-
-def mix(x):
-    """Every bit of the result depends on every bit of x, an int64 tensor whose products wrap around
-    (splitmix64's finaliser: Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x, bits):
-    """x >> bits with zeros shifted in: torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def token_keys(tokens_T, positions_T):
-    """For every packed token an int64 hash of its position and of all tokens of its document."""
+def token_keys(tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+    """For every packed token, an int64 hash of its position and of all tokens of its document."""
     document_T = (positions_T == 0).cumsum(0) - 1
     place_T = mix((positions_T + 1) * GOLDEN)
     sums_B = torch.zeros_like(tokens_T).index_add_(0, document_T, mix(place_T ^ tokens_T))
     return mix(sums_B[document_T] ^ place_T)
 
 
+def _seed(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# --- the adapted model --------------------------------------------------------------------
+
+
 class LoraLinear(Linear):
     """A frozen linear layer, whose tensors it shares, and its adapter."""
 
-    def __init__(self, base, name, config, dropout, dtype):
+    def __init__(
+        self, base: Linear, name: str, config: LoraConfig, dropout: Dropout, dtype: torch.dtype
+    ) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-            self.lora_A = Linear(base.in_features, config.rank, bias=False)
-            self.lora_B = Linear(config.rank, base.out_features, bias=False)
-        self.weight, self.bias, self.name, self.scale, self.dropout = (
-            base.weight,
-            base.bias,
-            name,
-            config.scale,
-            dropout,
-        )
-        for part in (self.lora_A, self.lora_B):
-            part.to(dtype).to_empty(device=base.weight.device)
+        self.weight, self.bias = base.weight, base.bias
+        self.name, self.scale, self.dropout = name, config.scale, dropout
+        make = {"bias": False, "device": base.weight.device, "dtype": dtype}
+        self.lora_A = Linear(base.in_features, config.rank, **make)
+        self.lora_B = Linear(config.rank, base.out_features, **make)
 
-    def forward(self, x):
-        # generation, evaluation and the scoring of samples run without gradients, and with the whole adapter
-        seen = self.masked(x) if self.dropout.active(self) else x
-        return super().forward(x) + self.lora_B(self.lora_A(seen) * self.scale)
+    def forward(self, input: Tensor) -> Tensor:
+        # Generation, evaluation and log-probs run without gradients, and without dropout.
+        seen = input
+        if self.dropout.active(self):
+            seen = self.masked(input)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return super().forward(input) + self.lora_B(self.lora_A(seen) * self.scale)
 
-    @torch.compiler.disable  # the layer's name and the step would make a graph for every layer and step
-    def masked(self, x):
-        return self.dropout(x, self.name)
+    # Compiled, the layer's name and the step would make a graph of their own each.
+    @torch.compiler.disable
+    def masked(self, x_TD: Tensor) -> Tensor:
+        return self.dropout(x_TD, self.name)
 
     @torch.no_grad()
-    def init_weights(self, seed):
-        """A uniform in ±1/√in, B zero, as the paper's code and PEFT do; the same on every device, whatever the other targets."""
-        bound = self.in_features**-0.5
+    def init_weights(self, seed: int) -> None:
+        """A uniform in ±1/√in, B zero, as the paper's code and PEFT have it.
+
+        The same on every device, and whichever other layers are adapted.
+        """
         generator = torch.Generator().manual_seed(_seed(seed, self.name))
-        self.lora_A.weight.copy_(
-            (torch.rand(self.lora_A.weight.shape, generator=generator) * 2 - 1) * bound
-        )
+        uniform = torch.rand(self.lora_A.weight.shape, generator=generator) * 2 - 1
+        self.lora_A.weight.copy_(uniform * self.in_features**-0.5)
         self.lora_B.weight.zero_()
 
     @torch.no_grad()
-    def merged(self):
+    def merged(self) -> Tensor:
+        """The weight of the plain layer that computes the same."""
         return merge(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
 
 
-def merge(weight, a, b, scale):
-    """W + s · B A in the widest of their dtypes, at least fp32: rounding to bf16 would lose most of a small update."""
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + s · B A in the widest of their dtypes, at least fp32.
+
+    Rounding to bf16 would lose most of a small update.
+    """
     wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     return weight.to(wide) + (b.to(wide) @ a.to(wide)) * scale
 
 
-def adapt(base, config, seed, dtype=torch.float32):
-    """A model that shares every tensor with `base`, freezes them, and adds adapters of `dtype` to the targets."""
+def adapt(
+    base: Transformer, config: LoraConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """Freeze `base`, and return a model that shares its tensors and has adapters of `dtype`."""
     base.requires_grad_(False)
-    model = copy.deepcopy(
-        base, {id(p): p for p in base.parameters()}
-    )  # deepcopy takes what the memo holds for the copy
+    # What deepcopy finds in the memo it takes for the copy.
+    model: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     model.lora, model.dropout = config, Dropout(config.dropout, seed)
     model.register_forward_pre_hook(model.dropout.see)
     for name, layer in list(model.named_modules()):
@@ -179,125 +192,127 @@ def adapt(base, config, seed, dtype=torch.float32):
     return model
 
 
-def adapters(model):
-    """{name of the layer: its LoraLinear}; empty for a model without adapters."""
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted layers by their names; none in a model without adapters."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
-def merged_parameters(model):
-    """(name, tensor) of the model without adapters that computes the same, in the adapters' dtype; of a plain model its own."""
-    layers = {f"{name}.weight": layer for name, layer in adapters(model).items()}
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the plain model that computes the same, in the dtype of the adapters.
+
+    Those of a model without adapters are its own.
+    """
+    layers = adapters(model)
     dtype = next((layer.lora_A.weight.dtype for layer in layers.values()), None)
     for name, p in model.named_parameters():
-        if ".lora_" not in name:
-            yield name, layers[name].merged() if name in layers else p.to(dtype or p.dtype)
+        if layer := layers.get(name.removesuffix(".weight")):
+            yield name, layer.merged()
+        elif ".lora_" not in name:
+            yield name, p.to(dtype or p.dtype)
 
 
-def _seed(*parts):
-    return int.from_bytes(
-        hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True
-    )
+# --- PEFT's format ------------------------------------------------------------------------
+
+# What PEFT puts before our layer names of a Qwen2ForCausalLM or Qwen3ForCausalLM.
+PREFIX = "base_model.model.model."
+# Settings that change the computation and are not supported. Others say which layers have adapters:
+# the tensors say that too.
+REFUSED = """use_dora modules_to_save rank_pattern alpha_pattern lora_bias fan_in_fan_out
+    trainable_token_indices target_parameters layer_replication use_qalora use_bdlora
+    alora_invocation_tokens arrow_config kasa_config monteclora_config""".split()
+# Ways to initialise an adapter that leave the base as it is; PiSSA and its kin change it.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-# --- PEFT's format ---------------------------------------------------------------------------------------------------
-
-
-def to_peft(model):
-    """(adapter_config.json as a dict, the tensors of adapter_model.safetensors)."""
-    c = model.lora
+def to_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The contents of an adapted model's adapter_config.json and adapter_model.safetensors."""
+    config: LoraConfig = model.lora
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": c.base or None,
+        "base_model_name_or_path": config.base or None,
         "inference_mode": True,
-    }
-    settings |= {
-        "r": c.rank,
-        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
-        "use_rslora": c.rslora,
-    }
-    settings |= {
-        "target_modules": list(c.targets),
-        "lora_dropout": c.dropout,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "use_rslora": config.rslora,
+        "target_modules": list(config.targets),
+        "lora_dropout": config.dropout,
         "init_lora_weights": True,
-    }
-    settings |= {
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_dora": False,
     }
-    parts = {
-        f"{name}.{part}.weight": getattr(layer, part).weight
-        for name, layer in adapters(model).items()
-        for part in ("lora_A", "lora_B")
-    }
-    return settings, {PREFIX + name: p.detach().cpu().contiguous() for name, p in parts.items()}
+    tensors = {}
+    for name, layer in adapters(model).items():
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part).weight
+            tensors[f"{PREFIX}{name}.{part}.weight"] = weight.detach().cpu().contiguous()
+    return settings, tensors
 
 
-# what changes the computation and is not done here; the tensors say which layers have adapters, whatever chose them
-REFUSED = """use_dora modules_to_save rank_pattern alpha_pattern lora_bias fan_in_fan_out trainable_token_indices target_parameters
-    layer_replication use_qalora use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config""".split()
+def check_peft(settings: dict[str, Any], source: Path) -> None:
+    """Refuse an adapter_config.json that means something other than W + s · B A.
 
-
-def check_peft(settings, where):
-    """Refuse an adapter_config.json that means something other than W + s · B A. `where`: its path. Raises UserError."""
-    if settings.get("peft_type") != "LORA":
-        raise UserError(
-            f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is"
-        )
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias {settings['bias']!r} is not supported; none is")
+    Raises UserError, which begins with `source`.
+    """
+    kind, bias = settings.get("peft_type"), settings.get("bias", "none")
+    if kind != "LORA":
+        raise UserError(f"{source}: peft_type {kind!r} is not supported; LORA is")
+    if bias != "none":
+        raise UserError(f"{source}: bias {bias!r} is not supported; none is")
+    fix = "merge the adapter with PEFT and name the merged folder"
     for name in REFUSED:
         if settings.get(name):
-            raise UserError(
-                f"{where}: {name} is not supported; merge the adapter with PEFT and name the merged folder"
-            )
-    if settings.get("init_lora_weights", True) not in (
-        True,
-        False,
-        None,
-        "gaussian",
-        "eva",
-        "orthogonal",
-    ):  # PiSSA and its kin move the base
+            raise UserError(f"{source}: {name} is not supported; {fix}")
+    init = settings.get("init_lora_weights")
+    if init not in PLAIN_INITS:
         raise UserError(
-            f"{where}: init_lora_weights {settings['init_lora_weights']!r} is not supported: it changes the base; merge it with PEFT"
+            f"{source}: init_lora_weights {init!r} is not supported: it changes the base; {fix}"
         )
-    r, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-        raise UserError(f"{where}: r {r!r} and lora_alpha {alpha!r} must be numbers, r at least 1")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise UserError(
+            f"{source}: r {rank!r} and lora_alpha {alpha!r} must be numbers, r at least 1"
+        )
 
 
-def from_peft(settings, tensors, where):
-    """(LoraConfig, {name of the layer: (A, B)}) of an adapter's two files. `where`: its folder. Raises UserError."""
-    check_peft(settings, where)
+def from_peft(
+    settings: dict[str, Any], tensors: dict[str, Tensor], source: Path
+) -> tuple[LoraConfig, dict[str, Pair]]:
+    """The options, and (A, B) of each layer, that the two files of a folder describe.
+
+    Raises UserError, which begins with `source`, the folder.
+    """
+    check_peft(settings, source)
+    rank = settings["r"]
     parts = {"lora_A": {}, "lora_B": {}}
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if (
-            key != f"{PREFIX}{layer}.{part}.weight"
-            or part not in parts
-            or layer.rpartition(".")[2] not in TARGETS
-        ):
+        target = layer.rpartition(".")[2]
+        known = key == f"{PREFIX}{layer}.{part}.weight" and part in parts and target in TARGETS
+        if not known:
             raise UserError(
-                f"{where}: tensor {key} is not supported; adapters of {', '.join(TARGETS)} are"
+                f"{source}: tensor {key} is not supported; adapters of {', '.join(TARGETS)} are"
             )
-        if tensor.dim() != 2 or tensor.shape[part == "lora_B"] != settings["r"]:
+        if tensor.dim() != 2 or tensor.shape[part == "lora_B"] != rank:
+            shape = list(tensor.shape)
             raise UserError(
-                f"{where}: {key} has shape {list(tensor.shape)}, but adapter_config.json says r {settings['r']}"
+                f"{source}: {key} has shape {shape}, but adapter_config.json says r {rank}"
             )
         parts[part][layer] = tensor
-    if not tensors or parts["lora_A"].keys() != parts["lora_B"].keys():
+    a, b = parts["lora_A"], parts["lora_B"]
+    if not tensors or a.keys() != b.keys():
         raise UserError(
-            f"{where}: adapter_model.safetensors is incomplete: {len(parts['lora_A'])} lora_A and {len(parts['lora_B'])} lora_B tensors"
+            f"{source}: adapter_model.safetensors is incomplete: "
+            f"{len(a)} lora_A and {len(b)} lora_B tensors"
         )
-    targets = tuple(t for t in TARGETS if any(layer.endswith(f".{t}") for layer in parts["lora_A"]))
+    found = {layer.rpartition(".")[2] for layer in a}
     config = LoraConfig(
-        settings["r"],
-        settings["lora_alpha"],
-        targets,
-        settings.get("lora_dropout") or 0.0,
-        bool(settings.get("use_rslora")),
+        rank=rank,
+        alpha=settings["lora_alpha"],
+        targets=tuple(target for target in TARGETS if target in found),
+        dropout=settings.get("lora_dropout") or 0.0,
+        rslora=bool(settings.get("use_rslora")),
     )
-    return config, {layer: (a, parts["lora_B"][layer]) for layer, a in parts["lora_A"].items()}
+    return config, {layer: (a[layer], b[layer]) for layer in a}

@@ -1,26 +1,33 @@
-"""The Qwen2.5 / Qwen3 transformer. `forward` returns hidden states, never logits: losses take rows and the head.
+"""The Qwen2.5 / Qwen3 transformer.
 
-Parameters carry the names that Hugging Face checkpoints use (without the leading `model.`), so loading is a copy.
-Master weights are fp32 on every device; a layer casts its weight to the dtype of its input (no autocast).
-Legend: T packed tokens, D hidden, V vocabulary rows, H query heads, K key-value heads, E head dimension, I intermediate.
+`forward` returns hidden states, never logits: a loss selects the rows that it needs and multiplies
+them by the head itself. Parameters have the names of Hugging Face checkpoints (without the leading
+`model.`), so loading is a copy. Master weights are fp32 on every device; a layer casts its weight
+to the dtype of its input, there is no autocast.
+
+Shapes: T packed tokens, D hidden, V vocabulary, H query heads, K key-value heads, E head size.
 """
 
 import dataclasses
-import math
 import types
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from errors import UserError
+# (layer index, q_THE, k_TKE, v_TKE) -> o_THE. Decides which tokens see each other:
+# `kernels.attention.PackedAttention` in training, a KV cache in generation.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor]  # cosines and sines, both [T, 1, E]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """The shape of a model, and what differs between families."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -36,154 +43,168 @@ class ModelConfig:
     max_position_embeddings: int = 32768
 
     @property
-    def family(self):
+    def family(self) -> str:
+        """What Hugging Face calls `model_type`."""
         return "qwen3" if self.qk_norm else "qwen2"
 
 
-def _qwen25(hidden, layers, heads, kv_heads, intermediate, vocab=151936, tie=True):
-    return ModelConfig(vocab, hidden, intermediate, layers, heads, kv_heads, hidden // heads, tie)
+def _qwen25(*, hidden, layers, heads, mlp, kv_heads=2, vocab=151936, tied=True) -> ModelConfig:
+    head_dim = hidden // heads
+    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied)
 
 
-# Shapes only: a preset's weights are random. Sources: the checkpoints' config.json files.
+# Shapes only: the weights of a preset are random. From the config.json of each checkpoint.
 PRESETS = {
-    "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 4864),
-    "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960),
-    "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 11008),
-    "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, vocab=152064, tie=False),
+    "qwen2.5-0.5b": _qwen25(hidden=896, layers=24, heads=14, mlp=4864),
+    "qwen2.5-1.5b": _qwen25(hidden=1536, layers=28, heads=12, mlp=8960),
+    "qwen2.5-3b": _qwen25(hidden=2048, layers=36, heads=16, mlp=11008),
+    "qwen2.5-7b": _qwen25(
+        hidden=3584, layers=28, heads=28, mlp=18944, kv_heads=4, vocab=152064, tied=False
+    ),
     "qwen3-0.6b": ModelConfig(
-        151936,
-        1024,
-        3072,
-        28,
-        16,
-        8,
-        128,
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
         qkv_bias=False,
         qk_norm=True,
         max_position_embeddings=40960,
     ),
-    # the embedded task's teacher and student, the student of the study in small, and small bodies under the full vocabulary for benchmarks and tests
-    "tiny-teacher": _qwen25(96, 3, 4, 2, 256, vocab=512),
-    "tiny": _qwen25(96, 2, 4, 2, 256, vocab=512),
-    "mini": _qwen25(48, 2, 4, 2, 128, vocab=512),
-    "small-teacher": _qwen25(384, 6, 6, 2, 1024, vocab=152064, tie=False),
-    "small": _qwen25(256, 4, 4, 2, 704),
+    # The teacher and the students of the toy task; small bodies under a full vocabulary.
+    "tiny-teacher": _qwen25(hidden=96, layers=3, heads=4, mlp=256, vocab=512),
+    "tiny": _qwen25(hidden=96, layers=2, heads=4, mlp=256, vocab=512),
+    "mini": _qwen25(hidden=48, layers=2, heads=4, mlp=128, vocab=512),
+    "small-teacher": _qwen25(hidden=384, layers=6, heads=6, mlp=1024, vocab=152064, tied=False),
+    "small": _qwen25(hidden=256, layers=4, heads=4, mlp=704),
 }
 
 
 class Linear(nn.Linear):
-    """Casts its fp32 weight to the input's dtype."""
+    """A linear layer that casts its weight to the dtype of its input."""
 
-    def forward(self, x):
-        return F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * wide.to(x.dtype)
 
 
-def rope_tables(positions_T, config, dtype):
-    """cos and sin as [T, 1, E] (Su et al., arXiv 2104.09864; the half-split layout of the released checkpoints)."""
+def rope_tables(positions_T: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
+    """The rotary embedding of each position (Su et al., arXiv 2104.09864), as [T, 1, E].
+
+    A head's vector is split into halves, not into neighbouring pairs, as in the released
+    checkpoints; so the angles are there twice, one half behind the other.
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    exponent = (
-        torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide) / config.head_dim
-    )
-    angle_TE = positions_T.to(wide).unsqueeze(1) * config.rope_theta**-exponent
-    angle_TE = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
-    return angle_TE.cos().to(dtype), angle_TE.sin().to(dtype)
+    even_E = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide)
+    frequency_E = config.rope_theta ** -(even_E / config.head_dim)
+    angle_TE = positions_T.to(wide).unsqueeze(1) * frequency_E
+    angle_T1E = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
+    return angle_T1E.cos().to(dtype), angle_T1E.sin().to(dtype)
 
 
-def rotate(x_THE, cos, sin):
+def rotate(x_THE: Tensor, rope: Rope) -> Tensor:
+    """Apply the rotary embedding to queries or keys."""
+    cos_T1E, sin_T1E = rope
     first, second = x_THE.chunk(2, -1)
-    return x_THE * cos + torch.cat((-second, first), -1) * sin
+    return x_THE * cos_T1E + torch.cat((-second, first), -1) * sin_T1E
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        c = config
-        self.shape_q, self.shape_kv = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+    """The projections of grouped-query attention. Attention itself is an `Attend` function."""
 
-    def project(self, x_TD, rope):
-        q_THE = rotate(self.q_norm(self.q_proj(x_TD).unflatten(1, self.shape_q)), *rope)
-        k_TKE = rotate(self.k_norm(self.k_proj(x_TD).unflatten(1, self.shape_kv)), *rope)
-        return q_THE, k_TKE, self.v_proj(x_TD).unflatten(1, self.shape_kv)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = Linear(hidden, q_size, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, hidden, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def qkv(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, E], keys and values [T, K, E]; queries and keys are rotated."""
+        heads = (-1, self.head_dim)
+        q_THE = self.q_norm(self.q_proj(x_TD).unflatten(1, heads))
+        k_TKE = self.k_norm(self.k_proj(x_TD).unflatten(1, heads))
+        v_TKE = self.v_proj(x_TD).unflatten(1, heads)
+        return rotate(q_THE, rope), rotate(k_TKE, rope), v_TKE
 
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD):
+    def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class Block(nn.Module):
-    """before -> attend -> after: the halves compile, once for all layers; who sees whom is decided outside of them."""
+    """A transformer layer, in two halves around attention that `torch.compile` can take."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def before(self, x_TD, rope):
-        return self.self_attn.project(self.input_layernorm(x_TD), rope)
+    def before_attention(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.qkv(self.input_layernorm(x_TD), rope)
 
-    def after(self, x_TD, o_THE):
+    def after_attention(self, x_TD: Tensor, o_THE: Tensor) -> Tensor:
         x_TD = x_TD + self.self_attn.o_proj(o_THE.flatten(1))
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
-    def forward(self, layer, x_TD, rope, attend):
-        return self.after(x_TD, attend(layer, *self.before(x_TD, rope)))
+    def forward(self, layer: int, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        q_THE, k_TKE, v_TKE = self.before_attention(x_TD, rope)
+        return self.after_attention(x_TD, attend(layer, q_THE, k_TKE, v_TKE))
 
-    def compile_halves(self):
-        """Shapes may vary (`torch.compile` makes them symbols at the second one it sees). Methods, so that a copy compiles its own weights."""
-        torch._dynamo.config.recompile_limit = max(
-            32, torch._dynamo.config.recompile_limit
-        )  # training, evaluation and generation, several widths
-        self.before, self.after = (
-            types.MethodType(torch.compile(f), self) for f in (Block.before, Block.after)
-        )
+    def compile_halves(self) -> None:
+        """Compile what lies before and after attention; all layers share the graphs.
+
+        Shapes may vary: `torch.compile` makes a size symbolic at the second value that it sees.
+        """
+        # Training, evaluation and generation, in several widths, need more than the default of 8.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(32, limit)
+        # Bound methods, so that a deep copy of the block compiles with its own weights.
+        for name in ("before_attention", "after_attention"):
+            setattr(self, name, types.MethodType(torch.compile(getattr(Block, name)), self))
 
 
 class Transformer(nn.Module):
-    """tokens_T, positions_T, attend -> hidden_TD after the final norm.
+    """Tokens to hidden states. `compute_dtype` is that of activations; None: as the weights."""
 
-    attend(layer, q_THE, k_TKE, v_TKE) -> o_THE says who sees whom: `kernels.attention.PackedAttention` in training,
-    a KV cache in generation. compute_dtype is that of the activations; None keeps the weights' own.
-    """
-
-    def __init__(self, config, compute_dtype=None):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config, self.compute_dtype, self.activation_checkpointing = (
-            config,
-            compute_dtype,
-            False,
-        )
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -191,30 +212,35 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_VD(self):
+    def head_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_T, positions_T, attend):
-        # a tied head brings a dense gradient of the same matrix: on a CPU the few embedded rows are added to it, not [V, D] zeros
-        # with them in it (on a GPU that sum would not be deterministic)
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """The hidden states [T, D] of packed tokens; positions restart at each document."""
+        # The gradient of a tied head is dense and of the same matrix. On a CPU the few embedded
+        # rows are added to it sparsely; on a GPU that sum would not be deterministic.
         sparse = self.config.tie_word_embeddings and not tokens_T.is_cuda
         x_TD = F.embedding(tokens_T, self.embed_tokens.weight, sparse=sparse)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(
-                    block, layer, x_TD, rope, attend, use_reentrant=False, preserve_rng_state=False
-                )
+            args = (layer, x_TD, rope, attend)
+            if recompute:
+                x_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = block(layer, x_TD, rope, attend)
+                x_TD = block(*args)
         return self.norm(x_TD)
 
     @torch.no_grad()
-    def init_weights(self, seed):
-        """Normal matrices and embeddings, zero biases, unit norms. The deviation is 0.6/√hidden, 0.02 at the 0.5B's 896; the
-        two projections into the residual stream are scaled by 1/√(2·layers) (Radford et al. 2019). The same seed gives the
-        same weights on every device."""
+    def init_weights(self, seed: int) -> Self:
+        """Fill in random weights, the same ones on every device. Returns the model.
+
+        Matrices are normal with deviation 0.6/√hidden (0.02 for the 0.5B model), those that write
+        to the residual stream scaled by 1/√(2·layers) (Radford et al. 2019). Biases are zero, norm
+        weights one.
+        """
         std = 0.6 / self.config.hidden_size**0.5
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -226,162 +252,9 @@ class Transformer(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
-    def flops_per_token(self, context):
-        """Forward FLOPs of the body (no head) for one token that attends to `context` others on average."""
-        matrices = sum(p.numel() for n, p in self.layers.named_parameters() if p.dim() == 2)
-        attention = (
-            2 * self.config.num_heads * self.config.head_dim * context * self.config.num_layers
-        )
+    def flops_per_token(self, context: float) -> float:
+        """Forward FLOPs of the body for one token that attends to `context` tokens on average."""
+        matrices = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
+        config = self.config
+        attention = 2 * config.num_heads * config.head_dim * context * config.num_layers
         return 2 * (matrices + attention)
-
-
-def config_from_hf(hf: dict[str, Any], where: Path | str) -> ModelConfig:
-    """A checkpoint's config.json (a dict) as ModelConfig. A null is a value that is not set. Raises UserError, which begins with
-    `where`, for what would be computed wrongly."""
-    hf = {name: value for name, value in hf.items() if value is not None}
-
-    def refuse(what):
-        raise UserError(f"{where}: {what} is not supported")
-
-    def value(name, default, kind):
-        """A value of config.json of this kind, of which `default` is one; without a default it has to be there."""
-        found = hf.get(name, default)
-        if found is None:
-            raise UserError(f"{where}: config.json has no {name!r}")
-        return _checked(found, name, kind, where)
-
-    family = hf.get("model_type")
-    if family not in ("qwen2", "qwen3"):
-        refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
-    if hf.get("use_sliding_window") and value(
-        "sliding_window", 4096, "positive"
-    ):  # 4096: what `transformers` takes where the key is missing
-        refuse("sliding-window attention")
-    layer_types = hf.get("layer_types", [])
-    other = (
-        next((kind for kind in layer_types if kind != "full_attention"), None)
-        if isinstance(layer_types, list)
-        else layer_types
-    )
-    if other is not None:
-        refuse(f"layer_types {other!r}")
-    if hf.get("quantization_config"):
-        quantised = hf["quantization_config"]
-        method = (
-            quantised.get("quant_method", "unknown method")
-            if isinstance(quantised, dict)
-            else quantised
-        )
-        refuse(f"a quantised checkpoint ({method})")
-    if value("hidden_act", "silu", "text") != "silu":
-        refuse(f"hidden_act {hf['hidden_act']!r}")
-    heads, hidden = value("num_attention_heads", None, "count"), value("hidden_size", None, "count")
-    config = ModelConfig(
-        vocab_size=value("vocab_size", None, "count"),
-        hidden_size=hidden,
-        intermediate_size=value("intermediate_size", None, "count"),
-        num_layers=value("num_hidden_layers", None, "count"),
-        num_heads=heads,
-        num_kv_heads=value("num_key_value_heads", heads, "count"),
-        head_dim=value("head_dim", 128 if family == "qwen3" else hidden // heads, "count"),
-        tie_word_embeddings=value("tie_word_embeddings", False, "flag"),
-        qkv_bias=family == "qwen2" or value("attention_bias", False, "flag"),
-        qk_norm=family == "qwen3",
-        rope_theta=_rope_theta(hf, where),
-        rms_norm_eps=value("rms_norm_eps", 1e-6, "positive"),
-        max_position_embeddings=value("max_position_embeddings", 32768, "count"),
-    )
-    if config.num_heads % config.num_kv_heads:
-        refuse(
-            f"num_attention_heads {config.num_heads} with num_key_value_heads {config.num_kv_heads}, which does not divide them,"
-        )
-    if config.head_dim % 2:
-        refuse(f"head_dim {config.head_dim}, which is odd,")
-    return config
-
-
-_KINDS = {
-    "count": "a whole number above 0",
-    "positive": "a number above 0",
-    "flag": "true or false",
-    "text": "a string",
-    "object": "an object",
-}
-
-
-def _checked(found, name, kind, where):
-    """A value of config.json, if it is of this kind of `_KINDS`. Raises UserError."""
-    number = (
-        isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
-    )
-    fits = {
-        "count": number and found == int(found),
-        "positive": number,
-        "flag": isinstance(found, bool),
-        "text": isinstance(found, str),
-        "object": isinstance(found, dict),
-    }
-    if not fits[kind]:
-        raise UserError(
-            f"{where}: config.json has {name} {found!r:.60}, which is not {_KINDS[kind]}"
-        )
-    return int(found) if kind == "count" else found
-
-
-def _rope_theta(hf, where):
-    """The base of the rotary frequencies, wherever a version of `transformers` wrote it: on its own (4), in rope_parameters (5), there
-    for all layers or by their type. Raises UserError for frequencies that are scaled, and where two places differ."""
-    outside = _checked(hf.get("rope_theta", 10000.0), "rope_theta", "positive", where)
-    thetas = []
-    for name in ("rope_scaling", "rope_parameters"):
-        given = _checked(hf.get(name, {}), name, "object", where)
-        nested = {key: part for key, part in given.items() if isinstance(part, dict)}
-        if nested.keys() - {"full_attention"}:
-            raise UserError(f"{where}: {name} of {', '.join(sorted(nested))} is not supported")
-        given = given | nested.get("full_attention", {})
-        given = {
-            key: value for key, value in given.items() if value is not None and key not in nested
-        }
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind != "default" or given.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{where}: rope scaling {kind!r} is not supported")
-        if given:
-            thetas.append(
-                _checked(given.get("rope_theta", outside), "rope_theta", "positive", where)
-            )
-    if hf.get("partial_rotary_factor", 1) != 1:
-        raise UserError(
-            f"{where}: rope scaling with partial_rotary_factor {hf['partial_rotary_factor']} is not supported"
-        )
-    if len(set(thetas)) > 1:
-        raise UserError(
-            f"{where}: rope_scaling and rope_parameters have different rope_theta ({thetas[0]:g}, {thetas[1]:g}); keep one of them"
-        )
-    return float(thetas[0] if thetas else outside)
-
-
-def config_to_hf(config, eos_token_id, dtype):
-    """The config.json that `transformers` and vLLM read."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "attention_bias": config.qkv_bias and config.qk_norm,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": dtype,
-    }

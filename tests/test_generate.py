@@ -1,4 +1,4 @@
-"""The generation engine: against `transformers`, the training forward, exact distributions; whatever the batch."""
+"""The generation engine against `transformers`, the training forward and exact distributions."""
 
 import collections
 
@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import PackedAttention
 from model import generate as engine
-from model import sampling
+from model import kv_cache, sampling
 from model.checkpoint import build_model
 from model.generate import generate, in_compute_dtype
 from model.sampling import Sampler, draw, keep_top_k, keep_top_p, random_keys, uniform
@@ -65,7 +65,7 @@ def training_logp(model, prompt, new, temperature, vocab):
     return (logits_TV / temperature).log_softmax(1).gather(1, torch.tensor(new)[:, None]).squeeze(1)
 
 
-# --- correct tokens, correct log-probs -------------------------------------------------------------------------------
+# --- correct tokens, correct log-probs ----------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3"])
@@ -74,7 +74,7 @@ def test_greedy_equals_transformers_over_200_tokens(kind, tmp_path):
     reference.save_pretrained(tmp_path)
     reference, model = reference.double(), ours(tmp_path).double()
     prompts = some_prompts((1, 7, 40, 33, 2), 211)
-    for prompt, got in zip(prompts, generate(model, prompts, 200, [], batch_size=3)):
+    for prompt, got in zip(prompts, generate(model, prompts, 200, [], batch_size=3), strict=True):
         want = reference.generate(
             torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200, do_sample=False
         )[0, len(prompt) :].tolist()
@@ -91,6 +91,7 @@ def test_log_probs_equal_those_of_the_training_forward(filters):
         for prompt, c in zip(
             PROMPTS,
             generate(model, PROMPTS, 70, [3], vocab=47, seeds=range(10), batch_size=4, **filters),
+            strict=True,
         ):
             want = training_logp(model, prompt, c.tokens, filters["temperature"] or 1.0, 47)
             assert (torch.tensor(c.logp, dtype=torch.float64) - want).abs().max() < 1e-9
@@ -99,7 +100,9 @@ def test_log_probs_equal_those_of_the_training_forward(filters):
 def test_log_probs_of_a_deep_model_in_fp32():
     model = small(dtype=torch.float32, num_layers=24, vocab_size=3000)
     for prompt, c in zip(
-        PROMPTS, generate(model, PROMPTS, 40, [], temperature=1.0, seeds=range(10), batch_size=4)
+        PROMPTS,
+        generate(model, PROMPTS, 40, [], temperature=1.0, seeds=range(10), batch_size=4),
+        strict=True,
     ):
         assert (
             torch.tensor(c.logp) - training_logp(model, prompt, c.tokens, 1.0, 3000)
@@ -118,14 +121,14 @@ def test_weights_are_cast_once_and_only_if_they_must_be():
     } == {torch.float32}
     assert cast.head_VD is cast.embed_tokens.weight
     for prompt, c in zip(
-        PROMPTS, generate(mixed, PROMPTS, 20, [], temperature=1.0, seeds=range(10))
+        PROMPTS, generate(mixed, PROMPTS, 20, [], temperature=1.0, seeds=range(10)), strict=True
     ):
         assert (
             torch.tensor(c.logp) - training_logp(mixed, prompt, c.tokens, 1.0, 50)
         ).abs().max() < 0.1
 
 
-# --- the batch does not matter ---------------------------------------------------------------------------------------
+# --- the batch does not matter ------------------------------------------------------------
 
 
 def test_samples_do_not_depend_on_the_batch_its_order_or_the_ranks():
@@ -135,7 +138,11 @@ def test_samples_do_not_depend_on_the_batch_its_order_or_the_ranks():
     def run(indices, **more):
         more |= dict(temperature=1.1, top_p=0.95, seeds=[seeds[i] for i in indices])
         return dict(
-            zip(indices, generate(model, [prompts[i] for i in indices], 90, range(9), **more))
+            zip(
+                indices,
+                generate(model, [prompts[i] for i in indices], 90, range(9), **more),
+                strict=True,
+            )
         )
 
     def same(got, want):
@@ -170,16 +177,16 @@ def test_no_row_is_computed_for_nothing_and_equal_prompts_are_prefilled_once(mon
     monkeypatch.setattr(model, "forward", counted)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 8)  # several packs
     got = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=20)
-    assert rows[engine._Decode] == sum(len(c.tokens) for c in got)
-    assert rows[engine._Prefill] == sum(len(p) - 1 for p in PROMPTS[:4])
+    assert rows[kv_cache.DecodeAttention] == sum(len(c.tokens) for c in got)
+    assert rows[kv_cache.PrefillAttention] == sum(len(p) - 1 for p in PROMPTS[:4])
     rows.clear()
     again = generate(model, prompts, 60, [7], temperature=1.0, seeds=range(20), batch_size=5)
-    assert [c.tokens for c in again] == [c.tokens for c in got] and rows[engine._Decode] == sum(
-        len(c.tokens) for c in got
-    )
+    assert [c.tokens for c in again] == [c.tokens for c in got] and rows[
+        kv_cache.DecodeAttention
+    ] == sum(len(c.tokens) for c in got)
 
 
-# --- what ends a generation ------------------------------------------------------------------------------------------
+# --- what ends a generation ---------------------------------------------------------------
 
 
 def test_limits_stop_ids_and_the_callback():
@@ -188,7 +195,9 @@ def test_limits_stop_ids_and_the_callback():
     assert all(len(c.tokens) == len(c.logp) == 40 and not c.stopped for c in free)
     stops = {free[0].tokens[5], free[2].tokens[20]}
     for got, want in zip(
-        generate(model, PROMPTS, 40, stops, temperature=1.0, seeds=range(10), batch_size=4), free
+        generate(model, PROMPTS, 40, stops, temperature=1.0, seeds=range(10), batch_size=4),
+        free,
+        strict=True,
     ):
         end = next((i + 1 for i, t in enumerate(want.tokens) if t in stops), 40)
         assert got.tokens == want.tokens[:end] and got.stopped == (want.tokens[end - 1] in stops)
@@ -230,6 +239,7 @@ def test_stop_strings_end_where_the_text_first_has_them():
             decode=decode,
         ),
         free,
+        strict=True,
     ):
         hits = [i for i in range(1, 61) if any(s in decode(want.tokens[:i]) for s in strings)]
         assert got.tokens == want.tokens[: hits[0] if hits else 60] and got.stopped == bool(hits)
@@ -253,7 +263,7 @@ def test_what_cannot_work_is_refused(arguments, words):
         generate(**dict(model=small(), prompts=[[1]], max_new_tokens=3, stop_ids=[]) | arguments)
 
 
-# --- distributions ---------------------------------------------------------------------------------------------------
+# --- distributions ------------------------------------------------------------------------
 
 
 def exact(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -389,11 +399,11 @@ def test_argmax_takes_the_first_and_the_sampler_its_rows_in_pieces(monkeypatch):
     )
     whole = Sampler(head, 4000, 40, temperature=1.0)(hidden, u)
     monkeypatch.setattr(sampling, "default_chunk_rows", lambda *_: 7)
-    for a, b in zip(whole, Sampler(head, 4000, 40, temperature=1.0)(hidden, u)):
+    for a, b in zip(whole, Sampler(head, 4000, 40, temperature=1.0)(hidden, u), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-# --- random numbers --------------------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------
 
 
 def test_the_hash_is_splitmix64():
@@ -408,15 +418,17 @@ def test_the_hash_is_splitmix64():
         np.uint64,
     )
     want = ((known >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
-    assert (uniform(np.full(5, 1234567, np.uint64), np.arange(5)) == want).all()
+    assert (uniform(np.full(5, 1234567), np.arange(5)) == want).all()
 
 
 def test_random_numbers_are_uniform_and_independent():
     n = 1 << 16
-    close = lambda counts: (
-        ((counts - (e := counts.sum() / counts.size)) ** 2 / e).sum()
-        < counts.size + 5 * np.sqrt(2 * counts.size)
-    )
+
+    def close(counts):
+        expected = counts.sum() / counts.size
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        return statistic < counts.size + 5 * np.sqrt(2 * counts.size)
+
     along_seeds, along_tokens = (
         uniform(random_keys(range(n)), np.zeros(n, int)),
         uniform(random_keys([5] * n), np.arange(n)),
@@ -435,27 +447,28 @@ def test_random_numbers_are_uniform_and_independent():
     assert len(np.unique(random_keys(range(n)))) == n
 
 
-# --- recorded steps: what a GPU replays ------------------------------------------------------------------------------
+# --- recorded steps: what a GPU replays ---------------------------------------------------
 
 
 class Recorded:
-    """Stands in for a CUDA graph: repeats what was recorded, and knows the addresses that a graph would go on using."""
+    """Stands in for a CUDA graph.
+
+    It repeats what was recorded, and knows the addresses that a graph would go on using.
+    """
 
     made, replayed = [], 0
 
     def __init__(self, run, pool):
-        step = run.__closure__ and next(
-            c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, engine._Step)
-        )
+        step = run.func.__self__
         self.run, self.step, self.at = run, step, self.addresses(step)
         Recorded.made.append(self)
 
     @staticmethod
     def addresses(step):
         tensors = (
-            step.inputs,
+            step.inputs_3B,
             step.hidden_BD,
-            step.sampled,
+            step.sampled_2B,
             step.cache.layers,
             step.sampler.logits_BP,
             step.sampler.probs_BP,
@@ -481,22 +494,31 @@ class Recorded:
     ids=str,
 )
 def test_recorded_steps_write_the_same(filters, monkeypatch):
-    """Rows rounded up to a bucket, free rows computed for nothing, rows that move, prompts that refill, a cache that moves."""
+    """With rounded-up buckets, free rows, rows that move, refills and a cache that moves."""
     model, prompts = small(), some_prompts([n % 13 + 1 for n in range(60)])
-    ask = lambda size: generate(
-        model, prompts, 80, [3], vocab=47, seeds=range(60), batch_size=size, **filters
-    )
+
+    def ask(size):
+        options = dict(vocab=47, seeds=range(60), batch_size=size)
+        return generate(model, prompts, 80, [3], **options, **filters)
+
     want = ask(60)
-    monkeypatch.setattr(engine, "records", lambda cache: True)
+    monkeypatch.setattr(engine, "uses_graphs", lambda cache: True)
     monkeypatch.setattr(engine, "record", Recorded)
     monkeypatch.setattr(
-        engine, "by_kernel", lambda cache: True
+        kv_cache, "by_kernel", lambda cache: True
     )  # the kernel's place in the engine, taken by its reference
     for size in (7, 60):
         Recorded.made, Recorded.replayed = [], 0
         got = ask(size)
         assert [c.tokens for c in got] == [c.tokens for c in want]
-        assert max(abs(a - b) for c, d in zip(got, want) for a, b in zip(c.logp, d.logp)) < 1e-9
+        assert (
+            max(
+                abs(a - b)
+                for c, d in zip(got, want, strict=True)
+                for a, b in zip(c.logp, d.logp, strict=True)
+            )
+            < 1e-9
+        )
         assert Recorded.replayed > 20 and len(Recorded.made) >= 2
 
 

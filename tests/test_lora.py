@@ -1,4 +1,7 @@
-"""LoRA: the layers, one copy of the base, the reference policy, runs that are cut, options that are refused. Beside PEFT: test_peft.py."""
+"""LoRA: layers, one copy of the base, the reference policy, runs that are cut, bad options.
+
+Beside PEFT: test_peft.py.
+"""
 
 import functools
 import gc
@@ -64,7 +67,7 @@ def saved(model, folder):
     return folder
 
 
-# --- the layers ------------------------------------------------------------------------------------------------------
+# --- the layers ---------------------------------------------------------------------------
 
 
 def test_a_layer_computes_what_the_papers_say():
@@ -127,7 +130,7 @@ def test_merged_equals_unmerged_and_generation_too(tied, tmp_path):
             temperature=1.0,
             seeds=[1, 2],
         )
-        for a, b in zip(write(other), write(model)):
+        for a, b in zip(write(other), write(model), strict=True):
             assert a.tokens == b.tokens and np.allclose(a.logp, b.logp, atol=1e-9)
 
 
@@ -147,7 +150,7 @@ def test_a_bf16_base_takes_small_updates_into_the_merged_weights(tmp_path):
     ).norm() < 1e-2 * want.norm()  # W + x is rounded to fp32; in bf16 nothing of x would be left
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------
 
 
 def documents(rng, count):
@@ -212,7 +215,7 @@ def rank_of_two(rank, world, port, shares, results):
 
 
 def test_how_the_batch_is_cut_does_not_change_the_gradient():
-    """Micro-batches, order, activation checkpointing and ranks: masks belong to tokens of documents."""
+    """Micro-batches, order, recomputed activations, ranks: masks belong to tokens of documents."""
     docs = documents(np.random.default_rng(1), 11)
     shuffled = random.Random(0).sample(docs, len(docs))
     for make in (
@@ -284,7 +287,7 @@ def test_masks_are_what_is_said_of_them():
     golden, want = 0x9E3779B97F4A7C15, []
     for d in packed:
         places = [python_mix((i + 1) * golden % 2**64) for i in range(len(d))]
-        whole = sum(python_mix(p ^ t) for p, t in zip(places, d)) % 2**64
+        whole = sum(python_mix(p ^ t) for p, t in zip(places, d, strict=True)) % 2**64
         for place in places:
             stream = python_mix(python_mix(whole ^ place) ^ lora._seed(0, 4, layer.name) % 2**64)
             words = [python_mix((stream + j * golden) % 2**64) for j in range(6)]
@@ -347,7 +350,7 @@ def test_masks_belong_to_seed_step_and_document():
         model = shaken(lora.adapt(small(), DROPPING, seed, torch.float64))
         for layer in lora.adapters(model).values():
             layer.init_weights(0)  # adapters of one seed, masks of another
-        shaken(model).checkpointing = checkpointing
+        shaken(model).activation_checkpointing = checkpointing
         torch.manual_seed(random.randrange(1 << 30))  # the global state has no say
         model.dropout.begin(number, applied)
         return workers.gradient(model, None, sft_loss, docs, 20)[1]
@@ -359,9 +362,11 @@ def test_masks_belong_to_seed_step_and_document():
 
     model = dropping()
     tokens = docs[0].tokens
-    run = lambda: model(
-        torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)])
-    )
+
+    def run():
+        attend = PackedAttention([len(tokens)])
+        return model(torch.from_numpy(tokens).long(), torch.arange(len(tokens)), attend)
+
     whole = shaken(lora.adapt(small(), lora.LoraConfig(3, 7.0), 0, torch.float64))
     want = whole(
         torch.from_numpy(tokens).long(), torch.arange(len(tokens)), PackedAttention([len(tokens)])
@@ -390,7 +395,7 @@ def test_flops_leave_out_the_gradients_of_what_is_frozen():
     )
 
 
-# --- one copy of the base; the reference -----------------------------------------------------------------------------
+# --- one copy of the base; the reference --------------------------------------------------
 
 GRPO = [
     "--mode=grpo",
@@ -408,14 +413,17 @@ GRPO += ["--eval_examples=2", "--lora_rank=4", "--grpo_kl_coef=0.1"]
 @pytest.fixture
 def reward(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+        "def letters(example, completion):\n"
+        "    return completion.count('e') + 0.01 * len(completion)\n"
     )
     return f"--grpo_reward={tmp_path}/mine.py:letters"
 
 
 def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
-    """In bf16, as on a GPU: the base in bf16 once, for policy, reference and generation; fp32 for adapters only. Every tensor that Python can
-    reach in the middle of the step is counted."""
+    """In bf16, as on a GPU: policy, reference and generation share the base; adapters are fp32.
+
+    Every tensor that Python can reach in the middle of the step is counted.
+    """
     seen, copies = [], []
     step, inner = train.forward_backward, generate
 
@@ -528,7 +536,10 @@ OFF = {
 
 @pytest.mark.parametrize("kind", [*OFF, "one update"])
 def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, monkeypatch, capsys):
-    """At the first update of a rollout the ratio to the policy that sampled is 1, and the run says at its start that there is no dropout."""
+    """At the first update of a rollout the ratio to the policy that sampled is 1.
+
+    The run says at its start that there is no dropout.
+    """
     args = (
         [*GRPO, reward]
         if kind != "sampled signal"
@@ -571,7 +582,7 @@ def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, mon
         )
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------
 
 MODES = {
     "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_batch_tokens=120"],
@@ -658,7 +669,7 @@ def test_every_mode_runs_is_cut_resumed_and_evaluated(mode, tmp_path, reward, mo
 
 
 def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, monkeypatch):
-    """A chain: LoRA on a folder, then its adapter folder as the model of another run and of the evaluation."""
+    """A chain: LoRA on a folder, then its adapter folder as the model of another run."""
     monkeypatch.chdir(tmp_path)
     common = [
         "--mode=sft",
@@ -695,7 +706,7 @@ def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, mon
     )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The transformer against `transformers` on the same random weights, checkpoints both ways, and what must be refused."""
+"""The transformer against `transformers`, checkpoints both ways, and what must be refused."""
 
 import copy
 import dataclasses
@@ -13,8 +13,9 @@ from errors import UserError
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model, locate, read_config, save_model, stop_ids_of
 from model.generate import generate
+from model.hf import config_from_hf
 from model.optim import learning_rate
-from model.transformer import PRESETS, ModelConfig, Transformer, config_from_hf
+from model.transformer import PRESETS, ModelConfig, Transformer
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -61,7 +62,7 @@ def theirs(kind, **more):
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from 1 and 0, so that a forgotten one shows
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.05))
     return model
 
@@ -85,11 +86,11 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, shard, tmp_path):
     documents = [torch.randint(211, (n,)) for n in (1, 7, 40, 33, 2)]
     with torch.no_grad():
         got = logits(model, documents).split([len(d) for d in documents])
-        for d, mine in zip(documents, got):
+        for d, mine in zip(documents, got, strict=True):
             want = reference(d[None]).logits[0]
             assert (mine - want).norm() / want.norm() < 1e-5
     prompts = [d.tolist() for d in documents]
-    for prompt, new in zip(prompts, generate(model, prompts, 60, [])):
+    for prompt, new in zip(prompts, generate(model, prompts, 60, []), strict=True):
         want = reference.generate(
             torch.tensor([prompt]),
             max_new_tokens=60,
@@ -113,7 +114,7 @@ def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     assert (mine - want).norm() / want.norm() < 1e-5
     assert back.generation_config.eos_token_id == [2, 0] == stop_ids_of(tmp_path / "out")
     again = ours(tmp_path / "out")
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters()):
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     text = "Mia has 12 apples."
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text)[
@@ -156,11 +157,11 @@ def test_documents_do_not_see_each_other():
     model, documents = small(), [torch.randint(50, (n,)) for n in (5, 1, 17, 16, 15, 40, 2, 2)]
     with torch.no_grad():
         together = logits(model, documents).split([len(d) for d in documents])
-        for d, got in zip(documents, together):
+        for d, got in zip(documents, together, strict=True):
             assert torch.allclose(got, logits(model, [d]), atol=1e-13)
         changed = [*documents[:2], (documents[2] + 1) % 50, *documents[3:]]
         after = logits(model, changed).split([len(d) for d in documents])
-    for i, (a, b) in enumerate(zip(together, after)):
+    for i, (a, b) in enumerate(zip(together, after, strict=True)):
         assert torch.equal(a, b) == (i != 2)
 
 
@@ -182,7 +183,7 @@ def test_activation_checkpointing_changes_nothing():
         model.activation_checkpointing = checkpointing
         logits(model, documents).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_generation_stops_and_does_not_depend_on_the_batch():
@@ -191,13 +192,15 @@ def test_generation_stops_and_does_not_depend_on_the_batch():
     free = [c.tokens for c in generate(model, prompts, 40, [])]
     stops = {free[0][5], free[2][20]}
     for batch_size in (1, 3, 100):
-        for got, want in zip(generate(model, prompts, 40, stops, batch_size=batch_size), free):
+        for got, want in zip(
+            generate(model, prompts, 40, stops, batch_size=batch_size), free, strict=True
+        ):
             end = next((i + 1 for i, t in enumerate(want) if t in stops), 40)
             assert got.tokens == want[:end] and got.stopped == (want[end - 1] in stops)
     assert all(t < 7 for c in generate(model, prompts, 10, [], vocab=7) for t in c.tokens)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------
 
 
 def broken(folder, change):
@@ -282,7 +285,9 @@ def test_configurations_that_would_be_computed_wrongly(change, words, tmp_path):
 
 
 def test_schedules():
-    rate = lambda step, schedule: learning_rate(step, 100, 2.0, 10, schedule, 0.1)
+    def rate(step, schedule):
+        return learning_rate(step, 100, 2.0, 10, schedule, 0.1)
+
     assert [rate(0, s) for s in ("constant", "linear", "cosine")] == [0.2] * 3
     assert rate(9, "cosine") == 2.0 == rate(50, "constant")
     assert rate(99, "linear") == rate(99, "cosine") == pytest.approx(0.2)
@@ -293,7 +298,7 @@ def test_schedules():
 
 
 def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
-    """Twelve layers share few graphs, and packs of many sizes before training do not use up the recompile limit."""
+    """Twelve layers share few graphs, and packs of many sizes do not use up the recompile limit."""
     compiled, calls = [], []
 
     def counting(graph, inputs):
@@ -321,5 +326,7 @@ def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
         torch.testing.assert_close(forward(model, lengths), forward(plain, lengths))
     assert len(calls) == 3 * 24 and len(compiled) <= 16
     twin = copy.deepcopy(model)  # as generation makes one in its own dtype
-    assert all(b.before.__self__ is b and b.after.__self__ is b for b in twin.layers)
+    assert all(
+        b.before_attention.__self__ is b and b.after_attention.__self__ is b for b in twin.layers
+    )
     torch._dynamo.reset()

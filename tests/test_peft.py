@@ -67,7 +67,7 @@ def test_outputs_gradients_and_files_equal_those_of_peft_both_ways(kind, rslora,
         return {n: p.grad for n, p in named if p.grad is not None}
 
     def compare(ours, other):
-        """The whole model as far as the other one's norms and positions, which are fp32, allow; each layer to fp64."""
+        """Each layer to fp64; the whole model as far as norms and positions in fp32 allow."""
         whole = logits(ours, [document]), other(document[None]).logits[0]
         pairs = [(whole, weights, 1e-5)]
         for name, layer in lora.adapters(ours).items():
@@ -131,7 +131,7 @@ def test_a_peft_folder_is_loaded_merged_wherever_a_model_is_named(tmp_path):
         assert torch.allclose(p, merged.get_parameter(f"model.{name}"), atol=1e-6), name
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +227,11 @@ def test_adapters_that_would_be_computed_wrongly_are_one_line(
 
 def test_missing_damaged_and_misplaced_adapters(adapter, tmp_path):
     folder = rewritten(adapter, tmp_path)
-    load = lambda: build_model(
-        read_config("", locate(str(folder), "--model")),
-        folder,
-        device="cpu",
-        seed=0,
-        weight_dtype=torch.float64,
-    )
+
+    def load():
+        config = read_config("", locate(str(folder), "--model"))
+        return build_model(config, folder, device="cpu", seed=0, weight_dtype=torch.float64)
+
     want = load()
     (tmp_path / "two").mkdir()
     twice = rewritten(adapter, tmp_path / "two", {"base_model_name_or_path": str(folder)})
@@ -275,7 +273,8 @@ def test_an_adapter_beside_its_merged_model_is_not_merged_again(name, adapter, t
     for load in (lambda: locate(str(folder), "--model"), lambda: read_config("", folder)):
         with pytest.raises(
             UserError,
-            match=f'names the base {name}, .* delete adapter_config.json if .* or make base_model_name_or_path ""',
+            match=f"names the base {name}, .* delete adapter_config.json if .* "
+            'or make base_model_name_or_path ""',
         ) as e:
             load()
         assert "\n" not in str(e.value)
@@ -287,7 +286,7 @@ def test_an_adapter_beside_its_merged_model_is_not_merged_again(name, adapter, t
 
 
 def test_a_config_beside_an_adapter_is_no_base(adapter, tmp_path):
-    """Some trainers leave the base's config.json with the adapter: the base is still the one that is named."""
+    """Some trainers leave the base's config.json with the adapter: the base is the one named."""
     folder = rewritten(adapter, tmp_path)
     want = build_model(read_config("", folder), folder, device="cpu", seed=0)
     (folder / "config.json").write_bytes((adapter / "base/config.json").read_bytes())
@@ -320,7 +319,7 @@ def test_an_adapter_saved_from_a_wrapped_model_is_the_same(rename, tmp_path):
     save_file({rename(key): tensor for key, tensor in tensors.items()}, file)
     got = read_adapter(tmp_path / "a")[1]
     assert got.keys() == want.keys() and all(
-        torch.equal(a, b) for key in want for a, b in zip(got[key], want[key])
+        torch.equal(a, b) for key in want for a, b in zip(got[key], want[key], strict=True)
     )
     save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, file)
     with pytest.raises(UserError, match="lora_A.weight is int8"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from model.checkpoint import load_weights, read_config, save_model, stop_ids_of
-from model.transformer import config_from_hf
+from model.hf import config_from_hf
 from tests.test_model import logits, ours, theirs
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -200,7 +200,7 @@ def test_mixed_precisions_are_cast_as_transformers_casts_them(tied):
     assert agrees(folder) and {p.dtype for p in ours(folder).parameters()} == {torch.float32}
 
 
-# --- the index ---------------------------------------------------------------------------------------------------------
+# --- the index ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_one_file_comes_before_a_stale_index_as_in_transformers(shards):
     assert torch.equal(ours(folder).norm.weight, 1.5 * tensors[NORM])
 
 
-# --- config.json -------------------------------------------------------------------------------------------------------
+# --- config.json --------------------------------------------------------------------------
 
 FORMS = [
     {"rope_theta": 5e5},
@@ -509,7 +509,7 @@ def test_weights_are_loaded_only_after_all_headers_fit(tmp_path):
     ],
 )
 def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
-    """As a hub cache has them whose blobs were cleaned away: an optional file would be lost in silence."""
+    """As in a hub cache whose blobs were cleaned away: a file would be lost in silence."""
     import train
     from model.load import find
 
