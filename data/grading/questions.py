@@ -1,48 +1,54 @@
 """What the worker is asked: our own comparison of answers, their keys for votes, and what
 math-verify alone says of a whole text."""
 
-from data.grading import forms
-from data.grading.tokens import NotUnderstood
+from typing import Any
+
+from data.grading.forms import key, parse, same
+from data.grading.trees import NotUnderstood
 
 try:
-    from math_verify import LatexExtractionConfig, parse, verify
+    import math_verify
 except ImportError:
-    parse = None
+    math_verify = None
+
+NO_LIMIT: Any = None  # its own time limit is a signal; MathWorker ends what takes too long
 
 
 def warm_up() -> bool:
-    """Whether math-verify is there; the first call compiles its patterns."""
+    """Returns whether math-verify is there; the first call compiles its patterns."""
     ask("compare", "x", "x+1")
     ask("math_verify", "$x$", "x+1")
-    return parse is not None
+    return math_verify is not None
 
 
 def ask(question: str, *texts: str) -> object:
-    """The reply to a question of MathWorker: [understood, equal], or a key."""
+    """Returns the reply to a question of MathWorker: [understood, equal], or a key."""
+    questions = {"compare": _compare, "math_verify": _math_verify, "key": _key}
     try:
-        return {"compare": _compare, "math_verify": _math_verify, "key": _key}[question](*texts)
-    except Exception:  # noqa: BLE001 (whatever sympy raises, the answer is not shown to be right)
+        return questions[question](*texts)
+    except Exception:  # whatever sympy raises, the answer is not shown to be right
         return None if question == "key" else [False, False]
 
 
-def _compare(answer, gold):
+def _compare(answer: str, gold: str) -> list[bool]:
     try:
-        return [True, forms.compare(answer, gold)]
+        return [True, same(parse(gold), parse(answer))]
     except (NotUnderstood, RecursionError):
         return [_key(answer) is not None, False]
 
 
-def _key(text):
+def _key(text: str) -> str | None:
     try:
-        return forms.key(text)
+        return key(parse(text))
     except (NotUnderstood, RecursionError):
         return None
 
 
-def _math_verify(text, gold):
-    if parse is None:
+def _math_verify(text: str, gold: str) -> list[bool]:
+    if math_verify is None:
         return [False, False]
     # No fall-back to plain numbers or strings: it would find an 18 in text that is no mathematics.
-    gold = parse(f"${gold}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-    parsed = parse(text, parsing_timeout=None)
-    return [bool(parsed), bool(parsed and verify(gold, parsed, timeout_seconds=None))]
+    latex = [math_verify.LatexExtractionConfig()]
+    golds = math_verify.parse(f"${gold}$", latex, "no_fallback", parsing_timeout=NO_LIMIT)
+    found = math_verify.parse(text, parsing_timeout=NO_LIMIT)
+    return [bool(found), bool(found and math_verify.verify(golds, found, timeout_seconds=NO_LIMIT))]
