@@ -1,6 +1,10 @@
-"""What the worker is asked: our own comparison of answers, their keys for votes, and what
+"""The process that MathWorker asks: our own comparison of answers, their keys for votes, and what
 math-verify alone says of a whole text."""
 
+import contextlib
+import json
+import signal
+import sys
 from typing import Any
 
 from data.grading.forms import key, parse, same
@@ -11,14 +15,8 @@ try:
 except ImportError:
     math_verify = None
 
-NO_LIMIT: Any = None  # its own time limit is a signal; MathWorker ends what takes too long
-
-
-def warm_up() -> bool:
-    """Returns whether math-verify is there; the first call compiles its patterns."""
-    ask("compare", "x", "x+1")
-    ask("math_verify", "$x$", "x+1")
-    return math_verify is not None
+MEMORY_LIMIT = 4 << 30  # bytes of address space: a huge power is refused, not paid for
+NO_LIMIT: Any = None  # math-verify's time limit is a signal; MathWorker ends what takes too long
 
 
 def ask(question: str, *texts: str) -> object:
@@ -52,3 +50,30 @@ def _math_verify(text: str, gold: str) -> list[bool]:
     golds = math_verify.parse(f"${gold}$", latex, "no_fallback", parsing_timeout=NO_LIMIT)
     found = math_verify.parse(text, parsing_timeout=NO_LIMIT)
     return [bool(found), bool(found and math_verify.verify(golds, found, timeout_seconds=NO_LIMIT))]
+
+
+def serve() -> None:
+    """Answers a line of JSON, [limit in seconds, question, texts], with another until the pipe
+    closes, which is when the run ends, however it ends. The first line says whether math-verify is
+    there."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # nothing else may print between the replies
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    # The first question compiles patterns.
+    ask("compare", "x", "x+1")
+    ask("math_verify", "$x$", "x+1")
+    print(json.dumps(math_verify is not None), file=replies, flush=True)
+    for line in sys.stdin:
+        limit, question, *texts = json.loads(line)
+        # The system ends a process that outlives the run in the midst of a question, whatever
+        # Python is doing.
+        signal.setitimer(signal.ITIMER_REAL, limit + 1)
+        reply = ask(question, *texts)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
