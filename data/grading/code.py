@@ -171,10 +171,11 @@ def _without_talk(beginning: str, text: str, name: str) -> str | None:
         lines = lines[starts.index(True) if True in starts else 0 :]
     for end in range(len(lines), max(0, len(lines) - TRIES), -1):
         code = "\n".join(lines[:end])
-        if code.strip() and _defines(code, name) >= is_complete:
-            program = _program(beginning, code, name)
-            if program is not None:
-                return program
+        if not code.strip() or (is_complete and not _defines(code, name)):
+            continue
+        program = _program(beginning, code, name)
+        if program is not None:
+            return program
     return None
 
 

@@ -215,14 +215,14 @@ def _isolated(left: Tree, sign: str, right: Tree) -> Reals:
 
 def _membership(left: Tree, right: Tree) -> Form:
     form = _form(right)
+    reals = as_reals(form)
     if left.kind != "sym":
         raise NotUnderstood("what is in the set")
+    if reals is not None:
+        return reals._replace(variable=left.value)
     if right in NUMBER_SETS or (isinstance(form, Items) and form.kind == "set"):
         return Named(left, form)
-    reals = as_reals(form)
-    if reals is None:
-        raise NotUnderstood("a set")
-    return reals._replace(variable=left.value)
+    raise NotUnderstood("a set")
 
 
 def _equation(sides: tuple[Tree, ...]) -> Form:
@@ -278,13 +278,24 @@ def as_reals(form: Form, points: bool = False) -> Reals | None:
 
 
 def same(gold: Form, answer: Form) -> bool:
-    """Whether two forms are equal."""
+    """Whether two forms are equal.
+
+    x = 5 is 5 and never y = 5; y = 2x + 3 is 2x + 3, and any equation that is a constant multiple
+    of it; f(x) = 2x is f(n) = 2n. x > 3 is not y > 3, but either is the interval."""
     match gold, answer:
-        case (Named() | Equation(), _) | (_, Named() | Equation()):
-            return _same_with_names(gold, answer)
+        case Named(a, value), Named(b, other) if a[:2] == b[:2]:  # the kind and the name itself
+            names = dict(zip(b.parts, a.parts, strict=False))
+            return len(a.parts) == len(b.parts) and same(value, _renamed(other, names))
+        case Named() | Equation(), Named() | Equation():
+            trees, others = _as_equation(gold), _as_equation(answer)
+            return 0 < len(trees) == len(others) and all(map(values.proportional, trees, others))
+        case Named(_, value), _:
+            return same(value, answer)
+        case _, Named(_, value):
+            return same(gold, value)
         case (Reals(), _) | (_, Reals()):
-            return _same_sets(gold, answer)
-        case (Items("list" | "set"), _) | (_, Items("list" | "set")):
+            return _same_sets(as_reals(gold, points=True), as_reals(answer, points=True))
+        case (Items("list" | "set"), Items() | Tree()) | (Items() | Tree(), Items("list" | "set")):
             return _same_lists(gold, answer)
         case Items(), Items():
             return gold.kind == answer.kind and _in_order(gold.items, answer.items)
@@ -297,34 +308,11 @@ def _in_order(golds: tuple[Form, ...], answers: tuple[Form, ...]) -> bool:
     return len(golds) == len(answers) and all(map(same, golds, answers))
 
 
-def _same_sets(gold: Form, answer: Form) -> bool:
-    """Whether both are sets with the same cuts. x > 3 is not y > 3, but either is the interval."""
-    a, b = as_reals(gold, points=True), as_reals(answer, points=True)
+def _same_sets(a: Reals | None, b: Reals | None) -> bool:
     if a is None or b is None or len({a.variable, b.variable} - {None}) > 1:
         return False
-    if a.begins_inside != b.begins_inside or len(a.cuts) != len(b.cuts):
-        return False
-    return all(
-        p.behind == q.behind and values.equal(p.bound, q.bound)
-        for p, q in zip(a.cuts, b.cuts, strict=True)
-    )
-
-
-def _same_with_names(gold: Form, answer: Form) -> bool:
-    """Equations. x = 5 is 5 and never y = 5; y = 2x + 3 is 2x + 3, and any equation that is a
-    constant multiple of it; f(x) = 2x is f(n) = 2n."""
-    match gold, answer:
-        case Named(a, value), Named(b, other) if a[:2] == b[:2]:  # the kind and the name itself
-            names = dict(zip(b.parts, a.parts, strict=False))
-            return len(a.parts) == len(b.parts) and same(value, _renamed(other, names))
-        case Named() | Equation(), Named() | Equation():
-            trees, others = _as_equation(gold), _as_equation(answer)
-            return 0 < len(trees) == len(others) and all(map(values.proportional, trees, others))
-        case Named(_, value), _:
-            return same(value, answer)
-        case _, Named(_, value):
-            return same(gold, value)
-    return False
+    same_shape = (a.begins_inside, a.sides) == (b.begins_inside, b.sides)
+    return same_shape and all(map(values.equal, a.bounds, b.bounds))
 
 
 def _as_equation(form: Named | Equation) -> tuple[Tree, ...]:
@@ -356,19 +344,18 @@ def _same_lists(gold: Items | Tree, answer: Items | Tree) -> bool:
         if assigned and Named not in map(type, items):
             return other.kind != "set" and _in_order(assigned, items)
     is_set = "set" in (gold.kind, answer.kind)
-    sides = []
-    for form in (gold, answer):
-        if isinstance(form, Items) and not form.is_ordered:
-            sides.append(form.items)
-        else:
-            sides.append((form,))
-    if not is_set and (gold.kind != answer.kind or len(sides[0]) != len(sides[1])):
+    golds, answers = _unordered(gold), _unordered(answer)
+    if not is_set and (gold.kind != answer.kind or len(golds) != len(answers)):
         return False
-    for item in sides[0] + sides[1]:
-        counts = [sum(same(item, other) for other in side) for side in sides]
+    for item in golds + answers:
+        counts = [sum(same(item, other) for other in side) for side in (golds, answers)]
         if 0 in counts or (not is_set and counts[0] != counts[1]):
             return False
     return True
+
+
+def _unordered(form: Items | Tree) -> tuple[Form, ...]:
+    return form.items if isinstance(form, Items) and not form.is_ordered else (form,)
 
 
 def _assignments(form: Form) -> list[Named]:
@@ -394,10 +381,10 @@ def key(form: Form) -> str:
             return values.key(form)
         case Named(_, value):
             return key(value)
-        case Reals(_, begins_inside, cuts):
-            bounds, sides = [values.key(cut.bound) for cut in cuts], [cut.behind for cut in cuts]
-            is_pair = sides == [1, 0] and not begins_inside  # (1, 2) may be one as well
-            return f"(): {bounds}" if is_pair else f"reals {begins_inside} {bounds} {sides}"
+        case Reals(_, begins_inside):
+            bounds = list(map(values.key, form.bounds))
+            is_pair = form.sides == [1, 0] and not begins_inside  # (1, 2) may be one as well
+            return f"(): {bounds}" if is_pair else f"reals {begins_inside} {bounds} {form.sides}"
         case Equation(trees):
             return " and ".join(values.key(tree, scaled=True) for tree in trees) + " = 0"
     assigned = sorted(_assignments(form))

@@ -29,6 +29,14 @@ class Reals(NamedTuple):
     begins_inside: bool
     cuts: tuple[Cut, ...]
 
+    @property
+    def bounds(self) -> list[Tree]:
+        return [cut.bound for cut in self.cuts]
+
+    @property
+    def sides(self) -> list[int]:
+        return [cut.behind for cut in self.cuts]
+
 
 EMPTY, ALL_REALS = Reals(None, False, ()), Reals(None, True, ())
 

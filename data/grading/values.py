@@ -34,14 +34,17 @@ def evaluate(tree: Tree, point: dict[str, float]) -> Any:
     Real functions of variables have real values. Raises Undefined or ZeroDivisionError.
     """
     mp = _mp()
-    if tree.kind == "num":
-        return mp.mpf(tree.value.numerator) / tree.value.denominator
-    if tree.kind == "sym":
-        return mp.mpf(point[tree.value])
-    if tree.kind == "const":
-        if tree.value == "infty":
+    match tree:
+        case Tree("num", value):
+            return mp.mpf(value.numerator) / value.denominator
+        case Tree("sym", name):
+            return mp.mpf(point[name])
+        case Tree("const", "i"):
+            return mp.mpc(0, 1)
+        case Tree("const", "infty"):
             raise Undefined
-        return mp.mpc(0, 1) if tree.value == "i" else +getattr(mp, tree.value)
+        case Tree("const", name):
+            return +getattr(mp, name)
     numbers = [evaluate(part, point) for part in tree.parts]
     is_real = not any(map(mp.im, numbers))
     value = _operation(tree.value, numbers, is_real)
@@ -54,28 +57,29 @@ def evaluate(tree: Tree, point: dict[str, float]) -> Any:
 
 def _operation(name: str, numbers: list, is_real: bool) -> Any:
     mp, x = _mp(), numbers[0]
-    if name == "add":
-        return mp.fsum(numbers)
-    if name == "mul":
-        return mp.fprod(numbers)
-    if name == "div":
-        return x / numbers[1]
-    if name == "pow":
-        return _power(*numbers)
-    if name == "abs":
-        return abs(x)
     if name.startswith("unknown"):
         inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
         return inside**3 + inside + _draw(name)
     if name in ("floor", "ceil", "factorial", "binomial") and not is_real:
         raise Undefined
-    if name in ("floor", "ceil"):
-        nearest = mp.nint(x)
-        return nearest if abs(x - nearest) < _tiny() else getattr(mp, name)(x)
-    if name == "log":
-        is_outside = x == 0
-    else:
-        is_outside = any(abs(number) > MAX_ARGUMENT for number in numbers)
+    match name:
+        case "add":
+            return mp.fsum(numbers)
+        case "mul":
+            return mp.fprod(numbers)
+        case "div":
+            return x / numbers[1]
+        case "pow":
+            return _power(*numbers)
+        case "abs":
+            return abs(x)
+        case "floor" | "ceil":
+            nearest = mp.nint(x)
+            return nearest if abs(x - nearest) < _tiny() else getattr(mp, name)(x)
+        case "log":
+            is_outside = x == 0
+        case _:
+            is_outside = any(abs(number) > MAX_ARGUMENT for number in numbers)
     if is_outside or (name == "factorial" and x < 0):
         raise Undefined
     return getattr(mp, name.replace("arc", "a"))(*numbers)
@@ -101,7 +105,7 @@ def _tiny() -> Any:
     return _mp().mpf(10) ** -STABLE
 
 
-def _draw(text: str, low: float = 0, width: float = 1, steps: int = 2**30) -> float:
+def _draw(text: str, low: float = 0, width: float = 1, steps: float = 2**30) -> float:
     """A number from low to low + width that depends on the text alone, in binary steps."""
     digits = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4]
     return int((low + width * int.from_bytes(digits) / 2**32) * steps) / steps
@@ -157,15 +161,11 @@ def _points(*trees: Tree) -> list[dict[str, float]]:
     names = sorted(set().union(*map(symbols, trees)))
     if not names:
         return [{}]
+    shapes = [("positive", 0.2, 4, 2**20)] * 3 + [("mixed", -3, 6, 2**20)] * 4
+    shapes += [("whole", 2, 29, 1)] * 5
     points = []
-    for i in range(12):
-        if i < 3:
-            kind, low, width, steps = "positive", 0.2, 4, 2**20
-        elif i < 7:
-            kind, low, width, steps = "mixed", -3, 6, 2**20
-        else:
-            kind, low, width, steps = "whole", 2, 29, 1
-        points.append({name: _draw(f"{name} {kind} {i}", low, width, steps) for name in names})
+    for i, (kind, *shape) in enumerate(shapes):
+        points.append({name: _draw(f"{name} {kind} {i}", *shape) for name in names})
     return points
 
 
