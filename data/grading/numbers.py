@@ -154,15 +154,14 @@ def is_unit(rest: str) -> bool:
     if _CHANGES_VALUE.search(rest) or rest.strip() == "/":
         return False
     for match in re.finditer(r"[^\W_]+", rest):
-        word, is_attached = match[0], match.start() == 0
+        word, vowel = match[0], re.search("(?i)[aeiou]", match[0])
         if word in _UNIT_LETTERS or word.lower() in _SHORT_UNITS:
             continue
-        if is_attached:
-            is_usual = len(word) > 2 and re.search("(?i)[aeiou]", word)
-        elif word in ("a", "A"):
-            is_usual = match.end() < len(rest)  # 18 dollars a day
+        if match.start() == 0:  # directly behind the number
+            is_usual = len(word) > 2 and vowel
         else:
-            is_usual = len(word) > 2 or (len(word) == 2 and re.search("(?i)[aeiou]", word))
+            is_article = word in "aA" and match.end() < len(rest)
+            is_usual = len(word) > 2 or (len(word) == 2 and vowel) or is_article
         if not is_usual:
             return False  # 18x, 18ab
     return True
@@ -213,7 +212,7 @@ class Quantity(NamedTuple):
     size: Fraction
 
 
-UNITS: dict[str, Quantity] = {}
+UNITS = {"": Quantity("", Fraction(1))}
 for _line in re.split(r"[|\n]", _UNIT_TABLE):
     _dimension, _factor, *_names = _line.split()
     for _name in _names:
@@ -234,45 +233,34 @@ def quantity(text: str) -> Quantity | None:
     total, dimensions, at = Fraction(0), set(), 0
     while at < len(text):
         match = _QUANTITY.match(text, at)
-        value = match and _value(match)
-        unit = match and _unit(match)
-        if match is None or value is None or unit is None:
+        if match is None:
             return None
-        dimensions.add(unit.dimension)
-        total += value * unit.size
+        value, unit, per = _value(match), _unit(match["unit"]), _unit(match["per"] or "")
+        if value is None or unit is None or per is None:
+            return None
+        square = {"s": 2, "c": 3}.get((match["square"] or " ")[0].lower(), 1)
+        power = int(match["power"] or square)
+        dimensions.add(f"{unit.dimension}/{per.dimension}".rstrip("/") + f"^{power}")
+        total += value * (unit.size / per.size) ** power
         at = match.end()
     return Quantity(dimensions.pop(), total) if len(dimensions) == 1 else None
 
 
-def _unit(match: re.Match) -> Quantity | None:
-    """The unit of a match of _QUANTITY; None of an unknown one."""
-    units = []
-    for name in filter(None, (match["unit"], match["per"])):
-        units.append(UNITS.get(name if len(name) == 1 else name.lower()))
-    if None in units:
-        return None
-    dimension = "/".join(unit.dimension for unit in units)
-    factor = units[0].size / (units[1].size if match["per"] else 1)
-    square = (match["square"] or " ")[0].lower()
-    power = int(match["power"] or {"s": 2, "c": 3}.get(square, 1))
-    return Quantity(f"{dimension}^{power}", factor**power)
+def _unit(name: str) -> Quantity | None:
+    return UNITS.get(name if len(name) == 1 else name.lower())
 
 
-_CLOCK = re.compile(
-    r"([0-9]{1,2})(?::([0-9]{2}))?(?:\s*([ap])\.?\s*m\.?|(\s*o'?\s*clock))?", re.IGNORECASE
-)
+_MINUTES = r"(?::([0-5][0-9]))?"
+_HALF_DAY = re.compile(rf"(0?[1-9]|1[0-2]){_MINUTES}\s*([ap])\.?\s*m\.?")
+_FULL_DAY = re.compile(rf"([01]?[0-9]|2[0-4])(?=:|\s*o){_MINUTES}(?:\s*o'?\s*clock)?")
 
 
 def time_of_day(text: str) -> int | None:
     """Minutes after midnight of '9:00 AM', '9 a.m.', '21:00', 'noon'; a bare number is no time."""
     bare = _plain(tidy(text[: LONGEST + 1].rpartition("=")[2])).strip().lower()
     bare = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(bare, " ".join(bare.split()))
-    match = _CLOCK.fullmatch(bare)
-    if match is None or not any(match.groups()[1:]):
-        return None
-    hour, minute, half = int(match[1]), int(match[2] or 0), match[3]
-    if minute > 59 or hour > (12 if half else 24) or (half and hour == 0):
-        return None
-    if half:
-        hour = hour % 12 + 12 * (half == "p")
-    return hour * 60 + minute
+    match = _HALF_DAY.fullmatch(bare)
+    if match:
+        return int(match[1]) % 12 * 60 + int(match[2] or 0) + 720 * (match[3] == "p")
+    match = _FULL_DAY.fullmatch(bare)
+    return int(match[1]) * 60 + int(match[2] or 0) if match else None

@@ -14,16 +14,9 @@ CONNECTORS = (",", ";", "or", "and", "\\lor", "\\land")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
 SET_OPERATORS = ("\\cup", "\\cap", "\\setminus")
 EITHER_SIGN = {"\\pm": 1, "\\mp": -1}
-BRACKETS = {  # the closing brackets of each opening one
-    "(": (")", "]"),
-    "[": (")", "]"),
-    "{": ("}",),
-    "\\{": ("\\}",),
-    "|": ("|",),
-    "\\lfloor": ("\\rfloor",),
-    "\\lceil": ("\\rceil",),
-    "\\langle": ("\\rangle",),
-}
+_PAIRS = ["( ) ]", "[ ) ]", "{ }", r"\{ \}", "| |"]
+_PAIRS += [r"\lfloor \rfloor", r"\lceil \rceil", r"\langle \rangle"]
+BRACKETS = {pair.split()[0]: pair.split()[1:] for pair in _PAIRS}  # what closes each opening one
 ACCENTS = (
     "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm bm"
 ).split()
