@@ -204,34 +204,33 @@ class _Reader:
         tree = self.alternatives()
         brackets = opening + self.take(*BRACKETS[opening])
         self.in_bars = in_bars
-        if opening == "|":
-            return op("abs", tree)
-        if opening in ("\\lfloor", "\\lceil"):
-            return op(opening[2:], tree)
-        if brackets in ("()", "[]", "{}") and tree.kind != "list":
-            return tree
+        match brackets:
+            case "||":
+                return op("abs", tree)
+            case "\\lfloor\\rfloor" | "\\lceil\\rceil":
+                return op(opening[2:], tree)
+            case "()" | "[]" | "{}" if tree.kind != "list":
+                return tree
         return Tree("group", brackets, (tree,))
 
     # what stands alone
 
     def atom(self) -> Tree:
-        kind = self.next.kind
-        if kind == "number":
-            return num(self.take().rstrip("."))
-        if kind == "text" and self.next.text:
-            return Tree("sym", self.take())
-        if kind == "letter":
-            name = self.take()
-            if name in "ei" and not self.sees("_", "'"):
-                return Tree("const", name)
-            return self.variable(name)
-        if kind == "matrix":
-            return self.matrix()
+        match self.next.kind:
+            case "number":
+                return num(self.take().rstrip("."))
+            case "text" if self.next.text:
+                return Tree("sym", self.take())
+            case "letter":
+                name = self.take()
+                if name in "ei" and not self.sees("_", "'"):
+                    return Tree("const", name)
+                return self.variable(name)
+            case "matrix":
+                return self.matrix()
         if self.sees(*BRACKETS):
             return self.group()
-        if self.sees(*FUNCTIONS):
-            return self.function()
-        return self.command()
+        return self.function() if self.sees(*FUNCTIONS) else self.command()
 
     def single(self) -> Tree:
         """The argument of a command: a group, or one token."""
@@ -259,27 +258,30 @@ class _Reader:
         is_lone = [token.text for token in self.items[self.at + 2 : self.at + 3]] == [")"]
         if not self.sees("(") or not (is_lone or name[0] in "fghFGH"):
             return Tree("sym", name)
-        tree = self.group()
-        is_tuple = tree.kind == "group" and tree.value == "()"
-        return op(f"unknown {name}", *(tree.parts[0].parts if is_tuple else [tree]))
+        match self.group():
+            case Tree("group", "()", (inside,)):
+                return op(f"unknown {name}", *inside.parts)
+            case argument:
+                return op(f"unknown {name}", argument)
 
     def command(self) -> Tree:
         name = self.take()[1:]
-        if name in ("pi", "infty"):
-            return Tree("const", name)
-        if name == "arcdegree":
-            return op("div", Tree("const", "pi"), num(180))
+        match name:
+            case "pi" | "infty":
+                return Tree("const", name)
+            case "arcdegree":
+                return op("div", Tree("const", "pi"), num(180))
+            case "frac":
+                return op("div", self.single(), self.single())
+            case "binom":
+                return op("binomial", self.single(), self.single())
+            case "sqrt":
+                degree = self.group() if self.sees("[") else num(2)
+                return op("pow", self.atom(), op("div", num(1), degree))
         if name in GREEK or name == "emptyset":
             return self.variable("\\" + name)
         if name in ACCENTS:
             return self.variable(f"{name} {self.raw_group()}")
-        if name == "frac":
-            return op("div", self.single(), self.single())
-        if name == "binom":
-            return op("binomial", self.single(), self.single())
-        if name == "sqrt":
-            degree = self.group() if self.sees("[") else num(2)
-            return op("pow", self.atom(), op("div", num(1), degree))
         raise NotUnderstood("\\" + name)
 
     def function(self) -> Tree:
