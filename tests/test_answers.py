@@ -63,6 +63,12 @@ def test_unequal_pairs_are_unequal_from_both_sides():
     assert [pair for pair in unequal if strict(pair[0], pair[1])] == []
 
 
+def test_equations_without_values_equal_only_themselves():
+    gold = r"xy = \sqrt{-1-x^2}, x + y = \sqrt{-1-y^2}"
+    assert strict(gold, gold)
+    assert not strict(r"2x + y = \sqrt{-7-x^2}, x - y = \sqrt{-3-y^2}", gold)
+
+
 def test_a_bare_numeral_of_another_base_is_right_in_lenient_alone():
     verdict = grade_math("\\boxed{52}", "52_9")
     assert (verdict.strict, verdict.lenient, verdict.parsed) == (False, True, True)
@@ -125,9 +131,12 @@ def test_equal_answers_share_a_vote_and_unequal_ones_do_not():
 
 # --- reward hacks ---------------------------------------------------------------------------------
 
-INSIDE = r"""0 1 2 3 -1 x y n e i \pi x=0 x=1 y=0 0=0 1=1 x=x 0=x x<1 x>0 x\ne0 = < \le {} () [] \{\} \emptyset \text{} \text{?} ? . - % \$ _ ^ 0,1
-0,1,2,3,4,5 1,2,3,4,5,6,7,8,9 (0,0) (0,1) [0,1] (0,\infty) (-\infty,\infty) \mathbb{R} 1:1 1_2 0/0 1/0 \frac{}{} \frac{0}{0} \sqrt{} \pm1 \pm \infty
-f(x)=x f(x)=0 A C (A) \text{yes} None NaN inf \int \sum \boxed{} \boxed{x} \boxed{\boxed{}} x^0 0! 1^x""".split()
+INSIDE = r"""0 1 2 3 -1 x y n e i \pi x=0 x=1 y=0 0=0 1=1 x=x 0=x x<1 x>0 x\ne0 = < \le {} () []
+\{\} \emptyset \text{} \text{?} ? . - % \$ _ ^ 0,1
+0,1,2,3,4,5 1,2,3,4,5,6,7,8,9 (0,0) (0,1) [0,1] (0,\infty) (-\infty,\infty) \mathbb{R} 1:1 1_2 0/0
+1/0 \frac{}{} \frac{0}{0} \sqrt{} \pm1 \pm \infty
+f(x)=x f(x)=0 A C (A) \text{yes} None NaN inf \int \sum \boxed{} \boxed{x} \boxed{\boxed{}} x^0 0!
+1^x""".split()
 WHOLE = [
     "",
     "0",
@@ -162,12 +171,14 @@ MEANS = {
     "\\{\\}": "\\emptyset",
     "(A)": "A",
 }
-GOLDS = r"""0|1|2|3|-1|10|x=0|x=5|y=2x+3|2x-3y+5z+4=0|x^2+y^2=13|\frac{x^2}{16}+\frac{y^2}{9}=1|(-\infty,3]|(1,3]|[0,1]|x>0|x\le3|1<x\le3|(0,1)\cup(1,2)
-\mathbb{R}\setminus\{0\}|\{1,2\}|1,2|0,1,2|(0,1)|(1,2,3)|(1,2),(3,4)|1\pm\sqrt{2}|\pm1|\begin{pmatrix}0\\1\end{pmatrix}
-\begin{pmatrix}1&0\\0&1\end{pmatrix}|52_9|1011_2|9:00 AM|5\text{ cm}|12\%|\$1.50|90^\circ|\frac12|0.5|1.0|\sqrt{2}|2\pi|\pi|e|i|1+i|x|2k|x+1|I(0)|I(0)e^{-t}
-n(n+1)|f(x)=x|f(n)=n+1|6.6e-34|10^{-20}|2^{100}|\text{Evelyn}|\text{(C)}|\text{even}|\emptyset|\infty|1:2|\ln 2|\lfloor n/2\rfloor|C_1e^t|MR=SRMC""".replace(
-    "\n", "|"
-).split("|")
+GOLDS = r"""0|1|2|3|-1|10|x=0|x=5|y=2x+3|2x-3y+5z+4=0|x^2+y^2=13|\frac{x^2}{16}+\frac{y^2}{9}=1
+(-\infty,3]|(1,3]|[0,1]|x>0|x\le3|1<x\le3|(0,1)\cup(1,2)
+\mathbb{R}\setminus\{0\}|\{1,2\}|1,2|0,1,2|(0,1)|(1,2,3)|(1,2),(3,4)|1\pm\sqrt{2}|\pm1
+\begin{pmatrix}0\\1\end{pmatrix}
+\begin{pmatrix}1&0\\0&1\end{pmatrix}|52_9|1011_2|9:00 AM|5\text{ cm}|12\%|\$1.50|90^\circ|\frac12
+0.5|1.0|\sqrt{2}|2\pi|\pi|e|i|1+i|x|2k|x+1|I(0)|I(0)e^{-t}
+n(n+1)|f(x)=x|f(n)=n+1|6.6e-34|10^{-20}|2^{100}|\text{Evelyn}|\text{(C)}|\text{even}|\emptyset
+\infty|1:2|\ln 2|\lfloor n/2\rfloor|C_1e^t|MR=SRMC""".replace("\n", "|").split("|")
 
 
 def expected_right(answer, gold):

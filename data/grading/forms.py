@@ -156,7 +156,7 @@ def _form(node: Tree) -> Form:
 
 def _expression(tree: Tree) -> Tree:
     """The tree itself, which has to be an expression."""
-    if tree.kind not in ("num", "sym", "const", "op"):
+    if tree.kind not in ("num", "sym", "const", "op", "function"):
         raise NotUnderstood(tree.kind)
     for part in tree.parts:
         _expression(part)
@@ -241,7 +241,7 @@ def _equation(sides: tuple[Tree, ...]) -> Form:
         if _is_name(name) and (len(sides) == 2 or is_chain):
             form = _form(value)
             is_solved = not symbols(name) & symbols(value)
-            if not isinstance(form, Tree) or name.kind == "op" or is_solved:
+            if not isinstance(form, Tree) or name.kind == "function" or is_solved:
                 return Named(name, form)
     trees = [_expression(side) for side in sides]
     if any(map(symbols, trees)):
@@ -256,7 +256,9 @@ def _is_name(tree: Tree) -> bool:
     match tree:
         case Tree("sym") | Tree("const", "e" | "i"):
             return True
-    return tree.is_unknown_function and all(part.kind == "sym" for part in tree.parts)
+        case Tree("function", _, arguments):
+            return all(argument.kind == "sym" for argument in arguments)
+    return False
 
 
 def as_reals(form: Form, points: bool = False) -> Reals | None:

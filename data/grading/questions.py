@@ -20,31 +20,29 @@ NO_LIMIT: Any = None  # math-verify's time limit is a signal; MathWorker ends wh
 
 
 def ask(question: str, *texts: str) -> object:
-    """Returns the reply to a question of MathWorker: [understood, equal], or a key."""
+    """Returns the reply to a question of MathWorker: [understood, equal] or a key; None where there
+    is none."""
     questions = {"compare": _compare, "math_verify": _math_verify, "key": _key}
     try:
         return questions[question](*texts)
     except Exception:  # whatever sympy raises, the answer is not shown to be right
-        return None if question == "key" else [False, False]
+        return None
 
 
 def _compare(answer: str, gold: str) -> list[bool]:
     try:
         return [True, same(parse(gold), parse(answer))]
     except (NotUnderstood, RecursionError):
-        return [_key(answer) is not None, False]
+        return [ask("key", answer) is not None, False]
 
 
-def _key(text: str) -> str | None:
-    try:
-        return key(parse(text))
-    except (NotUnderstood, RecursionError):
-        return None
+def _key(text: str) -> str:
+    return key(parse(text))
 
 
-def _math_verify(text: str, gold: str) -> list[bool]:
+def _math_verify(text: str, gold: str) -> list[bool] | None:
     if math_verify is None:
-        return [False, False]
+        return None
     # No fall-back to plain numbers or strings: it would find an 18 in text that is no mathematics.
     latex = [math_verify.LatexExtractionConfig()]
     golds = math_verify.parse(f"${gold}$", latex, "no_fallback", parsing_timeout=NO_LIMIT)

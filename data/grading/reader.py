@@ -260,9 +260,10 @@ class _Reader:
             return Tree("sym", name)
         match self.group():
             case Tree("group", "()", (inside,)):
-                return op(f"unknown {name}", *inside.parts)
+                arguments = inside.parts
             case argument:
-                return op(f"unknown {name}", argument)
+                arguments = (argument,)
+        return Tree("function", f"unknown {name}", arguments)
 
     def command(self) -> Tree:
         name = self.take()[1:]

@@ -15,8 +15,8 @@ class Tree(NamedTuple):
         num: a Fraction
         sym: the name of a variable
         const: "pi", "e", "i" or "infty"
-        op: an operation ("add", "pow", ...) or a function of `parts` ("sin", ...); "unknown f"
-            for a function f of which only the name is known
+        op: an operation ("add", "pow", ...) on, or a known function ("sin", ...) of, `parts`
+        function: "unknown f", a function f of `parts` of which only the name is known
 
     Around expressions there are:
         list: the connectors, for example (",", "or")
@@ -31,11 +31,6 @@ class Tree(NamedTuple):
     kind: str
     value: Any
     parts: tuple["Tree", ...] = ()
-
-    @property
-    def is_unknown_function(self) -> bool:
-        """Whether this is f(x), with an f of which only the name is known."""
-        return self.kind == "op" and self.value.startswith("unknown")
 
 
 INFINITY = Tree("const", "infty")
@@ -63,5 +58,5 @@ def difference(a: Tree, b: Tree) -> Tree:
 
 def symbols(tree: Tree) -> set[str]:
     """The names of all variables and unknown functions in a tree."""
-    names = {tree.value} if tree.kind == "sym" or tree.is_unknown_function else set()
+    names = {tree.value} if tree.kind in ("sym", "function") else set()
     return names.union(*map(symbols, tree.parts))

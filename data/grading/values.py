@@ -47,7 +47,10 @@ def evaluate(tree: Tree, point: dict[str, float]) -> Any:
             return +getattr(mp, name)
     numbers = [evaluate(part, point) for part in tree.parts]
     is_real = not any(map(mp.im, numbers))
-    value = _operation(tree.value, numbers, is_real)
+    if tree.kind == "function":
+        value = _unknown_function(tree.value, numbers)
+    else:
+        value = _operation(tree.value, numbers, is_real)
     if not mp.isfinite(value) or (value and mp.mag(value) > MAX_BITS):
         raise Undefined
     if is_real and mp.im(value) and symbols(tree):
@@ -55,11 +58,14 @@ def evaluate(tree: Tree, point: dict[str, float]) -> Any:
     return value
 
 
+def _unknown_function(name: str, numbers: list) -> Any:
+    """A function that depends on its name alone."""
+    inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
+    return inside**3 + inside + _draw(name)
+
+
 def _operation(name: str, numbers: list, is_real: bool) -> Any:
     mp, x = _mp(), numbers[0]
-    if name.startswith("unknown"):
-        inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
-        return inside**3 + inside + _draw(name)
     if name in ("floor", "ceil", "factorial", "binomial") and not is_real:
         raise Undefined
     match name:
