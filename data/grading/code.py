@@ -128,10 +128,9 @@ def find_code(text: str, answer: str) -> tuple[str | None, bool]:
     function."""
     beginning, _, rest = answer.partition(IMPORT)
     name = re.split(r"\W", rest, maxsplit=1)[0]
-    fenced = []
-    for match in FENCE.finditer(text):
-        if match["language"].lower() in ("", "python", "python3", "py"):
-            fenced.append(match["code"])
+    languages = ("", "python", "python3", "py")
+    matches = FENCE.finditer(text)
+    fenced = [match["code"] for match in matches if match["language"].lower() in languages]
     if fenced:
         asked_for = [code for code in fenced if _defines(code, name)] or fenced
         program = _program(beginning, asked_for[-1], name)
@@ -167,8 +166,8 @@ def _without_talk(beginning: str, text: str, name: str) -> str | None:
     line with which it compiles; or None."""
     lines, is_complete = text.splitlines(), _defines(text, name)
     if is_complete:
-        starts = [bool(re.match(r"(?:from|import|def|class)\b|@", line)) for line in lines]
-        lines = lines[starts.index(True) if True in starts else 0 :]
+        begins = re.compile(r"(?:from|import|def|class)\b|@").match
+        lines = lines[next((i for i, line in enumerate(lines) if begins(line)), 0) :]
     for end in range(len(lines), max(0, len(lines) - TRIES), -1):
         code = "\n".join(lines[:end])
         if not code.strip() or (is_complete and not _defines(code, name)):

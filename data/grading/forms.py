@@ -83,14 +83,11 @@ def _numeral(digits: str, base_name: str) -> Form:
     return read(digits) if base == 10 else Items(f"{digits.lstrip('0') or '0'}_{base}")
 
 
-def _members(node: Tree) -> tuple[set[str], tuple[Tree, ...]]:
-    """The connectors and the parts of a list; anything else is its only member."""
-    return (set(node.value), node.parts) if node.kind == "list" else (set(), (node,))
-
-
 def _alternatives(node: Tree) -> Form:
     """A list of answers, or a single one; inequalities that 'and' or 'or' connect are one set."""
-    connectors, members = _members(node)
+    connectors, members = set(), (node,)
+    if node.kind == "list":
+        connectors, members = set(node.value), node.parts
     signed = [either for member in members for either in _both_signs(member)]
     if len(signed) > MAX_ITEMS:
         raise NotUnderstood("too many")
@@ -145,8 +142,8 @@ def _form(node: Tree) -> Form:
             form = _alternatives(inside)
             is_list = isinstance(form, Items) and form.kind == "list"
             return form._replace(kind="set") if is_list else Items("set", (form,))
-        case Tree("group", brackets, (inside,)):
-            return _tuple_or_interval(brackets, *_members(inside))
+        case Tree("group", brackets, (Tree("list", signs, parts),)) if set(signs) <= {",", ";"}:
+            return _tuple_or_interval(brackets, parts)
         case Tree("sym", "mathbb R"):
             return ALL_REALS
         case Tree("sym", "\\emptyset"):
@@ -163,9 +160,7 @@ def _expression(tree: Tree) -> Tree:
     return tree
 
 
-def _tuple_or_interval(brackets: str, connectors: set[str], members: tuple[Tree, ...]) -> Form:
-    if len(members) < 2 or not connectors <= {",", ";"}:
-        raise NotUnderstood("brackets")
+def _tuple_or_interval(brackets: str, members: tuple[Tree, ...]) -> Form:
     is_round = brackets in ("()", "\\langle\\rangle")
     if len(members) == 2 and (not is_round or INFINITY in members):
         low, high = map(_expression, members)

@@ -38,7 +38,8 @@ class _Reader:
     returns its tree."""
 
     def __init__(self, items: list[Token]):
-        self.items = [*items, Token("", "", False)]  # a last one of no kind, so there is a next one
+        end = Token("", "", False)
+        self.items = [*items, end, end]  # so that there always is a next one, and one behind it
         self.at = 0
         self.depth = 0
         self.in_bars = False  # directly between |, where the next one closes
@@ -122,7 +123,7 @@ class _Reader:
         """Passes over the words behind a value: \\text{cm}^2, %."""
         while self.sees("%") or (self.at and self.next.kind == "text"):
             word = self.take()
-            if word != "%" and not is_unit(f" {word} "):
+            if not is_unit(f" {word} "):
                 raise NotUnderstood("words that are no unit")  # 3 or more
             if self.accept("^") and self.atom() not in (num(2), num(3)):
                 raise NotUnderstood("no power of a unit")
@@ -255,8 +256,9 @@ class _Reader:
             name += "_" + self.raw_group()
         while self.sees("'"):
             name += self.take()
-        is_lone = [token.text for token in self.items[self.at + 2 : self.at + 3]] == [")"]
-        if not self.sees("(") or not (is_lone or name[0] in "fghFGH"):
+        if not self.sees("("):
+            return Tree("sym", name)
+        if name[0] not in "fghFGH" and self.items[self.at + 2].text != ")":
             return Tree("sym", name)
         match self.group():
             case Tree("group", "()", (inside,)):

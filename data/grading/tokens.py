@@ -28,7 +28,7 @@ _TOKEN = re.compile(
     r"|\\(?P<matrix>begin|end)\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?"
     r"|\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\*?\s*\{(?P<text>[^{}]*)\}"
     rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{_WORDS})(?![A-Za-z])"
-    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z]))"
+    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z])|(?P<unknown>\S))"
 )
 # Each line: the spelling that the reader knows, and others for it.
 _SPELLINGS = r"""
@@ -62,13 +62,12 @@ _UNICODE = dict(zip(map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"), _REP
 
 def tokens(text: str) -> list[Token]:
     """Cuts prepared text into tokens; raises NotUnderstood at a character that is none."""
-    found, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise NotUnderstood(text[at])
-        kind, at = str(match.lastgroup), match.end()
+    found = []
+    for match in _TOKEN.finditer(text):
+        kind = str(match.lastgroup)
         content = match[kind]
+        if kind == "unknown":
+            raise NotUnderstood(content)
         if kind == "text":
             content = content.strip()
             if content in ("or", "and", *FUNCTIONS):

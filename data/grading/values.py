@@ -39,12 +39,10 @@ def evaluate(tree: Tree, point: dict[str, float]) -> Any:
             return mp.mpf(value.numerator) / value.denominator
         case Tree("sym", name):
             return mp.mpf(point[name])
-        case Tree("const", "i"):
-            return mp.mpc(0, 1)
         case Tree("const", "infty"):
             raise Undefined
         case Tree("const", name):
-            return +getattr(mp, name)
+            return mp.mpc(0, 1) if name == "i" else +getattr(mp, name)
     numbers = [evaluate(part, point) for part in tree.parts]
     is_real = not any(map(mp.im, numbers))
     if tree.kind == "function":
@@ -150,13 +148,14 @@ def _sample(tree: Tree, point: dict[str, float]) -> Sample | None:
 
 
 def sign(tree: Tree) -> int | None:
-    """-1, 0 or 1 of a real constant; None for anything else."""
+    """Returns -1, 0 or 1 of a real constant; None of anything else."""
     found = None if symbols(tree) else _sample(tree, {})
     if found is None or found.is_zero is None:
         return None
-    if abs(_mp().im(found.high)) > abs(found.high) * _tiny():
+    real, imaginary = _mp().re(found.high), _mp().im(found.high)
+    if abs(imaginary) > abs(found.high) * _tiny():
         return None
-    return 0 if found.is_zero else int(_mp().sign(_mp().re(found.high)))
+    return 0 if found.is_zero else int(_mp().sign(real))
 
 
 # --- comparing ------------------------------------------------------------------------------------
