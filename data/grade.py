@@ -208,8 +208,8 @@ def _compare_math(answer: str, gold: str) -> tuple[bool, bool]:
         return False, False
     answer, gold = scientific(_set_in_words(answer)), scientific(_set_in_words(gold))
     if canonical(answer) == canonical(gold):
-        is_empty = not canonical(gold)
-        return not is_empty, not is_empty
+        is_answer = canonical(gold) != ""
+        return is_answer, is_answer
     # A unit that only one of them has is left aside.
     for read in (time_of_day, quantity, _plain_number, _choice):
         found = read(answer), read(gold)

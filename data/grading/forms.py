@@ -119,7 +119,7 @@ def _both_signs(node: Tree) -> list[Tree]:
 def _with_sign(node: Tree, sign: int, found: list[int]) -> Tree:
     parts = tuple(_with_sign(part, sign, found) for part in node.parts)
     if node.kind != "pm":
-        return node._replace(parts=parts)
+        return Tree(node.kind, node.value, parts)
     found.append(node.value)
     return parts[0] if node.value == sign else negative(parts[0])
 
@@ -357,12 +357,9 @@ def _unordered(form: Items | Tree) -> tuple[Form, ...]:
 
 def _assignments(form: Form) -> list[Named]:
     """The items of a list that gives several variables a value each (x = 1, y = 2), else none."""
-    match form:
-        case Items("list", items):
-            named = [item for item in items if isinstance(item, Named)]
-            if len(items) == len({item.name for item in named}) > 1:
-                return named
-    return []
+    items = form.items if isinstance(form, Items) and form.kind == "list" else ()
+    named = [item for item in items if isinstance(item, Named)]
+    return named if len(items) == len({item.name for item in named}) > 1 else []
 
 
 # --- votes ----------------------------------------------------------------------------------------
@@ -386,10 +383,12 @@ def key(form: Form) -> str:
             return " and ".join(values.key(tree, scaled=True) for tree in trees) + " = 0"
     assigned = sorted(_assignments(form))
     if assigned:
-        return key(Items("()", tuple(item.value for item in assigned)))
+        form = Items("()", tuple(item.value for item in assigned))
     keys = [key(item) for item in form.items]
     if form.is_ordered:
         return f"{form.kind}: {keys}"
     if form.kind == "set":
         keys = list(set(keys))
-    return keys[0] if form.kind == "set" and len(keys) == 1 else f"list {sorted(keys)}"
+        if len(keys) == 1:
+            return keys[0]
+    return f"list {sorted(keys)}"

@@ -21,7 +21,7 @@ _TEXT = re.compile(_COMMAND + r"\s*\{([^{}]*)\}")
 _DEGREES = r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°"
 _ORDINAL = rf"\s*\^\s*\{{?\s*(?:{_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?"
 _SMALL_SPACE = r"(?<!\\)\\(?:!\s*|,|(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z]))"
-_TIDY = [
+_REPLACEMENTS = [
     (r"[−–]", "-"),
     (r"\{,\}(?=[0-9])", ","),
     (r"\{:\}", ":"),
@@ -38,6 +38,7 @@ _TIDY = [
     (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
     (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
 ]
+_TIDY = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]
 
 
 def tidy(text: str) -> str:
@@ -46,7 +47,7 @@ def tidy(text: str) -> str:
     if re.search(r"(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
         text = re.sub(_DEGREES, r" \\arcdegree ", text)  # here no unit to leave aside
     for pattern, to in _TIDY:
-        text = re.sub(pattern, to, text)
+        text = pattern.sub(to, text)
     return text
 
 
