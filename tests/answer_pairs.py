@@ -1,6 +1,7 @@
-"""Pairs of answers that are equal or not, by kind: what a mathematician who reads both would say."""
+"""Pairs of answers that are equal or not, by kind: what a mathematician who reads both says."""
 
-# kind: (equal pairs, unequal pairs), one "gold | answer" a line; a \x01 stands for a bar within an answer
+# kind: (equal pairs, unequal pairs), one "gold | answer" a line; \x01 stands for a bar within an
+# answer
 PAIRS = {
     "equations": (
         r"""

@@ -10,11 +10,11 @@ import pytest
 
 from data import grade as grading
 from data.grade import grade_math, grade_number, vote
-from data.grading import forms, values
-from data.grading.forms import parse
+from data.grading import values
+from data.grading.forms import key, parse, same
 from data.grading.numbers import canonical, quantity, time_of_day
 from data.grading.reader import read
-from data.grading.tokens import NotUnderstood
+from data.grading.trees import NotUnderstood, num, op
 from data.grading.values import equal
 from data.grading.words import number_in_words
 from tests.answer_pairs import PAIRS, pairs
@@ -61,6 +61,12 @@ def test_there_are_enough_pairs_of_both_verdicts():
 def test_unequal_pairs_are_unequal_from_both_sides():
     unequal = [(gold, answer) for _, gold, answer, expected in pairs() if not expected]
     assert [pair for pair in unequal if strict(pair[0], pair[1])] == []
+
+
+def test_equations_without_values_equal_only_themselves():
+    gold = r"xy = \sqrt{-1-x^2}, x + y = \sqrt{-1-y^2}"
+    assert strict(gold, gold)
+    assert not strict(r"2x + y = \sqrt{-7-x^2}, x - y = \sqrt{-3-y^2}", gold)
 
 
 def test_a_bare_numeral_of_another_base_is_right_in_lenient_alone():
@@ -115,19 +121,22 @@ APART = {
 def test_equal_answers_share_a_vote_and_unequal_ones_do_not():
     shared, apart = set(), set()
     for _, gold, answer, expected in pairs():
-        same = vote(f"\\boxed{{{gold}}}", words=False) == vote(f"\\boxed{{{answer}}}", words=False)
-        if same and not expected:
+        votes = [vote(f"\\boxed{{{text}}}", words=False) for text in (gold, answer)]
+        if votes[0] == votes[1] and not expected:
             shared.add(f"{gold} | {answer}")
-        if expected and not same:
+        if expected and votes[0] != votes[1]:
             apart.add(f"{gold} | {answer}")
     assert shared == POOLED and apart == APART
 
 
 # --- reward hacks ---------------------------------------------------------------------------------
 
-INSIDE = r"""0 1 2 3 -1 x y n e i \pi x=0 x=1 y=0 0=0 1=1 x=x 0=x x<1 x>0 x\ne0 = < \le {} () [] \{\} \emptyset \text{} \text{?} ? . - % \$ _ ^ 0,1
-0,1,2,3,4,5 1,2,3,4,5,6,7,8,9 (0,0) (0,1) [0,1] (0,\infty) (-\infty,\infty) \mathbb{R} 1:1 1_2 0/0 1/0 \frac{}{} \frac{0}{0} \sqrt{} \pm1 \pm \infty
-f(x)=x f(x)=0 A C (A) \text{yes} None NaN inf \int \sum \boxed{} \boxed{x} \boxed{\boxed{}} x^0 0! 1^x""".split()
+INSIDE = r"""0 1 2 3 -1 x y n e i \pi x=0 x=1 y=0 0=0 1=1 x=x 0=x x<1 x>0 x\ne0 = < \le {} () []
+\{\} \emptyset \text{} \text{?} ? . - % \$ _ ^ 0,1
+0,1,2,3,4,5 1,2,3,4,5,6,7,8,9 (0,0) (0,1) [0,1] (0,\infty) (-\infty,\infty) \mathbb{R} 1:1 1_2 0/0
+1/0 \frac{}{} \frac{0}{0} \sqrt{} \pm1 \pm \infty
+f(x)=x f(x)=0 A C (A) \text{yes} None NaN inf \int \sum \boxed{} \boxed{x} \boxed{\boxed{}} x^0 0!
+1^x""".split()
 WHOLE = [
     "",
     "0",
@@ -162,12 +171,14 @@ MEANS = {
     "\\{\\}": "\\emptyset",
     "(A)": "A",
 }
-GOLDS = r"""0|1|2|3|-1|10|x=0|x=5|y=2x+3|2x-3y+5z+4=0|x^2+y^2=13|\frac{x^2}{16}+\frac{y^2}{9}=1|(-\infty,3]|(1,3]|[0,1]|x>0|x\le3|1<x\le3|(0,1)\cup(1,2)
-\mathbb{R}\setminus\{0\}|\{1,2\}|1,2|0,1,2|(0,1)|(1,2,3)|(1,2),(3,4)|1\pm\sqrt{2}|\pm1|\begin{pmatrix}0\\1\end{pmatrix}
-\begin{pmatrix}1&0\\0&1\end{pmatrix}|52_9|1011_2|9:00 AM|5\text{ cm}|12\%|\$1.50|90^\circ|\frac12|0.5|1.0|\sqrt{2}|2\pi|\pi|e|i|1+i|x|2k|x+1|I(0)|I(0)e^{-t}
-n(n+1)|f(x)=x|f(n)=n+1|6.6e-34|10^{-20}|2^{100}|\text{Evelyn}|\text{(C)}|\text{even}|\emptyset|\infty|1:2|\ln 2|\lfloor n/2\rfloor|C_1e^t|MR=SRMC""".replace(
-    "\n", "|"
-).split("|")
+GOLDS = r"""0|1|2|3|-1|10|x=0|x=5|y=2x+3|2x-3y+5z+4=0|x^2+y^2=13|\frac{x^2}{16}+\frac{y^2}{9}=1
+(-\infty,3]|(1,3]|[0,1]|x>0|x\le3|1<x\le3|(0,1)\cup(1,2)
+\mathbb{R}\setminus\{0\}|\{1,2\}|1,2|0,1,2|(0,1)|(1,2,3)|(1,2),(3,4)|1\pm\sqrt{2}|\pm1
+\begin{pmatrix}0\\1\end{pmatrix}
+\begin{pmatrix}1&0\\0&1\end{pmatrix}|52_9|1011_2|9:00 AM|5\text{ cm}|12\%|\$1.50|90^\circ|\frac12
+0.5|1.0|\sqrt{2}|2\pi|\pi|e|i|1+i|x|2k|x+1|I(0)|I(0)e^{-t}
+n(n+1)|f(x)=x|f(n)=n+1|6.6e-34|10^{-20}|2^{100}|\text{Evelyn}|\text{(C)}|\text{even}|\emptyset
+\infty|1:2|\ln 2|\lfloor n/2\rfloor|C_1e^t|MR=SRMC""".replace("\n", "|").split("|")
 
 
 def expected_right(answer, gold):
@@ -319,7 +330,7 @@ def test_expressions_have_the_values_that_sympy_gives_them():
         other_tree, other = seen[(i * 7 + 1) % len(seen)]
         verdicts.append(sympy.simplify(value - other) == 0)
         assert equal(tree, other_tree) == verdicts[-1], (value, other)
-        assert not equal(tree, ("add", tree, ("num", Fraction(1, 10**30))))
+        assert not equal(tree, op("add", tree, num(Fraction(1, 10**30))))
     assert len(verdicts) > 100 and verdicts.count(False) > 80
 
 
@@ -417,8 +428,8 @@ def test_no_answer_costs_much(answer):
     for gold in ("18", "x^2+1", "x = 5", "(-\\infty,3]", answer[:-1]):
         began = time.process_time()
         try:
-            forms.compare(answer[:500], gold[:500])
-            forms.key(answer[:500])
+            same(parse(gold[:500]), parse(answer[:500]))
+            key(parse(answer[:500]))
         except NotUnderstood:
             pass
         assert time.process_time() - began < 2
@@ -506,10 +517,10 @@ def fuzz(count, seed):
         began = time.process_time()
         try:
             form = parse(text)
-            forms.key(text)
-            assert forms.same(form, form), text
+            key(form)
+            assert same(form, form), text
             understood += 1
-            forms.same(rng.choice(golds), form)
+            same(rng.choice(golds), form)
         except NotUnderstood:
             pass
         assert time.process_time() - began < 2, text

@@ -1,4 +1,5 @@
-"""The grader against pairs of answers that were written without seeing it, from MATH's forms (tests/answers/)."""
+"""The grader against pairs of answers that were written without seeing it, from the forms of MATH
+(tests/answers/)."""
 
 import json
 
@@ -19,7 +20,8 @@ def is_right(answer, gold):
 
 
 def test_equivalences():
-    """200 pairs, half of them equal: equations, intervals, sets, bases, tiny and huge numbers, units, times, words."""
+    """200 pairs, half of them equal: equations, intervals, sets, bases, tiny and huge numbers,
+    units, times, words."""
     rows = pairs("equivalences.jsonl")
     assert len(rows) == 200 and sum(row["equal"] for row in rows) == 100
     found = [(row, is_right(row["answer"], row["gold"])) for row in rows]
@@ -30,7 +32,8 @@ def test_equivalences():
 
 
 def test_equations():
-    """100 equations with three wrong answers each that look like them, and two other ways to write them."""
+    """100 equations with three wrong answers each that look like them, and two other ways to write
+    them."""
     rows = pairs("equations.jsonl")
     wrong = [(row["gold"], answer) for row in rows for answer in row["wrong"]]
     right = [(row["gold"], answer) for row in rows for answer in row["right"]]

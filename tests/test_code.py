@@ -30,9 +30,11 @@ RIGHT, WRONG, LENIENT, NOTHING = (
 ROW = {
     "task_id": "HumanEval/0",
     "entry_point": "double",
-    "prompt": 'import math\n\ndef helper(x):\n    return x + x\n\n\ndef double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n',
+    "prompt": "import math\n\ndef helper(x):\n    return x + x\n\n\ndef double(x: int) -> int:\n"
+    '    """Twice x.\n    >>> double(2)\n    4\n    """\n',
     "canonical_solution": "    return helper(x)\n",
-    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == helper(0)\n",
+    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n"
+    "    assert candidate(2) == 4\n    assert candidate(0) == helper(0)\n",
 }
 PROBLEM = {
     "task_id": 601,
@@ -47,7 +49,7 @@ def row(number, **more):
     return PROBLEM | {"task_id": number} | more
 
 
-# --- completions -----------------------------------------------------------------------------------------------------
+# --- completions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,11 +78,13 @@ def row(number, **more):
         ("Here it is:\n\n```python\ndef double(x):\n    return 2 * x\n```\n\nIt doubles.", RIGHT),
         ("```python\nimport math\n```\nand\n```python\ndef double(x): return 2*x\n```", RIGHT),
         (
-            "```python\ndef double(x): return 2*x\n```\nUse it:\n```python\nprint(double(2))\n```\n```bash\nls\n```",
+            "```python\ndef double(x): return 2*x\n```\nUse it:\n```python\nprint(double(2))\n```\n"
+            "```bash\nls\n```",
             RIGHT,
         ),
         (
-            "```python\ndef double(x): return 3*x\n```\nNo:\n```python\ndef double(x): return 2*x\n```",
+            "```python\ndef double(x): return 3*x\n```\nNo:\n"
+            "```python\ndef double(x): return 2*x\n```",
             RIGHT,
         ),
         ("```python\ndef double(x) return 2*x\n```", NOTHING),
@@ -89,7 +93,8 @@ def row(number, **more):
         ("def double(x):\n    return 2 * x\n\nThis function doubles.", LENIENT),
         ("Sure! Here you are.\n\ndef double(x):\n    return 2 * x\n", LENIENT),
         (
-            "Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\nIt's easy (see above).",
+            "Sure! Here you are.\n\nimport math\ndef double(x):\n    return 2 * x\n\n"
+            "It's easy (see above).",
             LENIENT,
         ),
         ("    return 2 * x\n\nThat doubles x.", LENIENT),
@@ -177,7 +182,7 @@ def test_what_is_executed_is_shown(monkeypatch):
     )
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def write(path, rows):
@@ -191,8 +196,10 @@ def write(path, rows):
 def test_splits_follow_the_data_sets_own_rules(tmp_path):
     rows = [row(n) for n in (2, 10, 11, 510, 511, 600, 601, 974, 975)]
     path = write(tmp_path / "mbpp.json", rows)
-    numbers = lambda split: [e.origin.rpartition(" ")[2] for e in read_examples(path, split)]
-    assert numbers("train") == ["7", "8"] and numbers("test") == ["3", "4"]
+    numbers = {}
+    for split in ("train", "test"):
+        numbers[split] = [e.origin.rpartition(" ")[2] for e in read_examples(path, split)]
+    assert numbers == {"train": ["7", "8"], "test": ["3", "4"]}
     assert {e.task for e in read_examples(path, "train")} == {"mbpp"}
     path = write(tmp_path / "HumanEval.jsonl.gz", [ROW, ROW])
     assert [e.task for e in read_examples(path, "test")] == ["humaneval"] * 2
@@ -228,7 +235,7 @@ def test_a_broken_archive_is_one_line(tmp_path):
             list(read_rows(path))
 
 
-# --- real problems ---------------------------------------------------------------------------------------------------
+# --- real problems --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -301,32 +308,37 @@ def test_corrupted_solutions_all_fail_all_of_them(problems, how):
 
 @pytest.mark.slow
 def test_gold_solutions_in_other_forms(problems):
-    """HumanEval as a whole function, fenced or bare; MBPP bare. And another problem's solution passes nowhere."""
-    whole = lambda r: r.get("code") or r["prompt"] + r["canonical_solution"]
-    assert outcomes(problems, lambda e, r: whole(r))[0] == {"passed": 591}
-    assert outcomes(problems, lambda e, r: f"Here:\n```python\n{whole(r)}\n```\nDone.")[0] == {
-        "passed": 591
-    }
-    programs = [find_code(whole(r), e.answer)[0] for e, r in problems]
+    """HumanEval as a complete function, fenced or bare; MBPP bare. And another problem's solution
+    passes nowhere."""
+
+    def complete(example, r):
+        return r.get("code") or r["prompt"] + r["canonical_solution"]
+
+    def fenced(example, r):
+        return f"Here:\n```python\n{complete(example, r)}\n```\nDone."
+
+    for completion in (complete, fenced):
+        assert outcomes(problems, completion)[0] == {"passed": 591}
+    programs = [find_code(complete(e, r), e.answer)[0] for e, r in problems]
     jobs = [(programs[i - 1], e.answer) for i, (e, _) in enumerate(problems)]
     assert not [jobs[i] for i, o in enumerate(check_many(jobs, timeout=60.0)) if o.passed]
 
 
 @pytest.mark.parametrize("task,together", [("mbpp", 3), ("gsm8k", 1), ("", 1)])
-def test_several_are_judged_at_once_where_that_helps(task, together, monkeypatch):
+def test_several_are_graded_at_once_where_that_helps(task, together, monkeypatch):
     monkeypatch.setattr(tasks, "at_once", lambda: 3)
     barrier = threading.Barrier(together, timeout=20)
 
-    def judge(example, number):
+    def grade_one(example, number):
         barrier.wait()
         return number
 
-    assert tasks.grade_all(judge, [(tasks.Example((), task=task), i) for i in range(9)]) == list(
-        range(9)
-    )
+    assert tasks.grade_all(
+        grade_one, [(tasks.Example((), task=task), i) for i in range(9)]
+    ) == list(range(9))
     with pytest.raises(threading.BrokenBarrierError):
         barrier.abort()
-        tasks.grade_all(judge, [(tasks.Example((), task=task), 1)])
+        tasks.grade_all(grade_one, [(tasks.Example((), task=task), 1)])
 
 
 def test_ranks_share_the_processors(monkeypatch):
@@ -338,11 +350,12 @@ def test_ranks_share_the_processors(monkeypatch):
         assert at_once() == share
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_mbpp_is_trained_on(tmp_path):
-    """sft on gold solutions, then grpo with the sandbox as its reward; the rows that are not for training are left out."""
+    """sft on gold solutions, then grpo with the sandbox as its reward; the rows that are not for
+    training are left out."""
     tests = {"test_imports": [], "test_list": ["assert double(2) == 4"]}
     path = write(
         tmp_path / "mbpp.json",
@@ -360,7 +373,7 @@ def test_mbpp_is_trained_on(tmp_path):
     assert code_ == 0, said
     assert all(
         "eval/mbpp/accuracy" in read_metrics(tmp_path / f"runs/{name}")[-1] for name in "sg"
-    )  # judged within the run too
+    )  # graded within the run too
     lines = [m for m in read_metrics(tmp_path / "runs/g") if "rollout/reward" in m]
     assert len(lines) == 2 and all(
         m["rollout/accuracy"] == m["rollout/reward_accuracy"] for m in lines

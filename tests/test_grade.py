@@ -1,4 +1,5 @@
-"""Answers: found, read, compared. Tables written from the specification, real gold answers, and strings that no one writes on purpose."""
+"""Answers: found, read, compared. Tables written from the specification, real gold answers, and
+strings that no one writes on purpose."""
 
 import json
 import os
@@ -34,7 +35,7 @@ RIGHT, WRONG = Verdict(True, True, True), Verdict(False, False, True)
 LENIENT, NOTHING = Verdict(False, True, False), Verdict(False, False, False)
 
 
-# --- finding the answer ----------------------------------------------------------------------------------------------
+# --- finding the answer ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -139,16 +140,21 @@ def test_an_answer_cut_off_counts_in_lenient_only():
     )
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
-EIGHTEENS = """18|18.|18,|18:|+18|18.0|18.00|018|$18|$18.|$ 18|18$|18 $|\\$18|$\\$18$|18\\$|€18|18 €|£18|$18.00|$18$|$$18$$|\\(18\\)|\\[18\\]|{18}
-18%|18\\%|18 %|18 percent|18 dollars|18 apples|18 km/h|18 m^2|18 cm³|18 sq. ft.|18kg|18-inch|18 (dollars)|18 dollars per day.|18°|18^\\circ
+EIGHTEENS = """18|18.|18,|18:|+18|18.0|18.00|018|$18|$18.|$ 18|18$|18 $|\\$18|$\\$18$|18\\$|€18
+18 €|£18|$18.00|$18$|$$18$$|\\(18\\)|\\[18\\]|{18}
+18%|18\\%|18 %|18 percent|18 dollars|18 apples|18 km/h|18 m^2|18 cm³|18 sq. ft.|18kg|18-inch
+18 (dollars)|18 dollars per day.|18°|18^\\circ
 18^{\\circ}
-**18**|**18.**|*18*|`18`|"18"|__18__|**$18**|**18** apples|\\text{18}|\\textbf{18}|18\\text{ cm}|18 \\text{ cm}^2|18\\,\\text{m}
+**18**|**18.**|*18*|`18`|"18"|__18__|**$18**|**18** apples|\\text{18}|\\textbf{18}|18\\text{ cm}
+18 \\text{ cm}^2|18\\,\\text{m}
 18\\mbox{ inches}^{2}|\\mathrm{18}
-x = 5 + 13 = 18|x = 18|x=18.|16 + 2 = 18|16 + 2 = $18|$x = 18$|36/2|36 / 2|\\frac{36}{2}|\\dfrac{36}{2}|17 \\frac{2}{2}|17 2/2|16,000 - 15,982 = 18
-0.18 hundred|18th|18^{\\text{th}}|18 AM|18:00|eighteen|eighteen dollars|Total = 18|m\\angle A = 18|f(3) = 18|2 x 9 = 18|9 eggs + 9 eggs = 18 eggs"""
+x = 5 + 13 = 18|x = 18|x=18.|16 + 2 = 18|16 + 2 = $18|$x = 18$|36/2|36 / 2|\\frac{36}{2}
+\\dfrac{36}{2}|17 \\frac{2}{2}|17 2/2|16,000 - 15,982 = 18
+0.18 hundred|18th|18^{\\text{th}}|18 AM|18:00|eighteen|eighteen dollars|Total = 18|m\\angle A = 18
+f(3) = 18|2 x 9 = 18|9 eggs + 9 eggs = 18 eggs"""
 
 
 @pytest.mark.parametrize("written", [w for line in EIGHTEENS.splitlines() for w in line.split("|")])
@@ -209,11 +215,15 @@ def test_numbers(written, value):
 
 @pytest.mark.parametrize(
     "written",
-    """|none|.|..|-|--3|18 or 19|18 19|18, 19|18; 19|18 and 19|17 or 18|18 or so|18 and a half|18-19|16 + 2|18 + x|18 - x|1,00|1,2345|1.2.3|18..5
+    """|none|.|..|-|--3|18 or 19|18 19|18, 19|18; 19|18 and 19|17 or 18|18 or so|18 and a half
+18-19|16 + 2|18 + x|18 - x|1,00|1,2345|1.2.3|18..5
 5:30
-about 18|The answer is 18|x > 18|x >= 18|x <= 18|x != 18|x \\neq 18|x ≠ 18|≤18|x = 3, y = 18|x = 3 or x = 18|x = 3; x = 18|x = 3 and y = 18|x =|= =
-1/0|0/0|18x|18 x|18ab|18/|18 squared|18 hundredths|2x = 18|x + y = 18|2x - 3y = 18|x^2 = 18|18 = 18|52_{\\text{nine}}|18 = x
-\\frac{1}{0}|18\\frac{1}{0}|10^2|10^{2}|5_8|2 \\pi|2 pi|3\\sqrt{2}|1e5|18e400|nan|inf|-inf|Infinity|NaN|１８|١٨|18½|½|Ⅷ|18²²|±18|18\x00|\\frac
+about 18|The answer is 18|x > 18|x >= 18|x <= 18|x != 18|x \\neq 18|x ≠ 18|≤18|x = 3, y = 18
+x = 3 or x = 18|x = 3; x = 18|x = 3 and y = 18|x =|= =
+1/0|0/0|18x|18 x|18ab|18/|18 squared|18 hundredths|2x = 18|x + y = 18|2x - 3y = 18|x^2 = 18
+18 = 18|52_{\\text{nine}}|18 = x
+\\frac{1}{0}|18\\frac{1}{0}|10^2|10^{2}|5_8|2 \\pi|2 pi|3\\sqrt{2}|1e5|18e400|nan|inf|-inf
+Infinity|NaN|１８|١٨|18½|½|Ⅷ|18²²|±18|18\x00|\\frac
 \\frac{1}|\\frac{}{}|\ud800""".replace("\n", "|").split("|"),
 )
 def test_what_is_not_one_number_is_none(written):
@@ -288,7 +298,7 @@ def test_gold_solutions_of_the_embedded_task():
     )
 
 
-# --- exact answers and the format ------------------------------------------------------------------------------------
+# --- exact answers and the format -----------------------------------------------------------------
 
 
 def test_exact():
@@ -337,7 +347,7 @@ def test_format_reward(text, reward):
     assert format_reward(text) == reward and isinstance(format_reward(text), float)
 
 
-# --- mathematics -----------------------------------------------------------------------------------------------------
+# --- mathematics ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -445,7 +455,7 @@ def test_unmarked_math():
     assert grade_math("18\n\\boxed{17}", "18") == WRONG  # what is marked is the answer
 
 
-# --- the worker ------------------------------------------------------------------------------------------------------
+# --- the worker -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -589,7 +599,7 @@ def test_no_worker_outlives_its_run(ending):
     assert gone(pid)
 
 
-# --- real gold answers -----------------------------------------------------------------------------------------------
+# --- real gold answers ----------------------------------------------------------------------------
 
 
 def rows(path):
@@ -626,26 +636,23 @@ def test_math500_gold_solutions_are_right_by_name(real_data, no_math_verify):
 
 @pytest.mark.slow
 def test_math500_golds_through_math_verify(real_data):
-    """Every gold answer equals itself in math-verify too, also in other print; none equals the answer to another problem."""
+    """Every gold answer equals itself in math-verify too, also in other print; none equals the
+    answer to another problem."""
     pytest.importorskip("math_verify")
     golds = [row["answer"] for row in rows(real_data / "math500/test.jsonl")]
-    same = lambda a, b: grading.MATH_WORKER.math_verify(f"${tidy(a)}$", tidy(b))
-    assert [g for g in golds if same(g, g) != (True, True)] == []
-    otherwise = lambda g: (
-        g.replace("\\frac", "\\dfrac")
-        .replace(",", ", ")
-        .replace("+", " + ")
-        .replace("(", "\\left(")
-        .replace(")", "\\right)")
-    )
-    assert [g for g in golds if not grade_math(f"\\boxed{{{otherwise(g)}}}", g).strict] == []
+    for gold in golds:
+        verdict = grading.MATH_WORKER.math_verify(f"${tidy(gold)}$", tidy(gold))
+        assert verdict == (True, True), gold
+        other_print = gold.replace("\\frac", "\\dfrac").replace(",", ", ").replace("+", " + ")
+        other_print = other_print.replace("(", "\\left(").replace(")", "\\right)")
+        assert grade_math(f"\\boxed{{{other_print}}}", gold).strict, gold
     pairs = [(golds[i], golds[(i + shift) % 500]) for i in range(500) for shift in (1, 7, 101)]
     assert [(a, b) for a, b in pairs if a != b and grade_math(f"\\boxed{{{a}}}", b).strict] == [
         ("5", "x=5")
     ]
 
 
-# --- strings that no one writes on purpose ---------------------------------------------------------------------------
+# --- strings that no one writes on purpose --------------------------------------------------------
 
 
 PIECES = [

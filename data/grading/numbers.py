@@ -3,6 +3,7 @@ ways in which people write them."""
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 from data.grading.words import number_in_words
 
@@ -20,26 +21,24 @@ _TEXT = re.compile(_COMMAND + r"\s*\{([^{}]*)\}")
 _DEGREES = r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°"
 _ORDINAL = rf"\s*\^\s*\{{?\s*(?:{_COMMAND}\s*)?\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?"
 _SMALL_SPACE = r"(?<!\\)\\(?:!\s*|,|(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z]))"
-_TIDY = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"[−–]", "-"),
-        (r"\{,\}(?=[0-9])", ","),
-        (r"\{:\}", ":"),
-        (rf"{_SMALL_SPACE}|[\u2009\u202f]", ""),
-        (r"(?<!\\)\\(?:[;: ()\[\]]|q?quad(?![A-Za-z]))|~|\u00a0", " "),
-        (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
-        (r"\\?[$€£¥₹]", " "),
-        (r"\\%", "%"),
-        (_DEGREES, " "),
-        (rf"(?<=[0-9]){_ORDINAL}", ""),  # 12^{\mathrm{th}}
-        (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*([0-9A-Za-z])(?=\s*[{0-9A-Za-z])", r"\\frac{\1}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
-    )
+_REPLACEMENTS = [
+    (r"[−–]", "-"),
+    (r"\{,\}(?=[0-9])", ","),
+    (r"\{:\}", ":"),
+    (rf"{_SMALL_SPACE}|[\u2009\u202f]", ""),
+    (r"(?<!\\)\\(?:[;: ()\[\]]|q?quad(?![A-Za-z]))|~|\u00a0", " "),
+    (r"(?<=[-+])\s*\\?[$€£¥₹]\s*", ""),  # -$5
+    (r"\\?[$€£¥₹]", " "),
+    (r"\\%", "%"),
+    (_DEGREES, " "),
+    (rf"(?<=[0-9]){_ORDINAL}", ""),  # 12^{\mathrm{th}}
+    (r"(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s*([0-9A-Za-z])(?=\s*[{0-9A-Za-z])", r"\\frac{\1}"),
+    (r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
 ]
+_TIDY = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]
 
 
 def tidy(text: str) -> str:
@@ -72,7 +71,7 @@ def strip_marks(text: str) -> str:
     return text.lstrip('*_`" \t\n').rstrip('*_`" \t\n.,:;')
 
 
-def _plain(text):
+def _plain(text: str) -> str:
     """Tidy text with fractions as 1/2, the words of `\\text{…}` bare and other braces gone."""
     text = re.sub(r"\}\s*\^\s*\{?([23])\}?", r"^\1}", text)  # \text{cm}^2
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2 ", _TEXT.sub(r" \1 ", text))
@@ -82,7 +81,7 @@ def _plain(text):
 # --- one number -----------------------------------------------------------------------------------
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "k": 1000}
+_SCALES = {"": 1, "k": 1000, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)])[-+])?(?<![\w.])(?:(?:(?P<whole>[0-9]+)\s+)?(?P<over>{_DIGITS})\s*/\s*"
     rf"(?P<under>{_DIGITS})|(?P<plain>{_DIGITS}))"
@@ -129,10 +128,10 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     return _value(match) if is_unit(bare[match.end() :]) else None
 
 
-def _is_name(left):
+def _is_name(left: str) -> bool:
     """Whether a left side is a name, words, or plain arithmetic."""
-    named = r"\\(?:times|cdot|div|(?:measured)?angle|triangle|overline)(?![A-Za-z])"
-    bare = _plain(re.sub(named, "*", scientific(left))).strip()
+    operators = r"\\(?:times|cdot|div|(?:measured)?angle|triangle|overline)(?![A-Za-z])"
+    bare = _plain(re.sub(operators, "*", scientific(left))).strip()
     if re.fullmatch(r"\*?\s*[A-Za-z]+(?:_\w+)?'?(?:\([\w,\s]*\))?", bare):
         return True
     unknown = r"[<>!|≤≥≠;\\]|\b(?:or|and|sin|cos|tan|ln|log|exp|sqrt|abs)\b"
@@ -142,9 +141,8 @@ def _is_name(left):
         return True
     units = "|".join(sorted(_SHORT_UNITS, key=len, reverse=True))
     known = rf"[A-Za-z]{{3,}}|(?<=[0-9])\s*(?:{units})\b|(?<=[0-9)])\s*[xX](?=\s*[0-9(])"
-    rest = re.sub(known, "*", bare)
-    alone = re.fullmatch(r"[-+]?[0-9.,]+", rest)  # 18 = 18
-    return not alone and re.fullmatch(r"[-+*/^().,:%'\s0-9]*", rest) is not None
+    rest = re.sub(known, "*", bare)  # 18 = 18 has no name
+    return re.fullmatch(r"(?![-+]?[0-9.,]+$)[-+*/^().,:%'\s0-9]*", rest) is not None
 
 
 def is_unit(rest: str) -> bool:
@@ -152,32 +150,43 @@ def is_unit(rest: str) -> bool:
     operators, an unknown or '… and a half'."""
     rest = re.sub(r"(?<=[A-Za-z])\^?\s?[23²³](?![0-9²³])", "", rest)
     rest = re.sub(r"(?:^|(?<=[A-Za-z]))-(?=[A-Za-z]{2})", " ", rest)  # 18-inch, but not 18-x
-    others = not all(c.isalpha() or c in " \t\n/.'()%*`\"" for c in rest)
-    if others or _CHANGES_VALUE.search(rest) or rest.strip() == "/":
+    if not all(c.isalpha() or c in " \t\n/.'()%*`\"" for c in rest):
+        return False
+    if _CHANGES_VALUE.search(rest) or rest.strip() == "/":
         return False
     for match in re.finditer(r"[^\W_]+", rest):
-        word, attached = match[0], match.start() == 0
-        vowel = re.search("[aeiou]", word, re.IGNORECASE)
-        article = word in "aA" and not attached and match.end() < len(rest)
-        usual = len(word) > 1 + attached and (vowel or len(word) > 2 and not attached)
-        known = word in _UNIT_LETTERS or word.lower() in _SHORT_UNITS
-        if not (known or usual or article):
+        word, vowel = match[0], re.search("(?i)[aeiou]", match[0])
+        if word in _UNIT_LETTERS or word.lower() in _SHORT_UNITS:
+            continue
+        if match.start() == 0:  # directly behind the number
+            is_usual = len(word) > 2 and vowel
+        else:
+            is_article = word in "aA" and match.end() < len(rest)
+            is_usual = len(word) > 2 or (len(word) == 2 and vowel) or is_article
+        if not is_usual:
             return False  # 18x, 18ab
     return True
 
 
-def _value(match):
-    """A match of _NUMBER as a Fraction, or None for a division by zero or more digits than an
-    answer has."""
-    whole, over, under, plain = (
-        Fraction((match[name] or "0")[:LONGEST].replace(",", ""))
-        for name in ("whole", "over", "under", "plain")
-    )
-    if match.end() - match.start() > LONGEST or (match["under"] and not under):
+def _value(match: re.Match) -> Fraction | None:
+    """The value of a match of _NUMBER; None for a division by zero or more digits than an answer
+    has."""
+
+    def part(name: str) -> Fraction:
+        return Fraction(match[name].replace(",", ""))
+
+    if match.end() - match.start() > LONGEST:
         return None
-    value = whole + over / under if under else plain
-    scale = _SCALES.get((match["scale"] or match["kilo"] or "").lower(), 1)
-    return value * scale * (-1 if match["sign"] == "-" else 1)
+    if match["plain"]:
+        value = part("plain")
+    elif part("under"):
+        value = part("over") / part("under")
+        if match["whole"]:
+            value += part("whole")
+    else:
+        return None
+    scale = (match["scale"] or match["kilo"] or "").lower()
+    return value * _SCALES[scale] * (-1 if match["sign"] == "-" else 1)
 
 
 def numbers_in(text: str) -> list[Fraction]:
@@ -195,11 +204,20 @@ time 60 min minute|time 3600 h hr hour|time 86400 day|time 604800 week|mass 0.00
 mass 1 g gram|mass 1000 kg kilogram|mass 453.59237 lb pound|mass 28.349523125 oz ounce
 volume 1 ml milliliter millilitre|volume 10 cl centiliter|volume 1000 l L liter litre|money 1 cent
 money 100 dollar|percent 1 % percent|angle 1 degree|radian 1 rad radian"""
-UNITS = {}  # name: (dimension, factor to its base unit)
+
+
+class Quantity(NamedTuple):
+    """So many base units of what a unit measures (its dimension)."""
+
+    dimension: str
+    size: Fraction
+
+
+UNITS = {"": Quantity("", Fraction(1))}
 for _line in re.split(r"[|\n]", _UNIT_TABLE):
     _dimension, _factor, *_names = _line.split()
     for _name in _names:
-        UNITS[_name] = UNITS[_name + "s"] = _dimension, Fraction(_factor)
+        UNITS[_name] = UNITS[_name + "s"] = Quantity(_dimension, Fraction(_factor))
 _QUANTITY = re.compile(
     rf"\s*(?:and\s+)?(?P<value>{_NUMBER.pattern})\s*(?P<square>square|sq\.?|cubic|cu\.?)?\s*"
     r"(?P<unit>%|[A-Za-z]+)\.?(?:(?:\s*\^\s*|(?<=[A-Za-z]))(?P<power>[23])(?![0-9]))?"
@@ -208,49 +226,42 @@ _QUANTITY = re.compile(
 )
 
 
-def quantity(text: str) -> tuple[str, Fraction] | None:
-    """(dimension, value in its base unit) of a number with a known unit, '2 hours 30 minutes'
-    included; None without one."""
+def quantity(text: str) -> Quantity | None:
+    """Returns what a number with a known unit is, '2 hours 30 minutes' included; None of anything
+    else."""
     text = re.sub(r"\\\$\s*([0-9.,]+)", r"\1 dollars", text[: LONGEST + 1].rpartition("=")[2])
     text = _plain(tidy(re.sub(_DEGREES, " degrees ", text))).strip()
-    total, dimension, at = Fraction(0), None, 0
+    total, dimensions, at = Fraction(0), set(), 0
     while at < len(text):
         match = _QUANTITY.match(text, at)
-        value = match and _value(match)
-        unit = match and _unit(match["unit"])
-        if value is None or unit is None:
+        if match is None:
             return None
-        if match["per"]:
-            per = _unit(match["per"])
-            unit = per and (f"{unit[0]}/{per[0]}", unit[1] / per[1])
+        value, unit, per = _value(match), _unit(match["unit"]), _unit(match["per"] or "")
+        if value is None or unit is None or per is None:
+            return None
         square = {"s": 2, "c": 3}.get((match["square"] or " ")[0].lower(), 1)
         power = int(match["power"] or square)
-        if unit is None or dimension not in (None, f"{unit[0]}^{power}"):
-            return None
-        dimension, at = f"{unit[0]}^{power}", match.end()
-        total += value * unit[1] ** power
-    return dimension and (dimension, total)
+        dimensions.add(f"{unit.dimension}/{per.dimension}".rstrip("/") + f"^{power}")
+        total += value * (unit.size / per.size) ** power
+        at = match.end()
+    return Quantity(dimensions.pop(), total) if len(dimensions) == 1 else None
 
 
-def _unit(name):
+def _unit(name: str) -> Quantity | None:
     return UNITS.get(name if len(name) == 1 else name.lower())
 
 
-_CLOCK = re.compile(
-    r"([0-9]{1,2})(?::([0-9]{2}))?(?:\s*([ap])\.?\s*m\.?|(\s*o'?\s*clock))?", re.IGNORECASE
-)
+_MINUTES = r"(?::([0-5][0-9]))?"
+_HALF_DAY = re.compile(rf"(0?[1-9]|1[0-2]){_MINUTES}\s*([ap])\.?\s*m\.?")
+_FULL_DAY = re.compile(rf"([01]?[0-9]|2[0-4])(?=:|\s*o){_MINUTES}(?:\s*o'?\s*clock)?")
 
 
 def time_of_day(text: str) -> int | None:
     """Minutes after midnight of '9:00 AM', '9 a.m.', '21:00', 'noon'; a bare number is no time."""
     bare = _plain(tidy(text[: LONGEST + 1].rpartition("=")[2])).strip().lower()
     bare = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(bare, " ".join(bare.split()))
-    match = _CLOCK.fullmatch(bare)
-    if match is None or not any(match.groups()[1:]):
-        return None
-    hour, minute, half = int(match[1]), int(match[2] or 0), match[3]
-    if minute > 59 or hour > (12 if half else 24) or (half and hour == 0):
-        return None
-    if half:
-        hour = hour % 12 + 12 * (half == "p")
-    return hour * 60 + minute
+    match = _HALF_DAY.fullmatch(bare)
+    if match:
+        return int(match[1]) % 12 * 60 + int(match[2] or 0) + 720 * (match[3] == "p")
+    match = _FULL_DAY.fullmatch(bare)
+    return int(match[1]) * 60 + int(match[2] or 0) if match else None

@@ -1,48 +1,77 @@
-"""What the worker is asked: our own comparison of answers, their keys for votes, and what
+"""The process that MathWorker asks: our own comparison of answers, their keys for votes, and what
 math-verify alone says of a whole text."""
 
-from data.grading import forms
-from data.grading.tokens import NotUnderstood
+import contextlib
+import json
+import signal
+import sys
+from typing import Any
+
+from data.grading.forms import key, parse, same
+from data.grading.trees import NotUnderstood
 
 try:
-    from math_verify import LatexExtractionConfig, parse, verify
+    import math_verify
 except ImportError:
-    parse = None
+    math_verify = None
 
-
-def warm_up() -> bool:
-    """Whether math-verify is there; the first call compiles its patterns."""
-    ask("compare", "x", "x+1")
-    ask("math_verify", "$x$", "x+1")
-    return parse is not None
+MEMORY_LIMIT = 4 << 30  # bytes of address space: a huge power is refused, not paid for
+NO_LIMIT: Any = None  # math-verify's time limit is a signal; MathWorker ends what takes too long
 
 
 def ask(question: str, *texts: str) -> object:
-    """The reply to a question of MathWorker: [understood, equal], or a key."""
+    """Returns the reply to a question of MathWorker: [understood, equal] or a key; None where there
+    is none."""
+    questions = {"compare": _compare, "math_verify": _math_verify, "key": _key}
     try:
-        return {"compare": _compare, "math_verify": _math_verify, "key": _key}[question](*texts)
-    except Exception:  # noqa: BLE001 (whatever sympy raises, the answer is not shown to be right)
-        return None if question == "key" else [False, False]
-
-
-def _compare(answer, gold):
-    try:
-        return [True, forms.compare(answer, gold)]
-    except (NotUnderstood, RecursionError):
-        return [_key(answer) is not None, False]
-
-
-def _key(text):
-    try:
-        return forms.key(text)
-    except (NotUnderstood, RecursionError):
+        return questions[question](*texts)
+    except Exception:  # whatever sympy raises, the answer is not shown to be right
         return None
 
 
-def _math_verify(text, gold):
-    if parse is None:
-        return [False, False]
+def _compare(answer: str, gold: str) -> list[bool]:
+    try:
+        return [True, same(parse(gold), parse(answer))]
+    except (NotUnderstood, RecursionError):
+        return [ask("key", answer) is not None, False]
+
+
+def _key(text: str) -> str:
+    return key(parse(text))
+
+
+def _math_verify(text: str, gold: str) -> list[bool] | None:
+    if math_verify is None:
+        return None
     # No fall-back to plain numbers or strings: it would find an 18 in text that is no mathematics.
-    gold = parse(f"${gold}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-    parsed = parse(text, parsing_timeout=None)
-    return [bool(parsed), bool(parsed and verify(gold, parsed, timeout_seconds=None))]
+    latex = [math_verify.LatexExtractionConfig()]
+    golds = math_verify.parse(f"${gold}$", latex, "no_fallback", parsing_timeout=NO_LIMIT)
+    found = math_verify.parse(text, parsing_timeout=NO_LIMIT)
+    return [bool(found), bool(found and math_verify.verify(golds, found, timeout_seconds=NO_LIMIT))]
+
+
+def serve() -> None:
+    """Answers a line of JSON, [limit in seconds, question, texts], with another until the pipe
+    closes, which is when the run ends, however it ends. The first line says whether math-verify is
+    there."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # nothing else may print between the replies
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    # The first question compiles patterns.
+    ask("compare", "x", "x+1")
+    ask("math_verify", "$x$", "x+1")
+    print(json.dumps(math_verify is not None), file=replies, flush=True)
+    for line in sys.stdin:
+        limit, question, *texts = json.loads(line)
+        # The system ends a process that outlives the run in the midst of a question, whatever
+        # Python is doing.
+        signal.setitimer(signal.ITIMER_REAL, limit + 1)
+        reply = ask(question, *texts)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,73 +1,72 @@
-"""Answers in LaTeX as trees, read by recursive descent.
+"""Reads answers in LaTeX into trees, by recursive descent.
 
-An expression is ("num", Fraction), ("sym", name), ("const", name), ("add" | "mul" | "div" | "pow",
-tree, ...) or ("fn", name, tree, ...). Around expressions there are ("list", connectors, node, ...),
-("relation", signs, node, ...), ("set", operations, node, ...), ("ratio", colons, node, ...),
-("group", brackets, node), ("matrix", rows, node, ...) and ("pm", 1 or -1, node). What cannot be
-read in full raises NotUnderstood: no part of an answer goes unread.
+What cannot be read in full raises NotUnderstood: no part of an answer goes unread.
 """
 
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 
 from data.grading.numbers import GREEK, is_unit
-from data.grading.tokens import FUNCTIONS, NotUnderstood, prepared, tokens
+from data.grading.tokens import FUNCTIONS, Token, prepared, tokens
+from data.grading.trees import NotUnderstood, Tree, negative, num, op
 
 MAX_DEPTH = 40
-ARITHMETIC = ("add", "mul", "div", "pow", "fn")
 CONNECTORS = (",", ";", "or", "and", "\\lor", "\\land")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "\\in")
-BRACKETS = {
-    "(": ")]",
-    "[": ")]",
-    "{": "}",
-    "\\{": ["\\}"],
-    "|": "|",
-    "\\lfloor": ["\\rfloor"],
-    "\\lceil": ["\\rceil"],
-    "\\langle": ["\\rangle"],
-}
-_ACCENTS = "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm"
-ACCENTS = f"{_ACCENTS} bm".split()
-MINUS_ONE = ("num", Fraction(-1))
+SET_OPERATORS = ("\\cup", "\\cap", "\\setminus")
+EITHER_SIGN = {"\\pm": 1, "\\mp": -1}
+_PAIRS = ["( ) ]", "[ ) ]", "{ }", r"\{ \}", "| |"]
+_PAIRS += [r"\lfloor \rfloor", r"\lceil \rceil", r"\langle \rangle"]
+BRACKETS = {pair.split()[0]: pair.split()[1:] for pair in _PAIRS}  # what closes each opening one
+ACCENTS = (
+    "vec hat bar dot ddot tilde overline overrightarrow mathbf mathit mathcal mathbb mathrm bm"
+).split()
+# Commands behind which no further factor of a product begins.
+ENDS = ("\\}", "\\\\", *SET_OPERATORS, *EITHER_SIGN, "\\in", *CONNECTORS)
 
 
-def negative(tree: tuple) -> tuple:
-    """The tree of the value with its sign changed."""
-    return ("mul", MINUS_ONE, tree)
-
-
-def read(text: str) -> tuple:
-    """The tree of a whole answer."""
+def read(text: str) -> Tree:
+    """Returns the tree of a whole answer."""
     reader = _Reader(tokens(prepared(text)))
     tree = reader.alternatives()
-    if reader.next is not None:
+    if reader.next.kind:
         raise NotUnderstood(reader.next.text)
     return tree
 
 
 class _Reader:
-    """Each method reads one kind of thing from where the reader stands and returns its tree."""
+    """Reads tokens one by one. Each method reads one kind of thing from the current position and
+    returns its tree."""
 
-    def __init__(self, items):
-        self.items, self.at, self.depth, self.bars = items, 0, 0, False
+    def __init__(self, items: list[Token]):
+        end = Token("", "", False)
+        self.items = [*items, end, end]  # so that there always is a next one, and one behind it
+        self.at = 0
+        self.depth = 0
+        self.in_bars = False  # directly between |, where the next one closes
 
     @property
-    def next(self):
-        return self.items[self.at] if self.at < len(self.items) else None
+    def next(self) -> Token:
+        return self.items[self.at]
 
-    def sees(self, *texts):
-        return self.next is not None and self.next.kind == "sign" and self.next.text in texts
+    def sees(self, *texts: str) -> bool:
+        """Whether the next token is one of these signs."""
+        return self.next.kind == "sign" and self.next.text in texts
 
-    def take(self, *texts):
-        """The text of the next token, which has to be one of these signs if any are named."""
-        if self.next is None or (texts and not self.sees(*texts)):
+    def take(self, *texts: str) -> str:
+        """Passes over the next token, which has to be one of these signs if any are named, and
+        returns its text."""
+        if not self.next.kind or (texts and not self.sees(*texts)):
             raise NotUnderstood(f"no {texts} here")
         self.at += 1
         return self.items[self.at - 1].text
 
+    def accept(self, *texts: str) -> str:
+        """Like take, but returns "" where the next token is none of these signs."""
+        return self.take() if self.sees(*texts) else ""
+
     # lists, relations, sets
 
-    def alternatives(self):
+    def alternatives(self) -> Tree:
         """What commas, "or" and "and" connect; a single thing is itself."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -75,188 +74,172 @@ class _Reader:
         connectors, nodes = [], [self.relation()]
         while self.sees(*CONNECTORS):
             connectors.append(self.take())
-            if self.sees("or", "and"):
+            if self.sees("or", "and"):  # "1, or 2"
                 connectors.append(self.take())
-            if self.next is not None:  # a comma may end the answer
+            if self.next.kind:  # a comma may end the answer
                 nodes.append(self.relation())
         self.depth -= 1
-        return nodes[0] if len(nodes) == 1 else ("list", tuple(connectors), *nodes)
+        return nodes[0] if len(nodes) == 1 else Tree("list", tuple(connectors), tuple(nodes))
 
-    def chain(self, kind, signs, read_one):
+    def chain(self, kind: str, signs: Sequence[str], read_one: Callable[[], Tree]) -> Tree:
         """One thing, or several of them with signs between."""
         nodes, found = [read_one()], []
         while self.sees(*signs):
             found.append(self.take())
             nodes.append(read_one())
-        return nodes[0] if not found else (kind, tuple(found), *nodes)
+        return Tree(kind, tuple(found), tuple(nodes)) if found else nodes[0]
 
-    def relation(self):
+    def relation(self) -> Tree:
         return self.chain("relation", RELATIONS, self.set)
 
-    def set(self):
-        return self.chain("set", ("\\cup", "\\cap", "\\setminus"), self.ratio)
+    def set(self) -> Tree:
+        return self.chain("set", SET_OPERATORS, self.ratio)
 
-    def ratio(self):
-        return self.chain("ratio", (":",), self.sum)
+    def ratio(self) -> Tree:
+        return self.chain("ratio", ":", self.sum)
 
     # arithmetic
 
-    def sum(self):
+    def sum(self) -> Tree:
         terms = [self.term()]
-        while self.sees("+", "-", "\\pm", "\\mp"):
+        while self.sees("+", "-", *EITHER_SIGN):
             terms.append(self.term())
-        self.unit()
-        return terms[0] if len(terms) == 1 else ("add", *terms)
+        self.skip_units()
+        return terms[0] if len(terms) == 1 else op("add", *terms)
 
-    def term(self):
-        sign = self.take() if self.sees("+", "-", "\\pm", "\\mp") else "+"
+    def term(self) -> Tree:
+        sign = self.accept("+", "-", *EITHER_SIGN)
         if self.sees("+", "-"):
             raise NotUnderstood("two signs")
         return self.signed(sign, self.product())
 
     @staticmethod
-    def signed(sign, tree):
-        if sign in ("\\pm", "\\mp"):
-            return ("pm", 1 if sign == "\\pm" else -1, tree)
+    def signed(sign: str, tree: Tree) -> Tree:
+        if sign in EITHER_SIGN:
+            return Tree("pm", EITHER_SIGN[sign], (tree,))
         return negative(tree) if sign == "-" else tree
 
-    def unit(self):
+    def skip_units(self) -> None:
         """Passes over the words behind a value: \\text{cm}^2, %."""
-        while self.sees("%") or (self.at and self.next is not None and self.next.kind == "text"):
+        while self.sees("%") or (self.at and self.next.kind == "text"):
             word = self.take()
-            if word != "%" and not is_unit(f" {word} "):
+            if not is_unit(f" {word} "):
                 raise NotUnderstood("words that are no unit")  # 3 or more
-            if self.sees("^"):
-                self.take()
-                if self.atom() not in (("num", 2), ("num", 3)):
-                    raise NotUnderstood("no power of a unit")
+            if self.accept("^") and self.atom() not in (num(2), num(3)):
+                raise NotUnderstood("no power of a unit")
 
-    def product(self):
+    def product(self) -> Tree:
         result = self.power()
         while True:
-            if self.sees("*"):
-                self.take()
-                result = ("mul", result, self.signed_power())
-            elif self.sees("/"):
-                self.take()
-                result = ("div", result, self.divisor(self.signed_power(), result))
+            if self.accept("*"):
+                result = op("mul", result, self.signed_power())
+            elif self.accept("/"):
+                result = op("div", result, self.divisor(result))
             elif self.starts_factor():
-                result = self.implicit(result)
+                result = self.implicit_product(result)
             else:
                 return result
 
-    def implicit(self, left):
-        """left next: a product without a sign, or a mixed number."""
-        before, after = self.items[self.at - 1], self.items[self.at + 1 : self.at + 2]
+    def implicit_product(self, left: Tree) -> Tree:
+        """A product without a sign, or a mixed number."""
+        before = self.items[self.at - 1]
         if self.next.kind == "number":
-            if before.kind == "number" or not after or after[0].text != "^":
+            if before.kind == "number" or self.items[self.at + 1].text != "^":
                 raise NotUnderstood("a number behind a factor")  # but (n - 2) 2^n
-        mixed = left[0] == "num" and before.text.isdigit() and self.sees("\\frac")
+        may_be_mixed = left.kind == "num" and before.text.isdigit() and self.sees("\\frac")
         right = self.power()
-        if mixed and right[0] == "div" and right[1][0] == right[2][0] == "num":
-            return ("add", left, right)
-        return ("mul", left, right)
+        if may_be_mixed and [part.kind for part in right.parts] == ["num", "num"]:
+            return op("add", left, right)
+        return op("mul", left, right)
 
-    def divisor(self, first, over):
+    def divisor(self, dividend: Tree) -> Tree:
         """What is divided by: 1/2 x is x/2; where readers disagree (1/2x, x/y z), nothing."""
+        tree = self.signed_power()
         if self.starts_factor():
             clear = self.next.spaced or self.sees("(", "\\pi", "\\sqrt")
-            if not (clear and first[0] == "num" and _is_number(over)):
+            if not (clear and tree.kind == "num" and _is_number(dividend)):
                 raise NotUnderstood("an ambiguous divisor")
-        return first
-
-    def signed_power(self):
-        return self.signed(self.take() if self.sees("+", "-") else "+", self.power())
-
-    def starts_factor(self):
-        if self.next is None or self.next.kind != "sign":
-            return self.next is not None and self.next.kind in ("number", "letter")
-        text = self.next.text
-        if text.startswith("\\"):
-            ends = ("\\}", "\\\\", "\\cup", "\\cap", "\\setminus", "\\pm", "\\mp", "\\in")
-            closing = text in ends or text.startswith("\\r") and text != "\\rho"
-            return not closing and text not in CONNECTORS
-        return text in (*FUNCTIONS, "(", "[", "{") or (text == "|" and not self.bars)
-
-    def power(self):
-        base = self.postfix(self.atom())
-        if not self.sees("^"):
-            return base
-        self.take()
-        return self.postfix(("pow", base, self.exponent()))
-
-    def postfix(self, tree):
-        if self.sees("!"):
-            self.take()
-            if self.sees("!", "="):
-                raise NotUnderstood("!!")
-            tree = ("fn", "factorial", tree)
         return tree
 
-    def exponent(self):
-        if self.sees("+", "-"):
-            return self.signed(self.take(), self.exponent())
+    def signed_power(self) -> Tree:
+        return self.signed(self.accept("+", "-"), self.power())
+
+    def starts_factor(self) -> bool:
+        """Whether the next token begins another factor of a product without signs."""
+        kind, text = self.next.kind, self.next.text
+        if kind != "sign":
+            return kind in ("number", "letter")
+        if text.startswith("\\"):
+            is_closing = text.startswith("\\r") and text != "\\rho"  # \rfloor, \rangle
+            return not is_closing and text not in ENDS
+        return text in (*FUNCTIONS, "(", "[", "{") or (text == "|" and not self.in_bars)
+
+    def power(self) -> Tree:
+        base = self.postfix(self.atom())
+        if not self.accept("^"):
+            return base
+        return self.postfix(op("pow", base, self.exponent()))
+
+    def postfix(self, tree: Tree) -> Tree:
+        if not self.accept("!"):
+            return tree
+        if self.sees("!", "="):
+            raise NotUnderstood("!!")
+        return op("factorial", tree)
+
+    def exponent(self) -> Tree:
+        sign = self.accept("+", "-")
+        if sign:
+            return self.signed(sign, self.exponent())
         base = self.atom()
-        if self.sees("^"):
-            self.take()
-            return ("pow", base, self.exponent())
+        if self.accept("^"):
+            return op("pow", base, self.exponent())
         return self.postfix(base)
 
-    def group(self, inside=None):
+    def group(self) -> Tree:
         """Brackets and what they hold: the tree itself where they are parentheses around one."""
-        opening, bars = self.take(*BRACKETS), self.bars
-        self.bars = opening == "|"
-        if opening == "\\{" and self.sees("\\}"):
-            self.take()
-            return ("sym", "\\emptyset")
-        tree = (inside or self.alternatives)()
-        closing = self.take(*BRACKETS[opening])
-        self.bars = bars
-        if opening == "|":
-            return ("fn", "abs", tree)
-        if opening in ("\\lfloor", "\\lceil"):
-            return ("fn", opening[2:], tree)
-        plain = opening + closing in ("()", "[]", "{}") and tree[0] != "list"
-        return tree if plain else ("group", opening + closing, tree)
+        opening, in_bars = self.take(*BRACKETS), self.in_bars
+        if opening == "\\{" and self.accept("\\}"):
+            return Tree("sym", "\\emptyset")
+        self.in_bars = opening == "|"
+        tree = self.alternatives()
+        brackets = opening + self.take(*BRACKETS[opening])
+        self.in_bars = in_bars
+        match brackets:
+            case "||":
+                return op("abs", tree)
+            case "\\lfloor\\rfloor" | "\\lceil\\rceil":
+                return op(opening[2:], tree)
+            case "()" | "[]" | "{}" if tree.kind != "list":
+                return tree
+        return Tree("group", brackets, (tree,))
 
     # what stands alone
 
-    def atom(self):
-        token = self.next
-        if token is None:
-            raise NotUnderstood("the end")
-        if token.kind == "number":
-            return ("num", Fraction(self.take().rstrip(".")))
-        if token.kind == "text" and token.text:
-            return ("sym", self.take())
-        if token.kind == "letter":
-            name = self.take()
-            if name in "ei" and not self.sees("_", "'"):
-                return ("const", name)
-            return self.applied(self.subscripted(name))
-        if token.kind == "matrix":
-            return self.matrix()
+    def atom(self) -> Tree:
+        match self.next.kind:
+            case "number":
+                return num(self.take().rstrip("."))
+            case "text" if self.next.text:
+                return Tree("sym", self.take())
+            case "letter":
+                name = self.take()
+                if name in "ei" and not self.sees("_", "'"):
+                    return Tree("const", name)
+                return self.variable(name)
+            case "matrix":
+                return self.matrix()
         if self.sees(*BRACKETS):
             return self.group()
-        if self.sees(*FUNCTIONS):
-            return self.function()
-        return self.command()
+        return self.function() if self.sees(*FUNCTIONS) else self.command()
 
-    def single(self):
+    def single(self) -> Tree:
         """The argument of a command: a group, or one token."""
-        if self.next is not None and self.next.kind == "number" and len(self.next.text) > 1:
+        if self.next.kind == "number" and len(self.next.text) > 1:
             raise NotUnderstood("a number whose first digit is meant")
         return self.atom()
 
-    def subscripted(self, name):
-        if self.sees("_"):
-            self.take()
-            name += "_" + self.raw_group()
-        while self.sees("'"):
-            name += self.take()
-        return name
-
-    def raw_group(self):
+    def raw_group(self) -> str:
         """The text of a group or of one token, as part of a name."""
         if not self.sees("{"):
             return self.take()
@@ -266,95 +249,90 @@ class _Reader:
             depth += {"{": 1, "}": -1}.get(parts[-1], 0)
         return " ".join(parts[1:-1])
 
-    def applied(self, name):
-        """f(x): a function's value where the name is one of a function's, or where one number or
-        symbol stands in the parentheses."""
+    def variable(self, name: str) -> Tree:
+        """A variable with its subscript and primes, or an unknown function's value: f(x), where
+        the name is a function's or one number or symbol stands in the parentheses."""
+        if self.accept("_"):
+            name += "_" + self.raw_group()
+        while self.sees("'"):
+            name += self.take()
         if not self.sees("("):
-            return ("sym", name)
-        lone = [token.text for token in self.items[self.at + 1 : self.at + 3]][1:] == [")"]
-        if not lone and name[0] not in "fghFGH":
-            return ("sym", name)
-        return ("fn", f"unknown {name}", *self.arguments())
+            return Tree("sym", name)
+        if name[0] not in "fghFGH" and self.items[self.at + 2].text != ")":
+            return Tree("sym", name)
+        match self.group():
+            case Tree("group", "()", (inside,)):
+                arguments = inside.parts
+            case argument:
+                arguments = (argument,)
+        return Tree("function", f"unknown {name}", arguments)
 
-    def arguments(self):
-        tree = self.group()
-        return tree[2][2:] if tree[0] == "group" and tree[1] == "()" else [tree]
-
-    def command(self):
+    def command(self) -> Tree:
         name = self.take()[1:]
-        if name in ("pi", "infty"):
-            return ("const", name)
-        if name == "arcdegree":
-            return ("div", ("const", "pi"), ("num", Fraction(180)))
+        match name:
+            case "pi" | "infty":
+                return Tree("const", name)
+            case "arcdegree":
+                return op("div", Tree("const", "pi"), num(180))
+            case "frac":
+                return op("div", self.single(), self.single())
+            case "binom":
+                return op("binomial", self.single(), self.single())
+            case "sqrt":
+                degree = self.group() if self.sees("[") else num(2)
+                return op("pow", self.atom(), op("div", num(1), degree))
         if name in GREEK or name == "emptyset":
-            return self.applied(self.subscripted("\\" + name))
-        if name == "frac":
-            return ("div", self.single(), self.single())
-        if name == "sqrt":
-            degree = self.group() if self.sees("[") else ("num", Fraction(2))
-            return ("pow", self.atom(), ("div", ("num", Fraction(1)), degree))
-        if name == "binom":
-            return ("fn", "binomial", self.single(), self.single())
+            return self.variable("\\" + name)
         if name in ACCENTS:
-            return self.applied(self.subscripted(f"{name} {self.raw_group()}"))
+            return self.variable(f"{name} {self.raw_group()}")
         raise NotUnderstood("\\" + name)
 
-    def function(self):
-        name = self.take()
-        power = base = None
+    def function(self) -> Tree:
+        """sin x, \\sin^2 x, \\log_2 x, \\tan^{-1} x."""
+        name, power, base = self.take(), None, None
         while self.sees("^", "_"):
             if self.take() == "^":
                 power = self.exponent()
             else:
                 base = self.atom()
-        if base is not None and name != "log":
+        if base and name != "log":
             raise NotUnderstood("a base")
         argument = self.argument()
-        if power == negative(("num", Fraction(1))) and "arc" + name in FUNCTIONS:
+        if power == negative(num(1)) and "arc" + name in FUNCTIONS:
             name, power = "arc" + name, None
-        tree = ("fn", "log" if name == "ln" else name, argument)
-        if base is not None:
-            tree = ("div", tree, ("fn", "log", base))
-        return tree if power is None else ("pow", tree, power)
+        tree = op("log" if name == "ln" else name, argument)
+        if base:
+            tree = op("div", tree, op("log", base))
+        return op("pow", tree, power) if power else tree
 
-    def argument(self):
+    def argument(self) -> Tree:
         """What a function without braces is of: a group, or the product that follows up to the next
         function or parenthesis."""
         if self.sees(*BRACKETS):
             return self.group()
-        sign, factors = self.take() if self.sees("+", "-") else "+", [self.power()]
+        sign, factors = self.accept("+", "-"), [self.power()]
         while self.starts_factor() and not self.sees(*FUNCTIONS, *BRACKETS):
             if self.next.kind == "number":
                 raise NotUnderstood("a number behind a factor")
             factors.append(self.power())
         if self.sees("/"):
             raise NotUnderstood("an ambiguous argument")
-        return self.signed(sign, factors[0] if len(factors) == 1 else ("mul", *factors))
+        return self.signed(sign, factors[0] if len(factors) == 1 else op("mul", *factors))
 
-    def matrix(self):
+    def matrix(self) -> Tree:
         """\\begin{pmatrix} … \\end{pmatrix}; all rows of one length."""
         self.take()
         rows = [[]]
-        while self.next is not None and self.next.kind != "matrix":
+        while self.next.kind not in ("", "matrix"):
             rows[-1].append(self.sum())
-            if self.sees("&"):
-                self.take()
-            elif self.sees("\\\\"):
-                self.take()
+            if not self.accept("&") and self.accept("\\\\"):
                 rows.append([])
         rows = [row for row in rows if row]
         if self.take() != "end" or len({len(row) for row in rows}) != 1:
             raise NotUnderstood("a ragged matrix")
-        return ("matrix", len(rows), *(cell for row in rows for cell in row))
+        return Tree("matrix", len(rows), tuple(cell for row in rows for cell in row))
 
 
-def _is_number(tree):
-    return tree[0] == "num" or (tree[0] == "mul" and all(_is_number(part) for part in tree[1:]))
-
-
-def symbols(tree: tuple) -> set[str]:
-    """The names of all variables of an expression, unknown functions among them."""
-    if tree[0] == "sym":
-        return {tree[1]}
-    named = {tree[1]} if tree[0] == "fn" and tree[1].startswith("unknown") else set()
-    return named.union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+def _is_number(tree: Tree) -> bool:
+    is_product = tree.kind == "op" and tree.value == "mul"
+    return tree.kind == "num" or (is_product and all(map(_is_number, tree.parts)))

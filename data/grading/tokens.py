@@ -1,34 +1,36 @@
-"""The text of an answer, and its tokens, with the many spellings of one sign made one."""
+"""The text of an answer cut into tokens, with the many spellings of one sign made one."""
 
 import re
 from typing import NamedTuple
 
 from data.grading.numbers import UNITS, strip_marks, tidy
+from data.grading.trees import NotUnderstood
 
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp".split()
 
 
-class NotUnderstood(Exception):
-    """The text is no answer that can be read in full."""
-
-
 class Token(NamedTuple):
-    """kind: number, letter, text (what \\text holds), sign (symbols, commands, functions' names),
-    or begin / end of a matrix."""
+    """A token.
+
+    kind: number, letter, text (what \\text holds), sign (symbols, commands, names of functions),
+        or matrix, whose text is begin or end.
+    spaced: white space stands before it.
+    """
 
     kind: str
     text: str
-    spaced: bool  # white space before it
+    spaced: bool
 
 
-_WORDS = [*FUNCTIONS, "sqrt", "pi", "or", "and", "infinity", "inf"]
+_WORDS = "|".join([*FUNCTIONS, "sqrt", "pi", "or", "and", "infinity", "inf"])
 _TOKEN = re.compile(
     r"(?P<spaced>\s*)(?:(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
     r"|\\(?P<matrix>begin|end)\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?"
     r"|\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\*?\s*\{(?P<text>[^{}]*)\}"
-    rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{'|'.join(_WORDS)})(?![A-Za-z])"
-    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z]))"
+    rf"|(?P<sign>\\(?:[A-Za-z]+|[{{}}|\\])|(?<![A-Za-z])(?:{_WORDS})(?![A-Za-z])"
+    r"|<=|>=|!=|\*\*|[-+*/^_(){}\[\]|!,:;=<>&'%])|(?P<letter>[A-Za-z])|(?P<unknown>\S))"
 )
+# Each line: the spelling that the reader knows, and others for it.
 _SPELLINGS = r"""
 * \cdot \times \ast
 ^ **
@@ -48,29 +50,24 @@ _SPELLINGS = r"""
 \sqrt sqrt
 \binom \dbinom \tbinom
 """
-_ALIASES = {}
+_ALIASES: dict[str, str] = {}
 for _line in _SPELLINGS.strip().splitlines():
     _sign, *_others = _line.split()
     _ALIASES |= dict.fromkeys(_others, _sign)
-_UNICODE = dict(
-    zip(
-        map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"),
-        r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} ".split(
-            "|"
-        ),
-    )
+_REPLACEMENTS = (
+    r"*|*|/|<=|>=|!=|\infty |\pi |\sqrt |\cup |\cap |\in |\pm |\theta |\emptyset |\mathbb{R} "
 )
+_UNICODE = dict(zip(map(ord, "×·÷≤≥≠∞π√∪∩∈±θ∅ℝ"), _REPLACEMENTS.split("|"), strict=True))
 
 
 def tokens(text: str) -> list[Token]:
-    """The tokens of tidy text; raises NotUnderstood at a character that is none."""
-    found, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise NotUnderstood(text[at])
-        kind, at = match.lastgroup, match.end()
+    """Cuts prepared text into tokens; raises NotUnderstood at a character that is none."""
+    found = []
+    for match in _TOKEN.finditer(text):
+        kind = str(match.lastgroup)
         content = match[kind]
+        if kind == "unknown":
+            raise NotUnderstood(content)
         if kind == "text":
             content = content.strip()
             if content in ("or", "and", *FUNCTIONS):
@@ -99,20 +96,20 @@ _DERIVATIVE = re.compile(
 )
 
 
-def _opaque(match):
+def _opaque(match: re.Match) -> str:
     """\\frac{dM}{dt} as a symbol of its own, and not d times something."""
     return f"\\bm{{{re.sub(r'[{} ]', '', match[1] + '/' + match[2])}}}"
 
 
-def _repeating(match):
+def _repeating(match: re.Match) -> str:
     """0.1\\overline{6} as the fraction that it is."""
-    whole, fixed, cycle = match.groups()
-    over = int(whole + fixed + cycle) - int(whole + fixed)
-    return f"({over}/{10 ** len(fixed) * (10 ** len(cycle) - 1)})"
+    integer, fixed, cycle = match.groups()
+    numerator = int(integer + fixed + cycle) - int(integer + fixed)
+    return f"({numerator}/{10 ** len(fixed) * (10 ** len(cycle) - 1)})"
 
 
 def prepared(text: str) -> str:
-    """Tidy text in which each thing is written in the one way that Reader knows."""
+    """Tidy text in which each thing is written in the one way that the reader knows."""
     text = strip_marks(tidy(text).translate(_UNICODE)).strip()
     text = re.sub(r"([0-9]+)\.([0-9]*)\\overline\s*\{([0-9]+)\}", _repeating, text)
     text = re.sub(r"\^\s*\{?\s*\\prime(?![A-Za-z])\s*\}?", "'", text)

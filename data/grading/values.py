@@ -4,9 +4,9 @@ rounding changes with the precision, and so never passes for a value or hides on
 import functools
 import hashlib
 from fractions import Fraction
+from typing import Any, NamedTuple
 
-from data.grading.reader import negative, symbols
-from data.grading.tokens import NotUnderstood
+from data.grading.trees import NotUnderstood, Tree, difference, symbols
 
 PRECISIONS = 350, 500  # digits: any number of MAX_BITS is exact
 MAX_BITS = 1100
@@ -19,7 +19,7 @@ class Undefined(Exception):
 
 
 @functools.cache
-def _mp():
+def _mp() -> Any:
     """A context of mpmath with our precision, apart from everybody else's."""
     from mpmath import MPContext  # not needed before the first question
 
@@ -28,55 +28,68 @@ def _mp():
     return context
 
 
-def evaluate(tree: tuple, point: dict) -> object:
-    """The value (mpf or mpc) where each variable has the number that `point` gives it; raises
-    Undefined or ZeroDivisionError. Real functions of variables have real values."""
-    mp, (kind, *parts) = _mp(), tree
-    if kind == "num":
-        return mp.mpf(parts[0].numerator) / parts[0].denominator
-    if kind == "sym":
-        return mp.mpf(point[parts[0]])
-    if kind == "const":
-        if parts[0] not in ("pi", "e", "i"):
+def evaluate(tree: Tree, point: dict[str, float]) -> Any:
+    """Returns the value (mpf or mpc) where each variable has the number that `point` gives it.
+
+    Real functions of variables have real values. Raises Undefined or ZeroDivisionError.
+    """
+    mp = _mp()
+    match tree:
+        case Tree("num", value):
+            return mp.mpf(value.numerator) / value.denominator
+        case Tree("sym", name):
+            return mp.mpf(point[name])
+        case Tree("const", "infty"):
             raise Undefined
-        return mp.mpc(0, 1) if parts[0] == "i" else +getattr(mp, parts[0])
-    name = parts.pop(0) if kind == "fn" else kind
-    numbers = [evaluate(part, point) for part in parts]
-    real = not any(map(mp.im, numbers))
-    value = _operation(name, numbers, real)
-    if not mp.isfinite(value) or value and mp.mag(value) > MAX_BITS:
+        case Tree("const", name):
+            return mp.mpc(0, 1) if name == "i" else +getattr(mp, name)
+    numbers = [evaluate(part, point) for part in tree.parts]
+    is_real = not any(map(mp.im, numbers))
+    if tree.kind == "function":
+        value = _unknown_function(tree.value, numbers)
+    else:
+        value = _operation(tree.value, numbers, is_real)
+    if not mp.isfinite(value) or (value and mp.mag(value) > MAX_BITS):
         raise Undefined
-    if real and mp.im(value) and point and symbols(tree):
+    if is_real and mp.im(value) and symbols(tree):
         raise Undefined
     return value
 
 
-def _operation(name, numbers, real):
+def _unknown_function(name: str, numbers: list) -> Any:
+    """A function that depends on its name alone."""
+    inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
+    return inside**3 + inside + _draw(name)
+
+
+def _operation(name: str, numbers: list, is_real: bool) -> Any:
     mp, x = _mp(), numbers[0]
-    if name in ("add", "mul"):
-        return mp.fsum(numbers) if name == "add" else mp.fprod(numbers)
-    if name == "div":
-        return x / numbers[1]
-    if name == "pow":
-        return _power(*numbers)
-    if name == "abs":
-        return abs(x)
-    if name.startswith("unknown"):
-        inside = sum(number * (_draw(f"{name} {i}") + 1) for i, number in enumerate(numbers))
-        return inside**3 + inside + _draw(name)
-    if name in ("floor", "ceil", "factorial", "binomial") and not real:
+    if name in ("floor", "ceil", "factorial", "binomial") and not is_real:
         raise Undefined
-    if name in ("floor", "ceil"):
-        nearest = mp.nint(x)
-        close = abs(x - nearest) < mp.mpf(10) ** -STABLE
-        return nearest if close else getattr(mp, name)(x)
-    too_large = name != "log" and any(abs(number) > MAX_ARGUMENT for number in numbers)
-    if too_large or name == "factorial" and x < 0 or name == "log" and x == 0:
+    match name:
+        case "add":
+            return mp.fsum(numbers)
+        case "mul":
+            return mp.fprod(numbers)
+        case "div":
+            return x / numbers[1]
+        case "pow":
+            return _power(*numbers)
+        case "abs":
+            return abs(x)
+        case "floor" | "ceil":
+            nearest = mp.nint(x)
+            return nearest if abs(x - nearest) < _tiny() else getattr(mp, name)(x)
+        case "log":
+            is_outside = x == 0
+        case _:
+            is_outside = any(abs(number) > MAX_ARGUMENT for number in numbers)
+    if is_outside or (name == "factorial" and x < 0):
         raise Undefined
-    return getattr(mp, "a" + name[3:] if name.startswith("arc") else name)(*numbers)
+    return getattr(mp, name.replace("arc", "a"))(*numbers)
 
 
-def _power(base, exponent):
+def _power(base: Any, exponent: Any) -> Any:
     mp = _mp()
     if base == 0:
         if mp.re(exponent) <= 0:
@@ -84,15 +97,19 @@ def _power(base, exponent):
         return base
     if abs(exponent) > 30 and abs(exponent * mp.log(abs(base), 2)) > MAX_BITS:
         raise Undefined
-    if not mp.im(base) and not mp.im(exponent) and base < 0 and not mp.isint(exponent):
+    if not (mp.im(base) or mp.im(exponent)) and base < 0 and not mp.isint(exponent):
         for degree in (3, 5, 7, 9):  # the real root
-            over = mp.nint(exponent * degree)
-            if abs(exponent * degree - over) < mp.mpf(10) ** -STABLE:
-                return (-1) ** int(over) * mp.power(-base, exponent)
+            numerator = mp.nint(exponent * degree)
+            if abs(exponent * degree - numerator) < _tiny():
+                return (-1) ** int(numerator) * mp.power(-base, exponent)
     return mp.power(base, exponent)
 
 
-def _draw(text, low=0, width=1, steps=2**30):
+def _tiny() -> Any:
+    return _mp().mpf(10) ** -STABLE
+
+
+def _draw(text: str, low: float = 0, width: float = 1, steps: float = 2**30) -> float:
     """A number from low to low + width that depends on the text alone, in binary steps."""
     digits = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4]
     return int((low + width * int.from_bytes(digits) / 2**32) * steps) / steps
@@ -101,119 +118,121 @@ def _draw(text, low=0, width=1, steps=2**30):
 # --- rounding -------------------------------------------------------------------------------------
 
 
-def _sample(tree, point):
-    """The value with either precision; None where there is none."""
-    found = []
+class Sample(NamedTuple):
+    """A value with either precision."""
+
+    low: Any
+    high: Any
+
+    @property
+    def is_zero(self) -> bool | None:
+        """None where rounding has eaten the value's digits."""
+        if abs(self.low - self.high) <= abs(self.high) * _tiny():
+            return self.high == 0
+        return abs(self.high) <= max(abs(self.low) * _tiny(), _tiny() ** 3) or None
+
+    def divided_by(self, other: "Sample") -> "Sample":
+        with _mp().workdps(PRECISIONS[0]):
+            low = self.low / other.low
+        return Sample(low, self.high / other.high)
+
+
+def _sample(tree: Tree, point: dict[str, float]) -> Sample | None:
+    """The value at a point; None where there is none."""
     try:
-        for digits in PRECISIONS:
-            with _mp().workdps(digits):
-                found.append(evaluate(tree, point))
+        with _mp().workdps(PRECISIONS[0]):
+            low = evaluate(tree, point)
+        return Sample(low, evaluate(tree, point))
     except (Undefined, ZeroDivisionError, OverflowError, ValueError):
         return None
-    return found
 
 
-def _unit():
-    return _mp().mpf(10) ** -STABLE
-
-
-def _is_zero(found):
-    """Whether a value is zero; None where rounding has eaten its digits."""
-    low, high = found
-    if abs(low - high) <= abs(high) * _unit():
-        return high == 0
-    return abs(high) <= max(abs(low) * _unit(), _unit() ** 3) or None
-
-
-def _divided(x, y):
-    """The quotient of two values, with either precision."""
-    found = []
-    for digits, over, under in zip(PRECISIONS, x, y):
-        with _mp().workdps(digits):
-            found.append(over / under)
-    return found
-
-
-def sign(tree: tuple) -> int | None:
-    """-1, 0 or 1 of a real constant; None for anything else."""
+def sign(tree: Tree) -> int | None:
+    """Returns -1, 0 or 1 of a real constant; None of anything else."""
     found = None if symbols(tree) else _sample(tree, {})
-    zero = found and _is_zero(found)
-    if zero is None or abs(_mp().im(found[1])) > abs(found[1]) * _unit():
+    if found is None or found.is_zero is None:
         return None
-    return 0 if zero else int(_mp().sign(_mp().re(found[1])))
+    real, imaginary = _mp().re(found.high), _mp().im(found.high)
+    if abs(imaginary) > abs(found.high) * _tiny():
+        return None
+    return 0 if found.is_zero else int(_mp().sign(real))
 
 
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def _points(*trees):
+def _points(*trees: Tree) -> list[dict[str, float]]:
     """Points at which expressions are compared: positive, of either sign, and whole ones."""
     names = sorted(set().union(*map(symbols, trees)))
     if not names:
         return [{}]
     shapes = [("positive", 0.2, 4, 2**20)] * 3 + [("mixed", -3, 6, 2**20)] * 4
     shapes += [("whole", 2, 29, 1)] * 5
-    return [
-        {name: _draw(f"{name} {kind} {i}", *shape) for name in names}
-        for i, (kind, *shape) in enumerate(shapes)
-    ]
-
-
-def _samples(*trees):
-    """The values of trees at all points where each has one; [] where these are too few."""
-    points = _points(*trees)
-    found = [[_sample(tree, point) for tree in trees] for point in points]
-    found = [values for values in found if None not in values]
-    return found if len(found) >= min(4, len(points)) else []
+    points = []
+    for i, (kind, *shape) in enumerate(shapes):
+        points.append({name: _draw(f"{name} {kind} {i}", *shape) for name in names})
+    return points
 
 
 @functools.lru_cache(maxsize=4096)
-def equal(a: tuple, b: tuple) -> bool:
-    """Whether two expressions have the same value wherever both have one."""
+def equal(a: Tree, b: Tree) -> bool:
+    """Whether two expressions have the same value wherever both have one, at enough points."""
     if a == b:
         return True
-    found = _samples(("add", a, negative(b)))
-    return bool(found) and all(_is_zero(difference) for (difference,) in found)
+    points = _points(a, b)
+    samples = [_sample(difference(a, b), point) for point in points]
+    known = [sample for sample in samples if sample]
+    return len(known) >= min(4, len(points)) and all(sample.is_zero for sample in known)
 
 
-def proportional(a: tuple, b: tuple) -> bool:
+def proportional(a: Tree, b: Tree) -> bool:
     """Whether a = c · b at all points with one constant c, and neither vanishes."""
     if not symbols(a) or not symbols(b):
         return False
-    found = [pair for pair in _samples(a, b) if not all(map(_is_zero, pair))]
-    if len(found) < 4 or any(_is_zero(value) is not False for pair in found for value in pair):
+    quotients = []
+    for point in _points(a, b):
+        x, y = _sample(a, point), _sample(b, point)
+        if x is None or y is None or (x.is_zero and y.is_zero):
+            continue
+        if x.is_zero is not False or y.is_zero is not False:
+            return False
+        quotients.append(x.divided_by(y))
+    if len(quotients) < 4:
         return False
-    first, *others = [_divided(*pair) for pair in found]
-    return all(_is_zero([p - q for p, q in zip(first, other)]) for other in others)
+    first = quotients[0]
+    return all(Sample(first.low - q.low, first.high - q.high).is_zero for q in quotients)
 
 
 # --- votes ----------------------------------------------------------------------------------------
 
 
-def key(tree: tuple, scaled: bool = False) -> str:
-    """A text that expressions of the same value share; with `scaled` all their multiples do."""
-    found = [_sample(tree, point) for point in _points(tree)]
-    known = [value for value in found if value and not (scaled and _is_zero(value))]
+def key(tree: Tree, scaled: bool = False) -> str:
+    """Returns a text that expressions of the same value share; with `scaled` all multiples do."""
+    samples = [_sample(tree, point) for point in _points(tree)]
+    known = [sample for sample in samples if sample and not (scaled and sample.is_zero)]
     if not known:
         raise NotUnderstood("no value")
-    if scaled:
-        found = [value and _divided(value, known[0]) for value in found]
-    shown, names = [_shown(value) if value else "-" for value in found], sorted(symbols(tree))
+    shown = []
+    for sample in samples:
+        if sample and scaled:
+            sample = sample.divided_by(known[0])
+        shown.append(_shown(sample) if sample else "-")
+    names = sorted(symbols(tree))
     if not names:
         return shown[0]
     return f"{' '.join(names)}: {hashlib.sha256(' '.join(shown).encode()).hexdigest()[:16]}"
 
 
-def _shown(found):
+def _shown(sample: Sample) -> str:
     """A value's digits without what is rounding: a simple fraction where it is one."""
-    mp, zero, (_, value) = _mp(), _is_zero(found), found
+    mp, zero, value = _mp(), sample.is_zero, sample.high
     if zero is None:
         raise NotUnderstood("lost digits")
     digits = []
     for part in (mp.re(value), mp.im(value)):
-        if zero or abs(part) <= abs(value) * _unit():
+        if zero or abs(part) <= abs(value) * _tiny():
             part = mp.mpf(0)
         near = Fraction(mp.nstr(part, STABLE)).limit_denominator(10**6)
-        close = abs(part * near.denominator - near.numerator) <= abs(part) * _unit() * 10**8
-        digits.append(str(near) if close else mp.nstr(part, STABLE - 5))
+        is_near = abs(part * near.denominator - near.numerator) <= abs(part) * _tiny() * 10**8
+        digits.append(str(near) if is_near else mp.nstr(part, STABLE - 5))
     return digits[0] if digits[1] == "0" else f"{digits[0]} + {digits[1]} i"
