@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from eval.study.plan import Study
 from eval.study.report import fenced, write
 from eval.study.results import Outcome, Results, check_claim, cost
 from eval.study.schema import Arm, Claim
@@ -34,6 +35,11 @@ RIGHT = {
     ("grpo", 0): 38,
     ("grpo", 1): 6,
 }  # of 40
+
+
+def report_of(out, outcomes, title="T", seeds=(0,), arms=ARMS, claims=()):
+    """Write the report of a study; returns the text for the terminal."""
+    return write(out, Study(title, list(seeds), 1, arms, list(claims)), outcomes)
 
 
 def jsonl(path, rows):
@@ -177,7 +183,7 @@ def synthetic(out):
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     outcomes = synthetic(out)
-    said = write(out, "A study", SEEDS, ARMS, outcomes, CLAIMS)
+    said = report_of(out, outcomes, "A study", SEEDS, claims=CLAIMS)
     return out, outcomes, said, json.loads((out / "report.json").read_text())
 
 
@@ -351,14 +357,8 @@ def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said,
         }
     if change == "nothing stated":
         (tmp_path / "sft-1" / "ckpt-abc" / "word_problems.json").unlink()
-    text = write(
-        tmp_path,
-        "T",
-        [0, 1],
-        {name: ARMS[name] for name in ("instruct", "sft")},
-        outcomes,
-        CLAIMS[:1],
-    )
+    arms = {name: ARMS[name] for name in ("instruct", "sft")}
+    text = report_of(tmp_path, outcomes, seeds=SEEDS, arms=arms, claims=CLAIMS[:1])
     page = (tmp_path / "report.md").read_text()
     (gain,) = [line for line in page.splitlines() if line.startswith("| sft |")]
     (claim,) = [line for line in page.splitlines() if line.startswith("| SFT harms |")]
@@ -395,7 +395,7 @@ def test_what_was_trained_on_is_said_and_unknown_is_not_none(tmp_path):
             del summary["trained_on"]
             (evals / "summary.json").write_text(json.dumps(summary))
         outcomes[arm, 0] = Outcome(evals=evals)
-    write(tmp_path, "T", [0], {arm: Arm("m", []) for arm in about}, outcomes, [])
+    report_of(tmp_path, outcomes, arms={arm: Arm("m", []) for arm in about})
     report = json.loads((tmp_path / "report.json").read_text())
     unknown = "Whether these arms were trained on questions of word_problems is not known, "
     old = "a checkpoint evaluated before this was kept"
@@ -449,7 +449,7 @@ def test_equal_outcomes_have_equal_reports(study, tmp_path):
     before = {
         name: (out / name).read_bytes() for name in ("report.md", "report.json", "samples.md")
     }
-    write(out, "A study", SEEDS, ARMS, dict(reversed(outcomes.items())), CLAIMS)
+    report_of(out, dict(reversed(outcomes.items())), "A study", SEEDS, claims=CLAIMS)
     assert before == {name: (out / name).read_bytes() for name in before} and not list(
         out.glob("*draft*")
     ) + list(out.glob(".draft*"))
@@ -475,7 +475,8 @@ def test_samples(study):
 
 
 def test_a_study_with_nothing_done(tmp_path):
-    said = write(tmp_path, "Nothing", [0], ARMS, {("sft", 0): Outcome(failure="it\nbroke")}, CLAIMS)
+    outcomes = {("sft", 0): Outcome(failure="it\nbroke")}
+    said = report_of(tmp_path, outcomes, "Nothing", claims=CLAIMS)
     assert "sft, seed 0 FAILED: it broke" in said
     assert (
         "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
@@ -497,14 +498,8 @@ def test_models_as_they_are(tmp_path):
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
     (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
-    write(
-        tmp_path,
-        "Larger models",
-        [0],
-        arms,
-        outcomes,
-        [Claim("a > b", better="a", worse="b", task="olympiad")],
-    )
+    claim = Claim("a > b", better="a", worse="b", task="olympiad")
+    report_of(tmp_path, outcomes, "Larger models", arms=arms, claims=[claim])
     page = (tmp_path / "report.md").read_text()
     assert (
         "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student"
@@ -531,7 +526,7 @@ def test_arms_on_tasks_of_their_own(tmp_path):
         outcomes = {}
         for arm, task in (("a", "gsm8k"), ("b", other)):
             outcomes[arm, 0] = Outcome(evals=evaluation(out / arm, 20, task=task))
-        write(out, name, [0], arms, outcomes, [])
+        report_of(out, outcomes, name, arms=arms)
         assert (
             "## a, seed 0, on gsm8k\n" in (page := (out / "samples.md").read_text())
             and f"## b, seed 0, on {other}\n" in page

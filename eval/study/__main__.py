@@ -65,20 +65,18 @@ def parse(argv):
 def outcome(out: Path, jobs: ArmJobs) -> Outcome:
     """What one arm with one seed has left behind."""
 
-    def output(job: Job | None) -> Path | None:
-        return job.output(out) if job and is_done(out, job) else None
-
-    failure = ""
-    for job in (*jobs.chain, *jobs.traces, jobs.evals):  # the report can do without a divergence
-        if not failure and failure_file(out, job).exists():
-            failure = failure_file(out, job).read_text()
+    needed = [*jobs.chain, *jobs.traces, jobs.evals]
+    every = [*needed, *filter(None, (jobs.start_evals, jobs.kl))]
+    done: dict[Job | None, Path] = {job: job.output(out) for job in every if is_done(out, job)}
+    files = [failure_file(out, job) for job in needed]
+    failures = [file.read_text() for file in files if file.exists()]
     return Outcome(
-        runs=[out / "runs" / job.name for job in jobs.chain if is_done(out, job)],
-        traces=[job.output(out).parent for job in jobs.traces if is_done(out, job)],
-        evals=output(jobs.evals),
-        start_evals=output(jobs.start_evals),
-        kl=output(jobs.kl),
-        failure=failure,
+        runs=[out / "runs" / job.name for job in jobs.chain if job in done],
+        traces=[done[job].parent for job in jobs.traces if job in done],
+        evals=done.get(jobs.evals),
+        start_evals=done.get(jobs.start_evals),
+        kl=done.get(jobs.kl),
+        failure=failures[0] if failures else "",
     )
 
 
@@ -90,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
     def report() -> str:
         outcomes = {key: outcome(out, jobs) for key, jobs in study.arm_jobs.items()}
-        return study_report.write(out, study.title, study.seeds, study.arms, outcomes, study.claims)
+        return study_report.write(out, study, outcomes)
 
     if args.report:
         if not (out / "done").is_dir():
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{out} is in use by {e}; {words}") from None
         except OSError as e:
             raise UserError(f"--out {out} cannot be made ({reason(e)})") from None
-        failed = run_jobs(study, out, free, report)
+        failed = run_jobs(study, out, free)
         say(report())
     if failed:
         fixable = [failure for failure in failed if failure.code == 2]

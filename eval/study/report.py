@@ -8,9 +8,9 @@ import re
 import textwrap
 from pathlib import Path
 
+from eval.study.plan import Study
 from eval.study.plots import draw
 from eval.study.results import Outcomes, Results, collect, samples_of
-from eval.study.schema import Arm, Claim
 from eval.study.tables import claims_table, footnotes, kl_table, listed, main_table
 from eval.summary import aligned, markdown
 from files import replace_file
@@ -18,27 +18,27 @@ from files import replace_file
 SHOWN = 2  # samples of each verdict for an arm in samples.md
 LENGTH = 1200  # characters of a sample at most
 
-NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval is
-over seeds by Student's t, for these problems (of two or three seeds it is wide: 12.7 and 4.3
+NOTES = """Accuracy: % of samples whose marked answer is right, mean over seeds. Its 95 % interval
+is over seeds by Student's t, for these problems (of two or three seeds it is wide: 12.7 and 4.3
 standard errors); of one seed, or where all agree exactly, over problems. Gain: over the starting
 model as it is. Cost: of the whole chain, mean over seeds. Runs and traces that arms share are
-charged to each in full (traces as teacher tokens, FLOPs and seconds); making the starting models and
-evaluating are not charged; nor are seconds that were not recorded (of an interrupted session, or of
-filling a teacher's cache). Device hours: seconds times ranks. "-": not done, or not known. †: the
-arm and its start were asked differently, so that the gain is not of training alone."""
-CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired by
-problem and seed. Over problems: bootstrap of problems, seeds pooled (what if the problems were
+charged to each in full (traces as teacher tokens, FLOPs and seconds); making the starting models
+and evaluating are not charged; nor are seconds that were not recorded (of an interrupted session,
+or of filling a teacher's cache). Device hours: seconds times ranks. "-": not done, or not known.
+†: the arm and its start were asked differently, so that the gain is not of training alone."""
+CLAIM_NOTES = """Ours: accuracy of the arm said to be better less the other's, in points, paired
+by problem and seed. Over problems: bootstrap of problems, seeds pooled (what if the problems were
 others?). Over seeds: Student's t of the seeds' differences (what if the runs were?). The interval
-beside the difference, and beside every gain above, holds both: their half-widths squared and added,
-rather too wide than too narrow; of one seed it knows of problems only. "agrees": it excludes 0, with
-the sign of the paper's difference (of single runs; where the paper has none, with that of the
-claim); "contradicts": with the other sign; "not shown": it holds 0. All intervals are of 95 %, not
-corrected for the number of claims."""
-KL_NOTES = """Nats per token, mean over seeds; start: the model that the chain began from.
-KL(arm, start) on the arm's own text: how far what it writes is from what the start would write.
-KL(start, arm) on the start's text: how unlikely the old behaviour has become, which is forgetting.
-Top-1: % of tokens where both have the same most likely one. Entropy: how undecided each is; an arm
-far below its start has lost variety."""
+beside the difference, and beside every gain above, holds both: their half-widths squared and
+added, rather too wide than too narrow; of one seed it knows of problems only. "agrees": it
+excludes 0, with the sign of the paper's difference (of single runs; where the paper has none,
+with that of the claim); "contradicts": with the other sign; "not shown": it holds 0. All
+intervals are of 95 %, not corrected for the number of claims."""
+KL_NOTES = """Nats per token, mean over seeds; start: the model that the chain began from. KL(arm,
+start) on the arm's own text: how far what it writes is from what the start would write. KL(start,
+arm) on the start's text: how unlikely the old behaviour has become, which is forgetting. Top-1: %
+of tokens where both have the same most likely one. Entropy: how undecided each is; an arm far
+below its start has lost variety."""
 
 
 def fenced(text: str) -> str:
@@ -123,25 +123,18 @@ def summary(report: dict, failed: list[str]) -> list[str]:
     return [*parts, *footnotes(report), *training, *failed]
 
 
-def write(
-    out: Path,
-    title: str,
-    seeds: list[int],
-    arms: dict[str, Arm],
-    outcomes: Outcomes,
-    claims: list[Claim],
-) -> str:
+def write(out: Path, study: Study, outcomes: Outcomes) -> str:
     """Write report.md, report.json, samples.md and the pictures into `out`.
 
-    arms: {name: its table in the study's file}. Returns the text for the terminal.
+    outcomes: what the arms of the study have left behind. Returns the text for the terminal.
     """
-    results = Results(seeds, arms, outcomes)
+    results = Results(study.seeds, study.arms, outcomes)
     for key, failure in results.failures.items():
         # one line, the same wherever the study's folder is
         words = failure.replace(f"{out.resolve()}/", "").replace(f"{out}/", "").split()
         results.failures[key] = " ".join(words)
     failed = [f"{arm}, seed {s} FAILED: {text}" for (arm, s), text in results.failures.items()]
-    report = collect(results, title, claims)
+    report = collect(results, study.title, study.claims)
     draw(results, report, out)
     replace_file(out / "samples.md", samples_page(results))
     # JSON has no NaN, which is the interval of a single problem: null there

@@ -168,45 +168,31 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
 
 
 def cost(outcome: Outcome) -> dict[str, float]:
-    """What the chain of one seed took; nan for what one of its parts did not measure."""
-    total: dict[str, float] = dict.fromkeys(COSTS, 0)
-    parts = [_run_cost(run) for run in outcome.runs]
-    for part in parts + [_traces_cost(folder) for folder in dict.fromkeys(outcome.traces)]:
-        for name in COSTS:
-            total[name] += part[name]
-    return total
+    """What the chain of one seed took, by COSTS; nan for what one of its parts did not measure."""
+    parts = [[0] * len(COSTS), *map(_run_cost, outcome.runs)]
+    parts += map(_traces_cost, dict.fromkeys(outcome.traces))
+    return {name: sum(values) for name, *values in zip(COSTS, *parts, strict=True)}
 
 
 def _run_cost(run):
-    last, seconds = {}, nan
+    """The numbers of COSTS for a run."""
+    last, seconds = {}, []
     for row in read_metrics(run):
         last |= row
-        if "train/seconds" in row:
-            seconds = row["train/seconds"] + (0 if math.isnan(seconds) else seconds)
+        seconds.append(row.get("train/seconds", 0))
+    total = sum(seconds) if "train/seconds" in last else nan
     about = run / "environment.json"
     ranks = read_json(about).get("ranks", nan) if about.exists() else nan
-    return {
-        "student_tokens": last.get("train/tokens", nan),
-        "sampled_tokens": last.get("train/sampled_tokens", nan),
-        "teacher_tokens": last.get("train/teacher_tokens", nan),
-        "flops": last.get("train/flops", nan),
-        "seconds": seconds,
-        "device_hours": seconds * ranks / 3600,
-    }
+    names = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
+    return [*(last.get(f"train/{name}", nan) for name in names), total, total * ranks / 3600]
 
 
 def _traces_cost(folder):
+    """The numbers of COSTS for what a teacher has generated."""
     stated = read_json(folder / "samples.json")
     made, ranks = stated["generated"], stated["about"].get("environment", {}).get("ranks", nan)
-    seconds = made.get("seconds", nan)
-    return {
-        "student_tokens": 0,
-        "sampled_tokens": 0,
-        "teacher_tokens": made.get("tokens", nan),
-        "flops": made.get("flops", nan),
-        "seconds": seconds,
-        "device_hours": seconds * ranks / 3600,
-    }
+    tokens, flops, seconds = (made.get(name, nan) for name in ("tokens", "flops", "seconds"))
+    return [0, 0, tokens, flops, seconds, seconds * ranks / 3600]
 
 
 def divergence(outcome: Outcome) -> dict[str, float]:

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,11 @@ from eval.study.plan import Study
 from files import replace_file
 from run import StopSignal, duration
 
-PROGRESS, REPORT = 30.0, 600.0  # seconds between lines on what is running, and between reports
+PROGRESS = 30.0  # seconds between two lines on what is running
 
 
 class Failure(NamedTuple):
-    """code: the exit code; 2 where the user can fix it. reason: one line."""
+    """How a job has failed. code: its exit code, 2 where the user can fix it. reason: one line."""
 
     code: int
     reason: str
@@ -66,8 +65,8 @@ def failure_file(out: Path, job: Job) -> Path:
 def is_complete(out: Path, job: Job) -> bool:
     """Whether all of a job's output is there."""
     # a run that was told to stop exits with 0 too, but draws no curves
-    stopped = job.kind == "train" and not (out / "runs" / job.name / "curves.png").exists()
-    return not stopped and job.output(out).exists()
+    curves = out / "runs" / job.name / "curves.png"
+    return job.output(out).exists() and (job.kind != "train" or curves.exists())
 
 
 def is_done(out: Path, job: Job) -> bool:
@@ -134,13 +133,11 @@ def stop(processes: list[subprocess.Popen], patience: float) -> None:
             process.kill()
 
 
-def run_jobs(
-    study: Study, out: Path, free: list[dict[str, str]], report: Callable[[], str]
-) -> list[Failure]:
+def run_jobs(study: Study, out: Path, free: list[dict[str, str]]) -> list[Failure]:
     """Run every job that is not done yet; returns the failures, the first of them first.
 
-    What does not need a job that failed is run all the same. free: the places for jobs. report:
-    called every REPORT seconds. Raises RunFailed if the disk refuses.
+    What does not need a job that failed is run all the same. free: the places for jobs. Raises
+    RunFailed if the disk refuses.
     """
     todo = [job for job in study.jobs if not is_done(out, job)]
     for job in todo:
@@ -151,7 +148,7 @@ def run_jobs(
     running: dict[Job, Running] = {}
     failed: dict[Job, Failure] = {}
     ended = 0
-    began = shown = reported = time.monotonic()
+    began = shown = time.monotonic()
 
     def tell(text: str) -> None:
         say(f"[{ended}/{len(todo)} {duration(time.monotonic() - began)}] {text}")
@@ -181,13 +178,9 @@ def run_jobs(
                     failed[job] = Failure(code, f"{job.label}: {last_words(out, job)}")
                     replace_file(failure_file(out, job), failed[job].reason)
                     tell(f"FAILED {failed[job].reason}")
-            now = time.monotonic()
-            if running and now - shown > PROGRESS:
-                shown = now
+            if running and time.monotonic() - shown > PROGRESS:
+                shown = time.monotonic()
                 tell("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
-            if now - reported > REPORT:
-                reported = now
-                report()
     except OSError as e:
         raise RunFailed(f"{e.filename or out}: {e.strerror}; the same command goes on") from None
     finally:
