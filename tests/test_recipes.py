@@ -1,4 +1,7 @@
-"""Recipes, studies and sweeps as shipped: valid, the paper's numbers as the paper has them, and written the way wandb would write their command lines."""
+"""Recipes, studies and sweeps as shipped: valid, with the paper's numbers as the paper has them.
+
+The command lines of sweeps are written as wandb writes them.
+"""
 
 import itertools
 import tomllib
@@ -70,18 +73,21 @@ def study(request):
     }
 
 
-def knobs(study, name):
-    """A run's own knobs and those in common that it reads, as a config."""
+def arguments(given):
+    return [f"--{key}={value}" for key, value in given.items()]
+
+
+def run_config(study, name):
+    """A run's own options and those of [common] that it reads, as a config."""
     common, own = study["common"], study["run"][name]
-    argv = lambda given: [f"--{k}={v}" for k, v in given.items()]
-    read = options.resolved(options.parse(train.Config, argv(common | own), together=False)[0])
-    return options.parse(
-        train.Config, argv({k: v for k, v in (common | own).items() if k in own or k in read})
-    )[0]
+    every, _ = options.parse(train.Config, arguments(common | own), together=False)
+    read = options.resolved(every)
+    given = {k: v for k, v in (common | own).items() if k in own or k in read}
+    return options.parse(train.Config, arguments(given))[0]
 
 
-def test_studies_are_whole(study):
-    """Every knob and option is one, every run passes train.py's check, and every name in the file leads somewhere."""
+def test_studies_are_complete(study):
+    """Every option is one, every run passes train.py's check, and every name leads somewhere."""
     assert set(study) <= {
         "study",
         "eval",
@@ -100,23 +106,16 @@ def test_studies_are_whole(study):
     )
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
-        cfg = knobs(study, name)
+        cfg = run_config(study, name)
         train.check(cfg)
-        assert cfg.data and not cfg.data.startswith("@") or cfg.data[1:] in traces
+        assert (cfg.data and not cfg.data.startswith("@")) or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
     for name, chosen in traces.items():
         chosen = {k: v for k, v in chosen.items() if k != "teacher"}
-        eval.traces.parse(
-            [traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in chosen.items())]
-        )
+        eval.traces.parse([traces[name]["teacher"], "--out=x", *arguments(chosen)])
     for arm in arms.values():
         assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
-        args = eval.__main__.parse(
-            [
-                arm["model"],
-                *(f"--{k}={v}" for k, v in (study["eval"] | arm.get("eval", {})).items()),
-            ]
-        )
+        args = eval.__main__.parse([arm["model"], *arguments(study["eval"] | arm.get("eval", {}))])
         assert arm.get("paper", "collapsed") == "collapsed" or set(arm["paper"]) <= set(args.tasks)
     assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(
         set(map(str, arms.values()))
@@ -152,7 +151,10 @@ PAPER = {
 
 
 def test_the_papers_study_is_the_papers():
-    """Its 18 trained arms, each from the model and by the runs that its name says, its numbers, and every value that it states."""
+    """Its 18 trained arms, its numbers, and every value that it states.
+
+    Each arm begins from the model, and has the runs, that its name says.
+    """
     study = tomllib.loads((ROOT / "recipes" / "study" / "paper.toml").read_text())
     tasks = ("olympiadbench", "math500", "minerva_math", "amc23", "gsm8k")
     assert {name: arm["paper"] for name, arm in study["arm"].items() if "paper" in arm} == {
@@ -170,7 +172,7 @@ def test_the_papers_study_is_the_papers():
         assert not arm["chain"] or "_".join([start, *arm["chain"]]) == name
     assert set(study["eval"]["tasks"].split(",")) == set(tasks)
     assert [study["eval"][k] for k in ("temperature", "top_p", "max_tokens")] == [0.6, 0.95, 32768]
-    runs = {name: knobs(study, name) for name in study["run"]}
+    runs = {name: run_config(study, name) for name in study["run"]}
     for name, cfg in runs.items():
         assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
         assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data

@@ -39,7 +39,9 @@ RIGHT = {
 
 def report_of(out, outcomes, title="T", seeds=(0,), arms=ARMS, claims=()):
     """Write the report of a study; returns the text for the terminal."""
-    return write(out, Study(title, list(seeds), 1, arms, list(claims)), outcomes)
+    return write(
+        out, Study(title, list(seeds), 1, arms, list(claims), arm_jobs={}, jobs=[]), outcomes
+    )
 
 
 def jsonl(path, rows):
@@ -288,10 +290,8 @@ def test_the_page(study):
         for line in page.split("## What")[0].splitlines()
         if line.startswith("|")
     }
-    assert (
-        "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k | student tokens |"
-        in page
-    )
+    first = "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k |"
+    assert f"{first} student tokens |" in page
     assert (
         "instruct → kd → grpo" in lines["kd_grpo"]
         and "| 1 of 2 | 75.0 [65.0, 85.0] |" in lines["kd_grpo"]
@@ -344,7 +344,7 @@ APART = [
     [*((change, None) for change in ALIKE), *APART, ("nothing stated", "conditions not known")],
 )
 def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said, tmp_path):
-    """A gain over the start and a claim, of two seeds of which the second alone was asked otherwise."""
+    """A gain over the start and a claim, of two seeds; only the second was asked differently."""
     start = evaluation(tmp_path / "start", 20)
     outcomes = {}
     for seed in (0, 1):

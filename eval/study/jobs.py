@@ -117,8 +117,6 @@ def fingerprint(value: str) -> str:
     path, function = value, ""
     if ".py:" in value:
         path, _, function = value.rpartition(":")
-    if len(path) >= 1000:  # too long for a path, which the system would refuse to look at
-        return value
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() + function
     return weights_digest(path) if any(Path(path).glob("*.safetensors")) else value

@@ -56,8 +56,8 @@ class Study:
     gpus: int
     arms: dict[str, Arm]
     claims: list[Claim]
-    arm_jobs: dict[tuple[str, int], ArmJobs] = dataclasses.field(default_factory=dict)
-    jobs: list[Job] = dataclasses.field(default_factory=list)
+    arm_jobs: dict[tuple[str, int], ArmJobs]
+    jobs: list[Job]
 
     def check_test_sets(self) -> None:
         """Refuse a study whose evaluations would find no test set, before anything is trained."""

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 
@@ -34,8 +34,8 @@ class Outcome:
     of the model that the chain begins from. kl: the divergence from that model.
     """
 
-    runs: list[Path] = dataclasses.field(default_factory=list)
-    traces: list[Path] = dataclasses.field(default_factory=list)
+    runs: Sequence[Path] = ()
+    traces: Sequence[Path] = ()
     evals: Path | None = None
     start_evals: Path | None = None
     kl: Path | None = None
@@ -68,9 +68,6 @@ class Results:
         for arm in arms.values():
             columns |= arm.paper if isinstance(arm.paper, dict) else {}
         self.tasks, self.columns = list(tasks), list(columns)
-        # read once for all the pairs that an evaluation is a part of
-        self.counts = functools.cache(_counts)
-        self.conditions = functools.cache(_conditions)
 
     def done(self, arm: str, task: str | None = None) -> list[int]:
         """The seeds for which an arm is evaluated, on this task if one is named."""
@@ -81,11 +78,11 @@ class Results:
         """Its figure, the accuracy for each seed, and what the interval is over."""
         figures = [self.accuracies[arm, seed][task] for seed in self.done(arm, task)]
         each = [figure[0] for figure in figures]
+        figure = figures[0] if figures else None
         mean, reach = over_seeds(each)
         if reach:
             figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)]
-            return {"figure": figure, "each": each, "over": "seeds"}
-        return {"figure": figures[0] if figures else None, "each": each, "over": "problems"}
+        return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
 
     def evaluations(self, arm: str, task: str | None) -> dict[int, Path]:
         """{seed: the evaluation of an arm}."""
@@ -103,7 +100,7 @@ class Results:
         Compared are the problems that all of them have.
         """
         pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-        counted = [[self.counts(evals, task) for evals in pair] for pair in pairs]
+        counted = [[_counts(evals, task) for evals in pair] for pair in pairs]
         every = [set(found) for pair in counted for found in pair]
         problems = sorted(set.intersection(*every)) if every else []
         if not problems:
@@ -122,7 +119,7 @@ class Results:
         below, above = math.hypot(mean - low, reach), math.hypot(high - mean, reach)
         asked = {}
         for first, second in pairs:
-            conditions = self.conditions(first, task), self.conditions(second, task)
+            conditions = _conditions(first, task), _conditions(second, task)
             asked = asked_differently(*conditions) | asked
         return {
             "figure": [mean, max(-1.0, mean - below), min(1.0, mean + above)],
@@ -135,8 +132,8 @@ class Results:
 
     def mean(self, arm: str, measure: Callable[[Outcome], dict[str, float]]) -> dict[str, float]:
         """{name: mean over the seeds that are done}; nan where one of them does not know it."""
-        found = [measure(self.outcomes[arm, seed]) for seed in self.done(arm)]
-        found = [values for values in found if values]
+        measured = [measure(self.outcomes[arm, seed]) for seed in self.done(arm)]
+        found = list(filter(None, measured))
         names = found[0] if found else ()
         return {name: statistics.mean(v.get(name, nan) for v in found) for name in names}
 
@@ -147,10 +144,12 @@ def samples_of(evals: Path, task: str) -> Samples:
     return Samples(evals / checkpoint, task)
 
 
+@functools.cache
 def _counts(evals, task):
     return counts(samples_of(evals, task).read())
 
 
+@functools.cache
 def _conditions(evals, task):
     about = samples_of(evals, task).about
     return read_json(about) if about.exists() else None

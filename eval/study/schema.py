@@ -123,13 +123,10 @@ class StudyFile:
         for name, run in self.runs.items():
             own = self.common | run
             new = own | short["run_options"]
-            if own.get("data", "").startswith("@"):
-                new["data"] = own["data"]
-            if ".py:" in str(own.get("grpo_reward")):
-                new["grpo_reward"] = own["grpo_reward"]
-            for key in ("teacher", "reference"):
-                if own.get(key):
-                    new[key] = _rehearsed(own[key])
+            for key, value in own.items():
+                # models and traces of the study, and functions of the user's own, are tried out
+                if str(value).startswith("@") or ".py:" in str(value):
+                    new[key] = value
             read = readable(new)
             self.runs[name] = {key: value for key, value in new.items() if key in read}
         for model in self.models.values():
