@@ -11,17 +11,12 @@ from typing import Any
 
 import eval.__main__
 import eval.traces
-import options
-from config import Config, check
 from data.tasks import TASKS
 from errors import UserError
 from eval.benchmarks import find
 from eval.study.jobs import REFERRING, Job, flags
-from eval.study.schema import Arm, Claim, StudyFile, read_file, readable
+from eval.study.schema import Arm, Claim, StudyFile, read_file
 from model.transformer import PRESETS
-
-# options of a run that the study itself sets
-OWN = ("seed", "name", "runs", "resume", "model", "config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,22 +158,12 @@ class _Planner:
         return made
 
     def run_options(self, name: str) -> dict:
-        """A run's own options, and those of [common] that it reads."""
-        own, common = self.file.runs[name], self.file.common
-        try:
-            for key in own | common:
-                if key in OWN:
-                    raise UserError(f"{key} is given by the study itself")
-            read = readable(common | own)
-            given = {key: value for key, value in common.items() if key in read} | own
-            cfg, _ = options.parse(Config, flags(given))
-            check(cfg)
-        except UserError as e:
-            raise UserError(f"[run.{name}]: {e}") from None
+        """The options of a run, with jobs for what "@NAME" stands for."""
+        given = self.file.run_options(name)
         for key in REFERRING:
             if key in given:
                 given[key] = self.resolve(str(given[key]), key)
-        return {"mode": cfg.mode} | given
+        return given
 
     def resolve(self, value: str, key: str = "model") -> Job | str:
         """What a value stands for: "@NAME" for a job, or for the path or hub id of [model.NAME]."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from config import Config
+from config import Config, check
 from errors import UserError
 from eval.study.jobs import flags
 from files import read_text, reason
@@ -17,6 +17,8 @@ from model.transformer import PRESETS
 
 TABLES = dict.fromkeys(("study", "eval", "common", "model", "traces", "run", "arm"), dict)
 TABLES |= {"claim": list}
+# options of a run that the study itself sets
+OWN = ("seed", "name", "runs", "resume", "model", "config")
 REHEARSAL = Path(__file__).with_name("rehearsal.toml")
 
 
@@ -72,7 +74,11 @@ class StudyFile:
                 raise UserError(f"unknown table [{name}]; there are {', '.join(TABLES)}")
         for name, kind in TABLES.items():
             if not isinstance(tables.setdefault(name, kind()), kind):
-                raise UserError(f"[{name}] is one table, except for [[claim]]s, which are a list")
+                form = "[[claim]]s are a list" if kind is list else f"[{name}] is one table"
+                raise UserError(f"{name}: {form}")
+        for kind in ("run", "traces"):
+            for name, given in tables[kind].items():
+                _need_table(f"[{kind}.{name}]", given)
         self.eval, self.common = tables["eval"], tables["common"]
         self.runs: dict[str, dict] = tables["run"]
         self.traces: dict[str, dict] = tables["traces"]
@@ -96,6 +102,21 @@ class StudyFile:
     def evaluation(self, arm: Arm) -> dict:
         """The options of an arm's evaluations."""
         return self.eval | (arm.eval or {})
+
+    def run_options(self, name: str) -> dict:
+        """A run's own options and those of [common] that it reads, checked as train.py does."""
+        own, common = self.runs[name], self.common
+        try:
+            for key in own | common:
+                if key in OWN:
+                    raise UserError(f"{key} is given by the study itself")
+            read = _readable(common | own)
+            given = {key: value for key, value in common.items() if key in read} | own
+            cfg, _ = options.parse(Config, flags(given))
+            check(cfg)
+        except UserError as e:
+            raise UserError(f"[run.{name}]: {e}") from None
+        return {"mode": cfg.mode} | given
 
     def check_names(self, chosen: list) -> None:
         """Refuse arms that are not in the file, and claims on a task that nobody reports."""
@@ -127,7 +148,7 @@ class StudyFile:
                 # models and traces of the study, and functions of the user's own, are tried out
                 if str(value).startswith("@") or ".py:" in str(value):
                     new[key] = value
-            read = readable(new)
+            read = _readable(new)
             self.runs[name] = {key: value for key, value in new.items() if key in read}
         for model in self.models.values():
             if model.model not in PRESETS:
@@ -152,7 +173,7 @@ def read_file(path: Path, seeds: list) -> StudyFile:
     return StudyFile(tables)
 
 
-def readable(given: dict) -> dict:
+def _readable(given: dict) -> dict:
     """Every option that a run with these options reads. Raises UserError for unknown ones."""
     return options.resolved(options.parse(Config, flags(given), together=False)[0])
 
@@ -161,14 +182,18 @@ def _rehearsed(model: str) -> str:
     return model if model.startswith("@") else "@rehearsed"
 
 
+def _need_table(heading: str, given: Any) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"{heading}: a table")
+
+
 def _tables(cls: type, kind: str, tables: dict) -> dict[str, Any]:
     return {name: _table(cls, f"[{kind}.{name}]", given) for name, given in tables[kind].items()}
 
 
 def _table(cls: type, heading: str, given: Any) -> Any:
     """A table as a dataclass. Raises UserError for unknown or missing keys and other types."""
-    if not isinstance(given, dict):
-        raise UserError(f"{heading}: a table")
+    _need_table(heading, given)
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
     for key, value in given.items():
         if key not in types:
