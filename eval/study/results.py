@@ -2,7 +2,7 @@
 
 A figure is [mean, low, high] with the bounds of a 95 % interval. Accuracies are those of
 `python -m eval`, costs those of the runs' metrics.jsonl; nan: not known. Times are in `seconds` and
-`device_hours` alone. Legend: S seeds, A the two sides of a comparison, P problems.
+`device_hours` alone. Legend: S seeds, P problems.
 """
 
 import dataclasses
@@ -99,27 +99,23 @@ class Results:
 
         Compared are the problems that all of them have.
         """
-        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-        counted = [[_counts(evals, task) for evals in pair] for pair in pairs]
-        every = [set(found) for pair in counted for found in pair]
-        problems = sorted(set.intersection(*every)) if every else []
+        seeds = [seed for seed in ours if seed in theirs]
+        ours_S = [_counts(ours[seed], task) for seed in seeds]
+        theirs_S = [_counts(theirs[seed], task) for seed in seeds]
+        problems = set.intersection(*map(set, ours_S + theirs_S)) if seeds else set()
         if not problems:
             nothing = dict.fromkeys(("figure", "over_problems", "over_seeds"))
             return nothing | {"each": [], "asked_differently": {}}
-        # of each problem: samples, right samples
-        counts_SAP2 = np.array(
-            [[[found[p] for p in problems] for found in pair] for pair in counted]
-        )
-        ours_P2, theirs_P2 = counts_SAP2.sum(0).tolist()
-        pooled = paired(theirs_P2, ours_P2)
-        accuracy_SAP = counts_SAP2[..., 1] / counts_SAP2[..., 0]
-        each = (accuracy_SAP[:, 0] - accuracy_SAP[:, 1]).mean(1).tolist()
+        ours_SP2, theirs_SP2 = _array(ours_S, problems), _array(theirs_S, problems)
+        pooled = paired(theirs_SP2.sum(0).tolist(), ours_SP2.sum(0).tolist())
+        accuracy_SP = ours_SP2[..., 1] / ours_SP2[..., 0]
+        each = (accuracy_SP - theirs_SP2[..., 1] / theirs_SP2[..., 0]).mean(1).tolist()
         mean, low, high = pooled["difference"], pooled["low"], pooled["high"]
         _, reach = over_seeds(each)
         below, above = math.hypot(mean - low, reach), math.hypot(high - mean, reach)
         asked = {}
-        for first, second in pairs:
-            conditions = _conditions(first, task), _conditions(second, task)
+        for seed in seeds:
+            conditions = _conditions(ours[seed], task), _conditions(theirs[seed], task)
             asked = asked_differently(*conditions) | asked
         return {
             "figure": [mean, max(-1.0, mean - below), min(1.0, mean + above)],
@@ -147,6 +143,11 @@ def samples_of(evals: Path, task: str) -> Samples:
 @functools.cache
 def _counts(evals, task):
     return counts(samples_of(evals, task).read())
+
+
+def _array(counts_S, problems):
+    """Samples and right samples of each problem, for each seed."""
+    return np.array([[found[p] for p in sorted(problems)] for found in counts_S])
 
 
 @functools.cache
