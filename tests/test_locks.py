@@ -326,7 +326,7 @@ def test_a_study_has_one_process_without_flock_too(tmp_path, monkeypatch, capsys
 
     def meanwhile(*_):
         codes.append(study.main(argv))
-        return {}
+        return []
 
     monkeypatch.setattr(study, "run_jobs", meanwhile)
     monkeypatch.setattr(study.study_report, "write", lambda *_: "the report")

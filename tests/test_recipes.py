@@ -1,4 +1,7 @@
-"""Recipes, studies and sweeps as shipped are valid, and the paper's study has its numbers."""
+"""Recipes, studies and sweeps as shipped: valid, with the paper's numbers as the paper has them.
+
+The command lines of sweeps are written as wandb writes them.
+"""
 
 import itertools
 import tomllib
@@ -71,21 +74,21 @@ def study(request):
     }
 
 
-def flags(given):
-    return [f"--{name}={value}" for name, value in given.items()]
+def arguments(given):
+    return [f"--{key}={value}" for key, value in given.items()]
 
 
-def config_of(study, name):
-    """The config of a run: its own options, and those of [common] that it reads."""
-    own, given = study["run"][name], study["common"] | study["run"][name]
-    read = options.resolved(options.parse(train.Config, flags(given), conditions=False))
-    return options.parse(
-        train.Config, flags({k: v for k, v in given.items() if k in own or k in read})
-    )
+def run_config(study, name):
+    """A run's own options and those of [common] that it reads, as a config."""
+    common, own = study["common"], study["run"][name]
+    every = options.parse(train.Config, arguments(common | own), conditions=False)
+    read = options.resolved(every)
+    given = {k: v for k, v in (common | own).items() if k in own or k in read}
+    return options.parse(train.Config, arguments(given))
 
 
-def test_studies_are_whole(study):
-    """Every option is one, every run is valid, and every name in the file leads somewhere."""
+def test_studies_are_complete(study):
+    """Every option is one, every run passes train.py's check, and every name leads somewhere."""
     assert set(study) <= {
         "study",
         "eval",
@@ -104,24 +107,16 @@ def test_studies_are_whole(study):
     )
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
-        cfg = config_of(study, name)
+        cfg = run_config(study, name)
         train.validate(cfg)
-        assert cfg.data
-        assert not cfg.data.startswith("@") or cfg.data[1:] in traces
+        assert (cfg.data and not cfg.data.startswith("@")) or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
     for name, chosen in traces.items():
         chosen = {k: v for k, v in chosen.items() if k != "teacher"}
-        eval.traces.parse(
-            [traces[name]["teacher"], "--out=x", *(f"--{k}={v}" for k, v in chosen.items())]
-        )
+        eval.traces.parse([traces[name]["teacher"], "--out=x", *arguments(chosen)])
     for arm in arms.values():
         assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
-        args = eval.__main__.parse(
-            [
-                arm["model"],
-                *(f"--{k}={v}" for k, v in (study["eval"] | arm.get("eval", {})).items()),
-            ]
-        )
+        args = eval.__main__.parse([arm["model"], *arguments(study["eval"] | arm.get("eval", {}))])
         assert arm.get("paper", "collapsed") == "collapsed" or set(arm["paper"]) <= set(args.tasks)
     assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(
         set(map(str, arms.values()))
@@ -157,7 +152,10 @@ PAPER = {
 
 
 def test_the_papers_study_is_the_papers():
-    """Its 18 trained arms, each with the model and the runs of its name, and its numbers."""
+    """Its 18 trained arms, its numbers, and every value that it states.
+
+    Each arm begins from the model, and has the runs, that its name says.
+    """
     study = tomllib.loads((ROOT / "recipes" / "study" / "paper.toml").read_text())
     tasks = ("olympiadbench", "math500", "minerva_math", "amc23", "gsm8k")
     assert {name: arm["paper"] for name, arm in study["arm"].items() if "paper" in arm} == {
@@ -175,7 +173,7 @@ def test_the_papers_study_is_the_papers():
         assert not arm["chain"] or "_".join([start, *arm["chain"]]) == name
     assert set(study["eval"]["tasks"].split(",")) == set(tasks)
     assert [study["eval"][k] for k in ("temperature", "top_p", "max_tokens")] == [0.6, 0.95, 32768]
-    runs = {name: config_of(study, name) for name in study["run"]}
+    runs = {name: run_config(study, name) for name in study["run"]}
     for name, cfg in runs.items():
         assert (cfg.mode, cfg.lora_rank > 0) == ("grpo" if name == "rl" else "sft", "lora" in name)
         assert ("gsm8k_distilled" if "kd" in name else "openai/gsm8k/") in cfg.data

@@ -18,6 +18,7 @@ import eval.study.__main__ as study
 import eval.traces
 import toy_models
 import train
+from eval.study import scheduler
 from model import parallel
 from run import STOP_SIGNALS, RunFolder, handled
 from tests.test_train import SMALL, command, timeless
@@ -152,13 +153,13 @@ def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypa
         name, kind = "job", "train"
 
         def command(self, out):
-            names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-            return ["-c", f"import os; print([n for n in os.environ if n in {names}])"]
+            return ["-c", "from model import parallel; print(parallel.place())"]
 
-    running = study.Running(Stub(), tmp_path, {"OMP_NUM_THREADS": "1"}, 1)
+    running = scheduler.Running(Stub(), tmp_path, {"OMP_NUM_THREADS": "1"}, 1)
     while running.poll() is None:
         time.sleep(0.05)
-    assert study.last_words(tmp_path, Stub()) == "[]"
+    place = parallel.Place(rank=0, world=1, local_rank=0, local_world=1, note="")
+    assert scheduler.last_words(tmp_path, Stub()) == str(place)
 
 
 # --- nobody reads any more -----------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""The study runner: a file as jobs, each made once; what is done skipped, what was cut resumed, what failed named; rehearsals of every file."""
+"""The study runner: a file as jobs that are made once, and running them.
+
+What is done is skipped, what was interrupted goes on, what failed is named; every file of the
+project is rehearsed.
+"""
 
 import contextlib
 import itertools
@@ -19,6 +23,7 @@ import eval.study.__main__ as study
 import eval.traces
 import train
 from errors import UserError
+from eval.study import jobs, scheduler
 from eval.study import plan as study_plan
 from tests.conftest import ROOT
 
@@ -82,39 +87,33 @@ worse = "kd"
 """
 
 
+MODULES = {"eval": eval.__main__, "eval.traces": eval.traces, "eval.divergence": eval.divergence}
+
+
 class Here:
     """A job's process, in this one: a test need not wait for imports."""
 
     broken = ()  # labels of the jobs that fail
 
     def __init__(self, job, out, place, gpus):
-        first, *rest = map(str, job.command(out))
-        main = (
-            train.main
-            if first.endswith("train.py")
-            else {
-                "eval": eval.__main__,
-                "eval.traces": eval.traces,
-                "eval.divergence": eval.divergence,
-            }[rest[0]].main
-        )
-        self.place, self.since, self.code = place, 0.0, 1
+        first, *arguments = job.command(out)
+        main = train.main
+        if first == "-m":
+            main = MODULES[arguments.pop(0)].main
+        self.place, self.began, self.code, self.processes = place, 0.0, 1, []
         made.append(job)
         with (
-            open(study.log_of(out, job), "a") as log,
+            open(scheduler.log_of(out, job), "a") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
             if job.label in self.broken:
                 print("nothing but trouble")
             else:
-                self.code = main(rest if main is train.main else rest[1:])
+                self.code = main(arguments)
 
     def poll(self):
         return self.code
-
-    def stop(self, patience):
-        """It is over already."""
 
 
 made = []
@@ -123,8 +122,8 @@ made = []
 @pytest.fixture
 def here(monkeypatch):
     made.clear()
-    monkeypatch.setattr(study, "Running", Here)
-    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(scheduler, "Running", Here)
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Here, "broken", ())
     return made
 
@@ -138,72 +137,75 @@ def kinds(jobs):
     return sorted(job.kind for job in jobs)
 
 
-# --- a file as jobs --------------------------------------------------------------------------------------------------
+# --- a file as jobs ----------------------------------------------------------------------------
 
 
 def test_jobs_are_made_once_each_behind_what_it_needs(tmp_path):
     plan = study_plan.read(write(tmp_path), seeds="0,1")
-    jobs = plan.jobs
-    assert (
-        kinds(jobs) == ["eval"] * 8 + ["kl"] * 6 + ["train"] * 7
-    )  # the starting model serves both seeds; each asks it with random numbers of its own
-    assert [dict(plan.made["start", s].evals.options)["seed"] for s in (0, 1)] == [
-        0,
-        1,
-    ] and plan.made["kd", 1].before == plan.made["start", 1].evals
-    assert len({job.name for job in jobs}) == len(jobs)
-    for i, job in enumerate(jobs):
-        assert all(need in jobs[:i] for need in job.needs)
-    seeds = [dict(job.options)["seed"] for job in jobs if job.kind == "train"]
+    # the starting model serves both seeds; each asks it with random numbers of its own
+    assert kinds(plan.jobs) == ["eval"] * 8 + ["kl"] * 6 + ["train"] * 7
+    assert [plan.arm_jobs["start", s].evals.options["seed"] for s in (0, 1)] == [0, 1]
+    assert plan.arm_jobs["kd", 1].start_evals == plan.arm_jobs["start", 1].evals
+    assert len({job.name for job in plan.jobs}) == len(plan.jobs)
+    for i, job in enumerate(plan.jobs):
+        assert all(need in plan.jobs[:i] for need in job.needs)
+    seeds = [job.options["seed"] for job in plan.jobs if job.kind == "train"]
     assert seeds == sorted(seeds)
-    rl = plan.made["sft_rl", 1].chain
-    assert [dict(job.options)["mode"] for job in rl] == ["sft", "grpo"] and dict(rl[1].options)[
-        "model"
-    ] is rl[0]
-    assert rl[0] == plan.made["sft", 1].chain[0] and rl[0].name.startswith("sft-s1-")
-    assert (
-        "kd_temperature" not in dict(rl[0].options)
-        and dict(plan.made["kd", 0].chain[0].options)["kd_temperature"] == 1.0
-    )  # read by kd alone
+    sft, rl = plan.arm_jobs["sft_rl", 1].chain
+    assert [sft.options["mode"], rl.options["mode"]] == ["sft", "grpo"]
+    assert rl.options["model"] is sft
+    assert sft is plan.arm_jobs["sft", 1].chain[0] and sft.name.startswith("sft-s1-")
+    (kd,) = plan.arm_jobs["kd", 0].chain
+    assert "kd_temperature" not in sft.options and kd.options["kd_temperature"] == 1.0
 
 
-def test_a_name_says_what_a_run_is_made_of(tmp_path):
-    name = lambda text: study_plan.read(write(tmp_path, text)).made["sft_rl", 0].chain[1].name
-    first = name(FILE)
-    assert first == name(FILE.replace("[study]", "[study]\n# a comment"))
-    for old, new in (
+def name_of_rl(tmp_path, text):
+    jobs.fingerprint.cache_clear()
+    return study_plan.read(write(tmp_path, text)).arm_jobs["sft_rl", 0].chain[1].name
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
         ("lr = 1e-3", "lr = 2e-3"),
         ("sample_tokens = 4", "sample_tokens = 5"),
         ('chain = ["sft"]', 'chain = ["again"]'),
         ("batch_size = 4", "batch_size = 8"),
-    ):
-        assert (
-            old in FILE and name(FILE.replace(old, new)) != first
-        )  # its own knobs, those of the run before, of the starting model, common ones
-    assert first == name(
-        FILE.replace("limit = 8", "limit = 4")
-    )  # how it is evaluated is not part of it
-    data = tmp_path / "data.jsonl"
-    text = FILE.replace(
-        'data = "word_problems:8"\nsteps = 2\nlr', f'data = "{data}"\nsteps = 2\nlr'
-    )
-    names = [
-        data.write_text(content) and (study_plan.contents.cache_clear() or name(text))
-        for content in ("one", "two", "one")
-    ]
-    assert names[0] == names[2] != names[1]  # a file is what it holds
+    ],
+    ids=["the run before", "its own options", "the starting model", "common options"],
+)
+def test_a_name_changes_with_what_a_run_is_made_of(old, new, tmp_path):
+    assert old in FILE
+    assert name_of_rl(tmp_path, FILE.replace(old, new)) != name_of_rl(tmp_path, FILE)
+
+
+def test_a_name_does_not_change_with_anything_else(tmp_path):
+    name = name_of_rl(tmp_path, FILE)
+    assert name == name_of_rl(tmp_path, FILE.replace("[study]", "[study]\n# a comment"))
+    assert name == name_of_rl(tmp_path, FILE.replace("limit = 8", "limit = 4"))  # evaluations
+
+
+def test_a_name_depends_on_what_a_file_holds(tmp_path):
+    data, names = tmp_path / "data.jsonl", []
+    for content in ("one", "two", "one"):
+        data.write_text(content)
+        names.append(name_of_rl(tmp_path, with_data(str(data))))
+    assert names[0] == names[2] != names[1]
+
+
+def with_data(data, text=FILE):
+    """The file with other data for [run.again]."""
+    before, table, after = text.partition('[run.again]\nmode = "sft"\ndata = ')
+    assert after.startswith('"word_problems:8"')
+    return before + table + after.replace("word_problems:8", data, 1)
 
 
 def test_traces_are_named_where_they_are_trained_on(tmp_path):
-    plan = study_plan.read(
-        write(
-            tmp_path,
-            FILE.replace('data = "word_problems:8"\nsteps = 2\nlr', 'data = "@own"\nsteps = 2\nlr'),
-        )
-    )
-    (traces,) = plan.made["sft", 0].traces
-    assert traces.kind == "traces" and traces.needs == [plan.made["start", 0].evals.needs[0]]
-    assert traces.product(tmp_path) == tmp_path / "traces" / traces.name / "traces.jsonl"
+    plan = study_plan.read(write(tmp_path, with_data("@own")))
+    (traces,) = plan.arm_jobs["sft", 0].traces
+    assert traces.kind == "traces"
+    assert traces.needs == [plan.arm_jobs["start", 0].evals.options["checkpoint"]]
+    assert traces.output(tmp_path) == tmp_path / "traces" / traces.name / "traces.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -231,13 +233,16 @@ def test_traces_are_named_where_they_are_trained_on(tmp_path):
         ("seeds = [0]", "seeds = ", "TOML"),
         ("seeds = [0]", "seeds = []", "[study] seeds"),
         ("[eval]", "[[eval]]", "[eval] is one table"),
+        ("[model.start]", "[run]\nodd = 3\n[model.start]", "[run.odd]: a table"),
+        ("[model.start]", "[traces]\nodd = 3\n[model.start]", "[traces.odd]: a table"),
+        ('teacher = "@start"\ndata', "data", "[traces.own]: it needs teacher"),
         ("[[claim]]", "[claim]", "[[claim]]s"),
         ("seeds = [0]", 'seeds = "x"', "[study] seeds"),
         ("chain = []", "chian = []", "chian"),
-        ("seeds = [0]", "", "[study] seeds"),
+        ("seeds = [0]", "", "[study]: it needs seeds"),
         ("seeds = [0]", 'seeds = [0]\ngpus = "2"', "[study] gpus"),
         ("seeds = [0]", "seeds = [0]\ngpus = 0", "[study] gpus"),
-        ('data = "word_problems:4"', 'data = ["a", "b"]', "[traces.own] data: a text"),
+        ('data = "word_problems:4"', 'data = ["a", "b"]', "[traces.own]: data: one value"),
         ('model = "@start"\nchain = []', "model = 3\nchain = []", "[arm.start] model"),
         ("chain = []", 'chain = []\npaper = { gsm8k = "31.4" }', "[arm.start] paper"),
         ("chain = []", 'chain = []\npaper = "colapsed"', '"collapsed"'),
@@ -296,7 +301,7 @@ def test_the_studies_of_the_readme_are_there():
     assert len(lines) >= 3
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------
 
 
 def numbers(out):
@@ -323,7 +328,7 @@ def test_a_study_goes_on(tmp_path, here, capsys):
         and len(here) == 11
         and numbers(out) == before
     )
-    run = study_plan.read(file).made["sft", 0].chain[0]
+    run = study_plan.read(file).arm_jobs["sft", 0].chain[0]
     (out / "done" / run.name).unlink()  # killed behind its last checkpoint
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 12 and numbers(out) == before
     assert "--resume" in here[-1].command(out)
@@ -354,7 +359,7 @@ def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, c
     assert "trouble" not in (out / "report.md").read_text()
 
 
-def test_what_the_user_can_mend_is_said_when_the_rest_is_made(tmp_path, here, capsys):
+def test_what_the_user_can_fix_is_said_when_the_rest_is_made(tmp_path, here, capsys):
     text = FILE.replace(
         'mode = "kd"\ndata = "word_problems:8"', 'mode = "kd"\ndata = "nowhere.jsonl"'
     )
@@ -371,19 +376,19 @@ def test_what_the_user_can_mend_is_said_when_the_rest_is_made(tmp_path, here, ca
 
 def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, here):
     plan = study_plan.read(write(tmp_path))
-    job, out = plan.made["sft", 0].chain[0], tmp_path / "out"
+    job, out = plan.arm_jobs["sft", 0].chain[0], tmp_path / "out"
     (out / "runs" / job.name / "checkpoints" / "step-1").mkdir(parents=True)
     (out / "done").mkdir()
     (out / "done" / job.name).touch()
-    assert not study.done(out, job)
+    assert not scheduler.is_done(out, job)
     (out / "runs" / job.name / "curves.png").touch()
-    assert study.done(out, job)
+    assert scheduler.is_done(out, job)
 
 
 def test_a_moved_study_goes_on(tmp_path, here):
     file, out, moved = write(tmp_path), tmp_path / "out", tmp_path / "moved"
     assert study.main([file, f"--out={out}", "--arms=kd"]) == 0
-    before, job = numbers(out), study_plan.read(file).made["kd", 0].chain[0]
+    before, job = numbers(out), study_plan.read(file).arm_jobs["kd", 0].chain[0]
     out.rename(moved)
     (moved / "done" / job.name).unlink()
     assert study.main([file, f"--out={moved}", "--arms=kd"]) == 0 and numbers(moved) == before
@@ -393,10 +398,8 @@ def test_a_moved_study_goes_on(tmp_path, here):
 
 
 def test_a_model_and_its_traces_may_have_one_name(tmp_path):
-    text = FILE.replace("[traces.own]", "[traces.start]").replace(
-        'data = "word_problems:8"\nsteps = 2\nlr', 'data = "@start"\nsteps = 2\nlr'
-    )
-    (traces,) = study_plan.read(write(tmp_path, text)).made["sft", 0].traces
+    text = with_data("@start", FILE.replace("[traces.own]", "[traces.start]"))
+    (traces,) = study_plan.read(write(tmp_path, text)).arm_jobs["sft", 0].traces
     assert traces.kind == "traces" and traces.needs[0].kind == "train"
 
 
@@ -405,41 +408,49 @@ def test_equal_numbers_are_equal_jobs(tmp_path, here):
         "[arm.sft]\n", "[arm.sft]\neval = { temperature = 1 }\n"
     )
     plan = study_plan.read(write(tmp_path, text))
-    assert plan.made["start", 0].evals == plan.made["sft", 0].before != plan.made["kd", 0].before
+    assert plan.arm_jobs["start", 0].evals == plan.arm_jobs["sft", 0].start_evals
+    assert plan.arm_jobs["start", 0].evals != plan.arm_jobs["kd", 0].start_evals
     assert len({job.name for job in plan.jobs}) == len(plan.jobs)
 
 
-def test_the_ranks_of_a_job_end_together(tmp_path):
-    """Two processes that find each other; where one fails, the other is stopped, and its code is the job's."""
-    (tmp_path / "logs").mkdir()
+class Program:
+    """A job that runs a line of Python."""
 
-    class Stub:
-        name, kind, program = "job", "train", ""
-        command = lambda self, out: ["-c", self.program]
+    name, kind, label = "job", "train", "a job"
 
-    def ended(program):
-        job = Stub()
-        job.program = program
-        running = study.Running(job, tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
-        for _ in range(600):
-            if (code := running.poll()) is not None:
-                return code
-            time.sleep(0.1)
+    def __init__(self, text):
+        self.text = text
 
-    assert (
-        ended(
-            "import os, time; print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT']) if os.environ['RANK'] == '0' else time.sleep(0.5)"
-        )
-        == 0
+    def command(self, out):
+        return ["-c", self.text]
+
+
+def exit_code(program, tmp_path):
+    """Of two ranks that run a program."""
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    running = scheduler.Running(Program(program), tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
+    for _ in range(600):
+        code = running.poll()
+        if code is not None:
+            return code
+        time.sleep(0.1)
+    return "still running"
+
+
+def test_the_ranks_of_a_job_find_each_other(tmp_path):
+    program = (
+        "from os import environ as e; e['RANK'] == '0' and print(e['WORLD_SIZE'], e['MASTER_PORT'])"
     )
-    world, port = study.last_words(tmp_path, Stub()).split()
+    assert exit_code(program, tmp_path) == 0
+    world, port = scheduler.last_words(tmp_path, Program("")).split()
     assert world == "2" and int(port) > 1023
+
+
+def test_the_ranks_of_a_job_end_together(tmp_path):
+    """Where one fails, the other is stopped, and its code is the job's."""
     began = time.monotonic()
-    assert (
-        ended("import os, sys, time; sys.exit(2) if os.environ['RANK'] == '1' else time.sleep(60)")
-        == 2
-        and time.monotonic() - began < 30
-    )
+    program = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(2); time.sleep(60)"
+    assert exit_code(program, tmp_path) == 2 and time.monotonic() - began < 30
 
 
 def test_one_study_at_a_time_has_a_folder(tmp_path, here, capsys):
@@ -457,37 +468,44 @@ def test_places(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(4)]
+    assert scheduler.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(4)]
     assert (
-        study.places(2, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
-        and len(study.places(1, 3)) == 3
+        scheduler.places(2, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+        and len(scheduler.places(1, 3)) == 3
     )
-    assert study.places(3, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1,2"}]
+    assert scheduler.places(3, 0) == [{"CUDA_VISIBLE_DEVICES": "0,1,2"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert study.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    assert scheduler.places(1, 0) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
     with pytest.raises(UserError, match="gpus = 3"):
-        study.places(3, 0)
+        scheduler.places(3, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    assert study.places(1, 0) == [{"OMP_NUM_THREADS": "1"}] * 6 and len(study.places(1, 2)) == 2
+    assert (
+        scheduler.places(1, 0) == [{"OMP_NUM_THREADS": "1"}] * 6
+        and len(scheduler.places(1, 2)) == 2
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert study.places(1, 0) == [{"OMP_NUM_THREADS": "4"}]
+    assert scheduler.places(1, 0) == [{"OMP_NUM_THREADS": "4"}]
 
 
 def few_arms(path):
-    """Arms that have every run of the file among them."""
+    """Arms that have every run of the file among them, the shortest chains first."""
     plan, seen, chosen = study_plan.read(path), set(), []
-    for name, arm in sorted(plan.arms.items(), key=lambda a: len(a[1]["chain"])):
-        if not seen.issuperset(arm["chain"]) or not seen and not chosen:
-            seen |= set(arm["chain"])
+    for name, arm in sorted(plan.arms.items(), key=lambda item: len(item[1].chain)):
+        if not chosen or not seen.issuperset(arm.chain):
+            seen.update(arm.chain)
             chosen.append(name)
     return ",".join(chosen)
 
 
+def all_arms(path):
+    return ""
+
+
 @pytest.mark.parametrize(
     "arms",
-    [few_arms, pytest.param(lambda path: "", marks=pytest.mark.slow)],
+    [few_arms, pytest.param(all_arms, marks=pytest.mark.slow)],
     ids=["every run", "every arm"],
 )
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -500,25 +518,16 @@ def test_every_study_starts(path, arms, tmp_path, here, capsys):
     plan, report = study_plan.read(path, arms=arms, rehearsal=True), numbers(tmp_path / "o")
     trained = [job for job in here if job.kind == "train"]
     assert {job.name for job in plan.jobs} == {job.name for job in here}
-    assert {run for arm in plan.arms.values() for run in arm["chain"]} >= {
-        run for arm in study_plan.read(path).arms.values() for run in arm["chain"]
-    }
+    runs = {run for arm in plan.arms.values() for run in arm.chain}
+    assert runs >= {run for arm in study_plan.read(path).arms.values() for run in arm.chain}
     for job in trained:
-        steps = [
-            json.loads(line)["step"]
-            for line in (tmp_path / "o" / "runs" / job.name / "metrics.jsonl")
-            .read_text()
-            .splitlines()
-        ]
-        assert (
-            steps[-1]
-            == dict(job.options)["steps"]
-            == (60 if job.label.endswith("rehearsed") else 2)
-        )
+        lines = (tmp_path / "o" / "runs" / job.name / "metrics.jsonl").read_text().splitlines()
+        steps = 60 if job.label.endswith("rehearsed") else 2
+        assert json.loads(lines[-1])["step"] == job.options["steps"] == steps
     assert report
 
 
-# --- killed ----------------------------------------------------------------------------------------------------------
+# --- killed ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -528,24 +537,18 @@ def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_p
         .replace("steps = 1\n", "steps = 12\nsave_every = 4\n")
         .replace("seeds = [0]", "seeds = [0, 1]")
     )
-    text = text.replace(
-        'data = "word_problems:8"\nsteps = 40\nsave_every = 10\nlr',
-        'data = "@own"\nsteps = 40\nsave_every = 10\nlr',
-    ).replace("max_tokens = 4\nkeep", "max_tokens = 64\nkeep")
+    text = with_data("@own", text).replace("max_tokens = 4\nkeep", "max_tokens = 64\nkeep")
     text = text.replace(
         'mode = "sft"\ndata = "word_problems:8"\nsteps = 40',
         'mode = "sft"\ndata = "word_problems:64"\nsteps = 80',
     )  # its texts come to an end
     file = write(tmp_path, text)
-    command = lambda name: [
-        sys.executable,
-        "-m",
-        "eval.study",
-        file,
-        f"--out={tmp_path / name}",
-        "--at_once=2",
-    ]
-    assert subprocess.run(command("whole"), cwd=ROOT, capture_output=True).returncode == 0
+
+    def command(name):
+        argv = [file, f"--out={tmp_path / name}", "--at_once=2"]
+        return [sys.executable, "-m", "eval.study", *argv]
+
+    assert subprocess.run(command("undisturbed"), cwd=ROOT, capture_output=True).returncode == 0
     moments, kills = itertools.cycle((11.0, 23.7, 6.1, 31.3, 17.9)), 0
     while True:
         process = subprocess.Popen(
@@ -561,4 +564,4 @@ def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_p
             kills += 1
             time.sleep(0.5)
     assert kills >= 5
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "undisturbed")

@@ -5,22 +5,26 @@ import math
 
 import pytest
 
-from eval.study.report import Outcome, Study, claims_table, cost, fenced, judge, write
+from eval.study.plan import Study
+from eval.study.report import fenced, write
+from eval.study.results import Outcome, Results, check_claim, cost
+from eval.study.schema import Arm, Claim
+from eval.study.tables import claims_table
 
 SEEDS, PROBLEMS = [0, 1], 40
 ARMS = {
-    "instruct": {"model": "@instruct", "chain": [], "paper": {"gsm8k": 45.5}},
-    "sft": {"model": "@instruct", "chain": ["sft"], "paper": {"gsm8k": 30.9}},
-    "kd_grpo": {"model": "@instruct", "chain": ["kd", "grpo"], "paper": "collapsed"},
-    "grpo": {"model": "@instruct", "chain": ["grpo"], "paper": {"gsm8k": 54.0}},
+    "instruct": Arm("@instruct", [], paper={"gsm8k": 45.5}),
+    "sft": Arm("@instruct", ["sft"], paper={"gsm8k": 30.9}),
+    "kd_grpo": Arm("@instruct", ["kd", "grpo"], paper="collapsed"),
+    "grpo": Arm("@instruct", ["grpo"], paper={"gsm8k": 54.0}),
 }
 CLAIMS = [
-    {"text": "SFT harms", "better": "instruct", "worse": "sft"},
-    {"text": "SFT beats RL", "better": "sft", "worse": "grpo"},
-    {"text": "RL helps", "better": "grpo", "worse": "instruct"},
-    {"text": "hybrids collapse", "better": "sft", "worse": "kd_grpo"},
-    {"text": "not run", "better": "sft", "worse": "dapo"},
-    {"text": "on another task", "better": "instruct", "worse": "sft", "task": "gsm8k"},
+    Claim("SFT harms", better="instruct", worse="sft"),
+    Claim("SFT beats RL", better="sft", worse="grpo"),
+    Claim("RL helps", better="grpo", worse="instruct"),
+    Claim("hybrids collapse", better="sft", worse="kd_grpo"),
+    Claim("not run", better="sft", worse="dapo"),
+    Claim("on another task", better="instruct", worse="sft", task="gsm8k"),
 ]
 RIGHT = {
     ("instruct", 0): 20,
@@ -31,6 +35,13 @@ RIGHT = {
     ("grpo", 0): 38,
     ("grpo", 1): 6,
 }  # of 40
+
+
+def report_of(out, outcomes, title="T", seeds=(0,), arms=ARMS, claims=()):
+    """Write the report of a study; returns the text for the terminal."""
+    return write(
+        out, Study(title, list(seeds), 1, arms, list(claims), arm_jobs={}, jobs=[]), outcomes
+    )
 
 
 def jsonl(path, rows):
@@ -67,7 +78,10 @@ def evaluation(
     prompt=(),
     **identity,
 ):
-    """40 problems with two samples each, of which the first `right` problems are right in both; asked at temperature 0.6 unless told otherwise."""
+    """40 problems with two samples each, of which the first `right` problems are right in both.
+
+    They are asked at temperature 0.6 unless `identity` says otherwise.
+    """
     rows = [
         dict(
             problem=p,
@@ -113,7 +127,10 @@ def evaluation(
 
 
 def synthetic(out):
-    """{(arm, seed): Outcome}: kd_grpo's seed 1 failed; instruct was evaluated once for both seeds; sft is trained on traces."""
+    """{(arm, seed): Outcome}.
+
+    kd_grpo's seed 1 failed; instruct was evaluated once for both seeds; sft is trained on traces.
+    """
     outcomes = {}
     traces = out / "traces" / "t"
     traces.mkdir(parents=True)
@@ -126,19 +143,13 @@ def synthetic(out):
     for (arm, seed), right in RIGHT.items():
         evals = out / "evals" / (arm if arm == "instruct" else f"{arm}-{seed}")
         evaluation(evals, right, "```\n````\n#### {p}" if arm == "grpo" else "so\n#### {p}")
-        chain = tuple(
-            run(
-                out / "runs" / f"{link}-{arm}-{seed}",
-                10,
-                100 * (1 + seed),
-                (0.5, 0.6),
-                4,
-                arm != "kd_grpo",
-            )
-            for link in ARMS[arm]["chain"]
-        )
+        runs = []
+        for link in ARMS[arm].chain:
+            folder = out / "runs" / f"{link}-{arm}-{seed}"
+            each = 100 * (1 + seed)
+            runs.append(run(folder, 10, each, (0.5, 0.6), ranks=4, more=arm != "kd_grpo"))
         kl = out / "kl" / f"{arm}-{seed}.json"
-        if chain:
+        if runs:
             kl.parent.mkdir(exist_ok=True)
             kl.write_text(
                 json.dumps(
@@ -159,14 +170,14 @@ def synthetic(out):
                 )
             )
         outcomes[arm, seed] = Outcome(
-            chain,
-            (traces,) if arm == "sft" else (),
-            evals,
-            out / "evals" / "instruct",
-            kl if chain else None,
+            runs=runs,
+            traces=[traces] if arm == "sft" else [],
+            evals=evals,
+            start_evals=out / "evals" / "instruct" if runs else None,
+            kl=kl if runs else None,
         )
-    failed = f"train.py: 5 steps in a row had no finite gradient in {out.resolve()}/runs/x"
-    outcomes["kd_grpo", 1] = Outcome((), (), None, None, None, failed)
+    failure = f"train.py: 5 steps in a row had no finite gradient in {out.resolve()}/runs/x"
+    outcomes["kd_grpo", 1] = Outcome(failure=failure)
     return outcomes
 
 
@@ -174,7 +185,7 @@ def synthetic(out):
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     outcomes = synthetic(out)
-    said = write(out, "A study", SEEDS, ARMS, outcomes, CLAIMS)
+    said = report_of(out, outcomes, "A study", SEEDS, claims=CLAIMS)
     return out, outcomes, said, json.loads((out / "report.json").read_text())
 
 
@@ -220,7 +231,8 @@ def test_accuracies_gains_and_costs(study):
             "device_hours": (5 * 4 + 36 * 2) / 3600,
         }
     )
-    old = arms["kd_grpo"]["cost"]  # two runs of a metrics.jsonl without FLOPs, seed 0 alone
+    # two runs of a metrics.jsonl without FLOPs, seed 0 alone
+    old = arms["kd_grpo"]["cost"]
     assert (old["student_tokens"], old["sampled_tokens"], old["flops"], old["seconds"]) == (
         2000,
         None,
@@ -254,25 +266,20 @@ def test_verdicts(study):
         "gsm8k",
         pytest.approx(14.6),
     )  # what was named was not evaluated, and nothing else is taken for it
-    for right, expected in (
-        (8, "agrees"),
-        (38, "contradicts"),
-        (21, "not shown"),
-    ):  # one seed: sure of problems alone
-        outcomes = {
-            (a, 0): Outcome((), (), evaluation(out / f"one-{right}" / a, n), None, None)
-            for a, n in (("instruct", 20), ("sft", right))
-        }
-        claim = judge(Study([0], ARMS, outcomes), CLAIMS[0])
-        unasked = judge(
-            Study([0], {a: {**t, "paper": {}} for a, t in ARMS.items()}, outcomes), CLAIMS[0]
-        )  # the paper says nothing: the claim alone
-        assert unasked["verdict"] == expected and unasked["paper"] is None
-        assert (
-            claim["verdict"] == expected
-            and claim["ours"]["over_seeds"] is None
-            and claims_table([claim])[1][-1] == f"{expected} (one seed)"
-        )
+
+
+@pytest.mark.parametrize("right,expected", [(8, "agrees"), (38, "contradicts"), (21, "not shown")])
+def test_verdicts_on_one_seed_are_sure_of_problems_alone(right, expected, tmp_path):
+    outcomes = {}
+    for arm, n in (("instruct", 20), ("sft", right)):
+        outcomes[arm, 0] = Outcome(evals=evaluation(tmp_path / arm, n))
+    claim = check_claim(Results([0], ARMS, outcomes), CLAIMS[0])
+    assert claim["verdict"] == expected and claim["ours"]["over_seeds"] is None
+    assert claims_table([claim])[0]["verdict"] == f"{expected} (one seed)"
+    # where the paper says nothing, the claim's own sign counts
+    unasked = {name: Arm(arm.model, arm.chain, paper={}) for name, arm in ARMS.items()}
+    claim = check_claim(Results([0], unasked, outcomes), CLAIMS[0])
+    assert claim["verdict"] == expected and claim["paper"] is None
 
 
 def test_the_page(study):
@@ -283,10 +290,8 @@ def test_the_page(study):
         for line in page.split("## What")[0].splitlines()
         if line.startswith("|")
     }
-    assert (
-        "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k | student tokens |"
-        in page
-    )
+    first = "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k |"
+    assert f"{first} student tokens |" in page
     assert (
         "instruct → kd → grpo" in lines["kd_grpo"]
         and "| 1 of 2 | 75.0 [65.0, 85.0] |" in lines["kd_grpo"]
@@ -339,7 +344,7 @@ APART = [
     [*((change, None) for change in ALIKE), *APART, ("nothing stated", "conditions not known")],
 )
 def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said, tmp_path):
-    """A gain over the start and a claim, of two seeds of which the second alone was asked otherwise."""
+    """A gain over the start and a claim, of two seeds; only the second was asked differently."""
     start = evaluation(tmp_path / "start", 20)
     outcomes = {}
     for seed in (0, 1):
@@ -347,19 +352,13 @@ def test_a_pair_that_was_asked_differently_is_marked_in_the_tables(change, said,
             tmp_path / f"sft-{seed}", 8, **(change if seed and isinstance(change, dict) else {})
         )
         outcomes |= {
-            ("instruct", seed): Outcome((), (), start, None, None),
-            ("sft", seed): Outcome((), (), evals, start, None),
+            ("instruct", seed): Outcome(evals=start),
+            ("sft", seed): Outcome(evals=evals, start_evals=start),
         }
     if change == "nothing stated":
         (tmp_path / "sft-1" / "ckpt-abc" / "word_problems.json").unlink()
-    text = write(
-        tmp_path,
-        "T",
-        [0, 1],
-        {name: ARMS[name] for name in ("instruct", "sft")},
-        outcomes,
-        CLAIMS[:1],
-    )
+    arms = {name: ARMS[name] for name in ("instruct", "sft")}
+    text = report_of(tmp_path, outcomes, seeds=SEEDS, arms=arms, claims=CLAIMS[:1])
     page = (tmp_path / "report.md").read_text()
     (gain,) = [line for line in page.splitlines() if line.startswith("| sft |")]
     (claim,) = [line for line in page.splitlines() if line.startswith("| SFT harms |")]
@@ -395,14 +394,17 @@ def test_what_was_trained_on_is_said_and_unknown_is_not_none(tmp_path):
             summary = json.loads((evals / "summary.json").read_text())
             del summary["trained_on"]
             (evals / "summary.json").write_text(json.dumps(summary))
-        outcomes[arm, 0] = Outcome((), (), evals, None, None)
-    write(tmp_path, "T", [0], {arm: {"model": "m", "chain": []} for arm in about}, outcomes, [])
+        outcomes[arm, 0] = Outcome(evals=evals)
+    report_of(tmp_path, outcomes, arms={arm: Arm("m", []) for arm in about})
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["conditions"] == ["temperature 0.6, top-p 0.95"] and report["training"] == [
+    unknown = "Whether these arms were trained on questions of word_problems is not known, "
+    old = "a checkpoint evaluated before this was kept"
+    assert report["conditions"] == ["temperature 0.6, top-p 0.95"]
+    assert report["training"] == [
         "d, seed 0, WAS TRAINED ON 3 of word_problems's questions",
         "e, seed 0, WAS TRAINED ON AT LEAST 2 of word_problems's questions",
-        "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what Qwen/Base learned from: b, c",
-        "Whether these arms were trained on questions of word_problems is not known, for nobody recorded what a checkpoint evaluated before this was kept learned from: f",
+        f"{unknown}for nobody recorded what Qwen/Base learned from: b, c",
+        f"{unknown}for nobody recorded what {old} learned from: f",
     ]
     page = (tmp_path / "report.md").read_text()
     assert all(f"- {line}" in page for line in report["training"])
@@ -425,23 +427,21 @@ def test_costs_that_nobody_measured_are_not_0(tmp_path):
                 folder / "metrics.jsonl",
                 [{k: v for k, v in row.items() if k != "train/seconds"} for row in rows],
             )
-        found = cost(Outcome((folder,), (), None, None, None))
-        assert found["device_hours"] is None and found["seconds"] == (
-            1.5 if missing in ("ranks", "environment") else None
-        )
-        assert found["student_tokens"] == (None if missing == "metrics" else 300)
+        found = cost(Outcome(runs=[folder]))
+        timed = missing in ("ranks", "environment")
+        same = pytest.approx
+        assert math.isnan(found["device_hours"])
+        assert found["seconds"] == same(1.5 if timed else math.nan, nan_ok=True)
+        tokens = math.nan if missing == "metrics" else 300
+        assert found["student_tokens"] == same(tokens, nan_ok=True)
     traces = tmp_path / "traces"
     traces.mkdir()
     (traces / "samples.json").write_text(
         json.dumps({"about": {}, "generated": {"tokens": 5, "seconds": 2.0}})
     )
-    found = cost(Outcome((), (traces,), None, None, None))
-    assert (found["teacher_tokens"], found["seconds"], found["device_hours"], found["flops"]) == (
-        5,
-        2.0,
-        None,
-        None,
-    )
+    found = cost(Outcome(traces=[traces]))
+    assert (found["teacher_tokens"], found["seconds"]) == (5, 2.0)
+    assert math.isnan(found["device_hours"]) and math.isnan(found["flops"])
 
 
 def test_equal_outcomes_have_equal_reports(study, tmp_path):
@@ -449,7 +449,7 @@ def test_equal_outcomes_have_equal_reports(study, tmp_path):
     before = {
         name: (out / name).read_bytes() for name in ("report.md", "report.json", "samples.md")
     }
-    write(out, "A study", SEEDS, ARMS, dict(reversed(outcomes.items())), CLAIMS)
+    report_of(out, dict(reversed(outcomes.items())), "A study", SEEDS, claims=CLAIMS)
     assert before == {name: (out / name).read_bytes() for name in before} and not list(
         out.glob("*draft*")
     ) + list(out.glob(".draft*"))
@@ -475,14 +475,8 @@ def test_samples(study):
 
 
 def test_a_study_with_nothing_done(tmp_path):
-    said = write(
-        tmp_path,
-        "Nothing",
-        [0],
-        ARMS,
-        {("sft", 0): Outcome((), (), None, None, None, "it\nbroke")},
-        CLAIMS,
-    )
+    outcomes = {("sft", 0): Outcome(failure="it\nbroke")}
+    said = report_of(tmp_path, outcomes, "Nothing", claims=CLAIMS)
     assert "sft, seed 0 FAILED: it broke" in said
     assert (
         "| sft | instruct → sft | 0 of 1 | 30.9 | - | - |" in (tmp_path / "report.md").read_text()
@@ -490,30 +484,22 @@ def test_a_study_with_nothing_done(tmp_path):
 
 
 def test_models_as_they_are(tmp_path):
-    """The shape of comparison.toml: no chain at all, tasks under the paper's names, a folder as a model, one problem alone."""
+    """The shape of comparison.toml: no chain at all, tasks under the paper's names.
+
+    One model is a folder, the other is evaluated on a single problem.
+    """
     arms = {
-        "a": {
-            "model": "/somewhere/big-1.5b",
-            "chain": [],
-            "paper": {"olympiad": 6.2, "gsm8k": 62.5},
-        },
-        "b": {"model": "hub/b", "chain": []},
+        "a": Arm("/somewhere/big-1.5b", [], paper={"olympiad": 6.2, "gsm8k": 62.5}),
+        "b": Arm("hub/b", []),
     }
-    outcomes = {
-        (arm, 0): Outcome((), (), evaluation(tmp_path / arm, 20, task="gsm8k"), None, None)
-        for arm in arms
-    }
+    outcomes = {}
+    for arm in arms:
+        outcomes[arm, 0] = Outcome(evals=evaluation(tmp_path / arm, 20, task="gsm8k"))
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     summary["summaries"][0][2]["accuracy"][1:] = [math.nan] * 2
     (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
-    write(
-        tmp_path,
-        "Larger models",
-        [0],
-        arms,
-        outcomes,
-        [{"text": "a > b", "better": "a", "worse": "b", "task": "olympiad"}],
-    )
+    claim = Claim("a > b", better="a", worse="b", task="olympiad")
+    report_of(tmp_path, outcomes, "Larger models", arms=arms, claims=[claim])
     page = (tmp_path / "report.md").read_text()
     assert (
         "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student"
@@ -534,14 +520,13 @@ def test_models_as_they_are(tmp_path):
 
 def test_arms_on_tasks_of_their_own(tmp_path):
     """An arm that is asked something else has its samples and its panel of costs too."""
-    arms, height = {"a": {"model": "m", "chain": []}, "b": {"model": "m", "chain": []}}, {}
+    arms, height = {"a": Arm("m", []), "b": Arm("m", [])}, {}
     for name, other in (("alike", "gsm8k"), ("apart", "mbpp")):
         out = tmp_path / name
-        outcomes = {
-            (arm, 0): Outcome((), (), evaluation(out / arm, 20, task=task), None, None)
-            for arm, task in (("a", "gsm8k"), ("b", other))
-        }
-        write(out, name, [0], arms, outcomes, [])
+        outcomes = {}
+        for arm, task in (("a", "gsm8k"), ("b", other)):
+            outcomes[arm, 0] = Outcome(evals=evaluation(out / arm, 20, task=task))
+        report_of(out, outcomes, name, arms=arms)
         assert (
             "## a, seed 0, on gsm8k\n" in (page := (out / "samples.md").read_text())
             and f"## b, seed 0, on {other}\n" in page

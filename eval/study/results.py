@@ -1,0 +1,296 @@
+"""What the arms of a study have reached, in figures: accuracies, gains, costs, divergences, claims.
+
+A figure is [mean, low, high] with the bounds of a 95 % interval. Accuracies are those of
+`python -m eval`, costs those of the runs' metrics.jsonl; nan: not known. Times are in `seconds` and
+`device_hours` alone. Legend: S seeds, P problems.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from math import nan
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from eval.stats import paired
+from eval.study.schema import Arm, Claim
+from eval.summary import Samples, asked_differently, counts
+from files import read_json
+from run import read_metrics
+
+COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one arm with one seed has left: paths of what is done, and why it failed if it did.
+
+    runs: in the order of the chain. traces: what they were trained on. start_evals: the evaluation
+    of the model that the chain begins from. kl: the divergence from that model.
+    """
+
+    runs: Sequence[Path] = ()
+    traces: Sequence[Path] = ()
+    evals: Path | None = None
+    start_evals: Path | None = None
+    kl: Path | None = None
+    failure: str = ""
+
+
+Outcomes = dict[tuple[str, int], Outcome]  # by (arm, seed)
+
+
+class Results:
+    """The evaluations that are done, by (arm, seed).
+
+    tasks: what was evaluated. columns: the tasks of the paper's numbers.
+    """
+
+    def __init__(self, seeds: list[int], arms: dict[str, Arm], outcomes: Outcomes) -> None:
+        self.seeds, self.arms = seeds, arms
+        self.outcomes, self.summaries, self.accuracies, self.failures = {}, {}, {}, {}
+        tasks, columns = {}, {}
+        for key in itertools.product(arms, seeds):
+            outcome = outcomes.get(key, Outcome())
+            if outcome.failure:
+                self.failures[key] = outcome.failure
+            elif outcome.evals and (outcome.evals / "summary.json").exists():
+                summary = read_json(outcome.evals / "summary.json")
+                accuracies = {task: found["accuracy"] for _, task, found in summary["summaries"]}
+                self.outcomes[key], self.summaries[key] = outcome, summary
+                self.accuracies[key] = accuracies
+                tasks |= accuracies
+        for arm in arms.values():
+            columns |= arm.paper if isinstance(arm.paper, dict) else {}
+        self.tasks, self.columns = list(tasks), list(columns)
+
+    def done(self, arm: str, task: str | None = None) -> list[int]:
+        """The seeds for which an arm is evaluated, on this task if one is named."""
+        found = {s: self.accuracies[arm, s] for s in self.seeds if (arm, s) in self.accuracies}
+        return [seed for seed, tasks in found.items() if task is None or task in tasks]
+
+    def accuracy(self, arm: str, task: str) -> dict:
+        """Its figure, the accuracy for each seed, and what the interval is over."""
+        figures = [self.accuracies[arm, seed][task] for seed in self.done(arm, task)]
+        each = [figure[0] for figure in figures]
+        figure = figures[0] if figures else None
+        mean, reach = over_seeds(each)
+        if reach:
+            figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)]
+        return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
+
+    def evaluations(self, arm: str, task: str | None) -> dict[int, Path]:
+        """{seed: the evaluation of an arm}."""
+        return {seed: self.outcomes[arm, seed].evals for seed in self.done(arm, task)}
+
+    def gain(self, arm: str, task: str) -> dict:
+        """The accuracy of an arm less that of the model that its chain begins from."""
+        starts = {seed: self.outcomes[arm, seed].start_evals for seed in self.done(arm)}
+        known = {seed: evals for seed, evals in starts.items() if evals}
+        return self.difference(self.evaluations(arm, task), known, task)
+
+    def difference(self, ours: dict, theirs: dict, task: str | None) -> dict:
+        """The accuracy of evaluations less that of others, {seed: Path} both, seed by seed.
+
+        Compared are the problems that all of them have.
+        """
+        seeds = [seed for seed in ours if seed in theirs]
+        ours_S = [_counts(ours[seed], task) for seed in seeds]
+        theirs_S = [_counts(theirs[seed], task) for seed in seeds]
+        problems = set.intersection(*map(set, ours_S + theirs_S)) if seeds else set()
+        if not problems:
+            nothing = dict.fromkeys(("figure", "over_problems", "over_seeds"))
+            return nothing | {"each": [], "asked_differently": {}}
+        ours_SP2, theirs_SP2 = _array(ours_S, problems), _array(theirs_S, problems)
+        pooled = paired(theirs_SP2.sum(0).tolist(), ours_SP2.sum(0).tolist())
+        accuracy_SP = ours_SP2[..., 1] / ours_SP2[..., 0]
+        each = (accuracy_SP - theirs_SP2[..., 1] / theirs_SP2[..., 0]).mean(1).tolist()
+        mean, low, high = pooled["difference"], pooled["low"], pooled["high"]
+        _, reach = over_seeds(each)
+        below, above = math.hypot(mean - low, reach), math.hypot(high - mean, reach)
+        asked = {}
+        for seed in seeds:
+            conditions = _conditions(ours[seed], task), _conditions(theirs[seed], task)
+            asked = asked_differently(*conditions) | asked
+        return {
+            "figure": [mean, max(-1.0, mean - below), min(1.0, mean + above)],
+            "each": each,
+            "problems": len(problems),
+            "asked_differently": asked,
+            "over_problems": [low, high],
+            "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None,
+        }
+
+    def mean(self, arm: str, measure: Callable[[Outcome], dict[str, float]]) -> dict[str, float]:
+        """{name: mean over the seeds that are done}; nan where one of them does not know it."""
+        measured = [measure(self.outcomes[arm, seed]) for seed in self.done(arm)]
+        found = list(filter(None, measured))
+        names = found[0] if found else ()
+        return {name: statistics.mean(v.get(name, nan) for v in found) for name in names}
+
+
+def samples_of(evals: Path, task: str) -> Samples:
+    """The samples of an evaluation of one checkpoint."""
+    checkpoint = read_json(evals / "summary.json")["summaries"][0][0]
+    return Samples(evals / checkpoint, task)
+
+
+@functools.cache
+def _counts(evals, task):
+    return counts(samples_of(evals, task).read())
+
+
+def _array(counts_S, problems):
+    """Samples and right samples of each problem, for each seed."""
+    return np.array([[found[p] for p in sorted(problems)] for found in counts_S])
+
+
+@functools.cache
+def _conditions(evals, task):
+    about = samples_of(evals, task).about
+    return read_json(about) if about.exists() else None
+
+
+def over_seeds(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t.
+
+    The width is 0 where seeds say nothing, because there is one or all agree.
+    """
+    n, mean = len(values), statistics.mean(values or [0.0])
+    if n < 2:
+        return mean, 0.0
+    return mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+
+
+def cost(outcome: Outcome) -> dict[str, float]:
+    """What the chain of one seed took, by COSTS; nan for what one of its parts did not measure."""
+    parts = [[0] * len(COSTS), *map(_run_cost, outcome.runs)]
+    parts += map(_traces_cost, dict.fromkeys(outcome.traces))
+    return {name: sum(values) for name, *values in zip(COSTS, *parts, strict=True)}
+
+
+def _run_cost(run):
+    """The numbers of COSTS for a run."""
+    last, seconds = {}, []
+    for row in read_metrics(run):
+        last |= row
+        seconds.append(row.get("train/seconds", 0))
+    total = sum(seconds) if "train/seconds" in last else nan
+    about = run / "environment.json"
+    ranks = read_json(about).get("ranks", nan) if about.exists() else nan
+    names = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
+    return [*(last.get(f"train/{name}", nan) for name in names), total, total * ranks / 3600]
+
+
+def _traces_cost(folder):
+    """The numbers of COSTS for what a teacher has generated."""
+    stated = read_json(folder / "samples.json")
+    made, ranks = stated["generated"], stated["about"].get("environment", {}).get("ranks", nan)
+    tokens, flops, seconds = (made.get(name, nan) for name in ("tokens", "flops", "seconds"))
+    return [0, 0, tokens, flops, seconds, seconds * ranks / 3600]
+
+
+def divergence(outcome: Outcome) -> dict[str, float]:
+    """{"on_own/reverse_kl": nats per token, ...} as `python -m eval.divergence` wrote it."""
+    found = {}
+    if outcome.kl and outcome.kl.exists():
+        for text, measures in read_json(outcome.kl).items():
+            found |= {f"{text}/{name}": value for name, value in measures.items()}
+    return found
+
+
+def check_claim(results: Results, claim: Claim) -> dict:
+    """A claim with our difference, the paper's own, and whether they agree."""
+    column = claim.task or next(iter(results.columns), None)
+    task = column
+    if column not in results.tasks:  # where a task is named, no other is taken for it
+        task = None if claim.task else next(iter(results.tasks), None)
+    sides = (claim.better, claim.worse)
+    numbers = [results.arms[arm].paper_number(column) for arm in sides if arm in results.arms]
+    paper = None
+    if "collapsed" in numbers:
+        paper = "collapsed"
+    elif len(numbers) == 2 and None not in numbers:
+        paper = numbers[0] - numbers[1]
+    better, worse = [results.evaluations(arm, task) for arm in sides]
+    ours = results.difference(better, worse, task)
+    verdict = _verdict(ours["figure"], paper)
+    found = dict(task=task, column=column, ours=ours, paper=paper, verdict=verdict)
+    return dataclasses.asdict(claim) | found
+
+
+def _verdict(figure, paper):
+    if paper == "collapsed":
+        return "paper: collapsed"
+    if not figure:
+        return "-"
+    _, low, high = figure
+    sign = (low > 0) - (high < 0)
+    agreement = sign * (1 if paper is None else paper)  # without a number: the claim's own sign
+    if not agreement:
+        return "not shown"
+    return "agrees" if agreement > 0 else "contradicts"
+
+
+def collect(results: Results, title: str, claims: list[Claim]) -> dict:
+    """All that report.json holds."""
+    arms = []
+    for name, arm in results.arms.items():
+        model = arm.model.removeprefix("@")
+        found = {
+            "arm": name,
+            "model": Path(model).name if model.startswith("/") else model,
+            "chain": arm.chain,
+            "seeds": results.done(name),
+            "failed": {seed: text for (a, seed), text in results.failures.items() if a == name},
+            "paper": {column: arm.paper_number(column) for column in results.columns},
+            "accuracy": {task: results.accuracy(name, task) for task in results.tasks},
+            "gain": {task: results.gain(name, task) for task in results.tasks},
+            "cost": results.mean(name, cost),
+            "kl": results.mean(name, divergence),
+        }
+        arms.append(found)
+    conditions = {}
+    for summary in results.summaries.values():
+        own = summary.get("training", ())  # said by `training` for all arms together
+        conditions |= {line: True for line in summary["conditions"] if line not in own}
+    return {
+        "title": title,
+        "seeds": results.seeds,
+        "tasks": results.tasks,
+        "columns": results.columns,
+        "arms": arms,
+        "claims": [check_claim(results, claim) for claim in claims],
+        "conditions": list(conditions),
+        "training": training(results),
+    }
+
+
+def training(results: Results) -> list[str]:
+    """Sentences on test questions that arms were trained on, or of which nobody knows."""
+    lines = []
+    unrecorded = None, ["a checkpoint evaluated before this was kept"]
+    arms_of = {}  # {(task, *models of which nothing is recorded): {arm: True}}
+    for (arm, seed), summary in results.summaries.items():
+        recorded = {task: (n, models) for _, task, n, models in summary.get("trained_on", ())}
+        for task in results.accuracies[arm, seed]:
+            count, unknown = recorded.get(task, unrecorded)
+            if count:
+                number = f"{'AT LEAST ' * bool(unknown)}{count:,}"
+                lines.append(f"{arm}, seed {seed}, WAS TRAINED ON {number} of {task}'s questions")
+            elif count is None:
+                arms_of.setdefault((task, *unknown), {})[arm] = True
+    tasks_of = {}  # {(arms, models): tasks}
+    for (task, *unknown), arms in arms_of.items():
+        tasks_of.setdefault((", ".join(arms), ", ".join(unknown)), []).append(task)
+    for (arms, unknown), tasks in tasks_of.items():
+        lines.append(
+            f"Whether these arms were trained on questions of {', '.join(tasks)} is not known, "
+            f"for nobody recorded what {unknown} learned from: {arms}"
+        )
+    return lines
