@@ -1,5 +1,6 @@
 """`python -m eval`: samples against `transformers`, gold and corrupted solutions, what a kill leaves, what is refused."""
 
+import argparse
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from data.grading.code import IMPORT, find_code
 from data.tasks import TASKS, Example, grade
 from errors import UserError
 from eval import __main__ as evaluation
-from eval import benchmarks, prompts, summary
+from eval import benchmarks, prompts, sampling, summary
 from model.checkpoint import build_model, save_model
 from model.generate import Completion, generate
 from model.transformer import PRESETS, ModelConfig
@@ -171,7 +172,7 @@ def test_greedy_answers_and_scores_equal_those_of_transformers(tmp_path, run, re
             text = theirs.decode(out, skip_special_tokens=True)
             assert (row["text"], row["tokens"]) == (text, len(out)), task
             seen.add(text)
-            assert evaluation.judge(example, row) == evaluation.judge(example, row | {"text": text})
+            assert sampling.grade_row(example, row) == sampling.grade_row(example, row | {"text": text})
     assert len(seen) > 20  # not the same few ids after every prompt
 
 
@@ -186,7 +187,7 @@ def says(monkeypatch):
             for i in range(len(prompts)):
                 on_done(i, Completion(tokenizer.encode(answer(examples[i])), [0.0], True))
 
-        monkeypatch.setattr(evaluation, "generate", speak)
+        monkeypatch.setattr(sampling, "generate", speak)
 
     return prepare
 
@@ -246,7 +247,7 @@ def test_gold_solutions_score_100_and_corrupted_ones_0(
     )
     assert not any(grade_by_math_verify(marked(e), e.answer) for e in examples[:150])
     monkeypatch.setattr(
-        evaluation, "grade_by_math_verify", lambda text, answer: False
+        sampling, "grade_by_math_verify", lambda text, answer: False
     )  # slow, and all it would do here is seen
     found = figures(marked)
     assert (found["problems"], found["accuracy"][0], found["lenient"], found["unparsed"]) == (
@@ -329,15 +330,15 @@ def test_every_set_is_read_and_graded(tmp_path):
     for task in MATH:
         example = benchmarks.load(task, sets).examples[0]
         assert "7" in example.question and "7" in example.answer
-        right = evaluation.judge(example, {"text": f"So \\boxed{{{example.answer}}}"})
+        right = sampling.grade_row(example, {"text": f"So \\boxed{{{example.answer}}}"})
         assert right["strict"] and right["lenient"] and right["parsed"] and right["math_verify"]
         assert not any(
             map(
-                evaluation.judge(example, {"text": "So \\boxed{71}"}).get,
+                sampling.grade_row(example, {"text": "So \\boxed{71}"}).get,
                 ("strict", "lenient", "math_verify"),
             )
         )
-    assert evaluation.judge(
+    assert sampling.grade_row(
         benchmarks.load("minerva_math", sets).examples[0], {"text": "\\boxed{7 \\times 10^{3}}"}
     )["strict"]
     assert benchmarks.load("svamp", sets).examples[0].question == "There are 7 figs. How many?"
@@ -433,7 +434,7 @@ def same(a, b):
 def test_a_killed_evaluation_goes_on_with_what_is_missing(group, tiny, tmp_path, run, monkeypatch):
     whole, broken, sampled = tmp_path / "whole", tmp_path / "broken", [*SAMPLED, "--group", group]
     assert run(tiny, *sampled, "--out", whole)[0] == 0
-    written, line = [], summary.line
+    written, line = [], sampling.json_line
 
     def dies(row):
         written.append(row)
@@ -441,14 +442,14 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(group, tiny, tmp_path,
             raise KeyboardInterrupt
         return line(row)
 
-    monkeypatch.setattr(summary, "line", dies)
+    monkeypatch.setattr(sampling, "json_line", dies)
     assert run(tiny, *sampled, "--out", broken)[0] == 130
-    monkeypatch.setattr(summary, "line", line)
+    monkeypatch.setattr(sampling, "json_line", line)
     (part,) = broken.glob("*/*.part-0.jsonl")
     part.write_text(part.read_text() + line(written[-1])[:40])  # cut off in the middle of a line
     asked = []
     monkeypatch.setattr(
-        evaluation,
+        sampling,
         "generate",
         lambda model, prompts, *a, **more: (
             asked.append(len(prompts)) or generate(model, prompts, *a, **more)
@@ -556,6 +557,12 @@ def test_prompts_and_what_is_stated(tiny, tmp_path, run):
     )
 
 
+def asked_for(**options):
+    """The options of the command as far as prompts read them."""
+    args = evaluation.parse(["checkpoint", "--tasks=gsm8k"])
+    return argparse.Namespace(**vars(args) | options)
+
+
 def test_code_is_completed_as_it_stands_or_asked_for():
     code = "def f(x):\n    return"
     turns = ({"role": "user", "content": code}, {"role": "assistant", "content": " x"})
@@ -563,11 +570,12 @@ def test_code_is_completed_as_it_stands_or_asked_for():
         benchmarks.Benchmark("humaneval", (Example(turns),), benchmarks.PROGRAM, (), "a", "b"),
         train.toy_tokenizer(),
     )
-    plain, chat = (prompts.build(benchmark, tokenizer, {}, kind) for kind in ("plain", "chat"))
+    plain = prompts.build(benchmark, tokenizer, {}, asked_for(prompt="plain"))
+    chat = prompts.build(benchmark, tokenizer, {}, asked_for(prompt="chat"))
     assert plain.stated["first_prompt"] == code and "\ndef" in plain.stop
     assert code + benchmarks.PROGRAM in chat.stated["first_prompt"] and not chat.stop
     with pytest.raises(UserError, match="no worked examples"):
-        prompts.build(benchmark, tokenizer, {}, "few_shot")
+        prompts.build(benchmark, tokenizer, {}, asked_for(prompt="few_shot"))
 
 
 def test_a_few_shot_answer_ends_before_the_next_question(tiny, tmp_path, run, monkeypatch):
@@ -583,7 +591,7 @@ def test_a_few_shot_answer_ends_before_the_next_question(tiny, tmp_path, run, mo
                 ),
             )
 
-    monkeypatch.setattr(evaluation, "generate", speak)
+    monkeypatch.setattr(sampling, "generate", speak)
     sets = small_sets(tmp_path / "sets")
     assert (
         run(
@@ -852,18 +860,20 @@ def test_code_is_asked_for_with_its_own_words_whatever_a_run_puts_behind_its_que
         train.toy_tokenizer(),
     )
     for run in ({"prompt_suffix": "\nPut your answer in \\boxed{}."}, {"prompt_suffix": ""}, {}):
-        asked = prompts.build(benchmark, tokenizer, run)
+        asked = prompts.build(benchmark, tokenizer, run, asked_for())
         assert (
             asked.stated["instruction"] == benchmarks.PROGRAM
             and f"{benchmarks.PROGRAM}<|im_end|>" in asked.stated["first_prompt"]
         )
         assert (
-            prompts.build(benchmark, tokenizer, run, instruction=" Go.").stated["instruction"]
+            prompts.build(benchmark, tokenizer, run, asked_for(instruction=" Go.")).stated[
+                "instruction"
+            ]
             == " Go."
         )
     math = benchmarks.load("gsm8k", tmp_path / "sets")
     assert (
-        prompts.build(math, tokenizer, {"prompt_suffix": " Think."}).stated["instruction"]
+        prompts.build(math, tokenizer, {"prompt_suffix": " Think."}, asked_for()).stated["instruction"]
         == " Think."
     )
 

@@ -15,7 +15,8 @@ import pytest
 
 from data import download
 from eval.stats import intervals, majority_at_k, paired, pass_at_k, sign_flip_p, student_t
-from eval.summary import aligned, compare, markdown, summarise, table
+from eval.summary import Summary, compare, summarise
+from eval.tables import aligned, markdown, table
 
 # --- estimates -------------------------------------------------------------------------------------------------------
 
@@ -184,31 +185,21 @@ def test_a_summary_by_hand():
         )
     }
     found = summarise(rows, [1, 2], {"tokens": 48, "seconds": 2.0})
-    assert (
-        found["problems"],
-        found["samples"],
-        found["accuracy"][0],
-        found["pass@2"][0],
-        found["majority@2"][0],
-    ) == (2, 2, 0.25, 0.5, 0.25)
-    assert (found["lenient"], found["math_verify"], found["unparsed"], found["truncated"]) == (
-        1.0,
-        0.25,
-        0.25,
-        0.5,
-    )
-    assert (found["tokens"], found["tokens_longest"], found["tokens_per_second"]) == (7, 12, 24)
+    assert (found.problems, found.samples) == (2, 2)
+    means = {name: interval.mean for name, interval in found.rates.items()}
+    assert means == {"accuracy": 0.25, "pass@2": 0.5, "majority@2": 0.25}
+    assert (found.lenient, found.math_verify) == (1.0, 0.25)
+    assert (found.unparsed, found.truncated) == (0.25, 0.5)
+    assert (found.tokens, found.tokens_longest, found.tokens_per_second) == (7, 12, 24)
+    assert list(found.flat())[:5] == ["problems", "samples", *means]
     code = summarise(
         {k: r | {"vote": False, "math_verify": None} for k, r in rows.items()},
         [2],
         {"tokens": 0, "seconds": 0},
     )
-    assert (
-        "majority@2" not in code
-        and code["math_verify"] is None
-        and code["tokens_per_second"] is None
-    )
-    shown = table([("a|b", "t", found), ("c", "code", code)])
+    assert "majority@2" not in code.rates
+    assert code.math_verify is None and code.tokens_per_second is None
+    shown = table([Summary("a|b", "t", found), Summary("c", "code", code)])
     assert (
         markdown(shown).count("\n") == 3
         and "a\\|b" in markdown(shown)

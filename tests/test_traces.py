@@ -10,7 +10,7 @@ from data.formats import to_example
 from data.formatter import Formatter
 from data.tokenizer import Tokenizer
 from errors import UserError
-from eval import traces
+from eval import sampling, traces
 from model.checkpoint import build_model, save_model
 from model.generate import Completion
 from model.transformer import PRESETS
@@ -56,7 +56,7 @@ def writes(monkeypatch):
         TASKS["word_problems"].example("word_problems", "train", f"0/{i}") for i in range(6)
     ]
     generate.fail_after, generate.asked, generate.problems = 10**9, asked, problems
-    monkeypatch.setattr(traces, "generate", generate)
+    monkeypatch.setattr(sampling, "generate", generate)
     return generate
 
 
@@ -180,7 +180,7 @@ def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch
         for i in range(len(asked)):
             on_done(i, Completion(tokenizer.encode("It is\n#### 7"), [0.0], True))
 
-    monkeypatch.setattr(traces, "generate", generate)
+    monkeypatch.setattr(sampling, "generate", generate)
     assert (
         traces.main(
             [
@@ -229,9 +229,9 @@ def collected(example, prompt="", text="ok"):
     subject = type("Subject", (), dict(tokenizer=train.toy_tokenizer(), sha256="ab"))
     args = type("Args", (), dict(keep="ended", data="x.jsonl"))
     ids = subject.tokenizer.encode(prompt)
-    return json.loads(
-        traces.collect(args, subject, [(example, ids)], {(0, 0): dict(text=text, stopped=True)})[0]
-    )
+    rows = {(0, 0): dict(text=text, stopped=True)}
+    (line,) = traces.collect(args, subject, [example], [ids], rows)
+    return json.loads(line)
 
 
 def test_a_row_without_an_answer_of_its_own_keeps_its_question():
@@ -255,7 +255,7 @@ def test_prompts_alone_are_answered_too(teacher, tmp_path, monkeypatch):
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(
-        traces,
+        sampling,
         "generate",
         lambda m, asked, *_, on_done, **k: [
             on_done(i, Completion(tokenizer.encode("7"), [0.0], True)) for i in range(len(asked))

@@ -15,7 +15,8 @@ import numpy as np
 
 from errors import RunFailed
 from eval.stats import paired, student_t
-from eval.summary import Samples, aligned, asked, asked_differently, counts, markdown
+from eval.summary import Samples, asked_differently, counts
+from eval.tables import aligned, asked, markdown
 from files import read_json, replace_file
 from run import read_metrics
 
