@@ -17,13 +17,15 @@ import json
 import operator
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from errors import RunFailed, UserError
-from eval import benchmarks, contamination, prompts, sampling, summary, tables
+from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
+from eval.sampling import Job, complete
 from files import replace_file
 from model import parallel
 from model.load import Subject, find
@@ -32,7 +34,7 @@ from run import handled, interrupt
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank waits for one whose answers are longer
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> Namespace:
     """The checked options of a command line. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,14 +66,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("k", "", "pass@k and majority@k for these k, with commas between them; empty: n")
     add("temperature", 0.6, "of sampling", float)
-    add("top_p", 0.95, "sample from the likeliest ids with this mass", float)
+    add("top_p", 0.95, "sample from the most likely tokens with this mass", float)
     add(
         "max_tokens",
         32768,
         "new tokens per answer at most; fewer where the model has no positions for them",
         int,
     )
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
     add(
         "prompt",
         "auto",
@@ -123,7 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return check(parser.parse_args(argv))
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
+def check(args: Namespace) -> Namespace:
     """Refuse what cannot work before anything is read; makes lists of --tasks and --k."""
     args.tasks = list(dict.fromkeys(t.strip() for t in args.tasks.split(",") if t.strip()))
     known = benchmarks.names()
@@ -169,7 +171,7 @@ def _need(condition, message: str) -> None:
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace) -> list[sampling.Job]:
+def plan(args: Namespace) -> list[Job]:
     """Every job of the command; all that can be wrong is found before a weight is read."""
     names = dict.fromkeys([*args.checkpoints, *filter(None, [args.compare])])
     subjects = [find(name, args.tokenizer) for name in names]
@@ -182,11 +184,11 @@ def plan(args: argparse.Namespace) -> list[sampling.Job]:
 
 
 def _job(
-    args: argparse.Namespace,
+    args: Namespace,
     subject: Subject,
     benchmark: benchmarks.Benchmark,
     trained: contamination.Trained,
-) -> sampling.Job:
+) -> Job:
     built = prompts.build(benchmark, subject.tokenizer, subject.settings, args)
     longest, positions = max(map(len, built.ids)), subject.config.max_position_embeddings
     if longest >= positions:
@@ -208,7 +210,7 @@ def _job(
     }
     samples = summary.Samples(Path(args.out) / subject.label, benchmark.name)
     samples.check(identity)
-    return sampling.Job(
+    return Job(
         subject=subject,
         samples=samples,
         name=benchmark.name,
@@ -225,7 +227,7 @@ def _job(
 # --- report ---------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace, jobs: list[sampling.Job]) -> str:
+def report(args: Namespace, jobs: list[Job]) -> str:
     """Write summary.md, summary.json and summary.png; returns the text for the terminal."""
     summaries = []
     for job in jobs:
@@ -254,7 +256,7 @@ def report(args: argparse.Namespace, jobs: list[sampling.Job]) -> str:
     return "\n\n".join(said)
 
 
-def conditions_of(args: argparse.Namespace, jobs: list[sampling.Job]) -> list[str]:
+def conditions_of(args: Namespace, jobs: list[Job]) -> list[str]:
     """Sentences on how samples and figures were made; jobs that were asked alike share a line."""
     drawn = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}"
     lines = [
@@ -270,7 +272,7 @@ def conditions_of(args: argparse.Namespace, jobs: list[sampling.Job]) -> list[st
     return lines
 
 
-def _asked(job: sampling.Job) -> str:
+def _asked(job: Job) -> str:
     """How the questions of a job were asked."""
     prompt = job.identity["prompt"]
     line = f"{job.name}: {prompt['kind']} prompt"
@@ -287,7 +289,7 @@ def _asked(job: sampling.Job) -> str:
     return line
 
 
-def compare(name: str, jobs: list[sampling.Job]) -> list[summary.Comparison]:
+def compare(name: str, jobs: list[Job]) -> list[summary.Comparison]:
     """All checkpoints against the one of this name, on the problems that both have."""
     others = {job.name: job for job in jobs if job.subject.name == name}
     found = []
@@ -304,7 +306,7 @@ def compare(name: str, jobs: list[sampling.Job]) -> list[summary.Comparison]:
 # --- command --------------------------------------------------------------------------------------
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """Plan, generate and grade, report."""
     # only Python objects go from rank to rank
     rank, world, local_rank = parallel.init("cpu", patience=PATIENCE)
@@ -315,7 +317,7 @@ def evaluate(args: argparse.Namespace) -> None:
         # read by the first job that needs it; the model before is dropped here
         load_model = functools.cache(subject.model)
         for job in own_jobs:
-            sampling.complete(job, load_model, rank, world)
+            complete(job, load_model, rank, world)
     parallel.on_rank_0(rank, lambda: print(report(args, jobs), flush=True))
 
 

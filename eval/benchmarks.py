@@ -127,20 +127,29 @@ def load(name: str, folder: str | Path, limit: int = 0) -> Benchmark:
     examples = tuple(_code(name, path) if name in CODE else _math_set(name, path))
     if not examples:
         raise UserError(f"{path} is empty; put {name}'s own file there")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if name in CODE:
-        return Benchmark(name, examples, PROGRAM, (), str(path), digest)
-    return Benchmark(name, examples, BOXED, SHOTS, str(path), digest)
+    return Benchmark(
+        name=name,
+        examples=examples,
+        instruction=PROGRAM if name in CODE else BOXED,
+        shots=() if name in CODE else SHOTS,
+        file=str(path),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
 
 
 def _toy(name: str, count: int) -> Benchmark:
     make = TASKS[name].example
     examples = [make(name, "heldout", f"{SPLIT_SEED}/{i}") for i in range(max(count, HASHED))]
     hashed = "\n".join(example.question for example in examples[:HASHED])
-    digest = hashlib.sha256(hashed.encode()).hexdigest()
     worked = [make(name, "train", f"shot/{i}") for i in range(4)]
-    shots = tuple((example.question, example.messages[-1]["content"]) for example in worked)
-    return Benchmark(name, tuple(examples[:count]), "", shots, "embedded", digest)
+    return Benchmark(
+        name=name,
+        examples=tuple(examples[:count]),
+        instruction="",
+        shots=tuple((example.question, example.messages[-1]["content"]) for example in worked),
+        file="embedded",
+        sha256=hashlib.sha256(hashed.encode()).hexdigest(),
+    )
 
 
 def _math_set(name: str, path: Path) -> Iterator[Example]:

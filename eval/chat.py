@@ -97,14 +97,12 @@ def formatter_of(subject: Subject, args: argparse.Namespace) -> Formatter:
     )
 
 
-def prompt_of(formatter: Formatter, messages: list[dict[str, str]]) -> tuple[list[int], str]:
-    """Token ids up to the assistant's turn, and the reasoning tag that they open ("<think>").
-
-    Without a chat template the texts of the conversation stand in a row.
-    """
+def prompt_of(formatter: Formatter, messages: list[dict]) -> tuple[list[int], str]:
+    """Token ids up to the assistant's turn, and the reasoning tag that they open ("<think>")."""
     if formatter.chat:
         example = Example(tuple(messages), origin="the conversation")
         return formatter.prompt(example), formatter.opened(example)
+    # `Formatter` refuses several turns without a template; here their texts stand in a row
     texts = [message["content"] for message in messages]
     text = "".join([formatter.system_prompt, *texts, formatter.prompt_suffix])
     return formatter.tokenizer.encode(formatter.tokenizer.escape(text)), ""
@@ -114,7 +112,7 @@ def answer(
     subject: Subject,
     model: Transformer,
     formatter: Formatter,
-    messages: list[dict[str, str]],
+    messages: list[dict],
     args: argparse.Namespace,
 ) -> str:
     """Stream the assistant's next turn; returns its text, with the tag that the prompt opened."""

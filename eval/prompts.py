@@ -6,7 +6,6 @@ What they are made of is stated in the results, so that two evaluations can be c
 import dataclasses
 import hashlib
 from argparse import Namespace
-from typing import Any
 
 from data.formatter import Formatter
 from data.messages import check_text
@@ -27,13 +26,11 @@ class Prompts:
     """Token ids per example, what they are made of, and strings that end an answer."""
 
     ids: list[list[int]]
-    stated: dict[str, Any]
+    stated: dict
     stop: tuple[str, ...]
 
 
-def build(
-    benchmark: Benchmark, tokenizer: Tokenizer, settings: dict[str, Any], args: Namespace
-) -> Prompts:
+def build(benchmark: Benchmark, tokenizer: Tokenizer, settings: dict, args: Namespace) -> Prompts:
     """The prompts of the first `args.limit` examples of a benchmark (0: all).
 
     Args:
@@ -95,7 +92,7 @@ def build(
     return Prompts(ids, stated, stop)
 
 
-def template_kwargs(given: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+def template_kwargs(given: str | None, settings: dict) -> dict:
     """The arguments of the chat template: those given, else those of the checkpoint's run."""
     text = settings.get("chat_template_kwargs", "") if given is None else given
     return parse_template_kwargs(text, "--chat_template_kwargs")

@@ -9,19 +9,18 @@ import functools
 import hashlib
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import TextIO
 
 from data.grade import grade_by_math_verify, vote
 from data.tasks import Example, grade, grade_all
 from errors import RunFailed, UserError
 from eval.benchmarks import CODE, Benchmark
 from eval.contamination import Trained
-from eval.summary import Key, Rows, Samples, json_line
+from eval.summary import Key, Row, Rows, Samples, json_line
 from model import parallel
 from model.generate import Completion, generate
 from model.load import Subject
-from model.transformer import Transformer
 from run import environment
 
 PROGRESS_SECONDS = 10.0  # between two lines on the terminal
@@ -45,7 +44,7 @@ class Request:
     stop: tuple[str, ...]
     args: Namespace
 
-    def columns(self, problem: int, text: str, completion: Completion) -> dict[str, Any]:
+    def columns(self, problem: int, text: str, completion: Completion) -> Row:
         """What the row of a sample holds beside its numbers."""
         return {"text": text, "tokens": len(completion.tokens), "stopped": completion.stopped}
 
@@ -56,26 +55,16 @@ def seed_of(seed: int, name: str, problem: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def missing(kept: Rows, problems: Sequence[int], args: Namespace) -> list[list[Key]]:
-    """The samples of these problems that are not kept yet, in groups to be generated together."""
-    groups = []
-    size = args.group or len(problems) or 1
-    for start in range(0, len(problems), size):
-        keys = [(p, s) for p in problems[start : start + size] for s in range(args.n)]
-        groups.append([key for key in keys if key not in kept])
-    return [keys for keys in groups if keys]
-
-
 def generate_missing(
-    request: Request, groups: list[list[Key]], load_model: Callable[[], Transformer], rank: int = 0
+    request: Request, problems: range, load_model: Callable, rank: int = 0
 ) -> tuple[int, float]:
-    """Generate these groups of samples and append them to the rank's file.
+    """Generate the samples of these problems that are not kept yet, and append them to a file.
 
-    A sample is kept as soon as it is finished. With --group a complete group is, so that what is
-    generated after a kill is batched as it would have been, and rounded alike.
+    A sample is kept as soon as it is finished. With --group a complete group of problems is, so
+    that what is generated after a kill is batched as it would have been, and rounded alike.
 
     Args:
-        load_model: Called once, and only if there is something to generate.
+        load_model: Returns the model; called only if there is something to generate.
 
     Returns:
         The number of new tokens, and the seconds that they took.
@@ -83,9 +72,16 @@ def generate_missing(
     Raises:
         RunFailed: if the file cannot be written.
     """
+    args, kept, groups = request.args, request.samples.read(), []
+    size = args.group or len(problems) or 1
+    for start in range(0, len(problems), size):
+        block = problems[start : start + size]
+        keys = [(p, s) for p in block for s in range(args.n) if (p, s) not in kept]
+        if keys:
+            groups.append(keys)
     if not groups:
         return 0, 0.0
-    args, model, start = request.args, load_model(), time.perf_counter()
+    model, start = load_model(), time.perf_counter()
     try:
         with open(request.samples.part(rank), "a", encoding="utf-8") as file:
             # a line that a kill cut off stays apart from what follows
@@ -114,14 +110,18 @@ def generate_missing(
     return writer.tokens, time.perf_counter() - start
 
 
+@dataclasses.dataclass
 class _Writer:
     """Appends finished samples to a file and reports progress."""
 
-    def __init__(self, request: Request, file: TextIO, total: int, is_loud: bool):
-        self.request, self.file, self.total, self.is_loud = request, file, total, is_loud
-        self.pending: list[str] = []
-        self.done = self.tokens = 0
-        self.reported = time.monotonic()
+    request: Request
+    file: TextIO
+    total: int
+    is_loud: bool
+    done: int = 0
+    tokens: int = 0
+    pending: list = dataclasses.field(default_factory=list)
+    reported: float = dataclasses.field(default_factory=time.monotonic)
 
     def add(self, keys: list[Key], i: int, completion: Completion) -> None:
         """Take the completion of keys[i]."""
@@ -161,15 +161,18 @@ class Job(Request):
     """
 
     benchmark: Benchmark
-    identity: dict[str, Any]
+    identity: dict
     trained: Trained
     rows: Rows = dataclasses.field(default_factory=dict)
 
-    def columns(self, problem: int, text: str, completion: Completion) -> dict[str, Any]:
+    def columns(self, problem: int, text: str, completion: Completion) -> Row:
         example = self.benchmark.examples[problem]
-        row = {"question": example.question, "gold": example.answer}
-        row |= super().columns(problem, text, completion)
-        return row | {"logp": round(sum(completion.logp), 3)}
+        return {
+            "question": example.question,
+            "gold": example.answer,
+            **super().columns(problem, text, completion),
+            "logp": round(sum(completion.logp), 3),
+        }
 
     def begin(self) -> None:
         """State the conditions beside the samples."""
@@ -185,20 +188,18 @@ class Job(Request):
         self.samples.begin(self.identity, about)
 
 
-def complete(job: Job, load_model: Callable[[], Transformer], rank: int, world: int) -> None:
+def complete(job: Job, load_model: Callable, rank: int, world: int) -> None:
     """Generate what is missing of a job, grade it and set its rows, the same on all ranks."""
     samples, problems = job.samples, range(len(job.prompts))
     wanted = [(p, s) for p in problems for s in range(job.args.n)]
-    groups = missing(samples.read(), problems[rank::world], job.args)
-    parallel.barrier()  # everyone has read what was kept
     parallel.on_rank_0(rank, job.begin)
-    spent = error = None
+    cost = error = None
     try:
-        spent = generate_missing(job, groups, load_model, rank)
+        cost = generate_missing(job, problems[rank::world], load_model, rank)
     except (UserError, RunFailed) as e:
         error = e
     parallel.raise_on_all(error)
-    tokens, seconds = zip(*parallel.gather(spent), strict=True)
+    tokens, seconds = zip(*parallel.gather(cost), strict=True)
     rows = samples.read()
     ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
     examples = job.benchmark.examples
@@ -209,15 +210,15 @@ def complete(job: Job, load_model: Callable[[], Transformer], rank: int, world: 
     job.rows = {key: rows[key] for key in wanted}
 
 
-def grade_row(example: Example, row: dict[str, Any]) -> dict[str, Any]:
+def grade_row(example: Example, row: Row) -> Row:
     """A sample's row with its grades.
 
-    strict, lenient, parsed: the verdict of the task's own grader. math_verify: whether math-verify
+    strict, lenient, parsed: by the task's own grader. math_verify: whether math-verify
     finds the gold answer in the text by itself; None on code. vote: the answer in a form in which
     equal ones can be counted; False on code.
     """
-    verdict, text = grade(example, row["text"]), row["text"]
-    graded = row | {"strict": verdict.strict, "lenient": verdict.lenient, "parsed": verdict.parsed}
+    text = row["text"]
+    graded = row | dataclasses.asdict(grade(example, text))
     if example.task in CODE:
         return graded | {"math_verify": None, "vote": False}
     return graded | {

@@ -13,6 +13,7 @@ from typing import TypedDict
 import numpy as np
 from scipy.special import ndtr, stdtrit  # what scipy.stats uses, which takes seconds to import
 
+ALPHA = 1 - 0.95  # of the intervals
 RESAMPLES = 4000
 BLOCK = 250  # resamples made at once, to bound the memory
 
@@ -46,12 +47,10 @@ def majority_at_k(votes: Sequence[Hashable], correct: Sequence[bool], k: int) ->
     return sum(chances) / len(chances)
 
 
-def intervals(
-    values_PX: np.ndarray, lowest: float = 0.0, level: float = 0.95, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap intervals (low_X, high_X) of the means over problems.
+def intervals(values_PX: np.ndarray, lowest: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap intervals (low_X, high_X) of 95 % of the means over problems.
 
-    The percentiles are a little further out than `level` says, by Student's t and √(P/(P-1)): the
+    The percentiles are a little further out than 2.5 and 97.5 %, by Student's t and √(P/(P-1)): the
     plain ones are too narrow for few problems (Hesterberg 2015, arXiv 1411.5279, "expanded
     percentile"). Resampling says nothing where all problems agree: there the bound is that of P
     equal outcomes, 1 - (α/2)^(1/P) away. A single problem has no interval (NaN).
@@ -60,19 +59,19 @@ def intervals(
         values_PX: One value per problem and quantity, between `lowest` and 1.
     """
     values_PX = np.asarray(values_PX, float)
-    problems, alpha = len(values_PX), 1 - level
+    problems = len(values_PX)
     if problems < 2:
         unknown_X = np.full(values_PX.shape[1], np.nan)
         return unknown_X, unknown_X
-    rng, means = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(0), []
     for _ in range(0, RESAMPLES, BLOCK):
         counts = rng.multinomial(problems, np.full(problems, 1 / problems), size=BLOCK)
         means.append(counts @ values_PX / problems)
     widening = math.sqrt(problems / (problems - 1))
-    outer = ndtr(-student_t(1 - alpha / 2, problems - 1) * widening)
+    outer = ndtr(-student_t(1 - ALPHA / 2, problems - 1) * widening)
     low_X, high_X = np.quantile(np.concatenate(means), (outer, 1 - outer), axis=0)
     is_constant_X = np.ptp(values_PX, axis=0) == 0
-    reach = 1 - (alpha / 2) ** (1 / problems)
+    reach = 1 - (ALPHA / 2) ** (1 / problems)
     low_X = np.where(is_constant_X, np.maximum(lowest, values_PX[0] - reach), low_X)
     high_X = np.where(is_constant_X, np.minimum(1.0, values_PX[0] + reach), high_X)
     return low_X, high_X

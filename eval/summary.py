@@ -16,7 +16,8 @@ from eval.stats import Paired, intervals, majority_at_k, paired, pass_at_k
 from files import read_json, replace_file
 
 Key = tuple[int, int]  # (problem, sample)
-Rows = dict[Key, dict[str, Any]]
+Row = dict[str, Any]
+Rows = dict[Key, Row]
 
 
 class Samples:
@@ -28,7 +29,7 @@ class Samples:
     def __init__(self, folder: Path, task: str):
         self.folder, self.task = folder, task
         self.path, self.about = folder / f"{task}.jsonl", folder / f"{task}.json"
-        self.stated: dict[str, Any] = {}  # what `about` holds, from `begin` on
+        self.stated = {}  # what `about` holds, from `begin` on
 
     def part(self, rank: int) -> Path:
         """The file to which a rank appends its finished samples."""
@@ -51,14 +52,14 @@ class Samples:
                     continue
         return rows
 
-    def check(self, identity: dict[str, Any]) -> None:
+    def check(self, identity: dict) -> None:
         """Raise UserError if there are samples that were made under other conditions."""
         stored = read_json(self.about)["identity"] if self.about.exists() else identity
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise UserError(
-                    f"{self.path} was made with another {key} ({_short(stored.get(key))}, "
-                    f"now {_short(value)}); choose another --out"
+                    f"{self.path} was made with another {key} ({stored.get(key)!s:.60}, "
+                    f"now {value!s:.60}); choose another --out"
                 )
 
     def others(self) -> list[str]:
@@ -66,7 +67,7 @@ class Samples:
         found = sorted(self.folder.parent.glob("*/*.json"))
         return [f"{path.parent.name} on {path.stem}" for path in found if path != self.about]
 
-    def begin(self, identity: dict[str, Any], about: dict[str, Any]) -> None:
+    def begin(self, identity: dict, about: dict) -> None:
         """State the conditions, and keep the count of what earlier sessions took."""
         # another checkpoint of the same command may have the same weights, but other prompts
         self.check(identity)
@@ -80,9 +81,7 @@ class Samples:
         self.stated = {"identity": identity, "about": about, "generated": generated}
         self._state()
 
-    def finish(
-        self, rows: Rows, tokens: int, seconds: float, totals: dict[str, Any] | None = None
-    ) -> None:
+    def finish(self, rows: Rows, tokens: int, seconds: float, totals: dict | None = None) -> None:
         """Write all samples in order, then remove the parts.
 
         Args:
@@ -103,14 +102,9 @@ class Samples:
         replace_file(self.about, json.dumps(self.stated, indent=2, ensure_ascii=False) + "\n")
 
 
-def json_line(row: dict[str, Any]) -> str:
+def json_line(row: Row) -> str:
     """A row as a line of a .jsonl file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -142,7 +136,7 @@ class Figures(NamedTuple):
     tokens_longest: int
     tokens_per_second: float | None
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict:
         """One dict with the rates in their place, as summary.json holds it."""
         found = {}
         for name, value in self._asdict().items():
@@ -167,10 +161,10 @@ class Comparison(NamedTuple):
     checkpoint: str
     other: str
     task: str
-    paired: dict[str, Any]
+    paired: dict
 
 
-def summarise(rows: Rows, ks: list[int], generated: dict[str, Any]) -> Figures:
+def summarise(rows: Rows, ks: list[int], generated: dict) -> Figures:
     """The figures of graded rows; every problem has the same number of samples.
 
     Args:
@@ -237,7 +231,6 @@ def counts(rows: Rows) -> dict[tuple[int, str], tuple[int, int]]:
 
 # What a comparison depends on besides the two models and the kind of prompt.
 PROMPT_CONDITIONS = ("system", "instruction", "prefill", "chat_template_kwargs")
-SAMPLING_CONDITIONS = ("temperature", "top_p", "max_tokens")
 
 
 def asked_differently(ours: dict | None, theirs: dict | None) -> dict[str, tuple]:
@@ -258,12 +251,14 @@ def asked_differently(ours: dict | None, theirs: dict | None) -> dict[str, tuple
     return differing
 
 
-def _conditions(stated: dict[str, Any]) -> dict[str, Any]:
+def _conditions(stated: dict) -> dict:
     identity, prompt = stated["identity"], stated["identity"]["prompt"]
-    found = {"prompt": prompt.get("kind")}
-    found |= {name: prompt.get(name) or None for name in PROMPT_CONDITIONS}
-    found |= {name: identity.get(name) for name in SAMPLING_CONDITIONS}
-    # fewer new tokens than were asked for, where the model has no positions for them
-    found["max_tokens"] = stated["about"].get("new_tokens", found["max_tokens"])
-    found["template"] = prompt.get("first_prompt")  # how the template renders one question
-    return found
+    return {
+        "prompt": prompt.get("kind"),
+        **{name: prompt.get(name) or None for name in PROMPT_CONDITIONS},
+        "temperature": identity.get("temperature"),
+        "top_p": identity.get("top_p"),
+        # fewer than were asked for, where the model has no positions for them
+        "max_tokens": stated["about"].get("new_tokens", identity.get("max_tokens")),
+        "template": prompt.get("first_prompt"),  # how the template renders one question
+    }

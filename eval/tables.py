@@ -42,11 +42,10 @@ def asked(differing: dict) -> str:
 def aligned(rows: Table) -> str:
     """A table for the terminal: two columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
+    sides, lines = "<<".ljust(len(widths), ">"), []
     for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[:2] = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
     return "\n".join(lines)
 
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,8 +24,8 @@ from data.formatter import OPENED, Formatter
 from data.tasks import TASKS, Example, grade, grade_all
 from errors import RunFailed, UserError, as_command
 from eval.prompts import template_kwargs
-from eval.sampling import Request, generate_missing, missing
-from eval.summary import Rows, Samples, json_line
+from eval.sampling import Request, generate_missing
+from eval.summary import Row, Rows, Samples, json_line
 from files import replace_file
 from model import lineage
 from model.flops import generation_flops
@@ -35,9 +34,10 @@ from model.transformer import Transformer
 from run import environment, handled, interrupt
 
 # Columns that say in a form of their own what a trace's messages and answer say.
-REPLACED = {*QUESTIONS, *RESPONSES, *GOLDS, *SYSTEM}
-REPLACED |= {"conversations", "instruction", "input", "output", "code", "test", "test_list"}
-REPLACED |= {"reasoning_solution", "groud_truth_solution", "canonical_solution", "entry_point"}
+REPLACED = frozenset(
+    "conversations instruction input output code test test_list entry_point reasoning_solution "
+    "groud_truth_solution canonical_solution".split()
+).union(QUESTIONS, RESPONSES, GOLDS, SYSTEM)
 # What the samples depend on besides teacher, data and template.
 OPTIONS = ("temperature", "top_p", "max_tokens", "system", "instruction", "seed", "eval_examples")
 
@@ -125,7 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def examples_of(
-    args: argparse.Namespace, subject: Subject, kwargs: dict[str, Any]
+    args: argparse.Namespace, subject: Subject, kwargs: dict
 ) -> tuple[list[Example], list[list[int]]]:
     """The training examples and their prompts as token ids.
 
@@ -170,7 +170,7 @@ def _is_graded(example: Example) -> bool:
     return example.answer is not None and example.task in TASKS
 
 
-def grade_row(example: Example, row: dict[str, Any]) -> dict[str, Any]:
+def grade_row(example: Example, row: Row) -> Row:
     """A sample's row with its grade."""
     return row | {"right": _is_graded(example) and grade(example, row["text"]).strict}
 
@@ -209,7 +209,7 @@ def collect(
     return lines
 
 
-def context(example: Example) -> list[dict[str, Any]]:
+def context(example: Example) -> list[dict]:
     """The messages before the answer that the teacher was asked for.
 
     Earlier answers are not the teacher's: `"weight": 0` keeps them out of what is trained on, and
@@ -224,7 +224,7 @@ def context(example: Example) -> list[dict[str, Any]]:
     return messages
 
 
-def other_columns(example: Example, trace: dict[str, Any]) -> dict[str, Any]:
+def other_columns(example: Example, trace: dict) -> dict:
     """The columns of the row that a trace keeps (tools, say): none that it replaces.
 
     Raises:
@@ -265,10 +265,10 @@ def run(args: argparse.Namespace) -> None:
         stop=(),
         args=args,
     )
-    groups = missing(samples.read(), range(len(prompts)), args)
-    _, seconds = generate_missing(request, groups, subject.model)
+    problems = range(len(prompts))
+    _, seconds = generate_missing(request, problems, subject.model)
     found = samples.read()
-    keys = [(p, s) for p in range(len(prompts)) for s in range(args.n)]
+    keys = [(p, s) for p in problems for s in range(args.n)]
     graded = grade_all(grade_row, [(examples[key[0]], found[key]) for key in keys])
     rows = dict(zip(keys, graded, strict=True))
     lengths = [row["tokens"] for row in graded]
