@@ -222,6 +222,6 @@ def grade_row(example: Example, row: Row) -> Row:
     if example.task in CODE:
         return graded | {"math_verify": None, "vote": False}
     return graded | {
-        "math_verify": grade_by_math_verify(text, example.answer),
+        "math_verify": grade_by_math_verify(text, example.answer or ""),
         "vote": vote(text, words=example.task not in ("math", "answer")),
     }
