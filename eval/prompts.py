@@ -1,105 +1,125 @@
-"""Questions as ids, in words that the results state: the chat template, the plain question, or worked examples before it."""
+"""Questions as token ids: through the chat template, as plain text, or behind worked examples.
+
+What they are made of is stated in the results, so that two evaluations can be compared.
+"""
 
 import dataclasses
 import hashlib
+from argparse import Namespace
 
 from data.formatter import Formatter
 from data.messages import check_text
-from data.tokenizer import parse_template_kwargs
+from data.tasks import Example
+from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError
-from eval.benchmarks import CODE
+from eval.benchmarks import CODE, Benchmark
 
 KINDS = ("auto", "chat", "plain", "few_shot")
-NEXT_QUESTION = ("\nQuestion:",)  # a base model goes on with a question of its own
-NEXT_CODE = (
-    "\nclass",
-    "\ndef",
-    "\n#",
-    "\nif",
-    "\nprint",
-)  # or, behind a function's body, with other code (Chen et al. 2021, section 2.2)
+# A base model continues its answer with a question of its own.
+NEXT_QUESTION = ("\nQuestion:",)
+# Or the body of a function with other code (Chen et al. 2021, section 2.2).
+NEXT_CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """ids: a list of ids per example; stated: what they are made of, for the results; stop: strings that end an answer."""
+    """Token ids per example, what they are made of, and strings that end an answer."""
 
-    ids: list
+    ids: list[list[int]]
     stated: dict
-    stop: tuple
+    stop: tuple[str, ...]
 
 
-def build(
-    benchmark,
-    tokenizer,
-    run,
-    kind="auto",
-    system=None,
-    instruction=None,
-    prefill="",
-    limit=0,
-    template_kwargs=None,
-):
-    """The Prompts of the first `limit` examples (0: all). run: the config of the run that trained the checkpoint, {} if there is none: its template,
-    its arguments, system prompt and suffix are the defaults; but code is asked for as its benchmark does, not with a suffix for other answers.
-    prefill: text that begins the answer (Qwen3 without thinking: "<think>\\n\\n</think>\\n\\n"). template_kwargs: text, as enable_thinking=false."""
-    template = tokenizer.chat_template
+def build(benchmark: Benchmark, tokenizer: Tokenizer, settings: dict, args: Namespace) -> Prompts:
+    """The prompts of the first `args.limit` examples of a benchmark (0: all).
+
+    Args:
+        settings: The config of the run that trained the checkpoint, {} if there is none. Its
+            template, its arguments, system prompt and suffix are the defaults.
+        args: With prompt (one of KINDS), system, instruction (put behind every question),
+            chat_template_kwargs and prefill (text that begins every answer; Qwen3 without thinking:
+            "<think>\\n\\n</think>\\n\\n"). None stands for what the run did.
+
+    Raises:
+        UserError: for a kind of prompt that the tokenizer or the benchmark does not have.
+    """
+    kind = _kind(args.prompt, benchmark, tokenizer, settings)
+    stop = ()
+    if kind == "few_shot":
+        stop = NEXT_QUESTION
+    elif kind == "plain" and benchmark.name == "humaneval":
+        stop = NEXT_CODE
+    system = settings.get("system_prompt", "") if args.system is None else args.system
+    instruction = args.instruction
+    if instruction is None and stop:
+        instruction = ""  # these prompts show by their form what is asked for
+    elif instruction is None:
+        instruction = benchmark.instruction
+        if benchmark.name not in CODE:  # a run's own suffix asks for other answers than code
+            instruction = settings.get("prompt_suffix", instruction)
+    check_text(args.prefill, "--prefill")
+    kwargs = {}
+    if kind == "chat":
+        kwargs = template_kwargs(args.chat_template_kwargs, settings)
+    elif args.chat_template_kwargs:
+        raise UserError(
+            f"--chat_template_kwargs {args.chat_template_kwargs}: the prompts of {benchmark.name} "
+            f"are {kind} ones, without a chat template; leave it out"
+        )
+    examples = benchmark.examples[: args.limit or None]
+    if kind == "few_shot":
+        examples = [_with_shots(example, benchmark, instruction) for example in examples]
+    formatter = Formatter(
+        tokenizer,
+        "chat" if kind == "chat" else "plain",
+        system,
+        "" if kind == "few_shot" else instruction,
+        kwargs,
+    )
+    prefill = tokenizer.encode(args.prefill)
+    ids = [[*formatter.prompt(example), *prefill] for example in examples]
+    stated = {
+        "kind": kind,
+        "system": system,
+        "instruction": instruction,
+        "prefill": args.prefill,
+        "template_sha256": _sha256(tokenizer.chat_template) if kind == "chat" else None,
+        "first_prompt": tokenizer.decode(ids[0]),
+        "first_prompt_sha256": _sha256(ids[0]),
+    }
+    if kwargs:
+        stated["chat_template_kwargs"] = kwargs
+    return Prompts(ids, stated, stop)
+
+
+def template_kwargs(given: str | None, settings: dict) -> dict:
+    """The arguments of the chat template: those given, else those of the checkpoint's run."""
+    text = settings.get("chat_template_kwargs", "") if given is None else given
+    return parse_template_kwargs(text, "--chat_template_kwargs")
+
+
+def _kind(kind: str, benchmark, tokenizer, settings) -> str:
+    """The kind of prompt that "auto" stands for; what cannot be had is refused."""
     if kind == "auto":
-        asked = run.get("template", "auto")
-        kind = asked if asked != "auto" else "chat" if template else "plain"
-    if kind == "chat" and not template:
+        kind = settings.get("template", "auto")
+    if kind == "auto":
+        kind = "chat" if tokenizer.chat_template else "plain"
+    if kind == "chat" and not tokenizer.chat_template:
         raise UserError(f"{tokenizer.source} has no chat template; use --prompt plain or few_shot")
     if kind == "few_shot" and not benchmark.shots:
         raise UserError(
             f"{benchmark.name} has no worked examples for --prompt few_shot; use chat or plain"
         )
-    system = run.get("system_prompt", "") if system is None else system
-    completes = (
-        kind == "plain" and benchmark.name == "humaneval"
-    )  # a function that has begun: nothing is asked for
-    if instruction is None:
-        suffix = (
-            benchmark.instruction
-            if benchmark.name in CODE
-            else run.get("prompt_suffix", benchmark.instruction)
-        )
-        instruction = "" if kind == "few_shot" or completes else suffix
-    check_text(prefill, "--prefill")
-    if kind != "chat" and template_kwargs:
-        raise UserError(
-            f"--chat_template_kwargs {template_kwargs}: the prompts of {benchmark.name} are {kind} ones, without a chat template; leave it out"
-        )
-    given = run.get("chat_template_kwargs", "") if template_kwargs is None else template_kwargs
-    kwargs = parse_template_kwargs(given, "--chat_template_kwargs") if kind == "chat" else {}
-    formatter = Formatter(
-        tokenizer, "chat" if kind == "chat" else "plain", system, instruction, kwargs
-    )
-    shots = (
-        "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in benchmark.shots)
-        if kind == "few_shot"
-        else ""
-    )
-    ids = []
-    for example in benchmark.examples[: limit or None]:
-        if kind == "few_shot":
-            user = {
-                "role": "user",
-                "content": f"{shots}Question: {example.question}{instruction}\nAnswer:",
-            }
-            example = dataclasses.replace(example, messages=(user, example.messages[-1]))
-        ids.append([*formatter.prompt(example), *tokenizer.encode(prefill)])
-    stated = {
-        "kind": kind,
-        "system": system,
-        "instruction": instruction,
-        "prefill": prefill,
-        "template_sha256": hashlib.sha256(template.encode()).hexdigest()
-        if kind == "chat"
-        else None,
-        "first_prompt": tokenizer.decode(ids[0]),
-        "first_prompt_sha256": hashlib.sha256(str(ids[0]).encode()).hexdigest(),
-    }
-    stated |= {"chat_template_kwargs": kwargs} if kwargs else {}
-    return Prompts(
-        ids, stated, NEXT_QUESTION if kind == "few_shot" else NEXT_CODE if completes else ()
-    )
+    return kind
+
+
+def _with_shots(example: Example, benchmark: Benchmark, instruction: str) -> Example:
+    """The example with the benchmark's worked examples before its question."""
+    shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in benchmark.shots)
+    content = f"{shots}Question: {example.question}{instruction}\nAnswer:"
+    messages = ({"role": "user", "content": content}, example.messages[-1])
+    return dataclasses.replace(example, messages=messages)
+
+
+def _sha256(value) -> str:
+    return hashlib.sha256(str(value).encode()).hexdigest()

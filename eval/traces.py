@@ -1,17 +1,19 @@
-"""What a teacher writes on the questions of a data set, the right ones kept for SFT: sequence-level distillation (Kim & Rush, arXiv 1606.07947).
+"""Traces: a teacher's answers to the questions of a data set, the right ones kept for SFT.
+
+This is sequence-level distillation (Kim & Rush, arXiv 1606.07947).
 
     python -m eval.traces runs/my-teacher --data word_problems:200 --n 4 --out traces
     python train.py --mode sft --data traces/traces.jsonl
 
---out gets `samples.jsonl` (every sample with its verdict), `samples.json` (what it was asked under, with hashes), `traces.jsonl` (the kept
-ones, as messages with the gold answer and where they are from) and `trained_on.json` and `.bin` (what the teacher was trained on: keep them
-beside the traces, and a run on the traces knows it). The same command goes on with what was interrupted.
+--out gets `samples.jsonl` (every sample with its grade), `samples.json` (how they were made, with
+hashes), `traces.jsonl` (those that are kept, as messages with the gold answer and their source) and
+`trained_on.json` and `.bin` (what the teacher was trained on: keep them beside the traces, and a
+run on the traces knows it). The same command goes on with what was interrupted.
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,40 +21,29 @@ import torch
 from data.dataset import Dataset
 from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
 from data.formatter import OPENED, Formatter
-from data.tasks import TASKS, grade, grade_all
-from data.tokenizer import parse_template_kwargs
+from data.tasks import TASKS, Example, grade, grade_all
 from errors import RunFailed, UserError, as_command
-from eval.__main__ import seed_of
-from eval.summary import Samples, line
+from eval.prompts import template_kwargs
+from eval.sampling import Request, generate_missing
+from eval.summary import Row, Rows, Samples, json_line
 from files import replace_file
 from model import lineage
 from model.flops import generation_flops
-from model.generate import generate
-from model.load import find
+from model.load import Subject, find
 from model.transformer import Transformer
 from run import environment, handled, interrupt
 
-# Columns that say what a trace's messages and answer say already, in forms of their own.
-REPLACED = {
-    *QUESTIONS,
-    *RESPONSES,
-    *GOLDS,
-    *SYSTEM,
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "reasoning_solution",
-    "groud_truth_solution",
-    "canonical_solution",
-    "test",
-    "entry_point",
-    "code",
-    "test_list",
-}
+# Columns that say in a form of their own what a trace's messages and answer say.
+REPLACED = frozenset(
+    "conversations instruction input output code test test_list entry_point reasoning_solution "
+    "groud_truth_solution canonical_solution".split()
+).union(QUESTIONS, RESPONSES, GOLDS, SYSTEM)
+# What the samples depend on besides teacher, data and template.
+OPTIONS = ("temperature", "top_p", "max_tokens", "system", "instruction", "seed", "eval_examples")
 
 
-def parse(argv):
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The checked options of a command line. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="eval.traces",
         description=__doc__,
@@ -70,14 +61,14 @@ def parse(argv):
     parser.add_argument("--out", required=True, help="the folder of the traces")
     parser.add_argument("--n", type=int, default=1, help="samples per question")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the likeliest token"
+        "--temperature", type=float, default=0.7, help="0: always the most likely token"
     )
     parser.add_argument(
         "--top_p",
         "--top-p",
         type=float,
         default=1.0,
-        help="sample from the likeliest ids with this mass",
+        help="sample from the most likely tokens with this mass",
     )
     parser.add_argument(
         "--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per trace at most"
@@ -95,23 +86,25 @@ def parse(argv):
     parser.add_argument(
         "--chat_template_kwargs",
         "--chat-template-kwargs",
-        help="arguments of the chat template, as in enable_thinking=false; the teacher's own run's unless given",
+        help="arguments of the chat template, as in enable_thinking=false; "
+        "those of the teacher's run unless given",
     )
     parser.add_argument(
         "--eval_examples",
         "--eval-examples",
         type=int,
         default=0,
-        help="held-out examples that a run on this file sets apart: none are used",
+        help="validation examples that a run on this file sets apart: none are used",
     )
     parser.add_argument(
-        "--batch_size", "--batch-size", type=int, default=64, help="samples written at once"
+        "--batch_size", "--batch-size", type=int, default=64, help="samples generated at once"
     )
     parser.add_argument(
         "--group",
         type=int,
         default=0,
-        help="keep so many questions at a time: a killed command then goes on bit for bit; 0: each trace, faster",
+        help="keep so many questions at a time: a killed command then goes on bit for bit; "
+        "0: each trace, faster",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -123,19 +116,27 @@ def parse(argv):
         or not 0 < args.top_p <= 1
     ):
         raise UserError(
-            "--n, --max_tokens and --batch_size must be at least 1, --temperature and --group not negative, --top_p above 0 and at most 1"
+            "--n, --max_tokens and --batch_size must be at least 1, --temperature and --group "
+            "not negative, --top_p above 0 and at most 1"
         )
     if args.temperature == 0 and args.n > 1:
-        raise UserError(f"--temperature 0 writes the same trace every time; leave out --n {args.n}")
+        raise UserError(f"--temperature 0 gives the same trace every time; leave out --n {args.n}")
     return args
 
 
-def examples_of(args, subject):
-    """[(example, prompt ids)] of the training examples. Raises UserError, before a weight is read."""
+def examples_of(
+    args: argparse.Namespace, subject: Subject, kwargs: dict
+) -> tuple[list[Example], list[list[int]]]:
+    """The training examples and their prompts as token ids.
+
+    Args:
+        kwargs: Of the chat template.
+
+    Raises:
+        UserError: where a trace could not be made or graded, before a weight is read.
+    """
     template = subject.settings.get("template", "auto")  # as it was trained
-    formatter = Formatter(
-        subject.tokenizer, template, args.system, args.instruction, template_kwargs(args, subject)
-    )
+    formatter = Formatter(subject.tokenizer, template, args.system, args.instruction, kwargs)
     room = subject.config.max_position_embeddings
     data = Dataset(
         args.data,
@@ -151,212 +152,147 @@ def examples_of(args, subject):
         raise UserError(
             f"--data {args.data} is endless; write {args.data}:1000 for its first 1,000 problems"
         )
-    found = [(e, formatter.prompt(e)) for e in map(data.example, range(len(data)))]
-    ungraded = next((e for e, _ in found if e.answer is None or e.task not in TASKS), None)
-    if ungraded and args.keep == "right":
-        raise UserError(f"{ungraded.origin}: no answer that a grader knows; use --keep ended")
-    if (longest := max(len(ids) for _, ids in found)) + args.max_tokens > room:
+    examples = [data.example(i) for i in range(len(data))]
+    for example in examples:
+        if args.keep == "right" and not _is_graded(example):
+            raise UserError(f"{example.origin}: no answer that a grader knows; use --keep ended")
+    prompts = [formatter.prompt(example) for example in examples]
+    longest = max(map(len, prompts))
+    if longest + args.max_tokens > room:
         raise UserError(
-            f"--max_tokens {args.max_tokens:,} and the longest prompt ({longest:,}) exceed the model's {room:,} positions"
+            f"--max_tokens {args.max_tokens:,} and the longest prompt ({longest:,}) exceed "
+            f"the model's {room:,} positions"
         )
-    return found
+    return examples, prompts
 
 
-def template_kwargs(args, subject):
-    """The arguments of the chat template: those given, else those that the teacher was trained with."""
-    given = args.chat_template_kwargs
-    text = subject.settings.get("chat_template_kwargs", "") if given is None else given
-    return parse_template_kwargs(text, "--chat_template_kwargs")
+def _is_graded(example: Example) -> bool:
+    return example.answer is not None and example.task in TASKS
 
 
-def write(args, subject, found, samples):
-    """Generate what is missing; a line for every finished sample, or with --group a whole group's, so that what is batched together stays so.
-    Returns the seconds."""
-    kept, size = samples.read(), args.group or len(found)
-    groups = [
-        [
-            (p, s)
-            for p in range(lo, min(lo + size, len(found)))
-            for s in range(args.n)
-            if (p, s) not in kept
-        ]
-        for lo in range(0, len(found), size)
-    ]
-    if not any(groups):
-        return 0.0
-    model, tokens, began, shown = subject.model(), 0, time.perf_counter(), time.monotonic()
-    with open(samples.folder / f"{samples.task}.part-0.jsonl", "a", encoding="utf-8") as file:
-        file.write("\n" if file.tell() else "")  # a line that a kill cut off stays apart
-        for keys in groups:
-            finished = []
-
-            def keep(i, completion):
-                nonlocal tokens, shown
-                tokens += len(completion.tokens)
-                text = subject.tokenizer.decode(completion.tokens, skip_special=True)
-                finished.append(
-                    line(
-                        dict(
-                            problem=keys[i][0],
-                            sample=keys[i][1],
-                            text=text,
-                            tokens=len(completion.tokens),
-                            stopped=completion.stopped,
-                        )
-                    )
-                )
-                if not args.group or len(finished) == len(keys):
-                    file.write("".join(finished))
-                    file.flush()
-                    finished.clear()
-                if time.monotonic() - shown > 10:
-                    shown = time.monotonic()
-                    print(
-                        f"{tokens:,} tokens, {tokens / (time.perf_counter() - began):,.0f} a second",
-                        flush=True,
-                    )
-
-            generate(
-                model,
-                [found[p][1] for p, _ in keys],
-                args.max_tokens,
-                subject.stop_ids,
-                vocab=subject.vocab,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                seeds=[seed_of(args.seed, args.data, *key) for key in keys],
-                batch_size=args.batch_size,
-                on_done=keep,
-            )
-    return time.perf_counter() - began
+def grade_row(example: Example, row: Row) -> Row:
+    """A sample's row with its grade."""
+    return row | {"right": _is_graded(example) and grade(example, row["text"]).strict}
 
 
-def judge(found, rows):
-    """Every sample's row with its verdict, in order."""
-    ask = lambda example, row: (
-        row
-        | {
-            "right": example.answer is not None
-            and example.task in TASKS
-            and grade(example, row["text"]).strict
-        }
-    )
-    keys = sorted(rows)
-    return dict(
-        zip(keys, grade_all(ask, [(found[p][0], rows[p, s]) for p, s in keys]), strict=True)
-    )
-
-
-def collect(args, subject, found, rows):
-    """The text of traces.jsonl, and how many of it there are. Equal traces of a question are kept once."""
+def collect(
+    args: argparse.Namespace,
+    subject: Subject,
+    examples: list[Example],
+    prompts: list[list[int]],
+    rows: Rows,
+) -> list[str]:
+    """The lines of traces.jsonl. Equal traces of a question are kept once."""
     lines, seen = [], set()
     for (problem, sample), row in rows.items():
-        example, prompt = found[problem]
-        if (
-            not row["stopped"]
-            or args.keep == "right"
-            and not row["right"]
-            or (problem, row["text"]) in seen
-        ):
+        is_wrong = args.keep == "right" and not row["right"]
+        if not row["stopped"] or is_wrong or (problem, row["text"]) in seen:
             continue
         seen.add((problem, row["text"]))
-        opening = OPENED.search(subject.tokenizer.decode(prompt[-16:]))
-        text = opening[0] + row["text"] if opening else row["text"]
-        source = dict(teacher=subject.sha256, data=args.data, origin=example.origin, sample=sample)
-        trace = dict(
-            messages=[*context(example), {"role": "assistant", "content": text}],
-            answer=example.answer,
-            task=example.task,
-            source=source,
-        )
-        lines.append(line(trace | other_columns(example, trace)))
-    return "".join(lines), len(lines)
+        example, text = examples[problem], row["text"]
+        # the tag of a reasoning block that the generation prompt opened is part of the answer
+        opening = OPENED.search(subject.tokenizer.decode(prompts[problem][-16:]))
+        if opening:
+            text = opening[0] + text
+        trace = {
+            "messages": [*context(example), {"role": "assistant", "content": text}],
+            "answer": example.answer,
+            "task": example.task,
+            "source": {
+                "teacher": subject.sha256,
+                "data": args.data,
+                "origin": example.origin,
+                "sample": sample,
+            },
+        }
+        lines.append(json_line(trace | other_columns(example, trace)))
+    return lines
 
 
-def context(example):
-    """The messages before the answer that the teacher was asked for, as they were. Earlier answers are not the teacher's: `"weight": 0` keeps
-    them out of what is trained on, "shortened" lets the template leave out their reasoning, as it did for the teacher."""
-    messages = list(example.messages)
+def context(example: Example) -> list[dict]:
+    """The messages before the answer that the teacher was asked for.
+
+    Earlier answers are not the teacher's: `"weight": 0` keeps them out of what is trained on, and
+    "shortened" lets the template leave out their reasoning, as it did for the teacher.
+    """
+    messages = [dict(message) for message in example.messages]
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    answered = {"weight": 0, "shortened": True}
-    return [
-        message | answered if message["role"] == "assistant" else message for message in messages
-    ]
+    for message in messages:
+        if message["role"] == "assistant":
+            message.update(weight=0, shortened=True)
+    return messages
 
 
-def other_columns(example, trace):
-    """The row's columns that a trace keeps (tools, say): neither its question and answer, nor what the trace says itself. Raises UserError."""
-    columns = {
-        name: value
-        for name, value in example.columns.items()
-        if name not in REPLACED and name not in trace
-    }
-    for name, value in columns.items():
+def other_columns(example: Example, trace: dict) -> dict:
+    """The columns of the row that a trace keeps (tools, say): none that it replaces.
+
+    Raises:
+        UserError: for a value that JSON cannot hold.
+    """
+    columns = {}
+    for name, value in example.columns.items():
+        if name in REPLACED or name in trace:
+            continue
         try:
             json.dumps(value)
         except (TypeError, ValueError):
             raise UserError(
-                f"{example.origin}: column {name!r} holds a {type(value).__name__}, which JSON cannot; drop it or make it a text"
+                f"{example.origin}: column {name!r} holds a {type(value).__name__}, which JSON "
+                "cannot; drop it or make it a text"
             ) from None
+        columns[name] = value
     return columns
 
 
-def run(args):
-    subject = find(args.teacher)
-    found = examples_of(args, subject)
-    kwargs = template_kwargs(args, subject)
-    identity = dict(
-        teacher=subject.sha256,
-        data=args.data,
-        questions=len(found),
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_tokens,
-        system=args.system,
-        instruction=args.instruction,
-        seed=args.seed,
-        eval_examples=args.eval_examples,
-    )
-    identity |= {"chat_template_kwargs": kwargs} if kwargs else {}
-    samples = Samples(Path(args.out), "samples")
-    samples.agree(identity)
+def run(args: argparse.Namespace) -> None:
+    """Generate what is missing, grade it, and write the traces that are kept."""
+    subject, out = find(args.teacher), Path(args.out)
+    kwargs = template_kwargs(args.chat_template_kwargs, subject.settings)
+    examples, prompts = examples_of(args, subject, kwargs)
+    identity = {"teacher": subject.sha256, "data": args.data, "questions": len(examples)}
+    identity |= {name: getattr(args, name) for name in OPTIONS}
+    if kwargs:
+        identity["chat_template_kwargs"] = kwargs
+    samples = Samples(out, "samples")
     samples.begin(identity, {"name": args.teacher, "environment": environment()})
-    seconds = write(args, subject, found, samples)
-    rows = judge(
-        found,
-        {
-            key: row
-            for key, row in samples.read().items()
-            if key[0] < len(found) and key[1] < args.n
-        },
+    request = Request(
+        subject=subject,
+        samples=samples,
+        name=args.data,
+        prompts=prompts,
+        max_tokens=args.max_tokens,
+        stop=(),
+        args=args,
     )
+    problems = range(len(prompts))
+    _, seconds = generate_missing(request, problems, subject.model)
+    found = samples.read()
+    keys = [(p, s) for p in problems for s in range(args.n)]
+    graded = grade_all(grade_row, [(examples[key[0]], found[key]) for key in keys])
+    rows = dict(zip(keys, graded, strict=True))
+    lengths = [row["tokens"] for row in graded]
     with torch.device("meta"):
-        shape = Transformer(
-            subject.config
-        )  # without weights: where nothing was missing none were read
-    written = [found[p][1] for p, _ in rows], [row["tokens"] for row in rows.values()]
-    samples.finish(
-        rows,
-        0,
-        seconds,
-        dict(tokens=sum(written[1]), flops=generation_flops(shape, *written, subject.vocab)),
-    )
-    text, count = collect(args, subject, found, rows)
+        model = Transformer(subject.config)  # its shapes alone: nothing may have been generated
+    flops = generation_flops(model, [prompts[p] for p, _ in keys], lengths, subject.vocab)
+    samples.finish(rows, 0, seconds, {"tokens": sum(lengths), "flops": flops})
+    lines = collect(args, subject, examples, prompts, rows)
     try:
-        lineage.of_checkpoint(args.teacher, subject.folder).save_beside(Path(args.out))
+        lineage.of_checkpoint(args.teacher, subject.folder).save_beside(out)
     except OSError as e:
         raise RunFailed(
-            f"{args.out}: what the teacher was trained on could not be written ({e.strerror})"
+            f"{out}: what the teacher was trained on could not be written ({e.strerror})"
         ) from None
-    replace_file(Path(args.out) / "traces.jsonl", text)
-    right, ended = (sum(r[name] for r in rows.values()) for name in ("right", "stopped"))
+    replace_file(out / "traces.jsonl", "".join(lines))
+    stopped, right = (sum(row[name] for row in graded) for name in ("stopped", "right"))
     print(
-        f"{len(found):,} questions × {args.n}: {ended:,} of {len(rows):,} came to an end, {right:,} are right; {count:,} different ones are kept in {args.out}/traces.jsonl"
+        f"{len(examples):,} questions × {args.n}: {stopped:,} of {len(rows):,} came to an end, "
+        f"{right:,} are right; {len(lines):,} different ones are kept in {out}/traces.jsonl"
     )
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
     with handled(interrupt):
         return as_command("eval.traces", lambda: run(parse(argv)))
 

@@ -14,24 +14,16 @@ LINES = "Mia has 3 apples.\n\nAnd now?\n/new\nMia has 3 apples.\n"
 
 
 def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
-    def run(*arguments, lines=LINES):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    def run(*arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
         code = chat.main([str(a) for a in arguments])
         return (code, *capsys.readouterr())
 
     tokenizer, folder = train.toy_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
     folder.mkdir(parents=True)
     save_model(build_model(PRESETS["tiny"], None, device="cpu", seed=0), folder, tokenizer, [2, 0])
-    command = [
-        sys.executable,
-        "-m",
-        "eval.chat",
-        tmp_path / "run",
-        "--logp",
-        "--max_tokens=12",
-        "--temperature",
-        "1",
-    ]
+    command = [sys.executable, "-m", "eval.chat", tmp_path / "run", "--logp", "--max_tokens=12"]
+    command += ["--temperature", "1"]
     as_run = subprocess.run(command, cwd=ROOT, input=LINES.encode(), capture_output=True)
     assert as_run.returncode == 0 and not as_run.stderr
     text = as_run.stdout.decode()
@@ -47,7 +39,8 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
     ):
         code, _, error = run(*arguments)
         assert code == 2 and words in error and error.count("\n") == 1, error
-    (folder / "tokenizer_config.json").write_text(
-        '{"eos_token": "<|endoftext|>"}'
-    )  # no template: plain text
+    # without a template: plain text, and no arguments for one
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     assert run(folder, "--max-tokens", 3)[0] == 0
+    code, _, error = run(folder, "--chat_template_kwargs", "x=1")
+    assert code == 2 and "--chat_template_kwargs" in error and error.count("\n") == 1

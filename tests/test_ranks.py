@@ -121,7 +121,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
             evaluate,
             [*asked, "--out", str(tmp_path / "out")],
             1,
-            patched("eval.__main__.write", OSError(28, "No space left", "a part")),
+            patched("eval.sampling.generate", OSError(28, "No space left", "a part")),
         )
     )
     jobs.append(

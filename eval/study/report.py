@@ -12,7 +12,7 @@ from eval.study.plan import Study
 from eval.study.plots import draw
 from eval.study.results import Outcomes, Results, collect, samples_of
 from eval.study.tables import claims_table, footnotes, kl_table, listed, main_table
-from eval.summary import aligned, markdown
+from eval.tables import aligned, markdown
 from files import replace_file
 
 SHOWN = 2  # samples of each verdict for an arm in samples.md

@@ -1,7 +1,7 @@
 """The tables of a study's report, as rows of strings with the heading first."""
 
 from eval.study.results import COSTS
-from eval.summary import asked
+from eval.tables import asked
 
 MARK = " †"  # behind a gain whose two sides were asked differently
 

@@ -1,0 +1,72 @@
+"""Figures of evaluations as tables: lists of rows of strings, the heading first."""
+
+import math
+
+from eval.summary import Comparison, Interval, Summary
+
+Table = list[list[str]]
+COMPARISON_HEADING = ["checkpoint", "minus", "task", "problems", "difference", "p (sign flips)"]
+COMPARISON_HEADING += ["better on", "worse on", "asked"]
+
+
+def table(summaries: list[Summary]) -> Table:
+    """Figures by checkpoint and task. Rates in %, with intervals of 95 % over problems."""
+    rates = list(dict.fromkeys(name for summary in summaries for name in summary.figures.rates))
+    shares = ("lenient", "math_verify", "unparsed", "truncated")
+    heading = ["checkpoint", "task", "problems", "samples", *rates, *shares, "tokens", "tokens/s"]
+    rows = [[name.replace("_", "-") for name in heading]]
+    for checkpoint, task, figures in summaries:
+        row = [checkpoint, task, _count(figures.problems), _count(figures.samples)]
+        row += [_interval(figures.rates.get(name)) for name in rates]
+        row += [_percent(getattr(figures, name)) for name in shares]
+        rows.append([*row, _count(figures.tokens), _count(figures.tokens_per_second)])
+    return rows
+
+
+def comparison_table(comparisons: list[Comparison]) -> Table:
+    """Differences of accuracy by checkpoint and task, and whether both sides were asked alike."""
+    rows = [COMPARISON_HEADING]
+    for checkpoint, other, task, paired in comparisons:
+        interval = Interval(paired["difference"], paired["low"], paired["high"])
+        row = [checkpoint, other, task, str(paired["problems"]), _interval(interval)]
+        row += [f"{paired['p']:.2g}", str(paired["better"]), str(paired["worse"])]
+        rows.append([*row, asked(paired["asked_differently"])])
+    return rows
+
+
+def asked(differing: dict) -> str:
+    """A cell that says whether two results were asked alike (summary.asked_differently)."""
+    return "differently: " + ", ".join(differing) if differing else "alike"
+
+
+def aligned(rows: Table) -> str:
+    """A table for the terminal: two columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides, lines = "<<".ljust(len(widths), ">"), []
+    for row in rows:
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(rows: Table) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _interval(value: Interval | None) -> str:
+    if value is None:
+        return "-"
+    if math.isnan(value.low):
+        return f"{value.mean:.1%}"
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
