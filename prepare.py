@@ -7,7 +7,6 @@ weights. `train.launch` calls the two, and opens the run's folder between them.
 import dataclasses
 import functools
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ class Run:
     counters: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
     )
-    cost: Counter = dataclasses.field(default_factory=Counter)  # this rank's, since the last step
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)  # this rank's, this step
 
 
 def setup(cfg: Config) -> Plan:
@@ -242,8 +241,8 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         reference = load_frozen(origin, device, dtype, cfg.seed)
     if cfg.compile:
         for model in (policy, teacher_model, reference):
-            for block in model.layers if model else ():
-                block.compile_halves()
+            if model:
+                model.compile_blocks()
     return Run(
         device=device,
         rank=place.rank,
@@ -264,23 +263,23 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
             policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
         ),
         trained_on=trained_on,
-        cost=cost if not resume_step and place.rank == 0 else Counter(),
+        cost=cost if not resume_step and place.rank == 0 else {},
     )
 
 
 def load_teacher(
     cfg: Config, plan: Plan, teacher: Checkpoint | None
-) -> tuple[Transformer | None, Counter]:
+) -> tuple[Transformer | None, dict[str, float]]:
     """The teacher's model, or None: with `--kd_cache` its top-k is kept on disk, on first use.
 
     The second value is what it took to fill the cache, whoever did it.
     """
     if teacher is None:
-        return None, Counter()
+        return None, {}
     place = plan.place
     load = functools.partial(load_frozen, teacher, place.device, place.compute_dtype, cfg.seed)
     if not cfg.kd_cache:
-        return load(), Counter()
+        return load(), {}
     dataset = plan.dataset
     if not len(dataset):
         raise UserError(
@@ -314,4 +313,4 @@ def load_teacher(
     lengths = [len(document) for document in documents]
     with torch.device("meta"):
         flops = forward_flops(Transformer(teacher.config), lengths, positions, plan.vocab_size)
-    return None, Counter(teacher_tokens=sum(lengths), flops=flops)
+    return None, {"teacher_tokens": sum(lengths), "flops": flops}

@@ -31,6 +31,7 @@ from locks import Busy, lock, waiting_for
 from model import parallel
 from model.checkpoint import open_tensors, save_model, save_tensors
 from model.lineage import Lineage
+from model.transformer import Transformer
 
 Json = dict[str, Any]  # an object in a JSON file
 
@@ -57,7 +58,7 @@ class RunFolder:
     def save(
         self,
         step: int,
-        model: torch.nn.Module,
+        model: Transformer,
         optimizer: torch.optim.Optimizer,
         tokenizer: Any,
         stop_ids: list[int],

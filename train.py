@@ -1,4 +1,4 @@
-"""Train a small reasoning language model: `torchrun train.py --mode kd`, `python train.py --mode sft`.
+"""Train a small reasoning language model, as in `torchrun train.py --mode kd`.
 
 A mode is a source of batches plus a loss; everything else is shared. `launch` at the end lists the
 stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the mode), and `train`,
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -32,7 +32,6 @@ from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
 from run import RunLogger, StopSignal, open_run, stored_config
-from toy_models import TEACHER, toy_tokenizer  # noqa: F401 (tests, until they are merged)
 from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
@@ -78,6 +77,7 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_prefix == "data":
         return data, loss_fn
     generator = run.policy if cfg.kd_prefix == "student" else run.teacher
+    assert generator is not None
     if cfg.kd_mix == 1:
         return Rollouts(run.dataset, generator, rollout_config(cfg, run), run.teacher), loss_fn
     # Beside the data, prompts come in an order of their own.
@@ -256,7 +256,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
-        run.cost.update(source.take_cost())
+        add_cost(run, source.take_cost())
         values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock)
         values |= {"train/grad_norm": grad_norm, "train/lr": lr}
         seconds += values["train/seconds"]
@@ -298,10 +298,17 @@ def save(run: Run, source: Source, step: int) -> None:
 
 def restore(run: Run, source: Source) -> None:
     """Continue the checkpoint `run.resume_step`: optimizer, stream of batches, counters."""
+    assert run.resume_step is not None
     state = run.folder.load(run.resume_step, run.policy, run.optimizer)
     sources = state["source"]  # one a rank; there may be more ranks now than before
     source.load(sources[run.rank] if run.rank < len(sources) else sources[0])
     run.counters |= state["counters"]
+
+
+def add_cost(run: Run, cost: Mapping[str, float]) -> None:
+    """Add to what this step has cost this rank."""
+    for name, amount in cost.items():
+        run.cost[name] = run.cost.get(name, 0) + amount
 
 
 def step_metrics(
@@ -322,9 +329,10 @@ def step_metrics(
         needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].sequence_ratio
         head_passes = int(needs_ratios and batch.has_field("old_logp"))
         flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
-        run.cost["teacher_tokens"] += tokens if teacher else 0
-    run.cost.update(tokens=tokens, flops=flops)
-    own = [tokens, flops, *(run.cost[name] for name in COSTS)]
+        if teacher:
+            add_cost(run, {"teacher_tokens": tokens})
+    add_cost(run, {"tokens": tokens, "flops": flops})
+    own = [tokens, flops, *(run.cost.get(name, 0) for name in COSTS)]
     tokens, flops, *costs = parallel.all_reduce_sum(own, run.device)
     run.cost.clear()
     for name, cost in zip(COSTS, costs, strict=True):

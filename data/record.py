@@ -60,7 +60,7 @@ def training_record(
 def _file_record(
     path: Path, entry: dict, is_local: bool, examples: Sequence[Example]
 ) -> lineage.Lineage | None:
-    """Complete `entry` with the file's hash; the record of the teacher that wrote the file, or None."""
+    """Complete `entry` with the file's hash; return the record of a teacher that wrote it."""
     if is_local:
         entry["data"] = f"{path.resolve().parent.name}/{path.name}"
     with open(path, "rb") as file:

@@ -252,6 +252,12 @@ class Transformer(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
+    def compile_blocks(self) -> None:
+        """`torch.compile` all blocks, their attention aside."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.compile_halves()
+
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs of the body for one token that attends to `context` tokens on average."""
         matrices = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)

@@ -4,6 +4,7 @@ import json
 
 import torch
 
+import toy_models
 import train
 from data.tokenizer import Tokenizer
 from eval import __main__ as evaluation
@@ -26,7 +27,7 @@ SMALL_SHAPE = dict(
 def checkpoint(folder, seed=0, tokenizer=None, **shape):
     """A checkpoint with random weights."""
     folder.mkdir(parents=True)
-    tokenizer = tokenizer or train.toy_tokenizer()
+    tokenizer = tokenizer or toy_models.toy_tokenizer()
     fields = vars(PRESETS["tiny"]) | SMALL_SHAPE | {"vocab_size": tokenizer.size} | shape
     model = build_model(ModelConfig(**fields), None, device="cpu", seed=seed)
     with torch.no_grad():
@@ -54,7 +55,7 @@ def command(capsys):
 
 def speaker(answer):
     """Takes the place of `generate`: every model says answer(number of the prompt)."""
-    tokenizer = train.toy_tokenizer()
+    tokenizer = toy_models.toy_tokenizer()
 
     def generate(model, prompts, *_, on_done, **more):
         for i in range(len(prompts)):
@@ -94,7 +95,7 @@ def arguments_tokenizer():
 
 def with_template(template):
     """The toy tokenizer with another chat template."""
-    files = dict(train.toy_tokenizer().files)
+    files = dict(toy_models.toy_tokenizer().files)
     config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template}
     files["tokenizer_config.json"] = json.dumps(config).encode()
     return Tokenizer(files, "a tokenizer with a template of its own")

@@ -4,7 +4,7 @@ import io
 import subprocess
 import sys
 
-import train
+import toy_models
 from eval import chat
 from model.checkpoint import build_model, save_model
 from model.transformer import PRESETS
@@ -19,7 +19,7 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
         code = chat.main([str(a) for a in arguments])
         return (code, *capsys.readouterr())
 
-    tokenizer, folder = train.toy_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
+    tokenizer, folder = toy_models.toy_tokenizer(), tmp_path / "run" / "checkpoints" / "step-3"
     folder.mkdir(parents=True)
     save_model(build_model(PRESETS["tiny"], None, device="cpu", seed=0), folder, tokenizer, [2, 0])
     command = [sys.executable, "-m", "eval.chat", tmp_path / "run", "--logp", "--max_tokens=12"]

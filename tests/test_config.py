@@ -8,6 +8,7 @@ import pytest
 
 import options
 import train
+from config import validate
 from errors import UserError
 from options import option
 
@@ -257,7 +258,7 @@ def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
     def settings(*more, base=None):
         argv = ["--mode=grpo", f"--grpo_variant={variant}", *more]
         cfg = options.parse(train.Config, argv, base)
-        train.validate(cfg)
+        validate(cfg)
         return cfg.grpo_advantage, cfg.grpo_clip_low, cfg.grpo_clip_high
 
     assert settings() == (baseline, low, high)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-import train
+import toy_models
 from data.tokenizer import Tokenizer, build_tiny
 from eval import __main__ as evaluation
 from eval import divergence
@@ -47,7 +47,9 @@ def made(tmp_path_factory):
         for p in model.parameters():
             p.mul_(1 + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     (home / "near").mkdir()
-    save_model(model, home / "near", train.toy_tokenizer(), train.toy_tokenizer().stop_ids())
+    save_model(
+        model, home / "near", toy_models.toy_tokenizer(), toy_models.toy_tokenizer().stop_ids()
+    )
     for name in ("base", "near"):
         assert evaluation.main([str(home / name), *ASKED, f"--out={home}/evals-{name}"]) == 0
         (kept,) = (home / f"evals-{name}").glob("*/word_problems.jsonl")

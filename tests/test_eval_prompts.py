@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-import train
+import toy_models
 from data.tasks import TASKS, Example
 from errors import UserError
 from eval import __main__ as evaluation
@@ -38,7 +38,9 @@ def tiny(tmp_path_factory):
 def build(benchmark, settings, **options):
     """Prompts as the command makes them with these options."""
     args = vars(evaluation.parse(["checkpoint", "--tasks=gsm8k"])) | options
-    return prompts.build(benchmark, train.toy_tokenizer(), settings, argparse.Namespace(**args))
+    return prompts.build(
+        benchmark, toy_models.toy_tokenizer(), settings, argparse.Namespace(**args)
+    )
 
 
 def test_prompts_and_what_is_stated(tiny, tmp_path, run):

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import files
+import toy_models
+import train
 from data.tokenizer import Tokenizer
 from errors import UserError
 from model.checkpoint import build_model, read_config, save_model
@@ -147,12 +149,11 @@ def test_a_byte_order_mark_is_no_content_and_own_figures_may_be_nan(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    import train
 
     theirs("qwen2-tied").save_pretrained(tmp_path / "in")
     model = build_model(read_config("", tmp_path / "in"), tmp_path / "in", device="cpu", seed=0)
     (tmp_path / "ck").mkdir()
-    save_model(model, tmp_path / "ck", train.toy_tokenizer(), [2, 0])
+    save_model(model, tmp_path / "ck", toy_models.toy_tokenizer(), [2, 0])
     return tmp_path / "ck"
 
 
@@ -191,7 +192,6 @@ def test_a_tokenizer_with_byte_order_marks_is_the_same_and_is_saved_without(chec
 
 @pytest.mark.parametrize("mask,mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
 def test_outputs_are_readable_as_the_umask_says(mask, mode, tmp_path):
-    import train
 
     before = os.umask(mask)
     try:

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-import train
+import toy_models
 from data.formats import to_example
 from data.formatter import Formatter
 from data.tasks import Example
@@ -18,7 +18,7 @@ from tests.chat_templates import ALL
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train.toy_tokenizer()
+    return toy_models.toy_tokenizer()
 
 
 def with_template(tiny, name):

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import toy_models
 import train
 from data.batch import WEIGHTINGS, Document
 from eval import __main__ as evaluation
@@ -63,7 +64,7 @@ def gradients(model):
 def saved(model, folder):
     """A checkpoint of the model, with the embedded tokenizer."""
     folder.mkdir(parents=True)
-    save_model(model, folder, train.toy_tokenizer(), [2, 0])
+    save_model(model, folder, toy_models.toy_tokenizer(), [2, 0])
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
+import toy_models
 from errors import UserError
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model, locate, read_config, save_model, stop_ids_of
@@ -104,7 +104,7 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, shard, tmp_path):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     theirs(kind).save_pretrained(tmp_path / "in")
-    model, tokenizer = ours(tmp_path / "in"), train.toy_tokenizer()
+    model, tokenizer = ours(tmp_path / "in"), toy_models.toy_tokenizer()
     (tmp_path / "out").mkdir()
     save_model(model, tmp_path / "out", tokenizer, [2, 0])
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

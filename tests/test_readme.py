@@ -11,6 +11,7 @@ import pytest
 
 import options
 import train
+from config import validate
 from eval import __main__ as evaluation
 from tests.conftest import ROOT
 
@@ -65,7 +66,7 @@ def test_every_command_exists_and_parses(line):
             w.replace("recipes/", f"{ROOT}/recipes/") for w in words[words.index("train.py") + 1 :]
         ]
         if argv != ["--help"]:
-            train.validate(options.parse(train.Config, argv))
+            validate(options.parse(train.Config, argv))
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
         if words[2] == "eval":

@@ -14,6 +14,7 @@ import eval.__main__
 import eval.traces
 import options
 import train
+from config import validate
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -26,7 +27,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_are_valid_and_explain_themselves(path):
     argv = ["--config", str(path)]
-    train.validate(options.parse(train.Config, argv))
+    validate(options.parse(train.Config, argv))
     given, _ = options.read_layers(train.Config, argv)
     assert set(given) == set(tomllib.loads(path.read_text()))
     assert f"--config recipes/{path.name}" in path.read_text()
@@ -108,7 +109,7 @@ def test_studies_are_complete(study):
     runs, arms, traces = study.get("run", {}), study["arm"], study.get("traces", {})
     for name in runs:
         cfg = run_config(study, name)
-        train.validate(cfg)
+        validate(cfg)
         assert (cfg.data and not cfg.data.startswith("@")) or cfg.data[1:] in traces
         assert cfg.model == "tiny", "the model is the arm's"
     for name, chosen in traces.items():
@@ -232,6 +233,6 @@ def test_sweeps_parse_as_wandb_writes_them(path):
         for args in (written["args"], written["args_no_equals"]):
             argv = [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed] + args
             cfg = options.parse(train.Config, argv)
-            train.validate(cfg)
+            validate(cfg)
             assert set(sweep["parameters"]) <= set(options.read_layers(train.Config, argv)[-1])
             assert all(getattr(cfg, name) == value for name, value in values.items())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import options
 import train
+from config import validate
 from data.tokenizer import Tokenizer
 from model.generate import Completion
 from run import read_metrics
@@ -504,7 +505,7 @@ def test_settings_that_cannot_work(start, tmp_path, capsys, args, words):
     ],
 )
 def test_their_neighbours_work(args):
-    train.validate(options.parse(train.Config, args))
+    validate(options.parse(train.Config, args))
 
 
 def test_a_run_keeps_the_values_that_its_variant_brought(start, reward, tmp_path):

@@ -226,7 +226,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
         teacher = build_model(PRESETS["tiny-teacher"], None, device="cpu", seed=0)
         checkpoint = folder.step_folder(recipe["steps"])
         checkpoint.mkdir(parents=True)
-        save_model(teacher, checkpoint, train.toy_tokenizer(), [0])
+        save_model(teacher, checkpoint, toy_models.toy_tokenizer(), [0])
 
     monkeypatch.setattr(toy_models, "_train", train_teacher)
     monkeypatch.setattr(train, "train", loop)

@@ -7,6 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import toy_models
+import train
 from errors import UserError
 from model.checkpoint import load_weights, read_config, save_model, stop_ids_of
 from model.hf import config_from_hf
@@ -58,7 +60,6 @@ def with_head(tensors, noise):
 
 
 def test_another_head_beside_a_tied_config_is_used_exported_and_told_once(tied, tmp_path, capsys):
-    import train
 
     folder, change = tied
     change(lambda t: with_head(t, 0.1))
@@ -70,7 +71,7 @@ def test_another_head_beside_a_tied_config_is_used_exported_and_told_once(tied, 
     told = [line for line in capsys.readouterr().out.splitlines() if "untied" in line]
     assert len(told) == 1 and str(folder) in told[0] and HEAD in told[0]
     (tmp_path / "out").mkdir()
-    save_model(model, tmp_path / "out", train.toy_tokenizer(), [2])
+    save_model(model, tmp_path / "out", toy_models.toy_tokenizer(), [2])
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(ours(tmp_path / "out").head_VD, model.head_VD) and agrees(tmp_path / "out")
 
@@ -510,12 +511,11 @@ def test_weights_are_loaded_only_after_all_headers_fit(tmp_path):
 )
 def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
     """As in a hub cache whose blobs were cleaned away: a file would be lost in silence."""
-    import train
     from model.load import find
 
     theirs("qwen2-tied").save_pretrained(tmp_path / "in")
     (tmp_path / "ck").mkdir()
-    save_model(ours(tmp_path / "in"), tmp_path / "ck", train.toy_tokenizer(), [2])
+    save_model(ours(tmp_path / "in"), tmp_path / "ck", toy_models.toy_tokenizer(), [2])
     (tmp_path / "ck" / name).unlink(missing_ok=True)
     (tmp_path / "ck" / name).symlink_to("../../blobs/0a1b")
     with pytest.raises(
@@ -527,13 +527,13 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(name, tmp_path):
 
 def test_weights_are_looked_at_before_anything_is_loaded_or_made(tmp_path, capsys):
     """Whether tied or not: a run whose weights are not there leaves no folder behind."""
-    import train
 
     (tmp_path / "ck").mkdir()
     theirs("qwen2-untied").save_pretrained(tmp_path / "in")
-    save_model(ours(tmp_path / "in"), tmp_path / "ck", train.toy_tokenizer(), [2])
+    save_model(ours(tmp_path / "in"), tmp_path / "ck", toy_models.toy_tokenizer(), [2])
     (tmp_path / "ck/model.safetensors").write_text("Entry not found")
     capsys.readouterr()
+
     assert (
         train.main(
             [

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-import train
+import toy_models
 from data.tasks import TASKS, grade
 from data.toy import is_validation
 
@@ -30,7 +30,7 @@ def answered(question):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_every_style_solves_the_problem(name):
-    tokenizer = train.toy_tokenizer()
+    tokenizer = toy_models.toy_tokenizer()
     longest = {"word_problems": 45, "word_problems_talk": 75, "word_problems_long": 100}[name]
     for split in ("train", "validation"):
         for i in range(150):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import toy_models
 import train
 from data.batch import Batch, Document, GlobalBatch
 from data.teacher_cache import TeacherCache
@@ -114,7 +115,7 @@ def run(tmp_path, name, *options):
     ]
 
 
-@pytest.mark.parametrize("k", [8, train.toy_tokenizer().size])
+@pytest.mark.parametrize("k", [8, toy_models.toy_tokenizer().size])
 def test_training_from_it_is_training_with_the_teacher(k, tmp_path, monkeypatch):
     with_teacher = run(tmp_path, "with", f"--kd_topk={k}")
     first = run(tmp_path, "first", f"--kd_topk={k}", f"--kd_cache={tmp_path / 'c'}")

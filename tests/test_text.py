@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-import train
+import toy_models
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, DataStream, divide, find_file
 from data.formats import read_rows, to_example
@@ -20,7 +20,7 @@ from errors import UserError
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train.toy_tokenizer()
+    return toy_models.toy_tokenizer()
 
 
 # --- tokenizer -----------------------------------------------------------------------------------
@@ -29,8 +29,8 @@ def tiny():
 def test_the_embedded_tokenizer_is_lossless_and_the_same_every_time(tiny):
     text = "Mia has 12 apples.\n  Ünïcode – “quotes” 3.14\t<|im_end|>"
     assert tiny.decode(tiny.encode(text)) == text
-    train.toy_tokenizer.cache_clear()
-    assert train.toy_tokenizer().files == tiny.files
+    toy_models.toy_tokenizer.cache_clear()
+    assert toy_models.toy_tokenizer().files == tiny.files
     assert tiny.size <= 512 and tiny.stop_ids() == [
         tiny.encode("<|im_end|>")[0],
         tiny.encode("<|endoftext|>")[0],

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import toy_models
 import train
 from data.formats import to_example
 from data.formatter import Formatter
@@ -22,7 +23,7 @@ ARGS = ["--data=word_problems:6", "--n=3", "--max_tokens=40"]
 
 @pytest.fixture
 def teacher(tmp_path):
-    tokenizer, folder = train.toy_tokenizer(), tmp_path / "teacher"
+    tokenizer, folder = toy_models.toy_tokenizer(), tmp_path / "teacher"
     folder.mkdir()
     model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
     save_model(model, folder, tokenizer, tokenizer.stop_ids())
@@ -40,7 +41,7 @@ class Teacher:
     def __init__(self):
         make = TASKS["word_problems"].example
         self.problems = [make("word_problems", "train", f"0/{i}") for i in range(6)]
-        self.tokenizer, self.asked, self.fail_after = train.toy_tokenizer(), [], 10**9
+        self.tokenizer, self.asked, self.fail_after = toy_models.toy_tokenizer(), [], 10**9
 
     def __call__(self, model, prompts, limit, stop_ids, *, seeds, on_done, **more):
         assert len(set(seeds)) == len(prompts)
@@ -167,7 +168,7 @@ def test_a_trace_keeps_the_conversation_before_it(teacher, tmp_path, monkeypatch
 
     monkeypatch.setattr(sampling, "generate", generate)
     assert traces.main([teacher, f"--data={data}", "--max_tokens=20", f"--out={out}"]) == 0
-    tokenizer = train.toy_tokenizer()
+    tokenizer = toy_models.toy_tokenizer()
     assert tokenizer.decode(asked[0]) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\nHow many?<|im_end|>\n"
@@ -195,7 +196,7 @@ class Row:
 
 def collected(example, prompt="", text="ok"):
     """The trace that is made of one sample."""
-    subject = SimpleNamespace(tokenizer=train.toy_tokenizer(), sha256="ab")
+    subject = SimpleNamespace(tokenizer=toy_models.toy_tokenizer(), sha256="ab")
     args = SimpleNamespace(keep="ended", data="x.jsonl")
     rows, ids = {(0, 0): dict(text=text, stopped=True)}, subject.tokenizer.encode(prompt)
     (line,) = traces.collect(args, subject, [example], [ids], rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import toy_models
 import train
 from run import RunFolder, read_metrics
 from tests.conftest import ROOT
@@ -124,7 +125,7 @@ def test_the_checkpoint_is_a_model_for_everyone(teacher):
         tokenize=False,
         add_generation_prompt=True,
     )
-    assert text == train.toy_tokenizer().render(
+    assert text == toy_models.toy_tokenizer().render(
         [{"role": "user", "content": "Mia has 3 books."}], generate=True
     )
 
