@@ -193,6 +193,16 @@ def test_a_name_depends_on_what_a_file_holds(tmp_path):
     assert names[0] == names[2] != names[1]
 
 
+def test_an_evaluations_name_depends_on_what_its_options_file_holds(tmp_path):
+    given, names = tmp_path / "eval.toml", []
+    text = FILE.replace("limit = 8", f'limit = 8\nconfig = "{given}"')
+    for content in ("top_p = 0.5", "top_p = 0.6", "top_p = 0.5"):
+        given.write_text(content)
+        jobs.fingerprint.cache_clear()
+        names.append(study_plan.read(write(tmp_path, text)).arm_jobs["sft", 0].evals.name)
+    assert names[0] == names[2] != names[1]
+
+
 def with_data(data, text=FILE):
     """The file with other data for [run.again]."""
     before, table, after = text.partition('[run.again]\nmode = "sft"\ndata = ')
