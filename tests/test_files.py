@@ -57,7 +57,7 @@ def zipped():
         (b'{\n  "statusCode": 404,\n  "error": "Not Found",\n  "message": "gone"\n}', "refusal"),
         (b"", "is empty"),
         (bytes(10000), "zero bytes"),
-        (gzip.compress(b"{}"), "gzip"),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
         (zipped(), "zip archive"),
         (parquet(), "Parquet"),
         (pickle.dumps({"a": 1}), "pickle"),
@@ -86,7 +86,7 @@ def test_safetensors_under_another_name(tmp_path):
     "kind,content",
     [
         ("parquet", parquet()),
-        ("gzip", gzip.compress(b"x")),
+        ("gzip", gzip.compress(b"x", mtime=0)),
         ("text", b"[1]"),
         ("text", "ü\n".encode() * 3000),
         ("text", b'{"error": null, "question": "1+1?", "answer": "2"}\n'),

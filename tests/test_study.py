@@ -289,10 +289,10 @@ def test_test_sets_are_looked_for_before_anything_is_trained(tmp_path, here, cap
     assert "gsm8k" in err and "data.download" in err and len(err.splitlines()) == 1
 
 
-def test_the_studies_of_the_readme_are_there():
+def test_the_studies_of_the_guide_are_there():
     lines = [
         line.split()
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs/study.md").read_text().splitlines()
         if line.startswith("python -m eval.study")
     ]
     for line in lines:

@@ -345,7 +345,7 @@ def test_wandb_offline_gets_the_metrics(tmp_path):
 
 def test_nothing_optional_is_imported_unasked():
     """triton is hidden, as on a machine without it: PyTorch's own compiler loads it where it is."""
-    optional = ("wandb", "matplotlib", "pyarrow", "transformers", "jinja2", "huggingface_hub")
+    optional = ("wandb", "matplotlib", "pyarrow", "transformers", "huggingface_hub")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['triton'] = None; import train; print([m for m in {optional} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
