@@ -40,7 +40,7 @@ class Reward:
         function: The user's `reward(example, completion) -> float`, or None.
         spec: The text of --grpo_reward.
         limit: The most tokens that a sample can have.
-        length_penalty: Over its last `length_penalty` tokens before the limit a sample loses linearly up to 1
+        length_penalty: Over so many last tokens before the limit a sample loses linearly up to 1
             (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
         truncation_penalty: What a sample that did not stop loses.
     """
