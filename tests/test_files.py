@@ -144,7 +144,7 @@ def test_a_byte_order_mark_is_no_content_and_own_figures_may_be_nan(tmp_path):
     assert np.isnan(files.read_json(tmp_path / "b.json")["a"])
 
 
-# --- where they are read -----------------------------------------------------------------------------------------------
+# --- where they are read --------------------------------------------------------------------------
 
 
 @pytest.fixture
