@@ -5,18 +5,20 @@ commit, and kept only if its sha256 is the one below. The checksums are of files
 without a source of that kind are not offered.
 """
 
-import argparse
+import dataclasses
 import hashlib
 import http.client
 import json
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import options
 from data.formats import read_rows
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, as_command
 from files import reason
+from options import REQUIRED, option
 
 GITHUB = "https://raw.githubusercontent.com"
 GSM8K = (
@@ -144,25 +146,28 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
         say(f"{path} fetched")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="data.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
-    parser.add_argument(
-        "--to", default="test_sets", metavar="FOLDER", help="where they go, FOLDER/NAME/ each"
-    )
-    try:
-        args = parser.parse_args(argv)
-        for name in args.names:
-            fetch(name, args.to, say=print)
-        return 0
-    except (UserError, RunFailed) as e:
-        print(f"data.download: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
+@dataclasses.dataclass(frozen=True)
+class DownloadOptions:
+    """Every option of the command."""
+
+    names: tuple[str, ...] = option(REQUIRED, f"of {', '.join(SETS)}", positional=True)
+    to: str = option("test_sets", "the folder where they go, FOLDER/NAME/ each")
+
+
+def parse(argv: Sequence[str]) -> DownloadOptions:
+    """Return the options of a command line. Raises UserError."""
+    return options.parse(DownloadOptions, argv)
+
+
+def run(args: DownloadOptions) -> None:
+    """Fetch every set that is named."""
+    for name in args.names:
+        fetch(name, args.to, say=print)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    return as_command("data.download", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -8,170 +8,99 @@ tokens. Samples, tables and a picture go to --out; the same command goes on with
 interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--samples for --n).
 """
 
-import argparse
 import contextlib
-import difflib
+import dataclasses
 import functools
 import itertools
 import json
 import operator
 import os
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import options
 from errors import RunFailed, UserError
 from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
-from eval.sampling import Job, complete
+from eval.prompts import PromptOptions
+from eval.sampling import Job, SamplingOptions, complete
 from files import replace_file
 from model import parallel
 from model.load import Subject, find
+from options import REQUIRED, option
 from run import handled, interrupt
 
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank waits for one whose answers are longer
 
 
-def parse(argv: list[str]) -> Namespace:
-    """The checked options of a command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+@dataclasses.dataclass(frozen=True)
+class EvalOptions(PromptOptions, SamplingOptions):
+    """Every option of the command; the defaults are the paper's protocol."""
 
-    def add(name, default, help, kind: type = str, **more):
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*names, default=default, type=kind, help=help, **more)
-
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="a folder in Hugging Face form, a run's folder, or a hub id",
+    sections = {
+        "n": "how answers are sampled",
+        "prompt": "how questions are asked",
+        "checkpoints": "what is evaluated",
+        "data": "files",
+    }
+    checkpoints: tuple[str, ...] = option(
+        REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
-    add(
-        "tasks",
-        None,
-        f"of {', '.join(benchmarks.names())}; with commas between them",
-        required=True,
+    tasks: tuple[str, ...] = option(
+        REQUIRED, "with commas between them", choices=benchmarks.names()
     )
-    parser.add_argument(
-        "--n",
-        "--samples",
-        default=1,
-        type=int,
-        help="samples per problem; torchrun takes --n for its own: write --samples there",
+    k: tuple[int, ...] = option(
+        (), "pass@k and majority@k for these k, with commas between them; n unless given", minimum=1
     )
-    add("k", "", "pass@k and majority@k for these k, with commas between them; empty: n")
-    add("temperature", 0.6, "of sampling", float)
-    add("top_p", 0.95, "sample from the most likely tokens with this mass", float)
-    add(
-        "max_tokens",
-        32768,
-        "new tokens per answer at most; fewer where the model has no positions for them",
-        int,
+    greedy: bool = option(False, "always the most likely token")
+    compare: str = option(
+        "", "another checkpoint, evaluated as well: the others are compared with it by problem"
     )
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
-    add(
-        "prompt",
-        "auto",
-        "auto: as the run was trained, else chat if the tokenizer has a template",
-        choices=prompts.KINDS,
+    allow_trained: bool = option(False, "evaluate on questions that a run trained on")
+    data: str = option(
+        "", "the folder with test sets, NAME/test.jsonl; $SRLM_DATA unless given, else test_sets"
     )
-    add("system", None, "the system prompt; a run's own unless given")
-    add("instruction", None, "put behind every question; a run's own unless given, else the task's")
-    add("prefill", "", "text that begins every answer")
-    add(
-        "chat_template_kwargs",
-        None,
-        "arguments of the chat template, as in enable_thinking=false,x=3 or JSON; "
-        "a run's own unless given",
-    )
-    add("limit", 0, "the first so many problems only; 0: all", int)
-    add("seed", 0, "the same seed gives every sample the same random numbers", int)
-    add(
-        "batch_size",
-        64,
-        "samples generated at once, per rank; the cache holds as many rows of the longest length",
-        int,
-    )
-    add(
-        "group",
-        0,
-        "finish and keep so many problems at a time: a killed run then goes on bit for bit; "
-        "0: each sample by itself, faster",
-        int,
-    )
-    add(
-        "data",
-        os.environ.get("SRLM_DATA") or "test_sets",
-        "the folder with test sets, NAME/test.jsonl",
-    )
-    add("out", "evals", "where samples and tables are kept")
-    add(
-        "compare",
-        "",
-        "another checkpoint, evaluated as well: the others are compared with it by problem",
-    )
-    add("tokenizer", "", "folder with tokenizer.json, for checkpoints that have none")
-    parser.add_argument(
-        "--allow_trained",
-        "--allow-trained",
-        action="store_true",
-        help="evaluate on questions that a run trained on",
-    )
-    return check(parser.parse_args(argv))
+    out: str = option("evals", "where samples and tables are kept")
+    tokenizer: str = option("", "folder with tokenizer.json, for checkpoints that have none")
 
 
-def check(args: Namespace) -> Namespace:
-    """Refuse what cannot work before anything is read; makes lists of --tasks and --k."""
-    args.tasks = list(dict.fromkeys(t.strip() for t in args.tasks.split(",") if t.strip()))
-    known = benchmarks.names()
-    for task in args.tasks:
-        near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        _need(task in known, f"--tasks: no {task!r}; {hint}")
-    _need(args.tasks, f"--tasks names none; there are {', '.join(known)}")
-    _need(args.n >= 1, "--n must be at least 1")
-    try:
-        args.k = sorted({int(k) for k in (args.k or str(args.n)).split(",")})
-    except ValueError:
-        raise UserError(
-            f"--k {args.k}: write whole numbers with commas between them, as in 1,8"
-        ) from None
-    _need(args.k[0] >= 1, "--k must be at least 1")
-    _need(
-        args.k[-1] <= args.n, f"--k {args.k[-1]} needs as many samples per problem; --n is {args.n}"
-    )
+def parse(argv: Sequence[str]) -> EvalOptions:
+    """Return the options of a command line; what cannot work is refused before anything is read.
+
+    Every task is in it once, k sorted, the temperature of --greedy 0.
+
+    Raises:
+        UserError: One line that names the option.
+    """
+    args = options.parse(EvalOptions, argv)
+    if not args.tasks:
+        raise UserError(f"--tasks names none; there are {', '.join(benchmarks.names())}")
+    ks = sorted({*args.k} or {args.n})
+    if ks[-1] > args.n:
+        raise UserError(f"--k {ks[-1]} needs as many samples per problem; --n is {args.n}")
+    temperature = args.temperature
     if args.greedy:
-        _need(args.n == 1, f"--greedy gives the same answer every time; leave out --n {args.n}")
-        args.temperature = 0.0
-    else:
-        _need(
-            0 < args.temperature < float("inf"),
-            "--temperature must be positive; --greedy takes the most likely token",
-        )
-    _need(0 < args.top_p <= 1, "--top_p must be above 0 and at most 1")
-    for name in ("max_tokens", "batch_size"):
-        _need(getattr(args, name) >= 1, f"--{name} must be at least 1")
-    _need(
-        min(args.limit, args.seed, args.group) >= 0,
-        "--limit, --seed and --group must not be negative",
+        temperature = 0.0
+        if args.n > 1:
+            raise UserError(f"--greedy gives the same answer every time; leave out --n {args.n}")
+    elif temperature == 0:
+        raise UserError("--temperature must be above 0; --greedy takes the most likely token")
+    return dataclasses.replace(
+        args,
+        tasks=tuple(dict.fromkeys(args.tasks)),
+        k=tuple(ks),
+        temperature=temperature,
+        data=args.data or os.environ.get("SRLM_DATA") or "test_sets",
     )
-    return args
-
-
-def _need(condition, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def plan(args: Namespace) -> list[Job]:
+def plan(args: EvalOptions) -> list[Job]:
     """Every job of the command; all that can be wrong is found before a weight is read."""
     names = dict.fromkeys([*args.checkpoints, *filter(None, [args.compare])])
     subjects = [find(name, args.tokenizer) for name in names]
@@ -184,7 +113,7 @@ def plan(args: Namespace) -> list[Job]:
 
 
 def _job(
-    args: Namespace,
+    args: EvalOptions,
     subject: Subject,
     benchmark: benchmarks.Benchmark,
     trained: contamination.Trained,
@@ -227,7 +156,7 @@ def _job(
 # --- report ---------------------------------------------------------------------------------------
 
 
-def report(args: Namespace, jobs: list[Job]) -> str:
+def report(args: EvalOptions, jobs: list[Job]) -> str:
     """Write summary.md, summary.json and summary.png; returns the text for the terminal."""
     summaries = []
     for job in jobs:
@@ -256,7 +185,7 @@ def report(args: Namespace, jobs: list[Job]) -> str:
     return "\n\n".join(said)
 
 
-def conditions_of(args: Namespace, jobs: list[Job]) -> list[str]:
+def conditions_of(args: EvalOptions, jobs: list[Job]) -> list[str]:
     """Sentences on how samples and figures were made; jobs that were asked alike share a line."""
     drawn = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}"
     lines = [
@@ -306,7 +235,7 @@ def compare(name: str, jobs: list[Job]) -> list[summary.Comparison]:
 # --- command --------------------------------------------------------------------------------------
 
 
-def evaluate(args: Namespace) -> None:
+def evaluate(args: EvalOptions) -> None:
     """Plan, generate and grade, report."""
     # only Python objects go from rank to rank
     rank, world, local_rank = parallel.init("cpu", patience=PATIENCE)

@@ -5,9 +5,11 @@ one. The checkpoint is a folder in Hugging Face form, a hub id, or the folder of
 checkpoint).
 """
 
-import argparse
+import dataclasses
 import sys
+from collections.abc import Sequence
 
+import options
 from data.formatter import Formatter
 from data.messages import check_text
 from data.tasks import Example
@@ -17,6 +19,7 @@ from eval.prompts import template_kwargs
 from model.generate import generate
 from model.load import Subject, find
 from model.transformer import Transformer
+from options import REQUIRED, option
 
 
 class Stream:
@@ -38,54 +41,34 @@ class Stream:
         self.text = text
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options of a command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="eval.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Every option of the command."""
+
+    checkpoint: str = option(
+        REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    parser.add_argument(
-        "checkpoint", help="a folder in Hugging Face form, a run's folder, or a hub id"
+    temperature: float = option(0.7, "0: always the most likely token", minimum=0)
+    top_p: float = option(
+        0.95, "sample from the most likely tokens with this mass", above=0, maximum=1
     )
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the most likely token"
+    top_k: int = option(0, "sample from this many most likely tokens; 0: all", minimum=0)
+    max_tokens: int = option(1024, "new tokens per answer at most", minimum=1)
+    system: str | None = option(None, "the system prompt; the run's own unless given")
+    chat_template_kwargs: str | None = option(
+        None,
+        "arguments of the chat template, as in enable_thinking=false; the run's own unless given",
     )
-    parser.add_argument(
-        "--top_p",
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="sample from the most likely tokens with this mass",
-    )
-    parser.add_argument(
-        "--top_k",
-        "--top-k",
-        type=int,
-        default=0,
-        help="sample from this many most likely tokens; 0: all",
-    )
-    parser.add_argument(
-        "--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per answer at most"
-    )
-    parser.add_argument("--system", help="the system prompt; the run's own unless given")
-    parser.add_argument(
-        "--chat_template_kwargs",
-        "--chat-template-kwargs",
-        help="arguments of the chat template, as in enable_thinking=false; "
-        "the run's own unless given",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed and lines give the same answers"
-    )
-    parser.add_argument(
-        "--logp",
-        action="store_true",
-        help="after an answer, its number of tokens and their mean log-prob",
-    )
-    return parser.parse_args(argv)
+    seed: int = option(0, "the same seed and lines give the same answers")
+    logp: bool = option(False, "after an answer, its number of tokens and their mean log-prob")
 
 
-def formatter_of(subject: Subject, args: argparse.Namespace) -> Formatter:
+def parse(argv: Sequence[str]) -> ChatOptions:
+    """Return the options of a command line. Raises UserError."""
+    return options.parse(ChatOptions, argv)
+
+
+def formatter_of(subject: Subject, args: ChatOptions) -> Formatter:
     """What makes prompts as the checkpoint's run did, unless the options say otherwise."""
     settings = subject.settings
     return Formatter(
@@ -113,7 +96,7 @@ def answer(
     model: Transformer,
     formatter: Formatter,
     messages: list[dict],
-    args: argparse.Namespace,
+    args: ChatOptions,
 ) -> str:
     """Stream the assistant's next turn; returns its text, with the tag that the prompt opened."""
     prompt, opened = prompt_of(formatter, messages)
@@ -122,21 +105,18 @@ def answer(
     if limit < 1:
         raise UserError(f"the conversation fills the model's {positions:,} positions")
     stream = Stream(subject.tokenizer)
-    try:
-        (completion,) = generate(
-            model,
-            [prompt],
-            limit,
-            subject.stop_ids,
-            vocab=subject.vocab,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seeds=[(args.seed << 20) + len(messages)],
-            on_token=stream,
-        )
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    (completion,) = generate(
+        model,
+        [prompt],
+        limit,
+        subject.stop_ids,
+        vocab=subject.vocab,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seeds=[(args.seed << 20) + len(messages)],
+        on_token=stream,
+    )
     count = len(completion.tokens)
     stream.show(subject.tokenizer.decode(completion.tokens, skip_special=True), end="\n")
     if args.logp:
@@ -146,7 +126,7 @@ def answer(
     return opened + stream.text
 
 
-def talk(args: argparse.Namespace) -> None:
+def talk(args: ChatOptions) -> None:
     """Answer line by line until the input ends."""
     subject = find(args.checkpoint)
     formatter, model = formatter_of(subject, args), subject.model()

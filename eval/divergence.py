@@ -12,12 +12,14 @@ answers, and forward_kl summed over one of REFERENCE the other KL: these are the
 sampled. Texts are tokenized anew; one that ended gets its stop token back.
 """
 
-import argparse
+import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import options
 from data.batch import Document
 from data.formatter import Formatter
 from data.tasks import Example
@@ -26,33 +28,29 @@ from errors import UserError, as_command
 from eval.summary import Samples
 from files import read_json, replace_file
 from model.load import Subject, find
+from options import REQUIRED, option
 from run import handled, interrupt
 from validation import compare
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.divergence",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclasses.dataclass(frozen=True)
+class DivergenceOptions:
+    """Every option of the command."""
+
+    checkpoint: str = option(
+        REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    parser.add_argument(
-        "checkpoint", help="a folder in Hugging Face form, a run's folder, or a hub id"
+    reference: str = option(REQUIRED, "likewise, with the same tokenizer", positional=True)
+    evals: tuple[str, str] = option(
+        REQUIRED, "--out of `python -m eval` for either, on the same tasks"
     )
-    parser.add_argument("reference", help="likewise, with the same tokenizer")
-    parser.add_argument(
-        "--evals",
-        nargs=2,
-        required=True,
-        metavar="FOLDER",
-        help="--out of `python -m eval` for either, on the same tasks",
-    )
-    parser.add_argument("--out", required=True, help="the JSON file to write")
-    parser.add_argument(
-        "--limit", type=int, default=100, help="the first sample of so many problems of each task"
-    )
-    return parser.parse_args(argv)
+    out: str = option(REQUIRED, "the JSON file to write")
+    limit: int = option(100, "the first sample of so many problems of each task", minimum=1)
+
+
+def parse(argv: Sequence[str]) -> DivergenceOptions:
+    """Return the options of a command line. Raises UserError."""
+    return options.parse(DivergenceOptions, argv)
 
 
 def answers(folder: str, author: Subject, limit: int) -> dict[str, list[Document]]:
@@ -111,7 +109,7 @@ def _task_answers(results: Path, identity: dict, author: Subject, limit: int) ->
     return documents
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: DivergenceOptions) -> None:
     """Measure both directions, write --out and print a table."""
     checkpoint, reference = find(args.checkpoint), find(args.reference)
     vocab = shared_vocabulary(checkpoint.tokenizer, reference.tokenizer)
@@ -152,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
         print(line)
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
     with handled(interrupt):
         return as_command("eval.divergence", lambda: run(parse(argv)))
 

@@ -5,7 +5,6 @@ What they are made of is stated in the results, so that two evaluations can be c
 
 import dataclasses
 import hashlib
-from argparse import Namespace
 
 from data.formatter import Formatter
 from data.messages import check_text
@@ -13,12 +12,36 @@ from data.tasks import Example
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError
 from eval.benchmarks import CODE, Benchmark
+from options import option
 
 KINDS = ("auto", "chat", "plain", "few_shot")
 # A base model continues its answer with a question of its own.
 NEXT_QUESTION = ("\nQuestion:",)
 # Or the body of a function with other code (Chen et al. 2021, section 2.2).
 NEXT_CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """How questions are asked. None stands for what the checkpoint's run did."""
+
+    prompt: str = option(
+        "auto",
+        "auto: as the run was trained, else chat if the tokenizer has a template",
+        choices=KINDS,
+    )
+    system: str | None = option(None, "the system prompt; a run's own unless given")
+    instruction: str | None = option(
+        None, "put behind every question; a run's own unless given, else the task's"
+    )
+    # Qwen3 without thinking: "<think>\n\n</think>\n\n"
+    prefill: str = option("", "text that begins every answer")
+    chat_template_kwargs: str | None = option(
+        None,
+        "arguments of the chat template, as in enable_thinking=false,x=3 or JSON; "
+        "a run's own unless given",
+    )
+    limit: int = option(0, "the first so many problems only; 0: all", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +53,14 @@ class Prompts:
     stop: tuple[str, ...]
 
 
-def build(benchmark: Benchmark, tokenizer: Tokenizer, settings: dict, args: Namespace) -> Prompts:
+def build(
+    benchmark: Benchmark, tokenizer: Tokenizer, settings: dict, args: PromptOptions
+) -> Prompts:
     """The prompts of the first `args.limit` examples of a benchmark (0: all).
 
     Args:
         settings: The config of the run that trained the checkpoint, {} if there is none. Its
             template, its arguments, system prompt and suffix are the defaults.
-        args: With prompt (one of KINDS), system, instruction (put behind every question),
-            chat_template_kwargs and prefill (text that begins every answer; Qwen3 without thinking:
-            "<think>\\n\\n</think>\\n\\n"). None stands for what the run did.
 
     Raises:
         UserError: for a kind of prompt that the tokenizer or the benchmark does not have.

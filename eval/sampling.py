@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from typing import TextIO
 
@@ -21,6 +20,7 @@ from eval.summary import Key, Row, Rows, Samples, json_line
 from model import parallel
 from model.generate import Completion, generate
 from model.load import Subject
+from options import option
 from run import environment
 
 PROGRESS_SECONDS = 10.0  # between two lines on the terminal
@@ -28,12 +28,45 @@ PROGRESS_SECONDS = 10.0  # between two lines on the terminal
 # --- generating -----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How samples are generated: the options that evaluations and traces share."""
+
+    n: int = option(
+        1,
+        "samples per problem; torchrun takes --n for its own: write --samples there",
+        alias="samples",
+        minimum=1,
+    )
+    temperature: float = option(0.6, "of sampling", minimum=0)
+    top_p: float = option(
+        0.95, "sample from the most likely tokens with this mass", above=0, maximum=1
+    )
+    max_tokens: int = option(
+        32768,
+        "new tokens per answer at most; fewer where the model has no positions for them",
+        minimum=1,
+    )
+    seed: int = option(0, "the same seed gives every sample the same random numbers", minimum=0)
+    batch_size: int = option(
+        64,
+        "samples generated at once, per rank; the cache holds as many rows of the longest length",
+        minimum=1,
+    )
+    group: int = option(
+        0,
+        "finish and keep so many problems at a time: a killed run then goes on bit for bit; "
+        "0: each sample by itself, faster",
+        minimum=0,
+    )
+
+
 @dataclasses.dataclass
 class Request:
     """Samples that a checkpoint is to generate.
 
     samples: where they are kept. name: of the prompts, in the seeds. prompts: ids per problem.
-    stop: strings that end an answer. args: with n, temperature, top_p, seed, batch_size and group.
+    max_tokens: new ones per sample at most. stop: strings that end an answer.
     """
 
     subject: Subject
@@ -42,7 +75,7 @@ class Request:
     prompts: list[list[int]]
     max_tokens: int
     stop: tuple[str, ...]
-    args: Namespace
+    args: SamplingOptions
 
     def columns(self, problem: int, text: str, completion: Completion) -> Row:
         """What the row of a sample holds beside its numbers."""

@@ -6,6 +6,7 @@ on. `<task>.jsonl` holds all of them in order, graded, at the end.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ class Comparison(NamedTuple):
     paired: dict
 
 
-def summarise(rows: Rows, ks: list[int], generated: dict) -> Figures:
+def summarise(rows: Rows, ks: Sequence[int], generated: dict) -> Figures:
     """The figures of graded rows; every problem has the same number of samples.
 
     Args:

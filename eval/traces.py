@@ -11,26 +11,30 @@ hashes), `traces.jsonl` (those that are kept, as messages with the gold answer a
 run on the traces knows it). The same command goes on with what was interrupted.
 """
 
-import argparse
+import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+import options
 from data.dataset import Dataset
 from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
 from data.formatter import OPENED, Formatter
 from data.tasks import TASKS, Example, grade, grade_all
 from errors import RunFailed, UserError, as_command
 from eval.prompts import template_kwargs
-from eval.sampling import Request, generate_missing
+from eval.sampling import Request, SamplingOptions, generate_missing
 from eval.summary import Row, Rows, Samples, json_line
 from files import replace_file
 from model import lineage
 from model.flops import generation_flops
 from model.load import Subject, find
 from model.transformer import Transformer
+from options import REQUIRED, option
 from run import environment, handled, interrupt
 
 # Columns that say in a form of their own what a trace's messages and answer say.
@@ -39,93 +43,51 @@ REPLACED = frozenset(
     "groud_truth_solution canonical_solution".split()
 ).union(QUESTIONS, RESPONSES, GOLDS, SYSTEM)
 # What the samples depend on besides teacher, data and template.
-OPTIONS = ("temperature", "top_p", "max_tokens", "system", "instruction", "seed", "eval_examples")
+IDENTITY = ("temperature", "top_p", "max_tokens", "system", "instruction", "seed", "eval_examples")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The checked options of a command line. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="eval.traces",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclasses.dataclass(frozen=True)
+class TraceOptions(SamplingOptions):
+    """Every option of the command."""
+
+    sections = {"n": "how traces are sampled", "teacher": "whose traces of what"}
+    teacher: str = option(
+        REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    parser.add_argument(
-        "teacher", help="a folder in Hugging Face form, a run's folder, or a hub id"
+    data: str = option(
+        REQUIRED, "as train.py takes it; an endless task needs a number, as in word_problems:1000"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="as train.py takes it; an endless task needs a number, as in word_problems:1000",
+    out: str = option(REQUIRED, "the folder of the traces")
+    temperature: float = option(0.7, "0: always the most likely token", minimum=0)
+    top_p: float = option(
+        1.0, "sample from the most likely tokens with this mass", above=0, maximum=1
     )
-    parser.add_argument("--out", required=True, help="the folder of the traces")
-    parser.add_argument("--n", type=int, default=1, help="samples per question")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the most likely token"
+    max_tokens: int = option(1024, "new tokens per trace at most", minimum=1)
+    keep: Literal["right", "ended"] = option(
+        "right", "traces that the grader finds right, or all that came to an end"
     )
-    parser.add_argument(
-        "--top_p",
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the most likely tokens with this mass",
-    )
-    parser.add_argument(
-        "--max_tokens", "--max-tokens", type=int, default=1024, help="new tokens per trace at most"
-    )
-    parser.add_argument(
-        "--keep",
-        choices=("right", "ended"),
-        default="right",
-        help="traces that the grader finds right, or all that came to an end",
-    )
-    parser.add_argument("--system", default="", help="the system prompt, for the teacher alone")
-    parser.add_argument(
-        "--instruction", default="", help="put behind the question, for the teacher alone"
-    )
-    parser.add_argument(
-        "--chat_template_kwargs",
-        "--chat-template-kwargs",
-        help="arguments of the chat template, as in enable_thinking=false; "
+    system: str = option("", "the system prompt, for the teacher alone")
+    instruction: str = option("", "put behind the question, for the teacher alone")
+    chat_template_kwargs: str | None = option(
+        None,
+        "arguments of the chat template, as in enable_thinking=false; "
         "those of the teacher's run unless given",
     )
-    parser.add_argument(
-        "--eval_examples",
-        "--eval-examples",
-        type=int,
-        default=0,
-        help="validation examples that a run on this file sets apart: none are used",
+    eval_examples: int = option(
+        0, "validation examples that a run on this file sets apart: none are used", minimum=0
     )
-    parser.add_argument(
-        "--batch_size", "--batch-size", type=int, default=64, help="samples generated at once"
-    )
-    parser.add_argument(
-        "--group",
-        type=int,
-        default=0,
-        help="keep so many questions at a time: a killed command then goes on bit for bit; "
-        "0: each trace, faster",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if (
-        args.n < 1
-        or args.max_tokens < 1
-        or args.batch_size < 1
-        or min(args.temperature, args.group) < 0
-        or not 0 < args.top_p <= 1
-    ):
-        raise UserError(
-            "--n, --max_tokens and --batch_size must be at least 1, --temperature and --group "
-            "not negative, --top_p above 0 and at most 1"
-        )
+
+
+def parse(argv: Sequence[str]) -> TraceOptions:
+    """Return the checked options of a command line. Raises UserError."""
+    args = options.parse(TraceOptions, argv)
     if args.temperature == 0 and args.n > 1:
         raise UserError(f"--temperature 0 gives the same trace every time; leave out --n {args.n}")
     return args
 
 
 def examples_of(
-    args: argparse.Namespace, subject: Subject, kwargs: dict
+    args: TraceOptions, subject: Subject, kwargs: dict
 ) -> tuple[list[Example], list[list[int]]]:
     """The training examples and their prompts as token ids.
 
@@ -176,7 +138,7 @@ def grade_row(example: Example, row: Row) -> Row:
 
 
 def collect(
-    args: argparse.Namespace,
+    args: TraceOptions,
     subject: Subject,
     examples: list[Example],
     prompts: list[list[int]],
@@ -245,13 +207,13 @@ def other_columns(example: Example, trace: dict) -> dict:
     return columns
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: TraceOptions) -> None:
     """Generate what is missing, grade it, and write the traces that are kept."""
     subject, out = find(args.teacher), Path(args.out)
     kwargs = template_kwargs(args.chat_template_kwargs, subject.settings)
     examples, prompts = examples_of(args, subject, kwargs)
     identity = {"teacher": subject.sha256, "data": args.data, "questions": len(examples)}
-    identity |= {name: getattr(args, name) for name in OPTIONS}
+    identity |= {name: getattr(args, name) for name in IDENTITY}
     if kwargs:
         identity["chat_template_kwargs"] = kwargs
     samples = Samples(out, "samples")

@@ -34,8 +34,8 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
         ([tmp_path], "no config.json"),
         (["tiny"], "preset"),
         ([folder, "--tempo", 1], "--tempo"),
-        ([folder, "--temperature", -1], "negative"),
-        ([], "checkpoint"),
+        ([folder, "--temperature", -1], "--temperature must be at least 0"),
+        ([], "CHECKPOINT"),
     ):
         code, _, error = run(*arguments)
         assert code == 2 and words in error and error.count("\n") == 1, error

@@ -1,12 +1,18 @@
-"""The parser as a command without conditions uses it: positional words, lists, pairs, switches."""
+"""The parser as commands without conditions use it: positional words, lists, pairs, switches."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import pytest
 
+import eval.study.__main__ as study
 import options
+import train
+from data import download
 from errors import UserError
+from eval import __main__ as evaluation
+from eval import chat, divergence, traces
 from options import REQUIRED, option
 
 
@@ -87,3 +93,94 @@ def test_options_of_a_command_in_a_file(tmp_path):
     (tmp_path / "o.toml").write_text('n = 3\nk = "1,3"\ngreedy = true\n')
     got = several("a", "--tasks=gsm8k", f"--config={tmp_path}/o.toml", "--n=5")
     assert (got.samples, got.k, got.greedy) == (5, (1, 3), True)
+
+
+# --- every command --------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A command, its options, and the least that its command line must give."""
+
+    main: Callable[[list[str]], int]
+    options: type
+    argv: str = ""
+
+
+COMMANDS = {
+    "train.py": Command(train.main, train.Config),
+    "eval": Command(evaluation.main, evaluation.EvalOptions, "run --tasks=gsm8k"),
+    "eval.traces": Command(traces.main, traces.TraceOptions, "run --data=x --out=y"),
+    "eval.chat": Command(chat.main, chat.ChatOptions, "run"),
+    "eval.divergence": Command(
+        divergence.main, divergence.DivergenceOptions, "a b --evals x y --out=z"
+    ),
+    "eval.study": Command(study.main, study.StudyOptions, "study.toml"),
+    "data.download": Command(download.main, download.DownloadOptions, "gsm8k"),
+}
+
+
+@pytest.fixture(params=COMMANDS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def refusal(name, capsys):
+    """A function that returns the line with which the command refuses one more argument."""
+
+    def run(argument):
+        command = COMMANDS[name]
+        assert command.main([*command.argv.split(), argument]) == 2
+        out, error = capsys.readouterr()
+        assert error.startswith(f"{name}: ") and error.count("\n") == 1 and not out
+        return error
+
+    return run
+
+
+def optional(name):
+    """{name: type} of a command's options, without its positional words."""
+    named = {}
+    for spec in dataclasses.fields(COMMANDS[name].options):
+        if not spec.metadata["rules"].positional:
+            named[spec.name] = spec.type
+    return named
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name(name, refusal):
+    longest = max(optional(name), key=len)
+    assert f"--{longest}x is not an option; did you mean {longest}?" in refusal(f"--{longest}x=1")
+
+
+def test_both_spellings_of_an_option_without_its_value_are_refused(name, refusal):
+    valued = [key for key, kind in optional(name).items() if kind is not bool]
+    assert valued
+    for key in valued:
+        for spelling in (key, key.replace("_", "-")):
+            assert f"--{key}: expected " in refusal(f"--{spelling}")
+
+
+def test_bad_numbers_are_refused(name, refusal):
+    kinds = {int: "a whole number", float: "a number", tuple[int, ...]: "a whole number"}
+    numbers = {key: kind for key, kind in optional(name).items() if kind in kinds}
+    assert numbers or name == "data.download"
+    for key, kind in numbers.items():
+        assert f"--{key}: 'many' is not {kinds[kind]}" in refusal(f"--{key}=many")
+
+
+def test_help_names_every_option(name, capsys):
+    with pytest.raises(SystemExit) as e:
+        COMMANDS[name].main(["--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(len(line) <= 100 for line in out.splitlines())
+    assert all(f"  --{key} " in out for key in optional(name))
+    for spec in dataclasses.fields(COMMANDS[name].options):
+        assert spec.name in optional(name) or f"  {spec.name.upper()} " in out
+
+
+def test_torchrun_takes_n_for_its_own_so_that_samples_is_the_same_option():
+    for parse, argv in (
+        (evaluation.parse, ["run", "--tasks=gsm8k"]),
+        (traces.parse, ["run", "--data=x", "--out=y"]),
+    ):
+        assert parse([*argv, "--samples", "3"]) == parse([*argv, "--n=3"]) != parse(argv)

@@ -155,7 +155,7 @@ def test_a_checkpoint_is_not_far_from_itself(made, tmp_path):
         ("another's", "no answers of"),
         ("merges", "different tokenizers"),
         ("tasks", "same tasks"),
-        ("limit", "the first 0 problems"),
+        ("limit", "--limit must be at least 1"),
         ("few_shot", "few-shot prompts cannot"),
         ("unfinished", "an unfinished evaluation cannot"),
         ("question", "another prompt of the first"),

@@ -1,6 +1,6 @@
 """How `python -m eval` asks: kinds of prompts, what is stated of them, pairs asked otherwise."""
 
-import argparse
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +8,6 @@ import pytest
 import toy_models
 from data.tasks import TASKS, Example
 from errors import UserError
-from eval import __main__ as evaluation
 from eval import benchmarks, prompts, sampling, summary
 from tests.evaluation import (
     CODE,
@@ -37,10 +36,8 @@ def tiny(tmp_path_factory):
 
 def build(benchmark, settings, **options):
     """Prompts as the command makes them with these options."""
-    args = vars(evaluation.parse(["checkpoint", "--tasks=gsm8k"])) | options
-    return prompts.build(
-        benchmark, toy_models.toy_tokenizer(), settings, argparse.Namespace(**args)
-    )
+    args = dataclasses.replace(prompts.PromptOptions(), **options)
+    return prompts.build(benchmark, toy_models.toy_tokenizer(), settings, args)
 
 
 def test_prompts_and_what_is_stated(tiny, tmp_path, run):

@@ -11,11 +11,13 @@ what was interrupted and skips what is done. --rehearse runs all of it in miniat
 starts.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import options
 from errors import RunFailed, UserError, as_command, say
 from eval.study import plan as study_plan
 from eval.study import report as study_report
@@ -25,41 +27,32 @@ from eval.study.results import Outcome
 from eval.study.scheduler import failure_file, is_done, places, run_jobs
 from files import reason
 from locks import Busy, lock
+from options import REQUIRED, option
 from run import handled, interrupt
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclasses.dataclass(frozen=True)
+class StudyOptions:
+    """Every option of the command."""
+
+    file: str = option(REQUIRED, "a TOML file, as in recipes/study", positional=True)
+    out: str = option("", "folder of runs, evaluations and the report; empty: studies/NAME")
+    seeds: tuple[int, ...] = option(
+        (), "instead of the file's, with commas between them", minimum=0
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    parser.add_argument("file", help="a TOML file, as in recipes/study")
-    parser.add_argument(
-        "--out", default="", help="folder of runs, evaluations and the report; empty: studies/NAME"
+    arms: tuple[str, ...] = option((), "these arms only, with commas between them")
+    at_once: int = option(
+        0, "jobs at the same time; 0: one per GPU, or per processor where there is none", minimum=0
     )
-    parser.add_argument(
-        "--seeds", default="", help="instead of the file's, with commas between them"
+    rehearse: bool = option(
+        False, "a tiny model instead of every checkpoint, a toy task instead of all data, two steps"
     )
-    parser.add_argument("--arms", default="", help="these arms only, with commas between them")
-    parser.add_argument(
-        "--at_once",
-        "--at-once",
-        type=int,
-        default=0,
-        help="jobs at the same time; 0: one per GPU, or per processor where there is none",
-    )
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="a tiny model instead of every checkpoint, a toy task instead of all data, two steps",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing, write the report of what is there"
-    )
-    args = parser.parse_args(argv)
-    if args.at_once < 0:
-        raise UserError("--at_once must not be negative")
-    return args
+    report: bool = option(False, "run nothing, write the report of what is there")
+
+
+def parse(argv: Sequence[str]) -> StudyOptions:
+    """Return the options of a command line. Raises UserError."""
+    return options.parse(StudyOptions, argv)
 
 
 def outcome(out: Path, jobs: ArmJobs) -> Outcome:
@@ -80,7 +73,7 @@ def outcome(out: Path, jobs: ArmJobs) -> Outcome:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: StudyOptions) -> None:
     """Run a study, or write the report of what is there of it."""
     study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse)
     name = study.title + ("-rehearsal" if args.rehearse else "")

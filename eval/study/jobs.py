@@ -18,7 +18,12 @@ from run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERRING = ("model", "teacher", "reference", "data")  # options that "@NAME" may be given for
-PATHS = (*REFERRING, "checkpoint", "grpo_reward")  # options whose value may be a local path
+PATHS = (
+    *REFERRING,
+    "checkpoint",
+    "config",
+    "grpo_reward",
+)  # options whose value may be a local path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

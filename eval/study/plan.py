@@ -5,7 +5,7 @@ stands for what [model.NAME] makes, as data for what [traces.NAME] makes.
 """
 
 import dataclasses
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,18 @@ class Study:
                 find(task, folder)
 
 
-def read(path: str | Path, seeds: str = "", arms: str = "", rehearsal: bool = False) -> Study:
+def read(
+    path: str | Path, seeds: Sequence[int] = (), arms: Sequence[str] = (), rehearsal: bool = False
+) -> Study:
     """The study of a TOML file, every option in it checked.
 
-    seeds, arms: instead of all that the file has, with commas between them (seeds may be others).
+    seeds, arms: instead of all that the file has, unless empty (seeds may be others).
     rehearsal: the same study in miniature (StudyFile.shorten).
     Raises UserError, which names the file and the table.
     """
     try:
-        if not re.fullmatch(r"(\d+(,\d+)*)?", seeds):
-            raise UserError(f"--seeds {seeds}: write whole numbers with commas, as in 0,1,2")
-        file = read_file(Path(path), [int(seed) for seed in seeds.split(",") if seed])
-        chosen = [name for name in arms.split(",") if name] or list(file.arms)
+        file = read_file(Path(path), list(seeds))
+        chosen = list(arms or file.arms)
         if not chosen:
             raise UserError("there is no [arm.NAME]")
         file.check_names(chosen)
