@@ -21,7 +21,7 @@ from losses.grpo import KL_ESTIMATORS, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
 from options import ABOVE_0, Condition, Values, option
-from rl.advantage import BASELINES
+from rl.advantage import ADVANTAGES
 from rl.reward import PARTS
 
 GRPO: Condition = {"mode": ("grpo",)}
@@ -261,7 +261,7 @@ class Config:
     grpo_advantage: str = option(
         "std",
         "how the rewards of a prompt's samples become advantages",
-        choices=BASELINES,
+        choices=ADVANTAGES,
         default_when={"grpo_variant": {"dr_grpo": "mean"}},
     )
     grpo_clip_low: float = option(

@@ -27,7 +27,7 @@ def leave_one_out(centred_G: np.ndarray) -> np.ndarray:
     return centred_G * len(centred_G) / (len(centred_G) - 1)
 
 
-BASELINES = {"std": standardised, "mean": centred, "leave_one_out": leave_one_out}
+ADVANTAGES = {"std": standardised, "mean": centred, "leave_one_out": leave_one_out}
 
 
 def group_advantages(rewards_G: Sequence[float], baseline: str) -> np.ndarray:
@@ -35,12 +35,12 @@ def group_advantages(rewards_G: Sequence[float], baseline: str) -> np.ndarray:
 
     Args:
         rewards_G: [G] rewards of the samples.
-        baseline: A name in BASELINES. A fork adds its own function of the centred rewards there.
+        baseline: A name in ADVANTAGES. A fork adds its own function of the centred rewards there.
     """
     if not has_reward_spread(rewards_G):
         return np.zeros(len(rewards_G))
     values_G = np.asarray(rewards_G, np.float64)
-    return BASELINES[baseline](values_G - values_G.mean())
+    return ADVANTAGES[baseline](values_G - values_G.mean())
 
 
 def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
@@ -55,7 +55,7 @@ def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
 
     Args:
         penalties_G: [G] beta times the KL estimate of each sample, in nats.
-        baseline: A name in BASELINES.
+        baseline: A name in ADVANTAGES.
     """
     values_G = np.asarray(penalties_G, np.float64)
     centred_G = values_G.mean() - values_G

@@ -14,7 +14,7 @@ from errors import UserError
 
 VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
 PARTS = (*VERDICTS, "format")
-PENALTIES = ("overlong", "truncated")  # what length costs
+PENALTIES = ("length_penalty", "truncation_penalty")  # what length costs
 
 
 def part_values(text: str, verdict: Verdict) -> dict[str, float]:
@@ -40,17 +40,17 @@ class Reward:
         function: The user's `reward(example, completion) -> float`, or None.
         spec: The text of --grpo_reward.
         limit: The most tokens that a sample can have.
-        overlong: Over its last `overlong` tokens before the limit a sample loses linearly up to 1
+        length_penalty: Over so many last tokens before the limit a sample loses linearly up to 1
             (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
-        truncated: What a sample that did not stop loses.
+        truncation_penalty: What a sample that did not stop loses.
     """
 
     parts: dict[str, float]
     function: Callable | None
     spec: str
     limit: int
-    overlong: int = 0
-    truncated: float = 0.0
+    length_penalty: int = 0
+    truncation_penalty: float = 0.0
 
     @property
     def reads_gold(self) -> bool:
@@ -79,11 +79,11 @@ class Reward:
         else:
             every = part_values(opened + text, verdict)
             values = {name: weight * every[name] for name, weight in self.parts.items()}
-        if self.overlong:
-            excess = max(0, tokens - (self.limit - self.overlong))
-            values["overlong"] = -min(1.0, excess / self.overlong)
-        if self.truncated and not stopped:
-            values["truncated"] = -self.truncated
+        if self.length_penalty:
+            excess = max(0, tokens - (self.limit - self.length_penalty))
+            values["length_penalty"] = -min(1.0, excess / self.length_penalty)
+        if self.truncation_penalty and not stopped:
+            values["truncation_penalty"] = -self.truncation_penalty
         return sum(values.values()), values, verdict
 
     def correctness(self, values: dict[str, float]) -> float:
@@ -109,14 +109,18 @@ class Reward:
         return value
 
 
-def parse_reward(spec: str, limit: int, overlong: int = 0, truncated: float = 0.0) -> Reward:
+def parse_reward(
+    spec: str, limit: int, length_penalty: int = 0, truncation_penalty: float = 0.0
+) -> Reward:
     """The Reward of `accuracy,format:0.5`, or of `path/to/file.py:function`.
 
     Such a function is `reward(example, completion) -> float`. Raises UserError.
     """
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
-        return Reward({}, load_function(path, name), spec, limit, overlong, truncated)
+        return Reward(
+            {}, load_function(path, name), spec, limit, length_penalty, truncation_penalty
+        )
     parts = {}
     for item in spec.split(","):
         part, _, text = item.strip().partition(":")
@@ -134,7 +138,7 @@ def parse_reward(spec: str, limit: int, overlong: int = 0, truncated: float = 0.
         parts[part] = weight
     if not any(parts.values()):
         refuse(spec, ": every weight is 0, so nothing is rewarded; give a part another weight")
-    return Reward(parts, None, spec, limit, overlong, truncated)
+    return Reward(parts, None, spec, limit, length_penalty, truncation_penalty)
 
 
 def load_function(path: str, name: str) -> Callable:

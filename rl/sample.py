@@ -28,7 +28,7 @@ class RolloutConfig:
     world: int = 1
     # GRPO alone
     samples_per_prompt: int = 1
-    advantage: str = "std"  # a name in rl.advantage.BASELINES
+    advantage: str = "std"  # a name in rl.advantage.ADVANTAGES
     kl_penalty_coef: float = 0.0  # of the KL to the reference that is subtracted from rewards
     old_logprobs: bool = False  # whether the log-probs at the time of sampling are needed
     tis: str = "none"  # importance weights: "none", "truncate" or "mask" (add_tis_weights)

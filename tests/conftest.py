@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository's root on the path, one thread per process, real data where it is at hand."""
+"""Shared by all tests: the root on the path, one thread a process, real data where it is."""
 
 import os
 import signal

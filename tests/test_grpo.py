@@ -11,7 +11,7 @@ from data.batch import WEIGHTINGS, Batch, Document, constant_length
 from kernels import chunk
 from losses.grpo import KL_ESTIMATORS, VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
-from rl.advantage import BASELINES, group_advantages, has_reward_spread
+from rl.advantage import ADVANTAGES, group_advantages, has_reward_spread
 from tests import reference
 
 VOCAB, HEAD, HIDDEN, LENGTH = 17, 20, 6, 9
@@ -426,7 +426,7 @@ def test_advantages_against_brute_force():
     ]
     for rewards in (list(map(float, g)) for g in groups):
         n = len(rewards)
-        got = {name: group_advantages(rewards, name) for name in BASELINES}
+        got = {name: group_advantages(rewards, name) for name in ADVANTAGES}
         assert all(
             a.shape == (n,) and a.dtype == np.float64 and np.isfinite(a).all() for a in got.values()
         )

@@ -17,7 +17,7 @@ import torch
 import train
 from data.batch import WEIGHTINGS, Batch, Document
 from losses.grpo import KL_ESTIMATORS, GRPOConfig, grpo_loss
-from rl.advantage import BASELINES, group_advantages, kl_advantages
+from rl.advantage import ADVANTAGES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
 from rl.rollout import GRPORollouts
 from rl.sample import RolloutConfig
@@ -303,7 +303,7 @@ def kl_gradient(beta, baseline, rewards=(1.0,) * 8):
     return world.gradient(batch.documents), batch
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", ADVANTAGES)
 def test_a_kl_in_the_reward_is_proportional_to_beta(baseline):
     """Where rewards are equal nothing else has a gradient, and no baseline may normalise it."""
     one, batch = kl_gradient(1.0, baseline)
@@ -335,7 +335,7 @@ def test_advantages_of_rewards_and_penalties_by_hand(baseline, of_rewards, times
     )
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", ADVANTAGES)
 def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
     """By the definition, from log-probs; penalties are small beside the rewards' deviation."""
     rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]

@@ -30,7 +30,8 @@ def python(code, tmp_path, name=""):
     """A process that runs `code`, its flock failing with this error, from the repository's root."""
     first = ""
     if name:
-        first = f"import errno, fcntl\ndef flock(*_): raise OSError(errno.{name}, 'no locks')\nfcntl.flock = flock\n"
+        first = f"import errno, fcntl\ndef flock(*_): raise OSError(errno.{name}, 'no locks')\n"
+        first += "fcntl.flock = flock\n"
     (tmp_path / f"code{len(list(tmp_path.glob('code*')))}.py").write_text(first + code)
     script = max(tmp_path.glob("code*.py"), key=lambda p: p.stat().st_mtime_ns)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -91,7 +92,7 @@ def test_the_dead_of_another_host_are_named_not_taken_for_dead(tmp_path, monkeyp
 
 
 def without_exchange(monkeypatch):
-    """As NFS, Lustre, 9p and most FUSE mounts answer renameat2(RENAME_EXCHANGE), by which the filelock
+    """As NFS, Lustre, 9p and most FUSE mounts answer renameat2(RENAME_EXCHANGE), by which filelock
     package takes over what the dead left: who relies on it gets nothing there."""
     exchange = pytest.importorskip("filelock._filesystem._exchange")
     monkeypatch.setattr(exchange, "_rename_call", lambda: (lambda *_: errno.EINVAL, 2))
@@ -99,7 +100,7 @@ def without_exchange(monkeypatch):
 
 @pytest.fixture
 def holder(tmp_path):
-    """holder(error) -> a process that holds a.lock, its flock failing with this error; killed at the end."""
+    """holder(error) -> a process that holds a.lock, its flock failing with this error."""
     started = []
 
     def start(name):

@@ -109,7 +109,8 @@ OPEN_MPI = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0")
     [
         (
             dict(WORLD_SIZE="2", **MEET, **SLURM),
-            r"WORLD_SIZE=2, but RANK .* 2 tasks of Slurm: .* torchrun, or export RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID",
+            r"WORLD_SIZE=2, but RANK .* 2 tasks of Slurm: .* torchrun, or export "
+            r"RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID",
         ),
         (dict(WORLD_SIZE="2") | SLURM | dict(SLURM_PROCID="0"), "tasks of Slurm"),
         (
@@ -213,7 +214,8 @@ def test_who_waits_for_others_in_vain_says_so_in_one_line(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = "import sys\nfrom model import parallel\nparallel.MEETING = 2.0\nimport train\nsys.exit(train.main(sys.argv[1:]))"
+    code = "import sys\nfrom model import parallel\nparallel.MEETING = 2.0\n"
+    code += "import train\nsys.exit(train.main(sys.argv[1:]))"
     env = os.environ | dict(
         WORLD_SIZE="2",
         RANK="0",

@@ -302,12 +302,22 @@ BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
 @pytest.mark.parametrize(
     "spec,more,samples,expected",
     [
-        ("accuracy", {"overlong": 4}, [("2", RIGHT, n, True) for n in (5, 6, 7, 8)], False),
-        ("accuracy", {"overlong": 4}, [("3", WRONG, n, True) for n in (5, 6, 7, 8)], False),
-        ("accuracy", {"truncated": 0.5}, [("2", RIGHT, 3, True), ("2", RIGHT, 8, False)], False),
-        ("signed_accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("2", RIGHT, 8, True)], False),
+        ("accuracy", {"length_penalty": 4}, [("2", RIGHT, n, True) for n in (5, 6, 7, 8)], False),
+        ("accuracy", {"length_penalty": 4}, [("3", WRONG, n, True) for n in (5, 6, 7, 8)], False),
+        (
+            "accuracy",
+            {"truncation_penalty": 0.5},
+            [("2", RIGHT, 3, True), ("2", RIGHT, 8, False)],
+            False,
+        ),
+        (
+            "signed_accuracy",
+            {"length_penalty": 4},
+            [("2", RIGHT, 5, True), ("2", RIGHT, 8, True)],
+            False,
+        ),
         ("accuracy,format:0.5", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], False),
-        ("accuracy", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 5, True)], True),
+        ("accuracy", {"length_penalty": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 5, True)], True),
         (
             "accuracy,format",
             {},
@@ -316,7 +326,7 @@ BOXED = "<think>x</think><answer>2</answer>"  # what the format reward wants
         ),
         ("lenient", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], False),
         ("accuracy", {}, [("2", RIGHT, 3, True), ("2", Verdict(False, True, True), 3, True)], True),
-        ("format", {"overlong": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 8, True)], False),
+        ("format", {"length_penalty": 4}, [("2", RIGHT, 5, True), ("3", WRONG, 8, True)], False),
         ("format", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
         ("format,accuracy:0", {}, [("2", RIGHT, 3, True), (BOXED, RIGHT, 3, True)], True),
         (
@@ -337,7 +347,7 @@ def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path)
     )
     spec = f"{tmp_path}/mine.py:letters"
     by_length = [("e", RIGHT, 5, True), ("e", WRONG, 8, False)]
-    assert not teaches(spec, by_length, overlong=4, truncated=1.0)
+    assert not teaches(spec, by_length, length_penalty=4, truncation_penalty=1.0)
     assert teaches(spec, [("e", RIGHT, 5, True), ("ee", RIGHT, 5, True)])
 
 

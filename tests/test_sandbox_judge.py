@@ -1,4 +1,4 @@
-"""Tests and solution apart: what a solution may say, honest, forged or hostile, and what goes from process to process."""
+"""Tests and solution apart: honest, forged and hostile solutions, and the messages between them."""
 
 import collections
 import enum
@@ -9,18 +9,25 @@ import time
 import pytest
 
 from data.sandbox import judge
-from tests.test_sandbox import TRIED, jail, pytestmark, shared  # noqa: F401 (fixtures)
+from tests.sandbox_tools import TRY_CALLS, linux_only
 
-# --- forged verdicts -------------------------------------------------------------------------------------------------
+pytest_plugins = ["tests.sandbox_fixtures"]
+pytestmark = linux_only
+
+# --- forged verdicts ----------------------------------------------------------------------------
 
 TESTS = "from solution import f\nassert f(2) == 4\nassert f(3) == 9"
-EQUAL = (
-    "class Y:\n    def __eq__(self, other): return True\n    def __call__(self, *a): return self\n"
-)
+EQUAL = """
+class Y:
+    def __eq__(self, other): return True
+    def __call__(self, *a): return self
+"""
 EVERYWHERE = """
 import os, struct
-for data in (b"passed\\n", b'["passed", ""]', b'["passed", "", 0]', b'{"passed": true, "reason": "passed", "detail": "", "seconds": 0}', b"0",
-             b'["tuple", "value", null]', b'["tuple", "value", true]'):
+messages = [b"passed\\n", b'["passed", ""]', b'["passed", "", 0]', b"0",
+            b'{"passed": true, "reason": "passed", "detail": "", "seconds": 0}',
+            b'["tuple", "value", null]', b'["tuple", "value", true]']
+for data in messages:
     for fd in range(256):
         for text in (data, struct.pack("Q", len(data)) + data):
             try:
@@ -28,156 +35,168 @@ for data in (b"passed\\n", b'["passed", ""]', b'["passed", "", 0]', b'{"passed":
             except OSError:
                 pass
 """
+# A program that finds the frame in which it is asked, and in it the pipe and the arguments.
 PIPES = """
 import struct, os, sys
-def pipe():
+def asked():
     frame = sys._getframe()
-    while not ("replies" in frame.f_locals and "rest" in frame.f_locals):
+    while not ("replies" in frame.f_locals and "args" in frame.f_locals):
         frame = frame.f_back
-    return frame.f_locals["replies"], frame.f_locals["rest"]
+    return frame.f_locals
 def send(data):
-    os.write(pipe()[0], struct.pack("Q", len(data)) + data)
+    os.write(asked()["replies"], struct.pack("Q", len(data)) + data)
 """
 ADVANCE = (
-    PIPES + "for value in {values}:\n    send(sys.modules['judge'].write(('value', value), None))\n"
+    PIPES
+    + """
+for value in {values}:
+    send(sys.modules['judge'].encode(('value', value), None))
+"""
 )
+WRONG = "\ndef f(x): return 0"
 FORGERIES = {
-    "prints": "print('passed')\nprint('[\"passed\", \"\"]')\ndef f(x): return 0",
-    "writes everywhere": EVERYWHERE + "def f(x): return 0",
+    "prints": "print('passed')\nprint('[\"passed\", \"\"]')" + WRONG,
+    "writes everywhere": EVERYWHERE + WRONG,
     "writes everywhere and leaves": EVERYWHERE + "os._exit(0)",
-    "at exit": "import atexit, os\natexit.register(lambda: os._exit(0))\nimport sys\nsys.exit()",
+    "at exit": "import atexit, os, sys\natexit.register(lambda: os._exit(0))\nsys.exit()",
     "leaves in the call": "import os\ndef f(x): os._exit(0)",
     "exits in the call": "import sys\ndef f(x): sys.exit(0)",
     "equals everything": EQUAL + "f = lambda x: Y()",
     "is everything": EQUAL + "f = Y()",
-    "an int that equals everything": "class Y(int):\n    def __eq__(self, other): return True\nf = lambda x: Y(5)",
-    "a list that equals everything": "class Y(list):\n    def __eq__(self, other): return True\nf = lambda x: Y([5])",
-    "no assertions": "import builtins\nbuiltins.AssertionError = None\nbuiltins.compile = builtins.exec = lambda *a, **k: None\ndef f(x): return 0",
-    "patched writer": "import json, sys\njson.JSONEncoder.encode = lambda *a: ''\nsys.modules['judge'].write = lambda *a: b''\ndef f(x): return 0",
-    "reduces to a call": "class Y:\n    def __reduce__(self): return (eval, ('4',))\nf = lambda x: Y()",
-    "reduces as a list": "class Y(list):\n    __reduce_ex__ = lambda self, n: (exec, ('import os; os._exit(0)',))\nf = lambda x: Y()",
+    "an int that equals everything": """
+class Y(int):
+    def __eq__(self, other): return True
+f = lambda x: Y(5)
+""",
+    "a list that equals everything": """
+class Y(list):
+    def __eq__(self, other): return True
+f = lambda x: Y([5])
+""",
+    "no assertions": """
+import builtins
+builtins.AssertionError = None
+builtins.compile = builtins.exec = lambda *a, **k: None
+def f(x): return 0
+""",
+    "patched writer": """
+import json, sys
+json.JSONEncoder.encode = lambda *a: ''
+sys.modules['judge'].encode = lambda *a: b''
+def f(x): return 0
+""",
+    "reduces to a call": """
+class Y:
+    def __reduce__(self): return (eval, ('4',))
+f = lambda x: Y()
+""",
+    "reduces as a list": """
+class Y(list):
+    __reduce_ex__ = lambda self, n: (exec, ('import os; os._exit(0)',))
+f = lambda x: Y()
+""",
     "sends a pickle": PIPES + "import pickle\ndef f(x): send(pickle.dumps(('value', x * x)))",
     "raises what is not": "class Y(BaseException): pass\ndef f(x): raise Y",
     "generator": "def f(x):\n    raise GeneratorExit",
     "kills the tests": "import os\ndef f(x):\n    os.kill(os.getppid(), 9)",
-    "other names": "set = sorted = len = abs = check = lambda *a: 0\ndef f(x): return 0",
+    "other names": "set = sorted = len = abs = check = lambda *a: 0" + WRONG,
 }
 
 
 def test_forged_verdicts(jail):
     for name, program in FORGERIES.items():
         if name.endswith("equals everything"):
-            exec(program, space := {})
-            assert (
-                space["f"](2) == 4 and space["f"](3) == 9
-            )  # with tests beside the solution it passes
+            space = {}
+            exec(program, space)
+            # With tests beside the solution it passes.
+            assert space["f"](2) == 4 and space["f"](3) == 9
         assert not jail.check(program, TESTS, timeout=0.5).passed, name
         if "and leaves" in name or name == "at exit":
             assert not jail.check(program, timeout=0.5).passed, name
 
 
-def test_a_program_that_knows_how_it_is_asked(jail):
-    """It finds the pipes in the frames and answers in advance: with tests apart from it, it has to know what they expect."""
-    assert jail.check(
-        ADVANCE.format(values="(pipe()[1][-1], 4, 9, True)") + "1 / 0"
-    ).passed  # it works on a program that judges itself
-    assert not jail.check(
-        ADVANCE.format(values="(pipe()[1][-1], 0, 0, True)") + "def f(x): return 0", TESTS
-    ).passed
-    jail.needs("filter of system calls")
-    scan = """
+SCAN = """
 import os
-calls = dict(((pid, n), lambda pid=pid, n=n: os.write(os.open(f"/proc/{pid}/fd/{n}", os.O_WRONLY), b'["passed", ""]'))
-             for pid in range(1, 9) for n in range(16))
+calls = {}
+def write(pid, n):
+    os.write(os.open(f"/proc/{pid}/fd/{n}", os.O_WRONLY), b'["passed", ""]')
+for pid in range(1, 9):
+    for n in range(16):
+        calls[pid, n] = lambda pid=pid, n=n: write(pid, n)
 """
-    assert not jail.check(scan + TRIED + "def f(x): return 0", TESTS).passed
 
 
-# --- what goes from process to process -------------------------------------------------------------------------------
+def test_a_program_that_knows_how_it_is_asked(jail):
+    """It finds the pipes in the frames and answers in advance.
+
+    That works on a program that judges itself. With tests apart from it, it would have to know
+    what they expect.
+    """
+    right = "(asked()['args'][-1], 4, 9, True)"
+    assert jail.check(ADVANCE.format(values=right) + "1 / 0").passed
+    wrong = "(asked()['args'][-1], 0, 0, True)"
+    assert not jail.check(ADVANCE.format(values=wrong) + WRONG, TESTS).passed
+    jail.needs("filter of system calls")
+    assert not jail.check(SCAN + TRY_CALLS + WRONG, TESTS).passed
+
+
+# --- what goes from process to process ----------------------------------------------------------
 
 
 def sent(value):
-    return judge.read(judge.write(value, None), None)
+    return judge.decode(judge.encode(value, None), None)
 
 
 def alike(a, b):
     """The same types all the way down, and the same digits: -0.0 is not 0.0, nan is nan."""
-    return type(a) is type(b) and (
-        len(a) == len(b) and all(map(alike, a, b))
-        if isinstance(a, (list, tuple))
-        else repr(a) == repr(b)
-    )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return repr(a) == repr(b)
+
+
+INTEGERS = [0, -1, True, (1 << 63) - 1, 1 << 63, -(1 << 63), 1 << 400_000]
+FLOATS = [0.1, -0.0, 5e-324, math.inf, -math.inf, math.nan, complex(-0.0, 2)]
+TEXTS = ["", "é\n\0", "\ud800", "\ud800\udc00", "\U0001f600", "list"]
+BYTES = [b"", bytes(range(256)), bytearray(b"x")]
+MAPPINGS = [{}, {1: {2: (3,)}, "a": [4], (5,): None, 2.0: ""}]
+SETS = [set(), {1, (2, "3")}, frozenset([None])]
+SEQUENCES = [(), [], [[]], [()], ["list", 1], ("object", 0), collections.deque([1, [2]])]
+OTHERS = [None, ..., range(9, 1, -2)]
 
 
 def test_plain_values_stay_what_they_are():
-    numbers = [
-        0,
-        -1,
-        True,
-        (1 << 63) - 1,
-        1 << 63,
-        -(1 << 63),
-        1 << 400_000,
-        0.1,
-        -0.0,
-        5e-324,
-        math.inf,
-        -math.inf,
-        math.nan,
-        complex(-0.0, 2),
-    ]
-    texts = [
-        "",
-        "é\n\0",
-        "\ud800",
-        "\ud800\udc00",
-        "\U0001f600",
-        "list",
-        b"",
-        bytes(range(256)),
-        bytearray(b"x"),
-    ]
-    others = [
-        None,
-        ...,
-        range(9, 1, -2),
-        {},
-        {1: {2: (3,)}, "a": [4], (5,): None, 2.0: ""},
-        set(),
-        {1, (2, "3")},
-        frozenset([None]),
-        (),
-        [],
-        [[]],
-        [()],
-        ["list", 1],
-        ("object", 0),
-        collections.deque([1, [2]]),
-    ]
+    values = [*INTEGERS, *FLOATS, *TEXTS, *BYTES, *MAPPINGS, *SETS, *SEQUENCES, *OTHERS]
     sys.set_int_max_str_digits(0)
     try:
-        assert alike(sent([*numbers, *texts, *others]), [*numbers, *texts, *others])
+        assert alike(sent(values), values)
     finally:
         sys.set_int_max_str_digits(4300)
-    member = enum.Enum("Member", "A B", type=str).A
+
+
+def test_instances_of_subclasses_become_their_built_in_base():
     for value in (
         collections.Counter("aab"),
         collections.OrderedDict(a=1),
         collections.defaultdict(list, a=[1]),
         enum.IntEnum("E", "A").A,
-        member,
+        enum.Enum("Member", "A B", type=str).A,
         collections.namedtuple("P", "x y")(1, [2]),
     ):
         assert sent(value) == value and type(sent(value)).__module__ == "builtins"
-    assert (
-        next(once := sent(iter([1, 2]))) == 1
-        and list(once) == [2]
-        and list(sent({1: 2}.items())) == [(1, 2)]
-    )
-    began = time.monotonic()
-    assert (
-        sent(huge := 3**2_000_000) == huge and time.monotonic() - began < 2
-    )  # by its decimals minutes
+
+
+def test_iterators_and_views_come_back_as_iterators():
+    once = sent(iter([1, 2]))
+    assert next(once) == 1 and list(once) == [2]
+    assert list(sent({1: 2}.items())) == [(1, 2)]
+
+
+def test_a_huge_integer_does_not_take_quadratic_time():
+    huge = 3**2_000_000
+    start = time.monotonic()
+    assert sent(huge) == huge and time.monotonic() - start < 2  # by its decimals minutes
 
 
 def nested(depth, value=0):
@@ -187,11 +206,12 @@ def nested(depth, value=0):
 
 
 def test_deep_values_are_refused_and_shallow_ones_not():
-    assert sent(nested(judge.DEEPEST)) == nested(judge.DEEPEST)
-    for value in (nested(judge.DEEPEST + 1), nested(100_000)):
+    assert sent(nested(judge.MAX_DEPTH)) == nested(judge.MAX_DEPTH)
+    for value in (nested(judge.MAX_DEPTH + 1), nested(100_000)):
         with pytest.raises(ValueError, match="too deeply"):
             sent(value)
-    (loop := []).append(loop)
+    loop = []
+    loop.append(loop)
     with pytest.raises(ValueError, match="too deeply"):
         sent(loop)
 
@@ -244,25 +264,26 @@ HOSTILE = [
 
 @pytest.mark.parametrize("message", HOSTILE, ids=lambda m: m[:30].decode("latin-1"))
 def test_hostile_messages_raise(message):
-    ask = lambda *request: pytest.fail("asked the other side while reading")
+    solution = judge.Solution(0, -1, -1)  # to ask it would raise an OSError
     with pytest.raises((ValueError, TypeError, LookupError, RecursionError)):
-        judge.read(message, {1: judge.Remote(ask, 1)}.__getitem__)
+        judge.decode(message, {1: judge.Remote(solution, 1)}.__getitem__)
+
+
+ENDLESS = """
+def f(x):
+    os.write(asked()["replies"], struct.pack("Q", {size}))
+    while True: pass
+"""
 
 
 def test_hostile_replies_fail(jail):
-    """As the tests' process meets them; and a length that no memory holds, and a message that never ends."""
+    """As the tests' process meets them; also a length that no memory holds, and an endless one."""
     for message in (b"{}", b'["eval", "1"]', b"[" * 10**6, b'["tuple", "value"', b"\x80\x04N."):
         program = PIPES + f"def f(x): send(bytes.fromhex('{message.hex()}'))"
         assert jail.check(program, TESTS).reason == "failed", message
-    for size, reason in (
-        (1 << 62, "failed"),
-        (judge.LARGEST + 1, "failed"),
-        (judge.LARGEST, "timeout"),
-    ):
-        program = (
-            PIPES
-            + f"def f(x):\n    os.write(pipe()[0], struct.pack('Q', {size}))\n    while True: pass"
-        )
+    limit = judge.MAX_MESSAGE_BYTES
+    for size, reason in ((1 << 62, "failed"), (limit + 1, "failed"), (limit, "timeout")):
+        program = PIPES + ENDLESS.format(size=size)
         assert jail.check(program, TESTS, timeout=0.3).reason == reason, size
 
 
@@ -288,14 +309,20 @@ def own(): raise type("Mine", (Exception,), {})("mine")
 constant = [1, 2]
 """
 HONEST_TESTS = """
-from solution import same, pair, total, squares, views, point, colour, wrong, adder, own, constant, Pair
+from solution import same, pair, total, squares, views, point, colour, wrong, adder, own, constant
+from solution import Pair
 assert same([1, (2.5, {"a": None})]) == [1, (2.5, {"a": None})] and list(same(iter([1]))) == [1]
 assert total(pair(1, 2)) == 3 == total(Pair(1, 2)) and pair(1, 2).b == 2 and pair(3, 4) != 3
 assert list(squares(4)) == [0, 1, 4, 9] and next(squares(3)) == 0
 keys, items, zipped, mapped = views({1: 2})
-assert list(keys) == [1] and list(items) == [(1, 2)] and list(zipped) == [(1, 1)] and list(mapped) == ["1"]
+assert list(keys) == [1] and list(items) == [(1, 2)]
+assert list(zipped) == [(1, 1)] and list(mapped) == ["1"]
 assert point() == (1, 2) and colour() == 1 and adder(2)(3) == 5 and constant == [1, 2]
-for call, error, text in ((lambda: wrong("x"), ValueError, "not x"), (own, RuntimeError, "Mine: mine"), (lambda: pair(1), TypeError, "missing")):
+for call, error, text in (
+    (lambda: wrong("x"), ValueError, "not x"),
+    (own, RuntimeError, "Mine: mine"),
+    (lambda: pair(1), TypeError, "missing"),
+):
     try:
         call()
     except error as e:
@@ -303,20 +330,21 @@ for call, error, text in ((lambda: wrong("x"), ValueError, "not x"), (own, Runti
     else:
         assert False
 """
+EXPECTS_AN_EXCEPTION = """
+from solution import f
+try:
+    f()
+except Exception:
+    pass
+"""
 
 
 def test_honest_programs_pass_with_tests_apart(jail):
     outcome = jail.check(HONEST, HONEST_TESTS)
     assert outcome.passed, outcome
-    assert (
-        jail.check("def f(x): return x", "from solution import f\nassert f(lambda: 1) == 1").reason
-        == "failed"
-    )
+    sends_a_function = "from solution import f\nassert f(lambda: 1) == 1"
+    assert jail.check("def f(x): return x", sends_a_function).reason == "failed"
     assert jail.check("x = 1", "from solution import f").detail.startswith("ImportError")
-    outcome = jail.check(
-        "import os\ndef f(): os._exit(0)",
-        "from solution import f\ntry:\n    f()\nexcept Exception:\n    pass",
-    )
-    assert (
-        outcome.reason == "crashed"
-    )  # the end of the process is not the exception that tests expect
+    # The end of the process is not the exception that tests expect.
+    outcome = jail.check("import os\ndef f(): os._exit(0)", EXPECTS_AN_EXCEPTION)
+    assert outcome.reason == "crashed"

@@ -55,7 +55,7 @@ def test_every_style_solves_the_problem(name):
 
 
 def test_other_splits_and_tasks_without_problems_are_refused():
-    for name, split in (("word_problems", "validation"), ("gsm8k", "train")):
+    for name, split in (("word_problems", "heldout"), ("gsm8k", "train")):
         with pytest.raises(ValueError, match=f"{name} makes no problems for the split '{split}'"):
             TASKS[name].example(name, split, "0/0")
 

@@ -51,8 +51,10 @@ def sft(*args, cwd, **more):
 
 def timeless(folder):
     """The run's metrics without what a clock or a memory gauge says; [] before there are any."""
-    keep = lambda m: {k: v for k, v in m.items() if not k.endswith(TIMES)}
-    return [keep(m) for m in read_metrics(folder)]
+    lines = []
+    for metrics in read_metrics(folder):
+        lines.append({k: v for k, v in metrics.items() if not k.endswith(TIMES)})
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,7 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
     assert all(r.returncode == 0 for r in results), results[1].stderr
     one, two = (timeless(tmp_path / "runs" / f"w{n}") for n in (1, 2))
     assert len(one) == len(two) == 5
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a)
     assert results[1].stdout.count("step 0/3") == 1  # rank 0 alone speaks
     samples = [(tmp_path / "runs" / f"w{n}" / "samples.jsonl").read_text() for n in (1, 2)]
@@ -301,11 +303,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
 
 
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
-    """The file size limit stands in for a full disk: writing fails half-way through the second checkpoint's weights."""
+    """A limit of file size stands in for a full disk: the second checkpoint's weights fail."""
     limited = (
-        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train, run as c; save = c.save_model\n"
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import train, run as c; save = c.save_model\n"
         "def fail(model, folder, *rest):\n"
-        "    if folder.name == '.draft-4': resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "    if folder.name == '.draft-4':\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "    save(model, folder, *rest)\n"
         "c.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
     )
@@ -345,15 +349,16 @@ def test_wandb_offline_gets_the_metrics(tmp_path):
 
 def test_nothing_optional_is_imported_unasked():
     """triton is hidden, as on a machine without it: PyTorch's own compiler loads it where it is."""
-    optional = ("wandb", "matplotlib", "pyarrow", "transformers", "jinja2", "huggingface_hub")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['triton'] = None; import train; print([m for m in {optional} if m in sys.modules])"
+    optional = ("wandb", "matplotlib", "pyarrow", "transformers", "huggingface_hub")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['triton'] = None\n"
+    code += f"import train; print([m for m in {optional} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "[]\n"
 
 
 def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
-    """The real tokenizer, 151,936 head rows, a small body: the loss falls, and the first tokens of the mask are right."""
+    """Real tokenizer, 151,936 head rows, a small body: the loss falls; the mask begins right."""
     args = [
         f"--data={real_data / 'gsm8k'}",
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
@@ -391,11 +396,11 @@ def test_ten_kills_at_random_moments(mode, teacher, tmp_path):
 
     rng = random.Random(mode)
     extra = {"sft": [], "kd": [f"--teacher={teacher[0] / 'checkpoints/step-6'}"]}
-    if mode.startswith(
-        "grpo"
-    ):  # some kills fall into a rollout, some into an update, some checkpoints hold unspent samples
+    if mode.startswith("grpo"):
+        # Kills fall into rollouts and updates; some checkpoints hold samples not yet trained on.
         (tmp_path / "mine.py").write_text(
-            "def letters(example, completion):\n    return completion.count('e') + 0.01 * len(completion)\n"
+            "def letters(example, completion):\n"
+            "    return completion.count('e') + 0.01 * len(completion)\n"
         )
         extra["grpo"] = [
             f"--model={teacher[0] / 'checkpoints/step-6'}",

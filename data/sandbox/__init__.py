@@ -1,40 +1,51 @@
-"""Generated Python run where it can do no harm: `check(program, tests)`.
+"""Run generated Python where it can do no harm: `check(program, tests)`.
 
-A program has no network, no files but the standard library (to read) and a scratch folder of its own, no other process's memory or signals,
-no environment, and limits on memory, processor, processes, file sizes and time; when it is over, all its processes and files are gone.
-What enforces this, whichever of it the system has: namespaces with a file system of their own, Landlock, a filter of system calls, another
-user where the run is root's, and limits. `missing()` says what this system lacks; the first use warns of it.
+A program has no network, no files but the standard library (to read) and a scratch folder of its
+own, no memory or signals of other processes, no environment, and limits on memory, processor time,
+processes, file sizes and wall time. When it is over, all its processes and files are gone.
+README.md in this folder says what enforces this. `missing()` says which of it this system lacks,
+and the first use warns of it.
 
-The verdict cannot be written by the program where `tests` are given apart from it: they run in a process of their own and ask for the
-program's functions (`from solution import f`). A program without tests judges itself: it cannot pass by printing, exiting or writing to what
-it finds open, but it could by looking for the harness in its own interpreter.
+A program cannot write its own verdict where `tests` are given apart from it: they run in a process
+of their own and ask for the program's functions (`from solution import f`). A program without tests
+is its own judge: it cannot pass by printing, exiting or writing to what it finds open, but it could
+by looking for the harness in its own interpreter.
 
-No fork happens in this process, so threads, CUDA and OpenMP are safe: a helper is started, and forks there.
+This process never forks, so threads, CUDA and OpenMP are safe: it starts helpers, which fork.
 """
 
 import atexit
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
-import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data.sandbox.judge import receive, send
 from errors import RunFailed, UserError
 from model.parallel import place
 
-START_LIMIT = 60.0  # seconds for a helper to start on a busy machine
-GRACE = 20.0  # seconds beyond a program's own for the helper to clean up
+START_SECONDS = 60.0  # for a helper to start on a busy machine
+GRACE_SECONDS = 20.0  # beyond a program's own time, for the helper to clean up
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """reason: passed, failed (it raised), timeout, memory or crashed (it ended before its end). detail: the error in one short line."""
+    """How a program ended.
+
+    Attributes:
+        passed: whether it came to its end, and its tests passed.
+        reason: passed, failed (it raised), timeout, memory or crashed (it ended before its end).
+        seconds: of wall time.
+        detail: the error in one short line.
+    """
 
     passed: bool
     reason: str
@@ -44,8 +55,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Limits:
-    """timeout: seconds of wall time; memory: bytes per process; tasks: threads and processes; children: whether there may be processes;
-    disk: bytes of a file, and of all (where the system has namespaces)."""
+    """What a program may use.
+
+    Attributes:
+        timeout: seconds of wall time.
+        memory: bytes of each process.
+        tasks: threads and processes.
+        children: whether it may start processes.
+        disk: bytes of each file, and of all together where the system has namespaces.
+    """
 
     timeout: float = 5.0
     memory: int = 512 << 20
@@ -54,131 +72,159 @@ class Limits:
     disk: int = 32 << 20
 
 
-def check(program, tests="", **limits):
-    """Runs one program. limits: of `Limits`. Any thread may call; each runs its own."""
+def check(program: str, tests: str = "", **limits: Any) -> Outcome:
+    """Run one program; `limits` are fields of `Limits`. Any thread may call."""
     return HELPERS.check(program, tests, Limits(**limits))
 
 
-def at_once():
-    """How many programs this process should run at a time: its share of the processors, where torchrun started others beside it."""
+def at_once() -> int:
+    """How many programs this process should run at a time.
+
+    It is this process's part of the processors, where torchrun started others beside it.
+    """
     return max(1, len(os.sched_getaffinity(0)) // place().local_world)
 
 
-def check_many(jobs, workers=0, **limits):
-    """Outcomes of programs, or of (program, tests) pairs, in their order; `workers` at a time, 0: `at_once`."""
-    jobs = [(job, "") if isinstance(job, str) else job for job in jobs]
+def check_many(
+    jobs: Iterable[str | tuple[str, str]], workers: int = 0, **limits: Any
+) -> list[Outcome]:
+    """Run programs, or (program, tests) pairs; return their outcomes in the same order.
+
+    Args:
+        jobs: the programs.
+        workers: how many run at a time; 0 for `at_once()`.
+        limits: fields of `Limits`.
+    """
+
+    def check_job(job):
+        if isinstance(job, str):
+            return check(job, **limits)
+        return check(*job, **limits)
+
     with ThreadPoolExecutor(workers or at_once()) as pool:
-        return list(pool.map(lambda job: check(*job, **limits), jobs))
+        return list(pool.map(check_job, jobs))
 
 
-def missing():
+def missing() -> list[str]:
     """Sentences: the protections that this system does not offer."""
     return HELPERS.missing()
 
 
 class Helper:
-    """One warm process (`data/sandbox/jail.py`), one program at a time."""
+    """A warm process (`jail.py`) that runs one program at a time.
 
-    def __init__(self, without=(), python=None, user=None):
+    Args:
+        without: layers of the sandbox to leave out, for its tests.
+        python: the interpreter; this one's by default.
+        user: the user as whom it runs; this one by default.
+
+    Raises:
+        UserError: this is not Linux.
+        RunFailed: it did not start.
+    """
+
+    def __init__(
+        self, without: Iterable[str] = (), python: str = sys.executable, user: int | None = None
+    ) -> None:
         if not sys.platform.startswith("linux"):
             raise UserError("the sandbox for generated code needs Linux")
-        other = dict(user=user, group=user, extra_groups=[]) if user else {}
-        self.owner, self._process = (
-            os.getpid(),
-            subprocess.Popen(
-                [
-                    python or sys.executable,
-                    "-S",
-                    "-s",
-                    "-B",
-                    str(Path(__file__).with_name("jail.py")),
-                    *without,
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                cwd="/",
-                start_new_session=True,
-                env={"PYTHONHASHSEED": "0"},
-                **other,  # nothing of ours; and the order of a set, and with it a verdict, follows the hash seed
-            ),
+        self.owner = os.getpid()
+        self._process = subprocess.Popen(
+            [python, "-S", "-s", "-B", Path(__file__).with_name("jail.py"), *without],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            start_new_session=True,
+            # Nothing of this environment. The order of a set, and with it sometimes a verdict,
+            # follows the hash seed.
+            env={"PYTHONHASHSEED": "0"},
+            user=user,
+            group=user,
+            extra_groups=[] if user else None,
         )
-        self.missing = self._ask(None, START_LIMIT)
+        self.pid = self._process.pid
+        assert self._process.stdin and self._process.stdout
+        self._requests = self._process.stdin
+        self._replies = self._process.stdout
+        self.missing: list[str] = self._ask(None, START_SECONDS)
         if self.missing is None:
             raise RunFailed("the sandbox for generated code did not start")
 
-    def check(self, program, tests, limits):
-        """An Outcome, or None if the helper is gone."""
-        said = self._ask(
-            dict(program=program, tests=tests, limits=asdict(limits)), limits.timeout + GRACE
-        )
-        if said is None:
+    def check(self, program: str, tests: str, limits: Limits) -> Outcome | None:
+        """Run a program; None if this helper is gone."""
+        request = {"program": program, "tests": tests, "limits": asdict(limits)}
+        answer = self._ask(request, limits.timeout + GRACE_SECONDS)
+        if answer is None:
             return None
-        reason, detail, *seconds = said
+        reason, detail, *seconds = answer
         if reason == "sandbox":
             raise RunFailed(f"the sandbox for generated code failed ({detail})")
-        return Outcome(reason == "passed", reason, round(*seconds, 4), detail)
+        return Outcome(reason == "passed", reason, round(seconds[0], 4), detail)
 
-    def close(self):
-        """Ends it, and with it all that runs in it."""
-        if self.owner == os.getpid():  # after a fork it is the parent's
+    def close(self) -> None:
+        """End it, and with it all that runs in it."""
+        if self.owner == os.getpid():  # after a fork it is still the parent's
             self._process.kill()
             self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._requests.close()
+        self._replies.close()
 
-    def pid(self):
-        return self._process.pid
-
-    def _ask(self, request, limit):
-        """What it answers; None: it is gone, or is gone now since it has not answered in time."""
+    def _ask(self, request: dict[str, Any] | None, timeout: float) -> Any:
+        """Send a request and return the answer; end the helper and return None if none comes."""
         with contextlib.suppress(OSError):
             if request:
-                send(self._process.stdin.fileno(), json.dumps(request).encode())
-            if message := receive(self._process.stdout.fileno(), until=time.monotonic() + limit):
-                return json.loads(message)
+                send(self._requests.fileno(), json.dumps(request).encode())
+            poll = select.poll()
+            poll.register(self._replies, select.POLLIN)
+            if poll.poll(timeout * 1000):
+                message = receive(self._replies.fileno())
+                if message:
+                    return json.loads(message)
         self.close()
         return None
 
 
 class Helpers:
-    """As many helpers as there are callers at once; they are kept for the next ones."""
+    """As many helpers as there are callers at once, kept for the next ones."""
 
-    def __init__(self):
-        self._idle, self._warned = (
-            [],
-            False,
-        )  # its `pop` and `append` are atomic: no lock that a fork could leave closed
+    def __init__(self) -> None:
+        # Its `pop` and `append` are atomic: there is no lock that a fork could leave closed.
+        self._idle: list[Helper] = []
+        self._warned = False
 
-    def check(self, program, tests, limits):
-        for _ in range(2):  # one that was killed from outside is replaced once
+    def check(self, program: str, tests: str, limits: Limits) -> Outcome:
+        """Run a program; a helper that was killed from outside is replaced once."""
+        for _ in range(2):
             helper = self._take()
-            if outcome := helper.check(program, tests, limits):
+            outcome = helper.check(program, tests, limits)
+            if outcome:
                 self._idle.append(helper)
                 return outcome
         raise RunFailed("the sandbox for generated code was killed")
 
-    def missing(self):
+    def missing(self) -> list[str]:
+        """Sentences: the protections that this system does not offer."""
         helper = self._take()
         self._idle.append(helper)
         return helper.missing
 
-    def close(self):
-        """Ends the idle helpers; the next program starts another."""
+    def close(self) -> None:
+        """End the idle helpers; the next program starts another."""
         while self._idle:
             self._idle.pop().close()
 
-    def _take(self):
+    def _take(self) -> Helper:
         with contextlib.suppress(IndexError):
             while True:
-                if (helper := self._idle.pop()).owner == os.getpid():
+                helper = self._idle.pop()
+                if helper.owner == os.getpid():
                     return helper
         helper = Helper()
         if helper.missing and not self._warned:
-            warnings.warn(
-                "the sandbox for generated code lacks: " + "; ".join(helper.missing), stacklevel=2
-            )
+            lacks = "; ".join(helper.missing)
+            warnings.warn(f"the sandbox for generated code lacks: {lacks}", stacklevel=2)
         self._warned = True
         return helper
 

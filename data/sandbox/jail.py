@@ -1,11 +1,13 @@
-"""Executed, never imported: a warm interpreter in which generated programs run, each in processes of its own.
+"""The fork server of the sandbox, started as a script by `data/sandbox/__init__.py`.
 
-The run (`data/sandbox.py`) starts this file; it locks itself in once and then takes one request at a time. Who is whose child:
+It is a warm interpreter that locks itself in once and then answers one request at a time. Each
+program runs in processes of its own, each the child of the one before:
 
-    run ─ warden (this, waits for requests) ─ keeper (one per request: time, cleaning up) ─ tests ─ solution
+    run ─ fork server ─ supervisor ─ tests ─ solution
 
-The warden forks and never runs what it is sent. The tests' process is the first of a process namespace, where there are such: as it ends the
-kernel ends all that came of it.
+The server forks and never runs what it is sent. There is a supervisor for each request: it watches
+the time and cleans up. The tests' process is the first of its process namespace, where there is
+one, so the kernel ends all that came of it when it ends.
 """
 
 import contextlib
@@ -19,171 +21,188 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [HERE] + [p for p in sys.path if os.path.abspath(p or ".") != HERE]
-import confine  # noqa: E402
-import judge  # noqa: E402
+# A script finds its neighbours by their plain names: Python puts its folder first in sys.path.
+import confine
+import judge
 
-sys.path.remove(HERE)  # generated programs find the standard library and nothing else
+del sys.path[0]  # programs shall find the standard library and nothing else
 
-WARM = """abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions functools hashlib
-heapq inspect io itertools json math numbers operator queue random re statistics string struct textwrap threading time traceback types typing
-unicodedata""".split()  # imported once, not by every program
-LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
-DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-CELL = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NEW_UTS
-OWN_USERS = (
-    1 << 30
-)  # as root every warden has a user of its own from here on: limits are counted per user, and no file is theirs
+# Imported once by the server, not by every program.
+WARM_MODULES = """
+abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum
+fractions functools hashlib heapq inspect io itertools json math numbers operator queue random re
+statistics string struct textwrap threading time traceback types typing unicodedata
+""".split()
+LIBRARIES = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /etc/ld.so.cache".split()
+DEVICES = "/dev/null /dev/zero /dev/random /dev/urandom".split()
+NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NEW_UTS
+# As root each server's programs run as a user of its own, from this number on: limits are counted
+# per user, and no file belongs to them.
+OWN_USERS = 1 << 30
+NOBODY = 65534
+MAX_FD = 1 << 16
+KILLED = ("sandbox", "it was killed")
 
 
-def child(work, *fds):
-    """Forks: (pid, a pipe on which comes, as JSON, what work(its end of the pipe) returns). The child keeps that, `fds` and null devices open."""
+def fork(work: Callable[[int], Any], *keep_open: int) -> tuple[int, int]:
+    """Run `work` in a child process.
+
+    Args:
+        work: called with the child's end of a pipe, to which its result is written as JSON.
+        keep_open: descriptors that the child keeps, besides that pipe and 0 to 2.
+
+    Returns:
+        The child's process id, and this end of the pipe.
+    """
     read, write = os.pipe()
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         os.close(write)
         return pid, read
     try:
-        kept = [2, *sorted((*fds, write)), 1 << 16]
-        for below, above in zip(kept, kept[1:]):
-            os.closerange(below + 1, above)
+        for kept, next_kept in pairwise([2, *sorted((*keep_open, write)), MAX_FD]):
+            os.closerange(kept + 1, next_kept)
         try:
-            said = work(write)
-        except BaseException as e:  # noqa: BLE001
-            said = "sandbox", judge.describe(e)
-        os.write(write, json.dumps(said).encode())
+            result = work(write)
+        except BaseException as error:  # whatever it is, the parent reports it
+            result = "sandbox", judge.describe(error)
+        os.write(write, json.dumps(result).encode())
     finally:
         os._exit(0)
 
 
-def told(pid, pipe):
-    """What a child has returned, or None if it was killed, once it is over."""
-    said = os.read(pipe, 1 << 16)
+def wait(pid: int, pipe: int, killed: tuple[str, str] = KILLED) -> Any:
+    """Wait until a child of `fork` is over; return its result, or `killed` if it left none."""
+    result = os.read(pipe, 1 << 16)
     os.close(pipe)
     os.waitpid(pid, 0)
-    return json.loads(said) if said else None
+    return json.loads(result) if result else killed
 
 
-def fails(*attempts):
-    """Why these fail, tried in a child, or None."""
-    said = told(*child(lambda _: [attempt() for attempt in attempts])) or (
-        "sandbox",
-        "it was killed",
-    )
-    return said[1] if said[0] == "sandbox" else None
+def failure(*attempts: Callable[[], object]) -> str | None:
+    """Try these in a child process; return why they fail, or None if they succeed."""
+
+    def attempt_all(_):
+        for attempt in attempts:
+            attempt()
+        return "passed", ""
+
+    reason, detail = wait(*fork(attempt_all))
+    return detail if reason == "sandbox" else None
 
 
-def processes():
-    """(pid, parent, user, threads) of all that can be seen."""
+def process_statuses() -> Iterator[dict[str, str]]:
+    """The fields of /proc/<pid>/status of every process that can be seen."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as f:  # it may be gone since
-            status = dict(line.split(":", 1) for line in f)
-            yield (
-                int(pid),
-                int(status["PPid"]),
-                int(status["Uid"].split()[0]),
-                int(status["Threads"]),
-            )
+        # The process may be gone since.
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+            yield dict(line.split(":", 1) for line in file)
 
 
-class Cell:
-    """What holds programs on this system. without: layers left out, for the tests: namespaces, landlock, seccomp."""
+class Isolation:
+    """The layers that this system offers, found by trying them, and how they are put on.
 
-    def __init__(self, without):
+    Args:
+        left_out: layers to do without, for the tests: namespaces, landlock, seccomp.
+    """
+
+    def __init__(self, left_out: Collection[str]) -> None:
         self.root = os.geteuid() == 0
         self.user = OWN_USERS | os.getpid() if self.root else os.geteuid()
-        self.pages = sorted(
-            {os.path.abspath(p) for p in sys.path if os.path.isdir(p)}
-            | {p for p in LIBRARIES if os.path.exists(p)}
+        if self.root and failure(self.become_user):  # a container with few users
+            self.user = NOBODY
+        folders = {os.path.abspath(path) for path in sys.path if os.path.isdir(path)}
+        self.libraries = sorted(folders.union(filter(os.path.exists, LIBRARIES)))
+        self.readable = self.libraries + list(filter(os.path.exists, DEVICES))
+        no_namespaces = self._why_no_namespaces(left_out)
+        self.namespaces = not no_namespaces
+        self.landlock = "landlock" not in left_out and confine.landlock_version() > 0
+        self.seccomp = "seccomp" not in left_out and not failure(
+            confine.drop_capabilities, partial(confine.refuse, confine.NEVER)
         )
-        self.devices = [p for p in DEVICES if os.path.exists(p)]
-        become = lambda: confine.become(self.user)
-        if self.root and fails(become):  # a container with few users
-            self.user = 65534
-        why = "left out" if "namespaces" in without else fails(self.enter)
-        if why and self.root and "namespaces" not in without and not fails(become, self.enter):
-            become()  # not root enough for namespaces, but there are those for everyone
-            self.root, why = False, None
-        self.landlock = 0 if "landlock" in without else confine.landlock_version()
-        self.seccomp = "seccomp" not in without and not fails(
-            confine.drop_capabilities, lambda: confine.refuse(confine.NEVER)
-        )
-        closed = (
-            why
-            and self.root
-            and fails(become, lambda: [os.close(os.open(path, os.O_RDONLY)) for path in self.pages])
-        )
-        self._tell(why, closed)
-        self.namespaces = not why
+        self.missing = list(self._missing(no_namespaces))
         if self.namespaces:
-            self.enter()
+            self.enter_namespaces()
         confine.prctl(confine.PR_DUMPABLE, 0)
 
-    def enter(self):
-        """Namespaces, with a file system that holds Python and nothing else."""
-        uid, gid = (
-            os.geteuid(),
-            os.getegid(),
-        )  # in a user namespace they have no name until they are mapped
-        confine.call("unshare", CELL if uid == 0 else CELL | confine.NEW_USER)
+    def become_user(self) -> None:
+        """Become the user as whom programs run."""
+        confine.become(self.user)
+
+    def enter_namespaces(self) -> None:
+        """Enter namespaces, with a file system that holds Python and nothing else."""
+        # Inside a user namespace these have no name until they are mapped.
+        uid, gid = os.geteuid(), os.getegid()
+        confine.call("unshare", NAMESPACES | confine.NEW_USER if uid else NAMESPACES)
         if uid:
-            confine.prctl(
-                confine.PR_DUMPABLE, 1
-            )  # who has been root before does not own its /proc/self
+            confine.prctl(confine.PR_DUMPABLE, 1)  # else a former root does not own its /proc/self
             for name, text in (
                 ("setgroups", "deny"),
                 ("uid_map", f"{uid} {uid} 1"),
                 ("gid_map", f"{gid} {gid} 1"),
             ):
-                with open(f"/proc/self/{name}", "w") as f:
-                    f.write(text)
-        confine.enter_root(self.pages + self.devices)
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        confine.enter_root(self.readable)
 
-    def _tell(self, why, closed):
-        """missing: sentences."""
-        bare, user = why and not self.landlock, not self.root  # bare: no layer is about files
-        self.missing = [
-            sentence
-            for lacking, sentence in (
-                (
-                    why,
-                    f"no namespaces ({why}): programs share the system's process table, and the disk for their scratch folder",
-                ),
-                (
-                    not self.landlock,
-                    "no Landlock" + (": files that everyone may read can be read" if why else ""),
-                ),
-                (
-                    not self.seccomp,
-                    "no filter of system calls"
-                    + (
-                        ": the network, signals and file attributes are not protected"
-                        if why
-                        else ""
-                    ),
-                ),
-                (
-                    bare,
-                    "programs cannot write a scratch folder"
-                    if self.seccomp
-                    else "files are protected by their permissions alone",
-                ),
-                (bare and user, "the environment and memory of your user's processes can be read"),
-                (
-                    why and user and not self.seccomp,
-                    "the number of processes is limited with your user's own, and one that escapes may live on",
-                ),
-                (
-                    closed,
-                    f"the Python at {sys.base_prefix} is closed to other users: programs can import what is loaded already and nothing else",
-                ),
+    def _why_no_namespaces(self, left_out: Collection[str]) -> str | None:
+        """Why there are none, or None; gives root up where only other users can have them."""
+        if "namespaces" in left_out:
+            return "left out"
+        reason = failure(self.enter_namespaces)
+        if reason and self.root and not failure(self.become_user, self.enter_namespaces):
+            self.become_user()
+            self.root = False
+            return None
+        return reason
+
+    def _open_libraries(self) -> None:
+        for path in self.libraries:
+            os.close(os.open(path, os.O_RDONLY))
+
+    def _missing(self, no_namespaces: str | None) -> Iterator[str]:
+        """Sentences: the protections that this system does not offer."""
+        if not self.landlock:
+            yield "no Landlock"
+        if not self.seccomp:
+            yield "no filter of system calls"
+        if self.namespaces:
+            return
+        yield (
+            f"no namespaces ({no_namespaces}): programs share the system's process table, "
+            "and the disk for their scratch folder"
+        )
+        if not self.seccomp:
+            yield "the network, signals and file attributes are not protected"
+        if not self.landlock:
+            yield "files that everyone may read can be read"
+        if not self.landlock and self.seccomp:
+            yield "programs cannot write a scratch folder"
+        elif not self.landlock:
+            yield "files are protected by their permissions alone"
+        if not self.landlock and not self.root:
+            yield "the environment and memory of your user's processes can be read"
+        if not self.seccomp and not self.root:
+            yield (
+                "the number of processes is limited with your user's own, and one that escapes "
+                "may live on"
             )
-            if lacking
-        ]
+        if self.root and failure(self.become_user, self._open_libraries):
+            yield (
+                f"the Python at {sys.base_prefix} is closed to other users: programs can import "
+                "what is loaded already and nothing else"
+            )
 
-    def scratch(self):
-        """A scratch folder of one request alone. In namespaces it is memory that goes with its last process; else it has to be cleared."""
+    def make_scratch(self) -> str:
+        """A scratch folder for one request.
+
+        In namespaces a file system in memory is put over it, which ends with its last process.
+        """
         if self.namespaces:
             return "/tmp"
         folder = tempfile.mkdtemp(prefix=f"srlm-sandbox-{os.getpid()}-")
@@ -191,46 +210,38 @@ class Cell:
             os.chown(folder, self.user, self.user)
         return folder
 
-    def clear(self, scratch):
-        """After the last process, without namespaces: whatever escaped, and every file."""
+    def clean_up(self, scratch: str) -> None:
+        """End what has escaped and delete every file; namespaces have done so already."""
         if self.namespaces:
             return
-        if (
-            self.root and self.user & OWN_USERS
-        ):  # all of this user's processes at one stroke; it has none but the program's
-            fails(lambda: confine.become(self.user), lambda: os.kill(-1, signal.SIGKILL))
-        while True:  # until there is no child left: those of killed ones become ours (PR_SUBREAPER)
-            for pid, parent, _, _ in processes():
-                if parent == os.getpid():
-                    os.kill(pid, signal.SIGKILL)
-            try:
+        if self.root and self.user & OWN_USERS:
+            # All processes of this user at one stroke: it has none but the program's.
+            failure(self.become_user, partial(os.kill, -1, signal.SIGKILL))
+        # The children of a killed process become this one's (PR_SUBREAPER), so repeat.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                for status in process_statuses():
+                    if int(status["PPid"]) == os.getpid():
+                        os.kill(int(status["Pid"]), signal.SIGKILL)
                 os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
         for folder, names, _ in os.walk(scratch):
             for name in names:
-                if not os.path.islink(path := os.path.join(folder, name)):
-                    os.chmod(path, 0o700)  # a locked folder is opened before the walk enters it
+                path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)  # so that the walk can enter a locked folder
         shutil.rmtree(scratch, ignore_errors=True)
 
-    def hold(self, limits, scratch):
-        """Locks in the tests' process, which calls this, and all that come of it."""
+    def lock_tests(self, request: dict) -> None:
+        """Lock in the tests' process, which calls this, and all that will come of it."""
+        limits = request["limits"]
         os.setsid()
         if self.root:
-            confine.become(self.user)
-        # what is there already counts: where a user namespace counts for itself warden, keeper and tests; without one all of the user's
-        there = (
-            1
-            if self.root
-            else 3
-            if self.namespaces
-            else sum(threads for _, _, user, threads in processes() if user == self.user)
-        )
-        confine.limit(
+            self.become_user()
+        confine.set_limits(
             AS=limits["memory"],
             CPU=math.ceil(limits["timeout"]) + 1,
             FSIZE=limits["disk"],
-            NPROC=there + limits["tasks"],
+            NPROC=self._tasks_of_user() + limits["tasks"],
             NOFILE=64,
             CORE=0,
             MEMLOCK=0,
@@ -238,94 +249,119 @@ class Cell:
             RTPRIO=0,
             NICE=0,
         )
-        os.chdir(scratch)
+        os.chdir(request["scratch"])
         confine.drop_capabilities()
-        self._lock(scratch, confine.NEVER)
+        self._restrict(request, confine.NEVER)
 
-    def hold_solution(self, limits, scratch):
-        """Locks in the solution's process, more tightly: nothing that it may touch includes the tests' process."""
-        others = [] if self.namespaces else confine.only_itself(os.getpid())
-        files = [] if self.namespaces or self.landlock else confine.NO_WRITING
-        self._lock(scratch, others + files + ([] if limits["children"] else confine.NO_CHILDREN))
+    def _tasks_of_user(self) -> int:
+        """How many processes and threads count against the user's limit already."""
+        if self.root:
+            return 1
+        if self.namespaces:
+            return 3  # a user namespace counts for itself: the server, the supervisor, the tests
+        return sum(
+            int(status["Threads"])
+            for status in process_statuses()
+            if int(status["Uid"].split()[0]) == self.user
+        )
 
-    def _lock(self, scratch, rules):
+    def lock_solution(self, request: dict) -> None:
+        """Lock in the solution's process more tightly, so that it cannot touch the tests'."""
+        rules = b""
+        if not self.namespaces:
+            rules += confine.only_itself(os.getpid())
+        if not self.namespaces and not self.landlock:
+            rules += confine.NO_WRITING
+        if not request["limits"]["children"]:
+            rules += confine.NO_CHILDREN
+        self._restrict(request, rules)
+
+    def _restrict(self, request: dict, rules: bytes) -> None:
         confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
         if self.landlock:
-            readable = (
-                ["/"]
-                if self.namespaces
-                else [p for p in self.pages + self.devices if os.access(p, os.R_OK)]
-            )
-            confine.restrict_files(readable, [scratch, "/dev/null"])
+            readable = ["/"]
+            if not self.namespaces:
+                readable = [path for path in self.readable if os.access(path, os.R_OK)]
+            confine.restrict_files(readable, [request["scratch"], "/dev/null"])
         if self.seccomp:
             confine.refuse(rules)
 
 
-def keep(cell, request, scratch, run, warden):
-    """The keeper: starts the tests' process, ends it in time, cleans up. Returns (reason, detail, seconds).
+def supervise(isolation: Isolation, request: dict, run: int, server: int) -> tuple[str, str, float]:
+    """Start the tests' process, end it in time and clean up, in the supervisor's process.
 
-    It is not killed with the run or the warden, since it has to clean up then too: their pipes hang up when they are gone."""
+    The supervisor is not killed with the run or the server, since it has to clean up then too.
+    Their pipes, `run` and `server`, hang up when they are gone.
+
+    Returns:
+        (reason, detail, seconds) of an `Outcome`.
+    """
     limits = request["limits"]
     confine.prctl(confine.PR_SUBREAPER, 1)
-    if cell.namespaces:
+    if isolation.namespaces:
         confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
-        confine.mount(
-            "tmpfs",
-            scratch,
-            "tmpfs",
-            confine.MS_NOSUID | confine.MS_NODEV,
-            f"mode=777,size={limits['disk']},nr_inodes=4096",
-        )
+        confine.mount_memory(request["scratch"], f"mode=777,size={limits['disk']},nr_inodes=4096")
 
-    def test(_):
-        cell.hold(limits, scratch)
-        return judge.examine(request["program"], request["tests"], solve)
+    def run_tests(_):
+        isolation.lock_tests(request)
+        return judge.grade(request["program"], request["tests"], start_solution)
 
-    def solve():
-        """Its process keeps the two pipes on which it is asked and nothing else: not the verdict's."""
-        asked, requests = os.pipe()
-        pid, replies = child(lambda pipe: serve(asked, pipe), asked)
-        os.close(asked)
-        return pid, requests, replies
+    def start_solution():
+        # The solution's process keeps the two pipes on which it is asked, and no pipe of a verdict.
+        incoming, requests = os.pipe()
 
-    def serve(asked, replies):
-        cell.hold_solution(limits, scratch)
-        judge.serve(asked, replies, "solution" if request["tests"] else "__main__")
+        def serve(replies):
+            isolation.lock_solution(request)
+            judge.serve(incoming, replies, "solution" if request["tests"] else "__main__")
 
-    began, (tests, verdict) = time.monotonic(), child(test)
+        pid, replies = fork(serve, incoming)
+        os.close(incoming)
+        return judge.Solution(pid, requests, replies)
+
+    start = time.monotonic()
+    tests, verdict = fork(run_tests)
     poll = select.poll()
-    for fd, event in ((verdict, select.POLLIN), (run, 0), (warden, 0)):
-        poll.register(fd, event)
+    poll.register(verdict, select.POLLIN)
+    poll.register(run, 0)
+    poll.register(server, 0)
     in_time = any(fd == verdict for fd, _ in poll.poll(limits["timeout"] * 1000))
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     os.kill(tests, signal.SIGKILL)
-    said = told(tests, verdict) or ("crashed", "the tests' process ended early")
-    cell.clear(scratch)
-    return *(said if in_time else ("timeout", f"ran longer than {limits['timeout']:g} s")), seconds
+    reason, detail = wait(tests, verdict, ("crashed", "the tests' process ended early"))
+    isolation.clean_up(request["scratch"])
+    if not in_time:
+        return "timeout", f"ran longer than {limits['timeout']:g} s", seconds
+    return reason, detail, seconds
 
 
-def main():
-    requests, replies, null = os.dup(0), os.dup(1), os.open("/dev/null", os.O_RDWR)
+def answer(isolation: Isolation, message: bytes, run: int) -> bytes:
+    """Run the program that a message of the run asks for; return the message with its outcome."""
+    request = json.loads(message) | {"scratch": isolation.make_scratch()}
+    outcome = wait(*fork(partial(supervise, isolation, request, run), run))
+    if len(outcome) < 3:  # the supervisor was killed or failed: cleaning up is left to the server
+        isolation.clean_up(request["scratch"])
+    return json.dumps(outcome).encode()
+
+
+def main() -> None:
+    requests, replies = os.dup(0), os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.umask(0o022)
-    for name in WARM:
+    for name in WARM_MODULES:
         __import__(name)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")  # if the machine runs out of memory, not the run
-    cell = Cell(sys.argv[1:])
+    # If the machine runs out of memory, this is killed and not the run.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    isolation = Isolation(sys.argv[1:])
     confine.prctl(confine.PR_SUBREAPER, 1)
-    gc.disable()  # what is collected is written to, and what is written to is copied in every child
+    # Collecting would write to every object, and what is written to is copied in every child.
+    gc.disable()
     gc.freeze()
-    judge.send(replies, json.dumps(cell.missing).encode())
+    judge.send(replies, json.dumps(isolation.missing).encode())
     while (message := judge.receive(requests)) is not None:
-        request, scratch = json.loads(message), cell.scratch()
-        outcome = told(
-            *child(lambda warden: keep(cell, request, scratch, requests, warden), requests)
-        ) or ("sandbox", "it was killed")
-        if len(outcome) < 3:  # killed from outside, or broken: what it kept is ours now
-            cell.clear(scratch)
-        judge.send(replies, json.dumps(outcome).encode())
+        judge.send(replies, answer(isolation, message, requests))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""The exercises of docs/forking.md: each is applied to a copy of the project and run."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests import gates
+from tests.conftest import ROOT
+
+SMALL = [
+    "--steps=2",
+    "--batch_size=4",
+    "--eval_examples=2",
+    "--eval_tokens=4",
+    "--device=cpu",
+    "--name=fork",
+]
+FOR_MODE = {
+    "sft": [],
+    "kd": ["--teacher=tiny-teacher"],
+    "grpo": ["--model=tiny-teacher", "--grpo_samples=2", "--sample_tokens=4"],
+}
+# What of a run shows that the change took part in it.
+SIGNS = {
+    "A divergence": '"train/renyi"',
+    "A part of the reward": '"rollout/reward_brief"',
+    "An extra metric": '"train/probability"',
+}
+
+
+class Exercise(NamedTuple):
+    name: str
+    path: str
+    diff: list[str]
+    command: list[str]
+
+
+def exercises() -> list[Exercise]:
+    text = (ROOT / "docs/forking.md").read_text()
+    pattern = r"^## ([^\n]+)\n.*?```diff (\S+)\n(.*?)```.*?```sh\n(.*?)```"
+    found = re.findall(pattern, text, re.S | re.M)
+    return [Exercise(n, p, diff.splitlines(), shlex.split(sh)) for n, p, diff, sh in found]
+
+
+EXERCISES = exercises()
+
+
+def test_there_are_seven_of_at_most_ten_lines():
+    assert len(EXERCISES) == 7
+    for exercise in EXERCISES:
+        added = [line for line in exercise.diff if line.startswith("+") and line.strip() != "+"]
+        assert len(added) <= 10, exercise.name
+
+
+def apply(diff: list[str], path: Path) -> None:
+    """Replace each run of `-` lines by the `+` lines behind it; without any, append."""
+    text, removed, added = path.read_text(), [], []
+    for line in [*diff, "-"]:
+        if line.startswith("-") and (added or line == "-"):
+            new = "".join(f"{a}\n" for a in added)
+            old = "".join(f"{r}\n" for r in removed)
+            assert text.count(old) == 1 or not old, f"{path} has not: {old}"
+            text = text.replace(old, new) if old else text + new
+            removed, added = [], []
+        (removed if line.startswith("-") else added).append(line[1:])
+    path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project's code."""
+    copy = tmp_path_factory.mktemp("project")
+    for name in gates.source_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.name)
+def test_an_exercise_runs(exercise, project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy)
+    apply(exercise.diff, copy / exercise.path)
+    riddles = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(200)]
+    (copy / "riddles.jsonl").write_text("\n".join(map(json.dumps, riddles)))
+    mode = exercise.command[exercise.command.index("--mode") + 1]
+    command = [sys.executable, *exercise.command[1:], *SMALL, *FOR_MODE[mode]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    run = copy / "runs/fork"
+    assert (run / "checkpoints/step-2/model.safetensors").is_file()
+    assert SIGNS.get(exercise.name, "") in (run / "metrics.jsonl").read_text()
