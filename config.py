@@ -36,7 +36,7 @@ def in_grpo(default: Any) -> dict[str, Values]:
     return {"mode": {"grpo": default}}
 
 
-def if_reused(stored: Values) -> bool:
+def if_rollout_is_reused(stored: Values) -> bool:
     """Return whether rollouts serve several updates: their samples may wait in a checkpoint, with
     log-probs and weights that depend on the options."""
     minibatches = stored.get("grpo_minibatches_per_rollout", 1)
@@ -182,7 +182,7 @@ class Config:
         "",
         "teacher: a folder, hub id or preset; empty: the toy task's, trained on first use",
         read_when=WITH_TEACHER,
-        fixed=if_reused,
+        fixed=if_rollout_is_reused,
     )
     kd_divergence: str = option(
         "forward_kl",
@@ -233,7 +233,10 @@ class Config:
 
     sample_tokens: int = option(64, "maximum new tokens per sample", minimum=1)
     sample_temperature: float = option(
-        1.0, "temperature of sampling, in grpo of all log-probs", above=0, fixed=if_reused
+        1.0,
+        "temperature of sampling, in grpo of all log-probs",
+        above=0,
+        fixed=if_rollout_is_reused,
     )
     sample_top_k: int = option(
         0, "number of most probable tokens to sample from; 0: all", minimum=0
@@ -248,7 +251,7 @@ class Config:
         "token",
         "loss, with the advantage and clip bounds of its paper; grpo: DeepSeekMath, token: DAPO",
         choices=VARIANTS,
-        fixed=if_reused,
+        fixed=if_rollout_is_reused,
     )
     grpo_samples: int = option(
         8, "samples per prompt; advantages compare them", minimum=2, fixed=True
@@ -278,7 +281,10 @@ class Config:
         default_when={"grpo_variant": {"token": 0.28, "gspo": 4e-4}},
     )
     grpo_kl_coef: float = option(
-        0.0, "weight of the KL to the reference model; 0: none", minimum=0, fixed=if_reused
+        0.0,
+        "weight of the KL to the reference model; 0: none",
+        minimum=0,
+        fixed=if_rollout_is_reused,
     )
     reference: str = option(
         "",
@@ -287,7 +293,9 @@ class Config:
         fixed=True,
     )
     grpo_kl_in: Literal["loss", "reward"] = option(
-        "loss", "where the reference KL goes: into the loss, or off the reward", fixed=if_reused
+        "loss",
+        "where the reference KL goes: into the loss, or off the reward",
+        fixed=if_rollout_is_reused,
     )
     grpo_kl_estimator: str = option(
         "k3",
@@ -313,13 +321,18 @@ class Config:
         0, "tokens before --sample_tokens over which the reward falls by up to 1", minimum=0
     )
     grpo_tis: Literal["none", "truncate", "mask"] = option(
-        "none", "importance weights against the sampler's rounding errors", fixed=if_reused
+        "none",
+        "importance weights against the sampler's rounding errors",
+        fixed=if_rollout_is_reused,
     )
     grpo_tis_cap: float = option(
         2.0, "limit of --grpo_tis weights", minimum=1, read_when={"grpo_tis": ("truncate", "mask")}
     )
     grpo_kd_coef: float = option(
-        0.0, "weight of a divergence from --teacher on the samples", minimum=0, fixed=if_reused
+        0.0,
+        "weight of a divergence from --teacher on the samples",
+        minimum=0,
+        fixed=if_rollout_is_reused,
     )
 
     eval_every: int = option(250, "steps between evaluations; 0: at start and end", minimum=0)

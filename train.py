@@ -38,7 +38,7 @@ from validation import Validation
 
 
 def build(cfg: Config, run: Run) -> tuple[Source, Callable]:
-    """Return (source of batches, loss function): the only branch on the mode.
+    """Choose (source of batches, loss function) by the mode.
 
     A source is an endless iterator of GlobalBatches with `state` and `load` (for --resume),
     `take_cost` (tokens and FLOPs spent on batches since it was last asked) and `close`. A loss
@@ -56,7 +56,7 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_signal == "sampled":
         rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
         policy_gradient = GRPOConfig(
-            variant="token",
+            variant="token",  # its surrogate alone counts here: the weighting is --weighting
             clip_low=0.2,
             clip_high=0.2,
             temperature=cfg.sample_temperature,
@@ -106,7 +106,7 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
         cfg,
         run,
         prompts_per_batch=cfg.batch_size // cfg.grpo_samples,
-        weighting=WEIGHTINGS.get(variant.weighting, constant),
+        weighting=(WEIGHTINGS | {"constant": constant})[variant.weighting],
         samples_per_prompt=cfg.grpo_samples,
         advantage=cfg.grpo_advantage,
         kl_penalty_coef=cfg.grpo_kl_coef if cfg.grpo_kl_in == "reward" else 0.0,
@@ -177,7 +177,7 @@ def forward_backward(
     """Add the gradients of the global batch's loss, one micro-batch after another.
 
     Args:
-        norm: What divides the sum of losses: the normaliser of the batch over all ranks.
+        norm: What divides the sum of losses: the normalizer of the batch over all ranks.
 
     Returns:
         This rank's metrics as (sum, count).
@@ -229,7 +229,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
 
         clock = time.perf_counter()
         batch = next(source)
-        (norm,) = parallel.all_reduce_sum([batch.normaliser], run.device)
+        (norm,) = parallel.all_reduce_sum([batch.normalizer], run.device)
         if cfg.lora_dropout:
             run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
         # A sampled signal is in the advantages already: the loss needs no teacher.

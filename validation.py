@@ -72,7 +72,7 @@ class Validation:
         for micro in GlobalBatch(documents).split(self.micro_batch_tokens):
             moved = micro.to(model.head_VD.device)
             loss_sum, _ = sft_loss(last_states(model, moved), model.head_VD, None, moved)
-            total, count = total + float(loss_sum), count + micro.normaliser
+            total, count = total + float(loss_sum), count + micro.normalizer
         return {"loss": (total, count)}
 
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:

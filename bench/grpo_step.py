@@ -131,7 +131,7 @@ def main():
 
     def update():
         forward_backward(
-            model, None, loss_fn, source.batch, source.batch.normaliser, 8192, torch.device("cpu")
+            model, None, loss_fn, source.batch, source.batch.normalizer, 8192, torch.device("cpu")
         )
         clip_gradients(model, 1.0)
         optimizer.step()

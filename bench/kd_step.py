@@ -84,7 +84,7 @@ def our_step(student, teacher, batch, vocab):
         teacher,
         loss_fn,
         GlobalBatch(batch.documents),
-        batch.normaliser,
+        batch.normalizer,
         8192,
         torch.device("cpu"),
     )

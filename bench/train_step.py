@@ -45,7 +45,7 @@ def step_of(model, teacher, batch, vocab, device):
 
     def step():
         forward_backward(
-            model, teacher, loss_fn, batch, batch.normaliser, sum(batch.lengths), device
+            model, teacher, loss_fn, batch, batch.normalizer, sum(batch.lengths), device
         )
         clip_gradients(model, 1.0)
         optimizer.step()

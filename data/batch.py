@@ -1,18 +1,20 @@
 """Documents, the global batch of one step, and the packed micro-batches that a model reads.
 
 There is no padding: documents are packed end to end, and each token has a weight of its own.
-Legend: T packed tokens, N loss rows (positions whose weight is not 0), k ids of a teacher's top-k.
+Legend: T packed tokens, N loss rows (positions whose weight is not 0), k ids of a teacher's top-k,
+B = k + 1 buckets: these ids, and one for all others.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from errors import UserError
 
-Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
+Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count), as numbers or tensors
 
 
 @dataclasses.dataclass
@@ -22,7 +24,7 @@ class Document:
     Args:
         fields: More numbers per token (fp64, aligned like `weights`): "advantage", "old_logp",
             "ref_logp", "sampler_logp", "tis_weight".
-        normalizer_weight: What it adds to the normaliser; None: the sum of its weights.
+        normalizer_weight: What it adds to the normalizer; None: the sum of its weights.
         teacher_topk: For each position with a weight, the teacher's k likeliest ids, and the
             log-probs of these and of all other ids together (data/teacher_cache.py).
     """
@@ -43,10 +45,11 @@ class Document:
         return cls(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
 
 
-def normaliser(documents: Iterable[Document]) -> float:
-    """The sum of all weights (tokens for a token mean, sequences for a sequence mean).
+def normalizer(documents: Iterable[Document]) -> float:
+    """What divides the loss: the sum of all weights, or of `normalizer_weight` where it is set.
 
-    Losses are sums, divided once by the normaliser of the global batch, summed over ranks.
+    That is the number of tokens for a token mean, and of sequences for a sequence mean. Losses are
+    sums, divided once by the normalizer of the global batch, summed over ranks.
     """
     total = 0.0
     for d in documents:
@@ -67,7 +70,7 @@ class Batch:
     weight_T: torch.Tensor
     rows_N: torch.Tensor
     fields: dict[str, torch.Tensor]
-    normaliser: float
+    normalizer: float
     topk_ids_Nk: torch.Tensor | None = None
     topk_logp_NB: torch.Tensor | None = None
 
@@ -95,7 +98,7 @@ class Batch:
             weight_T=weight_T,
             rows_N=weight_T.nonzero().squeeze(1),
             fields=fields,
-            normaliser=normaliser(documents),
+            normalizer=normalizer(documents),
         )
         topk = [d.teacher_topk for d in documents if d.teacher_topk]
         if topk and len(topk) == len(documents):
@@ -141,8 +144,8 @@ class GlobalBatch:
         return sum(int(np.count_nonzero(d.weights)) for d in self.documents)
 
     @property
-    def normaliser(self) -> float:
-        return normaliser(self.documents)
+    def normalizer(self) -> float:
+        return normalizer(self.documents)
 
     def has_field(self, name: str) -> bool:
         return any(name in d.fields for d in self.documents)
@@ -170,19 +173,19 @@ class GlobalBatch:
         yield from map(Batch.pack, bins)
 
 
-def token_mean(document: Document) -> Document:
+def per_token(document: Document) -> Document:
     """Every trained token counts the same over the whole global batch."""
     return document
 
 
-def sequence_mean(document: Document) -> Document:
+def per_sequence(document: Document) -> Document:
     """Every sequence counts the same: its trained tokens share a weight of 1 between them."""
     trained = max(1, np.count_nonzero(document.weights))
     return dataclasses.replace(document, weights=document.weights / trained)
 
 
 def constant_length(document: Document, length: int) -> Document:
-    """Every token weighs 1/length, and the normaliser counts sequences.
+    """Every token weighs 1/length, and the normalizer counts sequences.
 
     Long wrong answers are then not cheaper than short ones (Dr. GRPO, arXiv 2503.20783). A sequence
     without loss (a masked one) counts in no divisor, here as in the other two means.
@@ -191,7 +194,7 @@ def constant_length(document: Document, length: int) -> Document:
     return dataclasses.replace(document, weights=weights, normalizer_weight=counts)
 
 
-WEIGHTINGS = {"token": token_mean, "sequence": sequence_mean}
+WEIGHTINGS = {"token": per_token, "sequence": per_sequence}
 
 
 def _concatenate(parts: list, dtype: torch.dtype) -> torch.Tensor:

@@ -171,7 +171,7 @@ class Dataset:
             )
 
     def _pair(self, index: int) -> tuple[Example, Document]:
-        """(example, document). Of an endless task: the first one that fits of the index's own."""
+        """(example, document). An endless task draws again until a problem is short enough."""
         if self._training:
             return self._training[index]
         assert self.task is not None

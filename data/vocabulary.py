@@ -72,7 +72,7 @@ def _deciding_parts(tokenizer: "Tokenizer") -> dict[str, object]:
     del model["vocab"]
     return {
         "merges": model.pop("merges", None),
-        "normaliser": content["normalizer"],
+        "normalizer": content["normalizer"],
         "pre-tokenizer": content["pre_tokenizer"],
         "model": model,
     }

@@ -9,7 +9,7 @@ and of the head: three products, two buffers.
 either in PyTorch (through `torch_step`) or with the kernels of kernels/triton_head.py.
 
 Legend: N loss rows, n rows of a chunk, b rows of a block, D hidden, V vocabulary (the first V rows
-of the head take part, padding rows beyond them are never read).
+of the head take part, padding rows beyond them are never read), P the same with padding.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
 # On a CPU the element-wise work runs on blocks of rows that stay in the cache.
 BLOCK_ELEMENTS = 5 << 17
 
-# step(hidden_nD, weight_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
+# step(hidden_nD, head_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
 Step = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -79,9 +79,9 @@ def torch_step(
     buffer = torch.empty(shape, dtype=dtype, device=device)
     teacher_buffer = torch.empty(shape, dtype=dtype, device=device) if teacher else buffer
 
-    def step(hidden_nD: Tensor, weight_VD: Tensor, rows: slice, want_grad: bool):
+    def step(hidden_nD: Tensor, compute_head_VD: Tensor, rows: slice, want_grad: bool):
         n_rows = len(hidden_nD)
-        logits = [product(hidden_nD, weight_VD[:vocab].t(), buffer[:n_rows])]
+        logits = [product(hidden_nD, compute_head_VD[:vocab].t(), buffer[:n_rows])]
         if teacher:
             teacher_hidden_NC, teacher_VC = teacher
             out = teacher_buffer[:n_rows]
@@ -102,7 +102,7 @@ def chunked_head(
     """Sum of a row loss over all rows, differentiable in hidden_ND and head_VD.
 
     Args:
-        step: step(hidden_nD, weight_VD, rows, want_grad) -> (loss_n, grad_nP): the losses of the
+        step: step(hidden_nD, head_VD, rows, want_grad) -> (loss_n, grad_nP): the losses of the
             rows [rows.start, rows.stop), weights included, and (with want_grad) d loss_sum / d
             logits in the dtype of hidden_nD. Its columns beyond `vocab`, if any, are 0.
 
@@ -116,7 +116,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, step, vocab, chunk_rows, want_grad):
         dtype, device = accumulate_dtype(hidden_ND), hidden_ND.device
-        weight_VD = head_VD.to(hidden_ND.dtype)
+        compute_head_VD = head_VD.to(hidden_ND.dtype)
         grad_hidden, grad_head = (
             torch.empty(x.shape, dtype=dtype, device=device) if want_grad and needed else None
             for x, needed in zip((hidden_ND, head_VD), ctx.needs_input_grad[:2], strict=True)
@@ -127,14 +127,14 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk_rows):
             rows = slice(start, min(start + chunk_rows, len(hidden_ND)))
             hidden_nD = hidden_ND[rows]
-            loss_n, grad_nP = step(hidden_nD, weight_VD, rows, want_grad)
+            loss_n, grad_nP = step(hidden_nD, compute_head_VD, rows, want_grad)
             total += loss_n.sum()
             if not want_grad:
                 continue
             grad_nP = grad_nP[:, : len(head_VD)]  # padded logits may be wider than the head
             width = grad_nP.shape[1]
             if grad_hidden is not None:
-                product(grad_nP, weight_VD[:width], grad_hidden[rows])
+                product(grad_nP, compute_head_VD[:width], grad_hidden[rows])
             if grad_head is not None:
                 product(grad_nP.t(), hidden_nD, grad_head[:width], add=start > 0)
         ctx.grads, ctx.dtypes = (grad_hidden, grad_head), (hidden_ND.dtype, head_VD.dtype)

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Metrics
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from losses.sft import Metrics, weighted
+from losses.sft import weighted
 
 
 def clipped_ratio(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def clipped_weight(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tens
 class Variant(NamedTuple):
     """One of the objectives in the table above."""
 
-    surrogate: Callable[..., Tensor]  # (ratio, clipped ratio, log-prob, advantage) -> loss
+    surrogate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as clipped_ratio
     weighting: str  # of the tokens: "token", "sequence" or "constant"
     sequence_ratio: bool = False  # one ratio for all tokens of a sequence
 
@@ -108,7 +108,9 @@ class GRPOConfig:
 def policy_row_loss(
     logp_N: Tensor, entropy_N: Tensor, fields: dict[str, Tensor], cfg: GRPOConfig
 ) -> Tensor:
-    """One loss per token, before weighting. The function to edit for a new objective.
+    """One loss per token, before weighting.
+
+    A new objective is a surrogate in `VARIANTS`; this is to be edited if it needs other fields.
 
     Args:
         logp_N, entropy_N: of the policy, in nats; differentiable.
@@ -175,7 +177,7 @@ def grpo_loss(
     if VARIANTS[cfg.variant].sequence_ratio and "old_logp" in fields:
         with torch.no_grad():
             _, rows = logprobs(_no_loss)
-        fields["sequence_log_ratio"] = sequence_mean(rows["logp"] - fields["old_logp"], batch)
+        fields["sequence_log_ratio"] = document_mean(rows["logp"] - fields["old_logp"], batch)
     row_loss = partial(policy_row_loss, cfg=cfg)
     if cfg.kd_coef:
         assert frozen, "a divergence needs the teacher's hidden rows and head"
@@ -196,7 +198,7 @@ def grpo_loss(
     values = measures(rows["logp"], fields, cfg) | {"entropy": rows["entropy"]}
     if cfg.kd_coef:
         values[cfg.kd_divergence] = rows["divergence"]
-    loss = {"loss": (loss_sum.detach(), torch.as_tensor(batch.normaliser))}
+    loss = {"loss": (loss_sum.detach(), torch.as_tensor(batch.normalizer))}
     return loss_sum, loss | weighted(values, (weight_N != 0).double())
 
 
@@ -226,7 +228,7 @@ def measures(logp_N: Tensor, fields: dict[str, Tensor], cfg: GRPOConfig) -> dict
     return values
 
 
-def sequence_mean(x_N: Tensor, batch: Batch) -> Tensor:
+def document_mean(x_N: Tensor, batch: Batch) -> Tensor:
     """Every loss row gets the mean of its document's loss rows."""
     ends = batch.cu_seqlens[1:].to(batch.rows_N.dtype)
     document_N = torch.bucketize(batch.rows_N, ends, right=True)

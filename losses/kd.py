@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Metrics
 from kernels.divergences import DIVERGENCES, WITH_BETA
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
-from losses.sft import Metrics, cross_entropy, weighted
+from losses.sft import cross_entropy, weighted
 
 __all__ = ["DIVERGENCES", "WITH_BETA", "KDConfig", "kd_loss"]
 

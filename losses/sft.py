@@ -2,11 +2,8 @@
 
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Metrics
 from kernels.linear_logprob import linear_logprob
-
-# A loss returns the sum of its weighted row losses, and its metrics as {name: (sum, count)}.
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def cross_entropy(logp_N: Tensor, entropy_N: Tensor | None, fields: dict[str, Tensor]) -> Tensor:

@@ -333,7 +333,7 @@ def reduce_metrics(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float
 
 @torch.no_grad()
 def sync_gradients(model: torch.nn.Module) -> None:
-    """Sum the gradients over ranks: the losses were divided by a global normaliser already.
+    """Sum the gradients over ranks: the losses were divided by a global normalizer already.
 
     A rank without micro-batches contributes zeros.
     """

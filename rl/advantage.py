@@ -17,7 +17,7 @@ def standardised(centred_G: np.ndarray) -> np.ndarray:
     return centred_G / (centred_G.std(ddof=1) + EPSILON)
 
 
-def centred(centred_G: np.ndarray) -> np.ndarray:
+def unscaled(centred_G: np.ndarray) -> np.ndarray:
     """r − mean (Dr. GRPO, arXiv 2503.20783)."""
     return centred_G
 
@@ -27,23 +27,25 @@ def leave_one_out(centred_G: np.ndarray) -> np.ndarray:
     return centred_G * len(centred_G) / (len(centred_G) - 1)
 
 
-ADVANTAGES = {"std": standardised, "mean": centred, "leave_one_out": leave_one_out}
+ADVANTAGES = {"std": standardised, "mean": unscaled, "leave_one_out": leave_one_out}
 
 
-def group_advantages(rewards_G: Sequence[float], baseline: str) -> np.ndarray:
-    """Advantages [G] of one prompt's samples; zeros where all rewards are equal.
+def group_advantages(rewards_G: Sequence[float], kind: str) -> np.ndarray:
+    """Advantages [G] of one prompt's rewards; zeros where all are equal.
+
+    A KL in the reward adds to them on a scale of its own: `kl_advantages`.
 
     Args:
         rewards_G: [G] rewards of the samples.
-        baseline: A name in ADVANTAGES. A fork adds its own function of the centred rewards there.
+        kind: A name in ADVANTAGES. A fork adds its own function of the centred rewards there.
     """
     if not has_reward_spread(rewards_G):
         return np.zeros(len(rewards_G))
     values_G = np.asarray(rewards_G, np.float64)
-    return ADVANTAGES[baseline](values_G - values_G.mean())
+    return ADVANTAGES[kind](values_G - values_G.mean())
 
 
-def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
+def kl_advantages(penalties_G: Sequence[float], kind: str) -> np.ndarray:
     """What the KL penalties of one prompt's samples add to their advantages [G].
 
     That is the group's mean penalty (for leave_one_out: of the others only) minus the sample's own,
@@ -55,10 +57,10 @@ def kl_advantages(penalties_G: Sequence[float], baseline: str) -> np.ndarray:
 
     Args:
         penalties_G: [G] beta times the KL estimate of each sample, in nats.
-        baseline: A name in ADVANTAGES.
+        kind: A name in ADVANTAGES.
     """
     values_G = np.asarray(penalties_G, np.float64)
     centred_G = values_G.mean() - values_G
-    if baseline == "leave_one_out" and len(centred_G) > 1:
+    if kind == "leave_one_out" and len(centred_G) > 1:
         return leave_one_out(centred_G)
     return centred_G

@@ -45,7 +45,7 @@ def setup(world, rank, port, patience=None):
 def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
     """(metrics, flat gradient) of the global batch as the loop computes them."""
     batch = GlobalBatch(documents)
-    (norm,) = parallel.all_reduce_sum([batch.normaliser])
+    (norm,) = parallel.all_reduce_sum([batch.normalizer])
     model.zero_grad()
     sums = train.forward_backward(
         model, teacher, loss_fn, batch, norm, micro_batch_tokens, torch.device("cpu")

@@ -21,7 +21,7 @@ def test_targets_are_the_next_token_of_the_same_document():
     assert b.cu_seqlens.tolist() == [0, 4, 6]
     assert b.target_T.tolist() == [2, 3, 4, 0, 6, 0]
     assert b.weight_T.tolist() == [0, 1, 1, 0, 1, 0]
-    assert b.rows_N.tolist() == [1, 2, 4] and b.normaliser == 3
+    assert b.rows_N.tolist() == [1, 2, 4] and b.normalizer == 3
     assert b.select(b.target_T).tolist() == [3, 4, 6]
 
 
@@ -49,7 +49,7 @@ def test_a_batch_is_moved_as_a_whole_and_the_original_stays(monkeypatch):
     assert len(tensors) == 6 and b.to("cpu") is b
     assert {x.device.type for x in [*tensors, *moved.fields.values()]} == {"meta"}
     assert b.tokens_T.device.type == b.fields["advantage"].device.type == "cpu"
-    assert moved.lengths == [3] and moved.normaliser == b.normaliser
+    assert moved.lengths == [3] and moved.normalizer == b.normalizer
 
 
 @pytest.mark.parametrize("micro", [7, 11, 64])
@@ -61,7 +61,7 @@ def test_split_keeps_every_document_whole_and_wastes_little(micro):
     split = sorted(tuple(d.tokens) for part in parts for d in part.documents)
     assert split == sorted(tuple(d.tokens) for d in documents)
     assert all(len(part.tokens_T) <= micro for part in parts)
-    assert sum(part.normaliser for part in parts) == batch.normaliser
+    assert sum(part.normalizer for part in parts) == batch.normalizer
     assert sum(len(part.rows_N) for part in parts) == batch.loss_rows
     assert sum(len(part.tokens_T) for part in parts) == sum(batch.lengths)
     # the known bound of first-fit decreasing
@@ -71,7 +71,7 @@ def test_split_keeps_every_document_whole_and_wastes_little(micro):
 def test_sequence_mean_gives_every_sequence_the_weight_one():
     documents = [doc(1, 2, 3, 4, 5), doc(6, 7), doc(8, 9, prompt=2)]
     b = Batch.pack(map(WEIGHTINGS["sequence"], documents))
-    assert b.normaliser == pytest.approx(2)
+    assert b.normalizer == pytest.approx(2)
     assert b.weight_T.tolist() == [0.25] * 4 + [0, 1, 0, 0, 0]
 
 
@@ -79,7 +79,7 @@ def test_a_document_too_long_and_an_empty_batch():
     with pytest.raises(UserError, match="micro_batch_tokens=4"):
         list(GlobalBatch([doc(*range(5))]).split(4))
     empty, packed = GlobalBatch([]), Batch.pack([])
-    assert list(empty.split(8)) == [] and empty.normaliser == packed.normaliser == 0
+    assert list(empty.split(8)) == [] and empty.normalizer == packed.normalizer == 0
     assert not empty.has_field("old_logp") and packed.tokens_T.dtype == torch.long
 
 
@@ -88,8 +88,8 @@ def test_a_masked_document_counts_in_no_divisor():
     rest = [doc(1, 2, 3, 4, prompt=2), doc(5, 6)]
     masked = Document(np.arange(5, dtype=np.int32), np.zeros(5))
     means = [*WEIGHTINGS.values(), lambda d: constant_length(d, length=8)]
-    for mean, normaliser in zip(means, (3, 2, 2), strict=True):
+    for mean, normalizer in zip(means, (3, 2, 2), strict=True):
         without = GlobalBatch([mean(d) for d in rest])
         with_it = GlobalBatch([mean(d) for d in [*rest, masked]])
-        assert with_it.normaliser == without.normaliser == normaliser
-        assert GlobalBatch([mean(masked)]).normaliser == 0
+        assert with_it.normalizer == without.normalizer == normalizer
+        assert GlobalBatch([mean(masked)]).normalizer == 0

@@ -80,7 +80,7 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
             teacher,
             kd if teacher else sft_loss,
             micro,
-            micro.normaliser,
+            micro.normalizer,
             1024,
             torch.device("cuda"),
         )

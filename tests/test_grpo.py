@@ -200,10 +200,10 @@ def assert_agrees(variant, loss_variant, arguments, hidden_TD, head_VD, document
     batch = Batch.pack(weigh(loss_variant)(d) for d in documents)
     cfg = GRPOConfig(variant=loss_variant, **arguments)
     loss_sum, metrics = grpo_loss(hidden_TD, head_VD, None, batch, cfg)
-    got = torch.autograd.grad(loss_sum / batch.normaliser, (hidden_TD, head_VD))
+    got = torch.autograd.grad(loss_sum / batch.normalizer, (hidden_TD, head_VD))
     want_loss, records = restated(variant, hidden_TD, head_VD, documents, cfg)
     want = torch.autograd.grad(want_loss, (hidden_TD, head_VD))
-    assert abs(loss_sum.item() / batch.normaliser - want_loss.item()) < 1e-10 * abs(
+    assert abs(loss_sum.item() / batch.normalizer - want_loss.item()) < 1e-10 * abs(
         want_loss.item()
     )
     assert relative(got[0], want[0]) < 1e-10 and relative(got[1], want[1]) < 1e-10

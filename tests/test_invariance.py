@@ -145,12 +145,12 @@ def test_a_mean_of_micro_batches_would_fail(whole, name):
     docs, want = whole
     model, teacher, every = build()
 
-    carrying = [m for m in GlobalBatch(docs).split(14) if m.normaliser]
-    norm = sum(m.normaliser for m in carrying)
+    carrying = [m for m in GlobalBatch(docs).split(14) if m.normalizer]
+    norm = sum(m.normalizer for m in carrying)
 
     def mean_of_means(hidden, head, frozen, micro):
         loss_sum, metrics = every[name](hidden, head, frozen, micro)
-        return loss_sum / (micro.normaliser or 1.0) * norm / len(carrying), metrics
+        return loss_sum / (micro.normalizer or 1.0) * norm / len(carrying), metrics
 
     assert_same(
         workers.gradient(model, teacher, every[name], docs, 14), want[name], "the right one"

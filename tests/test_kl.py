@@ -76,7 +76,7 @@ class Sequences:
         return made
 
     def loss(self, documents, **arguments):
-        """grpo_loss of the documents, divided by their normaliser."""
+        """grpo_loss of the documents, divided by their normalizer."""
         rows = []
         for d in documents:
             y = tuple(d.tokens[1:].tolist())
@@ -85,7 +85,7 @@ class Sequences:
         batch = Batch.pack(documents)
         cfg = GRPOConfig(**LOSS | arguments)
         loss_sum, _ = grpo_loss(self.hidden_PD[rows], self.head_VD, None, batch, cfg)
-        return loss_sum / batch.normaliser
+        return loss_sum / batch.normalizer
 
     def gradient(self, documents, **arguments):
         """Of grpo_loss (a sum), in the policy's parameters."""

@@ -175,7 +175,7 @@ def test_batches_are_whole_groups_in_order_minibatches_within_epochs():
     )
     starts = [i % 4 == 0 for i in range(10)]
     assert [bool(b.metrics) for b in batches] == [bool(b.samples) for b in batches] == starts
-    assert all(b.normaliser == pytest.approx(9) for b in batches)
+    assert all(b.normalizer == pytest.approx(9) for b in batches)
     (packed,) = batches[0].split(10_000)
     assert sorted(packed.tokens_T.tolist()) == sorted(t for d in groups(range(3)) for t in d[0])
 
@@ -185,16 +185,16 @@ def test_weighting_and_masks():
     masked = next(make(mask_truncated=True, prompts_per_batch=6))
     assert described(masked) == groups(range(6), mask_truncated=True)
     stopped = [c.stopped for p in range(6) for c in drawn(p)[1]]
-    assert masked.normaliser == pytest.approx(sum(stopped)) and 0 < sum(stopped) < len(stopped)
+    assert masked.normalizer == pytest.approx(sum(stopped)) and 0 < sum(stopped) < len(stopped)
     masked = next(make(mask_truncated=True, weighting=CONSTANT, prompts_per_batch=6))
-    assert masked.normaliser == sum(stopped), (
+    assert masked.normalizer == sum(stopped), (
         "the divisor of Dr. GRPO counts no masked sample either"
     )
     constant = next(make(weighting=CONSTANT, prompts_per_batch=6))
-    assert constant.normaliser == 6 * SAMPLES
+    assert constant.normalizer == 6 * SAMPLES
     assert {w for d in constant.documents for w in d.weights.tolist()} == {0.0, 1 / 8}
     tokens = next(make(weighting=WEIGHTINGS["token"]))
-    assert tokens.normaliser == sum(len(c.tokens) for p in range(3) for c in drawn(p)[1])
+    assert tokens.normalizer == sum(len(c.tokens) for p in range(3) for c in drawn(p)[1])
 
 
 def test_a_rollout_for_distillation_has_no_rewards():
@@ -354,7 +354,7 @@ def test_dynamic_sampling_takes_a_functions_word_without_the_penalties(tmp_path)
 def test_no_group_with_spread_gives_an_empty_batch_and_goes_on():
     source = make(AllAlike, dynamic_sampling_rounds=2)
     batch = next(source)
-    assert batch.documents == [] and batch.normaliser == 0
+    assert batch.documents == [] and batch.normalizer == 0
     assert batch.metrics["rollout/kept"] == (0, 9)
     next(source)
     assert source.state()["position"] == 18
@@ -421,7 +421,7 @@ def test_a_resumed_source_continues_identically(extra):
         source = resume(source, **arguments)
         for b in want[cut:]:
             got = next(source)
-            assert described(got) == described(b) and got.normaliser == b.normaliser
+            assert described(got) == described(b) and got.normalizer == b.normalizer
             for d, e in zip(got.documents, b.documents, strict=True):
                 assert d.tokens.dtype == e.tokens.dtype and d.weights.dtype == e.weights.dtype
                 assert all(x.dtype == torch.float64 for x in d.fields.values())
@@ -454,7 +454,7 @@ def sources(rank, world):
 
 
 def describe(batch):
-    return described(batch), timeless(batch.metrics), batch.normaliser
+    return described(batch), timeless(batch.metrics), batch.normalizer
 
 
 def test_ranks_share_the_same_batches():

@@ -70,7 +70,7 @@ def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused
 
     with pytest.raises(UserError, match="pre-tokenizer"):
         shared_vocabulary(tiny, edited(lambda t: t.update(pre_tokenizer=None)))
-    with pytest.raises(UserError, match="normaliser"):
+    with pytest.raises(UserError, match="normalizer"):
         shared_vocabulary(tiny, edited(lambda t: t.update(normalizer=None)))
     with pytest.raises(UserError, match="merges"):
         shared_vocabulary(tiny, build_tiny(["quite another text, with other merges"] * 9))
