@@ -158,10 +158,10 @@ class Helper:
         answer = self._ask(request, limits.timeout + GRACE_SECONDS)
         if answer is None:
             return None
-        reason, detail, *seconds = answer
-        if reason == "sandbox":
-            raise RunFailed(f"the sandbox for generated code failed ({detail})")
-        return Outcome(reason == "passed", reason, round(seconds[0], 4), detail)
+        if answer[0] == "sandbox":
+            raise RunFailed(f"the sandbox for generated code failed ({answer[1]})")
+        reason, detail, seconds = answer
+        return Outcome(reason == "passed", reason, round(seconds, 4), detail)
 
     def close(self) -> None:
         """End it, and with it all that runs in it."""

@@ -1,6 +1,6 @@
 """The Linux system calls that confine a process, by ctypes.
 
-They are namespaces, another user, capabilities, resource limits, Landlock and a seccomp filter.
+They are namespaces, capabilities, resource limits, Landlock and a seccomp filter.
 Each function does one thing and raises OSError where the system does not allow it.
 `data/sandbox/jail.py` decides which of them are used together, and in what order.
 """
@@ -105,13 +105,6 @@ def enter_root(paths: Iterable[str]) -> None:
     call("syscall", PIVOT_ROOT.get(MACHINE, -1), b".", b".")
     call("umount2", b".", MNT_DETACH)
     os.chdir("/")
-
-
-def become(uid: int) -> None:
-    """Become another user and group, for good."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
 
 
 def drop_capabilities() -> None:

@@ -46,7 +46,6 @@ NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NE
 OWN_USERS = 1 << 30
 NOBODY = 65534
 MAX_FD = 1 << 16
-KILLED = ("sandbox", "it was killed")
 
 
 def fork(work: Callable[[int], Any], *keep_open: int) -> tuple[int, int]:
@@ -76,7 +75,7 @@ def fork(work: Callable[[int], Any], *keep_open: int) -> tuple[int, int]:
         os._exit(0)
 
 
-def wait(pid: int, pipe: int, killed: tuple[str, str] = KILLED) -> Any:
+def wait(pid: int, pipe: int, killed: Any = ("sandbox", "it was killed")) -> Any:
     """Wait until a child of `fork` is over; return its result, or `killed` if it left none."""
     result = os.read(pipe, 1 << 16)
     os.close(pipe)
@@ -131,8 +130,10 @@ class Isolation:
         confine.prctl(confine.PR_DUMPABLE, 0)
 
     def become_user(self) -> None:
-        """Become the user as whom programs run."""
-        confine.become(self.user)
+        """Become the user as whom programs run, for good."""
+        os.setgroups([])
+        os.setresgid(self.user, self.user, self.user)
+        os.setresuid(self.user, self.user, self.user)
 
     def enter_namespaces(self) -> None:
         """Enter namespaces, with a file system that holds Python and nothing else."""
@@ -141,16 +142,13 @@ class Isolation:
         confine.call("unshare", NAMESPACES | confine.NEW_USER if uid else NAMESPACES)
         if uid:
             confine.prctl(confine.PR_DUMPABLE, 1)  # else a former root does not own its /proc/self
-            for name, text in (
-                ("setgroups", "deny"),
-                ("uid_map", f"{uid} {uid} 1"),
-                ("gid_map", f"{gid} {gid} 1"),
-            ):
+            maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+            for name, text in maps.items():
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(text)
         confine.enter_root(self.readable)
 
-    def _why_no_namespaces(self, left_out: Collection[str]) -> str | None:
+    def _why_no_namespaces(self, left_out: Collection[str]):
         """Why there are none, or None; gives root up where only other users can have them."""
         if "namespaces" in left_out:
             return "left out"
@@ -161,11 +159,11 @@ class Isolation:
             return None
         return reason
 
-    def _open_libraries(self) -> None:
+    def _open_libraries(self):
         for path in self.libraries:
             os.close(os.open(path, os.O_RDONLY))
 
-    def _missing(self, no_namespaces: str | None) -> Iterator[str]:
+    def _missing(self, no_namespaces: str | None):
         """Sentences: the protections that this system does not offer."""
         if not self.landlock:
             yield "no Landlock"
@@ -177,21 +175,19 @@ class Isolation:
             f"no namespaces ({no_namespaces}): programs share the system's process table, "
             "and the disk for their scratch folder"
         )
-        if not self.seccomp:
-            yield "the network, signals and file attributes are not protected"
         if not self.landlock:
             yield "files that everyone may read can be read"
-        if not self.landlock and self.seccomp:
-            yield "programs cannot write a scratch folder"
-        elif not self.landlock:
-            yield "files are protected by their permissions alone"
-        if not self.landlock and not self.root:
-            yield "the environment and memory of your user's processes can be read"
-        if not self.seccomp and not self.root:
-            yield (
-                "the number of processes is limited with your user's own, and one that escapes "
-                "may live on"
-            )
+            if self.seccomp:
+                yield "programs cannot write a scratch folder"
+            else:
+                yield "files are protected by their permissions alone"
+            if not self.root:
+                yield "the environment and memory of your user's processes can be read"
+        if not self.seccomp:
+            yield "the network, signals and file attributes are not protected"
+            if not self.root:
+                yield "the number of processes is limited with your user's own"
+                yield "processes that escape may live on"
         if self.root and failure(self.become_user, self._open_libraries):
             yield (
                 f"the Python at {sys.base_prefix} is closed to other users: programs can import "
@@ -253,7 +249,7 @@ class Isolation:
         confine.drop_capabilities()
         self._restrict(request, confine.NEVER)
 
-    def _tasks_of_user(self) -> int:
+    def _tasks_of_user(self):
         """How many processes and threads count against the user's limit already."""
         if self.root:
             return 1
@@ -276,7 +272,7 @@ class Isolation:
             rules += confine.NO_CHILDREN
         self._restrict(request, rules)
 
-    def _restrict(self, request: dict, rules: bytes) -> None:
+    def _restrict(self, request: dict, rules: bytes):
         confine.prctl(confine.PR_PDEATHSIG, signal.SIGKILL)
         if self.landlock:
             readable = ["/"]
@@ -324,7 +320,7 @@ def supervise(isolation: Isolation, request: dict, run: int, server: int) -> tup
     poll.register(verdict, select.POLLIN)
     poll.register(run, 0)
     poll.register(server, 0)
-    in_time = any(fd == verdict for fd, _ in poll.poll(limits["timeout"] * 1000))
+    in_time = verdict in dict(poll.poll(limits["timeout"] * 1000))
     seconds = time.monotonic() - start
     os.kill(tests, signal.SIGKILL)
     reason, detail = wait(tests, verdict, ("crashed", "the tests' process ended early"))

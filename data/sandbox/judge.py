@@ -115,7 +115,7 @@ def decode(message: bytes, lookup: Callable) -> Any:
         A value of the kinds above, in which numbered objects are what `lookup(number)` returns.
 
     Raises:
-        ValueError, TypeError, CallableError, RecursionError: the message is no such value.
+        ValueError, TypeError, LookupError, RecursionError: the message is no such value.
     """
     return _from_json(json.loads(message.decode("utf-8", "surrogatepass")), lookup, MAX_DEPTH)
 
@@ -272,7 +272,7 @@ class Solution(NamedTuple):
         raise RuntimeError(text)
 
 
-def _number_of(value: object) -> int:
+def _number_of(value: object):
     if type(value) is not Remote:
         raise TypeError(f"tests cannot hand a solution a {type(value).__name__}")
     return value._number
@@ -299,8 +299,7 @@ def grade(program: str, tests: str, start_solution: Callable[[], Solution]) -> t
             exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"})
         return "passed", ""
     except SolutionEnded:
-        status = os.waitpid(solution.pid, 0)[1]
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(solution.pid, 0)[1])
         if code < 0:
             return "crashed", f"ended by signal {-code} ({signal.strsignal(-code)})"
         return "crashed", f"ended with exit code {code} before its end"
