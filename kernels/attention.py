@@ -1,89 +1,114 @@
-"""Causal attention over packed documents: Triton's kernels on a GPU (kernels/triton_attention.py), the reference path on any device.
+"""Causal attention over packed documents.
 
-The reference gathers documents into a few [B, L] blocks of nearly equal length and hands them to PyTorch's fused attention. Right
-padding needs no mask: under a causal mask no real query sees a later slot. So nothing is computed across documents
-and no [T, T] mask exists. Legend: T packed tokens, H query heads, K key-value heads, E head dimension.
+On a GPU it runs Triton's kernels (kernels/triton_attention.py), elsewhere the reference path below.
+The reference gathers documents of nearly equal length into [B, L] blocks and hands them to
+PyTorch's fused attention. Right padding needs no mask: under a causal mask no real query sees a
+later slot. So nothing is computed across documents, and no [T, T] mask exists.
+
+Legend: T packed tokens, H query heads, K key-value heads, E head dimension, B documents of a block,
+L slots of its longest document.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import backend
 
 MAX_PADDING = 1 / 4  # a block holds documents at least 3/4 as long as its longest
 
 
+class Block(NamedTuple):
+    """Documents that the reference path attends together."""
+
+    index: Tensor  # [B · L]: the packed token in every slot; padding repeats the last token
+    documents: int
+
+
 class PackedAttention:
-    """How the T tokens of a micro-batch attend: built once from the documents' lengths, used by every layer."""
+    """The attention of one micro-batch: built once from the documents' lengths, for all layers.
 
-    def __init__(self, lengths, device: torch.device | str = "cpu"):
-        self.lengths, self.device, self.tokens, self.tiles = (
-            list(lengths),
-            torch.device(device),
-            sum(lengths),
-            None,
-        )
+    Args:
+        lengths: tokens of each document, in packed order; 0 is allowed.
+        device: where the queries will be.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = list(lengths)
+        self.tokens = sum(self.lengths)
+        self.device = torch.device(device)
+        self.tiles = None
         if backend.triton_serves(self.device):
-            from kernels import (
-                triton_attention,
-            )  # here, so that nothing needs Triton where it is not used
+            from kernels import triton_attention  # here: not everyone has Triton
 
-            self.tiles, self.attention = (
-                self._moved(triton_attention.tile_map(self.lengths)),
-                triton_attention.attention,
-            )
+            self.tiles = self._to_device(triton_attention.tile_map(self.lengths))
+            self.attention: Callable[..., tuple[Tensor, Tensor]] = triton_attention.attention
 
-    def __call__(self, layer, q_THE, k_TKE, v_TKE):
-        """[T, H, E], [T, K, E], [T, K, E] -> [T, H, E]; scores are scaled by E^-1/2. `layer` is for caches; unused here."""
+    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        """softmax(q kᵀ / √E) v within each document, over the keys up to the query's own.
+
+        Args:
+            layer: unused; a key-value cache in this place needs it.
+            q_THE: queries; k_TKE, v_TKE: keys and values, each shared by H/K query heads.
+
+        Returns [T, H, E].
+        """
         if len(q_THE) != self.tokens:
             raise ValueError(f"{len(q_THE)} tokens; the documents have {self.tokens}")
         if self.tiles is not None and backend.triton_attends(q_THE):
             return self.attention(q_THE, k_TKE, v_TKE, self.tiles)[0]
         return self._by_blocks(q_THE, k_TKE, v_TKE)
 
-    def _moved(self, x):
-        """One copy that nobody waits for."""
-        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
+    def _to_device(self, x: Tensor) -> Tensor:
+        """A copy that the host does not wait for."""
+        if self.device.type == "cpu":
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
 
     @functools.cached_property
-    def blocks(self):
-        """The reference's plan: per block the tokens that it gathers and how many documents it has; last, where each token's output lies."""
-        lengths = self.lengths
-        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
-        indices, sizes, back, lo, slots = [], [], torch.empty(starts[-1], dtype=torch.long), 0, 0
-        while lo < len(order):
-            longest = lengths[order[lo]]
-            hi = lo + 1
-            while hi < len(order) and lengths[order[hi]] >= (1 - MAX_PADDING) * longest:
-                hi += 1
-            start_B1 = torch.tensor([starts[i] for i in order[lo:hi]]).unsqueeze(1)
-            length_B1 = torch.tensor([lengths[i] for i in order[lo:hi]]).unsqueeze(1)
-            slot_1L = torch.arange(longest).unsqueeze(0)
-            index_BL = start_B1 + torch.minimum(slot_1L, length_B1 - 1)
+    def blocks(self) -> tuple[list[Block], Tensor]:
+        """The reference's plan: its blocks, and which of their slots is each packed token's."""
+        length = torch.tensor(self.lengths, dtype=torch.long)
+        start = length.cumsum(0) - length
+        order = length.argsort(descending=True, stable=True)
+        order = order[length[order] > 0]
+        slot_T = torch.empty(self.tokens, dtype=torch.long)
+        indices, sizes, n_slots = [], [], 0
+        while len(order):
+            longest = length[order[0]]
+            n_documents = int((length[order] >= (1 - MAX_PADDING) * longest).sum())
+            block, order = order[:n_documents], order[n_documents:]
+            length_B1 = length[block].unsqueeze(1)
+            slot_1L = torch.arange(int(longest)).unsqueeze(0)
+            index_BL = start[block].unsqueeze(1) + torch.minimum(slot_1L, length_B1 - 1)
             real_BL = slot_1L < length_B1
-            back[index_BL[real_BL]] = slots + real_BL.flatten().nonzero().squeeze(1)
-            slots += index_BL.numel()
+            slot_T[index_BL[real_BL]] = n_slots + real_BL.flatten().nonzero().squeeze(1)
+            n_slots += index_BL.numel()
             indices.append(index_BL.flatten())
-            sizes.append(hi - lo)
-            lo = hi
-        *parts, back_T = self._moved(torch.cat([*indices, back])).split(
-            [*map(len, indices), len(back)]
-        )
-        return list(zip(parts, sizes, strict=True)), back_T
+            sizes.append(n_documents)
+        # one copy to the device
+        everything = self._to_device(torch.cat([*indices, slot_T]))
+        *parts, slot_T = everything.split([*map(len, indices), self.tokens])
+        return [Block(*pair) for pair in zip(parts, sizes, strict=True)], slot_T
 
-    @torch.compiler.disable
-    def _by_blocks(self, q_THE, k_TKE, v_TKE):
-        outputs, (blocks, back_T) = [], self.blocks
-        for index, size in blocks:
-            q, k, v = (
-                x.index_select(0, index).unflatten(0, (size, -1)).transpose(1, 2)
+    @torch.compiler.disable()
+    def _by_blocks(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        blocks, slot_T = self.blocks
+        if not blocks:
+            return torch.empty_like(q_THE)
+        grouped = q_THE.shape[1] != k_TKE.shape[1]
+        outputs = []
+        for block in blocks:
+            q_BHLE, k_BKLE, v_BKLE = (
+                x.index_select(0, block.index).unflatten(0, (block.documents, -1)).transpose(1, 2)
                 for x in (q_THE, k_TKE, v_TKE)
             )
             o_BHLE = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                q_BHLE, k_BKLE, v_BKLE, is_causal=True, enable_gqa=grouped
             )
             outputs.append(o_BHLE.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, back_T) if outputs else torch.empty_like(q_THE)
+        return torch.cat(outputs).index_select(0, slot_T)

@@ -1,4 +1,4 @@
-"""Which implementation a fused operation uses: Triton's kernels on a GPU, PyTorch elsewhere, or what `use` says."""
+"""The choice between Triton's kernels and PyTorch for the fused operations."""
 
 import os
 
@@ -8,24 +8,35 @@ CHOICES = ("auto", "torch", "triton")
 _chosen = "auto"
 
 
-def use(name):
-    """ "auto": the device decides; "torch", "triton": that one, for the whole process. Raises ValueError where Triton cannot run."""
+def use(name: str) -> None:
+    """Choose the implementation for the whole process.
+
+    Args:
+        name: "auto" (the device decides), "torch" or "triton".
+
+    Raises:
+        ValueError: "triton" was asked for where Triton cannot run.
+    """
     global _chosen
-    if name == "triton" and not (
-        torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    ):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and not (torch.cuda.is_available() or interpreted):
         raise ValueError(
-            "they need a CUDA device, or TRITON_INTERPRET=1 in the environment to be run slowly by a CPU"
+            "they need a CUDA device, or TRITON_INTERPRET=1 in the environment to be run slowly "
+            "by a CPU"
         )
     _chosen = name
 
 
-def chosen():
+def chosen() -> str:
+    """The name that was last given to `use`, at first "auto"."""
     return _chosen
 
 
-def triton_serves(device):
-    """Whether this device's operations have Triton kernels: an NVIDIA GPU of compute capability 8 or more, or "triton" was asked for."""
+def triton_serves(device: torch.device) -> bool:
+    """Whether operations on this device use Triton's kernels.
+
+    They do on an NVIDIA GPU of compute capability 8.0 or more, and wherever "triton" was chosen.
+    """
     if _chosen != "auto":
         return _chosen == "triton"
     return (
@@ -35,15 +46,19 @@ def triton_serves(device):
     )
 
 
-def triton_attends(q_THE):
-    """Whether the attention kernels take these heads: bf16 on a GPU, fp32 and fp64 in the interpreter; a head dimension of 16, 32, 64 or 128."""
+def triton_attends(q_THE: torch.Tensor) -> bool:
+    """Whether the attention kernels take queries of this dtype and head dimension.
+
+    They take bf16 on a GPU, fp32 and fp64 in the interpreter, and 16, 32, 64 or 128 as E.
+    """
     return (q_THE.dtype == torch.bfloat16) == q_THE.is_cuda and q_THE.shape[2] in (16, 32, 64, 128)
 
 
-def triton_runs(x_nD):
-    """Whether the Triton kernels take these rows: bf16 on a GPU of compute capability 8 or more, each row a multiple of 16 bytes.
+def triton_runs(x_nD: torch.Tensor) -> bool:
+    """Whether the kernels of the vocabulary head take these hidden rows.
 
-    fp32 goes to PyTorch: kept whole, its matrix products use no tensor cores. The interpreter, on a CPU, takes nothing else.
+    They take bf16 on a GPU and fp32 in the interpreter, each row a multiple of 16 bytes. fp32 on a
+    GPU goes to PyTorch: at full precision its matrix products use no tensor cores.
     """
     if _chosen == "torch" or not len(x_nD) or x_nD.shape[1] * x_nD.element_size() % 16:
         return False
