@@ -111,7 +111,9 @@ def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: b
     """
     known = cls.__dataclass_fields__
     layers = read_layers(cls, argv)
-    stored = {k: _convert(known[k], v, k) for k, v in (stored or {}).items() if k in known}
+    stored = {
+        k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in (stored or {}).items()
+    }
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
     for name in (name for layer in layers for name in layer if name in values):
@@ -246,7 +248,7 @@ def _find(cls: Cls, name: str, source: str) -> Field:
     """Return the field of an option, by its name or alias."""
     known = cls.__dataclass_fields__
     for spec in known.values():
-        if name in (spec.name, _rules(spec).alias):
+        if name and name in (spec.name, _rules(spec).alias):
             return spec
     near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
     raise UserError(f"{source} is not an option{near}")

@@ -5,6 +5,7 @@ The defaults of `train.py` need no download: the teacher of `--mode kd` and the 
 process of its own, and are kept beside the user's runs.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -75,7 +76,10 @@ def toy_model(kind: str, recipe: Mapping[str, Any], runs: str, device: str, rank
     Raises:
         RunFailed: The training was stopped or failed; the same command goes on with it.
     """
-    return parallel.on_rank_0(rank, partial(_find_or_train, kind, recipe, runs, device))
+    find = partial(_find_or_train, kind, recipe, runs, device)
+    # A signal to stop reaches all ranks: rank 0 passes it on to what trains, others wait for it.
+    with StopSignal() if rank else contextlib.nullcontext():
+        return parallel.on_rank_0(rank, find)
 
 
 def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str) -> Path:
@@ -125,7 +129,8 @@ def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> None:
 
 def die_with_parent() -> None:
     """Called in the child before it starts: a parent that is killed takes it along."""
-    prctl(PR_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError, AttributeError):  # a system that is no Linux has no prctl
+        prctl(PR_PDEATHSIG, signal.SIGKILL)
 
 
 def finished_run(runs: str, cfg: Config) -> Path | None:

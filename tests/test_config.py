@@ -393,3 +393,15 @@ def test_no_option_takes_what_is_not_finite(value, tmp_path):
     for name in ("c.toml", "c.json"):
         with pytest.raises(UserError, match=f"{name}: lr: .* is not a number that is finite"):
             options.parse(train.Config, ["--config", str(tmp_path / name)])
+
+
+def test_a_stored_name_that_is_no_option_is_refused():
+    """A run of a version with other names would else go on with defaults in their place."""
+    with pytest.raises(UserError, match="config.json: clip is not an option"):
+        options.parse(train.Config, [], {"mode": "sft", "clip": 0.5})
+
+
+def test_two_dashes_alone_are_no_option():
+    for argv in (["--", "sft"], ["--=sft"]):
+        with pytest.raises(UserError, match="is not an option"):
+            options.parse(train.Config, argv)

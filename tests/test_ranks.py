@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ import train
 from errors import RunFailed, UserError
 from eval.__main__ import main as evaluate
 from model import parallel
+from run import StopSignal
 from tests.distributed_workers import failing_main, spawned
 from tests.test_train import SMALL
 
@@ -156,3 +158,13 @@ def test_alone_there_is_nobody_to_tell():
     parallel.raise_on_all(None)
     with pytest.raises(RunFailed):
         parallel.raise_on_all(RunFailed("r"))
+
+
+def test_a_signal_while_the_toy_teacher_trains_ends_no_rank_alone(monkeypatch):
+    """Ranks above 0 note a signal and wait for what rank 0 makes of it."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(toy_models, "_find_or_train", lambda *_: signal.getsignal(signal.SIGTERM))
+    monkeypatch.setattr("model.parallel.on_rank_0", lambda rank, call: call())
+    handlers = [toy_models.toy_model("teacher", {}, "runs", "cpu", rank) for rank in (0, 1)]
+    assert handlers[0] == before and isinstance(handlers[1], StopSignal)
+    assert signal.getsignal(signal.SIGTERM) == before
