@@ -21,6 +21,7 @@ from data.dataset import Dataset, DataStream
 from data.show import show_batch
 from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
+from kernels.cpu import keep_freed_memory
 from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
@@ -432,6 +433,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     code = main(sys.argv[1:])
     parallel.close()
     sys.exit(code)

@@ -12,10 +12,15 @@ Legend: N loss rows, n rows of a chunk, b rows of a block, D hidden, V vocabular
 of the head take part, padding rows beyond them are never read), P the same with padding.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from kernels.cpu import fastest_products
+
+LOG2_E = math.log2(math.e)
 
 # Logits held at once: 441 rows of 151,936 on a CPU, 4,400 rows on a GPU.
 CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
@@ -52,9 +57,23 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
         options["out_dtype"] = out.dtype
     else:
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        return torch.addmm(out, a, b, out=out, **options)
-    return torch.mm(a, b, out=out, **options)
+    with fastest_products(out):
+        if add:
+            return torch.addmm(out, a, b, out=out, **options)
+        return torch.mm(a, b, out=out, **options)
+
+
+def softmax(logits_bV: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of logits / temperature in `out`, and the log-normalizer of each row, [b, 1].
+
+    torch.softmax is one pass less, but its sum over 151,665 ids is off by 1e-5. A power of 2 costs
+    a CPU a third of exp, and the factor that it needs is free: it rides on the subtraction.
+    """
+    scale = LOG2_E / temperature
+    largest_b1 = logits_bV.amax(1, keepdim=True)
+    torch.add(largest_b1 * -scale, logits_bV, alpha=scale, out=out).exp2_()
+    sum_b1 = out.sum(1, keepdim=True)
+    return out.div_(sum_b1), largest_b1 / temperature + sum_b1.log()
 
 
 def torch_step(

@@ -30,9 +30,8 @@ class Pair(NamedTuple):
     difference: Tensor  # p_s − p_t, without cancellation
 
 
-def compare(log_s: Tensor, p_s: Tensor, log_t: Tensor, p_t: Tensor) -> Pair:
-    """Log-ratio and difference of student and teacher, from their log-probs and probabilities."""
-    d = log_s - log_t
+def compare(d: Tensor, p_s: Tensor, p_t: Tensor) -> Pair:
+    """A pair from its log-ratio and probabilities."""
     if not d.is_cuda and d.numel() and d.amax() < 40:  # cannot overflow: fewer passes
         return Pair(p_s, p_t, d, torch.expm1(d).mul_(p_t))
     size = torch.maximum(p_s, p_t).mul_(d.abs().neg_().expm1_())
@@ -139,7 +138,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_s, log_t, formula, beta):
-        pair = compare(log_s, log_s.exp(), log_t, log_t.exp())
+        pair = compare(log_s - log_t, log_s.exp(), log_t.exp())
         value, grad = formula(pair, beta)
         ctx.save_for_backward(grad)
         return value

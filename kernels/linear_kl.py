@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, torch_step
+from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, softmax, torch_step
 from kernels.divergences import DIVERGENCES, FORMULAS, LIMITS, compare, through_softmax
 from kernels.linear_logprob import LogprobTerm
 
@@ -107,12 +107,17 @@ def _torch_block_loss(loss: DivergenceTerm, divergence: str, beta: float):
         if buffers is None:  # the first block is the largest
             buffers = torch.empty_like(student_bV), torch.empty_like(student_bV)
         logprob_bV = student_bV.clone() if loss.logprob else student_bV
-        p_s, p_t = (buffer[: len(student_bV)] for buffer in buffers)
-        log_s = _log_softmax_(student_bV, loss.temperature, p_s)
-        log_t = _log_softmax_(teacher_bV, loss.temperature, p_t)
+        p_s, normalizer_s = softmax(student_bV, loss.temperature, buffers[0][: len(student_bV)])
+        p_t, normalizer_t = softmax(teacher_bV, loss.temperature, buffers[1][: len(student_bV)])
+        inverse = 1 / loss.temperature
         if formula:
-            value_b, grad_bV = formula(compare(log_s, p_s, log_t, p_t), beta)
+            difference = torch.sub(student_bV, teacher_bV, out=student_bV)
+            shift_b1 = normalizer_t - normalizer_s
+            d = torch.add(shift_b1, difference, alpha=inverse, out=difference)
+            value_b, grad_bV = formula(compare(d, p_s, p_t), beta)
         else:
+            log_s = torch.add(-normalizer_s, student_bV, alpha=inverse, out=student_bV)
+            log_t = torch.add(-normalizer_t, teacher_bV, alpha=inverse, out=teacher_bV)
             with torch.enable_grad():
                 leaf = log_s.detach().requires_grad_()
                 value_b = DIVERGENCES[divergence](leaf, log_t, beta)
@@ -128,19 +133,3 @@ def _torch_block_loss(loss: DivergenceTerm, divergence: str, beta: float):
         return loss_b
 
     return block_loss
-
-
-def _log_softmax_(logits_bV: Tensor, temperature: float, p_bV: Tensor) -> Tensor:
-    """Log-probs of logits / temperature, in place; p_bV receives the probabilities.
-
-    PyTorch's softmax is one fast pass, but its sum over 151,665 ids is off by 1e-5: the sum of
-    what it wrote, over the largest of it, is the right one.
-    """
-    if temperature != 1.0:
-        logits_bV.div_(temperature)
-    largest_b1 = logits_bV.amax(1, keepdim=True)
-    torch.softmax(logits_bV, 1, out=p_bV)
-    sum_b1 = p_bV.sum(1, keepdim=True)
-    logits_bV.sub_(largest_b1).sub_((sum_b1 / p_bV.amax(1, keepdim=True)).log_())
-    p_bV.div_(sum_b1)
-    return logits_bV

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, torch_step
+from kernels.chunk import LOG2_E, accumulate_dtype, chunked_head, default_chunk_rows, torch_step
 
 # row_loss(logp_n, entropy_n, fields) -> loss_n
 RowLoss = Callable[[Tensor, Any, dict[str, Tensor]], Tensor]
@@ -54,30 +54,32 @@ class LogprobTerm:
     def block(self, logits_bV: Tensor, rows: slice, want_grad: bool) -> Tensor:
         """Overwrite a block of logits with d loss / d logits and return its weighted losses."""
         target_b1 = self.target_N[rows].unsqueeze(1)
-        if self.temperature != 1.0:
-            logits_bV.div_(self.temperature)
-        logits_bV.sub_(logits_bV.amax(1, keepdim=True))
-        target_logit_b = logits_bV.gather(1, target_b1).squeeze(1)
-        exp_bV = torch.exp(logits_bV, out=None if self.entropy else logits_bV)
+        # x = log2 of e^(logits / temperature), less its maximum
+        scale = LOG2_E / self.temperature
+        largest_b1 = logits_bV.amax(1, keepdim=True)
+        x_bV = torch.add(largest_b1 * -scale, logits_bV, alpha=scale, out=logits_bV)
+        target_x_b = x_bV.gather(1, target_b1).squeeze(1)
+        exp_bV = torch.exp2(x_bV, out=None if self.entropy else x_bV)
         sum_b = exp_bV.sum(1)
-        entropy_b = mean_b = None
-        if self.entropy:  # H = −Σ p log p with log p = logits − log Σe
-            mean_b = (exp_bV * logits_bV).nan_to_num_().sum(1) / sum_b
-            entropy_b = sum_b.log() - mean_b
+        log_sum_b = sum_b.log()
+        mean_b = sum_b.new_zeros(len(sum_b))
+        entropy_b = None
+        if self.entropy:  # H = −Σ p log p with log p = x / log2(e) − log Σ 2^x
+            mean_b = _weighted_sum(exp_bV, x_bV) / sum_b
+            entropy_b = log_sum_b - mean_b / LOG2_E
         loss_b, c_logp_b, c_entropy_b = self.coefficients(
-            target_logit_b - sum_b.log(), entropy_b, rows, want_grad
+            target_x_b / LOG2_E - log_sum_b, entropy_b, rows, want_grad
         )
         if not want_grad:
             return loss_b
-        scale = 1 / self.temperature
-        if mean_b is None:
-            factor_b = -scale * c_logp_b / sum_b
-            logits_bV = torch.mul(exp_bV, factor_b.unsqueeze(1), out=logits_bV)
-        else:  # dH/dlogits = −p (log p + H) = −p (logits − mean)
-            logits_bV.sub_(mean_b.unsqueeze(1)).mul_(c_entropy_b.unsqueeze(1))
-            logits_bV.add_(c_logp_b.unsqueeze(1)).nan_to_num_()
-            logits_bV.mul_(exp_bV).mul_((-scale / sum_b).unsqueeze(1))
-        logits_bV.scatter_add_(1, target_b1, (scale * c_logp_b).unsqueeze(1))
+        factor_b1 = -1 / (sum_b * self.temperature).unsqueeze(1)
+        c_logp_b1 = c_logp_b.unsqueeze(1)
+        if c_entropy_b.any():  # dH/dlogits = −p (log p + H) = −p (x − mean) / log2(e)
+            grad_bV = x_bV.sub_(mean_b.unsqueeze(1)).mul_((c_entropy_b / LOG2_E).unsqueeze(1))
+            grad_bV.add_(c_logp_b1).nan_to_num_().mul_(exp_bV).mul_(factor_b1)
+        else:
+            grad_bV = torch.mul(exp_bV, c_logp_b1 * factor_b1, out=logits_bV)
+        grad_bV.scatter_add_(1, target_b1, c_logp_b1 / self.temperature)
         return loss_b
 
     def coefficients(
@@ -102,6 +104,13 @@ class LogprobTerm:
                     loss_n.sum(), leaves, allow_unused=True, materialize_grads=True
                 )
         return loss_n.detach(), grads[0], grads[1]
+
+
+def _weighted_sum(weight_bV: Tensor, x_bV: Tensor) -> Tensor:
+    """Σ weight · x of each row, where a weight of 0 counts even if x is −inf."""
+    product_bV = weight_bV * x_bV
+    sum_b = product_bV.sum(1)
+    return sum_b if sum_b.isfinite().all() else product_bV.nan_to_num_().sum(1)
 
 
 def linear_logprob(  # noqa: PLR0913 (one argument per symbol of the formula)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
+from kernels.cpu import uses_onednn
 
 BLOCK = 512  # ids whose probabilities are summed first
 NUCLEUS = 1024  # ids that are sorted first for top-p; most often they hold its mass
@@ -133,10 +134,10 @@ def head_product(rows_BD: Tensor, head_VD: Tensor, out_BV: Tensor) -> None:
 
     For a few rows of a large head, a CPU's matrix product spends its time on packing the transposed
     head, anew at every call. The other way around, in slices whose result stays in the cache until
-    it is transposed, costs less.
+    it is transposed, costs less; oneDNN, where it may be used, does so from 5 rows on by itself.
     """
     n, vocab = out_BV.shape
-    if out_BV.is_cuda or vocab < LARGE_HEAD:
+    if out_BV.is_cuda or vocab < LARGE_HEAD or (n > 4 and uses_onednn(out_BV)):
         product(rows_BD, head_VD.t(), out_BV)
     elif n <= 4:
         whole = vocab - vocab % SMALL_SLICE

@@ -197,6 +197,26 @@ class Block(nn.Module):
             setattr(self, name, types.MethodType(torch.compile(getattr(Block, name)), self))
 
 
+def embed(tokens_T: Tensor, weight_VD: nn.Parameter, tied: bool) -> Tensor:
+    """The embedded tokens [T, D].
+
+    On a CPU the gradient of a tied embedding goes straight into `weight_VD.grad`, which the head
+    fills with the gradient of the same matrix. Autograd would make a second [V, D] matrix of it and
+    a third for the sum: 6 % of a step of distillation. A GPU's sum of rows is not deterministic.
+    """
+    if not tied or weight_VD.is_cuda or not (weight_VD.requires_grad and torch.is_grad_enabled()):
+        return F.embedding(tokens_T, weight_VD)
+
+    def add_rows(grad_TD: Tensor) -> None:
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, tokens_T, grad_TD)
+
+    x_TD = F.embedding(tokens_T, weight_VD.detach()).requires_grad_()
+    x_TD.register_hook(add_rows)
+    return x_TD
+
+
 class Transformer(nn.Module):
     """Tokens to hidden states. `compute_dtype` is that of activations; None: as the weights."""
 
@@ -218,10 +238,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """The hidden states [T, D] of packed tokens; positions restart at each document."""
-        # The gradient of a tied head is dense and of the same matrix. On a CPU the few embedded
-        # rows are added to it sparsely; on a GPU that sum would not be deterministic.
-        sparse = self.config.tie_word_embeddings and not tokens_T.is_cuda
-        x_TD = F.embedding(tokens_T, self.embed_tokens.weight, sparse=sparse)
+        x_TD = embed(tokens_T, self.embed_tokens.weight, self.config.tie_word_embeddings)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
         rope = rope_tables(positions_T, self.config, x_TD.dtype)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()

@@ -1,0 +1,85 @@
+"""The faster of a CPU's two libraries for fp32 matrix products, where it is as exact.
+
+PyTorch's CPU build has two: MKL, its default, and oneDNN. For the shapes of a vocabulary head
+oneDNN is the faster one on a CPU with AVX-512: 1.1 to 1.8 times, most where the leading dimension
+is odd (151,665) or the rows are few (bench/products.py). PyTorch takes it when
+`torch.backends.mkldnn.matmul.fp32_precision` allows bf16: a permission that oneDNN uses on CPUs
+with AMX alone, where it would round the operands. So it is given only where there is no AMX and a
+measurement finds nothing rounded.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# A product of random numbers in fp32 is off by less, relative to its largest element; rounding the
+# operands to bf16 costs more than 1e-3.
+EXACT = 1e-5
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@contextlib.contextmanager
+def fastest_products(out: Tensor) -> Iterator[None]:
+    """Inside, products into `out` run in the faster library that is exact on this machine."""
+    if not uses_onednn(out):
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def uses_onednn(out: Tensor) -> bool:
+    """Whether `fastest_products` takes oneDNN for products into `out`."""
+    return out.device.type == "cpu" and out.dtype == torch.float32 and onednn_is_exact()
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's fp32 products may be used: no AMX, and no rounding is seen."""
+    if not torch.backends.mkldnn.is_available() or _has_amx():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in ((64, 256, 4096), (4, 256, 512), (256, 1024, 256)):
+        a, b = (torch.randn(shape, generator=generator) for shape in ((m, k), (k, n)))
+        exact = a.double() @ b.double()
+        settings = torch.backends.mkldnn.matmul
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        error = (a @ b - exact).abs().max() / exact.abs().max()
+        settings.fp32_precision = before
+        if error > EXACT:
+            return False
+    return True
+
+
+def _has_amx() -> bool:
+    """Whether the CPU has matrix units (AMX), or nothing is known of it."""
+    try:
+        return "amx" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees (glibc only; elsewhere nothing happens).
+
+    A step on a CPU frees and allocates hundreds of MB of logits and gradients. glibc gives each
+    such block back to the system, which fills its pages with zeros the next time: 10 % of a step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,83 @@
+"""The choice between a CPU's two libraries for matrix products, and what avoids copies of [V, D]."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import cpu
+from kernels.chunk import product, softmax
+from model.transformer import embed
+
+
+@pytest.fixture
+def fresh_choice():
+    """The choice is made anew in the test, and again after it."""
+    cpu.onednn_is_exact.cache_clear()
+    yield
+    cpu.onednn_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("rows, width, depth", [(1, 9000, 64), (16, 9001, 256), (300, 4099, 896)])
+def test_products_are_exact_in_whatever_library(rows, width, depth):
+    a, b = torch.randn(rows, depth), torch.randn(width, depth)
+    exact = a.double() @ b.double().t()
+    got = product(a, b.t(), torch.empty(rows, width))
+    assert (got - exact).abs().max() < 2e-6 * exact.abs().max()
+    added = product(a, b.t(), exact.float(), add=True)
+    assert (added - 2 * exact).abs().max() < 2e-6 * exact.abs().max()
+
+
+def test_the_setting_is_restored():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with pytest.raises(RuntimeError), cpu.fastest_products(torch.empty(1)):
+        assert (settings.fp32_precision == "bf16") == cpu.onednn_is_exact()
+        torch.mm(torch.ones(2, 3), torch.ones(2, 3))
+    assert settings.fp32_precision == before
+    with cpu.fastest_products(torch.empty(1, dtype=torch.float64)):
+        assert settings.fp32_precision == before
+
+
+def test_onednn_is_refused_where_it_rounds(fresh_choice, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    assert not cpu.onednn_is_exact()
+    # a CPU that rounds without being known for it: the measurement finds an error of 1e-3
+    cpu.onednn_is_exact.cache_clear()
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    matmul = torch.Tensor.__matmul__
+
+    def rounding(a, b):
+        if torch.backends.mkldnn.matmul.fp32_precision == "bf16" and a.dtype == torch.float32:
+            return matmul(a.bfloat16().float(), b.bfloat16().float())
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert not cpu.onednn_is_exact()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_softmax_of_a_whole_vocabulary(temperature):
+    logits = 4 * torch.randn(3, 151_665)
+    exact = logits.double() / temperature
+    p, normalizer = softmax(logits, temperature, torch.empty_like(logits))
+    assert torch.allclose(p.double(), exact.softmax(1), rtol=3e-6, atol=0)
+    assert torch.allclose(normalizer.double(), exact.logsumexp(1, keepdim=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_an_embedding(tied):
+    weight = torch.nn.Parameter(torch.randn(11, 5, dtype=torch.float64))
+    twin = torch.nn.Parameter(weight.detach().clone())
+    for tokens in (torch.tensor([3, 3, 0, 10]), torch.tensor([10, 2])):  # two micro-batches
+        x, y = embed(tokens, weight, tied), F.embedding(tokens, twin)
+        assert torch.equal(x, y)
+        (x.square() @ weight.t()).cos().sum().backward()
+        (y.square() @ twin.t()).cos().sum().backward()
+    assert torch.allclose(weight.grad, twin.grad, rtol=1e-12, atol=1e-12)
+    weight.grad = None
+    embed(torch.tensor([1, 1]), weight, tied).sum().backward()  # no head in the loss
+    assert torch.equal(weight.grad, 2 * F.one_hot(torch.tensor(1), 11)[:, None] * torch.ones(5))
+    assert not embed(torch.tensor([1]), weight.detach(), tied).requires_grad
+    with torch.no_grad():
+        assert not embed(torch.tensor([1]), weight, tied).requires_grad
