@@ -1,4 +1,4 @@
-"""The choice between a CPU's two libraries for matrix products, and what avoids copies of [V, D]."""
+"""A CPU's products, its softmax, and the gradient of a tied embedding, beside plain torch."""
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def test_softmax_of_a_whole_vocabulary(temperature):
     logits = 4 * torch.randn(3, 151_665)
     exact = logits.double() / temperature
     p, normalizer = softmax(logits, temperature, torch.empty_like(logits))
-    assert torch.allclose(p.double(), exact.softmax(1), rtol=3e-6, atol=0)
+    log_p = exact.log_softmax(1)  # an exponent of fp32 has an error that grows with its size
+    assert ((p.double() / log_p.exp() - 1).abs() < 1e-7 * (5 - log_p)).all()
     assert torch.allclose(normalizer.double(), exact.logsumexp(1, keepdim=True), rtol=1e-6)
 
 
