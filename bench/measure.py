@@ -129,8 +129,8 @@ def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """The norm of the difference over the norm of `want`, in fp64; NaN counts as infinite."""
-    difference = (got.double() - want.double()).norm()
-    error = float(difference / want.double().norm().clamp(min=1e-300))
+    got, want = got.detach().double(), want.detach().double()
+    error = float((got - want).norm() / want.norm().clamp(min=1e-300))
     return error if error == error else float("inf")
 
 
