@@ -331,7 +331,7 @@ def speeds(bench: Bench) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser_of(__doc__ or "", "--json", "attention.json", minutes=5)
-    parser.add_argument("--only-check", action="store_true", help="its record is the last line")
+    measure.add_check_options(parser)
     args = parser.parse_args(argv)
     bench = Bench(args.dry, args.minutes, "" if args.only_check else args.path)
     backend.use("torch" if args.dry else "triton")
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench.only_checked()
     speeds(bench)
     print(measure.table(bench.record.get("speeds", [{"speeds": "out of time"}])))
-    if not args.dry:
+    if not args.dry and not args.one_assembler:
         check_with_others(bench, "bench.attention", limit_s=90)
     return bench.finish()
 

@@ -14,6 +14,7 @@ hang or fail without harm to training comes at the end, in processes of its own.
 check failed; 2: no GPU.
 """
 
+import argparse
 import copy
 import functools
 import sys
@@ -329,7 +330,7 @@ def eight_steps(bench: Bench) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser_of(__doc__ or "", "--json", "decode.json", minutes=6)
-    parser.add_argument("--only-check", action="store_true", help="its record is the last line")
+    measure.add_check_options(parser)
     parser.add_argument("--steps", default="1,2", help="tokens a step that are checked")
     parser.add_argument("--no-engine", action="store_true", help="leave the whole engine out")
     parser.add_argument("--batching", action="store_true", help=f"{BATCHING} alone")
@@ -350,17 +351,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
         engine(bench)
     if not args.dry:
-        later(bench, args.no_engine)
+        later(bench, args)
     return bench.finish()
 
 
-def later(bench: Bench, no_engine: bool) -> None:
+def later(bench: Bench, args: argparse.Namespace) -> None:
     """What may hang or fail: processes of their own, while there is time."""
-    if not bench.out_of_time():
+    if not args.one_assembler and not bench.out_of_time():
         check_with_others(bench, "bench.decode", limit_s=60)
     if not bench.out_of_time():
         eight_steps(bench)
-    if not no_engine and not bench.out_of_time():
+    if not args.no_engine and not bench.out_of_time():
         batching(bench)
 
 

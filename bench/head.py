@@ -490,7 +490,7 @@ def tune(bench: Bench) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser_of(__doc__ or "", "--out", "head.json", minutes=7)
-    parser.add_argument("--only-check", action="store_true", help="its record is the last line")
+    measure.add_check_options(parser)
     parser.add_argument("--tune", action="store_true", help="configurations, no comparisons")
     args = parser.parse_args(argv)
     if args.dry:
@@ -509,7 +509,7 @@ def run(bench: Bench, args: Any) -> int:
     checks(bench)
     if args.only_check:
         return bench.only_checked()
-    if not args.dry:
+    if not args.dry and not args.one_assembler:
         check_with_others(bench, "bench.head", limit_s=150)
     if args.tune:
         tune(bench)

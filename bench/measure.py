@@ -184,6 +184,12 @@ def parser_of(doc: str, output: str, default: str, minutes: float) -> argparse.A
     return parser
 
 
+def add_check_options(parser: argparse.ArgumentParser) -> None:
+    """The options of benchmarks that begin with checks of a kernel."""
+    parser.add_argument("--only-check", action="store_true", help="its record is the last line")
+    parser.add_argument("--one-assembler", action="store_true", help="try no other ptxas")
+
+
 class Bench:
     """What one run of a benchmark measured, on one device, until a deadline.
 
