@@ -18,6 +18,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +233,7 @@ def varlen_way(lengths: Sequence[int], qkv: Sequence[Tensor]) -> Attend:
     has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def attend(q: Tensor, k: Tensor, v: Tensor, group: bool) -> Tensor:
-        options = {"window_size": (-1, 0)}
+        options: dict[str, Any] = {"window_size": (-1, 0)}
         if group and has_flag:
             options["enable_gqa"] = True
         longest = max(lengths)

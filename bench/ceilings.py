@@ -38,7 +38,7 @@ def product(bench: Bench, what: str, rows: int, inner: int, columns: int) -> Non
         return bench.measure(lambda: left @ right, **facts)
 
     row, why = measure.attempt(run)
-    row = row or facts | {"failed": why}
+    row = row or {**facts, "failed": why}
     if "ms" in row:
         row["TFLOP/s"] = 2 * rows * inner * columns / row["ms"] / 1e9
     bench.keep("products", row, COLUMNS)

@@ -241,8 +241,7 @@ class Engine:
 
     def compiled(self) -> Any:
         model = copy.deepcopy(self.model)
-        for block in model.layers:
-            block.compile_halves()
+        model.compile_blocks()
         return model
 
     def theirs(self) -> Any:

@@ -96,7 +96,9 @@ class GrpoStep:
             vocab_size=size.vocab,
             logged_samples=0,
         )
-        self.source = CoinRollouts(FixedPrompts(prompts), model, config, reward=None)
+        dataset: Any = FixedPrompts(prompts)
+        no_reward: Any = None  # CoinRollouts asks none
+        self.source = CoinRollouts(dataset, model, config, no_reward)
         cfg = GRPOConfig(variant="token", clip_low=0.2, clip_high=0.2, vocab=size.vocab)
         self.loss_fn = functools.partial(grpo_loss, cfg=cfg)
         self.optimizer = build_optimizer(model, 1e-6, (0.9, 0.95), 1e-8, 0.0)

@@ -402,7 +402,7 @@ class Stages:
         grad = self.student_out.view(self.bench.dtype)[:, : s.rows]
         hidden, head = s.hidden.detach(), s.head[: grad.shape[1]].detach()
         wide = torch.empty(head.shape, device=self.bench.device)
-        options = {} if self.bench.dry else {"out_dtype": torch.float32}
+        options: dict = {} if self.bench.dry else {"out_dtype": torch.float32}
         self.time("dX", lambda: torch.mm(grad, head, **options))
         self.time("dW into fp32", lambda: torch.mm(grad.t(), hidden, **options, out=wide))
 

@@ -72,7 +72,7 @@ def plain_loss(
     """Forward KL of whole logits; `select`: of the loss rows alone, as a careful user has it."""
 
     def padded(x_T: Tensor) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(x_T.split(batch.lengths), batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(list(x_T.split(batch.lengths)), batch_first=True)
 
     tokens_BL, weight = padded(batch.tokens_T), padded(batch.weight_T.float()).flatten()
     hidden = hidden_states(student, tokens_BL)

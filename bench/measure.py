@@ -251,7 +251,7 @@ class Bench:
         """The median of ten single calls."""
         return milliseconds(run, self.device, samples=10, calls=1)
 
-    def measure(self, run: Callable[[], Any], **facts: Any) -> dict:
+    def measure(self, run: Callable[[], Any], **facts: Any) -> dict[str, Any]:
         """The facts with milliseconds and peak memory of run(), or why there are none."""
         if self.out_of_time():
             return facts | {"failed": "out of time"}

@@ -131,5 +131,5 @@ def in_turn(commands: dict[str, Sequence[str]], repeats: int) -> tuple[dict, dic
 def _answer(worker: subprocess.Popen) -> dict:
     line = worker.stdout.readline() if worker.stdout else ""
     if not line:
-        raise RuntimeError(f"a child process ended early: {' '.join(map(str, worker.args))}")
+        raise RuntimeError(f"a child process ended early: {worker.args}")
     return json.loads(line)

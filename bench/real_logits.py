@@ -167,7 +167,7 @@ def by_linear_kl(student: Rows, teacher: Rows, divergence: str) -> Result:
 
 def errors(form: str, got: Result, want: Result) -> dict:
     """A row of the table, in per cent."""
-    row = {"form": form}
+    row: dict = {"form": form}
     if got.logits_NV is not None and want.logits_NV is not None:
         row["gradient at logits, %"] = 100 * relative_error(got.logits_NV, want.logits_NV)
     row["at hidden rows, %"] = 100 * relative_error(got.hidden_ND, want.hidden_ND)

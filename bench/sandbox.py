@@ -52,7 +52,7 @@ def jobs_of(data: str | None) -> list[tuple[str, str]]:
     jobs = []
     for example in read_examples(Path(data), "test"):
         solution = example.messages[1]["content"]
-        jobs.append((find_code(solution, example.answer)[0], example.answer))
+        jobs.append((find_code(solution, example.answer or "")[0], example.answer))
     return jobs
 
 

@@ -82,7 +82,7 @@ def step_of(
     return step
 
 
-def profile(step: Callable[[], None], path: str) -> None:
+def profile(step: Callable[[], Any], path: str) -> None:
     """Write which kernels a step spends its time in."""
     from torch.profiler import ProfilerActivity
 
