@@ -45,7 +45,7 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.grpo_step --data $(SRLM_DATA)/gsm8k/train.jsonl --tokenizer $(SRLM_DATA)/qwen2.5-tokenizer
 
 bench-gpu: $(VENV)/run
-	for name in head attention decode train_step; do $(BIN)/python -m bench.$$name || exit; done
+	failed=0; for part in gate speed train; do $(BIN)/python -m bench.gpu $$part || failed=1; done; exit $$failed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

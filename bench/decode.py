@@ -1,281 +1,367 @@
-"""Decoding on a GPU: is its attention right, how near the copy ceiling, and the whole engine beside `transformers`. One command, a few minutes:
+"""Decoding on a GPU: is its attention right, how near the copy ceiling, and the whole engine.
 
-    python -m bench.decode --json decode.json            # --no-engine: the kernel alone
+    python -m bench.decode --json decode.json      # a few minutes; --no-engine: the kernel alone
 
-First correctness (kernels/decode_attention.py), with every assembler at hand: against fp64 on ragged lengths and several tokens a step, a row
-alone against the same row in a batch to the bit, a CUDA graph whose lengths change under it, slots of NaN beyond the ends, 100 repeats to the bit.
-Then a step's attention of 24 layers, each with its own cache (one layer's would stay in the L2 cache), as one CUDA graph: batch 64 and 256 at
-1,024 tokens, 14 query heads on 2 key-value heads of dimension 64 (and 12 on 2 of 128). Bytes are those of the keys and values that a step must read;
-the ceiling is a device copy, timed beside. Last, 256 sequences × 512 new tokens of a Qwen2.5-0.5B with random weights, prompts of 64 ids,
-sampled at temperature 1. Exit code 1: a check failed; 2: no GPU.
+First correctness (kernels/decode_attention.py), with every assembler at hand: against fp64 on
+ragged lengths and several tokens a step, a row alone against the same row in a batch to the bit, a
+CUDA graph whose lengths change under it, slots of NaN beyond the ends, 100 repeats to the bit.
+Then a step's attention of 24 layers, each with its own cache (one layer's would stay in the L2
+cache), as one CUDA graph: batch 64 and 256 at 1,024 tokens, 14 query heads on 2 key-value heads of
+dimension 64 (and 12 on 2 of 128). Bytes are those of the keys and values that a step must read;
+the ceiling is a device copy, timed beside. Last, 256 sequences x 512 new tokens of a Qwen2.5-0.5B
+with random weights, prompts of 64 ids, sampled at temperature 1, beside `transformers`. What may
+hang or fail without harm to training comes at the end, in processes of its own. Exit code 1: a
+check failed; 2: no GPU.
 """
 
 import argparse
 import copy
-import json
+import functools
 import sys
-import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bench import gpu
+from bench import measure
+from bench.assemblers import check_with_others
 from bench.attention import HEADS, LIMIT
+from bench.measure import Bench
+from bench.processes import last_json, run_limited
 from kernels import backend
 from kernels.decode_attention import decode_attention, decode_reference
 
 EDGES = [0, 1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1000, 1023, 1024]
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+PROMPT = 64
+# Its manager thread may hang, and it sizes a cache from the memory that is free: last, and alone.
+BATCHING = "transformers continuous batching"
+ENGINE_COLUMNS = ("way", "tokens_per_s", "seconds", "note")
+
+# Queries [B, steps, heads, E], keys and values [B, kv heads, slots, E], lengths [B].
+Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def cache(lengths, size, slots, steps, device, empty=float("nan")):
-    """Queries, keys, values and lengths; `empty` lies beyond the ends."""
-    g = torch.Generator(device=device).manual_seed(len(lengths))
-    dtype, (heads, kv_heads) = (
-        torch.bfloat16 if device.type == "cuda" else torch.float32,
-        HEADS[size],
-    )
-    make = lambda *shape: torch.randn(*shape, generator=g, device=device, dtype=dtype)
-    kv, length_B = (
-        make(2, len(lengths), kv_heads, slots, size),
-        torch.tensor(lengths, device=device),
-    )
+def cache(
+    lengths: Sequence[int],
+    size: int,
+    slots: int,
+    steps: int,
+    device: torch.device,
+    empty: float = float("nan"),
+) -> Case:
+    """Random queries and a cache; `empty` lies in the slots beyond the ends."""
+    generator = torch.Generator(device=device).manual_seed(len(lengths))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads, kv_heads = HEADS[size]
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    keys_values = make(2, len(lengths), kv_heads, slots, size)
+    length_B = torch.tensor(lengths, device=device)
     beyond_BS = torch.arange(slots, device=device) >= length_B.unsqueeze(1)
-    kv.masked_fill_(beyond_BS[None, :, None, :, None], empty)
-    return make(len(lengths), steps, heads, size), *kv, length_B
+    keys_values.masked_fill_(beyond_BS[None, :, None, :, None], empty)
+    keys, values = keys_values
+    return make(len(lengths), steps, heads, size), keys, values, length_B
 
 
-def exact(q, k, v, length_B):
+def exact(q: Tensor, k: Tensor, v: Tensor, length_B: Tensor) -> Tensor:
     """From the definition in fp64: a sequence and a token at a time."""
-    o, group, steps = torch.zeros_like(q, dtype=torch.float64), q.shape[2] // k.shape[1], q.shape[1]
+    output = torch.zeros_like(q, dtype=torch.float64)
+    group, steps = q.shape[2] // k.shape[1], q.shape[1]
     for b, length in enumerate(length_B.tolist()):
         for i in range(steps):
             seen = length - steps + i + 1
-            if seen > 0:
-                keys, values = (x[b, :, :seen].double().repeat_interleave(group, 0) for x in (k, v))
-                p = (
-                    torch.einsum("he,hse->hs", q[b, i].double(), keys) * q.shape[3] ** -0.5
-                ).softmax(1)
-                o[b, i] = torch.einsum("hs,hse->he", p, values)
-    return o
+            if seen <= 0:
+                continue
+            keys = k[b, :, :seen].double().repeat_interleave(group, 0)
+            values = v[b, :, :seen].double().repeat_interleave(group, 0)
+            score = torch.einsum("he,hse->hs", q[b, i].double(), keys) * q.shape[3] ** -0.5
+            output[b, i] = torch.einsum("hs,hse->he", score.softmax(1), values)
+    return output
 
 
-def graphed(f, device):
-    """f as a CUDA graph (itself on a CPU): (replay, what f returned)."""
+def graphed(
+    run: Callable[[], Sequence[Tensor]], device: torch.device
+) -> tuple[Callable[[], Any], Sequence[Tensor]]:
+    """run as a CUDA graph (as it is on a CPU): (replay, the tensors that a replay fills)."""
     if device.type != "cuda":
-        out = f()
-        return (lambda: [a.copy_(b) for a, b in zip(out, f(), strict=True)]), out
+        out = run()
+
+        def again() -> None:
+            for kept, new in zip(out, run(), strict=True):
+                kept.copy_(new)
+
+        return again, out
     torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        f()  # compiles outside of the capture
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()  # compiles outside of the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = f()
+        out = run()
     return graph.replay, out
 
 
-def check(device, size, dry):
-    lengths = EDGES[:5] if dry else EDGES
-    errors, slots = {}, 80 if dry else 1100
-    for steps in (1, 2, 8):
-        case = cache(lengths, size, slots, steps, device)
-        errors[f"steps_{steps}"] = gpu.relative_error(decode_attention(*case), exact(*case))
-    q, k, v, length_B = cache(lengths, size, slots, 1, device)
-    whole = decode_attention(q, k, v, length_B)
-    cut = slots - 76 if not dry else slots  # a cache of another capacity
-    alone = [
-        decode_attention(
-            q[i : i + 1], k[i : i + 1, :, :cut], v[i : i + 1, :, :cut], length_B[i : i + 1]
-        )
-        for i in range(len(lengths))
-    ]
-    apart = torch.equal(torch.cat(alone), whole)
+# --- correctness ---------------------------------------------------------------------------------
+
+
+def alone_equals_batch(case: Case, cut: int, whole: Tensor) -> bool:
+    """Whether each row by itself, in a cache of `cut` slots, gives the same bits."""
+    q, k, v, length_B = case
+    alone = []
+    for i in range(len(length_B)):
+        row = slice(i, i + 1)
+        alone.append(decode_attention(q[row], k[row, :, :cut], v[row, :, :cut], length_B[row]))
+    return torch.equal(torch.cat(alone), whole)
+
+
+def graph_follows(case: Case, device: torch.device) -> tuple[bool, bool]:
+    """Whether a recorded step follows lengths that change; whether empty rows give zeros."""
+    q, k, v, length_B = case
     replay, (out,) = graphed(lambda: (decode_attention(q, k, v, length_B),), device)
-    followed = []
-    for change in (lambda: length_B.copy_(length_B.clamp(min=1) - 1), lambda: length_B.zero_()):
-        change()  # the graph reads the lengths on the device
+    follows = True
+    for lengths in (length_B.clamp(min=1) - 1, torch.zeros_like(length_B)):
+        length_B.copy_(lengths)  # the graph reads the lengths on the device
         replay()
-        followed.append(torch.equal(out, decode_attention(q, k, v, length_B)))
-    empty = not out.any().item()
-    case = cache([1024] * 64 if not dry else [40] * 2, size, 1100 if not dry else 80, 1, device)
-    unequal = gpu.unequal_repeats(lambda: (decode_attention(*case),), 2 if dry else 100)
-    right = (
-        max(errors.values()) <= LIMIT
-        and all(followed)
-        and empty
-        and unequal == 0
-        and (apart or dry)
-    )
-    return dict(
-        E=size,
-        **errors,
-        alone_equals_batch=apart,
-        graph_follows=all(followed),
-        empty_is_zero=empty,
-        unequal_repeats=unequal,
-        right=right,
-    )
+        follows &= torch.equal(out, decode_attention(q, k, v, length_B))
+    return follows, not out.any().item()
 
 
-def checks(device, dry):
-    rows = []
+def check(device: torch.device, size: int, all_steps: Sequence[int], dry: bool) -> dict:
+    """One head dimension, with so many tokens a step each: a row of the record."""
+    lengths, slots, cut, times = EDGES, 1100, 1024, 100
+    many = [1024] * 64
+    if dry:
+        lengths, slots, cut, times = EDGES[:5], 80, 80, 2
+        many = [40] * 2
+    errors = {}
+    for steps in all_steps:
+        case = cache(lengths, size, slots, steps, device)
+        error = measure.relative_error(decode_attention(*case), exact(*case))
+        errors[f"steps_{steps}"] = error
+    case = cache(lengths, size, slots, 1, device)
+    same = alone_equals_batch(case, cut, decode_attention(*case))
+    follows, zero = graph_follows(case, device)
+    case = cache(many, size, slots, 1, device)
+    unequal = measure.unequal_repeats(lambda: (decode_attention(*case),), times)
+    right = max(errors.values()) <= LIMIT and follows and zero and unequal == 0 and (same or dry)
+    return errors | {
+        "alone_equals_batch": same,
+        "graph_follows": follows,
+        "empty_is_zero": zero,
+        "unequal_repeats": unequal,
+        "right": right,
+    }
+
+
+def checks(bench: Bench, all_steps: Sequence[int]) -> None:
     for size in HEADS:
-        row, why = gpu.attempt(lambda: check(device, size, dry))
-        rows.append(row or dict(E=size, failed=why, right=False))
-    return rows
+        run = functools.partial(check, bench.device, size, all_steps, bench.dry)
+        row, why = measure.attempt(run)
+        bench.check("checks", {"E": size} | (row or {"failed": why, "right": False}))
 
 
-# --- speed ---------------------------------------------------------------------------------------------------------
+# --- the kernel's speed --------------------------------------------------------------------------
 
 
-def copy_ceiling(device, dry):
-    """Bytes per second of a device copy, read and written."""
-    source = torch.empty(1 << (20 if dry else 31), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) / gpu.milliseconds(lambda: target.copy_(source), device) * 1e3
-
-
-def masked_sdpa(q, k, v, length_B):
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, length_B: Tensor) -> Tensor:
     """What a user has in PyTorch: the whole capacity under a mask."""
     seen = torch.arange(k.shape[2], device=k.device) < length_B[:, None, None, None]
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=True
-    ).transpose(1, 2)
+    queries = q.transpose(1, 2)
+    output = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen, enable_gqa=True)
+    return output.transpose(1, 2)
 
 
-def speeds(device, dry):
-    ceiling, rows = copy_ceiling(device, dry), []
-    layers, context = (2, 40) if dry else (24, 1024)
+def layer_ms(attend: Callable[..., Tensor], cases: Sequence[Case], device: torch.device) -> float:
+    """Milliseconds of a layer, in one graph of all."""
+    replay, _ = graphed(lambda: [attend(*case) for case in cases], device)
+    return measure.milliseconds(replay, device) / len(cases)
+
+
+def speeds(bench: Bench) -> None:
+    layers, context, batches = (2, 40, (2, 3)) if bench.dry else (24, 1024, (64, 256))
+    ways = {"srlm": decode_attention, "reference": decode_reference, "masked sdpa": masked_sdpa}
+    ceiling = bench.copy_ceiling()
+    bench.put("copy_bytes_per_s", ceiling)
     for size in HEADS:
-        for batch in (2, 3) if dry else (64, 256):
-            cases = [
-                cache([context] * batch, size, context + 64, 1, device, empty=0.0)
-                for _ in range(layers)
-            ]
-            needed = 2 * cases[0][1].element_size() * batch * HEADS[size][1] * context * size
-            for name, attend in (
-                ("srlm", decode_attention),
-                ("reference", decode_reference),
-                ("masked sdpa", masked_sdpa),
-            ):
-
-                def measure(attend=attend, cases=cases):
-                    replay, _ = graphed(lambda: tuple(attend(*case) for case in cases), device)
-                    return gpu.milliseconds(replay, device) / layers
-
-                ms, why = gpu.attempt(measure)
-                rate = needed / ms * 1e3 if ms else None
-                figures = dict(
-                    microseconds_a_layer=ms and ms * 1e3,
-                    bytes_per_s=rate,
-                    of_copy=rate and rate / ceiling,
-                )
-                rows.append(dict(E=size, batch=batch, way=name) | figures | dict(note=why))
-            del cases
-    return dict(copy_bytes_per_s=ceiling, decode=rows)
+        for batch in batches:
+            cases = []
+            for _ in range(layers):
+                cases.append(cache([context] * batch, size, context + 64, 1, bench.device, empty=0))
+            _, kv_heads = HEADS[size]
+            needed = 2 * cases[0][1].element_size() * batch * kv_heads * context * size
+            for name, attend in ways.items():
+                run = functools.partial(layer_ms, attend, cases, bench.device)
+                ms, why = measure.attempt(run)
+                row = {"E": size, "batch": batch, "way": name, "microseconds_a_layer": None}
+                if ms:
+                    rate = needed / ms * 1e3
+                    row["microseconds_a_layer"] = ms * 1e3
+                    row |= {"bytes_per_s": rate, "of_copy": rate / ceiling}
+                bench.keep("decode", row | {"note": why})
 
 
-# --- the whole engine ----------------------------------------------------------------------------------------------
+# --- the whole engine ----------------------------------------------------------------------------
 
 
-def wall(f, device):
-    began = time.perf_counter()
-    result = f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+class Engine:
+    """The same random weights in our engine and in `transformers`; nothing stops early."""
 
+    def __init__(self, bench: Bench) -> None:
+        from model.checkpoint import build_model
+        from model.transformer import PRESETS
 
-def engine(device, dry):
-    """New tokens per second of our engine and of `transformers` on the same weights; nothing stops early."""
-    from bench.generate import reference
-    from model.checkpoint import build_model
-    from model.generate import generate
-    from model.transformer import PRESETS
-
-    config, n, new = (PRESETS["tiny"], 3, 6) if dry else (PRESETS["qwen2.5-0.5b"], 256, 512)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = build_model(
-        config, None, device=device, seed=0, weight_dtype=dtype, compute_dtype=dtype
-    )
-    compiled = copy.deepcopy(model)
-    for block in compiled.layers if device.type == "cuda" else ():
-        block.compile_halves()
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(config.vocab_size, (n, 64), generator=g).tolist()
-    ours = lambda model, m: sum(
-        len(c.tokens)
-        for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n)
-    )
-    runs = {"srlm": lambda m: ours(model, m)} | (
-        {"srlm, compiled": lambda m: ours(compiled, m)} if device.type == "cuda" else {}
-    )
-    theirs, why = gpu.attempt(lambda: reference(model).to(device, dtype))
-    if theirs:
-        rows = torch.tensor(prompts, device=device)
-        sample = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-        generated = lambda m: theirs.generate(
-            rows, attention_mask=torch.ones_like(rows), max_new_tokens=m, **sample
+        self.device, self.dtype = bench.device, bench.dtype
+        preset, self.count, self.new = "qwen2.5-0.5b", 256, 512
+        if bench.dry:
+            preset, self.count, self.new = "tiny", 3, 6
+        config = PRESETS[preset]
+        self.model = build_model(
+            config,
+            None,
+            device=self.device,
+            seed=0,
+            weight_dtype=self.dtype,
+            compute_dtype=self.dtype,
         )
-        runs["transformers generate"] = lambda m: generated(m)[:, 64:].numel()
-        if device.type == "cuda" and hasattr(theirs, "generate_batch"):
-            from transformers import GenerationConfig
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.count, PROMPT)
+        self.prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
 
-            settings = lambda m: GenerationConfig(max_new_tokens=m, eos_token_id=-1, **sample)
-            batch = lambda m: theirs.generate_batch(
-                inputs=prompts, generation_config=settings(m), progress_bar=False
-            )
-            runs["transformers continuous batching"] = lambda m: sum(
-                len(r.generated_tokens) for r in batch(m).values()
-            )
-    found = [] if theirs else [dict(way="transformers", tokens_per_s=None, seconds=None, note=why)]
-    for name, f in runs.items():
-        got, why = gpu.attempt(lambda: (f(4), wall(lambda: f(new), device))[1])
-        seconds, tokens = got or (None, None)
-        if got and tokens != n * new:  # a way that gave up on the way has no rate
-            seconds, tokens, why = None, None, f"{tokens:,} tokens of {n * new:,}"
-        found.append(
-            dict(way=name, tokens_per_s=seconds and tokens / seconds, seconds=seconds, note=why)
+    def ours(self, model: Any, new: int) -> int:
+        """How many tokens were generated, as all ways say."""
+        from model.generate import generate
+
+        options = {"temperature": 1.0, "seeds": range(self.count), "batch_size": self.count}
+        return sum(len(c.tokens) for c in generate(model, self.prompts, new, [], **options))
+
+    def compiled(self) -> Any:
+        model = copy.deepcopy(self.model)
+        model.compile_blocks()
+        return model
+
+    def theirs(self) -> Any:
+        from bench.generate import reference
+
+        model = reference(self.model)
+        if model is None:
+            raise ImportError("transformers is not installed")
+        return model.to(self.device, self.dtype)
+
+    def their_generate(self, model: Any, new: int) -> int:
+        rows = torch.tensor(self.prompts, device=self.device)
+        mask = torch.ones_like(rows)
+        out = model.generate(rows, attention_mask=mask, max_new_tokens=new, **SAMPLING)
+        return out[:, PROMPT:].numel()
+
+    def their_batching(self, model: Any, new: int) -> int:
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(max_new_tokens=new, eos_token_id=-1, **SAMPLING)
+        results = model.generate_batch(
+            inputs=self.prompts, generation_config=settings, progress_bar=False
         )
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    return found
+        return sum(len(result.generated_tokens) for result in results.values())
+
+    def way(self, name: str) -> Callable[[int], int]:
+        """The function (new tokens a sequence -> tokens generated) of a name in `names`."""
+        if name == "srlm":
+            return functools.partial(self.ours, self.model)
+        if name == "srlm, compiled":
+            return functools.partial(self.ours, self.compiled())
+        if name == BATCHING:
+            return functools.partial(self.their_batching, self.theirs())
+        return functools.partial(self.their_generate, self.theirs())
+
+    def names(self) -> list[str]:
+        if self.device.type != "cuda":
+            return ["srlm", "transformers generate"]
+        return ["srlm", "srlm, compiled", "transformers generate"]
+
+    def timed(self, name: str) -> dict:
+        """A row: new tokens per second; a way that ended before its time has no rate."""
+        row = {"way": name, "tokens_per_s": None, "seconds": None}
+
+        def run() -> tuple[float, int]:
+            generate = self.way(name)
+            generate(4)
+            return measure.timed_seconds(lambda: generate(self.new), self.device)
+
+        got, why = measure.attempt(run)
+        if got:
+            seconds, tokens = got
+            if tokens == self.count * self.new:
+                row |= {"tokens_per_s": tokens / seconds, "seconds": seconds}
+            else:
+                why = f"{tokens:,} tokens of {self.count * self.new:,}"
+        return row | {"note": why}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="bench.decode")
-    parser.add_argument("--json", default="decode.json")
-    parser.add_argument(
-        "--only-check", action="store_true", help="checks alone; the last line is their record"
+def engine(bench: Bench) -> None:
+    built, why = measure.attempt(lambda: Engine(bench))
+    if not built:
+        bench.keep("engine", {"way": "srlm", "tokens_per_s": None, "note": why}, ENGINE_COLUMNS)
+        return
+    for name in built.names():
+        bench.keep("engine", built.timed(name), ENGINE_COLUMNS)
+
+
+def batching(bench: Bench) -> None:
+    """Continuous batching of transformers, in a process with a limit."""
+    command = [sys.executable, "-m", "bench.decode", "--batching"]
+    outcome = run_limited(command, limit_s=120)
+    row = last_json(outcome.stdout) or {"way": BATCHING, "note": outcome.failed}
+    bench.keep("engine", row, ENGINE_COLUMNS)
+
+
+def eight_steps(bench: Bench) -> None:
+    """Eight tokens a step, which the engine never asks for: a failure is told, and no more."""
+    outcome = run_limited(
+        [sys.executable, "-m", "bench.decode", "--only-check", "--steps", "8"], limit_s=90
     )
+    row = {"failed": outcome.failed, "record": last_json(outcome.stdout)}
+    bench.keep("eight_steps", row, ("failed",))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = measure.parser_of(__doc__ or "", "--json", "decode.json", minutes=6)
+    measure.add_check_options(parser)
+    parser.add_argument("--steps", default="1,2", help="tokens a step that are checked")
     parser.add_argument("--no-engine", action="store_true", help="leave the whole engine out")
-    parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--batching", action="store_true", help=f"{BATCHING} alone")
     args = parser.parse_args(argv)
-    device = gpu.device_or_exit(args.dry)
+    bench = Bench(args.dry, args.minutes, "" if args.only_check or args.batching else args.path)
+    if args.batching:
+        bench.record = Engine(bench).timed(BATCHING) | {"right": True}
+        return bench.only_checked()
     backend.use("torch" if args.dry else "triton")
-    record = gpu.checked(device, checks(device, args.dry))
+    steps = [int(number) for number in args.steps.split(",")]
+    checks(bench, [*steps, 8] if args.dry else steps)
     if args.only_check:
-        print(json.dumps(record))
-        return 0 if record["right"] else 1
-    with gpu.kept(record, args.json):
-        record |= speeds(device, args.dry)
-        print(
-            f"copy ceiling {record['copy_bytes_per_s'] / 1e12:.2f} TB/s\n{gpu.table(record['decode'])}"
-        )
-        if not args.no_engine:
-            backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
-            found, why = gpu.attempt(lambda: engine(device, args.dry))
-            record["engine"] = found or [
-                dict(way="srlm", tokens_per_s=None, seconds=None, note=why)
-            ]
-            print(gpu.table(record["engine"]))
-        late = args.dry or gpu.late(6)
-        record["other_assemblers"] = (
-            {}
-            if late
-            else gpu.tell_assemblers(gpu.checked_with_other_assemblers("bench.decode", 60))
-        )
-    return gpu.finish(record, args.json)
+        return bench.only_checked()
+    speeds(bench)
+    print(f"copy ceiling {bench.record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
+    print(measure.table(bench.record["decode"]))
+    if not args.no_engine:
+        backend.use("torch" if args.dry else "auto")  # the engine chooses by itself
+        engine(bench)
+    if not args.dry:
+        later(bench, args)
+    return bench.finish()
+
+
+def later(bench: Bench, args: argparse.Namespace) -> None:
+    """What may hang or fail: processes of their own, while there is time."""
+    if not args.one_assembler and not bench.out_of_time():
+        check_with_others(bench, "bench.decode", limit_s=60)
+    if not bench.out_of_time():
+        eight_steps(bench)
+    if not args.no_engine and not bench.out_of_time():
+        batching(bench)
 
 
 if __name__ == "__main__":

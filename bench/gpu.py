@@ -1,250 +1,145 @@
-"""What the benchmarks of the kernels share: a device or one clear line, timing, repeats, assemblers, and the record of a run."""
+"""One command for a bare GPU machine, in three parts of under ten minutes each.
 
-import contextlib
-import glob
-import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
+    python -m bench.gpu gate      # ceilings, tests, rarely reached paths, checks under every ptxas
+    python -m bench.gpu speed     # attention, head, decoding, engine
+    python -m bench.gpu train     # SFT, KD and GRPO steps
+
+Needs no network, no data, and none of transformers, math-verify and wandb (tests/test_gpu.py needs
+pytest, and is one failed line without). Every step is a process with a limit of its own, so that
+neither an illegal access nor a hang costs more than its line; what may hang comes last. The record
+in FOLDER/<part>.json is written again after every step, and each step writes its own JSON there.
+--dry runs the small form of every step on a CPU. Exit code 1: a step failed (one under another
+assembler than the one in use does not count); 2: no GPU.
+"""
+
+import argparse
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
+from bench.assemblers import other_assemblers
+from bench.measure import Bench
+from bench.processes import last_json, run_limited
 
-
-def device_or_exit(dry):
-    """The GPU; with `dry` the CPU, where the scripts run on tiny sizes by the reference paths. Exit code 2 where there is none."""
-    if dry:
-        return torch.device("cpu")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        print(
-            "this benchmark needs an NVIDIA GPU of compute capability 8.0 or more; none is here",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    return torch.device("cuda")
+PARTS = ("gate", "speed", "train")
+CHECKED = ("attention", "head", "decode")
+COLUMNS = ("step", "seconds", "failed")
+TAIL = 40  # lines of a step's output that are kept
 
 
-def environment(device):
-    record = dict(
-        torch=torch.__version__, python=platform.python_version(), device="cpu", commit=commit()
+@dataclass
+class Step:
+    """A process.
+
+    Attributes:
+        options: of `python -m module`.
+        limit_s: seconds after which it is killed.
+        required: whether the part fails with it.
+    """
+
+    name: str
+    module: str
+    options: list[str]
+    limit_s: float
+    env: dict[str, str] = field(default_factory=dict)
+    required: bool = True
+
+
+def gate(folder: Path, assemblers: dict[str, str]) -> list[Step]:
+    """Whether it is right: decides which form of the kernels and which assembler to use."""
+    steps = [Step("ceilings", "bench.ceilings", ["--out", str(folder / "ceilings.json")], 90)]
+    steps.append(Step("tests", "pytest", ["-q", "tests/test_gpu.py"], 180))
+    for name in ("chunks", "offsets", "step"):
+        out = ["--out", str(folder / f"paths-{name}.json")]
+        steps.append(Step(f"path {name}", "bench.paths", [name, *out], 90))
+    for version, path in {"": "", **assemblers}.items():
+        for name in CHECKED:
+            label = f"check {name}"
+            env = {}
+            if version:
+                label += f", ptxas {version}"
+                cache = str((folder / f"triton-cache-{version}").absolute())
+                env = {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": cache}
+            steps.append(Step(label, f"bench.{name}", ["--only-check"], 120, env, not version))
+    eight = ["--only-check", "--steps", "8"]  # a shape that the engine never asks for
+    last = Step("check decode, 8 tokens a step", "bench.decode", eight, 60, required=False)
+    return [*steps, last]
+
+
+def speed(folder: Path, assemblers: dict[str, str]) -> list[Step]:
+    attention = ["--json", str(folder / "attention.json"), "--minutes", "1.5", "--one-assembler"]
+    sweep = ["--json", str(folder / "sweep.json"), "--minutes", "1.5"]
+    tune = ["--out", str(folder / "tune.json"), "--minutes", "1", "--one-assembler", "--tune"]
+    head = ["--out", str(folder / "head.json"), "--minutes", "1.5", "--one-assembler"]
+    profiled = ["--profile", str(folder / "rollouts.txt"), "--minutes", "1.5"]
+    rollouts = ["engine", "--out", str(folder / "rollouts.json"), *profiled]
+    decode = ["--json", str(folder / "decode.json"), "--minutes", "1", "--one-assembler"]
+    return [
+        Step("attention", "bench.attention", attention, 120),
+        Step("head, configurations", "bench.head", tune, 120),
+        Step("head", "bench.head", head, 120),
+        Step("engine", "bench.rollouts", rollouts, 120),
+        Step("attention, configurations", "bench.attention_sweep", sweep, 120),
+        Step("decode", "bench.decode", decode, 120),  # transformers may hang: last
+    ]
+
+
+def train(folder: Path, assemblers: dict[str, str]) -> list[Step]:
+    profiled = ["--profile", str(folder / "train_step.txt"), "--minutes", "4.5"]
+    grpo = ["grpo", "--out", str(folder / "grpo.json"), "--minutes", "3.5"]
+    return [
+        Step(
+            "train_step",
+            "bench.train_step",
+            ["--out", str(folder / "train_step.json"), *profiled],
+            330,
+        ),
+        Step("grpo", "bench.rollouts", grpo, 240),
+    ]
+
+
+def run_step(bench: Bench, step: Step) -> None:
+    """Run a step within its limit and the part's, and record how it ended."""
+    left = bench.deadline - time.perf_counter()
+    if left < 5:
+        bench.record["right"] &= not step.required
+        bench.keep("steps", {"step": step.name, "right": False, "failed": "out of time"}, COLUMNS)
+        return
+    command = [sys.executable, "-m", step.module, *step.options]
+    if bench.dry and step.module.startswith("bench."):
+        command.append("--dry")
+    outcome = run_limited(command, min(step.limit_s, left), step.env)
+    row = {"step": step.name, "seconds": outcome.seconds, "right": not outcome.failed}
+    bench.record["right"] &= row["right"] or not step.required
+    output = outcome.stdout.splitlines()[-TAIL:]
+    errors = outcome.stderr.splitlines()[-TAIL:]
+    found = last_json(outcome.stdout) if "--only-check" in step.options else None
+    more = {"command": command, "record": found, "output": output, "errors": errors}
+    bench.keep("steps", row | {"failed": outcome.failed or None} | more, COLUMNS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if device.type == "cuda":
-        import triton
-
-        record |= dict(
-            device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__
-        )
-        record |= dict(ptxas=os.environ.get("TRITON_PTXAS_PATH", "bundled"))
-    return record
-
-
-def commit():
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        return ""
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of the JSON files")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of the whole part")
+    parser.add_argument("--dry", action="store_true", help="the small form, on a CPU")
+    parser.add_argument("--only", default="", help="only steps whose name contains this")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.dry, args.minutes, str(args.folder / f"{args.part}.json"))
+    assemblers = {} if args.dry else other_assemblers()
+    bench.put("assemblers", assemblers)
+    steps = {"gate": gate, "speed": speed, "train": train}[args.part](args.folder, assemblers)
+    for step in steps:
+        if args.only in step.name:
+            run_step(bench, step)
+    return bench.finish()
 
 
-def milliseconds(f, device, samples=15, calls=4):
-    """Median over samples of the time of a call; several calls to a sample, so that the host runs ahead of the GPU."""
-    for _ in range(2 * calls if device.type == "cuda" else 1):
-        f()
-    if device.type != "cuda":
-        began = time.perf_counter()
-        f()
-        return (time.perf_counter() - began) * 1e3
-    times = []
-    for _ in range(samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(calls):
-            f()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
-
-
-def attempt(f):
-    """(result, None), or (None, why not in a few words): what is compared with may be absent or refuse a shape."""
-    try:
-        return f(), None
-    except Exception as e:
-        return None, f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:90]}"
-
-
-def relative_error(got, want):
-    """‖got − want‖ / ‖want‖ in fp64; NaN counts as infinite."""
-    error = ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300)).item()
-    return error if error == error else float("inf")
-
-
-def unequal_repeats(f, times):
-    """How many of `times` more calls give other bits than the first."""
-    first = [x.clone() for x in f()]
-    return sum(
-        not all(torch.equal(a, b) for a, b in zip(first, f(), strict=True)) for _ in range(times)
-    )
-
-
-def other_assemblers():
-    """ptxas programs besides the one that Triton uses by itself on this GPU: path by version."""
-    import triton
-
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-    version = lambda path: (
-        subprocess.run([path, "--version"], capture_output=True, text=True)
-        .stdout.split("release ")[-1]
-        .split(",")[0]
-        .strip()
-    )
-    used = os.environ.get("TRITON_PTXAS_PATH") or os.path.join(tools, "ptxas")
-    paths = [shutil.which("ptxas"), *glob.glob("/usr/local/cuda*/bin/ptxas")]
-    paths += glob.glob(os.path.join(sys.prefix, "lib/python*/site-packages/nvidia/*/bin/ptxas"))
-    found = {}
-    for path in filter(None, paths):
-        with contextlib.suppress(OSError):
-            if os.path.exists(path) and version(path) != version(used):
-                found.setdefault(version(path), path)
-    return found
-
-
-def checked_with_other_assemblers(module, limit_s=150):
-    """`python -m module --only-check` once for each: {version: its record, or why there is none}."""
-    records = {}
-    for version, path in other_assemblers().items():
-        command = [sys.executable, "-m", module, "--only-check"]
-        try:
-            done = subprocess.run(
-                command,
-                env=os.environ
-                | {"TRITON_PTXAS_PATH": path, "TRITON_CACHE_DIR": tempfile.mkdtemp()},
-                capture_output=True,
-                text=True,
-                timeout=limit_s,
-            )
-        except subprocess.TimeoutExpired:
-            records[version] = dict(failed=f"not done in {limit_s} s")
-            continue
-        lines = done.stdout.strip().splitlines()
-        good = lines and lines[-1].startswith("{")
-        records[version] = (
-            json.loads(lines[-1])
-            if good
-            else dict(failed=(done.stderr.strip() or "no output").splitlines()[-1][:200])
-        )
-    return records
-
-
-def checked(device, rows):
-    """The record of a benchmark that begins with its checks, which are printed."""
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return dict(
-        environment=environment(device), checks=rows, right=all(row["right"] for row in rows)
-    )
-
-
-def tell_assemblers(records):
-    for version, record in records.items():
-        print(
-            f"ptxas {version}: {record.get('failed') or ('right' if record['right'] else 'WRONG')}",
-            flush=True,
-        )
-    return records
-
-
-def table(rows, columns=None):
-    """Rows of dicts as text, a missing value as a dash."""
-    columns = list(columns or rows[0])
-    show = lambda v: "–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-    cells = [columns] + [[show(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
-
-
-@contextlib.contextmanager
-def kept(record, path):
-    """Whatever happens inside, an illegal memory access on the GPU too, what the record has by then is written."""
-    try:
-        yield
-    except BaseException as e:
-        record["ended"] = f"{type(e).__name__}: {str(e)[:300]}"
-        raise
-    finally:
-        with open(path, "w") as f:
-            json.dump(record, f, indent=1)
-
-
-BEGAN = time.perf_counter()
-
-
-def late(minutes):
-    """Whether this process has run for so long."""
-    return time.perf_counter() - BEGAN > 60 * minutes
-
-
-def finish(record, path):
-    """Write the record; the exit code: 1 where a check failed."""
-    with open(path, "w") as f:
-        json.dump(record, f, indent=1)
-    print(f"\n{path} written; checks {'passed' if record['right'] else 'FAILED'}")
-    return 0 if record["right"] else 1
-
-
-class Bench:
-    """Records of what was measured on one device, until a deadline."""
-
-    def __init__(self, dry, minutes):
-        self.dry, self.device = dry, device_or_exit(dry)
-        self.dtype = torch.float32 if dry else torch.bfloat16
-        self.began, self.minutes, self.records = time.perf_counter(), minutes, []
-
-    def out_of_time(self):
-        return time.perf_counter() > self.began + 60 * self.minutes
-
-    def milliseconds(self, run):
-        return milliseconds(run, self.device, samples=10, calls=1)
-
-    def peak_gb(self, run):
-        """Gigabytes that run() allocates above what was there before."""
-        if self.dry:
-            return 0.0
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-    def measure(self, run, **facts):
-        """A record of run(): milliseconds and peak memory, or why there is none. Kept, and returned."""
-        if self.out_of_time():
-            return self.keep(facts | {"failed": "out of time"})
-        figures, why = attempt(lambda: {"gb": self.peak_gb(run), "ms": self.milliseconds(run)})
-        return self.keep(facts | (figures or {"failed": why}))
-
-    def keep(self, record):
-        self.records.append(record)
-        return record
-
-    def copy_ceiling(self):
-        """Bytes per second, read and written, of a large device-to-device copy."""
-        source = torch.empty(1 << (20 if self.dry else 31), dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        return 2e3 * source.numel() / self.milliseconds(lambda: target.copy_(source))
-
-    @property
-    def record(self):
-        return {"environment": environment(self.device), "records": self.records}
-
-    def finish(self, path, **more):
-        record = {"seconds": time.perf_counter() - self.began} | more | self.record
-        return finish({"right": True} | record, path)
+if __name__ == "__main__":
+    sys.exit(main())

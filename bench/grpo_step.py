@@ -1,179 +1,217 @@
-"""One GRPO step at the full vocabulary on a CPU, split into rollout and update, beside its own matrix products.
+"""One GRPO step at the full vocabulary on a CPU, in rollout and update, beside its products.
 
     python -m bench.grpo_step --data path/to/gsm8k/train.jsonl --tokenizer path/to/qwen2.5-tokenizer
+    python -m bench.grpo_step --dry       # a tiny body and random prompts: the script itself
 
-Policy 4 layers × hidden 256 (random weights), 2 prompts × 8 samples × 128 new tokens (nothing stops early), temperature 1, token-level
-loss, no reference, one update, fp32, 2 threads. Rewards are a coin per sample: they cost nothing and give every group a spread. The
-products are those that the step cannot avoid, at the same shapes with buffers allocated once: for every new token the body's and the
-head's, for the update the head's three (logits, both gradients) and the body's forward and its two gradients. Medians of `--repeats`
-steps, interleaved in one process; memory is the process's peak above its resident size before the first step.
+Policy 4 layers x hidden 256 (random weights), 2 prompts x 8 samples x 128 new tokens (nothing stops
+early), temperature 1, token-level loss, no reference, one update, fp32, 2 threads. Rewards are a
+coin per sample: they cost nothing and give every group a spread. The products are those that the
+step cannot avoid, at the same shapes with buffers allocated once: for every new token the body's
+and the head's, for the update the head's three (logits, both gradients) and the body's forward and
+its two gradients. Medians of `--repeats` steps, interleaved in one process; memory is the process's
+peak above its resident size before the first step.
 """
 
 import argparse
 import functools
 import statistics
 import sys
-import time
-from types import SimpleNamespace
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bench.kd_step import ROOT, load, resident
+from bench.kd_step import cpu_parser, load, need_data
+from bench.measure import median_ratio, resident_gb, rounds
+from data.batch import WEIGHTINGS
+from kernels.chunk import default_chunk_rows
+from losses.grpo import GRPOConfig, grpo_loss
+from model.checkpoint import build_model
+from model.optim import build_optimizer, clip_gradients
+from model.transformer import PRESETS, ModelConfig, Transformer
+from rl.rollout import GRPORollouts
+from rl.sample import RolloutConfig
+from train import forward_backward
 
-sys.path.insert(0, str(ROOT))
-
-SAMPLES, NEW, VOCAB_ROWS = 8, 128, 151_936
-
-
-def prompts_of(args):
-    """The first two prompts as token ids, and how many ids the tokenizer has."""
-    batch, vocab = load(args.data, args.tokenizer)
-    return [
-        [int(t) for t, w in zip(d.tokens, d.weights) if not w] for d in batch.documents[:2]
-    ], vocab
-
-
-def products(config, prompt_tokens, rows, steps, chunk):
-    """A function that does the matrix products of a rollout and one of those of an update."""
-    d, f = config.hidden_size, config.intermediate_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    shapes = [(d, qkv), (config.num_heads * config.head_dim, d), (d, 2 * f), (f, d)]
-    weights = [torch.randn(a, b) for a, b in shapes] * config.num_layers
-    head, logits = torch.randn(VOCAB_ROWS, d), torch.empty(chunk, VOCAB_ROWS)
-
-    def body(tokens, times):
-        for w in weights:
-            x = torch.zeros(tokens, w.shape[0])
-            for _ in range(times):
-                x @ w
-
-    def rollout():
-        body(prompt_tokens, 1)
-        x = torch.zeros(rows, d)
-        for _ in range(steps):
-            body(rows, 1)
-            torch.mm(x, head.t(), out=logits[:rows])
-
-    def update():
-        n = rows * steps
-        body(prompt_tokens * SAMPLES + n, 3)
-        hidden, grad_hidden, grad_head = (
-            torch.zeros(n, d),
-            torch.empty(n, d),
-            torch.zeros(VOCAB_ROWS, d),
-        )
-        for lo in range(0, n, chunk):
-            x = hidden[lo : lo + chunk]
-            z = torch.mm(x, head.t(), out=logits[: len(x)])
-            torch.mm(z, head, out=grad_hidden[lo : lo + chunk])
-            torch.addmm(grad_head, z.t(), x, out=grad_head)
-
-    return rollout, update
+Prompts = list[list[int]]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    from data.batch import WEIGHTINGS
-    from kernels.chunk import default_chunk_rows
-    from losses.grpo import GRPOConfig, grpo_loss
-    from model.checkpoint import build_model
-    from model.optim import build_optimizer, clip_gradients
-    from model.transformer import PRESETS
-    from rl.rollout import GRPORollouts
-    from rl.sample import RolloutConfig
-    from train import forward_backward
+class Size(NamedTuple):
+    """Prompts of a step, samples of each, new tokens of a sample, ids of the tokenizer."""
 
-    prompts, vocab = prompts_of(args)
-    model = build_model(PRESETS["small"], None, device="cpu", seed=0)
-    optimizer = build_optimizer(model, 1e-6, (0.9, 0.95), 1e-8, 0.0)
+    prompts: int
+    samples: int
+    new_tokens: int
+    vocab: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.samples
+
+
+class CoinRollouts(GRPORollouts):
+    """Rewards are a coin per sample."""
+
     coin = np.random.default_rng(0)
 
-    class CoinRollouts(GRPORollouts):
-        def grade(self, example, sample):
-            sample.reward = float(coin.integers(2))
+    def grade(self, example: Any, sample: Any) -> None:
+        sample.reward = float(self.coin.integers(2))
 
-    class TwoPrompts:
-        """Endless; an example is the prompt itself."""
 
-        formatter = SimpleNamespace(prompt=list)
+class FixedPrompts:
+    """The same prompts over and over, as a dataset; an example is the prompt itself."""
 
-        def __len__(self):
-            return 0
+    class formatter:
+        prompt = list
 
-        def example(self, position):
-            return prompts[position % 2]
+    def __init__(self, prompts: Prompts) -> None:
+        self.prompts = prompts
 
-    config = RolloutConfig(
-        prompts_per_batch=2,
-        samples_per_prompt=SAMPLES,
-        weighting=WEIGHTINGS["token"],
-        max_new_tokens=NEW,
-        stop_ids=[],
-        vocab_size=vocab,
-        logged_samples=0,
-    )
-    source = CoinRollouts(TwoPrompts(), model, config, reward=None)
-    cfg = GRPOConfig(variant="token", clip_low=0.2, clip_high=0.2, vocab=vocab)
-    loss_fn = functools.partial(grpo_loss, cfg=cfg)
-    before = resident()
+    def __len__(self) -> int:
+        return 0
 
-    def rollout():
-        source.batch = next(source)
+    def example(self, position: int) -> list[int]:
+        return self.prompts[position % len(self.prompts)]
 
-    def update():
-        forward_backward(
-            model, None, loss_fn, source.batch, source.batch.normalizer, 8192, torch.device("cpu")
+
+class GrpoStep:
+    """The loop's own rollout and update of a policy."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Prompts,
+        size: Size,
+        micro_tokens: int = 8192,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.model, self.micro_tokens = model, micro_tokens
+        config = RolloutConfig(
+            prompts_per_batch=size.prompts,
+            samples_per_prompt=size.samples,
+            weighting=WEIGHTINGS["token"],
+            max_new_tokens=size.new_tokens,
+            stop_ids=list(stop_ids),
+            vocab_size=size.vocab,
+            logged_samples=0,
         )
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        dataset: Any = FixedPrompts(prompts)
+        no_reward: Any = None  # CoinRollouts asks none
+        self.source = CoinRollouts(dataset, model, config, no_reward)
+        cfg = GRPOConfig(variant="token", clip_low=0.2, clip_high=0.2, vocab=size.vocab)
+        self.loss_fn = functools.partial(grpo_loss, cfg=cfg)
+        self.optimizer = build_optimizer(model, 1e-6, (0.9, 0.95), 1e-8, 0.0)
+        self.batch: Any = None
 
-    rollout(), update()  # warm-up
-    peak = resident(peak=True) - before
-    rollout_products, update_products = products(
-        model.config,
-        sum(map(len, prompts)),
-        2 * SAMPLES,
-        NEW,
-        default_chunk_rows(vocab, torch.device("cpu")),
-    )
-    parts = {
-        "rollout": rollout,
-        "update": update,
-        "its products, rollout": rollout_products,
-        "its products, update": update_products,
-    }
-    seconds = {name: [] for name in parts}
-    for _ in range(args.repeats):
-        for name, part in parts.items():
-            began = time.perf_counter()
-            part()
-            seconds[name].append(time.perf_counter() - began)
-    print(
-        f"{2 * SAMPLES} samples of {NEW} new tokens, prompts of {[len(p) for p in prompts]}, {vocab:,} ids, {args.threads} threads, "
-        f"torch {torch.__version__}"
-    )
+    def rollout(self) -> None:
+        self.batch = next(self.source)
+
+    def update(self) -> dict:
+        """The sums of the loss."""
+        device, normalizer = self.model.head_VD.device, self.batch.normalizer
+        sums = forward_backward(
+            self.model, None, self.loss_fn, self.batch, normalizer, self.micro_tokens, device
+        )
+        clip_gradients(self.model, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums
+
+
+class Products:
+    """The matrix products of a rollout and those of an update, by themselves."""
+
+    def __init__(self, config: ModelConfig, prompt_tokens: int, size: Size) -> None:
+        self.prompt_tokens, self.size = prompt_tokens, size
+        d, f = config.hidden_size, config.intermediate_size
+        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        shapes = [(d, qkv), (config.num_heads * config.head_dim, d), (d, 2 * f), (f, d)]
+        self.weights = [torch.randn(shape) for shape in shapes] * config.num_layers
+        self.chunk = default_chunk_rows(size.vocab, torch.device("cpu"))
+        self.chunk = min(self.chunk, size.rows * size.new_tokens)
+        self.head = torch.randn(config.vocab_size, d)
+        self.logits = torch.empty(max(self.chunk, size.rows), config.vocab_size)
+
+    def body(self, tokens: int, times: int) -> None:
+        for weight in self.weights:
+            x = torch.zeros(tokens, weight.shape[0])
+            for _ in range(times):
+                x @ weight
+
+    def rollout(self) -> None:
+        self.body(self.prompt_tokens, 1)
+        x = torch.zeros(self.size.rows, self.head.shape[1])
+        for _ in range(self.size.new_tokens):
+            self.body(self.size.rows, 1)
+            torch.mm(x, self.head.t(), out=self.logits[: self.size.rows])
+
+    def update(self) -> None:
+        n = self.size.rows * self.size.new_tokens
+        self.body(self.prompt_tokens * self.size.samples + n, 3)
+        hidden = torch.zeros(n, self.head.shape[1])
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(self.head)
+        for start in range(0, n, self.chunk):
+            rows = slice(start, start + self.chunk)
+            x = hidden[rows]
+            z = torch.mm(x, self.head.t(), out=self.logits[: len(x)])
+            torch.mm(z, self.head, out=grad_hidden[rows])
+            torch.addmm(grad_head, z.t(), x, out=grad_head)
+
+
+def inputs(args: argparse.Namespace) -> tuple[Prompts, Size]:
+    """The first two prompts as token ids, and the sizes of the step."""
+    batch, vocab = load(args)
+    prompts = []
+    for document in batch.documents[:2]:
+        pairs = zip(document.tokens, document.weights, strict=True)
+        prompts.append([int(token) for token, weight in pairs if not weight])
+    return prompts, Size(2, 8, 4 if args.dry else 128, vocab)
+
+
+def report(seconds: dict[str, list[float]], size: Size, peak: float) -> None:
     for name, values in seconds.items():
         print(f"{name:<24}{statistics.median(values):>8.2f} s")
-    total = [a + b for a, b in zip(seconds["rollout"], seconds["update"])]
-    ratio = [
-        t / (a + b)
-        for t, a, b in zip(total, seconds["its products, rollout"], seconds["its products, update"])
-    ]
-    tokens = 2 * SAMPLES * NEW / statistics.median(seconds["rollout"])
+    pairs = zip(seconds["rollout"], seconds["update"], strict=True)
+    steps = [sum(pair) for pair in pairs]
+    pairs = zip(seconds["its products, rollout"], seconds["its products, update"], strict=True)
+    products = [sum(pair) for pair in pairs]
+    rate = size.rows * size.new_tokens / statistics.median(seconds["rollout"])
     print(
-        f"step {statistics.median(total):.2f} s, {statistics.median(ratio):.2f}x its products; peak {peak:.2f} GB; rollout {tokens:,.0f} tokens/s"
+        f"step {statistics.median(steps):.2f} s, {median_ratio(steps, products):.2f}x its "
+        f"products; peak {peak:.2f} GB; rollout {rate:,.0f} tokens/s"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cpu_parser(__doc__ or "")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    need_data(parser, args)
+    torch.set_num_threads(args.threads)
+    prompts, size = inputs(args)
+    model = build_model(PRESETS["tiny" if args.dry else "small"], None, device="cpu", seed=0)
+    step = GrpoStep(model, prompts, size)
+    before = resident_gb()
+    step.rollout()  # warm-up
+    step.update()
+    peak = resident_gb(peak=True) - before
+    products = Products(model.config, sum(map(len, prompts)), size)
+    parts = {
+        "rollout": step.rollout,
+        "update": step.update,
+        "its products, rollout": products.rollout,
+        "its products, update": products.update,
+    }
+    seconds = rounds(parts, args.repeats)
+    print(
+        f"{size.rows} samples of {size.new_tokens} new tokens, prompts of "
+        f"{[len(p) for p in prompts]}, {size.vocab:,} ids, {args.threads} threads, "
+        f"torch {torch.__version__}"
+    )
+    report(seconds, size, peak)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

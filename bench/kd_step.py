@@ -1,53 +1,63 @@
 """One KD step at the full vocabulary on a CPU, beside what a user would write first.
 
     python -m bench.kd_step --data path/to/gsm8k/train.jsonl --tokenizer path/to/qwen2.5-tokenizer
+    python -m bench.kd_step --dry       # tiny bodies and random tokens: the script itself
 
-Student 4 layers × hidden 256, teacher 6 × 384 (152,064 rows), the first 8 rows of GSM8K's train.jsonl, forward KL, fp32,
-2 threads. Three ways, each in its own process, interleaved, the median of `--repeats` steps:
+Student 4 layers x hidden 256, teacher 6 x 384 (152,064 rows), the first 8 rows of GSM8K's
+train.jsonl, forward KL, fp32, 2 threads. Three ways, each in its own process, interleaved, the
+median of `--repeats` steps:
   ours            the loop's own forward_backward, chunked head
   padded logits   plain PyTorch: [B, L, V] logits of both models, masked afterwards
-  selected rows   plain PyTorch: the loss rows are selected before the head, [N, V] logits of both models
-Also timed in the same run: the four matrix products that no exact method avoids (student logits, teacher logits, both
-gradients), at the same shapes. A step is forward, backward, clipping and AdamW. Memory is the process's peak above its
-resident size before the first step, so model weights count for nobody.
+  selected rows   plain PyTorch: the loss rows are selected before the head, [N, V] logits of both
+Also timed in the same run: the four matrix products that no exact method avoids (student logits,
+teacher logits, both gradients), at the same shapes. A step is forward, backward, clipping and
+AdamW. Memory is the process's peak above its resident size before the first step, so model weights
+count for nobody.
 """
 
 import argparse
-import json
+import functools
+import itertools
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.measure import median_ratio
+from bench.processes import in_turn, serve
+from bench.train_step import random_batch
+from data.batch import Batch, GlobalBatch
+from kernels.chunk import default_chunk_rows
+from losses.kd import KDConfig, kd_loss
+from model.checkpoint import build_model
+from model.optim import build_optimizer, clip_gradients
+from model.transformer import PRESETS, Transformer
+from train import forward_backward
+
 WAYS = ("ours", "padded logits", "selected rows", "products")
+CPU = torch.device("cpu")
 
 
-def load(data, tokenizer_folder):
-    """(batch, shared vocabulary) of the first 8 rows."""
-    from data.batch import Batch
+def load(args: argparse.Namespace) -> tuple[Batch, int]:
+    """The first 8 rows of the data, and how many ids the tokenizer has."""
+    if args.dry:
+        return Batch.pack(random_batch(8, 24, 500).documents), 500
     from data.formats import read_rows, to_example
     from data.formatter import Formatter
     from data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    rows = [pair for _, pair in zip(range(8), read_rows(Path(data)))]
-    return Batch.pack(
-        Formatter(tokenizer).documents([to_example(row, origin) for origin, row in rows])
-    ), tokenizer.size
+    tokenizer = Tokenizer.load(args.tokenizer)
+    rows = itertools.islice(read_rows(Path(args.data)), 8)
+    examples = [to_example(row, origin) for origin, row in rows]
+    return Batch.pack(Formatter(tokenizer).documents(examples)), tokenizer.size
 
 
-def padded(batch):
-    """[B, L] tokens, positions, targets and weights, as a user without packing has them."""
-    split = lambda x: torch.nn.utils.rnn.pad_sequence(x.split(batch.lengths), batch_first=True)
-    return [split(x) for x in (batch.tokens_T, batch.target_T, batch.weight_T.float())]
-
-
-def hidden_states(model, tokens_BL):
+def hidden_states(model: Transformer, tokens_BL: Tensor) -> Tensor:
     """Right-padded rows as documents of equal length: what padded training computes."""
     from kernels.attention import PackedAttention
 
@@ -56,9 +66,16 @@ def hidden_states(model, tokens_BL):
     return model(tokens_BL.flatten(), positions, PackedAttention([length] * size))
 
 
-def plain_loss(student, teacher, batch, vocab, select):
-    tokens_BL, target_BL, weight_BL = padded(batch)
-    hidden, weight = hidden_states(student, tokens_BL), weight_BL.flatten()
+def plain_loss(
+    student: Transformer, teacher: Transformer, batch: Batch, vocab: int, select: bool
+) -> Tensor:
+    """Forward KL of whole logits; `select`: of the loss rows alone, as a careful user has it."""
+
+    def padded(x_T: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(x_T.split(batch.lengths)), batch_first=True)
+
+    tokens_BL, weight = padded(batch.tokens_T), padded(batch.weight_T.float()).flatten()
+    hidden = hidden_states(student, tokens_BL)
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher, tokens_BL)
     if select:
@@ -71,143 +88,115 @@ def plain_loss(student, teacher, batch, vocab, select):
     return (kl * weight).sum() / weight.sum()
 
 
-def our_step(student, teacher, batch, vocab):
-    import functools
-
-    from data.batch import GlobalBatch
-    from losses.kd import KDConfig, kd_loss
-    from train import forward_backward
-
+def our_loss(student: Transformer, teacher: Transformer, batch: Batch, vocab: int) -> float:
+    """The loss of one pass of the loop, its gradients left in the student."""
     loss_fn = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=vocab))
-    sums = forward_backward(
-        student,
-        teacher,
-        loss_fn,
-        GlobalBatch(batch.documents),
-        batch.normalizer,
-        8192,
-        torch.device("cpu"),
-    )
+    documents = GlobalBatch(batch.documents)
+    sums = forward_backward(student, teacher, loss_fn, documents, batch.normalizer, 8192, CPU)
     return float(sums["loss"][0] / sums["loss"][1])
 
 
-def products(student, teacher, batch, vocab):
-    """Seconds of the four matrix products over the loss rows, in the chunks of `linear_kl`, with buffers allocated once."""
-    from kernels.chunk import default_chunk_rows
-
-    chunk = default_chunk_rows(vocab, torch.device("cpu")) // 2
-    n, d, c = len(batch.rows_N), student.config.hidden_size, teacher.config.hidden_size
-    hidden, head = torch.randn(n, d), student.head_VD.detach()[:vocab]
-    teacher_hidden, teacher_head = torch.randn(n, c), teacher.head_VD.detach()[:vocab]
-    z, grad_head, grad_hidden = torch.empty(chunk, vocab), torch.zeros(vocab, d), torch.empty(n, d)
+def products_seconds(student: Transformer, teacher: Transformer, n: int, vocab: int) -> float:
+    """The four products over n rows, in the chunks of `linear_kl`, buffers allocated once."""
+    chunk = default_chunk_rows(vocab, CPU) // 2
+    head, teacher_head = student.head_VD.detach()[:vocab], teacher.head_VD.detach()[:vocab]
+    hidden, teacher_hidden = torch.randn(n, head.shape[1]), torch.randn(n, teacher_head.shape[1])
+    z = torch.empty(min(n, chunk), vocab)
+    grad_head, grad_hidden = torch.zeros_like(head), torch.empty_like(hidden)
     began = time.perf_counter()
-    for lo in range(0, n, chunk):
-        x = hidden[lo : lo + chunk]
-        torch.mm(teacher_hidden[lo : lo + chunk], teacher_head.t(), out=z[: len(x)])
+    for start in range(0, n, chunk):
+        rows = slice(start, start + chunk)
+        x = hidden[rows]
+        torch.mm(teacher_hidden[rows], teacher_head.t(), out=z[: len(x)])
         logits = torch.mm(x, head.t(), out=z[: len(x)])
-        torch.mm(logits, head, out=grad_hidden[lo : lo + chunk])
+        torch.mm(logits, head, out=grad_hidden[rows])
         torch.addmm(grad_head, logits.t(), x, out=grad_head)
     return time.perf_counter() - began
 
 
-def resident(peak=False):
-    key = "VmHWM" if peak else "VmRSS"
-    return (
-        int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-        / 1e6
-    )
-
-
-def child(way, args):
-    """Serve one step per line of standard input; print a JSON line after each."""
-    sys.path.insert(0, str(ROOT))
-    from model.checkpoint import build_model
-    from model.optim import build_optimizer, clip_gradients
-    from model.transformer import PRESETS
-
+def child(args: argparse.Namespace) -> None:
+    """One way, a step per line of standard input."""
     torch.set_num_threads(args.threads)
-    batch, vocab = load(args.data, args.tokenizer)
-    student = build_model(PRESETS["small"], None, device="cpu", seed=0)
-    teacher = build_model(PRESETS["small-teacher"], None, device="cpu", seed=1).requires_grad_(
-        False
-    )
+    batch, vocab = load(args)
+    names = ("tiny", "tiny-teacher") if args.dry else ("small", "small-teacher")
+    student = build_model(PRESETS[names[0]], None, device="cpu", seed=0)
+    teacher = build_model(PRESETS[names[1]], None, device="cpu", seed=1).requires_grad_(False)
     optimizer = build_optimizer(student, 1e-4, (0.9, 0.95), 1e-8, 0.0)
-    before = resident()
-    print(
-        json.dumps({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}),
-        flush=True,
-    )
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        if way == "products":
-            loss, seconds = 0.0, products(student, teacher, batch, vocab)
+
+    def step() -> dict:
+        if args.way == "products":
+            seconds = products_seconds(student, teacher, len(batch.rows_N), vocab)
+            return {"seconds": seconds, "loss": 0.0}
+        if args.way == "ours":
+            loss = our_loss(student, teacher, batch, vocab)
         else:
-            if way == "ours":
-                loss = our_step(student, teacher, batch, vocab)
-            else:
-                total = plain_loss(student, teacher, batch, vocab, select=way == "selected rows")
-                total.backward()
-                loss = total.item()
-                del total
-            clip_gradients(student, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-        print(
-            json.dumps({"seconds": seconds, "gb": resident(peak=True) - before, "loss": loss}),
-            flush=True,
-        )
+            total = plain_loss(student, teacher, batch, vocab, args.way == "selected rows")
+            total.backward()
+            loss = total.item()
+        clip_gradients(student, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss}
+
+    serve({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}, step)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--way", choices=WAYS)
-    args = parser.parse_args()
-    if args.way:
-        return child(args.way, args)
-    workers = {}
-    for way in WAYS:
-        command = [sys.executable, "-m", "bench.kd_step", *sys.argv[1:], "--way", way]
-        workers[way] = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    facts = [json.loads(w.stdout.readline()) for w in workers.values()][0]
-    print(
-        f"{facts['rows']} loss rows of {facts['tokens']} tokens, {facts['vocab']:,} ids, {args.threads} threads, torch {torch.__version__}"
-    )
-    results = {way: [] for way in WAYS}
-    for repeat in range(args.repeats + 1):  # the first round warms up
-        for way, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            results[way].append(json.loads(worker.stdout.readline()))
-        print(f"\rround {repeat}/{args.repeats}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    time_of = lambda way: [r["seconds"] for r in results[way][1:]]
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(time_of(a), time_of(b)))
-    peak = {way: max(r["gb"] for r in results[way]) for way in WAYS}
+def report(results: dict[str, list[dict]]) -> None:
+    """A line per way: the median of the steps after the warm-up, the peak, how ours compares."""
+    seconds, peak = {}, {}
+    for way, steps in results.items():
+        seconds[way] = [step["seconds"] for step in steps[1:]]
+        peak[way] = max(step["gb"] for step in steps)
     print(f"{'':<16}{'seconds':>9}{'peak GB':>9}{'loss':>10}   ours is")
     for way in WAYS:
-        gain = (
-            ""
-            if way == "ours"
-            else f"{ratio(way, 'ours'):.2f}x faster, {peak[way] / peak['ours']:.1f}x smaller"
-        )
+        gain = ""
         if way == "products":
-            gain = f"{ratio('ours', way):.2f}x these"
-        print(
-            f"{way:<16}{statistics.median(time_of(way)):>9.2f}{peak[way]:>9.2f}{results[way][0]['loss']:>10.5f}   {gain}"
-        )
+            gain = f"{median_ratio(seconds['ours'], seconds[way]):.2f}x these"
+        elif way != "ours":
+            faster = median_ratio(seconds[way], seconds["ours"])
+            gain = f"{faster:.2f}x faster, {peak[way] / max(peak['ours'], 1e-9):.1f}x smaller"
+        figures = f"{statistics.median(seconds[way]):>9.2f}{peak[way]:>9.2f}"
+        print(f"{way:<16}{figures}{results[way][0]['loss']:>10.5f}   {gain}")
+
+
+def cpu_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks of a step on a CPU."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="GSM8K's train.jsonl")
+    parser.add_argument("--tokenizer", help="the folder of Qwen2.5's tokenizer")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="tiny, on random tokens: the script")
+    return parser
+
+
+def need_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.dry and not (args.data and args.tokenizer):
+        parser.error("--data and --tokenizer are needed (--dry does without)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = cpu_parser(__doc__ or "")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    need_data(parser, args)
+    if args.way:
+        child(args)
+        return 0
+    commands = {}
+    for way in WAYS:
+        commands[way] = [sys.executable, "-m", "bench.kd_step", *argv, "--way", way]
+    facts, results = in_turn(commands, args.repeats)
+    print(
+        f"{facts['rows']} loss rows of {facts['tokens']} tokens, {facts['vocab']:,} ids, "
+        f"{args.threads} threads, torch {torch.__version__}"
+    )
+    report(results)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
