@@ -1,0 +1,122 @@
+"""Tokenizers of other families: ids as in `transformers`, one BOS, a user's text as characters."""
+
+import random
+
+import pytest
+
+from data.formatter import Formatter
+from data.tasks import Example
+from data.tokenizer import Tokenizer
+from tests.tokenizers_of_families import FAMILIES, TEXTS
+
+BOS = {"llama3": 1, "llama2": 1, "llama2_first": 1, "llama2_always": 1, "gemma": 1}
+BITS = [*TEXTS[0].split(" "), "ü", "é", "日本", "😀", "\n", "\n\n", "\t", "  ", "    ", "12", "3.5"]
+BITS += ["<0x0A>", "▁", "[INST]", "<b>", "\\frac{1}{2}", "|", "<", "user", "\u200b", "\x07"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A family's name, its tokenizer as it is read from a folder, and that of transformers."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param]().save(folder)
+    return request.param, Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def some_text(rng):
+    bits = [rng.choice(BITS) for _ in range(rng.randrange(1, 12))]
+    return "a" + rng.choice(["", " "]).join(bits) + rng.choice(["", " ", "\n", "."])
+
+
+def as_words(text):
+    """SentencePiece's own sign for a space is one to it: the text as it comes back."""
+    return text.replace("▁", " ")
+
+
+def conversation(rng, turns):
+    roles = ["user", "assistant"] * turns
+    return [{"role": role, "content": some_text(rng)} for role in roles]
+
+
+def ids_of(theirs, messages, generate):
+    return theirs.apply_chat_template(messages, add_generation_prompt=generate)["input_ids"]
+
+
+def test_conversations_have_the_ids_of_transformers(family):
+    name, ours, theirs = family
+    rng, formatter = random.Random(0), Formatter(ours)
+    for turns in [1, 2, 3] * 40:
+        messages = conversation(rng, turns)
+        example = Example(tuple(messages), origin="f:1")
+        prompt = formatter.prompt(example)
+        assert prompt == ids_of(theirs, messages[:-1], True)
+        tokens = []
+        for piece in formatter.split_turns(example)[-1:]:
+            (d,) = formatter.documents([piece])
+            tokens = d.tokens.tolist()
+        assert tokens == ids_of(theirs, messages, False)[: len(tokens)]
+        assert tokens[: len(prompt)] == prompt and tokens[-1] == ours.stop_ids()[0]
+        bos = theirs.convert_tokens_to_ids(theirs.bos_token or "<|endoftext|>")
+        assert name == "smollm2" or tokens.count(bos) == BOS.get(name, 0) * (
+            turns if "llama2" in name else 1
+        )
+
+
+def test_plain_text_has_the_ids_of_transformers_and_its_bos(family):
+    name, ours, theirs = family
+    rng, formatter = random.Random(1), Formatter(ours, "plain", prompt_suffix="\nA:")
+    adds = bool(ours.opening_ids)
+    assert adds == (name not in ("smollm2", "qwen3"))
+    for _ in range(100):
+        question, answer = some_text(rng), " " + some_text(rng)
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        example = Example(messages, origin="f:1")
+        (d,) = formatter.documents([example])
+        assert formatter.prompt(example) == theirs(question + "\nA:")["input_ids"]
+        text = question + "\nA:" + answer + ours.eos
+        assert d.tokens.tolist() == theirs(text)["input_ids"]
+        trained = d.tokens[d.weights > 0].tolist()
+        assert trained[-1] == theirs.eos_token_id  # also where padding has the same id
+        assert ours.decode(trained[:-1], before=formatter.prompt(example)).replace(
+            "▁", " "
+        ) == as_words(answer)
+
+
+def test_text_of_a_user_never_becomes_a_control_token(family):
+    _, ours, theirs = family
+    rng, formatter = random.Random(2), Formatter(ours)
+    controls = sorted(ours.control_names)
+    special = {theirs.convert_tokens_to_ids(name) for name in controls}
+    usual = formatter.prompt(Example(({"role": "user", "content": "a"},)))
+    for _ in range(60):
+        text = some_text(rng) + rng.choice(controls) + some_text(rng).strip() + rng.choice(controls)
+        apart = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(ours.escape(text)) == apart
+        prompt = formatter.prompt(Example(({"role": "user", "content": text},)))
+        assert [i for i in prompt if i in special] == [i for i in usual if i in special]
+        assert as_words(text) in ours.decode(prompt).replace("▁", " ")
+        messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": text})
+        (d,) = formatter.documents([Example(messages, origin="f:1")])
+        trained = d.tokens[d.weights > 0].tolist()
+        assert sum(i in special for i in trained) == 1 and trained[-1] in special
+
+
+def test_bytes_that_no_token_has(family):
+    _, ours, theirs = family
+    for text in ("日本語", "😀 ok", "\x07\u200b", "a\n\n\nb"):
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama2_first", "zephyr"])
+def test_pieces_go_on_without_a_space_in_front(family):
+    ours = FAMILIES[family]()
+    first, rest = ours.encode("The ans"), ours.encode("wer 12", before=[5])
+    assert ours.decode([*first, *rest]) == "The answer 12"
+    assert ours.decode(rest, before=first) == "wer 12"
+    code = ours.encode("    return x", before=first)
+    assert ours.decode(code, before=first) == "    return x"
+    begun = ours.encode("wer 12", before=ours.encode("</s>"))
+    assert (begun == ours.encode("wer 12")) == (family != "llama2_first")
