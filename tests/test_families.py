@@ -7,6 +7,8 @@ import pytest
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import Tokenizer
+from eval import chat, prompts
+from eval.benchmarks import Benchmark
 from tests.tokenizers_of_families import FAMILIES, TEXTS
 
 BOS = {"llama3": 1, "llama2": 1, "llama2_first": 1, "llama2_always": 1, "gemma": 1}
@@ -100,6 +102,20 @@ def test_text_of_a_user_never_becomes_a_control_token(family):
         (d,) = formatter.documents([Example(messages, origin="f:1")])
         trained = d.tokens[d.weights > 0].tolist()
         assert sum(i in special for i in trained) == 1 and trained[-1] in special
+
+
+def test_an_evaluation_asks_with_the_same_ids(family):
+    _, ours, theirs = family
+    messages = [{"role": "user", "content": "What is 2+2?"}]
+    example = Example((*messages, {"role": "assistant", "content": "4"}), "4", "gsm8k")
+    benchmark = Benchmark("gsm8k", (example,), "", (), "a", "b")
+    asked = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for kind, text in (("plain", "What is 2+2?"), ("chat", asked)):
+        args = prompts.PromptOptions(prompt=kind, prefill="So <b>")
+        (ids,) = prompts.build(benchmark, ours, {}, args).ids
+        assert ids == theirs(text + "So <b>", add_special_tokens=kind == "plain")["input_ids"]
+    ids, _ = chat.prompt_of(Formatter(ours, "plain"), messages)
+    assert ids == theirs("What is 2+2?")["input_ids"]
 
 
 def test_bytes_that_no_token_has(family):
