@@ -125,6 +125,9 @@ class Tokenizer:
 
     def going_on(self, text: str, ids: list[int], before: Sequence[int]) -> list[int]:
         """`encode(text, before)`, given the ids that the text has at a document's beginning."""
+        if len(before) and int(before[-1]) in self._swallowing_ids:
+            text = text.lstrip()
+            (ids,) = self._encode([text])
         if self._begins(before):
             return ids
         (bare,) = self._encode([text], bare=True)
@@ -234,6 +237,11 @@ class Tokenizer:
     def _added_ids(self) -> frozenset[int]:
         return frozenset(token["id"] for token in self._added)
 
+    @cached_property
+    def _swallowing_ids(self) -> frozenset[int]:
+        """Added tokens that take the white space behind them into themselves."""
+        return frozenset(token["id"] for token in self._added if token.get("rstrip"))
+
     def _first_added(self, ids: list[int]) -> int:
         """The place of the first added token, or the end."""
         return next((place for place, i in enumerate(ids) if i in self._added_ids), len(ids))
@@ -268,7 +276,7 @@ class Tokenizer:
             model["unk_token"] = renamed[model["unk_token"]]
         backend = _build(json.dumps(content))
         for name, other in renamed.items():
-            if backend.token_to_id(other) != self.backend.token_to_id(name):
+            if self.backend.token_to_id(name) not in backend.encode(f".{other}.").ids:
                 raise UserError(
                     f"{self.source}: {name} cannot be told apart from text that looks like it"
                 )

@@ -3,10 +3,12 @@
 import random
 
 import pytest
+import tokenizers
 
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import Tokenizer
+from errors import UserError
 from eval import chat, prompts
 from eval.benchmarks import Benchmark
 from tests.tokenizers_of_families import FAMILIES, TEXTS
@@ -124,6 +126,45 @@ def test_bytes_that_no_token_has(family):
         ids = ours.encode(text)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == text
+
+
+def test_a_control_token_that_is_not_found_in_a_text_is_refused():
+    """Llama 2's kind looks for "▁<|end|>" if a token was added without normalized=False."""
+    backend = tokenizers.Tokenizer.from_str(FAMILIES["llama2"]().backend.to_str())
+    backend.add_tokens(["<|end|>"])
+    assert backend.encode("a.<|end|>.").tokens[-1] != "<|end|>"
+    files = FAMILIES["llama2"]().files | {"tokenizer.json": backend.to_str().encode()}
+    formatter = Formatter(Tokenizer(files, "the checkpoint"))
+    assert formatter.prompt(Example(({"role": "user", "content": "a"},)))
+    with pytest.raises(UserError, match=r"<\|end\|> cannot be told apart"):
+        formatter.prompt(Example(({"role": "user", "content": "a <|end|>"},)))
+
+
+@pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}])
+def test_flags_of_added_tokens_stay(flags, tmp_path):
+    """Phi 3's kind: the token that names a role swallows the end of its line."""
+    from transformers import AutoTokenizer
+
+    backend = tokenizers.Tokenizer.from_str(FAMILIES["llama2"]().backend.to_str())
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    added = [tokenizers.AddedToken(n, normalized=False, special=True, **flags) for n in names]
+    backend.add_special_tokens(added)
+    files = FAMILIES["llama2"]().files | {"tokenizer.json": backend.to_str().encode()}
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + ' <|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    ours = Tokenizer(files | {"chat_template.jinja": template.encode()}, "the checkpoint")
+    ours.save(tmp_path)
+    theirs, rng = AutoTokenizer.from_pretrained(tmp_path), random.Random(3)
+    for escaped in ["", " <|end|>"] * 20:
+        messages = conversation(rng, 2)
+        (d,) = Formatter(ours).documents([Example(tuple(messages), origin="f:1")])
+        assert d.tokens.tolist() == ids_of(theirs, messages, False)[: len(d)]
+        for message in messages:
+            message["content"] += escaped
+        (d,) = Formatter(ours).documents([Example(tuple(messages), origin="f:1")])
+        assert d.tokens.tolist().count(ours.backend.token_to_id("<|end|>")) == 4
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama2_first", "zephyr"])
