@@ -138,7 +138,8 @@ class Tokenizer:
     ) -> str:
         """The text of ids.
 
-        skip_special: leave out special tokens, but not the tags that an answer is marked by.
+        skip_special: Leave out special tokens and the end of a turn, but not the tags that mark an
+            answer.
         before: The ids that these go on from.
         """
         backend = self._variant(bare=not self._begins(before))
@@ -187,8 +188,10 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
+        """The special tokens, and what ends a turn whatever tokenizer.json says of it."""
         special = [token for token in self._added if token.get("special")]
-        return frozenset(token["id"] for token in special if token["content"] not in ANSWER_TAGS)
+        ids = [token["id"] for token in special if token["content"] not in ANSWER_TAGS]
+        return frozenset(ids + self.stop_ids())
 
     def _mark_control_tokens(self, text: str) -> str:
         """The text without escapes, control tokens as `_marked_backend` knows them."""

@@ -1,5 +1,6 @@
 """Tokenizers of other families: ids as in `transformers`, one BOS, a user's text as characters."""
 
+import json
 import random
 
 import pytest
@@ -138,6 +139,15 @@ def test_a_control_token_that_is_not_found_in_a_text_is_refused():
     assert formatter.prompt(Example(({"role": "user", "content": "a"},)))
     with pytest.raises(UserError, match=r"<\|end\|> cannot be told apart"):
         formatter.prompt(Example(({"role": "user", "content": "a <|end|>"},)))
+
+
+def test_the_end_of_a_turn_is_no_part_of_an_answer_though_it_is_not_called_special():
+    content = json.loads(FAMILIES["smollm2"]().files["tokenizer.json"])
+    for token in content["added_tokens"]:
+        token["special"] = False
+    files = FAMILIES["smollm2"]().files | {"tokenizer.json": json.dumps(content).encode()}
+    ours = Tokenizer(files, "the checkpoint")
+    assert ours.decode(ours.encode("It is 12.<|im_end|>"), skip_special=True) == "It is 12."
 
 
 @pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}])
