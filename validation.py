@@ -55,7 +55,7 @@ class Validation:
         model.eval()
         metrics = _means(self.loss(model))
         answers = self.generate(model, prompts, self.dataset.formatter.tokenizer.size)
-        samples = self.grade(examples, answers)
+        samples = self.grade(examples, prompts, answers)
         if samples:
             for name in ("lenient", "stopped"):
                 metrics[name] = sum(sample[name] for sample in samples) / len(samples)
@@ -78,10 +78,15 @@ class Validation:
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
         return generate(model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab)
 
-    def grade(self, examples: list[Example], answers: list[Completion]) -> list[dict]:
+    def grade(
+        self, examples: list[Example], prompts: list, answers: list[Completion]
+    ) -> list[dict]:
         """Lines of samples.jsonl, over all ranks, in the order of the examples."""
         decode = self.dataset.formatter.tokenizer.decode
-        texts = [decode(answer.tokens, skip_special=True) for answer in answers]
+        texts = [
+            decode(answer.tokens, skip_special=True, before=prompt)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         own = grade_all(_sample_line, list(zip(examples, texts, answers, strict=True)))
         by_rank = itertools.zip_longest(*parallel.gather(own))
         return [line for lines in by_rank for line in lines if line]

@@ -62,6 +62,7 @@ class Formatter:
         self.tokenizer = tokenizer
         self.chat = template == "chat"
         self.end = tokenizer.turn_end if self.chat else tokenizer.eos
+        self._opening = [] if self.chat else tokenizer.opening_ids  # a chat template writes its own
         self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
         self.closed: set[str] = set()
         check_text(system_prompt, "--system_prompt")
@@ -81,7 +82,11 @@ class Formatter:
 
         That is the conversation without its last message if that one is the assistant's.
         """
-        return self.tokenizer.encode(self.prompt_text(example))
+        return self.prompt_ids(self.prompt_text(example))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt's text, a user's control tokens escaped."""
+        return self._opening + self.tokenizer.encode(text)
 
     def prompt_text(self, example: Example) -> str:
         """The text of `prompt`, a user's control tokens escaped."""
@@ -167,9 +172,11 @@ class Formatter:
         for pieces in segments:
             tokens, weights = [], []
             for piece in pieces:
-                encoded = next(ids)
+                encoded = self.tokenizer.going_on(piece.text, next(ids), tokens)
                 tokens += encoded
                 weights += [piece.weight] * len(encoded)
+            tokens = self._opening + tokens
+            weights = [0.0] * len(self._opening) + weights
             weights[:1] = [0.0]  # nothing predicts the first token
             documents.append(Document(np.array(tokens, np.int32), np.array(weights, np.float32)))
         return documents

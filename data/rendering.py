@@ -106,7 +106,7 @@ class Renderer:
         Each has a place of its own, the longest ones first. It may be written as it is or as JSON,
         white space around it aside.
         """
-        for text in sorted(texts, key=len, reverse=True):
+        for text in sorted(texts, key=lambda text: len(text.strip()), reverse=True):
             form = self.tokenizer.escape(text.strip())
             if form not in rendered:
                 in_json = (json.dumps(form, ensure_ascii=False)[1:-1], json.dumps(form)[1:-1])

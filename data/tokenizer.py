@@ -3,6 +3,9 @@
 Text of a user stays text: `Tokenizer.escape` marks the control tokens' names in it, so that after
 the chat template has put its own control tokens around it, `Tokenizer.encode` makes ids of those
 and characters of the rest.
+
+A document is encoded in pieces. Tokenizers of SentencePiece's kind put a space in front of a text
+("4" is `▁4`); a piece that goes on from others gets none, as if the whole were encoded at once.
 """
 
 import json
@@ -62,6 +65,7 @@ class Tokenizer:
             self.json = json.loads(files["tokenizer.json"])
             self.settings = json.loads(files.get("tokenizer_config.json", b"{}"))
             self.backend = _build(files["tokenizer.json"].decode())
+            self._variants = {(False, False): self.backend}
         except Exception as e:  # the tokenizers library raises bare Exceptions
             raise UserError(f"{source}: the tokenizer files are damaged ({reason(e)})") from None
 
@@ -97,33 +101,51 @@ class Tokenizer:
 
     # --- text to ids -----------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """What the post-processor puts in front of a text: BOS, or nothing.
+
+        A chat template writes BOS itself if it wants one.
+        """
+        encoding = self.backend.encode("a")
+        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+    def encode(self, text: str, before: Sequence[int] = ()) -> list[int]:
         """Ids of a text.
 
         Names of control tokens become control tokens, but where `escape` marked them as a user's.
+
+        before: The ids that the text goes on from; none where it begins a document.
         """
-        return self.encode_many([text])[0]
+        return self.going_on(text, self.encode_many([text])[0], before)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts."""
-        plain = [text for text in texts if ESCAPE not in text]
-        encoded = self.backend.encode_batch(plain, add_special_tokens=False)
-        found = dict(zip(plain, encoded, strict=True))
-        escaped = [text for text in texts if ESCAPE in text]
-        if escaped:
-            marked = [self._mark_control_tokens(text) for text in escaped]
-            encoded = self._marked_backend.encode_batch(marked, add_special_tokens=False)
-            found |= zip(escaped, encoded, strict=True)
-        return [found[text].ids for text in texts]
+        """`encode` of several texts, each at the beginning of a document."""
+        return self._encode(texts)
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+    def going_on(self, text: str, ids: list[int], before: Sequence[int]) -> list[int]:
+        """`encode(text, before)`, given the ids that the text has at a document's beginning."""
+        if len(before) and int(before[-1]) in self._swallowing_ids:
+            text = text.lstrip()
+            (ids,) = self._encode([text])
+        if self._begins(before):
+            return ids
+        (bare,) = self._encode([text], bare=True)
+        return bare[: self._first_added(bare)] + ids[self._first_added(ids) :]
+
+    def decode(
+        self, ids: Sequence[int], skip_special: bool = False, before: Sequence[int] = ()
+    ) -> str:
         """The text of ids.
 
-        skip_special: leave out special tokens, but not the tags that an answer is marked by.
+        skip_special: Leave out special tokens and the end of a turn, but not the tags that mark an
+            answer.
+        before: The ids that these go on from.
         """
+        backend = self._variant(bare=not self._begins(before))
         if skip_special:
             ids = [i for i in ids if i not in self._special_ids]
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        return backend.decode(list(ids), skip_special_tokens=False)
 
     def escape(self, text: str) -> str:
         """Mark the control tokens' names in a user's text, for `encode` to take for characters."""
@@ -166,21 +188,85 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
+        """The special tokens, and what ends a turn whatever tokenizer.json says of it."""
         special = [token for token in self._added if token.get("special")]
-        return frozenset(token["id"] for token in special if token["content"] not in ANSWER_TAGS)
+        ids = [token["id"] for token in special if token["content"] not in ANSWER_TAGS]
+        return frozenset(ids + self.stop_ids())
 
     def _mark_control_tokens(self, text: str) -> str:
         """The text without escapes, control tokens as `_marked_backend` knows them."""
         return self.unescape(self._control_pattern.sub(rf"{MARK}\g<0>", text))
 
-    @cached_property
-    def _marked_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, its control tokens under other names.
+    def _encode(self, texts: Sequence[str], bare: bool = False) -> list[list[int]]:
+        plain = [text for text in texts if ESCAPE not in text]
+        encoded = self._variant(bare=bare).encode_batch(plain, add_special_tokens=False)
+        found = dict(zip(plain, encoded, strict=True))
+        escaped = [text for text in texts if ESCAPE in text]
+        if escaped:
+            marked = [self._mark_control_tokens(text) for text in escaped]
+            backend = self._variant(marked=True, bare=bare)
+            found |= zip(
+                escaped, backend.encode_batch(marked, add_special_tokens=False), strict=True
+            )
+        return [found[text].ids for text in texts]
 
-        So their own names are characters like any.
+    # --- pieces of a document --------------------------------------------------------------------
+
+    @cached_property
+    def _bare_parts(self) -> dict[str, Any]:
+        """The parts of tokenizer.json that put a space in front of a text, in a form that does not.
+
+        With the decoder that takes this space away again. {} if the tokenizer puts none.
         """
+        parts = {name: self.json.get(name) for name in ("normalizer", "pre_tokenizer")}
+        bare = {name: _without_prefix(part) for name, part in parts.items()}
+        return (
+            bare | {"decoder": _without_prefix(self.json.get("decoder"))} if bare != parts else {}
+        )
+
+    def _begins(self, before: Sequence[int]) -> bool:
+        """Whether a text behind these ids is encoded as at the beginning of a document."""
+        if not len(before) or not self._bare_parts:
+            return True
+        return self._prefixes_each and int(before[-1]) in self._added_ids
+
+    @cached_property
+    def _prefixes_each(self) -> bool:
+        """Whether the space comes in front of text behind an added token, too."""
+        _, *behind = self.encode(self.eos + "a")
+        return behind == self.encode("a")
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(token["id"] for token in self._added)
+
+    @cached_property
+    def _swallowing_ids(self) -> frozenset[int]:
+        """Added tokens that take the white space behind them into themselves."""
+        return frozenset(token["id"] for token in self._added if token.get("rstrip"))
+
+    def _first_added(self, ids: list[int]) -> int:
+        """The place of the first added token, or the end."""
+        return next((place for place, i in enumerate(ids) if i in self._added_ids), len(ids))
+
+    def _variant(self, marked: bool = False, bare: bool = False) -> tokenizers.Tokenizer:
+        """The same tokenizer in another form.
+
+        marked: its control tokens under other names, so that their own are characters like any.
+        bare: no space in front of a text.
+        """
+        bare = bare and bool(self._bare_parts)
+        if (marked, bare) not in self._variants:
+            content = json.loads(self.files["tokenizer.json"]) | (self._bare_parts if bare else {})
+            content["post_processor"] = None  # it names special tokens, and none are asked of it
+            self._variants[marked, bare] = (
+                self._renamed(content) if marked else _build(json.dumps(content))
+            )
+        return self._variants[marked, bare]
+
+    def _renamed(self, content: dict) -> tokenizers.Tokenizer:
+        """The tokenizer of tokenizer.json's content, `MARK` in front of its control tokens."""
         renamed = {name: MARK + name for name in self.control_names}
-        content = json.loads(self.files["tokenizer.json"])
         model = content["model"]
         for token in content.get("added_tokens", []):
             token["content"] = renamed.get(token["content"], token["content"])
@@ -191,10 +277,9 @@ class Tokenizer:
             model["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
-        content["post_processor"] = None  # it names special tokens, and none are asked of it
         backend = _build(json.dumps(content))
         for name, other in renamed.items():
-            if backend.token_to_id(other) != self.backend.token_to_id(name):
+            if self.backend.token_to_id(name) not in backend.encode(f".{other}.").ids:
                 raise UserError(
                     f"{self.source}: {name} cannot be told apart from text that looks like it"
                 )
@@ -285,6 +370,19 @@ def _build(text: str) -> tokenizers.Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+def _without_prefix(part: Any) -> Any:
+    """A part of tokenizer.json without the steps that put a space in front, or take it away."""
+    if isinstance(part, list):
+        return [_without_prefix(step) for step in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    result = {name: _without_prefix(value) for name, value in part.items()}
+    plain = {"add_prefix_space": False, "prepend_scheme": "never", "start": 0}
+    return result | {name: value for name, value in plain.items() if name in part}
 
 
 QWEN_SPLIT = (

@@ -25,15 +25,19 @@ from options import REQUIRED, option
 class Stream:
     """Prints text as its tokens arrive; a character that is not complete yet waits."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.text = tokenizer, ""
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self.tokenizer, self.prompt, self.text = tokenizer, prompt, ""
         self.tokens: list[int] = []
 
     def __call__(self, index: int, token: int, logp: float) -> None:
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens, skip_special=True)
+        text = self.decoded()
         if not text.endswith("\ufffd"):
             self.show(text)
+
+    def decoded(self) -> str:
+        """The text of the tokens so far."""
+        return self.tokenizer.decode(self.tokens, skip_special=True, before=self.prompt)
 
     def show(self, text: str, end: str = "") -> None:
         """Print what `text` has beyond what was printed already."""
@@ -88,7 +92,7 @@ def prompt_of(formatter: Formatter, messages: list[dict]) -> tuple[list[int], st
     # `Formatter` refuses several turns without a template; here their texts stand in a row
     texts = [message["content"] for message in messages]
     text = "".join([formatter.system_prompt, *texts, formatter.prompt_suffix])
-    return formatter.tokenizer.encode(formatter.tokenizer.escape(text)), ""
+    return formatter.prompt_ids(formatter.tokenizer.escape(text)), ""
 
 
 def answer(
@@ -104,7 +108,7 @@ def answer(
     limit = min(args.max_tokens, positions - len(prompt))
     if limit < 1:
         raise UserError(f"the conversation fills the model's {positions:,} positions")
-    stream = Stream(subject.tokenizer)
+    stream = Stream(subject.tokenizer, prompt)
     (completion,) = generate(
         model,
         [prompt],
@@ -118,7 +122,7 @@ def answer(
         on_token=stream,
     )
     count = len(completion.tokens)
-    stream.show(subject.tokenizer.decode(completion.tokens, skip_special=True), end="\n")
+    stream.show(stream.decoded(), end="\n")
     if args.logp:
         cut_off = "" if completion.stopped else ", cut off"
         mean = sum(completion.logp) / count

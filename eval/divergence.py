@@ -95,14 +95,15 @@ def _task_answers(results: Path, identity: dict, author: Subject, limit: int) ->
         row = rows[problem, sample]
         question = {"role": "user", "content": row["question"]}
         example = Example((question, {"role": "assistant", "content": ""}))
-        ids = [*formatter.prompt(example), *tokenizer.encode(prompt["prefill"])]
+        ids = formatter.prompt(example)
+        ids += tokenizer.encode(prompt["prefill"], before=ids)
         digest = hashlib.sha256(str(ids).encode()).hexdigest()
         if problem == 0 and digest != prompt["first_prompt_sha256"]:
             raise UserError(
                 f"{results}: {author.name} now makes another prompt of the first question; "
                 "was its tokenizer changed?"
             )
-        completion = tokenizer.encode(tokenizer.escape(row["text"]))
+        completion = tokenizer.encode(tokenizer.escape(row["text"]), before=ids)
         if row["stopped"] and has_stop_token:
             completion += identity["stop_ids"][:1]
         documents.append(Document.of_completion(ids, completion))

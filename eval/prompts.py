@@ -98,8 +98,9 @@ def build(
         "" if kind == "few_shot" else instruction,
         kwargs,
     )
-    prefill = tokenizer.encode(args.prefill)
-    ids = [[*formatter.prompt(example), *prefill] for example in examples]
+    ids = [formatter.prompt(example) for example in examples]
+    for prompt in ids:
+        prompt += tokenizer.encode(args.prefill, before=prompt)
     stated = {
         "kind": kind,
         "system": system,

@@ -159,7 +159,9 @@ class _Writer:
     def add(self, keys: list[Key], i: int, completion: Completion) -> None:
         """Take the completion of keys[i]."""
         (problem, sample), request = keys[i], self.request
-        text = request.subject.tokenizer.decode(completion.tokens, skip_special=True)
+        text = request.subject.tokenizer.decode(
+            completion.tokens, skip_special=True, before=request.prompts[problem]
+        )
         for stop in request.stop:
             text = text.partition(stop)[0]
         row = request.columns(problem, text, completion)

@@ -205,7 +205,9 @@ class GRPORollouts(Rollouts):
     def grade(self, example: Example, sample: Sample) -> None:
         """Set a sample's text, reward and verdict."""
         formatter = self.dataset.formatter
-        sample.text = formatter.tokenizer.decode(sample.completion, skip_special=True)
+        sample.text = formatter.tokenizer.decode(
+            sample.completion, skip_special=True, before=sample.prompt
+        )
         # No other part looks at the tag with which the prompt may have opened the completion.
         opened = formatter.opened(example) if "format" in self.reward.parts else ""
         sample.reward, sample.reward_parts, sample.verdict = self.reward(

@@ -252,6 +252,12 @@ def test_a_generation_prompt_that_opens_the_reasoning(tiny, answer, learnt):
     assert len(formatter.closed) == (answer == "It is 12.")
 
 
+def test_a_short_text_has_a_place_of_its_own_whatever_white_space_is_around_it(tiny):
+    """By its length without that: else "z" took its place in "zum"."""
+    turns = [("user", "one"), ("assistant", "zum"), ("user", "z" + "\n" * 9)]
+    assert Formatter(with_template(tiny, "trimmed")).prompt(chat(*turns))
+
+
 def test_a_finished_block_is_not_doubled(tiny):
     formatter = Formatter(
         with_template(tiny, "reasoning"), template_kwargs={"enable_thinking": False}

@@ -252,7 +252,7 @@ def teaches(spec, given, **more):
 
         def grade(self, example, sample):
             text, verdict = given[sample.completion[0]][:2]
-            decode = SimpleNamespace(decode=lambda ids, skip_special: text)
+            decode = SimpleNamespace(decode=lambda ids, **_: text)
             self.dataset.formatter.tokenizer = decode
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("rl.reward.grade", lambda example, text: verdict)
