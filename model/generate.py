@@ -19,15 +19,16 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.kv_cache import DecodeAttention, KVCache, PrefillAttention, uses_graphs
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
-from model.transformer import Transformer
+from model.transformer import Fused, Transformer
 
 Decode = Callable[[list[int]], str]
 
@@ -206,7 +207,7 @@ class Engine:
         is_cast = any(p.dtype != dtype for p in source.parameters())
         if not adapters(source) and not is_cast and not (is_cuda and is_trained):
             if is_cuda:
-                source.fuse_products()
+                fuse_products(source)
             return source
         with torch.device("meta"):
             plain = Transformer(source.config, source.compute_dtype)
@@ -214,7 +215,7 @@ class Engine:
         weights = {name: p.detach().to(dtype) for name, p in plain_parameters(source)}
         plain.load_state_dict(weights, assign=True)
         plain.requires_grad_(False)
-        plain.fuse_products()
+        fuse_products(plain)
         if source.layers[0].is_compiled:
             plain.compile_blocks()
         return plain
@@ -257,6 +258,39 @@ class Engine:
             self._decoder = None
 
 
+def fuse_products(model: Transformer) -> None:
+    """Compute queries, keys and values in one product, and the MLP's gate and up in one."""
+    for block in model.layers:
+        attention, mlp = cast(Any, block.self_attn), cast(Any, block.mlp)
+        if attention.fused is None:
+            attention.fused = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+            mlp.fused = _fuse(mlp.gate_proj, mlp.up_proj)
+
+
+def _fuse(*layers: torch.nn.Linear) -> Fused:
+    """One weight and bias for layers of one input.
+
+    The layers' own become views of them: what is copied into those is seen here, at no memory.
+    """
+    weight_OD = _join([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers]
+    return weight_OD, None if biases[0] is None else _join(biases)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    joint = torch.cat([part.data for part in parts])
+    views = joint.split([len(part) for part in parts])
+    for part, view in zip(parts, views, strict=True):
+        part.data = view
+    return joint
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> Any:
+    """The one stream on which graphs are recorded: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
 # --- a step -------------------------------------------------------------------------------
 
 
@@ -285,7 +319,6 @@ class _Decoder:
         self.sampled_2SB = torch.zeros(
             2, self.steps, self.size, dtype=torch.double, device=head_VD.device
         )
-        self.stream = torch.cuda.Stream(head_VD.device) if head_VD.is_cuda else None
         self.graphs, self.runs, self.pool = {}, Counter(), None
 
     def serves(self, settings: tuple, size: int, max_slots: int) -> bool:
@@ -316,24 +349,27 @@ class _Decoder:
         Returns:
             Ids and their log-probs, [S, B].
         """
-        rows = _bucket(n, self.size) if self.uses_graphs else n
-        used += self.steps - 1
-        self.reserve(used, rows if is_last else self.size)
-        if self.uses_graphs:
-            used = min(-(-used // SLOTS) * SLOTS, self.cache.slots)
-        key = rows, used
-        if key in self.graphs:
-            self.graphs[key].replay()
-        else:
-            self._run(rows, used)
-            self.runs[key] += 1
-            if self.uses_graphs and self.runs[key] == CAPTURE_AFTER:
-                graph = record(functools.partial(self._run, rows, used), self.pool, self.stream)
-                self.graphs[key], self.pool = graph, graph.pool()
-        if self.sampler.synchronizes:
-            self._sample(n, 0)
+        with torch.cuda.device_of(self.state_4B):
+            self._replay(n, used + self.steps - 1, is_last)
+            if self.sampler.synchronizes:
+                self._sample(n, 0)
         token_SB, logp_SB = self.sampled_2SB[:, :, :n].cpu().numpy()
         return token_SB.astype(np.int64), logp_SB
+
+    def _replay(self, n: int, used: int, is_last: bool) -> None:
+        rows = _bucket(n, self.size) if self.uses_graphs else n
+        self.reserve(used, rows if is_last else self.size)
+        if not self.uses_graphs:
+            return self._run(rows, used)
+        used = min(-(-used // SLOTS) * SLOTS, self.cache.slots)
+        key = rows, used
+        if key in self.graphs:
+            return self.graphs[key].replay()
+        self._run(rows, used)
+        self.runs[key] += 1
+        if self.runs[key] == CAPTURE_AFTER:
+            graph = record(functools.partial(self._run, rows, used), self.pool)
+            self.graphs[key], self.pool = graph, graph.pool()
 
     def _run(self, rows: int, used: int) -> None:
         for step in range(self.steps):
@@ -359,13 +395,14 @@ def _bucket(n: int, size: int) -> int:
     return min(size, -(-n // 64) * 64)
 
 
-def record(run: Callable[[], None], pool: Any, stream: Any) -> torch.cuda.CUDAGraph:
+def record(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """run() as a CUDA graph: replay() repeats its kernels on the same addresses.
 
     Graphs of one pool share their scratch memory. `torch.cuda.graph` would also return all unused
     memory to the driver, which training then has to ask for again.
     """
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream = capture_stream(current.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         # thread_local: other threads may go on with what they do.

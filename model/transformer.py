@@ -10,8 +10,8 @@ Shapes: T packed tokens, D hidden, V vocabulary, H query heads, K key-value head
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]  # cosines and sines, both [T, 1, E]
+# One weight and bias for several linear layers of one input, where generation has joined them.
+Fused = tuple[Tensor, Tensor | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,25 +92,6 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-def fuse(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """Join linear layers of the same input: one product computes all of them.
-
-    Returns the weight [sum of the output sizes, D] and the bias or None. The layers' own become
-    views of these: what is copied into the layers is seen by the joint product, at no memory.
-    """
-    joint: list[Any] = []
-    for name in ("weight", "bias"):
-        parts = [getattr(layer, name) for layer in layers]
-        if parts[0] is None:
-            joint.append(None)
-            continue
-        joint.append(torch.cat([part.data for part in parts]))
-        views = joint[-1].split([len(part) for part in parts])
-        for part, view in zip(parts, views, strict=True):
-            part.data = view
-    return joint[0], joint[1]
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
 
@@ -156,7 +139,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, hidden, bias=False)
         self.qkv_sizes = [q_size, kv_size, kv_size]
-        self.fused: tuple[Tensor, Tensor | None] | None = None
+        self.fused: Fused = None
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -182,7 +165,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused: tuple[Tensor, Tensor | None] | None = None
+        self.fused: Fused = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.fused:
@@ -216,17 +199,6 @@ class Block(nn.Module):
             before, after = compiled_halves()
         q_THE, k_TKE, v_TKE = before(self, x_TD, rope)
         return after(self, x_TD, attend(layer, q_THE, k_TKE, v_TKE))
-
-    def fuse_products(self) -> None:
-        """Compute queries, keys and values in one product, and the MLP's gate and up in one.
-
-        For weights that are only read.
-        """
-        attention, mlp = self.self_attn, self.mlp
-        if attention.fused:
-            return
-        attention.fused = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
-        mlp.fused = fuse((mlp.gate_proj, mlp.up_proj))
 
 
 @functools.cache
@@ -301,12 +273,6 @@ class Transformer(nn.Module):
         for block in self.layers:
             assert isinstance(block, Block)
             block.is_compiled = True
-
-    def fuse_products(self) -> None:
-        """Join the linear layers that have one input, in all blocks; for weights only read."""
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.fuse_products()
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs of the body for one token that attends to `context` tokens on average."""

@@ -462,7 +462,7 @@ class Recorded:
 
     made, replayed = [], 0
 
-    def __init__(self, run, pool, stream):
+    def __init__(self, run, pool):
         step = run.func.__self__
         self.run, self.step, self.at = run, step, self.addresses(step)
         Recorded.made.append(self)
