@@ -191,7 +191,7 @@ def engine(device, dry):
     """New tokens per second of our engine and of `transformers` on the same weights; nothing stops early."""
     from bench.generate import reference
     from model.checkpoint import build_model
-    from model.generate import generate
+    from model.generate import Engine, generate
     from model.transformer import PRESETS
 
     config, n, new = (PRESETS["tiny"], 3, 6) if dry else (PRESETS["qwen2.5-0.5b"], 256, 512)
@@ -200,16 +200,17 @@ def engine(device, dry):
         config, None, device=device, seed=0, weight_dtype=dtype, compute_dtype=dtype
     )
     compiled = copy.deepcopy(model)
-    for block in compiled.layers if device.type == "cuda" else ():
-        block.compile_halves()
+    if device.type == "cuda":
+        compiled.compile_blocks()
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (n, 64), generator=g).tolist()
     ours = lambda model, m: sum(
         len(c.tokens)
         for c in generate(model, prompts, m, [], temperature=1.0, seeds=range(n), batch_size=n)
     )
-    runs = {"srlm": lambda m: ours(model, m)} | (
-        {"srlm, compiled": lambda m: ours(compiled, m)} if device.type == "cuda" else {}
+    engines = Engine(model), Engine(compiled)
+    runs = {"srlm": lambda m: ours(engines[0], m)} | (
+        {"srlm, compiled": lambda m: ours(engines[1], m)} if device.type == "cuda" else {}
     )
     theirs, why = gpu.attempt(lambda: reference(model).to(device, dtype))
     if theirs:

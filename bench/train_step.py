@@ -117,10 +117,7 @@ def run(bench, cases, body, teacher, peak, args):
         backend.use(kernels)
         frozen = teacher if mode == "kd" else None
         for block in [*body.layers, *teacher.layers]:
-            for half in ("before", "after"):  # what an earlier case has compiled
-                block.__dict__.pop(half, None)
-            if compiled and not args.dry:
-                block.compile_halves()
+            block.is_compiled = compiled and not args.dry
         vocab = 500 if args.dry else 151_665
         batch = packed(count, length, vocab)
         step = step_of(body, frozen, batch, vocab, bench.device)
