@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kv_cache import DecodeAttention, KVCache, PrefillAttention, uses_graphs
+from model.kv_cache import CAPACITY, DecodeAttention, KVCache, PrefillAttention, uses_graphs
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
 from model.transformer import Fused, Transformer
@@ -41,7 +41,6 @@ CAPTURE_AFTER = 2
 STEPS = 4
 # It covers the cache up to a multiple of this many slots, however few are used.
 SLOTS = 1024
-CAPACITY = 256  # the cache has at most a multiple of this many slots: calls are often alike
 FIRST_SLOTS = 64  # the cache begins with room for this many new tokens per row, then doubles
 KEPT_BYTES = 8 << 30  # a cache that is larger is not kept until the next call
 
@@ -96,7 +95,8 @@ def generate(  # noqa: PLR0913  every option is a keyword, which all callers nam
         stop_strings: end a completion once its text contains one. Needs `decode`.
         decode: ids to text.
         batch_size: prompts that run at the same time.
-        on_token: called with (index of the prompt, id, log-prob) for every new token.
+        on_token: called with (index of the prompt, id, log-prob) for every new token; from the
+            first again for a prompt that had to wait because memory ended.
         on_done: called with (index of the prompt, its Completion) as soon as it is finished.
 
     Returns:
@@ -130,9 +130,10 @@ def generate(  # noqa: PLR0913  every option is a keyword, which all callers nam
     completions = {}
     while batch.n_rows or batch.pending:
         batch.admit()
+        token_SB, logp_SB = batch.decode()
         ended_B = np.zeros(batch.n_rows, dtype=bool)
         stopped_B = np.zeros(batch.n_rows, dtype=bool)
-        for token_B, logp_B in zip(*batch.decode(), strict=True):
+        for token_B, logp_B in zip(token_SB, logp_SB, strict=True):
             rows = np.flatnonzero(~ended_B)
             batch.append(rows, token_B[rows], logp_B[rows])
             if on_token:
@@ -240,7 +241,8 @@ class Engine:
         max_slots = -(-(max_slots + STEPS) // CAPACITY) * CAPACITY
         kept = self._decoder
         if kept and kept.serves(settings, size, max_slots):
-            kept.reserve(slots, kept.size)
+            if slots > kept.cache.slots:
+                kept.grow(slots, kept.size)
             kept.cache.clear()
             kept.sampler.refresh()
             return kept
@@ -326,11 +328,11 @@ class _Decoder:
         fits = size <= cache.rows and max_slots <= cache.max_slots
         return settings == self.settings and fits
 
-    def reserve(self, slots: int, rows: int) -> None:
-        """Make room in the cache for so many slots; where it has to grow, of so many rows."""
-        if self.cache.reserve(slots, rows):
-            self.size = rows
-            self.graphs, self.runs, self.pool = {}, Counter(), None  # they hold its old address
+    def grow(self, slots: int, rows: int) -> None:
+        """Give the cache so many slots, and so many rows."""
+        self.cache.grow(slots, rows)
+        self.size = rows
+        self.graphs, self.runs, self.pool = {}, Counter(), None  # they hold its old address
 
     def set(self, state_4B: np.ndarray) -> None:
         """Set the rows' tokens, keys, positions and counts."""
@@ -339,28 +341,26 @@ class _Decoder:
         self.host_4B.numpy()[:, :n] = state_4B
         self.state_4B.copy_(self.host_4B, non_blocking=True)
 
-    def __call__(self, n: int, used: int, is_last: bool) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, n: int, used: int) -> tuple[np.ndarray, np.ndarray]:
         """Make self.steps tokens for each of n rows.
 
         Args:
-            used: how many slots the longest row has, its newest token included.
-            is_last: whether no row will be appended.
+            used: how many slots the longest row will have.
 
         Returns:
             Ids and their log-probs, [S, B].
         """
         with torch.cuda.device_of(self.state_4B):
-            self._replay(n, used + self.steps - 1, is_last)
+            self._replay(n, used)
             if self.sampler.synchronizes:
                 self._sample(n, 0)
         token_SB, logp_SB = self.sampled_2SB[:, :, :n].cpu().numpy()
         return token_SB.astype(np.int64), logp_SB
 
-    def _replay(self, n: int, used: int, is_last: bool) -> None:
-        rows = _bucket(n, self.size) if self.uses_graphs else n
-        self.reserve(used, rows if is_last else self.size)
+    def _replay(self, n: int, used: int) -> None:
         if not self.uses_graphs:
-            return self._run(rows, used)
+            return self._run(n, used)
+        rows = _bucket(n, self.size)
         used = min(-(-used // SLOTS) * SLOTS, self.cache.slots)
         key = rows, used
         if key in self.graphs:
@@ -506,14 +506,31 @@ class _Batch:
 
     def decode(self) -> tuple[np.ndarray, np.ndarray]:
         """New tokens for every row and their log-probs, [S, B]; `append` takes them in."""
+        used = self._reserve()
         rows = np.arange(self.n_rows)
-        position_B = self.positions(rows)
         if self.is_changed:
             key_B = self.keys[self.prompt_B[rows]]
-            state = (self.token_B[rows], key_B, position_B, self.count_B[rows])
+            state = (self.token_B[rows], key_B, self.positions(rows), self.count_B[rows])
             self.decoder.set(np.stack(state))
             self.is_changed = False
-        return self.decoder(self.n_rows, int(position_B.max()) + 1, not self.pending)
+        return self.decoder(self.n_rows, used)
+
+    def _reserve(self) -> int:
+        """Make room for what the decoder will write. Returns the slots that the longest row needs.
+
+        Where memory ends, the batch gets smaller: the rows that lose least wait again, and then
+        get the same tokens as before.
+        """
+        cache = self.decoder.cache
+        used = int(self.positions(np.arange(self.n_rows)).max()) + self.decoder.steps
+        if used > cache.slots:
+            wanted = self.size if self.pending else self.n_rows
+            slots, self.size = cache.shape_for(used, wanted)
+            evicted = np.argsort(-self.count_B[: self.n_rows], kind="stable")[self.size :]
+            self.pending.extend(self.prompt_B[evicted].tolist())
+            self.remove(evicted)
+            self.decoder.grow(slots, self.size)
+        return used
 
     def append(self, rows: np.ndarray, token_B: np.ndarray, logp_B: np.ndarray) -> None:
         """Append a token to each of these rows."""

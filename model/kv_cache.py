@@ -16,6 +16,8 @@ from kernels.attention import PackedAttention
 from kernels.decode_attention import decode_attention
 from model.transformer import Transformer
 
+CAPACITY = 256  # a cache has at most a multiple of this many slots: calls of `generate` are alike
+
 
 class KVCache:
     """Keys and values: `layers` holds a tensor [2, B, K, S, E] for each layer.
@@ -50,19 +52,27 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def reserve(self, slots: int, rows: int) -> bool:
-        """Make room for so many slots per row. Returns whether the cache moved in memory.
+    def shape_for(self, slots: int, rows: int) -> tuple[int, int]:
+        """How many slots and rows a cache may have that needs so many: rows as memory allows.
 
-        A cache that grows keeps its first `rows` rows. It moves layer by layer, so that there are
-        never two of it.
+        The slots are doubled while all rows fit.
         """
-        have = self.slots
-        if slots <= have:
-            return False
-        more = min(max(slots, 2 * have), self.max_slots) - have
+        slot_bytes = self.nbytes // (self.rows * self.slots)
+        budget = (self.nbytes + 0.9 * free_bytes(self.device)) / slot_bytes
+        doubled = min(max(slots, 2 * self.slots), self.max_slots)
+        if rows * doubled <= budget:
+            return doubled, rows
+        needed = min(-(-slots // CAPACITY) * CAPACITY, self.max_slots)
+        return needed, max(1, min(rows, int(budget / needed)))
+
+    def grow(self, slots: int, rows: int) -> None:
+        """Have so many slots from now on, and only the first `rows` rows.
+
+        Layer by layer, so that there are never two caches.
+        """
+        more = slots - self.slots
         for layer in range(len(self.layers)):
             self.layers[layer] = F.pad(self.layers[layer][:, :rows], (0, 0, 0, more))
-        return True
 
     def write(self, layer: int, row: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store [T, K, E] keys and values of a layer. Returns all of the layer's."""
@@ -83,8 +93,13 @@ class KVCache:
                 layer.zero_()
 
 
-def free_bytes(device: torch.device) -> int:
-    """What can be allocated: memory that is free, or kept by PyTorch's allocator for reuse."""
+def free_bytes(device: torch.device) -> float:
+    """What can be allocated: memory that is free, or kept by PyTorch's allocator for reuse.
+
+    Infinite on a CPU.
+    """
+    if device.type == "cpu":
+        return math.inf
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

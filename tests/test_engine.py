@@ -130,8 +130,7 @@ def test_a_cache_that_grows_is_never_there_twice(monkeypatch):
 
     def counted(layer, *args):
         grown = pad(layer, *args)
-        layers = caches[-1].layers
-        peaks.append((sum(part.nbytes for part in layers) + grown.nbytes, layers))
+        peaks.append(caches[-1].nbytes + grown.nbytes)
         return grown
 
     class Seen(kv_cache.KVCache):
@@ -139,19 +138,15 @@ def test_a_cache_that_grows_is_never_there_twice(monkeypatch):
             super().__init__(*args)
             caches.append(self)
 
-        def reserve(self, slots, rows):
+        def grow(self, slots, rows):
             old, shape = self.nbytes, (self.rows, self.slots)
             peaks.clear()
             kept = [weakref.ref(layer) for layer in self.layers]
-            moved = super().reserve(slots, rows)
-            if moved:
-                assert not any(reference() is not None for reference in kept)
-                layer = old // len(self.layers)
-                grown = self.nbytes // len(self.layers)
-                most = max(peak for peak, _ in peaks)
-                assert most <= max(old, self.nbytes) + max(layer, grown)
-                shapes.append((shape, (self.rows, self.slots)))
-            return moved
+            super().grow(slots, rows)
+            assert not any(reference() is not None for reference in kept)
+            layer = max(old, self.nbytes) // len(self.layers)
+            assert max(peaks) <= max(old, self.nbytes) + layer
+            shapes.append((shape, (self.rows, self.slots)))
 
     shapes = []
     want = sampled(model, prompts, 500, top_k=20, batch_size=6)
@@ -160,6 +155,29 @@ def test_a_cache_that_grows_is_never_there_twice(monkeypatch):
     monkeypatch.setattr(generation, "FIRST_SLOTS", 8)
     assert sampled(model, prompts, 500, top_k=20, batch_size=6) == want
     assert len(shapes) >= 2 and shapes[-1][1][0] < 6, "rows that have ended are not kept"
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_where_memory_ends_rows_wait_again(records, monkeypatch):
+    model, done = small(), []
+    prompts = some_prompts([3, 5, 40, 9, 2, 6, 7, 8])
+    want = sampled(model, prompts, 700, top_k=20)
+    if records:
+        monkeypatch.setattr(generation, "uses_graphs", lambda cache: True)
+        monkeypatch.setattr(generation, "record", Recorded)
+    caches, begin = [], kv_cache.KVCache.__init__
+
+    def small_memory(device):
+        return 2 * 1024 * caches[-1].nbytes / caches[-1].slots / caches[-1].rows - caches[-1].nbytes
+
+    monkeypatch.setattr(
+        kv_cache.KVCache, "__init__", lambda self, *args: caches.append(self) or begin(self, *args)
+    )
+    monkeypatch.setattr(kv_cache, "free_bytes", small_memory)
+    got = sampled(model, prompts, 700, top_k=20, on_done=lambda *about: done.append(about[0]))
+    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in want]
+    assert sorted(done) == list(range(8)) and len(caches) == 1
+    assert caches[0].rows < 4 and max(len(tokens) for tokens, _ in want) > 300
 
 
 def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
