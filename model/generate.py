@@ -317,6 +317,7 @@ class _Decoder:
         self.hidden_BD = head_VD.new_zeros(self.size, head_VD.shape[1])
         self.uses_graphs = uses_graphs(cache)
         self.steps = STEPS if self.uses_graphs and not sampler.synchronizes else 1
+        self.step_S1 = torch.arange(self.steps, device=head_VD.device).unsqueeze(1)
         # Ids (exact in fp64) and log-probs: one transfer.
         self.sampled_2SB = torch.zeros(
             2, self.steps, self.size, dtype=torch.double, device=head_VD.device
@@ -353,7 +354,7 @@ class _Decoder:
         with torch.cuda.device_of(self.state_4B):
             self._replay(n, used)
             if self.sampler.synchronizes:
-                self._sample(n, 0)
+                self._sample(n, self._numbers(n)[0], 0)
         token_SB, logp_SB = self.sampled_2SB[:, :, :n].cpu().numpy()
         return token_SB.astype(np.int64), logp_SB
 
@@ -372,19 +373,26 @@ class _Decoder:
             self.graphs[key], self.pool = graph, graph.pool()
 
     def _run(self, rows: int, used: int) -> None:
+        u_SB = None if self.sampler.synchronizes else self._numbers(rows)
         for step in range(self.steps):
             token_B, _, position_B, _ = self.state_4B[:, :rows]
             attend = DecodeAttention(self.cache, position_B, used)
             self.hidden_BD[:rows] = self.model(token_B, position_B, attend)
-            if not self.sampler.synchronizes:
-                self._sample(rows, step)
+            if u_SB is not None:
+                self._sample(rows, u_SB[step], step)
 
-    def _sample(self, rows: int, step: int) -> None:
+    def _numbers(self, rows: int) -> Tensor:
+        """The random numbers of all steps, [S, B]: hashing is many small kernels."""
         _, key_B, _, count_B = self.state_4B[:, :rows]
-        token_B, logp_B = self.sampler(self.hidden_BD[:rows], uniform(key_B, count_B))
+        u_SB = uniform(key_B, count_B + self.step_S1)
+        count_B += self.steps
+        return u_SB
+
+    def _sample(self, rows: int, u_B: Tensor, step: int) -> None:
+        token_B, logp_B = self.sampler(self.hidden_BD[:rows], u_B)
         self.sampled_2SB[0, step, :rows], self.sampled_2SB[1, step, :rows] = token_B, logp_B
         self.state_4B[0, :rows] = token_B
-        self.state_4B[2:, :rows] += 1
+        self.state_4B[2, :rows] += 1
 
 
 def _bucket(n: int, size: int) -> int:
