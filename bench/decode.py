@@ -232,12 +232,12 @@ class Engine:
         shape = (self.count, PROMPT)
         self.prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
 
-    def ours(self, model: Any, new: int) -> int:
+    def ours(self, engine: Any, new: int) -> int:
         """How many tokens were generated, as all ways say."""
         from model.generate import generate
 
         options = {"temperature": 1.0, "seeds": range(self.count), "batch_size": self.count}
-        return sum(len(c.tokens) for c in generate(model, self.prompts, new, [], **options))
+        return sum(len(c.tokens) for c in generate(engine, self.prompts, new, [], **options))
 
     def compiled(self) -> Any:
         model = copy.deepcopy(self.model)
@@ -269,10 +269,12 @@ class Engine:
 
     def way(self, name: str) -> Callable[[int], int]:
         """The function (new tokens a sequence -> tokens generated) of a name in `names`."""
+        from model import generate as model_generate
+
         if name == "srlm":
-            return functools.partial(self.ours, self.model)
+            return functools.partial(self.ours, model_generate.Engine(self.model))
         if name == "srlm, compiled":
-            return functools.partial(self.ours, self.compiled())
+            return functools.partial(self.ours, model_generate.Engine(self.compiled()))
         if name == BATCHING:
             return functools.partial(self.their_batching, self.theirs())
         return functools.partial(self.their_generate, self.theirs())

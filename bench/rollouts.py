@@ -76,11 +76,12 @@ def engine(bench: Bench, profile_path: str) -> None:
     for name in ("eager", "compiled"):
         if name == "compiled" and not bench.dry:
             model.compile_blocks()
+        generator = engine_module.Engine(model)
 
-        def rollout(number: int = 0) -> int:
+        def rollout(number: int = 0, generator: engine_module.Engine = generator) -> int:
             seeds = range(number * len(prompts), (number + 1) * len(prompts))
             options = {"temperature": 1.0, "seeds": seeds, "batch_size": len(prompts)}
-            done = engine_module.generate(model, prompts, new_tokens, stop_ids, **options)
+            done = engine_module.generate(generator, prompts, new_tokens, stop_ids, **options)
             return sum(len(completion.tokens) for completion in done)
 
         for number in range(2 if bench.dry else 6):

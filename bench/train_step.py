@@ -95,15 +95,6 @@ def profile(step: Callable[[], Any], path: str) -> None:
     Path(path).write_text(report)
 
 
-def set_compiled(model: Transformer, compiled: bool) -> None:
-    """Compile the blocks, or take back what an earlier case has compiled."""
-    for block in model.layers:
-        for half in ("before_attention", "after_attention"):
-            block.__dict__.pop(half, None)
-    if compiled:
-        model.compile_blocks()
-
-
 def all_cases(dry: bool) -> list[Case]:
     batches = ((2, 16), (1, 32)) if dry else ((16, 2048), (4, 8192))
     cases = []
@@ -127,7 +118,8 @@ def measure_case(bench: Bench, case: Case, bodies: Bodies, profile_path: str) ->
     backend.use(case.kernels)
     teacher = bodies.teacher if case.mode == "kd" else None
     for model in (bodies.student, bodies.teacher):
-        set_compiled(model, case.compiled and not bench.dry)
+        for block in model.layers:
+            block.is_compiled = case.compiled and not bench.dry
     batch = random_batch(count, length, bodies.vocab)
     step = step_of(bodies.student, teacher, batch, bodies.vocab)
     row = bench.measure(step, **facts)

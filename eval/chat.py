@@ -16,9 +16,8 @@ from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError, as_command
 from eval.prompts import template_kwargs
-from model.generate import generate
+from model.generate import Engine, generate
 from model.load import Subject, find
-from model.transformer import Transformer
 from options import REQUIRED, option
 
 
@@ -96,21 +95,17 @@ def prompt_of(formatter: Formatter, messages: list[dict]) -> tuple[list[int], st
 
 
 def answer(
-    subject: Subject,
-    model: Transformer,
-    formatter: Formatter,
-    messages: list[dict],
-    args: ChatOptions,
+    subject: Subject, engine: Engine, formatter: Formatter, messages: list[dict], args: ChatOptions
 ) -> str:
     """Stream the assistant's next turn; returns its text, with the tag that the prompt opened."""
     prompt, opened = prompt_of(formatter, messages)
-    positions = model.config.max_position_embeddings
+    positions = subject.config.max_position_embeddings
     limit = min(args.max_tokens, positions - len(prompt))
     if limit < 1:
         raise UserError(f"the conversation fills the model's {positions:,} positions")
     stream = Stream(subject.tokenizer, prompt)
     (completion,) = generate(
-        model,
+        engine,
         [prompt],
         limit,
         subject.stop_ids,
@@ -133,7 +128,7 @@ def answer(
 def talk(args: ChatOptions) -> None:
     """Answer line by line until the input ends."""
     subject = find(args.checkpoint)
-    formatter, model = formatter_of(subject, args), subject.model()
+    formatter, engine = formatter_of(subject, args), Engine(subject.model())
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -145,7 +140,7 @@ def talk(args: ChatOptions) -> None:
             messages = []
         elif line:
             messages.append({"role": "user", "content": line})
-            text = answer(subject, model, formatter, messages, args)
+            text = answer(subject, engine, formatter, messages, args)
             messages.append({"role": "assistant", "content": text})
 
 

@@ -18,7 +18,7 @@ from eval.benchmarks import CODE, Benchmark
 from eval.contamination import Trained
 from eval.summary import Key, Row, Rows, Samples, json_line
 from model import parallel
-from model.generate import Completion, generate
+from model.generate import Completion, Engine, generate
 from model.load import Subject
 from options import option
 from run import environment
@@ -59,6 +59,7 @@ class SamplingOptions:
         "0: each sample by itself, faster",
         minimum=0,
     )
+    compile: bool = option(False, "torch.compile the transformer's blocks")
 
 
 @dataclasses.dataclass
@@ -114,7 +115,10 @@ def generate_missing(
             groups.append(keys)
     if not groups:
         return 0, 0.0
-    model, start = load_model(), time.perf_counter()
+    model = load_model()
+    if args.compile:
+        model.compile_blocks()
+    engine, start = Engine(model), time.perf_counter()
     try:
         with open(request.samples.part(rank), "a", encoding="utf-8") as file:
             # a line that a kill cut off stays apart from what follows
@@ -122,7 +126,7 @@ def generate_missing(
             writer = _Writer(request, file, sum(map(len, groups)), rank == 0)
             for keys in groups:
                 generate(
-                    model,
+                    engine,
                     [request.prompts[problem] for problem, _ in keys],
                     request.max_tokens,
                     request.subject.stop_ids,

@@ -16,32 +16,63 @@ from kernels.attention import PackedAttention
 from kernels.decode_attention import decode_attention
 from model.transformer import Transformer
 
+CAPACITY = 256  # a cache has at most a multiple of this many slots: calls of `generate` are alike
+
 
 class KVCache:
-    """Keys and values of all layers and rows, [layers, 2, B, K, S, E].
+    """Keys and values: `layers` holds a tensor [2, B, K, S, E] for each layer.
 
     The slots of a head lie side by side, which is the faster layout on a CPU.
     """
 
     def __init__(self, model: Transformer, rows: int, slots: int, max_slots: int) -> None:
         config, weight = model.config, model.head_VD
-        shape = [config.num_layers, 2, rows, config.num_kv_heads, slots, config.head_dim]
+        shape = [2, rows, config.num_kv_heads, slots, config.head_dim]
         if weight.is_cuda:
             # All that may be needed, where it fits: CUDA graphs hold on to the addresses.
-            size = math.prod(shape) // slots * max_slots * weight.itemsize
-            if size < torch.cuda.mem_get_info(weight.device)[0] // 2:
-                shape[4] = max_slots
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            size = config.num_layers * math.prod(shape) // slots * max_slots * weight.itemsize
+            if size < free_bytes(weight.device) // 2:
+                shape[3] = max_slots
+        self.layers = [weight.new_zeros(shape) for _ in range(config.num_layers)]
         self.max_slots = max_slots
 
-    def reserve(self, slots: int) -> bool:
-        """Make room for so many slots per row. Returns whether the cache moved in memory."""
-        have = self.layers.shape[4]
-        if slots <= have:
-            return False
-        more = min(max(slots - have, have), self.max_slots - have)
-        self.layers = F.pad(self.layers, (0, 0, 0, more))
-        return True
+    @property
+    def rows(self) -> int:
+        return self.layers[0].shape[1]
+
+    @property
+    def slots(self) -> int:
+        return self.layers[0].shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def shape_for(self, slots: int, rows: int) -> tuple[int, int]:
+        """How many slots and rows a cache may have that needs so many: rows as memory allows.
+
+        The slots are doubled while all rows fit.
+        """
+        slot_bytes = self.nbytes // (self.rows * self.slots)
+        budget = (self.nbytes + 0.9 * free_bytes(self.device)) / slot_bytes
+        doubled = min(max(slots, 2 * self.slots), self.max_slots)
+        if rows * doubled <= budget:
+            return doubled, rows
+        needed = min(-(-slots // CAPACITY) * CAPACITY, self.max_slots)
+        return needed, max(1, min(rows, int(budget / needed)))
+
+    def grow(self, slots: int, rows: int) -> None:
+        """Have so many slots from now on, and only the first `rows` rows.
+
+        Layer by layer, so that there are never two caches.
+        """
+        more = slots - self.slots
+        for layer in range(len(self.layers)):
+            self.layers[layer] = F.pad(self.layers[layer][:, :rows], (0, 0, 0, more))
 
     def write(self, layer: int, row: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store [T, K, E] keys and values of a layer. Returns all of the layer's."""
@@ -51,14 +82,33 @@ class KVCache:
 
     def copy_rows(self, to: list[int], source: list[int], slots: int) -> None:
         """Copy the first slots of the rows `source` to the rows `to`."""
-        self.layers[:, :, to, :, :slots] = self.layers[:, :, source, :, :slots]
+        to_B, source_B = torch.tensor([to, source], device=self.device)
+        for layer in self.layers:
+            layer[:, to_B, :, :slots] = layer[:, source_B, :, :slots]
+
+    def clear(self) -> None:
+        """Begin anew. Numbers that are masked are multiplied by 0: none may be infinite."""
+        if not by_kernel(self):
+            for layer in self.layers:
+                layer.zero_()
+
+
+def free_bytes(device: torch.device) -> float:
+    """What can be allocated: memory that is free, or kept by PyTorch's allocator for reuse.
+
+    Infinite on a CPU.
+    """
+    if device.type == "cpu":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class PrefillAttention:
     """Attention within packed prompts, whose keys and values go to rows of the cache."""
 
     def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        device = cache.layers.device
+        device = cache.device
         self.cache = cache
         self.packed = PackedAttention(lengths, device)
         self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
@@ -75,7 +125,7 @@ class DecodeAttention:
 
     Args:
         position_B: the slot of each row's new token.
-        used: how many slots the longest row has, the new one included.
+        used: at least as many slots as the longest row has, the new one included.
     """
 
     def __init__(self, cache: KVCache, position_B: Tensor, used: int) -> None:
@@ -86,15 +136,15 @@ class DecodeAttention:
         self.length_B = position_B + 1
         if not self.by_kernel:
             beyond_BS = torch.arange(used, device=device) > position_B.unsqueeze(1)
-            mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers.dtype, device=device)
+            mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers[0].dtype, device=device)
             self.mask_B11S = mask_BS.masked_fill_(beyond_BS, -math.inf)[:, None, None]
 
     @torch.compiler.disable
     def __call__(self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
         kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
-        if self.by_kernel:
-            return decode_attention(q_BHE.unsqueeze(1), kv[0], kv[1], self.length_B).squeeze(1)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
+        if self.by_kernel:
+            return decode_attention(q_BHE.unsqueeze(1), k_BKSE, v_BKSE, self.length_B).squeeze(1)
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
         o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S)
@@ -103,8 +153,8 @@ class DecodeAttention:
 
 def by_kernel(cache: KVCache) -> bool:
     """Whether `decode_attention` has a kernel for this device, dtype and head dimension."""
-    layers = cache.layers
-    return backend.triton_serves(layers.device) and backend.triton_attends(layers[0, 0, 0])
+    layer = cache.layers[0]
+    return backend.triton_serves(layer.device) and backend.triton_attends(layer[0, 0])
 
 
 def uses_graphs(cache: KVCache) -> bool:
@@ -112,4 +162,4 @@ def uses_graphs(cache: KVCache) -> bool:
 
     Only with the kernel: without it the shapes change with the longest row.
     """
-    return cache.layers.is_cuda and by_kernel(cache)
+    return cache.device.type == "cuda" and by_kernel(cache)

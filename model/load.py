@@ -184,7 +184,7 @@ class Subject:
         if torch.cuda.is_available():
             device, dtype = "cuda", torch.bfloat16
         model = build_model(self.config, self.folder, device=device, seed=0, weight_dtype=dtype)
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
 
 def find(name: str, tokenizer: str = "") -> Subject:

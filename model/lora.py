@@ -197,18 +197,24 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of the plain model that computes the same, in the dtype of the adapters.
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the plain model that computes the same.
 
-    Those of a model without adapters are its own.
+    Adapted weights are merged, in the dtype of their adapters; the others are the model's own.
     """
     layers = adapters(model)
-    dtype = next((layer.lora_A.weight.dtype for layer in layers.values()), None)
     for name, p in model.named_parameters():
         if layer := layers.get(name.removesuffix(".weight")):
             yield name, layer.merged()
         elif ".lora_" not in name:
-            yield name, p.to(dtype or p.dtype)
+            yield name, p
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`plain_parameters`, all of them in the dtype of the adapters, if there are any."""
+    dtype = next((layer.lora_A.weight.dtype for layer in adapters(model).values()), None)
+    for name, p in plain_parameters(model):
+        yield name, p.to(dtype or p.dtype)
 
 
 # --- PEFT's format ------------------------------------------------------------------------

@@ -53,13 +53,13 @@ def random_keys(seeds: Sequence[int]) -> np.ndarray:
     return mix(bits.astype(np.int64) - 0x5F89E29B87429BD1)
 
 
-def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """fp64 numbers in (0, 1), both ends excluded, for keys and the indices of tokens.
+def uniform(keys: Tensor, index: Tensor) -> Tensor:
+    """fp64 numbers in (0, 1), both ends excluded, for int64 keys and the indices of tokens.
 
-    52 bits of the index-th output of splitmix64.
+    52 bits of the index-th output of splitmix64; the same on every device.
     """
     bits = shift_right(mix(keys + (index + 1) * GOLDEN), 12)
-    return (bits + 0.5) * 2.0**-52
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 # --- sampling -----------------------------------------------------------------------------
@@ -90,12 +90,18 @@ class Sampler:
         self.synchronizes = temperature > 0 and top_p < 1
         device, wide = head_VD.device, accumulate_dtype(head_VD)
         # A CPU has no product of bf16 operands with an fp32 result: the head is widened once.
-        self.head_VD = head_VD[:vocab] if head_VD.is_cuda else head_VD[:vocab].to(wide)
+        self.source_VD = head_VD[:vocab]
+        self.head_VD = self.source_VD if head_VD.is_cuda else self.source_VD.to(wide)
         self.rows = min(rows, default_chunk_rows(vocab, device))
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = head_VD.new_full((self.rows, padded), -torch.inf, dtype=wide)
         # Rows whose probabilities stay in a CPU's cache are sampled together.
         self.probs_BP = torch.empty_like(self.logits_BP[blocks(self.rows, padded, device)[0]])
+
+    def refresh(self) -> None:
+        """Called when the head's numbers have changed, in place."""
+        if self.head_VD.dtype != self.source_VD.dtype:
+            self.head_VD.copy_(self.source_VD)
 
     def __call__(self, hidden_BD: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and their log-probs before top-k and top-p; u_B: numbers in (0, 1)."""

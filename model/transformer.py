@@ -9,7 +9,7 @@ Shapes: T packed tokens, D hidden, V vocabulary, H query heads, K key-value head
 """
 
 import dataclasses
-import types
+import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]  # cosines and sines, both [T, 1, E]
+# One weight and bias for several linear layers of one input, where generation has joined them.
+Fused = tuple[Tensor, Tensor | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, hidden, bias=False)
+        self.qkv_sizes = [q_size, kv_size, kv_size]
+        self.fused: Fused = None
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -143,11 +147,14 @@ class Attention(nn.Module):
 
     def qkv(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, E], keys and values [T, K, E]; queries and keys are rotated."""
+        if self.fused:
+            q, k, v = F.linear(x_TD, *self.fused).split(self.qkv_sizes, 1)
+        else:
+            q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         heads = (-1, self.head_dim)
-        q_THE = self.q_norm(self.q_proj(x_TD).unflatten(1, heads))
-        k_TKE = self.k_norm(self.k_proj(x_TD).unflatten(1, heads))
-        v_TKE = self.v_proj(x_TD).unflatten(1, heads)
-        return rotate(q_THE, rope), rotate(k_TKE, rope), v_TKE
+        q_THE = self.q_norm(q.unflatten(1, heads))
+        k_TKE = self.k_norm(k.unflatten(1, heads))
+        return rotate(q_THE, rope), rotate(k_TKE, rope), v.unflatten(1, heads)
 
 
 class MLP(nn.Module):
@@ -158,9 +165,14 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fused: Fused = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        if self.fused:
+            gate, up = F.linear(x_TD, *self.fused).chunk(2, 1)
+        else:
+            gate, up = self.gate_proj(x_TD), self.up_proj(x_TD)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -172,6 +184,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.is_compiled = False
 
     def before_attention(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.qkv(self.input_layernorm(x_TD), rope)
@@ -181,20 +194,23 @@ class Block(nn.Module):
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
     def forward(self, layer: int, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q_THE, k_TKE, v_TKE = self.before_attention(x_TD, rope)
-        return self.after_attention(x_TD, attend(layer, q_THE, k_TKE, v_TKE))
+        before, after = Block.before_attention, Block.after_attention
+        if self.is_compiled:
+            before, after = compiled_halves()
+        q_THE, k_TKE, v_TKE = before(self, x_TD, rope)
+        return after(self, x_TD, attend(layer, q_THE, k_TKE, v_TKE))
 
-    def compile_halves(self) -> None:
-        """Compile what lies before and after attention; all layers share the graphs.
 
-        Shapes may vary: `torch.compile` makes a size symbolic at the second value that it sees.
-        """
-        # Training, evaluation and generation, in several widths, need more than the default of 8.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(32, limit)
-        # Bound methods, so that a deep copy of the block compiles with its own weights.
-        for name in ("before_attention", "after_attention"):
-            setattr(self, name, types.MethodType(torch.compile(getattr(Block, name)), self))
+@functools.cache
+def compiled_halves() -> tuple[Callable, Callable]:
+    """What lies before and after attention, compiled once: all layers of all models share it.
+
+    Shapes may vary: `torch.compile` makes a size symbolic at the second value that it sees.
+    """
+    # Training, evaluation and generation, in several widths, need more than the default of 8.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(32, limit)
+    return torch.compile(Block.before_attention), torch.compile(Block.after_attention)
 
 
 def embed(tokens_T: Tensor, weight_VD: nn.Parameter, tied: bool) -> Tensor:
@@ -273,7 +289,7 @@ class Transformer(nn.Module):
         """`torch.compile` all blocks, their attention aside."""
         for block in self.layers:
             assert isinstance(block, Block)
-            block.compile_halves()
+            block.is_compiled = True
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs of the body for one token that attends to `context` tokens on average."""

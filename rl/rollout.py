@@ -24,7 +24,7 @@ from data.tasks import Example, grade_all
 from errors import RunFailed, UserError
 from model import parallel
 from model.flops import forward_flops, generation_flops
-from model.generate import Completion, generate
+from model.generate import Completion, Engine, generate
 from model.transformer import Transformer
 from rl.advantage import group_advantages, has_reward_spread, kl_advantages
 from rl.logprobs import add_logprobs, add_tis_weights, kl_penalty
@@ -46,6 +46,7 @@ class Rollouts(Iterator[GlobalBatch]):
         teacher: Transformer | None = None,
     ):
         self.dataset, self.generator, self.config = dataset, generator, config
+        self.engine = Engine(generator)
         self.teacher = teacher
         self.prompt_order = EpochOrder(len(dataset), config.prompt_seed)
         self.position = 0  # of the next prompt
@@ -96,7 +97,7 @@ class Rollouts(Iterator[GlobalBatch]):
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
         config, model = self.config, self.generator
         completions = generate(
-            model,
+            self.engine,
             prompts,
             config.max_new_tokens,
             config.stop_ids,

@@ -10,7 +10,7 @@ from kernels.attention import PackedAttention
 from model import generate as engine
 from model import kv_cache, sampling
 from model.checkpoint import build_model
-from model.generate import generate, in_compute_dtype
+from model.generate import Engine, generate
 from model.sampling import Sampler, draw, keep_top_k, keep_top_p, random_keys, uniform
 from model.transformer import ModelConfig
 from tests.test_model import ours, theirs
@@ -114,8 +114,8 @@ def test_weights_are_cast_once_and_only_if_they_must_be():
         small(dtype=torch.float32),
         small(dtype=torch.float32, compute_dtype=torch.bfloat16, tie_word_embeddings=True),
     )
-    assert in_compute_dtype(plain) is plain
-    cast = in_compute_dtype(mixed)
+    assert Engine(plain).model is plain
+    cast = Engine(mixed).model
     assert {p.dtype for p in cast.parameters()} == {torch.bfloat16} and {
         p.dtype for p in mixed.parameters()
     } == {torch.float32}
@@ -406,6 +406,10 @@ def test_argmax_takes_the_first_and_the_sampler_its_rows_in_pieces(monkeypatch):
 # --- random numbers -----------------------------------------------------------------------
 
 
+def numbers(keys, index):
+    return uniform(torch.from_numpy(keys), torch.from_numpy(index)).numpy()
+
+
 def test_the_hash_is_splitmix64():
     known = np.array(
         [
@@ -418,7 +422,7 @@ def test_the_hash_is_splitmix64():
         np.uint64,
     )
     want = ((known >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
-    assert (uniform(np.full(5, 1234567), np.arange(5)) == want).all()
+    assert (numbers(np.full(5, 1234567), np.arange(5)) == want).all()
 
 
 def test_random_numbers_are_uniform_and_independent():
@@ -430,10 +434,10 @@ def test_random_numbers_are_uniform_and_independent():
         return statistic < counts.size + 5 * np.sqrt(2 * counts.size)
 
     along_seeds, along_tokens = (
-        uniform(random_keys(range(n)), np.zeros(n, int)),
-        uniform(random_keys([5] * n), np.arange(n)),
+        numbers(random_keys(range(n)), np.zeros(n, int)),
+        numbers(random_keys([5] * n), np.arange(n)),
     )
-    far = uniform(random_keys([2**63 + 977 * i for i in range(n)]), np.full(n, 300))
+    far = numbers(random_keys([2**63 + 977 * i for i in range(n)]), np.full(n, 300))
     for u in (along_seeds, along_tokens, far):
         assert 0 < u.min() < 1e-3 and 1 - 1e-3 < u.max() < 1
         assert close(np.histogram(u, 256, (0, 1))[0])
@@ -441,7 +445,7 @@ def test_random_numbers_are_uniform_and_independent():
         assert close(np.histogram((u * 2**20) % 1, 256, (0, 1))[0]), "low bits"
     assert close(
         np.histogram2d(
-            along_seeds, uniform(random_keys(range(n)), np.ones(n, int)), 16, [(0, 1)] * 2
+            along_seeds, numbers(random_keys(range(n)), np.ones(n, int)), 16, [(0, 1)] * 2
         )[0]
     ), "tokens of a seed"
     assert len(np.unique(random_keys(range(n)))) == n
@@ -466,10 +470,10 @@ class Recorded:
     @staticmethod
     def addresses(step):
         tensors = (
-            step.inputs_3B,
+            step.state_4B,
             step.hidden_BD,
-            step.sampled_2B,
-            step.cache.layers,
+            step.sampled_2SB,
+            *step.cache.layers,
             step.sampler.logits_BP,
             step.sampler.probs_BP,
             step.model.head_VD,
@@ -483,7 +487,7 @@ class Recorded:
         assert self.at == self.addresses(self.step), (
             "a graph would read or write what is no longer there"
         )
-        Recorded.replayed += 1
+        Recorded.replayed += self.step.steps
         self.run()
         assert self.at == self.addresses(self.step)
 

@@ -12,6 +12,7 @@ from kernels.attention import PackedAttention
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import generate as engine
+from model import kv_cache
 from model.checkpoint import build_model
 from model.generate import generate
 from model.transformer import ModelConfig
@@ -108,7 +109,7 @@ def test_recorded_steps_write_what_unrecorded_ones_do(filters, monkeypatch):
     for name, after, free in (("recorded", 2, None), ("moving", 2, 0), ("unrecorded", 10**9, None)):
         monkeypatch.setattr(engine, "CAPTURE_AFTER", after)
         if free is not None:  # as if the whole cache did not fit
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
+            monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 0)
         results[name] = [(c.tokens, c.logp) for c in ask()]
         monkeypatch.undo()
     assert results["recorded"] == results["unrecorded"] == results["moving"]

@@ -23,7 +23,7 @@ from losses.sft import sft_loss
 from model import lora, parallel
 from model.checkpoint import build_model, save_model
 from model.flops import step_flops
-from model.generate import generate, in_compute_dtype
+from model.generate import generate
 from model.load import find
 from model.optim import build_optimizer
 from run import RunFolder, run_of
@@ -420,8 +420,10 @@ def reward(tmp_path):
     return f"--grpo_reward={tmp_path}/mine.py:letters"
 
 
-def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
-    """In bf16, as on a GPU: policy, reference and generation share the base; adapters are fp32.
+def test_a_grpo_step_holds_the_base_once_and_merged_weights_once(tmp_path, reward, monkeypatch):
+    """In bf16, as on a GPU: policy and reference share the base; adapters are fp32.
+
+    Generation has the adapted layers with the adapters merged, and shares the rest.
 
     Every tensor that Python can reach in the middle of the step is counted.
     """
@@ -429,7 +431,7 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
     step, inner = train.forward_backward, generate
 
     def writing(author, *args, **more):
-        copies.append(in_compute_dtype(author))  # kept, as the one that generation makes for itself
+        copies.append(author.model)
         return inner(author, *args, **more)
 
     def counting(model, *args):
@@ -457,21 +459,22 @@ def test_a_grpo_step_holds_one_copy_of_the_base(tmp_path, reward, monkeypatch):
     assert train.main([*GRPO, reward, "--dtype=bfloat16", f"--runs={tmp_path}", "--name=r"]) == 0
     (run,) = kept
     assert len(seen) == 2 and len(copies) == 2 and run.reference is not None
+    assert copies[0] is copies[1]
     for storages in seen:
-        assert len(storages) == 3 and {dtype for _, dtype in storages} == {
+        assert len(storages) == 6 and {dtype for _, dtype in storages} == {
             torch.bfloat16
-        }  # one per layer
-    models = (run.policy, run.reference, copies[-1])
-    parameters = {
-        p.untyped_storage().data_ptr(): p.numel() * p.element_size()
-        for m in models
-        for p in m.parameters()
-    }
+        }  # two per layer: the base's and the merged one
+    storages = {}
+    for model in (run.policy, run.reference, copies[-1]):
+        for p in model.parameters():
+            storages[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
     base = sum(p.numel() * 2 for p in run.reference.parameters())
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
-    assert sum(parameters.values()) == base + trained * (
-        4 + 2
-    )  # masters, and generation's bf16 copies of them
+    merged = 0  # the layers' matrices, and the biases that were joined
+    for name, p in run.reference.layers.named_parameters():
+        if "norm" not in name:
+            merged += p.numel() * 2
+    assert sum(storages.values()) == base + trained * 4 + merged
     assert {p.dtype for p in run.policy.parameters() if p.requires_grad} == {torch.float32}
 
 

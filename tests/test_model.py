@@ -1,6 +1,5 @@
 """The transformer against `transformers`, checkpoints both ways, and what must be refused."""
 
-import copy
 import dataclasses
 import json
 
@@ -15,7 +14,7 @@ from model.checkpoint import build_model, locate, read_config, save_model, stop_
 from model.generate import generate
 from model.hf import config_from_hf
 from model.optim import learning_rate
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.transformer import PRESETS, ModelConfig, Transformer, compiled_halves
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -308,10 +307,10 @@ def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=counting))
     torch._dynamo.reset()
+    compiled_halves.cache_clear()
     shape = dataclasses.replace(PRESETS["tiny"], num_layers=12)
     plain, model = (Transformer(shape).init_weights(0) for _ in range(2))
-    for block in model.layers:
-        block.compile_halves()
+    model.compile_blocks()
 
     def forward(m, lengths):
         positions = torch.cat([torch.arange(n) for n in lengths])
@@ -325,8 +324,5 @@ def test_compiled_halves_serve_all_layers_after_an_evaluation(monkeypatch):
     for lengths in ([6, 7], [40, 3], [11]):
         torch.testing.assert_close(forward(model, lengths), forward(plain, lengths))
     assert len(calls) == 3 * 24 and len(compiled) <= 16
-    twin = copy.deepcopy(model)  # as generation makes one in its own dtype
-    assert all(
-        b.before_attention.__self__ is b and b.after_attention.__self__ is b for b in twin.layers
-    )
     torch._dynamo.reset()
+    compiled_halves.cache_clear()
