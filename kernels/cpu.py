@@ -30,7 +30,7 @@ def fastest_products(out: Tensor) -> Iterator[None]:
     if not uses_onednn(out):
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -53,7 +53,7 @@ def onednn_is_exact() -> bool:
     for m, k, n in ((64, 256, 4096), (4, 256, 512), (256, 1024, 256)):
         a, b = (torch.randn(shape, generator=generator) for shape in ((m, k), (k, n)))
         exact = a.double() @ b.double()
-        settings = torch.backends.mkldnn.matmul
+        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = settings.fp32_precision
         settings.fp32_precision = "bf16"
         error = (a @ b - exact).abs().max() / exact.abs().max()

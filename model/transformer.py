@@ -213,7 +213,7 @@ def compiled_halves() -> tuple[Callable, Callable]:
     return torch.compile(Block.before_attention), torch.compile(Block.after_attention)
 
 
-def embed(tokens_T: Tensor, weight_VD: nn.Parameter, tied: bool) -> Tensor:
+def embed(tokens_T: Tensor, weight_VD: Tensor, tied: bool) -> Tensor:
     """The embedded tokens [T, D].
 
     On a CPU the gradient of a tied embedding goes straight into `weight_VD.grad`, which the head
