@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
-from locks import Busy, lock, waiting_for
+from locks import Busy, lock
 from model import parallel
 from model.checkpoint import open_tensors, save_model, save_tensors
 from model.lineage import Lineage
@@ -210,25 +210,6 @@ def stored_config(runs: str, name: str) -> Json:
             "begin again without --resume"
         )
     return read_json(path / "config.json") | {"runs": runs}  # it may have been moved
-
-
-@contextmanager
-def only_one(path: Path, rank: int, what: str) -> Iterator[None]:
-    """Hold a lock file on rank 0 inside `with`; other processes, and the other ranks, wait.
-
-    what: what they wait for, for the terminal. Raises UserError if the file cannot be made.
-    """
-    with ExitStack() as stack:
-
-        def take() -> None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UserError(f"{path} cannot be made ({reason(e)})") from None
-            stack.enter_context(waiting_for(path, what))
-
-        parallel.on_rank_0(rank, take)
-        yield
 
 
 def run_of(checkpoint: str | Path) -> Path | None:

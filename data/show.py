@@ -12,12 +12,14 @@ def show_batch(batch: GlobalBatch, tokenizer: Tokenizer, count: int) -> None:
     if sys.stdout.isatty():
         begin, end = "\033[32m⟦", "⟧\033[0m"
     for n, d in enumerate(batch.documents[:count], 1):
-        trained = d.weights != 0
+        tokens, trained = d.tokens.tolist(), d.weights != 0
         print(f"--- example {n}: {len(d)} tokens, {trained.sum()} trained on")
         start = 0
         for stop in range(1, len(d) + 1):
             if stop == len(d) or trained[stop] != trained[start]:
-                text = tokenizer.decode(d.tokens[start:stop].tolist(), before=d.tokens[:start].tolist())
+                text = tokenizer.decode(
+                    d.tokens[start:stop].tolist(), before=d.tokens[:start].tolist()
+                )
                 print(begin + text + end if trained[start] else text, end="")
                 start = stop
         print()

@@ -13,7 +13,7 @@ import eval.study.__main__ as study
 import locks
 from errors import UserError
 from eval.study import plan as study_plan
-from run import only_one, open_run
+from run import open_run
 from tests.conftest import ROOT
 
 ERRORS = ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"]
@@ -352,15 +352,10 @@ def test_who_waits_says_so_again_and_again(tmp_path, monkeypatch, capsys):
     holding = locks.lock(tmp_path / "t.lock")
     holding.__enter__()
     monkeypatch.setattr(locks.time, "sleep", sleep)
-    with only_one(tmp_path / "t.lock", 0, "the embedded teacher"):
+    with locks.waiting_for(tmp_path / "t.lock", "the toy teacher"):
         pass
     lines = capsys.readouterr().out.splitlines()
     assert 2 <= len(lines) <= 4 and all(
-        "waiting for the embedded teacher" in line and "t.lock is held by another process" in line
+        "waiting for the toy teacher" in line and "t.lock is held by another process" in line
         for line in lines
     )
-    with (
-        only_one(tmp_path / "t.lock", 1, "it"),
-        only_one(tmp_path / "t.lock", 0, "it"),
-    ):  # another rank waits for nothing
-        pass
