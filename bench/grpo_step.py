@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.kd_step import cpu_parser, load, need_data
+from bench.kd_step import body_products, cpu_parser, load, need_data
 from bench.measure import median_ratio, resident_gb, rounds
 from data.batch import WEIGHTINGS
-from kernels.chunk import default_chunk_rows
+from kernels.chunk import default_chunk_rows, product
+from kernels.cpu import keep_freed_memory
 from losses.grpo import GRPOConfig, grpo_loss
 from model.checkpoint import build_model
 from model.optim import build_optimizer, clip_gradients
@@ -124,39 +125,30 @@ class Products:
 
     def __init__(self, config: ModelConfig, prompt_tokens: int, size: Size) -> None:
         self.prompt_tokens, self.size = prompt_tokens, size
-        d, f = config.hidden_size, config.intermediate_size
-        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        shapes = [(d, qkv), (config.num_heads * config.head_dim, d), (d, 2 * f), (f, d)]
-        self.weights = [torch.randn(shape) for shape in shapes] * config.num_layers
+        self.config = config
         self.chunk = default_chunk_rows(size.vocab, torch.device("cpu"))
         self.chunk = min(self.chunk, size.rows * size.new_tokens)
-        self.head = torch.randn(config.vocab_size, d)
+        self.head = torch.randn(config.vocab_size, config.hidden_size)
         self.logits = torch.empty(max(self.chunk, size.rows), config.vocab_size)
 
-    def body(self, tokens: int, times: int) -> None:
-        for weight in self.weights:
-            x = torch.zeros(tokens, weight.shape[0])
-            for _ in range(times):
-                x @ weight
-
     def rollout(self) -> None:
-        self.body(self.prompt_tokens, 1)
+        body_products(self.config, self.prompt_tokens, 1)
         x = torch.zeros(self.size.rows, self.head.shape[1])
         for _ in range(self.size.new_tokens):
-            self.body(self.size.rows, 1)
-            torch.mm(x, self.head.t(), out=self.logits[: self.size.rows])
+            body_products(self.config, self.size.rows, 1)
+            product(x, self.head.t(), self.logits[: self.size.rows])
 
     def update(self) -> None:
         n = self.size.rows * self.size.new_tokens
-        self.body(self.prompt_tokens * self.size.samples + n, 3)
+        body_products(self.config, self.prompt_tokens * self.size.samples + n, 3)
         hidden = torch.zeros(n, self.head.shape[1])
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(self.head)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(self.head)
         for start in range(0, n, self.chunk):
             rows = slice(start, start + self.chunk)
             x = hidden[rows]
-            z = torch.mm(x, self.head.t(), out=self.logits[: len(x)])
-            torch.mm(z, self.head, out=grad_hidden[rows])
-            torch.addmm(grad_head, z.t(), x, out=grad_head)
+            z = product(x, self.head.t(), self.logits[: len(x)])
+            product(z, self.head, grad_hidden[rows])
+            product(z.t(), x, grad_head, add=start > 0)
 
 
 def inputs(args: argparse.Namespace) -> tuple[Prompts, Size]:
@@ -188,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     need_data(parser, args)
+    keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(args.threads)
     prompts, size = inputs(args)
     model = build_model(PRESETS["tiny" if args.dry else "small"], None, device="cpu", seed=0)

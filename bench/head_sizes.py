@@ -19,7 +19,8 @@ import torch
 
 from bench.measure import median_ratio, show, table
 from bench.processes import in_turn, serve
-from kernels.chunk import default_chunk_rows
+from kernels.chunk import default_chunk_rows, product
+from kernels.cpu import keep_freed_memory
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 
@@ -38,14 +39,14 @@ def products(rows: int, width: int, vocab: int, teacher: bool) -> Callable[[], d
 
     def step() -> dict:
         z = torch.empty(min(rows, chunk), vocab)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
         for start in range(0, rows, chunk):
             x = hidden[start : start + chunk]
             logits = z[: len(x)]
             for _ in range(1 + teacher):
-                torch.mm(x, head.t(), out=logits)
-            torch.mm(logits, head, out=grad_hidden[start : start + chunk])
-            torch.addmm(grad_head, logits.t(), x, out=grad_head)
+                product(x, head.t(), logits)
+            product(logits, head, grad_hidden[start : start + chunk])
+            product(logits.t(), x, grad_head, add=start > 0)
         return {}
 
     return step
@@ -76,6 +77,7 @@ def loss_step(way: str, rows: int, width: int, vocab: int) -> Callable[[], dict]
 
 
 def child(way: str, rows: int, width: int, vocab: int, threads: int) -> None:
+    keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if way.startswith("products"):

@@ -9,9 +9,10 @@ median of `--repeats` steps:
   ours            the loop's own forward_backward, chunked head
   padded logits   plain PyTorch: [B, L, V] logits of both models, masked afterwards
   selected rows   plain PyTorch: the loss rows are selected before the head, [N, V] logits of both
-Also timed in the same run: the four matrix products that no exact method avoids (student logits,
-teacher logits, both gradients), at the same shapes. A step is forward, backward, clipping and
-AdamW. Memory is the process's peak above its resident size before the first step, so model weights
+Also timed in the same run, at the same shapes and in the faster of the CPU's two libraries: the
+four matrix products of the heads that no exact method avoids (both models' logits, the gradients of
+hidden rows and head), and these with the products of both bodies. A step is forward, backward,
+clipping and AdamW. Memory is the process's peak above its resident size before the first step, so model weights
 count for nobody.
 """
 
@@ -20,7 +21,6 @@ import functools
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,14 +32,15 @@ from bench.measure import median_ratio
 from bench.processes import in_turn, serve
 from bench.train_step import random_batch
 from data.batch import Batch, GlobalBatch
-from kernels.chunk import default_chunk_rows
+from kernels.chunk import default_chunk_rows, product
+from kernels.cpu import keep_freed_memory
 from losses.kd import KDConfig, kd_loss
 from model.checkpoint import build_model
 from model.optim import build_optimizer, clip_gradients
-from model.transformer import PRESETS, Transformer
+from model.transformer import PRESETS, ModelConfig, Transformer
 from train import forward_backward
 
-WAYS = ("ours", "padded logits", "selected rows", "products")
+WAYS = ("ours", "padded logits", "selected rows", "head products", "all products")
 CPU = torch.device("cpu")
 
 
@@ -96,26 +97,37 @@ def our_loss(student: Transformer, teacher: Transformer, batch: Batch, vocab: in
     return float(sums["loss"][0] / sums["loss"][1])
 
 
-def products_seconds(student: Transformer, teacher: Transformer, n: int, vocab: int) -> float:
+def head_products(student: Transformer, teacher: Transformer, n: int, vocab: int) -> None:
     """The four products over n rows, in the chunks of `linear_kl`, buffers allocated once."""
     chunk = default_chunk_rows(vocab, CPU) // 2
     head, teacher_head = student.head_VD.detach()[:vocab], teacher.head_VD.detach()[:vocab]
     hidden, teacher_hidden = torch.randn(n, head.shape[1]), torch.randn(n, teacher_head.shape[1])
     z = torch.empty(min(n, chunk), vocab)
-    grad_head, grad_hidden = torch.zeros_like(head), torch.empty_like(hidden)
-    began = time.perf_counter()
+    grad_head, grad_hidden = torch.empty_like(head), torch.empty_like(hidden)
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
         x = hidden[rows]
-        torch.mm(teacher_hidden[rows], teacher_head.t(), out=z[: len(x)])
-        logits = torch.mm(x, head.t(), out=z[: len(x)])
-        torch.mm(logits, head, out=grad_hidden[rows])
-        torch.addmm(grad_head, logits.t(), x, out=grad_head)
-    return time.perf_counter() - began
+        product(teacher_hidden[rows], teacher_head.t(), z[: len(x)])
+        logits = product(x, head.t(), z[: len(x)])
+        product(logits, head, grad_hidden[rows])
+        product(logits.t(), x, grad_head, add=start > 0)
+
+
+def body_products(config: ModelConfig, tokens: int, times: int) -> None:
+    """The products of a body's forward; three times: of its backward, too."""
+    d, f = config.hidden_size, config.intermediate_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    shapes = [(d, qkv), (config.num_heads * config.head_dim, d), (d, 2 * f), (f, d)]
+    for width, depth in shapes:
+        x, weight = torch.randn(tokens, width), torch.randn(width, depth)
+        for _ in range(times * config.num_layers):
+            x @ weight
 
 
 def child(args: argparse.Namespace) -> None:
     """One way, a step per line of standard input."""
+    if args.way == "ours" or args.way.endswith("products"):
+        keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(args.threads)
     batch, vocab = load(args)
     names = ("tiny", "tiny-teacher") if args.dry else ("small", "small-teacher")
@@ -124,9 +136,12 @@ def child(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(student, 1e-4, (0.9, 0.95), 1e-8, 0.0)
 
     def step() -> dict:
-        if args.way == "products":
-            seconds = products_seconds(student, teacher, len(batch.rows_N), vocab)
-            return {"seconds": seconds, "loss": 0.0}
+        if args.way.endswith("products"):
+            head_products(student, teacher, len(batch.rows_N), vocab)
+            if args.way == "all products":
+                body_products(teacher.config, len(batch.tokens_T), 1)
+                body_products(student.config, len(batch.tokens_T), 3)
+            return {"loss": 0.0}
         if args.way == "ours":
             loss = our_loss(student, teacher, batch, vocab)
         else:
@@ -150,7 +165,7 @@ def report(results: dict[str, list[dict]]) -> None:
     print(f"{'':<16}{'seconds':>9}{'peak GB':>9}{'loss':>10}   ours is")
     for way in WAYS:
         gain = ""
-        if way == "products":
+        if way.endswith("products"):
             gain = f"{median_ratio(seconds['ours'], seconds[way]):.2f}x these"
         elif way != "ours":
             faster = median_ratio(seconds[way], seconds["ours"])

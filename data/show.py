@@ -17,9 +17,7 @@ def show_batch(batch: GlobalBatch, tokenizer: Tokenizer, count: int) -> None:
         start = 0
         for stop in range(1, len(d) + 1):
             if stop == len(d) or trained[stop] != trained[start]:
-                text = tokenizer.decode(
-                    d.tokens[start:stop].tolist(), before=d.tokens[:start].tolist()
-                )
+                text = tokenizer.decode(tokens[start:stop], before=tokens[:start])
                 print(begin + text + end if trained[start] else text, end="")
                 start = stop
         print()
