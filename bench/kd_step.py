@@ -12,8 +12,8 @@ median of `--repeats` steps:
 Also timed in the same run, at the same shapes and in the faster of the CPU's two libraries: the
 four matrix products of the heads that no exact method avoids (both models' logits, the gradients of
 hidden rows and head), and these with the products of both bodies. A step is forward, backward,
-clipping and AdamW. Memory is the process's peak above its resident size before the first step, so model weights
-count for nobody.
+clipping and AdamW. Memory is the process's peak above its resident size before the first step, so
+that model weights count for nobody.
 """
 
 import argparse
