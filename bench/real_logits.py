@@ -151,7 +151,7 @@ def stored(student: Rows, teacher: Rows, divergence: str, form: str) -> Result:
         else:
             logp.append(logits_NV.bfloat16().float().log_softmax(1))
     ls, lt = logp
-    value_N, gradient_NV = FORMULAS[divergence](compare(ls, ls.exp(), lt, lt.exp()), 0.5)
+    value_N, gradient_NV = FORMULAS[divergence](compare(ls - lt, ls.exp(), lt.exp()), 0.5)
     gradient_NV = (gradient_NV / len(value_N)).bfloat16()
     hidden_ND = gradient_NV.float() @ student.head_VD
     return Result(value_N.mean(), gradient_NV, hidden_ND)

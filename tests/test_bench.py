@@ -4,8 +4,10 @@ Those that need Triton's interpreter, and those that measure processes, are run 
 """
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +113,9 @@ def test_what_is_interpreted_runs_through(options, tmp_path):
     module, *more = options
     output = "--json" if module == "attention_sweep" else "--out"
     command(module, "--dry", output, str(path), *more)
-    assert json.loads(path.read_text())["right"]
+    record = json.loads(path.read_text())
+    rows = [row for part in record.values() if isinstance(part, list) for row in part]
+    assert record["right"] and len(rows) > 5 and not [row for row in rows if "failed" in row]
 
 
 def test_a_wrong_result_is_noticed(tmp_path, capsys, monkeypatch):
@@ -244,8 +248,8 @@ def test_grpo_step_and_generation_run_through(capsys):
 @pytest.mark.slow
 def test_processes_in_turn_run_through():
     lines = command("kd_step", "--dry", "--repeats", "1", "--threads", "1").splitlines()
-    losses = [line.split()[-3 if "faster" not in line else -7] for line in lines[2:4]]
-    assert len(lines) == 6 and losses
+    losses = {re.search(r"\d\.\d{5}", line).group() for line in lines[2:5]}
+    assert len(lines) == 7 and len(losses) == 1  # three ways, one loss
     small = ["--vocab=300", "--width=16", "--rows=8", "--repeats=1", "--threads=1"]
     assert "linear_logprob" in command("head_sizes", *small)
 
@@ -303,6 +307,9 @@ def test_intervals_of_seeds():
 def test_a_process_over_its_limit_leaves_no_children():
     outcome = processes.run_limited(["sh", "-c", "sleep 60 & echo $!; wait"], 0.5)
     assert outcome.code is None and outcome.seconds < 10
+    deadline = time.monotonic() + 10  # a kill takes effect when the kernel gets to it
+    while is_running(int(outcome.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not is_running(int(outcome.stdout))
 
 

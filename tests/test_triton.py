@@ -83,27 +83,6 @@ def test_compiled_products_use_the_tensor_cores(compiled):
             assert k["mma"] >= 32 and k["wgmma"] == 0, k
 
 
-@pytest.mark.parametrize("option", [[], ["--tune"]])
-def test_the_benchmark_runs_where_no_gpu_is(option, tmp_path):
-    """Tiny shapes by the interpreter: nobody can mend the script where it counts."""
-    done = run(
-        "-m",
-        "bench.head",
-        "--dry",
-        "--out",
-        str(tmp_path / "head.json"),
-        *option,
-        TRITON_INTERPRET="1",
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    written = json.loads((tmp_path / "head.json").read_text())
-    assert (
-        written["right"]
-        and len(written["records"]) > 5
-        and not any("failed" in r for r in written["records"])
-    ), written
-
-
 def test_compiled_attention_uses_the_tensor_cores(compiled):
     attention = [
         k
