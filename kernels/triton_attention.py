@@ -1,33 +1,45 @@
-"""Triton kernels for causal attention over packed documents, forward and backward (FlashAttention-2: Dao, arXiv 2307.08691).
+"""Triton kernels for causal attention over packed documents, forward and backward.
 
-A tile is up to TILE tokens of one document; `tile_map` lists them once per batch, on the host, for all layers: no program ever looks at
-two documents, an empty one has no tile and a single token one small one. The tiles with the most work come first, so that what still runs
-at the end is short. Keys all of whose queries come later need no mask: each kernel has two loops, and only the one on the diagonal compares
-positions.
-The query heads of a key-value head read the same keys; its gradient is their sum, made inside one program.
-No atomics and no order that depends on timing: the same inputs give the same bits, and a document's bits do not depend on its neighbours.
+The algorithm is FlashAttention-2 (Dao, arXiv 2307.08691). A tile is up to TILE tokens of one
+document; `tile_map` lists the tiles once per batch, on the host, for all layers. So no program ever
+looks at two documents, an empty one has no tile, and a single token has one short tile. The tiles
+with the most work come first, which keeps what still runs at the end short.
 
-FLIP: scores are kept as [keys, queries] instead of [queries, keys] (for keys' gradients the other way around), and the products with them as
-(Bᵀ Aᵀ)ᵀ. What was computed is then the *second* operand of every tensor core instruction, which passes through shared memory, and never the
-first, which Hopper's instruction takes from registers: ptxas before 13.3 may overwrite such registers too early (triton-lang/triton#9433, #11781).
+Keys that all queries of a program see need no mask. Each kernel therefore runs its loop twice: over
+the blocks without a mask, and over those on the diagonal, where positions are compared.
+The query heads of a key-value head read the same keys; its gradient is their sum, made inside one
+program. There are no atomics and no order that depends on timing: the same inputs give the same
+bits, and a document's bits do not depend on its neighbours.
 
-Legend: T packed tokens, H query heads, K key-value heads, E head dimension; J tiles. Inside kernels positions count from the document's start.
+FLIP: scores are kept as [keys, queries] instead of [queries, keys] (for the gradients of keys and
+values the other way around), and the products with them are computed as (Bᵀ Aᵀ)ᵀ. The scores are
+then always the second operand of a tensor core instruction, which is read from shared memory, and
+never the first, which Hopper's instruction can read from registers. ptxas before CUDA 13.3 may
+overwrite such registers too early (triton-lang/triton#9433, #11781).
+
+Legend: T packed tokens, H query heads, K key-value heads, E head dimension, J tiles. Positions
+inside kernels count from the start of the document. A name that begins with d is a gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import library
+from torch import Tensor, library
 
 TILE = 128  # tokens of the map's tiles; a kernel's own tile divides it
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel cuts its work: queries × keys at a time, warps, pipeline stages, and which operand the scores become."""
+    """How a kernel cuts its work.
+
+    rows, keys: queries and keys at a time. warps, stages: of a program and of its loads' pipeline.
+    """
 
     rows: int
     keys: int
@@ -36,38 +48,67 @@ class Config:
     flip: bool = False
 
 
-# by compute capability and head dimension, for: the output, the queries' gradient, the keys' and values' gradients. A fixed table, not a
-# tuner at run time: the tile decides the order of sums, and the same run must give the same bits
+class Configs(NamedTuple):
+    """The configuration of each of the three kernels."""
+
+    forward: Config
+    queries: Config
+    keys: Config
+
+
+# By compute capability and head dimension. A fixed table, not a tuner at run time: the tile decides
+# the order of sums, and the same run must give the same bits.
 CONFIGS = {
     9: {
-        64: (Config(64, 64, 4, 3, True), Config(64, 64, 4, 3, True), Config(64, 64, 4, 2, True)),
-        128: (Config(64, 64, 4, 2, True), Config(64, 128, 8, 2, True), Config(128, 64, 8, 2, True)),
+        64: Configs(
+            forward=Config(64, 64, 4, 3, flip=True),
+            queries=Config(64, 64, 4, 3, flip=True),
+            keys=Config(64, 64, 4, 2, flip=True),
+        ),
+        128: Configs(
+            forward=Config(64, 64, 4, 2, flip=True),
+            queries=Config(64, 128, 8, 2, flip=True),
+            keys=Config(128, 64, 8, 2, flip=True),
+        ),
     },
     8: {
-        64: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
-        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        64: Configs(
+            forward=Config(128, 64, 8, 3), queries=Config(64, 64, 4, 2), keys=Config(32, 64, 8, 2)
+        ),
+        128: Configs(
+            forward=Config(128, 64, 8, 2), queries=Config(64, 64, 8, 2), keys=Config(64, 64, 8, 2)
+        ),
     },
 }
-# Hopper's table is flipped throughout: no product reads its first operand from registers, which assemblers before CUDA 13.3 are reported to
-# get wrong. The other form of each has larger tiles; bench/attention.py checks and times both, and a GPU's word decides
+# Hopper without FLIP, in larger tiles: bench/attention.py checks and times it beside the table.
 OTHER = {
-    64: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
-    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
+    64: Configs(
+        forward=Config(128, 128, 8, 2), queries=Config(128, 64, 8, 3), keys=Config(64, 128, 8, 2)
+    ),
+    128: Configs(
+        forward=Config(128, 64, 8, 3), queries=Config(128, 64, 8, 2), keys=Config(32, 128, 8, 2)
+    ),
 }
 
 
-def configs_for(device, size):
+def configs_for(device: torch.device, head_dim: int) -> Configs:
+    """The configurations for a device and a head dimension of up to 128."""
     if device.type != "cuda":  # the interpreter
-        return (Config(TILE, TILE, 4, 1),) * 3
+        config = Config(TILE, TILE, 4, 1)
+        return Configs(config, config, config)
     major, _ = torch.cuda.get_device_capability(device)
-    return CONFIGS[9 if major in (9, 10) else 8][
-        64 if size <= 64 else 128
-    ]  # 12.x has the shared memory of 8.9
+    # 12.x has the shared memory of 8.9
+    table = CONFIGS[9] if major in (9, 10) else CONFIGS[8]
+    return table[64 if head_dim <= 64 else 128]
 
 
-def tile_map(lengths):
-    """[2, J, 3] int32 on the host: (document's start, its length, the tile's first position), sorted for kernels that own queries (most
-    keys to see first) and for those that own keys (most queries that see them first)."""
+def tile_map(lengths: Sequence[int]) -> Tensor:
+    """The tiles of a batch, [2, J, 3] int32 on the host.
+
+    A tile is (its document's first token, the document's length, the tile's first position). The
+    first list is for kernels that own queries, most keys to see first; the second has the same
+    tiles for kernels that own keys, most queries that see them first.
+    """
     length = torch.tensor(lengths, dtype=torch.int64)
     tiles = (length + TILE - 1) // TILE
     document = torch.repeat_interleave(torch.arange(len(length)), tiles)
@@ -78,38 +119,44 @@ def tile_map(lengths):
     return torch.stack((rows[by_keys], rows[by_queries])).int()
 
 
-# the number of tokens and where a map lies change from batch to batch: nothing is compiled again for them
-_kernel = triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["tiles"])
+# The number of tokens and the address of a map change from batch to batch: nothing is compiled
+# again for them.
+_kernel = triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["tiles_ptr"])
 
 
-# --- what the kernels share ----------------------------------------------------------------------------------------
+# --- what the kernels share ----------------------------------------------------------------------
 
 
 @triton.jit
-def _tile(tiles, HEADS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
-    """This program's head, its document's start and length, and the first position of its SIZE tokens. Heads vary fastest."""
+def _tile(tiles_ptr, HEADS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
+    """(head, document's first token, document's length, first position) of this program's SIZE
+    tokens. Heads vary fastest."""
     program = tl.program_id(0)
     part = program // HEADS
-    tile = tiles + part // (TILE // SIZE) * 3
+    tile_ptr = tiles_ptr + part // (TILE // SIZE) * 3
     return (
         program % HEADS,
-        tl.load(tile).to(tl.int64),
-        tl.load(tile + 1),
-        tl.load(tile + 2) + part % (TILE // SIZE) * SIZE,
+        tl.load(tile_ptr).to(tl.int64),
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2) + part % (TILE // SIZE) * SIZE,
     )
 
 
 @triton.jit
 def _at(first, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """Offsets [SIZE, E] of one head's tokens from position `first` on; a token is WIDTH wide."""
     return (first + tl.arange(0, SIZE))[:, None] * WIDTH + tl.arange(0, E)[None, :]
 
 
 @triton.jit
 def _load(
-    x, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr
+    ptr, first, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr
 ):
-    """[SIZE, E]: one head's rows from `first` on; MASK: zeros where the document has ended, whatever lies there."""
-    at = x + _at(first, SIZE, WIDTH, E)
+    """One head's rows [SIZE, E] from `first` on.
+
+    MASK: zeros beyond the document's end, whatever lies there.
+    """
+    at = ptr + _at(first, SIZE, WIDTH, E)
     if MASK:
         return tl.load(at, mask=(first + tl.arange(0, SIZE) < length)[:, None], other=0.0)
     else:
@@ -118,7 +165,7 @@ def _load(
 
 @triton.jit
 def _store(
-    x,
+    ptr,
     value,
     first,
     length,
@@ -130,8 +177,8 @@ def _store(
     if FLIP:
         value = value.T
     tl.store(
-        x + _at(first, SIZE, WIDTH, E),
-        value.to(x.dtype.element_ty),
+        ptr + _at(first, SIZE, WIDTH, E),
+        value.to(ptr.dtype.element_ty),
         mask=(first + tl.arange(0, SIZE) < length)[:, None],
     )
 
@@ -140,11 +187,10 @@ def _store(
 def _scores(a, b, FLIP: tl.constexpr):
     """a bᵀ, or its transpose."""
     WIDE: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    return (
-        tl.dot(b, a.T, input_precision="ieee", out_dtype=WIDE)
-        if FLIP
-        else tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
-    )
+    if FLIP:
+        return tl.dot(b, a.T, input_precision="ieee", out_dtype=WIDE)
+    else:
+        return tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
 
 
 @triton.jit
@@ -158,68 +204,35 @@ def _weighted(weights, rows, acc, FLIP: tl.constexpr):
 
 
 @triton.jit
-def _zeros(x, SIZE: tl.constexpr, E: tl.constexpr, FLIP: tl.constexpr):
-    WIDE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+def _zeros(ptr, SIZE: tl.constexpr, E: tl.constexpr, FLIP: tl.constexpr):
+    """The accumulator of `_weighted`."""
+    WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
     return tl.zeros((E, SIZE) if FLIP else (SIZE, E), WIDE)
 
 
 @triton.jit
 def _per(x, FLIP: tl.constexpr):
-    """A number per owned token, beside its scores."""
+    """A number per token, shaped to be broadcast over the other axis of the scores."""
     return x[None, :] if FLIP else x[:, None]
 
 
-# --- forward -------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _attend(
-    q,
-    k,
-    v,
-    acc,
-    most,
-    total,
-    lo,
-    hi,
-    first,
-    length,
-    WIDTH: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    FLIP: tl.constexpr,
-):
-    AXIS: tl.constexpr = 0 if FLIP else 1
-    for at in range(lo, hi, KEYS):
-        s = _scores(q, _load(k, at, length, KEYS, WIDTH, E, DIAGONAL), FLIP)
-        if DIAGONAL:
-            s = tl.where(
-                _per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP),
-                s,
-                float("-inf"),
-            )
-        higher = tl.maximum(most, tl.max(s, AXIS) * SCALE)
-        p = tl.exp2(s * SCALE - _per(higher, FLIP))
-        share = tl.exp2(most - higher)
-        total = total * share + tl.sum(p, AXIS)
-        acc = _weighted(
-            p, _load(v, at, length, KEYS, WIDTH, E, DIAGONAL), acc * _per(share, FLIP), FLIP
-        )
-        most = higher
-    return acc, most, total
+def _causal(scores, query, key, FLIP: tl.constexpr):
+    """Scores with −inf where the key's position is beyond the query's."""
+    return tl.where(_per(query, FLIP) >= _per(key, not FLIP), scores, float("-inf"))
+
+
+# --- forward -------------------------------------------------------------------------------------
 
 
 @_kernel
 def forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    tiles,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    tiles_ptr,
     tokens,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -227,115 +240,58 @@ def forward_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of the sum of the exponentials."""
-    head, start, length, first = _tile(tiles, H, TILE, ROWS)
+    """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of
+    the sum of the exponentials. A program owns ROWS queries of one head."""
+    SCALE: tl.constexpr = LOG2E * E**-0.5
+    AXIS: tl.constexpr = 0 if FLIP else 1
+    head, start, length, first = _tile(tiles_ptr, H, TILE, ROWS)
     if first < length:
-        q += (start * H + head) * E
-        k += (start * K + head // (H // K)) * E
-        v += (start * K + head // (H // K)) * E
-        rows = _load(q, first, length, ROWS, H * E, E, True)
-        acc = _zeros(q, ROWS, E, FLIP)
+        q_ptr += (start * H + head) * E
+        k_ptr += (start * K + head // (H // K)) * E
+        v_ptr += (start * K + head // (H // K)) * E
+        q = _load(q_ptr, first, length, ROWS, H * E, E, True)
+        query = first + tl.arange(0, ROWS)
+        acc = _zeros(q_ptr, ROWS, E, FLIP)
         total = tl.zeros((ROWS,), acc.dtype)
         most = total - float("inf")
-        seen, last = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        acc, most, total = _attend(
-            rows,
-            k,
-            v,
-            acc,
-            most,
-            total,
-            0,
-            seen,
-            first,
-            length,
-            K * E,
-            E,
-            ROWS,
-            KEYS,
-            SCALE,
-            False,
-            FLIP,
-        )
-        acc, most, total = _attend(
-            rows,
-            k,
-            v,
-            acc,
-            most,
-            total,
-            seen,
-            last,
-            first,
-            length,
-            K * E,
-            E,
-            ROWS,
-            KEYS,
-            SCALE,
-            True,
-            FLIP,
-        )
-        _store(
-            o + (start * H + head) * E, acc / _per(total, FLIP), first, length, ROWS, H * E, E, FLIP
-        )
-        own = first + tl.arange(0, ROWS)
-        tl.store(lse + head * tokens + start + own, most + tl.log2(total), mask=own < length)
+        diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
+        for DIAGONAL in tl.static_range(2):
+            lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
+            for at in range(lo, hi, KEYS):
+                k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                s = _scores(q, k, FLIP)
+                if DIAGONAL:
+                    s = _causal(s, query, at + tl.arange(0, KEYS), FLIP)
+                # the online softmax: what was summed before is scaled to the new maximum
+                higher = tl.maximum(most, tl.max(s, AXIS) * SCALE)
+                p = tl.exp2(s * SCALE - _per(higher, FLIP))
+                rescale = tl.exp2(most - higher)
+                total = total * rescale + tl.sum(p, AXIS)
+                v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                acc = _weighted(p, v, acc * _per(rescale, FLIP), FLIP)
+                most = higher
+        o_ptr += (start * H + head) * E
+        _store(o_ptr, acc / _per(total, FLIP), first, length, ROWS, H * E, E, FLIP)
+        lse_ptr += head * tokens + start
+        tl.store(lse_ptr + query, most + tl.log2(total), mask=query < length)
 
 
-# --- backward ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pull(
-    q,
-    do,
-    k,
-    v,
-    lse,
-    delta,
-    acc,
-    lo,
-    hi,
-    first,
-    length,
-    WIDTH: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    FLIP: tl.constexpr,
-):
-    for at in range(lo, hi, KEYS):
-        keys = _load(k, at, length, KEYS, WIDTH, E, DIAGONAL)
-        s = _scores(q, keys, FLIP)
-        if DIAGONAL:
-            s = tl.where(
-                _per(first + tl.arange(0, ROWS), FLIP) >= _per(at + tl.arange(0, KEYS), not FLIP),
-                s,
-                float("-inf"),
-            )
-        p = tl.exp2(s * SCALE - _per(lse, FLIP))
-        dp = _scores(do, _load(v, at, length, KEYS, WIDTH, E, DIAGONAL), FLIP)
-        acc = _weighted(p * (dp - _per(delta, FLIP)), keys, acc, FLIP)
-    return acc
+# --- backward ------------------------------------------------------------------------------------
 
 
 @_kernel
 def queries_kernel(
-    q,
-    k,
-    v,
-    o,
-    do,
-    lse,
-    delta,
-    dq,
-    tiles,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    tiles_ptr,
     tokens,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -343,128 +299,52 @@ def queries_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads."""
-    head, start, length, first = _tile(tiles, H, TILE, ROWS)
+    """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads.
+    A program owns ROWS queries of one head."""
+    SCALE: tl.constexpr = LOG2E * E**-0.5
+    head, start, length, first = _tile(tiles_ptr, H, TILE, ROWS)
     if first < length:
         own = (start * H + head) * E
-        k += (start * K + head // (H // K)) * E
-        v += (start * K + head // (H // K)) * E
-        rows, do_rows = (
-            _load(q + own, first, length, ROWS, H * E, E, True),
-            _load(do + own, first, length, ROWS, H * E, E, True),
-        )
-        acc = _zeros(q, ROWS, E, FLIP)
-        d = tl.sum(
-            _load(o + own, first, length, ROWS, H * E, E, True).to(acc.dtype)
-            * do_rows.to(acc.dtype),
-            1,
-        )
-        at = first + tl.arange(0, ROWS)
-        tl.store(delta + head * tokens + start + at, d, mask=at < length)
-        log = tl.load(lse + head * tokens + start + at, mask=at < length, other=0.0)
-        seen, last = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        acc = _pull(
-            rows,
-            do_rows,
-            k,
-            v,
-            log,
-            d,
-            acc,
-            0,
-            seen,
-            first,
-            length,
-            K * E,
-            E,
-            ROWS,
-            KEYS,
-            SCALE,
-            False,
-            FLIP,
-        )
-        acc = _pull(
-            rows,
-            do_rows,
-            k,
-            v,
-            log,
-            d,
-            acc,
-            seen,
-            last,
-            first,
-            length,
-            K * E,
-            E,
-            ROWS,
-            KEYS,
-            SCALE,
-            True,
-            FLIP,
-        )
-        _store(dq + own, acc * (E**-0.5), first, length, ROWS, H * E, E, FLIP)
-
-
-@triton.jit
-def _push(
-    q,
-    do,
-    lse,
-    delta,
-    k,
-    v,
-    dk,
-    dv,
-    lo,
-    hi,
-    first,
-    length,
-    tokens,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    FLIP: tl.constexpr,
-):
-    # one loop over blocks of queries and the heads of the group, so that short documents fill the pipeline too
-    for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
-        at, head = lo + i // GROUP * ROWS, i % GROUP
-        own = at + tl.arange(0, ROWS)
-        rows = _load(q + head * E, at, length, ROWS, WIDTH, E, True)
-        s = _scores(k, rows, FLIP)
-        if DIAGONAL:
-            s = tl.where(
-                _per(own, not FLIP) >= _per(first + tl.arange(0, KEYS), FLIP), s, float("-inf")
-            )
-        log = tl.load(
-            lse + head * tokens + own, mask=own < length, other=float("inf")
-        )  # beyond the end: p = 0
-        p = tl.exp2(s * SCALE - _per(log, not FLIP))
-        do_rows = _load(do + head * E, at, length, ROWS, WIDTH, E, True)
-        dv = _weighted(p, do_rows, dv, FLIP)
-        d = tl.load(delta + head * tokens + own, mask=own < length, other=0.0)
-        dk = _weighted(p * (_scores(v, do_rows, FLIP) - _per(d, not FLIP)), rows, dk, FLIP)
-    return dk, dv
+        k_ptr += (start * K + head // (H // K)) * E
+        v_ptr += (start * K + head // (H // K)) * E
+        q = _load(q_ptr + own, first, length, ROWS, H * E, E, True)
+        do = _load(do_ptr + own, first, length, ROWS, H * E, E, True)
+        acc = _zeros(q_ptr, ROWS, E, FLIP)
+        o = _load(o_ptr + own, first, length, ROWS, H * E, E, True)
+        delta = tl.sum(o.to(acc.dtype) * do.to(acc.dtype), 1)
+        query = first + tl.arange(0, ROWS)
+        delta_ptr += head * tokens + start
+        lse_ptr += head * tokens + start
+        tl.store(delta_ptr + query, delta, mask=query < length)
+        lse = tl.load(lse_ptr + query, mask=query < length, other=0.0)
+        diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
+        for DIAGONAL in tl.static_range(2):
+            lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
+            for at in range(lo, hi, KEYS):
+                k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                s = _scores(q, k, FLIP)
+                if DIAGONAL:
+                    s = _causal(s, query, at + tl.arange(0, KEYS), FLIP)
+                p = tl.exp2(s * SCALE - _per(lse, FLIP))
+                v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                ds = p * (_scores(do, v, FLIP) - _per(delta, FLIP))
+                acc = _weighted(ds, k, acc, FLIP)
+        _store(dq_ptr + own, acc * (E**-0.5), first, length, ROWS, H * E, E, FLIP)
 
 
 @_kernel
 def keys_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    dk,
-    dv,
-    tiles,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    tiles_ptr,
     tokens,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -472,54 +352,76 @@ def keys_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head."""
-    head, start, length, first = _tile(tiles, K, TILE, KEYS)
+    """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head. A program
+    owns KEYS keys of one key-value head."""
+    SCALE: tl.constexpr = LOG2E * E**-0.5
+    GROUP: tl.constexpr = H // K
+    head, start, length, first = _tile(tiles_ptr, K, TILE, KEYS)
     if first < length:
-        GROUP: tl.constexpr = H // K
         own = (start * K + head) * E
-        q += (start * H + head * GROUP) * E
-        do += (start * H + head * GROUP) * E
-        lse += head * GROUP * tokens + start
-        delta += head * GROUP * tokens + start
-        keys, values = (
-            _load(k + own, first, length, KEYS, K * E, E, True),
-            _load(v + own, first, length, KEYS, K * E, E, True),
-        )
-        d_keys, d_values = _zeros(k, KEYS, E, FLIP), _zeros(k, KEYS, E, FLIP)
-        last = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
-        d_keys, d_values = _push(q, do, lse, delta, keys, values, d_keys, d_values, first, last, first, length, tokens,
-                                 GROUP, H * E, E, ROWS, KEYS, SCALE, True, FLIP)  # fmt: skip
-        d_keys, d_values = _push(q, do, lse, delta, keys, values, d_keys, d_values, last, length, first, length, tokens,
-                                 GROUP, H * E, E, ROWS, KEYS, SCALE, False, FLIP)  # fmt: skip
-        _store(dk + own, d_keys * (E**-0.5), first, length, KEYS, K * E, E, FLIP)
-        _store(dv + own, d_values, first, length, KEYS, K * E, E, FLIP)
+        q_ptr += (start * H + head * GROUP) * E
+        do_ptr += (start * H + head * GROUP) * E
+        lse_ptr += head * GROUP * tokens + start
+        delta_ptr += head * GROUP * tokens + start
+        k = _load(k_ptr + own, first, length, KEYS, K * E, E, True)
+        v = _load(v_ptr + own, first, length, KEYS, K * E, E, True)
+        key = first + tl.arange(0, KEYS)
+        dk, dv = _zeros(k_ptr, KEYS, E, FLIP), _zeros(k_ptr, KEYS, E, FLIP)
+        diagonal_end = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
+        for DIAGONAL in tl.static_range(1, -1, -1):
+            lo, hi = (first, diagonal_end) if DIAGONAL else (diagonal_end, length)
+            # One loop over blocks of queries and the heads of the group, so that short documents
+            # fill the pipeline too.
+            for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
+                at, in_group = lo + i // GROUP * ROWS, i % GROUP
+                query = at + tl.arange(0, ROWS)
+                inside = query < length
+                q = _load(q_ptr + in_group * E, at, length, ROWS, H * E, E, True)
+                s = _scores(k, q, FLIP)
+                if DIAGONAL:
+                    s = _causal(s, query, key, not FLIP)
+                # p = 0 beyond the document's end
+                lse = tl.load(lse_ptr + in_group * tokens + query, mask=inside, other=float("inf"))
+                p = tl.exp2(s * SCALE - _per(lse, not FLIP))
+                do = _load(do_ptr + in_group * E, at, length, ROWS, H * E, E, True)
+                dv = _weighted(p, do, dv, FLIP)
+                delta = tl.load(delta_ptr + in_group * tokens + query, mask=inside, other=0.0)
+                ds = p * (_scores(v, do, FLIP) - _per(delta, not FLIP))
+                dk = _weighted(ds, q, dk, FLIP)
+        _store(dk_ptr + own, dk * (E**-0.5), first, length, KEYS, K * E, E, FLIP)
+        _store(dv_ptr + own, dv, first, length, KEYS, K * E, E, FLIP)
 
 
-# --- operators -----------------------------------------------------------------------------------------------------
+# --- operators -----------------------------------------------------------------------------------
 
 
-def _launch(kernel, config, tiles_J3, heads, size, q_THE, k_TKE, *tensors):
-    """size: tokens that a program owns."""
-    (tokens, n_q, width), n_kv = q_THE.shape, k_TKE.shape[1]
-    kernel[(len(tiles_J3) * (TILE // size) * heads,)](
-        q_THE, k_TKE, *tensors, tiles_J3, tokens,
-        H=n_q, K=n_kv, E=width, TILE=TILE, ROWS=config.rows, KEYS=config.keys, SCALE=LOG2E * width**-0.5, FLIP=config.flip,
+def _launch(kernel, config: Config, tiles_J3: Tensor, heads: int, owned: int, *tensors) -> None:
+    """Start one program per `owned` tokens of a tile and head. tensors: q and k come first."""
+    (tokens, H, E), K = tensors[0].shape, tensors[1].shape[1]
+    kernel[(len(tiles_J3) * (TILE // owned) * heads,)](
+        *tensors, tiles_J3, tokens,
+        H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys, FLIP=config.flip,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 @library.custom_op("srlm::attention", mutates_args=())
 def attention(
-    q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, tiles_2J3: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o_THE, lse_HT in bits): differentiable in q, k and v. Every token belongs to a tile of the map."""
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, tiles_2J3: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within documents, differentiable in q, k and v.
+
+    Args:
+        tiles_2J3: the `tile_map` of the documents, on the device; every token belongs to a tile.
+
+    Returns (o_THE, lse_HT), where lse is in bits and has no gradient.
+    """
     q, k, v = q_THE.contiguous(), k_TKE.contiguous(), v_TKE.contiguous()
     o, lse = _outputs(q)
     if tiles_2J3.shape[1]:
-        config = configs_for(q.device, q.shape[2])[0]
+        config = configs_for(q.device, q.shape[2]).forward
         _launch(forward_kernel, config, tiles_2J3[0], q.shape[1], config.rows, q, k, v, o, lse)
     return o, lse
 
@@ -529,57 +431,37 @@ def _(q_THE, k_TKE, v_TKE, tiles_2J3):
     return _outputs(q_THE)
 
 
-def _outputs(q_THE):
+def _outputs(q_THE: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q_THE.dtype, torch.float32)
-    return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(
-        q_THE.shape[1], q_THE.shape[0], dtype=wide
-    )
+    o_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+    return o_THE, q_THE.new_empty(q_THE.shape[1], q_THE.shape[0], dtype=wide)
 
 
 @library.custom_op("srlm::attention_backward", mutates_args=())
 def attention_backward(
-    q_THE: torch.Tensor,
-    k_TKE: torch.Tensor,
-    v_TKE: torch.Tensor,
-    o_THE: torch.Tensor,
-    lse_HT: torch.Tensor,
-    do_THE: torch.Tensor,
-    tiles_2J3: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    o_THE: Tensor,
+    lse_HT: Tensor,
+    do_THE: Tensor,
+    tiles_2J3: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v for the gradient do_THE of the output."""
     q, k, v, do = (x.contiguous() for x in (q_THE, k_TKE, v_TKE, do_THE))
-    grads, delta = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(lse_HT)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    delta = torch.empty_like(lse_HT)
     if tiles_2J3.shape[1]:
-        _, config, keys_config = configs_for(q.device, q.shape[2])
+        configs, (by_keys, by_queries) = configs_for(q.device, q.shape[2]), tiles_2J3
         _launch(
-            queries_kernel,
-            config,
-            tiles_2J3[0],
-            q.shape[1],
-            config.rows,
-            q,
-            k,
-            v,
-            o_THE,
-            do,
-            lse_HT,
-            delta,
-            grads[0],
-        )
+            queries_kernel, configs.queries, by_keys, q.shape[1], configs.queries.rows,
+            q, k, v, o_THE, do, lse_HT, delta, dq,
+        )  # fmt: skip
         _launch(
-            keys_kernel,
-            keys_config,
-            tiles_2J3[1],
-            k.shape[1],
-            keys_config.keys,
-            q,
-            k,
-            v,
-            do,
-            lse_HT,
-            delta,
-            *grads[1:],
-        )
-    return tuple(grads)
+            keys_kernel, configs.keys, by_queries, k.shape[1], configs.keys.keys,
+            q, k, v, do, lse_HT, delta, dk, dv,
+        )  # fmt: skip
+    return dq, dk, dv
 
 
 @attention_backward.register_fake

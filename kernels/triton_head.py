@@ -1,12 +1,15 @@
-"""Triton kernels for the vocabulary head: logits with their softmax statistics, and the gradient that overwrites them.
+"""Triton kernels for the vocabulary head: logits with their softmax statistics, and gradients.
 
-`logits_kernel` multiplies hidden rows by the head, tile by tile. Of a tile it keeps the largest logit and the sum of the exponentials in
-fp32, straight from the fp32 accumulator, and stores the logits themselves as fp16 *differences from the tile's largest*: 2 bytes an
-element, and 0.1 to 0.3 % of error in a divergence's gradient where raw bf16 logits are off by 9 to 69 % (teacher and student close, at
-temperature 1; tests/test_rounding.py repeats every rounding step and knows the other temperatures). `gradient_kernel` turns a row of them into bf16 gradients in the same bytes.
-No atomics and no order that depends on timing: the same inputs give the same bits.
+`logits_kernel` multiplies hidden rows by the head, tile by tile. From the fp32 accumulator of a
+tile it takes each row's largest logit and its sum of exponentials, and stores the logits as fp16
+*differences from the tile's largest*: 2 bytes an element. At temperature 1, with teacher and
+student close, that costs 0.1 to 0.3 % of error in a divergence's gradient, where raw bf16 logits
+are off by 9 to 69 % (tests/test_rounding.py repeats every rounding step, at other temperatures
+too). `gradient_kernel` overwrites a row of them with its bf16 gradient, in the same bytes.
+There are no atomics and no order that depends on timing: the same inputs give the same bits.
 
-Legend: n rows of a chunk, V vocabulary, P padded vocabulary (a multiple of the tile), J tiles, D hidden.
+Legend: n rows of a chunk, V vocabulary, P padded vocabulary (a multiple of the tile), J tiles,
+D hidden.
 """
 
 from dataclasses import dataclass
@@ -15,18 +18,27 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOWEST = tl.constexpr(-1e30)  # stands for −inf: differences of two of them stay numbers
-LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR16 = tl.constexpr(
-    -65504.0
-)  # the lowest fp16: a logit further below its tile's largest counts as this far
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2
+# The lowest fp16: a logit further below its tile's largest counts as this far below.
+FLOOR16 = tl.constexpr(-65504.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the logits product is cut: tiles of rows × ids × width, warps, pipeline stages, programs an SM holds at once."""
+    """How `logits_kernel` cuts its work.
+
+    rows, ids, width: of a product's tile, over hidden rows, vocabulary and D.
+    warps, stages: of a program and of its loads' pipeline.
+    resident: programs that a multiprocessor holds at once.
+    flatten: the loads of the next tile begin while this one ends.
+    tma: tiles are loaded by the tensor copy engine.
+    halves: a product's ids are two tiles, finished one after the other. That takes half the
+        registers.
+    """
 
     rows: int
     ids: int
@@ -34,33 +46,32 @@ class Config:
     warps: int
     stages: int
     resident: int = 1
-    flatten: bool = False  # the next tile's loads begin during this one's end
+    flatten: bool = False
     tma: bool = False
-    halves: bool = False  # see logits_kernel
+    halves: bool = False
 
     @property
-    def tile(self):
+    def tile(self) -> int:
         """Ids of a tile of the statistics."""
         return self.ids // (1 + self.halves)
 
 
-# by compute capability; a fixed table, not a tuner at run time: the tile decides the order of sums, and the same run must give the same bits
+# By compute capability. A fixed table, not a tuner at run time: the tile decides the order of sums,
+# and the same run must give the same bits.
 CONFIGS = {
     9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True),
     8: Config(128, 128, 64, 8, 3),
 }
 CACHED_BYTES = 24 << 20  # hidden rows that should stay in the L2 cache
-ROW_BLOCK, ROW_WARPS = (
-    2048,
-    8,
-)  # ids per step and warps of the gradient kernel: one 16-byte load a thread, at most 64 registers
+# Ids per step and warps of the gradient kernel: a 16-byte load per thread, at most 64 registers.
+ROW_BLOCK, ROW_WARPS = 2048, 8
 
 
-# --- logits --------------------------------------------------------------------------------------------------------
+# --- logits --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _keep(
+def _finish_tile(
     acc,
     row0,
     j,
@@ -68,20 +79,20 @@ def _keep(
     max_ptr,
     sum_ptr,
     moment_ptr,
-    sum2_ptr,
+    kl_sum_ptr,
     target_ptr,
     target_logit_ptr,
     n_rows,
     vocab,
     n_tiles,
     inv_t,
-    inv_t2,
+    inv_kl,
     STORE: tl.constexpr,
     MOMENT: tl.constexpr,
-    SECOND: tl.constexpr,
+    KL_SUM: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """What is kept of a finished tile of logits."""
+    """Stores the statistics of tile j of the logits of some rows, and with STORE the logits."""
     ROWS: tl.constexpr = acc.shape[0]
     TILE: tl.constexpr = acc.shape[1]
     rows, ids = row0 + tl.arange(0, ROWS), j * TILE + tl.arange(0, TILE)
@@ -97,22 +108,18 @@ def _keep(
     at = rows.to(tl.int64) * n_tiles + j
     tl.store(max_ptr + at, largest, mask=real)
     if STORE:
-        tl.store(
-            z_ptr + rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :],
-            z.to(z_ptr.dtype.element_ty),
-            mask=real[:, None],
-        )
-    if SECOND:
-        tl.store(sum2_ptr + at, tl.sum(tl.exp2(z * inv_t2), 1), mask=real)
+        at_z = rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :]
+        tl.store(z_ptr + at_z, z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+    if KL_SUM:
+        tl.store(kl_sum_ptr + at, tl.sum(tl.exp2(z * inv_kl), 1), mask=real)
     e = tl.exp2(z * inv_t)
     tl.store(sum_ptr + at, tl.sum(e, 1), mask=real)
     if MOMENT:
         tl.store(moment_ptr + at, tl.sum(e * z, 1), mask=real)
 
 
-@triton.jit(
-    do_not_specialize=["n_rows", "vocab", "n_tiles", "group"]
-)  # rows differ from step to step: compiled once all the same
+# The number of rows changes from step to step: nothing is compiled again for it.
+@triton.jit(do_not_specialize=["n_rows", "vocab", "n_tiles", "group"])
 def logits_kernel(
     x,
     w,
@@ -120,7 +127,7 @@ def logits_kernel(
     max_ptr,
     sum_ptr,
     moment_ptr,
-    sum2_ptr,
+    kl_sum_ptr,
     target_ptr,
     target_logit_ptr,
     n_rows,
@@ -128,7 +135,7 @@ def logits_kernel(
     n_tiles,
     group,
     inv_t,
-    inv_t2,
+    inv_kl,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     IDS: tl.constexpr,
@@ -136,15 +143,20 @@ def logits_kernel(
     HALVES: tl.constexpr,
     STORE: tl.constexpr,
     MOMENT: tl.constexpr,
-    SECOND: tl.constexpr,
+    KL_SUM: tl.constexpr,
     TARGET: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """x, w: descriptors of [n, D] and [V, D] (TMA: the tensor copy engine), else pointers. z = x wᵀ − the tile's largest, and per row and
-    tile: the largest, Σ e^{z/t}, with MOMENT Σ z e^{z/t}, with SECOND Σ e^{z/t2}; with TARGET the logit of each row's target.
-    inv_t, inv_t2: log2(e)/t. HALVES: a product's ids are two tiles, finished one after the other, which halves the registers that takes.
-    `group` tiles of rows stay in the cache while the head passes by once."""
+    """Logits x wᵀ of [n, D] hidden rows and a [V, D] head, with their statistics.
+
+    With z the logits less their tile's largest, it stores per row and tile: the largest (max),
+    Σ e^{z/t} (sum), with MOMENT Σ z e^{z/t} (moment), with KL_SUM Σ e^{z/t_kl} (kl_sum); with
+    TARGET the logit of each row's target; with STORE z itself.
+
+    x, w: with TMA tensor descriptors, else pointers. inv_t, inv_kl: log2(e)/t and log2(e)/t_kl.
+    group: tiles of rows that stay in the cache while the head passes by once.
+    """
     row_tiles, products = tl.cdiv(n_rows, ROWS), tl.cdiv(vocab, IDS)
     for tile in tl.range(
         tl.program_id(0), row_tiles * products, tl.num_programs(0), flatten=FLATTEN
@@ -157,175 +169,199 @@ def logits_kernel(
             if TMA:
                 a, b = x.load([row0, k]), w.load([j * IDS, k])
             else:  # rows and ids beyond the end read the last one: their products are never used
-                rows, ids, columns = (
-                    row0 + tl.arange(0, ROWS),
-                    j * IDS + tl.arange(0, IDS),
-                    k + tl.arange(0, WIDTH)[None, :],
-                )
-                a = tl.load(
-                    x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * D + columns,
-                    mask=columns < D,
-                    other=0.0,
-                )
-                b = tl.load(
-                    w + tl.minimum(ids, vocab - 1).to(tl.int64)[:, None] * D + columns,
-                    mask=columns < D,
-                    other=0.0,
-                )
+                rows = tl.minimum(row0 + tl.arange(0, ROWS), n_rows - 1).to(tl.int64)[:, None]
+                ids = tl.minimum(j * IDS + tl.arange(0, IDS), vocab - 1).to(tl.int64)[:, None]
+                columns = k + tl.arange(0, WIDTH)[None, :]
+                a = tl.load(x + rows * D + columns, mask=columns < D, other=0.0)
+                b = tl.load(w + ids * D + columns, mask=columns < D, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         if HALVES:
             left, right = acc.reshape((ROWS, 2, IDS // 2)).permute((0, 2, 1)).split()
-            _keep(left, row0, 2 * j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
-                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
-            _keep(right, row0, 2 * j + 1, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
-                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
+            _finish_tile(
+                left, row0, 2 * j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
+                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
+                STORE, MOMENT, KL_SUM, TARGET,
+            )  # fmt: skip
+            _finish_tile(
+                right, row0, 2 * j + 1, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
+                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
+                STORE, MOMENT, KL_SUM, TARGET,
+            )  # fmt: skip
         else:
-            _keep(acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, sum2_ptr, target_ptr, target_logit_ptr,
-                  n_rows, vocab, n_tiles, inv_t, inv_t2, STORE, MOMENT, SECOND, TARGET)  # fmt: skip
+            _finish_tile(
+                acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
+                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
+                STORE, MOMENT, KL_SUM, TARGET,
+            )  # fmt: skip
 
 
 class RowStatistics(NamedTuple):
-    """What the kernel keeps of every row of a chunk's logits z at a temperature t, [n, 1] each."""
+    """Statistics of every row of a chunk's logits z at a temperature t, [n, 1] each.
 
-    max_logit_n1: torch.Tensor
-    kl_lse_n1: torch.Tensor  # log Σ e^{(z − max_logit)/t} at the divergence's temperature
-    lse_n1: torch.Tensor  # the same at the log-prob's temperature
-    mean_n1: torch.Tensor  # the mean of (z − max_logit)/t there
+    `gradient_kernel` reads them as the columns of one tensor, in this order.
+    """
+
+    max_logit_n1: Tensor
+    kl_lse_n1: Tensor  # log Σ e^{(z − max_logit)/t} at the divergence's temperature
+    lse_n1: Tensor  # the same at the log-prob's temperature
+    mean_n1: Tensor  # the mean of (z − max_logit)/t there
 
 
 @dataclass
 class Logits:
-    """A chunk's logits as the kernel leaves them. row_n4: the columns of RowStatistics, as the kernels read them."""
+    """The logits of a chunk as `logits_kernel` leaves them.
 
-    z_nP: Any  # a tensor, or None where the logits were not kept
-    largest_nJ: torch.Tensor
-    sum_nJ: torch.Tensor  # Σ e^{(z − the tile's largest)/t} at the divergence's temperature
-    row_n4: torch.Tensor
-    target_logit_n: torch.Tensor | None
+    z_nP: logits less their tile's largest; None where they were not stored.
+    largest_nJ: the largest logit of each tile.
+    sum_nJ: Σ e^{(logit − the tile's largest)/t} at the divergence's temperature.
+    row_n4: the columns of RowStatistics, as `gradient_kernel` reads them.
+    target_logit_n: NaN where the target is no id of the vocabulary; None without targets.
+    tile: ids of a tile.
+    """
+
+    z_nP: Any
+    largest_nJ: Tensor
+    sum_nJ: Tensor
+    row_n4: Tensor
+    target_logit_n: Tensor | None
     tile: int
 
     @property
-    def row(self):
+    def row(self) -> RowStatistics:
         return RowStatistics(*self.row_n4.split(1, 1))
 
-    def logp_n(self, temperature):
-        """Log-prob of the targets in nats: never above 0, since target and largest logit are the same fp32 numbers."""
+    def logp_n(self, temperature: float) -> Tensor:
+        """Log-probs of the targets in nats.
+
+        They are never above 0: target and largest logit come from the same fp32 numbers.
+        """
+        assert self.target_logit_n is not None
         row = self.row
         above_n = self.target_logit_n - row.max_logit_n1.squeeze(1)
         return above_n / temperature - row.lse_n1.squeeze(1)
 
-    def entropy_n(self):
+    def entropy_n(self) -> Tensor:
+        """Entropy of each row in nats, where `logits` was asked for the moment."""
         row = self.row
         return (row.lse_n1 - row.mean_n1).squeeze(1)
 
 
-def config_for(device):
+def config_for(device: torch.device) -> Config:
+    """The configuration of `logits_kernel` for a device."""
     if device.type != "cuda":  # the interpreter
         return Config(32, 128, 64, 4, 1)
     major, _ = torch.cuda.get_device_capability(device)
     return CONFIGS[9 if major in (9, 10) else 8]  # 12.x has the shared memory of 8.x
 
 
-def chunk_rows(vocab, like_ND) -> int:
-    """Rows of a chunk: few chunks of equal size, whole tiles. Logits of one fill at most 2.5 GB, or a sixteenth of a smaller GPU's memory:
-    each chunk more costs a pass over the head's gradient, and the products want several thousand rows."""
-    room = (
-        5 << 29
-        if not like_ND.is_cuda
-        else min(5 << 29, torch.cuda.get_device_properties(like_ND.device).total_memory // 16)
-    )
+def chunk_rows(vocab: int, like_ND: Tensor) -> int:
+    """Rows of a chunk: few chunks of equal size, in whole tiles.
+
+    The logits of one take at most 2.5 GB, or a sixteenth of a smaller GPU's memory: every chunk
+    more costs a pass over the head's gradient, and the products want several thousand rows.
+    """
+    room = 5 << 29
+    if like_ND.is_cuda:
+        room = min(room, torch.cuda.get_device_properties(like_ND.device).total_memory // 16)
     most = max(256, room // (vocab * like_ND.element_size()) // 256 * 256)
     chunks = triton.cdiv(len(like_ND), most)
     return triton.cdiv(triton.cdiv(len(like_ND), chunks), 256) * 256
 
 
-def buffer(n_rows, vocab, like):
-    """Room for n_rows of logits: 2 bytes an element (fp32 for fp32 inputs), each row a whole number of tiles."""
+def buffer(n_rows: int, vocab: int, like: Tensor) -> Tensor:
+    """Room for the logits of n_rows, each row a whole number of tiles.
+
+    An element has 2 bytes, for fp32 hidden rows 4.
+    """
     tile = config_for(like.device).tile
     dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
     return torch.empty(n_rows, triton.cdiv(vocab, tile) * tile, dtype=dtype, device=like.device)
 
 
 def logits(
-    x_nD, head_VD, *, temperature=1.0, second=None, target_n=None, moment=False, out_nP=None
-):
-    """Logits of x_nD under all rows of head_VD and their statistics. temperature: of the log-prob, `second` of the divergence where it
-    differs; out_nP: where to keep the logits (see `buffer`), or None for the statistics alone."""
-    config, device, (n, width), vocab = (
-        config_for(x_nD.device),
-        x_nD.device,
-        x_nD.shape,
-        head_VD.shape[0],
-    )
+    x_nD: Tensor,
+    head_VD: Tensor,
+    *,
+    temperature: float = 1.0,
+    kl_temperature: float | None = None,
+    target_n: Tensor | None = None,
+    moment: bool = False,
+    out_nP: Tensor | None = None,
+) -> Logits:
+    """Logits of x_nD under all rows of head_VD, with their statistics.
+
+    Args:
+        temperature: of the log-prob, and of the divergence unless kl_temperature is given.
+        kl_temperature: of the divergence where it differs.
+        target_n: ids whose logits are wanted.
+        moment: whether the entropy is wanted.
+        out_nP: where to store the logits (see `buffer`); None for the statistics alone.
+    """
+    config, device = config_for(x_nD.device), x_nD.device
+    (n, width), vocab = x_nD.shape, head_VD.shape[0]
     n_tiles = triton.cdiv(vocab, config.tile)
-    empty = lambda wanted, *shape: (
-        torch.empty(*shape, dtype=torch.float32, device=device) if wanted else None
-    )
-    largest, sums, moments, sums2 = (
-        empty(wanted, n, n_tiles) for wanted in (True, True, moment, second is not None)
-    )
-    target_logit = (
-        None if target_n is None else torch.full((n,), torch.nan, device=device)
-    )  # of a target that is no id
-    products = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.ids)
-    programs = (
-        torch.cuda.get_device_properties(device).multi_processor_count * config.resident
-        if device.type == "cuda"
-        else products
-    )
+
+    def per_tile(wanted: bool = True):
+        return torch.empty(n, n_tiles, device=device) if wanted else None
+
+    largest, sums = per_tile(), per_tile()
+    moments, kl_sums = per_tile(moment), per_tile(kl_temperature is not None)
+    target_logit = None if target_n is None else torch.full((n,), torch.nan, device=device)
+    programs = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.ids)
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = min(programs, processors * config.resident)
     x, w = x_nD.contiguous(), head_VD.contiguous()
     group = max(1, CACHED_BYTES // (config.rows * width * x.element_size()))
     if config.tma:
-        x, w = (
-            TensorDescriptor.from_tensor(m, [size, config.width])
-            for m, size in ((x, config.rows), (w, config.ids))
-        )
+        x = TensorDescriptor.from_tensor(x, [config.rows, config.width])
+        w = TensorDescriptor.from_tensor(w, [config.ids, config.width])
     with torch.cuda.device_of(x_nD):
-        logits_kernel[(min(products, programs),)](
-            x, w, out_nP, largest, sums, moments, sums2, target_n, target_logit,
-            n, vocab, n_tiles, group, LOG2E.value / temperature, LOG2E.value / (second or 1.0),
+        logits_kernel[(programs,)](
+            x, w, out_nP, largest, sums, moments, kl_sums, target_n, target_logit,
+            n, vocab, n_tiles, group,
+            LOG2E.value / temperature, LOG2E.value / (kl_temperature or 1.0),
             D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width, HALVES=config.halves,
-            STORE=out_nP is not None, MOMENT=moment, SECOND=second is not None, TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
+            STORE=out_nP is not None, MOMENT=moment, KL_SUM=kl_temperature is not None,
+            TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    row_n4 = _rows(largest, sums, moments, sums2, temperature, second)
-    return Logits(
-        out_nP, largest, sums if second is None else sums2, row_n4, target_logit, config.tile
-    )
+    row_n4 = _row_statistics(largest, sums, moments, kl_sums, temperature, kl_temperature)
+    divergence_sums = sums if kl_sums is None else kl_sums
+    return Logits(out_nP, largest, divergence_sums, row_n4, target_logit, config.tile)
 
 
-def _rows(largest_nJ, sum_nJ, moment_nJ, sum2_nJ, temperature, second):
-    """The tiles' statistics made one per row, in a fixed order."""
+def _row_statistics(
+    largest_nJ, sum_nJ, moment_nJ, kl_sum_nJ, temperature: float, kl_temperature: float | None
+) -> Tensor:
+    """The columns of RowStatistics from the statistics of the tiles, summed in a fixed order."""
     largest_n1 = largest_nJ.amax(1, keepdim=True)
     below_nJ = largest_nJ - largest_n1
-    share_nJ = (below_nJ / temperature).exp_()
-    total_n = (sum_nJ * share_nJ).sum(1)
+    scale_nJ = (below_nJ / temperature).exp_()
+    total_n = (sum_nJ * scale_nJ).sum(1)
+    lse_n = kl_lse_n = total_n.log()
+    if kl_sum_nJ is not None:
+        kl_lse_n = (kl_sum_nJ * (below_nJ / kl_temperature).exp_()).sum(1).log()
     mean_n = torch.zeros_like(total_n)
     if moment_nJ is not None:
-        mean_n = ((moment_nJ + sum_nJ * below_nJ) * share_nJ).sum(1) / total_n / temperature
-    log_n = total_n.log()
-    second_n = log_n if sum2_nJ is None else (sum2_nJ * (below_nJ / second).exp_()).sum(1).log()
-    return torch.stack((largest_n1.squeeze(1), second_n, log_n, mean_n), 1)
+        mean_n = ((moment_nJ + sum_nJ * below_nJ) * scale_nJ).sum(1) / total_n / temperature
+    return torch.stack((largest_n1.squeeze(1), kl_lse_n, lse_n, mean_n), 1)
 
 
-# --- gradient ------------------------------------------------------------------------------------------------------
+# --- gradient ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(
-        x * LOG2E
-    )  # one instruction and a product; tl.exp also guards against results below the normal range
+    # a product and an instruction; tl.exp also guards against results below the normal range
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _series(x):
     """e^x − 1 − x for |x| < 1/4, to full precision."""
-    return (
-        x
-        * x
-        * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
-    )
+    inner = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
+    return x * x * (1 / 2 + x * (1 / 6 + x * inner))
 
 
 @triton.jit
@@ -343,7 +379,7 @@ def _log1p(x):
 
 @triton.jit
 def _log_ratios(d, weight_t):
-    """log(p_s/m) and log(p_t/m) for m = weight_t · p_t + (1 − weight_t) · p_s."""
+    """log(p_s/m) and log(p_t/m), for m = weight_t p_t + (1 − weight_t) p_s and d = log(p_s/p_t)."""
     down = -tl.abs(d)
     q = _log1p(tl.where(d > 0, weight_t, 1 - weight_t) * _expm1(down))
     return tl.minimum(d, 0.0) - q, tl.minimum(-d, 0.0) - q
@@ -351,16 +387,18 @@ def _log_ratios(d, weight_t):
 
 @triton.jit
 def _terms(ls, lt, beta, NAME: tl.constexpr):
-    """Per id: the summand of the value, the summand of the row sum S, u, and p_s, so that d value / d logit = u − p_s S.
+    """One divergence per id, from the log-probs ls, lt of student and teacher.
 
-    The formulas, and why they keep their digits where teacher and student are close: kernels/divergences.py.
+    Returns (value, s, u, p_s): the divergence is Σ value, and with S = Σ s its derivative by a
+    logit is u − p_s S. The formulas, and why they stay precise where teacher and student are
+    close: kernels/divergences.py.
     """
     ps, pt, d = _exp(ls), _exp(lt), ls - lt
     close = tl.abs(d) < 0.25
-    g = tl.where(close, pt * (_series(d) + d), ps - pt)
+    g = tl.where(close, pt * (_series(d) + d), ps - pt)  # p_s − p_t
     if NAME == "forward_kl":
         value = tl.where(close, pt * _series(d), g - pt * d)
-        s, u = value, g  # s is unused
+        s, u = value, g  # S is unused
     elif NAME == "reverse_kl":
         value = tl.where(close, ps * _series(-d), ps * d - g)
         s, u = value, ps * d
@@ -388,11 +426,10 @@ def _terms(ls, lt, beta, NAME: tl.constexpr):
 
 @triton.jit
 def _centred(z_ptr, max_ptr, j, n_tiles, row_max, TILE: tl.constexpr):
-    """Logits of some tiles, less the row's largest."""
+    """Logits [len(j), TILE] of the tiles j, less the row's largest."""
     inside = j < n_tiles
-    z = tl.load(
-        z_ptr + j[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=inside[:, None], other=FLOOR16
-    ).to(tl.float32)
+    at = j[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    z = tl.load(z_ptr + at, mask=inside[:, None], other=FLOOR16).to(tl.float32)
     return z + (tl.load(max_ptr + j, mask=inside, other=LOWEST) - row_max)[:, None]
 
 
@@ -421,10 +458,17 @@ def gradient_kernel(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program a row: overwrites its logits with c_kl · d divergence/dz + c_lp · (onehot − p) − c_H · p (log p + H); coefficient_n3.
+    """One program per row: its divergence, and with WRITE its gradient in place of its logits.
 
-    A divergence other than the forward KL needs a row sum first: a pass more, which leaves u in the teacher's bytes for the second one.
-    "proportional": c_kl · p alone, no teacher. SAME: both temperatures are one. WRITE: else the value alone.
+    With p the student's probabilities and H its entropy, the gradient by logit v is
+
+        c_kl (u_v − p_v S) + c_lp (1[v = target] − p_v) − c_h p_v (log p_v + H)
+
+    where u and S are those of `_terms` and c_kl, c_lp, c_h the row's coefficients. A divergence
+    other than the forward KL needs S first: a pass more, which leaves u in the teacher's bytes for
+    the second one. DIVERGENCE "proportional": c_kl p_v as the first term, without a teacher.
+    s_…: the student's; t_…: the teacher's; …_row_ptr: the columns of RowStatistics.
+    inv_kl, inv_lp: 1/t of divergence and log-prob. SAME: both are one.
     """
     PAIR: tl.constexpr = (DIVERGENCE != "none") & (DIVERGENCE != "proportional")
     TWICE: tl.constexpr = PAIR & (DIVERGENCE != "forward_kl")
@@ -432,24 +476,23 @@ def gradient_kernel(
     s_ptr += row * n_tiles * TILE
     grad_ptr += row * n_tiles * TILE
     s_max_ptr += row * n_tiles
-    s_max, s_log, c_kl = (
-        tl.load(s_row_ptr + row * 4),
-        tl.load(s_row_ptr + row * 4 + 1),
-        tl.load(coefficient_ptr + row * 3),
-    )
+    s_row_ptr += row * 4
+    coefficient_ptr += row * 3
+    s_max, s_lse, c_kl = tl.load(s_row_ptr), tl.load(s_row_ptr + 1), tl.load(coefficient_ptr)
     value = tl.zeros((TILES, TILE), tl.float32)
     row_sum = 0.0
     if PAIR:
         t_ptr += row * n_tiles * TILE
         t_max_ptr += row * n_tiles
-        t_max, t_log = tl.load(t_row_ptr + row * 4), tl.load(t_row_ptr + row * 4 + 1)
+        t_row_ptr += row * 4
+        t_max, t_lse = tl.load(t_row_ptr), tl.load(t_row_ptr + 1)
     if TWICE:
         u_ptr += row * n_tiles * TILE
         total = tl.zeros((TILES, TILE), tl.float32)
         for lo in range(0, n_tiles, TILES):
             j = lo + tl.arange(0, TILES)
-            ls = _centred(s_ptr, s_max_ptr, j, n_tiles, s_max, TILE) * inv_kl - s_log
-            lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_log
+            ls = _centred(s_ptr, s_max_ptr, j, n_tiles, s_max, TILE) * inv_kl - s_lse
+            lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_lse
             v, s, u, _ = _terms(ls, lt, beta, DIVERGENCE)
             value += v
             total += s
@@ -457,10 +500,10 @@ def gradient_kernel(
                 at = j[:, None] * TILE + tl.arange(0, TILE)[None, :]
                 tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=(j < n_tiles)[:, None])
         row_sum = tl.sum(tl.sum(total, 1), 0)
-        tl.debug_barrier()  # u is read below, by whichever thread
+        tl.debug_barrier()  # u is read below, by other threads than wrote it
     if LOGPROB:
-        lp_log, lp_mean = tl.load(s_row_ptr + row * 4 + 2), tl.load(s_row_ptr + row * 4 + 3)
-        c_lp, c_h = tl.load(coefficient_ptr + row * 3 + 1), tl.load(coefficient_ptr + row * 3 + 2)
+        lp_lse, lp_mean = tl.load(s_row_ptr + 2), tl.load(s_row_ptr + 3)
+        c_lp, c_h = tl.load(coefficient_ptr + 1), tl.load(coefficient_ptr + 2)
         target = tl.load(target_ptr + row).to(tl.int32)
     if WRITE | (DIVERGENCE == "forward_kl"):
         for lo in range(0, n_tiles, TILES):
@@ -469,16 +512,15 @@ def gradient_kernel(
             z = _centred(s_ptr, s_max_ptr, j, n_tiles, s_max, TILE)
             grad = tl.zeros((TILES, TILE), tl.float32)
             if DIVERGENCE == "forward_kl":
-                lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_log
-                v, _, u, ps = _terms(z * inv_kl - s_log, lt, beta, DIVERGENCE)
+                lt = _centred(t_ptr, t_max_ptr, j, n_tiles, t_max, TILE) * inv_kl - t_lse
+                v, _, u, ps = _terms(z * inv_kl - s_lse, lt, beta, DIVERGENCE)
                 value += v
                 grad = c_kl * u
             elif DIVERGENCE != "none":
-                ps = _exp(z * inv_kl - s_log)
+                ps = _exp(z * inv_kl - s_lse)
                 if TWICE:
-                    grad = c_kl * (
-                        tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32) - ps * row_sum
-                    )
+                    u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    grad = c_kl * (u - ps * row_sum)
                 else:
                     grad = c_kl * ps
             if LOGPROB:
@@ -486,10 +528,10 @@ def gradient_kernel(
                 if SAME:
                     p = ps
                 else:
-                    p = _exp(x - lp_log)
+                    p = _exp(x - lp_lse)
                 factor = c_lp
                 if ENTROPY:
-                    factor = c_lp + c_h * (x - lp_mean)
+                    factor = c_lp + c_h * (x - lp_mean)  # log p + H = x − mean
                 grad += tl.where(at == target, c_lp, 0.0) - p * factor
             if WRITE:
                 tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -498,38 +540,47 @@ def gradient_kernel(
 
 
 def gradient(
-    student,
-    teacher=None,
+    student: Logits,
+    teacher: Logits | None = None,
     *,
-    divergence="none",
-    beta=0.5,
-    kl_temperature=1.0,
-    lp_temperature=1.0,
-    coefficient_n3,
-    target_n=None,
-    entropy=False,
-    dtype,
-    write=True,
-):
-    """Overwrite the student's logits with their gradient; returns (divergence_n or None, grad_nP of `dtype` in the same bytes). The
-    teacher's logits are lost too.
+    divergence: str = "none",
+    beta: float = 0.5,
+    kl_temperature: float = 1.0,
+    lp_temperature: float = 1.0,
+    coefficient_n3: Tensor,
+    target_n: Tensor | None = None,
+    entropy: bool = False,
+    dtype: torch.dtype,
+    write: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Overwrite the student's logits with their gradient. The teacher's logits are lost too.
 
-    coefficient_n3: of d divergence / d logits, of the target's log-prob and of the entropy, the temperature's 1/t included.
-    target_n: where a log-prob loss takes part; an id of −1 is no id.
+    Args:
+        divergence: a name, "none", or "proportional": coefficient · p, without a teacher.
+        coefficient_n3: fp32 factors of the gradients of the divergence, of the target's log-prob
+            and of the entropy; they include 1/t.
+        target_n: where a log-prob loss takes part; an id of −1 is no id.
+        entropy: whether the entropy takes part, too.
+        dtype: of the gradient, as many bytes as an element of the logits.
+        write: whether the gradient is wanted beside the divergence.
+
+    Returns (divergence_n or None without a teacher, grad_nP in the student's bytes).
     """
     n, padded = student.z_nP.shape
     grad_nP = student.z_nP.view(dtype)
-    value_n = torch.empty(n, dtype=torch.float32, device=grad_nP.device) if teacher else None
-    other = (
-        (teacher.z_nP, teacher.z_nP.view(dtype), teacher.largest_nJ, teacher.row_n4)
-        if teacher
-        else (None,) * 4
-    )
+    value_n, t_z, u, t_max, t_row = None, None, None, None, None
+    if teacher:
+        value_n = torch.empty(n, dtype=torch.float32, device=grad_nP.device)
+        t_z, u = teacher.z_nP, teacher.z_nP.view(dtype)
+        t_max, t_row = teacher.largest_nJ, teacher.row_n4
+    same = divergence != "none" and kl_temperature == lp_temperature
     with torch.cuda.device_of(grad_nP):
         gradient_kernel[(n,)](
-            student.z_nP, grad_nP, student.largest_nJ, student.row_n4, *other, coefficient_n3, target_n, value_n,
+            student.z_nP, grad_nP, student.largest_nJ, student.row_n4, t_z, u, t_max, t_row,
+            coefficient_n3, target_n, value_n,
             padded // student.tile, 1 / kl_temperature, 1 / lp_temperature, beta,
-            DIVERGENCE=divergence, LOGPROB=target_n is not None, ENTROPY=entropy, SAME=divergence != "none" and kl_temperature == lp_temperature,
-            WRITE=write, TILES=max(1, ROW_BLOCK // student.tile), TILE=student.tile, num_warps=ROW_WARPS,
+            DIVERGENCE=divergence, LOGPROB=target_n is not None, ENTROPY=entropy, SAME=same,
+            WRITE=write, TILES=max(1, ROW_BLOCK // student.tile), TILE=student.tile,
+            num_warps=ROW_WARPS,
         )  # fmt: skip
     return value_n, grad_nP

@@ -39,7 +39,7 @@ def student_logits(term, hidden_nD, head_VD, out_nP, rows, kl_temperature) -> Lo
         hidden_nD,
         head_VD,
         temperature=term.temperature,
-        second=kl_temperature if kl_temperature != term.temperature else None,
+        kl_temperature=kl_temperature if kl_temperature != term.temperature else None,
         target_n=term.target_N[rows],
         moment=term.entropy,
         out_nP=out_nP,

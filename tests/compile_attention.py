@@ -1,63 +1,89 @@
 """The attention kernels of each configuration: what tests/compile_kernels.py compiles."""
 
-from kernels import decode_attention as da
-from kernels import triton_attention as ta
+from collections.abc import Iterator
 
-POINTER, FLOATS, TILES = "*bf16!", "*fp32!", "*i32"
-GROUPS = {64: (14, 2), 128: (12, 2)}  # Qwen2.5-0.5B and 1.5B
+from kernels import decode_attention, triton_attention
+from tests.compile_kernels import Compilation
 
-
-def case(kernel, config, size):
-    heads, kv_heads = GROUPS[size]
-    types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("tiles")], POINTER) | dict(
-        lse=FLOATS, tiles=TILES, tokens="i32"
-    )
-    if "delta" in kernel.arg_names:
-        types["delta"] = FLOATS
-    constants = dict(
-        H=heads,
-        K=kv_heads,
-        E=size,
-        TILE=ta.TILE,
-        ROWS=config.rows,
-        KEYS=config.keys,
-        SCALE=ta.LOG2E * size**-0.5,
-        FLIP=config.flip,
-    )
-    return kernel, types, constants
+BF16, FP32, TILES = "*bf16!", "*fp32!", "*i32"
+HEADS = {64: (14, 2), 128: (12, 2)}  # Qwen2.5-0.5B and 1.5B: query and key-value heads
+KERNELS = (
+    triton_attention.forward_kernel,
+    triton_attention.queries_kernel,
+    triton_attention.keys_kernel,
+)
 
 
-def decode_cases(size, lengths):
-    (heads, kv_heads), partial = GROUPS[size], dict(part=FLOATS, lse=FLOATS, lengths=lengths)
-    sizes = dict(K=kv_heads, GROUP=heads // kv_heads, L=1, E=size, SPLIT=da.SPLIT)
-    types = dict.fromkeys("qkv", POINTER) | partial | dict(row_stride="i32!", head_stride="i32!")
-    yield (
-        da.split_kernel,
-        types,
-        sizes | dict(ROWS=16, BLOCK=da.BLOCK, SCALE=ta.LOG2E * size**-0.5),
-        da.WARPS,
-        da.STAGES,
-    )
-    yield da.join_kernel, partial | dict(o=POINTER, splits="i32"), sizes | dict(JOIN=da.JOIN), 1, 3
-
-
-KERNELS = (ta.forward_kernel, ta.queries_kernel, ta.keys_kernel)
-
-
-def cases():
-    tables = [(80, ta.CONFIGS[8]), (90, ta.CONFIGS[9]), (90, ta.OTHER)]
+def packed_cases() -> Iterator[Compilation]:
+    tables = [
+        (80, triton_attention.CONFIGS[8]),
+        (90, triton_attention.CONFIGS[9]),
+        (90, triton_attention.OTHER),
+    ]
     for capability, table in tables:
-        for size, configs in table.items():
+        for head_dim, configs in table.items():
+            n_heads, n_kv_heads = HEADS[head_dim]
             for kernel, config in zip(KERNELS, configs, strict=True):
+                names = kernel.arg_names
+                types = dict.fromkeys(names[: names.index("tiles_ptr")], BF16)
+                types |= dict(lse_ptr=FP32, tiles_ptr=TILES, tokens="i32")
+                if "delta_ptr" in names:
+                    types["delta_ptr"] = FP32
+                constants = dict(
+                    H=n_heads,
+                    K=n_kv_heads,
+                    E=head_dim,
+                    TILE=triton_attention.TILE,
+                    ROWS=config.rows,
+                    KEYS=config.keys,
+                    FLIP=config.flip,
+                )
                 form = "flipped" if config.flip else "plain"
-                yield (
-                    f"{kernel.__name__} E={size} {form}",
-                    (*case(kernel, config, size), capability, config.warps, config.stages),
+                yield Compilation(
+                    case=f"{kernel.__name__} E={head_dim} {form}",
+                    kernel=kernel,
+                    types=types,
+                    constants=constants,
+                    capability=capability,
+                    warps=config.warps,
+                    stages=config.stages,
                 )
+
+
+def decode_cases() -> Iterator[Compilation]:
     for capability in (80, 90):
-        for size, lengths in ((64, "*i64"), (128, "*i32")):
-            for kernel, types, constants, warps, stages in decode_cases(size, lengths):
-                yield (
-                    f"{kernel.__name__} E={size}",
-                    (kernel, types, constants, capability, warps, stages),
-                )
+        for head_dim, lengths in ((64, "*i64"), (128, "*i32")):
+            n_heads, n_kv_heads = HEADS[head_dim]
+            partial = dict(part_ptr=FP32, lse_ptr=FP32, length_ptr=lengths)
+            sizes = dict(
+                K=n_kv_heads,
+                GROUP=n_heads // n_kv_heads,
+                L=1,
+                E=head_dim,
+                SPLIT=decode_attention.SPLIT,
+            )
+            yield Compilation(
+                case=f"split_kernel E={head_dim}",
+                kernel=decode_attention.split_kernel,
+                types=partial
+                | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), BF16)
+                | dict(row_stride="i32!", head_stride="i32!"),
+                constants=sizes | dict(ROWS=16, BLOCK=decode_attention.BLOCK),
+                capability=capability,
+                warps=decode_attention.WARPS,
+                stages=decode_attention.STAGES,
+            )
+            yield Compilation(
+                case=f"join_kernel E={head_dim}",
+                kernel=decode_attention.join_kernel,
+                types=partial | dict(o_ptr=BF16, splits="i32"),
+                constants=sizes | dict(JOIN=decode_attention.JOIN),
+                capability=capability,
+                warps=1,
+                stages=3,
+            )
+
+
+def cases() -> Iterator[Compilation]:
+    yield from packed_cases()
+    yield from decode_cases()

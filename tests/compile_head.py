@@ -1,26 +1,63 @@
-"""Every use that the head's functions make of their kernels, for each configuration: what tests/compile_kernels.py compiles."""
+"""Each use of the head's kernels in each configuration, for tests/compile_kernels.py."""
 
-from kernels import triton_head as th
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kernels import triton_head
 from kernels.divergences import FORMULAS
+from tests.compile_kernels import Compilation
 
-POINTER, IDS = "*fp32!", "*i64!"
+FP32, FP16, BF16, IDS = "*fp32!", "*fp16!", "*bf16!", "*i64!"
 
 
-def logits_case(config, width, use):
-    store, moment, second, target = ("S" in use, "M" in use, "2" in use, "T" in use)
-    matrix = lambda size: f"tensordesc<bf16[{size}, {config.width}]>" if config.tma else "*bf16!"
-    types = dict(
-        x=matrix(config.rows),
-        w=matrix(config.ids),
-        max_ptr=POINTER,
-        sum_ptr=POINTER,
-        n_rows="i32",
-        vocab="i32",
-        n_tiles="i32",
-        group="i32",
-        inv_t="fp32",
-        inv_t2="fp32",
-    )
+class Use(NamedTuple):
+    """The parts of a loss for which `gradient_kernel` computes the gradient."""
+
+    divergence: str
+    logprob: bool = False
+    entropy: bool = False
+    same_temperature: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.divergence]
+        parts += ["logprob"] * self.logprob + ["entropy"] * self.entropy
+        return "+".join(parts + ["same"] * self.same_temperature)
+
+
+GRADIENTS = [
+    *(Use(name) for name in FORMULAS),
+    Use("proportional"),
+    Use("none", logprob=True),
+    Use("none", logprob=True, entropy=True),
+    Use("forward_kl", logprob=True, same_temperature=True),
+    Use("proportional", logprob=True),
+    Use("reverse_kl", logprob=True, entropy=True),
+    Use("jsd", logprob=True, entropy=True),
+    Use("skew_reverse_kl", logprob=True, entropy=True),
+]
+# S: logits are stored; T: targets; M: moment; 2: another temperature for the divergence
+LOGITS = [(use, 896) for use in ("S", "ST", "ST2", "STM", "STM2", "T", "TM")] + [("S", 3584)]
+
+
+def add_optional(types: dict, constants: dict, optional: dict[str, tuple[str, bool]]) -> None:
+    """Unused pointers are the constant None."""
+    for name, (kind, used) in optional.items():
+        if used:
+            types[name] = kind
+        else:
+            constants[name] = None
+
+
+def logits_case(use: str, width: int, capability: int) -> Compilation:
+    config = triton_head.CONFIGS[capability // 10]
+    store, moment, kl_sum, target = ("S" in use, "M" in use, "2" in use, "T" in use)
+
+    def matrix(rows: int) -> str:
+        return f"tensordesc<bf16[{rows}, {config.width}]>" if config.tma else BF16
+
+    types = dict(x=matrix(config.rows), w=matrix(config.ids), max_ptr=FP32, sum_ptr=FP32)
+    types |= dict.fromkeys(("n_rows", "vocab", "n_tiles", "group"), "i32")
+    types |= dict.fromkeys(("inv_t", "inv_kl"), "fp32")
     constants = dict(
         D=width,
         ROWS=config.rows,
@@ -29,84 +66,68 @@ def logits_case(config, width, use):
         HALVES=config.halves,
         STORE=store,
         MOMENT=moment,
-        SECOND=second,
+        KL_SUM=kl_sum,
         TARGET=target,
         TMA=config.tma,
         FLATTEN=config.flatten,
     )
     optional = dict(
-        z_ptr=("*fp16!", store),
-        moment_ptr=(POINTER, moment),
-        sum2_ptr=(POINTER, second),
+        z_ptr=(FP16, store),
+        moment_ptr=(FP32, moment),
+        kl_sum_ptr=(FP32, kl_sum),
         target_ptr=(IDS, target),
-        target_logit_ptr=(POINTER, target),
+        target_logit_ptr=(FP32, target),
     )
-    for name, (kind, wanted) in optional.items():
-        (types if wanted else constants)[name] = kind if wanted else None
-    return th.logits_kernel, types, constants
+    add_optional(types, constants, optional)
+    return Compilation(
+        case=f"logits {use} D={width}",
+        kernel=triton_head.logits_kernel,
+        types=types,
+        constants=constants,
+        capability=capability,
+        warps=config.warps,
+        stages=config.stages,
+    )
 
 
-def gradient_case(tile, divergence, logprob=False, entropy=False, same=False):
-    kl = divergence not in ("none", "proportional")
-    types = dict(
-        s_ptr="*fp16!",
-        grad_ptr="*bf16!",
-        s_max_ptr=POINTER,
-        s_row_ptr=POINTER,
-        coefficient_ptr=POINTER,
-        n_tiles="i32",
-        inv_kl="fp32",
-        inv_lp="fp32",
-        beta="fp32",
-    )
+def gradient_case(use: Use, capability: int) -> Compilation:
+    tile = triton_head.CONFIGS[capability // 10].tile
+    pair = use.divergence not in ("none", "proportional")
+    types = dict(s_ptr=FP16, grad_ptr=BF16, n_tiles="i32")
+    types |= dict.fromkeys(("s_max_ptr", "s_row_ptr", "coefficient_ptr"), FP32)
+    types |= dict.fromkeys(("inv_kl", "inv_lp", "beta"), "fp32")
     constants = dict(
-        DIVERGENCE=divergence,
-        LOGPROB=logprob,
-        ENTROPY=entropy,
-        SAME=same,
+        DIVERGENCE=use.divergence,
+        LOGPROB=use.logprob,
+        ENTROPY=use.entropy,
+        SAME=use.same_temperature,
         WRITE=True,
-        TILES=th.ROW_BLOCK // tile,
+        TILES=triton_head.ROW_BLOCK // tile,
         TILE=tile,
     )
     optional = dict(
-        t_ptr=("*fp16!", kl),
-        u_ptr=("*bf16!", kl),
-        t_max_ptr=(POINTER, kl),
-        t_row_ptr=(POINTER, kl),
-        value_ptr=(POINTER, kl),
-        target_ptr=(IDS, logprob),
+        t_ptr=(FP16, pair),
+        u_ptr=(BF16, pair),
+        t_max_ptr=(FP32, pair),
+        t_row_ptr=(FP32, pair),
+        value_ptr=(FP32, pair),
+        target_ptr=(IDS, use.logprob),
     )
-    for name, (kind, wanted) in optional.items():
-        (types if wanted else constants)[name] = kind if wanted else None
-    return th.gradient_kernel, types, constants
+    add_optional(types, constants, optional)
+    return Compilation(
+        case=f"gradient {use}",
+        kernel=triton_head.gradient_kernel,
+        types=types,
+        constants=constants,
+        capability=capability,
+        warps=triton_head.ROW_WARPS,
+        stages=3,
+    )
 
 
-def cases():
-    """S: logits are kept; T: targets; M: entropy; 2: another temperature for the divergence."""
+def cases() -> Iterator[Compilation]:
     for capability in (80, 90):
-        config = th.CONFIGS[capability // 10]
-        for use, width in [(use, 896) for use in ("S", "ST", "ST2", "STM", "STM2", "T", "TM")] + [
-            ("S", 3584)
-        ]:
-            yield (
-                f"logits {use} D={width}",
-                (*logits_case(config, width, use), capability, config.warps, config.stages),
-            )
-        gradients = [(name, False, False, False) for name in (*FORMULAS, "proportional")]
-        gradients += [
-            ("none", True, False, False),
-            ("none", True, True, False),
-            ("forward_kl", True, False, True),
-            ("proportional", True, False, False),
-        ]
-        gradients += [
-            (name, True, True, False) for name in ("reverse_kl", "jsd", "skew_reverse_kl")
-        ]
-        for name, *uses in gradients:
-            used = "".join(
-                f"+{what}" for what, used in zip(("logprob", "entropy", "same"), uses) if used
-            )
-            yield (
-                f"gradient {name}{used}",
-                (*gradient_case(config.tile, name, *uses), capability, th.ROW_WARPS, 3),
-            )
+        for use, width in LOGITS:
+            yield logits_case(use, width, capability)
+        for use in GRADIENTS:
+            yield gradient_case(use, capability)

@@ -1,6 +1,7 @@
-"""Compile a kernel for a GPU that is not there and read off what the assembler says: registers, stack, shared memory, instructions.
+"""Compile kernels for a GPU that is not there and read what the assembler says of them.
 
-Run as a program in a process without TRITON_INTERPRET: `python -m tests.compile_kernels head` prints one JSON object per kernel and target.
+Run as a program, in a process without TRITON_INTERPRET: `python -m tests.compile_kernels head 90`
+prints one JSON object for each kernel of tests/compile_head.py and compute capability 9.0.
 """
 
 import importlib
@@ -10,54 +11,59 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-SHARED_LIMIT = {
-    80: 163 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-}  # bytes a program may have (CUDA C++ Programming Guide, technical specifications)
+# shared memory that a program may have, in bytes (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability")
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-def compiled(fn, types, constants, capability, warps, stages):
-    """types: {argument: Triton type} of what is not constant; integers and pointers are taken as multiples of 16 where marked `!`."""
-    signature = {a: types[a].rstrip("!") if a in types else "constexpr" for a in fn.arg_names}
-    assert not set(types) & set(constants) and set(types) | set(constants) == set(fn.arg_names), (
-        set(fn.arg_names) ^ (set(types) | set(constants))
-    )
-    divisible = {
-        (fn.arg_names.index(a),): [["tt.divisibility", 16]]
-        for a, t in types.items()
-        if t.endswith("!")
-    }
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=divisible)
+class Compilation(NamedTuple):
+    """A kernel with the types and constants of one of its uses.
+
+    types: the Triton type of every argument that is not constant. Integers and pointers marked
+    with `!` are multiples of 16.
+    """
+
+    case: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    capability: int
+    warps: int
+    stages: int
+
+
+def compiled(case: Compilation) -> dict[str, Any]:
+    """Registers, stack, shared memory and the kinds of instructions of one compilation."""
+    names = case.kernel.arg_names
+    assert not set(case.types) & set(case.constants)
+    assert set(case.types) | set(case.constants) == set(names)
+    signature = {name: case.types.get(name, "constexpr").rstrip("!") for name in names}
+    divisible = {}
+    for name, kind in case.types.items():
+        if kind.endswith("!"):
+            divisible[(names.index(name),)] = [["tt.divisibility", 16]]
     kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=warps, num_stages=stages),
+        ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=divisible),
+        target=GPUTarget("cuda", case.capability, 32),
+        options=dict(num_warps=case.warps, num_stages=case.stages),
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        usage = subprocess.run(
-            [os.path.join(TOOLS, "cuobjdump"), "-res-usage", f.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = _resources(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
     return dict(
+        case=case.case,
+        capability=case.capability,
+        warps=case.warps,
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        warps=warps,
-        capability=capability,
         wgmma=len(products),
         wgmma_from_registers=sum(p.count("{") > 1 for p in products),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
@@ -66,11 +72,23 @@ def compiled(fn, types, constants, capability, warps, stages):
     )
 
 
-def main(argv):
-    for name in argv:
-        for case, arguments in importlib.import_module(f"tests.compile_{name}").cases():
-            print(json.dumps({"case": case} | compiled(*arguments)), flush=True)
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def main(name: str, capability: str) -> None:
+    for case in importlib.import_module(f"tests.compile_{name}").cases():
+        if case.capability == int(capability):
+            print(json.dumps(compiled(case)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

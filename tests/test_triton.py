@@ -1,11 +1,15 @@
-"""The Triton kernels without a GPU: run by the interpreter, and compiled for GPUs that are not there. Each in a process of its own."""
+"""The Triton kernels without a GPU: interpreted, and compiled for GPUs that are not there.
 
+Each in a process of its own, since the interpreter is chosen when Triton is imported.
+"""
+
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 
 import pytest
 import torch
@@ -16,93 +20,111 @@ from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="Triton is installed on Linux alone")
 
+from tests.compile_kernels import SHARED_LIMIT
 
-def run(*command, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    return subprocess.run(
+
+def run(*command: str, **environment: str) -> str:
+    """The output of Python in a process of its own, which must succeed."""
+    clean = os.environ | {"OMP_NUM_THREADS": "1"}
+    clean.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
         env=clean | environment,
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    return done.stdout
 
 
-def test_by_the_interpreter():
-    """Two processes at a time: the interpreter takes one core."""
-    files = sorted((ROOT / "tests/triton_interpreter").glob("test_*.py"))
-    interpret = lambda file: run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1"
-    )
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(interpret, files))
-    for done in results:
-        assert done.returncode == 0 and "skipped" not in done.stdout, (
-            done.stdout[-5000:] + done.stderr[-2000:]
-        )
-    assert sum(int(re.search(r"(\d+) passed", done.stdout)[1]) for done in results) >= 125
+# Groups of the interpreter's tests (file, pytest's -k) and how many each has at the least, so that
+# none is lost without notice. Workers of pytest-xdist take a group each.
+INTERPRETED = [
+    ("attention", "not decode", 24),
+    ("attention", "decode", 10),
+    ("head", "divergence_equals or topk", 40),
+    ("head", "not divergence_equals and not topk", 50),
+    ("train", "by_kernel", 3),
+]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    done = run(
-        "-m",
-        "tests.compile_kernels",
-        "head",
-        "attention",
-        TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize("name,select,at_least", INTERPRETED, ids=str)
+def test_by_the_interpreter(name, select, at_least):
+    printed = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select,
+        f"tests/triton_interpreter/test_{name}.py", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert "skipped" not in printed, printed[-5000:]
+    passed = re.search(r"(\d+) passed", printed)
+    assert passed and int(passed[1]) >= at_least, printed[-2000:]
 
 
-def test_compiled_kernels_keep_to_registers_and_shared_memory(compiled):
-    from tests.compile_kernels import SHARED_LIMIT
+@functools.cache
+def compiled(name: str, capability: int) -> list[dict]:
+    """What the assembler says about a group of kernels; compiled once by a worker."""
+    with tempfile.TemporaryDirectory() as cache:
+        printed = run(
+            "-m", "tests.compile_kernels", name, str(capability), TRITON_CACHE_DIR=cache
+        )  # fmt: skip
+    return [json.loads(line) for line in printed.splitlines()]
 
-    assert {k["capability"] for k in compiled} == {80, 90} and len(compiled) >= 66
-    for k in compiled:
-        # an 8.x configuration serves Ada too, whose programs have 99 KB
-        assert k["shared"] <= SHARED_LIMIT[90 if k["capability"] == 90 else 89], k
-        assert not k["case"].startswith("gradient") or k["registers"] <= 80, (
-            f"fewer than three programs fit: {k}"
-        )
+
+GPUS = pytest.mark.parametrize("capability", [80, 90])
+
+
+@GPUS
+@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 10)])
+def test_compiled_kernels_keep_to_registers_and_shared_memory(name, at_least, capability):
+    kernels = compiled(name, capability)
+    assert len(kernels) >= at_least
+    # a configuration for 8.x serves Ada too, whose programs have 99 KB
+    shared_limit = SHARED_LIMIT[90 if capability == 90 else 89]
+    for k in kernels:
+        assert k["capability"] == capability and k["shared"] <= shared_limit, k
         assert k["stack"] == 0, f"spills: {k}"
         assert k["atomics"] == 0, f"an order that depends on timing: {k}"
+        if k["case"].startswith("gradient"):
+            assert k["registers"] <= 80, f"fewer than three programs fit: {k}"
 
 
-def test_compiled_products_use_the_tensor_cores(compiled):
-    for k in (k for k in compiled if k["case"].startswith("logits")):
-        if k["capability"] == 90:
+@GPUS
+def test_compiled_products_use_the_tensor_cores(capability):
+    products = [k for k in compiled("head", capability) if k["case"].startswith("logits")]
+    assert products
+    for k in products:
+        if capability == 90:
             assert k["wgmma"] >= 4 and k["tma"] >= 4 and k["mma"] == 0, k
-            assert k["wgmma_from_registers"] == 0, (
-                f"ptxas before CUDA 13.3 is reported to miscompile these: {k}"
-            )
+            # ptxas before CUDA 13.3 is reported to miscompile these
+            assert k["wgmma_from_registers"] == 0, k
         else:
             assert k["mma"] >= 32 and k["wgmma"] == 0, k
 
 
-def test_compiled_attention_uses_the_tensor_cores(compiled):
-    attention = [
-        k
-        for k in compiled
-        if k["case"].split()[0] in ("forward_kernel", "queries_kernel", "keys_kernel")
-    ]
-    assert len(attention) == 18
-    for k in attention:
-        if k["capability"] == 90:
+@GPUS
+def test_compiled_attention_uses_the_tensor_cores(capability):
+    packed, split = [], []
+    for k in compiled("attention", capability):
+        kernel = k["case"].split()[0]
+        if kernel in ("forward_kernel", "queries_kernel", "keys_kernel"):
+            packed.append(k)
+        elif kernel == "split_kernel":
+            split.append(k)
+    assert len(packed) == (12 if capability == 90 else 6)
+    for k in packed:
+        if capability == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k
-            assert (k["wgmma_from_registers"] == 0) == k["case"].endswith("flipped"), (
-                f"what ptxas before 13.3 may miscompile: {k}"
-            )
-            assert (
-                "E=64 flipped" not in k["case"] or k["registers"] * 32 * k["warps"] * 2 <= 65_536
-            ), f"two programs do not fit: {k}"
+            flipped = k["case"].endswith("flipped")
+            # ptxas before CUDA 13.3 is reported to miscompile products from registers
+            assert (k["wgmma_from_registers"] == 0) == flipped, k
+            if "E=64 flipped" in k["case"]:
+                registers = k["registers"] * 32 * k["warps"]
+                assert 2 * registers <= 65_536, f"two programs do not fit: {k}"
         else:
             assert k["mma"] >= 64 and k["wgmma"] == 0, k
-    decode = [k for k in compiled if k["case"].startswith("split_kernel")]
-    assert len(decode) == 4 and all(k["mma"] >= 16 for k in decode), decode
+    assert len(split) == 2
+    for k in split:
+        assert k["mma"] >= 16, k
 
 
 def test_a_path_can_be_forced():

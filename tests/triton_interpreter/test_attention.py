@@ -1,4 +1,7 @@
-"""The attention kernels against fp64, run by Triton's interpreter in fp32 and fp64 (its bf16 product is wrong); see test_head.py."""
+"""The attention kernels against fp64, interpreted in fp32 and fp64 (its bf16 product is wrong).
+
+See test_head.py.
+"""
 
 import os
 
@@ -11,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from kernels import backend, decode_attention, triton_attention
 from kernels.attention import PackedAttention
-from kernels.triton_attention import Config
+from kernels.triton_attention import Config, Configs
 from model.transformer import PRESETS
 
 SHAPES = sorted(
@@ -27,7 +30,7 @@ RAGGED = [0, 1, TILE - 1, TILE, 0, TILE + 1, 2 * TILE + 5]
 
 @pytest.fixture(autouse=True)
 def by_kernel(monkeypatch):
-    """Every call takes the kernels, in tiles small enough for several to a document; the reference is out of reach."""
+    """Every call takes the kernels, with several tiles to a document; the reference is removed."""
     backend.use("triton")
     monkeypatch.setattr(triton_attention, "TILE", TILE)
     monkeypatch.delattr(PackedAttention, "_by_blocks")
@@ -57,10 +60,10 @@ def formula(q_THE, k_TKE, v_TKE, lengths):
     return torch.stack(outputs)
 
 
-def faster(q, k, v, lengths):
-    """The same by matrices, for the larger cases; `test_the_formulas_agree` ties it to the definition."""
-    outputs, group = [], q.shape[1] // k.shape[1]
-    for q, k, v in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
+def faster(q_THE, k_TKE, v_TKE, lengths):
+    """`formula` by matrices, for the larger cases. `test_the_formulas_agree` compares them."""
+    outputs, group = [], q_THE.shape[1] // k_TKE.shape[1]
+    for q, k, v in zip(*(x.double().split(lengths) for x in (q_THE, k_TKE, v_TKE)), strict=True):
         score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) / q.shape[2] ** 0.5
         score = score.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
         outputs.append(
@@ -85,12 +88,11 @@ def exact(qkv, lengths, upstream):
     return o.detach(), *torch.autograd.grad(o, leaves, upstream.double())
 
 
-def use(monkeypatch, *configs):
-    monkeypatch.setattr(
-        triton_attention,
-        "configs_for",
-        lambda device, size: configs * 3 if len(configs) == 1 else configs,
-    )
+def use(monkeypatch, configs):
+    """Let all calls take these configurations, or one for all three kernels."""
+    if isinstance(configs, Config):
+        configs = Configs(configs, configs, configs)
+    monkeypatch.setattr(triton_attention, "configs_for", lambda device, size: configs)
 
 
 def test_the_formulas_agree():
@@ -100,7 +102,7 @@ def test_the_formulas_agree():
 
 @pytest.mark.parametrize("heads,kv_heads,size", SHAPES, ids=str)
 def test_presets(heads, kv_heads, size):
-    """Group sizes and head dimensions of Qwen2.5 and Qwen3; of equal groups one is kept, or two small ones."""
+    """Groups and head dimensions of Qwen2.5 and Qwen3, with one group, or two small ones."""
     lengths, group = [0, 1, TILE - 1, TILE, TILE + 1], heads // kv_heads
     kept = max(1, 4 // group)
     qkv, upstream = (
@@ -115,7 +117,7 @@ def test_presets(heads, kv_heads, size):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("rows,keys", [(16, 16), (64, 16), (16, 64)])
 def test_tiles(rows, keys, flip, monkeypatch):
-    """More queries than keys at a time and the other way around, several programs to a tile of the map, scores kept either way."""
+    """More queries than keys at a time or fewer, several programs to a tile, both layouts."""
     monkeypatch.setattr(triton_attention, "TILE", 64)
     use(monkeypatch, Config(rows, keys, 4, 1, flip))
     lengths = [65, 1, 0, 20]
@@ -134,7 +136,7 @@ def test_the_configurations_of_a_gpu(size, monkeypatch):
         *(table[size] for table in triton_attention.CONFIGS.values()),
         triton_attention.OTHER[size],
     ):
-        use(monkeypatch, *configs)
+        use(monkeypatch, configs)
         for got, exactly in zip(run(qkv, lengths, upstream), want, strict=True):
             assert_close(got, exactly)
 
@@ -154,7 +156,7 @@ def test_gradcheck(flip, monkeypatch):
 
 
 def test_the_operator_keeps_torchs_rules():
-    """Fake kernels agree with real ones, autograd is registered as it should be: what torch.compile relies on."""
+    """Fake kernels agree with real ones and autograd is registered, as torch.compile needs it."""
     lengths = [5, 0, 20]
     tiles = PackedAttention(lengths).tiles
     library.opcheck(
@@ -181,7 +183,10 @@ def test_a_body_compiles_whole():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    body = lambda x, attend: attend(0, x.sin(), x[:, :1].cos(), x[:, 1:] * 2).square().sum()
+
+    def body(x, attend):
+        return attend(0, x.sin(), x[:, :1].cos(), x[:, 1:] * 2).square().sum()
+
     compiled, x = torch.compile(body, backend=counter, fullgraph=True), tensors([18], 2, 1, 16)[0]
     for lengths in ([17, 1], [18], [9, 0, 9], [1, 17]):
         loss, want = (f(x, PackedAttention(lengths)) for f in (compiled, body))
@@ -221,7 +226,10 @@ def test_a_document_changes_no_other_documents_bits():
 
 
 def test_extreme_scores():
-    """Scores of ±1e4: the softmax is one-hot or a tie, and nothing overflows. Inputs are small integers times powers of two: their products are exact."""
+    """Scores of ±1e4: the softmax is one-hot or a tie, and nothing overflows.
+
+    Inputs are small integers times powers of two, so their products are exact.
+    """
     lengths, g = [40, 5], torch.Generator().manual_seed(0)
     qkv = tensors(lengths, 2, 1, 16)
     for x in qkv[:2]:
@@ -241,7 +249,7 @@ def test_log_sum_exp_is_kept():
     q, k, v = (x.detach() for x in tensors(lengths, 2, 1, 16))
     _, lse = triton_attention.attention(q, k, v, PackedAttention(lengths).tiles)
     want = []
-    for a, b in zip(q.double().split(lengths), k.double().split(lengths)):
+    for a, b in zip(q.double().split(lengths), k.double().split(lengths), strict=True):
         score = torch.einsum("ihe,je->hij", a, b[:, 0]) / 4
         want.append(
             score.masked_fill(torch.ones(len(a), len(a)).triu(1).bool(), -torch.inf).logsumexp(2)
@@ -253,7 +261,9 @@ def test_the_map_of_tiles():
     lengths = [0, 33, 1, 16, 0, 50, 17]
     by_keys, by_queries = triton_attention.tile_map(lengths).tolist()
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    every = sorted([s, n, at] for s, n in zip(starts, lengths) for at in range(0, n, TILE))
+    every = sorted(
+        [s, n, at] for s, n in zip(starts, lengths, strict=True) for at in range(0, n, TILE)
+    )
     assert sorted(by_keys) == sorted(by_queries) == every
     keys, queries = [min(at + TILE, n) for _, n, at in by_keys], [n - at for _, n, at in by_queries]
     assert keys == sorted(keys, reverse=True) and queries == sorted(queries, reverse=True)
@@ -277,7 +287,7 @@ def test_nothing_to_do_and_what_does_not_fit():
     )
 
 
-# --- decode --------------------------------------------------------------------------------------------------------
+# --- decode --------------------------------------------------------------------------------------
 
 
 def cache_case(heads, kv_heads, size, lengths, steps, slots=700):
@@ -316,7 +326,7 @@ def test_decode_presets(heads, kv_heads, size):
 
 @pytest.mark.parametrize("steps", [2, 8])
 def test_decode_of_several_tokens(steps):
-    """Also where a sequence is shorter than the step: its first tokens stand before slot 0 and see nothing."""
+    """A sequence may be shorter than the step: tokens before slot 0 see nothing."""
     q, k, v, n = cache_case(6, 2, 16, EDGES[:6], steps)
     want = decode_formula(q, k, v, EDGES[:6])
     assert_close(decode_attention.decode_attention(q, k, v, n.int()), want)
