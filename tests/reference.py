@@ -55,13 +55,16 @@ def entropy(logits_NV):
 def divergence(name, student_logits_NV, teacher_logits_NV, *, beta=0.5, temperature=1.0):
     """Divergence of p_s = softmax(z_s / T) from p_t = softmax(z_t / T), per row.
 
-    forward_kl       KL(p_t || p_s)                         Hinton et al., arXiv 1503.02531, s. 2, less H(p_t)
-    reverse_kl       KL(p_s || p_t)                         MiniLLM, Gu et al., arXiv 2306.08543, s. 2
+    forward_kl       KL(p_t || p_s)       Hinton et al., arXiv 1503.02531, s. 2, less H(p_t)
+    reverse_kl       KL(p_s || p_t)       MiniLLM, Gu et al., arXiv 2306.08543, s. 2
     jsd              beta KL(p_t || m) + (1-beta) KL(p_s || m), m = beta p_t + (1-beta) p_s
-                                                            GKD, Agarwal et al., arXiv 2306.13649, D_JSD(beta)
-    skew_forward_kl  KL(p_t || beta p_t + (1-beta) p_s)     DistiLLM, Ko et al., arXiv 2402.03898, alpha-SKL
-    skew_reverse_kl  KL(p_s || (1-beta) p_t + beta p_s)     ibid., alpha-SRKL (their alpha is our beta)
-    total_variation  1/2 sum_v |p_s - p_t|                  f-DISTILL, Wen et al., arXiv 2307.15190
+                     GKD, Agarwal et al., arXiv 2306.13649, D_JSD(beta)
+    skew_forward_kl  KL(p_t || beta p_t + (1-beta) p_s)
+                     DistiLLM, Ko et al., arXiv 2402.03898, alpha-SKL
+    skew_reverse_kl  KL(p_s || (1-beta) p_t + beta p_s)
+                     ibid., alpha-SRKL (their alpha is our beta)
+    total_variation  1/2 sum_v |p_s - p_t|
+                     f-DISTILL, Wen et al., arXiv 2307.15190
 
     JSD itself vanishes at both ends, so there `jsd` is by convention its rescaled limit (GKD, below
     its definition): D/beta -> forward KL at beta = 0, D/(1-beta) -> reverse KL at beta = 1.
@@ -101,7 +104,10 @@ def kd_row_loss(
 
 
 def exact_divergence_mp(name, student_logits_V, teacher_logits_V, beta, temperature):
-    """`divergence` for one row of numbers in 60-digit arithmetic, straight on probabilities (never 0 here)."""
+    """`divergence` for one row of numbers in 60-digit arithmetic.
+
+    Straight on probabilities, which are never 0 here.
+    """
     import mpmath as mp
 
     def softmax(logits_V):
@@ -109,10 +115,10 @@ def exact_divergence_mp(name, student_logits_V, teacher_logits_V, beta, temperat
         return [e / mp.fsum(exps) for e in exps]
 
     def mix(weight, p, q):
-        return [weight * a + (1 - weight) * b for a, b in zip(p, q)]
+        return [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
 
     def kl(p, q):
-        return mp.fsum(a * mp.log(a / b) for a, b in zip(p, q))
+        return mp.fsum(a * mp.log(a / b) for a, b in zip(p, q, strict=True))
 
     with mp.workdps(60):
         w, s, t = mp.mpf(beta), softmax(student_logits_V), softmax(teacher_logits_V)
@@ -124,16 +130,16 @@ def exact_divergence_mp(name, student_logits_V, teacher_logits_V, beta, temperat
             "jsd": w * kl(t, mix(w, t, s)) + (1 - w) * kl(s, mix(w, t, s)),
             "skew_forward_kl": kl(t, mix(w, t, s)),
             "skew_reverse_kl": kl(s, mix(1 - w, t, s)),
-            "total_variation": mp.fsum(abs(a - b) for a, b in zip(s, t)) / 2,
+            "total_variation": mp.fsum(abs(a - b) for a, b in zip(s, t, strict=True)) / 2,
         }[name]
 
 
 def near_pair(n, vocab, hidden, generator, kl=1e-3):
     """A student near its teacher: (hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD), fp64.
 
-    Logits hidden @ head.T have standard deviation about 3.5, and mean KL(teacher || student) is `kl`
-    within 1 %, by bisection on the size of the student's perturbation (over at most 256 rows). Every
-    value is exactly representable in fp32, so fp32 and fp64 runs see identical inputs.
+    Logits hidden @ head.T have standard deviation about 3.5, and mean KL(teacher || student) is
+    `kl` within 1 %, by bisection on the size of the student's perturbation (over at most 256 rows).
+    Every value is exactly representable in fp32, so fp32 and fp64 runs see identical inputs.
     """
 
     def randn(rows, std):
@@ -165,7 +171,8 @@ def _self_check():
     mp.mp.dps, step = 60, mp.mpf(10) ** -20
     gen = torch.Generator().manual_seed(0)
 
-    # Values and gradients against 60-digit arithmetic; sign; zero at equality. Row 0 student, row 1 teacher.
+    # Values and gradients against 60-digit arithmetic; sign; zero at equality. Row 0 is the
+    # student's, row 1 the teacher's.
     for case in itertools.product(
         DIVERGENCES, (0.0, 0.1, 0.5, 0.9, 1.0), (1.0, 1.7), (1.0, 30.0, 1e4)
     ):
@@ -174,8 +181,11 @@ def _self_check():
         value = divergence(name, z_2V[:1], z_2V[1:], beta=beta, temperature=temperature).sum()
         (grad_2V,) = torch.autograd.grad(value, z_2V)
 
-        def exact(i=0, v=0, shift=0):
-            rows = [[mp.mpf(z) for z in row] for row in z_2V.tolist()]
+        logits = z_2V.tolist()
+
+        def exact(i=0, v=0, shift=0, case=case, rows=logits):
+            name, beta, temperature, _ = case
+            rows = [[mp.mpf(z) for z in row] for row in rows]
             rows[i][v] += shift
             return exact_divergence_mp(name, *rows, beta, temperature)
 
@@ -196,7 +206,8 @@ def _self_check():
             limit_N, divergence("jsd", s_NV, t_NV, beta=end), rtol=1e-3, atol=0
         )
 
-    # By hand: KL at T = 2 is 1e4 / 2 and cross-entropy 2e4, with no overlap left; entropy of uniform is log V.
+    # By hand: KL at T = 2 is 1e4 / 2 and cross-entropy 2e4, with no overlap left; the entropy of
+    # the uniform distribution is log V.
     z_2V = torch.tensor(
         [[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], dtype=torch.float64, requires_grad=True
     )

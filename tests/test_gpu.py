@@ -1,4 +1,7 @@
-"""What only a GPU can show, on a small body with the heads of the 0.5B: kernels where the loop and the engine use them, CUDA graphs."""
+"""What only a GPU can show: kernels where the loop and the engine use them, and CUDA graphs.
+
+On a small body with the heads of the 0.5B.
+"""
 
 import functools
 
@@ -100,17 +103,20 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
     ids=str,
 )
 def test_recorded_steps_write_what_unrecorded_ones_do(filters, monkeypatch):
-    """Rows that end, move and are refilled; a cache that has to move. The same batch compositions: the same bits."""
+    """Rows that end, move and are refilled; a cache that has to move.
+
+    The batches are composed alike, so the bits are the same.
+    """
     model, prompts = body(), some_prompts([n % 40 + 1 for n in range(90)], 1900)
-    ask = lambda: generate(
-        model, prompts, 70, list(range(60)), vocab=1990, seeds=range(90), batch_size=33, **filters
-    )
+    options = dict(vocab=1990, seeds=range(90), batch_size=33) | filters
     results = {}
     for name, after, free in (("recorded", 2, None), ("moving", 2, 0), ("unrecorded", 10**9, None)):
         monkeypatch.setattr(engine, "CAPTURE_AFTER", after)
         if free is not None:  # as if the whole cache did not fit
             monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 0)
-        results[name] = [(c.tokens, c.logp) for c in ask()]
+        results[name] = [
+            (c.tokens, c.logp) for c in generate(model, prompts, 70, range(60), **options)
+        ]
         monkeypatch.undo()
     assert results["recorded"] == results["unrecorded"] == results["moving"]
     assert len({len(tokens) for tokens, _ in results["recorded"]}) > 5
@@ -118,9 +124,9 @@ def test_recorded_steps_write_what_unrecorded_ones_do(filters, monkeypatch):
 
 def test_scores_of_what_was_sampled_agree_with_the_sampler():
     model, prompts = body(), some_prompts([5, 60, 200], 1900)
-    for prompt, c in zip(
-        prompts, generate(model, prompts, 50, [], vocab=1990, temperature=1.0, seeds=range(3))
-    ):
+    options = dict(vocab=1990, temperature=1.0, seeds=range(3))
+    completions = generate(model, prompts, 50, [], **options)
+    for prompt, c in zip(prompts, completions, strict=True):
         tokens = torch.tensor(prompt + c.tokens, device="cuda")
         hidden = model(
             tokens, torch.arange(len(tokens), device="cuda"), PackedAttention([len(tokens)], "cuda")

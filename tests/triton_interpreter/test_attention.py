@@ -368,7 +368,7 @@ def test_decode_continues_the_packed_attention():
     q, k, v = (x.detach() for x in tensors(lengths, 4, 2, 16))
     packed = PackedAttention(lengths)(0, q, k, v).split(lengths)
     cache = torch.full((2, 3, 2, 64, 16), float("nan"))
-    for row, (a, b) in enumerate(zip(k.split(lengths), v.split(lengths))):
+    for row, (a, b) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
         cache[0, row, :, : len(a)], cache[1, row, :, : len(b)] = (
             a.transpose(0, 1),
             b.transpose(0, 1),
