@@ -22,7 +22,7 @@ from kernels import backend
 from kernels import triton_attention as ta
 from kernels.triton_attention import Config
 
-# Queries, keys, warps, stages, and whether the scores are transposed.
+# Queries, keys, warps, stages, and whether weighted sums are transposed.
 CANDIDATES = [
     Config(*values)
     for values in itertools.chain(

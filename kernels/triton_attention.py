@@ -11,11 +11,11 @@ The query heads of a key-value head read the same keys; its gradient is their su
 program. There are no atomics and no order that depends on timing: the same inputs give the same
 bits, and a document's bits do not depend on its neighbours.
 
-FLIP: scores are kept as [keys, queries] instead of [queries, keys] (for the gradients of keys and
-values the other way around), and the products with them are computed as (Bᵀ Aᵀ)ᵀ. The scores are
-then always the second operand of a tensor core instruction, which is read from shared memory, and
-never the first, which Hopper's instruction can read from registers. ptxas before CUDA 13.3 may
-overwrite such registers too early (triton-lang/triton#9433, #11781).
+TRANSPOSED, on Hopper: a weighted sum like p v is computed as (vᵀ pᵀ)ᵀ. What was computed before (p)
+is then the second operand of a tensor core instruction, which is read from shared memory, and never
+the first, which Hopper's instruction can read from registers. ptxas before CUDA 13.3 may overwrite
+such registers too early (triton-lang/triton#9433, #11781). Scores stay as [queries, keys], so that
+the softmax of a row is a sum within a warp.
 
 Legend: T packed tokens, H query heads, K key-value heads, E head dimension, J tiles. Positions
 inside kernels count from the start of the document. A name that begins with d is a gradient.
@@ -39,13 +39,14 @@ class Config:
     """How a kernel cuts its work.
 
     rows, keys: queries and keys at a time. warps, stages: of a program and of its loads' pipeline.
+    transposed: whether weighted sums are.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
-    flip: bool = False
+    transposed: bool = False
 
 
 class Configs(NamedTuple):
@@ -61,14 +62,14 @@ class Configs(NamedTuple):
 CONFIGS = {
     9: {
         64: Configs(
-            forward=Config(64, 64, 4, 3, flip=True),
-            queries=Config(64, 64, 4, 3, flip=True),
-            keys=Config(64, 64, 4, 2, flip=True),
+            forward=Config(128, 128, 8, 2, transposed=True),
+            queries=Config(128, 64, 8, 2, transposed=True),
+            keys=Config(64, 64, 4, 2, transposed=True),
         ),
         128: Configs(
-            forward=Config(64, 64, 4, 2, flip=True),
-            queries=Config(64, 128, 8, 2, flip=True),
-            keys=Config(128, 64, 8, 2, flip=True),
+            forward=Config(128, 64, 8, 2, transposed=True),
+            queries=Config(128, 64, 8, 2, transposed=True),
+            keys=Config(32, 128, 8, 2, transposed=True),
         ),
     },
     8: {
@@ -79,15 +80,6 @@ CONFIGS = {
             forward=Config(128, 64, 8, 2), queries=Config(64, 64, 8, 2), keys=Config(64, 64, 8, 2)
         ),
     },
-}
-# Hopper without FLIP, in larger tiles: bench/attention.py checks and times it beside the table.
-OTHER = {
-    64: Configs(
-        forward=Config(128, 128, 8, 2), queries=Config(128, 64, 8, 3), keys=Config(64, 128, 8, 2)
-    ),
-    128: Configs(
-        forward=Config(128, 64, 8, 3), queries=Config(128, 64, 8, 2), keys=Config(32, 128, 8, 2)
-    ),
 }
 
 
@@ -172,9 +164,9 @@ def _store(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     E: tl.constexpr,
-    FLIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    if FLIP:
+    if TRANSPOSED:
         value = value.T
     tl.store(
         ptr + _at(first, SIZE, WIDTH, E),
@@ -184,42 +176,33 @@ def _store(
 
 
 @triton.jit
-def _scores(a, b, FLIP: tl.constexpr):
-    """a bᵀ, or its transpose."""
+def _scores(a, b):
+    """a bᵀ."""
     WIDE: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    if FLIP:
-        return tl.dot(b, a.T, input_precision="ieee", out_dtype=WIDE)
-    else:
-        return tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
+    return tl.dot(a, b.T, input_precision="ieee", out_dtype=WIDE)
 
 
 @triton.jit
-def _weighted(weights, rows, acc, FLIP: tl.constexpr):
-    """acc + weights · rows; with FLIP all three but `rows` are transposed."""
+def _weighted(weights, rows, acc, TRANSPOSED: tl.constexpr):
+    """acc + weights · rows; `acc` may be transposed."""
     weights = weights.to(rows.dtype)
-    if FLIP:
-        return tl.dot(rows.T, weights, acc, input_precision="ieee", out_dtype=acc.dtype)
+    if TRANSPOSED:
+        return tl.dot(rows.T, weights.T, acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
         return tl.dot(weights, rows, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit
-def _zeros(ptr, SIZE: tl.constexpr, E: tl.constexpr, FLIP: tl.constexpr):
+def _zeros(ptr, SIZE: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The accumulator of `_weighted`."""
     WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
-    return tl.zeros((E, SIZE) if FLIP else (SIZE, E), WIDE)
+    return tl.zeros((E, SIZE) if TRANSPOSED else (SIZE, E), WIDE)
 
 
 @triton.jit
-def _per(x, FLIP: tl.constexpr):
-    """A number per token, shaped to be broadcast over the other axis of the scores."""
-    return x[None, :] if FLIP else x[:, None]
-
-
-@triton.jit
-def _causal(scores, query, key, FLIP: tl.constexpr):
-    """Scores with −inf where the key's position is beyond the query's."""
-    return tl.where(_per(query, FLIP) >= _per(key, not FLIP), scores, float("-inf"))
+def _per(x, TRANSPOSED: tl.constexpr):
+    """A number per token, shaped to be broadcast over the accumulator of `_weighted`."""
+    return x[None, :] if TRANSPOSED else x[:, None]
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -240,12 +223,11 @@ def forward_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    FLIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of
     the sum of the exponentials. A program owns ROWS queries of one head."""
     SCALE: tl.constexpr = LOG2E * E**-0.5
-    AXIS: tl.constexpr = 0 if FLIP else 1
     head, start, length, first = _tile(tiles_ptr, H, TILE, ROWS)
     if first < length:
         q_ptr += (start * H + head) * E
@@ -253,7 +235,7 @@ def forward_kernel(
         v_ptr += (start * K + head // (H // K)) * E
         q = _load(q_ptr, first, length, ROWS, H * E, E, True)
         query = first + tl.arange(0, ROWS)
-        acc = _zeros(q_ptr, ROWS, E, FLIP)
+        acc = _zeros(q_ptr, ROWS, E, TRANSPOSED)
         total = tl.zeros((ROWS,), acc.dtype)
         most = total - float("inf")
         diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
@@ -261,19 +243,20 @@ def forward_kernel(
             lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
             for at in range(lo, hi, KEYS):
                 k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
-                s = _scores(q, k, FLIP)
+                s = _scores(q, k)
                 if DIAGONAL:
-                    s = _causal(s, query, at + tl.arange(0, KEYS), FLIP)
+                    key = at + tl.arange(0, KEYS)
+                    s = tl.where(query[:, None] >= key[None, :], s, float("-inf"))
                 # the online softmax: what was summed before is scaled to the new maximum
-                higher = tl.maximum(most, tl.max(s, AXIS) * SCALE)
-                p = tl.exp2(s * SCALE - _per(higher, FLIP))
+                higher = tl.maximum(most, tl.max(s, 1) * SCALE)
+                p = tl.exp2(s * SCALE - higher[:, None])
                 rescale = tl.exp2(most - higher)
-                total = total * rescale + tl.sum(p, AXIS)
+                total = total * rescale + tl.sum(p, 1)
                 v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
-                acc = _weighted(p, v, acc * _per(rescale, FLIP), FLIP)
+                acc = _weighted(p, v, acc * _per(rescale, TRANSPOSED), TRANSPOSED)
                 most = higher
         o_ptr += (start * H + head) * E
-        _store(o_ptr, acc / _per(total, FLIP), first, length, ROWS, H * E, E, FLIP)
+        _store(o_ptr, acc / _per(total, TRANSPOSED), first, length, ROWS, H * E, E, TRANSPOSED)
         lse_ptr += head * tokens + start
         tl.store(lse_ptr + query, most + tl.log2(total), mask=query < length)
 
@@ -299,7 +282,7 @@ def queries_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    FLIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads.
     A program owns ROWS queries of one head."""
@@ -311,7 +294,7 @@ def queries_kernel(
         v_ptr += (start * K + head // (H // K)) * E
         q = _load(q_ptr + own, first, length, ROWS, H * E, E, True)
         do = _load(do_ptr + own, first, length, ROWS, H * E, E, True)
-        acc = _zeros(q_ptr, ROWS, E, FLIP)
+        acc = _zeros(q_ptr, ROWS, E, TRANSPOSED)
         o = _load(o_ptr + own, first, length, ROWS, H * E, E, True)
         delta = tl.sum(o.to(acc.dtype) * do.to(acc.dtype), 1)
         query = first + tl.arange(0, ROWS)
@@ -324,14 +307,15 @@ def queries_kernel(
             lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
             for at in range(lo, hi, KEYS):
                 k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
-                s = _scores(q, k, FLIP)
+                s = _scores(q, k)
                 if DIAGONAL:
-                    s = _causal(s, query, at + tl.arange(0, KEYS), FLIP)
-                p = tl.exp2(s * SCALE - _per(lse, FLIP))
+                    key = at + tl.arange(0, KEYS)
+                    s = tl.where(query[:, None] >= key[None, :], s, float("-inf"))
+                p = tl.exp2(s * SCALE - lse[:, None])
                 v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
-                ds = p * (_scores(do, v, FLIP) - _per(delta, FLIP))
-                acc = _weighted(ds, k, acc, FLIP)
-        _store(dq_ptr + own, acc * (E**-0.5), first, length, ROWS, H * E, E, FLIP)
+                ds = p * (_scores(do, v) - delta[:, None])
+                acc = _weighted(ds, k, acc, TRANSPOSED)
+        _store(dq_ptr + own, acc * (E**-0.5), first, length, ROWS, H * E, E, TRANSPOSED)
 
 
 @_kernel
@@ -352,7 +336,7 @@ def keys_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    FLIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head. A program
     owns KEYS keys of one key-value head."""
@@ -368,7 +352,7 @@ def keys_kernel(
         k = _load(k_ptr + own, first, length, KEYS, K * E, E, True)
         v = _load(v_ptr + own, first, length, KEYS, K * E, E, True)
         key = first + tl.arange(0, KEYS)
-        dk, dv = _zeros(k_ptr, KEYS, E, FLIP), _zeros(k_ptr, KEYS, E, FLIP)
+        dk, dv = _zeros(k_ptr, KEYS, E, TRANSPOSED), _zeros(k_ptr, KEYS, E, TRANSPOSED)
         diagonal_end = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
         for DIAGONAL in tl.static_range(1, -1, -1):
             lo, hi = (first, diagonal_end) if DIAGONAL else (diagonal_end, length)
@@ -379,19 +363,19 @@ def keys_kernel(
                 query = at + tl.arange(0, ROWS)
                 inside = query < length
                 q = _load(q_ptr + in_group * E, at, length, ROWS, H * E, E, True)
-                s = _scores(k, q, FLIP)
+                s = _scores(k, q)
                 if DIAGONAL:
-                    s = _causal(s, query, key, not FLIP)
+                    s = tl.where(query[None, :] >= key[:, None], s, float("-inf"))
                 # p = 0 beyond the document's end
                 lse = tl.load(lse_ptr + in_group * tokens + query, mask=inside, other=float("inf"))
-                p = tl.exp2(s * SCALE - _per(lse, not FLIP))
+                p = tl.exp2(s * SCALE - lse[None, :])
                 do = _load(do_ptr + in_group * E, at, length, ROWS, H * E, E, True)
-                dv = _weighted(p, do, dv, FLIP)
+                dv = _weighted(p, do, dv, TRANSPOSED)
                 delta = tl.load(delta_ptr + in_group * tokens + query, mask=inside, other=0.0)
-                ds = p * (_scores(v, do, FLIP) - _per(delta, not FLIP))
-                dk = _weighted(ds, q, dk, FLIP)
-        _store(dk_ptr + own, dk * (E**-0.5), first, length, KEYS, K * E, E, FLIP)
-        _store(dv_ptr + own, dv, first, length, KEYS, K * E, E, FLIP)
+                ds = p * (_scores(v, do) - delta[None, :])
+                dk = _weighted(ds, q, dk, TRANSPOSED)
+        _store(dk_ptr + own, dk * (E**-0.5), first, length, KEYS, K * E, E, TRANSPOSED)
+        _store(dv_ptr + own, dv, first, length, KEYS, K * E, E, TRANSPOSED)
 
 
 # --- operators -----------------------------------------------------------------------------------
@@ -402,7 +386,7 @@ def _launch(kernel, config: Config, tiles_J3: Tensor, heads: int, owned: int, *t
     (tokens, H, E), K = tensors[0].shape, tensors[1].shape[1]
     kernel[(len(tiles_J3) * (TILE // owned) * heads,)](
         *tensors, tiles_J3, tokens,
-        H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys, FLIP=config.flip,
+        H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys, TRANSPOSED=config.transposed,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 

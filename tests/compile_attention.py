@@ -15,11 +15,7 @@ KERNELS = (
 
 
 def packed_cases() -> Iterator[Compilation]:
-    tables = [
-        (80, triton_attention.CONFIGS[8]),
-        (90, triton_attention.CONFIGS[9]),
-        (90, triton_attention.OTHER),
-    ]
+    tables = [(80, triton_attention.CONFIGS[8]), (90, triton_attention.CONFIGS[9])]
     for capability, table in tables:
         for head_dim, configs in table.items():
             n_heads, n_kv_heads = HEADS[head_dim]
@@ -36,11 +32,10 @@ def packed_cases() -> Iterator[Compilation]:
                     TILE=triton_attention.TILE,
                     ROWS=config.rows,
                     KEYS=config.keys,
-                    FLIP=config.flip,
+                    TRANSPOSED=config.transposed,
                 )
-                form = "flipped" if config.flip else "plain"
                 yield Compilation(
-                    case=f"{kernel.__name__} E={head_dim} {form}",
+                    case=f"{kernel.__name__} E={head_dim}",
                     kernel=kernel,
                     types=types,
                     constants=constants,

@@ -55,6 +55,7 @@ def compiled(case: Compilation) -> dict[str, Any]:
         options=dict(num_warps=case.warps, num_stages=case.stages),
     )
     registers, stack = _resources(kernel.asm["cubin"])
+    loop = _shortest_product_loop(_disassembled(kernel.asm["cubin"]))
     ptx = kernel.asm["ptx"]
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
     return dict(
@@ -69,6 +70,9 @@ def compiled(case: Compilation) -> dict[str, Any]:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         tma=ptx.count("cp.async.bulk.tensor"),
         atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        loop=len(loop),
+        loop_shuffles=sum("SHFL" in line for line in loop),
+        loop_barriers=sum("BAR.SYNC" in line for line in loop),
     )
 
 
@@ -82,6 +86,29 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return int(found[1]), int(found[2])
+
+
+def _disassembled(cubin: bytes) -> list[str]:
+    """The machine's instructions, `/*address*/ text` a line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(TOOLS, "cuobjdump"), "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/ +[^;]+;", text)
+
+
+def _shortest_product_loop(lines: list[str]) -> list[str]:
+    """The shortest loop with products of tensor cores in it: what most blocks go through."""
+    addresses = [int(line[2 : line.index("*", 2)], 16) for line in lines]
+    loops = []
+    for number, line in enumerate(lines):
+        jump = re.search(r"BRA (?:\S+, )?`?\(?(?:\.L_x_\d+)?\)?(0x[0-9a-f]+)?", line)
+        if jump and jump[1] and int(jump[1], 16) in addresses:
+            body = lines[addresses.index(int(jump[1], 16)) : number + 1]
+            if any("MMA" in part for part in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
 
 
 def main(name: str, capability: str) -> None:

@@ -110,16 +110,17 @@ def test_compiled_attention_uses_the_tensor_cores(capability):
             packed.append(k)
         elif kernel == "split_kernel":
             split.append(k)
-    assert len(packed) == (12 if capability == 90 else 6)
+    assert len(packed) == 6
     for k in packed:
         if capability == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k
-            flipped = k["case"].endswith("flipped")
             # ptxas before CUDA 13.3 is reported to miscompile products from registers
-            assert (k["wgmma_from_registers"] == 0) == flipped, k
-            if "E=64 flipped" in k["case"]:
-                registers = k["registers"] * 32 * k["warps"]
-                assert 2 * registers <= 65_536, f"two programs do not fit: {k}"
+            assert k["wgmma_from_registers"] == 0, k
+            # a softmax across warps would pass through shared memory, with 11 barriers a block
+            assert k["loop_barriers"] <= 5 and k["loop_shuffles"] <= 8, k
+            if k["case"] == "forward_kernel E=64":
+                # four blocks of 64 × 64 at a time; scores as [keys, queries] took 674 for one
+                assert 0 < k["loop"] <= 4 * 120, k
         else:
             assert k["mma"] >= 64 and k["wgmma"] == 0, k
     assert len(split) == 2
