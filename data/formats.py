@@ -6,7 +6,8 @@ A row is a JSON object (or a Parquet row). The forms, by their columns:
 - question and answer: one of `question`, `problem`, `prompt`, `query` (a text or a list of
   messages) with one of `completion`, `response`, `generated_solution`, `output`, `solution`,
   `answer` (GSM8K, MATH, and most others), or with none of them where nobody's answer is needed;
-- Alpaca: `instruction`, `input`, `output`; CAMEL's traces: `problem`, `reasoning_solution`;
+- Alpaca: `instruction`, `input`, `output` (or none); DeepMath: `question`, `final_answer`,
+  `r1_solution_1`; CAMEL's traces: `problem`, `reasoning_solution`;
 - HumanEval and MBPP (data/grading/code.py).
 
 A gold answer may stand beside them in `answer`, `final_answer`, `expected_answer`, `ground_truth`
@@ -27,7 +28,14 @@ from typing import Any, NamedTuple
 
 from data.gold import GOLDS, GSM8K_GOLD, TEXTS, Gold, find_gold, is_number, plain_number
 from data.grading.code import humaneval, mbpp, split_of
-from data.messages import check_all_text, errors_at, is_empty, json_value, normalise_messages
+from data.messages import (
+    EmptyRow,
+    check_all_text,
+    errors_at,
+    is_empty,
+    json_value,
+    normalise_messages,
+)
 from data.tasks import Example
 from errors import UserError
 from files import HEAD, explain, parse_json, read_bytes, read_head, reason
@@ -38,7 +46,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.
 
 QUESTIONS = ("question", "problem", "prompt", "query")
 CONVERSATIONS = ("messages", "conversations", "conversation")
-RESPONSES = (*TEXTS, "solution", "answer")
+RESPONSES = (*TEXTS, "solution", "answer", "r1_solution_1")  # the last: DeepMath's
 SYSTEM = ("system", "system_prompt")
 CODE = frozenset(
     "prompt text code canonical_solution test entry_point test_list test_imports test_setup_code "
@@ -259,15 +267,18 @@ def _read_camel(columns: dict) -> Form | None:
 def _read_alpaca(columns: dict) -> Form | None:
     """Alpaca and its kin: an instruction, now and then with an input to it, and an output."""
     response = "output" if "output" in columns else "response"
-    if is_empty(columns.get("instruction")) or response not in columns:
+    is_prompt = columns.keys().isdisjoint((*QUESTIONS, *RESPONSES))
+    if is_empty(columns.get("instruction")) or not (is_prompt or response in columns):
         return None
     for name in QUESTIONS:
         if name in columns:
             raise _ambiguous("instruction", name, "question")
     question = _text(columns["instruction"], "instruction")
-    output = _text(columns[response], response)
     if not is_empty(columns.get("input")):
         question += "\n\n" + _text(columns["input"], "input")
+    if is_prompt:
+        return Form(({"role": "user", "content": question},))
+    output = _text(columns[response], response)
     return Form(_turns(question, output), output, response)
 
 
@@ -281,9 +292,9 @@ def _read_question(columns: dict) -> Form:
             if name in columns:
                 normalise_messages(columns[name], name)  # says that it is empty
         raise UserError(
-            f"keys {sorted(columns)} fit no known form (question, problem or prompt with "
-            "answer, solution or completion; messages; conversations; instruction+output; "
-            "HumanEval, MBPP)"
+            f"columns {sorted(columns)} fit no known form (question, problem, prompt, query or "
+            "instruction, alone or with completion, response, output, solution or answer; "
+            "messages; conversations; HumanEval, MBPP)"
         )
     _need_same(asked, columns, "question")
     prompt = _prompt(columns, asked[0])
@@ -393,7 +404,8 @@ def _is_read(example: Example, name: str, value: object) -> bool:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name!r} must be a text that is not empty")
+        error = EmptyRow if isinstance(value, str) or is_empty(value) else UserError
+        raise error(f"{name!r} must be a text that is not empty")
     return value
 
 
