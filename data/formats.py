@@ -22,6 +22,7 @@ import codecs
 import gzip
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,21 +171,30 @@ def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
 # --- rows -> examples ----------------------------------------------------------------------------
 
 
-def read_examples(path: Path, split: str, notes: list[str] | None = None) -> list[Example]:
+def read_examples(
+    path: Path, split: str, notes: list[str] | None = None, dropped: Counter | None = None
+) -> list[Example]:
     """Read the examples of a file.
 
     Args:
         path: The data file.
         split: "train" or "test": which rows to take where their data set's own rules say so.
         notes: Gets a sentence on the rows that are left out.
+        dropped: Counts the rows that say nothing, which are left out; None: they are errors.
     """
     rule = "(HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)"
-    examples, count = [], 0
+    examples, left_out = [], 0
     for origin, row in read_rows(path):
-        count += 1
-        if not isinstance(row, dict) or split_of(row) in (None, split):
+        if isinstance(row, dict) and split_of(row) not in (None, split):
+            left_out += 1
+            continue
+        try:
             examples.append(to_example(row, origin))
-    left_out = count - len(examples)
+        except EmptyRow:
+            if dropped is None:
+                raise
+            dropped["empty"] += 1
+    count = left_out + len(examples)
     if left_out and not examples:
         raise UserError(f"{path}: none of its {count:,} rows is for {split} {rule}")
     if left_out and notes is not None:

@@ -505,6 +505,7 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
 
     class Data:
         validation = []
+        sizes = [1]
         columns = {"source": {"teacher": "ab12"}}
 
         def __len__(self):

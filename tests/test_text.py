@@ -10,7 +10,7 @@ import pytest
 import toy_models
 from data.batch import WEIGHTINGS
 from data.dataset import Dataset, DataStream, divide, find_file
-from data.formats import read_rows, to_example
+from data.formats import read_examples, read_rows, to_example
 from data.formatter import Formatter
 from data.grade import parse_number
 from data.tasks import TASKS, Example, grade
@@ -386,7 +386,8 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
         }
         for i in range(30)
     ]
-    held_out, rest = divide(write(tmp_path / "d.jsonl", rows), 10)
+    examples = read_examples(write(tmp_path / "d.jsonl", rows), "train")
+    held_out, (rest,) = divide([examples], 10)
 
     def questions(examples):
         return {" ".join(e.messages[0]["content"].lower().split()) for e in examples}
@@ -395,8 +396,8 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
     assert not questions(held_out) & questions(rest)
     assert len(rest) == 20 * 4 and len(questions(rest)) == 20
     # nothing is held out: every row is trained on
-    assert len(divide(tmp_path / "d.jsonl", 0)[1]) == 120
-    first = divide(tmp_path / "d.jsonl", 4)[0]
+    assert len(divide([examples], 0)[1][0]) == 120
+    first = divide([examples], 4)[0]
     assert [e.origin for e in first] == [e.origin for e in held_out[:4]]
     one = str(
         write(
@@ -455,7 +456,7 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
     with pytest.raises(UserError, match="d.jsonl:2.*--max_length_policy drop"):
         dataset(tiny, str(path), max_tokens=100, eval_examples=0)
     kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, max_length_policy="drop")
-    assert len(kept) == 2 and kept.dropped == 1
+    assert len(kept) == 2 and kept.dropped.total() == 1
     with pytest.raises(UserError, match="outside the 50 ids"):
         dataset(tiny, str(path), vocab=50, eval_examples=0)
 
@@ -474,14 +475,16 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)
     kept = dataset(tiny, path, **longest_is_held_out, max_length_policy="drop")
-    assert len(kept.validation_documents()) == 1 and kept.dropped == 1
+    assert len(kept.validation_documents()) == 1 and kept.dropped.total() == 1
 
 
 def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
     a, b = (dataset(tiny, max_tokens=70, max_length_policy="drop") for _ in range(2))
     drawn = [a.get(i) for i in range(60)]
     assert (
-        a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
+        a.dropped.total() > 20
+        and max(map(len, drawn)) <= 70
+        and len({tuple(d.tokens) for d in drawn}) > 50
     )
     assert all(
         (b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn)))
