@@ -99,9 +99,9 @@ class Config:
 
     data: str = option(
         "word_problems:800",
-        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json "
-        "or .parquet file, a folder, or org/name/file of a hub dataset; several files with "
-        "weights, as in a.jsonl,b.parquet:0.3, are mixed",
+        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json or "
+        ".parquet file, a folder, org/name/file of a hub dataset; a.jsonl,b.json:0.3: files mixed "
+        "by weight",
         default_when=in_grpo("word_problems"),
         fixed=True,
     )
@@ -120,9 +120,7 @@ class Config:
         "error", "what happens to an example longer than --micro_batch_tokens", fixed=True
     )
     bad_rows: Literal["error", "drop"] = option(
-        "error",
-        "what happens to a row that says nothing, or lacks the answer that the run needs",
-        fixed=True,
+        "error", "what happens to a row that is empty or without an answer it needs", fixed=True
     )
     show_batch: int = option(
         0, "print this many examples of the first batch, trained tokens marked, and stop", minimum=0

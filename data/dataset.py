@@ -13,27 +13,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.batch import Document, GlobalBatch
-from data.formats import read_examples, to_example, unread_columns
+from data.formats import read_examples, to_example
 from data.formatter import Formatter
 from data.order import EpochOrder, MixedOrder
-from data.split import SPLIT_SEED, Source, divide, find_file, find_sources, task_of
+from data.split import SPLIT_SEED, Source, read_divided, task_of
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 
-__all__ = [
-    "Dataset",
-    "DataStream",
-    "Formatter",
-    "SPLIT_SEED",
-    "divide",
-    "find_file",
-    "task_of",
-    "to_example",
-]
+__all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
 REDRAWS = 1000  # attempts at a problem of an endless task that is not too long
 CHUNK = 2000  # examples that are tokenised at once
+
+NO_TURN, NO_GOLD = "without an assistant's answer", "without a gold answer"
+LACKS = {
+    NO_TURN: "it ends without an assistant's answer to train on ({:,} such); grpo and --kd_prefix "
+    "student take prompts alone",
+    NO_GOLD: "no answer that a grader knows ({:,} such); give --grpo_reward file.py:function",
+}
 
 Tokenised = list[tuple[Example, Document]]
 
@@ -83,25 +81,19 @@ class Dataset:
         training = [self._make_examples(self.task)] if self.task else self._read_examples()
         self._training: Tokenised = []
         self.sizes: list[int] = []
-        for number, examples in enumerate(training):
-            pairs = self._tokenise_all(self._complete(examples))
+        for examples in training:
+            chunks, pairs = range(0, len(examples), CHUNK), []
+            for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
+                pairs += self._tokenise(examples[start : start + CHUNK])
             if examples and not pairs:
-                name = self.sources[number].name if self.sources else self.name
-                raise UserError(f"--data {name}: no example is left to train on")
+                raise UserError(f"--data {self.name}: no example is left to train on")
             self._training += pairs
             self.sizes.append(len(pairs))
         if not self._training:
             self.get(0)  # what is wrong with every problem is wrong with the first
-        answered = [e for e in self.validation if self.completions or e.has_answer]
-        answered = self._answered(answered) if self.completions else answered
+        answered = [example for example in self.validation if example.has_answer]
         self._validation_documents = [d for _, d in self._tokenise(answered, completions=True)]
         self._note_texts()
-
-    def _tokenise_all(self, examples: list[Example]) -> Tokenised:
-        chunks, pairs = range(0, len(examples), CHUNK), []
-        for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
-            pairs += self._tokenise(examples[start : start + CHUNK])
-        return pairs
 
     def _make_examples(self, task: str) -> list[Example]:
         """The training examples of a task that makes its own; none if it is endless."""
@@ -124,71 +116,48 @@ class Dataset:
 
     def _read_examples(self) -> list[list[Example]]:
         """The training examples of each file."""
-        self.sources = find_sources(self.name)
-        found = [self._read(source.path, "train") for source in self.sources]
-        held_out, paths = None, [source.path for source in self.sources]
-        if self.eval_data:
-            paths = [find_file(self.eval_data, "--eval_data")]
-            held_out = self._read(paths[0], "test")
-            if not held_out:
-                raise UserError(f"--eval_data {self.eval_data} has no examples")
-        self.validation, training = divide(
-            found, self.eval_examples, self.train_examples, self.notes, held_out
+        division = read_divided(
+            self.name,
+            self._read,
+            self.eval_examples,
+            eval_data=self.eval_data,
+            train_examples=self.train_examples,
+            notes=self.notes,
         )
-        for source, examples, kept in zip(self.sources, found, training, strict=True):
-            if kept:
-                continue
-            number = len(self.validation)
-            questions = f"{number} different questions" if number else "no examples"
-            left_by = f"--eval_examples {self.eval_examples} leaves"
-            if self.eval_data or len(found) > 1:
-                questions = f"{len(examples):,} examples"
-                left_by = "validation and --train_examples leave"
-            raise UserError(f"--data {source.name} has {questions}; {left_by} none to train on")
-        together = [example for examples in training for example in examples]
-        task = (self.validation or together)[0].task
-        own_task = task not in ("", "number", "answer") and len(paths) == 1
-        stems = [path.stem.removesuffix(".jsonl") for path in paths]
-        self.label = task if own_task else "+".join(stems)
-        unread = sorted(set().union(*map(unread_columns, together)))
-        if unread:
-            self.notes.append(f"columns that are not read: {', '.join(unread)}")
-        return training
+        self.sources, self.label = division.sources, division.label
+        self.validation = division.validation
+        for examples in division.training:
+            self._refuse_bad(examples)
+        if self.completions and not self.eval_data:
+            self._refuse_bad(self.validation)
+        return division.training
 
     def _read(self, path: Path, split: str) -> list[Example]:
-        dropped = self.dropped if self.bad_rows == "drop" else None
-        return read_examples(path, split, self.notes, dropped)
-
-    def _complete(self, examples: list[Example]) -> list[Example]:
-        """The training examples that have what this run needs. Raises UserError for others."""
-        if self.completions:
-            examples = self._answered(examples)
-        if not self.gold:
-            return examples
-        good = [e for e in examples if e.answer is not None and e.task in TASKS]
-        problem = "no answer that a grader knows ({:,} such); give --grpo_reward file.py:function"
-        return self._without_bad(examples, good, "without a gold answer", problem)
-
-    def _answered(self, examples: list[Example]) -> list[Example]:
-        """The examples with an assistant's answer."""
-        good = [example for example in examples if example.has_answer]
-        problem = (
-            "it ends without an assistant's answer to train on ({:,} such); grpo and "
-            "--kd_prefix student take prompts alone"
-        )
-        return self._without_bad(examples, good, "without an assistant's answer", problem)
-
-    def _without_bad(
-        self, examples: list[Example], good: list[Example], reason: str, problem: str
-    ) -> list[Example]:
-        """`good`, where `--bad_rows` says that the other examples are left out."""
-        count = len(examples) - len(good)
-        if count and self.bad_rows != "drop":
-            kept = set(map(id, good))
-            bad = next(example for example in examples if id(example) not in kept)
-            raise UserError(f"{bad.origin}: {problem.format(count)}, or set --bad_rows drop")
-        self.dropped[reason] += count
+        """A file's examples, without bad rows where they are dropped."""
+        if self.bad_rows != "drop":
+            return read_examples(path, split, self.notes)
+        good = []
+        for example in read_examples(path, split, self.notes, self.dropped):
+            lack = self._lack(example) if split == "train" else ""
+            if lack:
+                self.dropped[lack] += 1
+            else:
+                good.append(example)
         return good
+
+    def _lack(self, example: Example) -> str:
+        """What this run needs and the example lacks, of LACKS; empty for nothing."""
+        if self.completions and not example.has_answer:
+            return NO_TURN
+        if self.gold and (example.answer is None or example.task not in TASKS):
+            return NO_GOLD
+        return ""
+
+    def _refuse_bad(self, examples: list[Example]) -> None:
+        bad = [example for example in examples if self._lack(example)]
+        if bad:
+            problem = LACKS[self._lack(bad[0])].format(len(bad))
+            raise UserError(f"{bad[0].origin}: {problem}, or set --bad_rows drop")
 
     def _note_texts(self) -> None:
         """Note the texts that another program would have treated in another way."""
@@ -211,13 +180,6 @@ class Dataset:
                 f"{dropped:,} of {total:,} examples ({dropped / total:.1%}) are dropped: "
                 + ", ".join(reasons)
             )
-        if len(self.sources) > 1:
-            weights = sum(source.weight for source in self.sources)
-            shares = [
-                f"{source.weight / weights:.1%} from {source.name} ({size:,})"
-                for source, size in zip(self.sources, self.sizes, strict=True)
-            ]
-            self.notes.append(f"documents are drawn {', '.join(shares)}")
 
     def __len__(self) -> int:
         return len(self._training)

@@ -3,13 +3,13 @@
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.formats import SUFFIXES
+from data.formats import SUFFIXES, unread_columns
 from data.tasks import TASKS, Example
 from errors import UserError
 
@@ -31,9 +31,7 @@ def find_sources(names: str) -> list[Source]:
     """
     pieces, sources = names.split(","), []
     while pieces:
-        count = len(pieces)
-        while count > 1 and not os.path.exists(_split_weight(",".join(pieces[:count]))[0]):
-            count -= 1
+        count = _pieces_of_name(pieces)
         given, pieces = ",".join(pieces[:count]).strip(), pieces[count:]
         name, weight = _split_weight(given)
         is_alone = not (pieces or sources)
@@ -48,6 +46,15 @@ def find_sources(names: str) -> list[Source]:
     if len({source.path.resolve() for source in sources}) < len(sources):
         raise UserError(f"--data {names}: a file is named twice; give it one weight")
     return sources
+
+
+def _pieces_of_name(pieces: list[str]) -> int:
+    """How many of the first pieces between commas are the name of one file."""
+    for count in range(len(pieces), 1, -1):
+        name, _ = _split_weight(",".join(pieces[:count]).strip())
+        if os.path.exists(name):
+            return count
+    return 1
 
 
 def _split_weight(given: str) -> tuple[str, float]:
@@ -115,6 +122,66 @@ def question_key(example: Example) -> bytes:
     """
     asked = " ".join(example.opening.split()).casefold() or repr(example.messages)
     return hashlib.blake2b(asked.encode(), digest_size=16).digest()
+
+
+class Division(NamedTuple):
+    """Files of training data, what is trained on of each, what is validated on, and its name."""
+
+    sources: list[Source]
+    training: list[list[Example]]
+    validation: list[Example]
+    label: str
+
+
+def read_divided(
+    names: str,
+    read: Callable[[Path, str], list[Example]],
+    eval_examples: int,
+    eval_data: str,
+    train_examples: int,
+    notes: list[str],
+) -> Division:
+    """Read what `--data` and `--eval_data` name.
+
+    Args:
+        read: (path, "train" or "test") -> the examples of a file.
+        notes: Gets sentences on what is not used.
+
+    Raises:
+        UserError: for a file of which nothing is left to train on.
+    """
+    sources = find_sources(names)
+    found = [read(source.path, "train") for source in sources]
+    held_out, paths = None, [source.path for source in sources]
+    if eval_data:
+        paths = [find_file(eval_data, "--eval_data")]
+        held_out = read(paths[0], "test")
+        if not held_out:
+            raise UserError(f"--eval_data {eval_data} has no examples")
+    validation, training = divide(found, eval_examples, train_examples, notes, held_out)
+    for source, examples, kept in zip(sources, found, training, strict=True):
+        if kept:
+            continue
+        number = len(validation)
+        has = f"{number} different questions" if number else "no examples"
+        left_by = f"--eval_examples {eval_examples} leaves"
+        if eval_data or len(sources) > 1:
+            has = f"{len(examples):,} examples"
+            left_by = "validation and --train_examples leave"
+        raise UserError(f"--data {source.name} has {has}; {left_by} none to train on")
+    together = [example for examples in training for example in examples]
+    task = (validation or together)[0].task
+    label = "+".join(path.stem.removesuffix(".jsonl") for path in paths)
+    if task not in ("", "number", "answer") and len(paths) == 1:
+        label = task
+    if len(sources) > 1:
+        total = sum(source.weight for source in sources)
+        shares = [f"{source.weight / total:.1%} from {source.name}" for source in sources]
+        notes.append(f"of the documents that are drawn, {', '.join(shares)}")
+    unread = sorted(set().union(*map(unread_columns, together)))
+    if unread:
+        notes.append(f"columns that are not read: {', '.join(unread)}")
+    return Division(sources, training, validation, label)
 
 
 def divide(

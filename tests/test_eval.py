@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from data.dataset import divide
 from data.formats import read_examples
+from data.split import divide
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval import benchmarks, sampling, summary
