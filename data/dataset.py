@@ -136,13 +136,15 @@ class Dataset:
         """A file's examples, without bad rows where they are dropped."""
         if self.bad_rows != "drop":
             return read_examples(path, split, self.notes)
-        good = []
+        good, before = [], self.dropped.total()
         for example in read_examples(path, split, self.notes, self.dropped):
             lack = self._lack(example) if split == "train" else ""
             if lack:
                 self.dropped[lack] += 1
             else:
                 good.append(example)
+        if not good and self.dropped.total() > before:
+            raise UserError(f"{path}: all its rows are empty or lack what this run needs")
         return good
 
     def _lack(self, example: Example) -> str:

@@ -6,6 +6,7 @@ The toy ones here, the real Qwen2.5 tokenizer where it is at hand.
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import toy_models
@@ -14,6 +15,7 @@ from data.dataset import Dataset, DataStream
 from data.formats import read_examples, read_rows, to_example
 from data.formatter import Formatter
 from data.grade import parse_number
+from data.order import EpochOrder
 from data.split import divide, find_file, find_sources
 from data.tasks import TASKS, Example, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
@@ -574,6 +576,14 @@ def test_files_are_mixed_by_their_weights(tiny, tmp_path):
     assert {name[0] for name in drawn(rare, 0, 3000)} == {"a"}
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**63 - 1])
+def test_an_epoch_of_a_single_file_is_drawn_from_seed_and_epoch_alone(seed):
+    order = EpochOrder(50, seed)
+    for epoch in (0, 1, 5):
+        expected = np.random.default_rng([seed, epoch]).permutation(50)
+        assert [order(50 * epoch + i) for i in range(50)] == expected.tolist()
+
+
 def test_a_mixture_resumes_and_does_not_depend_on_the_ranks(tiny, tmp_path):
     a, b, c = (numbered(tmp_path, name, size) for name, size in (("a", 9), ("b", 5), ("c", 4)))
     names = f"{a}:3,{b},{c}"
@@ -697,8 +707,8 @@ def test_bad_rows_are_errors_or_counted_by_reason(tiny, tmp_path):
         one = str(write(tmp_path / "bad.jsonl", [row, *rows]))
         with pytest.raises(UserError):
             dataset(tiny, one, eval_examples=0, **drops)
-    with pytest.raises(UserError, match="no example is left"):
-        dataset(tiny, str(write(tmp_path / "e.jsonl", bad[4:])), eval_examples=0, **drops)
+    with pytest.raises(UserError, match="e.jsonl: all its rows are empty or lack"):
+        dataset(tiny, str(write(tmp_path / "e.jsonl", bad[:6])), eval_examples=0, **drops)
 
 
 def test_rows_without_a_gold_answer_where_one_is_needed(tiny, tmp_path):
