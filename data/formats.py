@@ -301,7 +301,10 @@ def _read_question(columns: dict) -> Form:
         for name in CONVERSATIONS:
             if name in columns:
                 normalise_messages(columns[name], name)  # says that it is empty
-        raise UserError(
+        # A response to nothing: in Parquet a question that is null leaves no column behind.
+        has_response = not columns.keys().isdisjoint((*RESPONSES, *GOLDS))
+        error = EmptyRow if has_response or not columns else UserError
+        raise error(
             f"columns {sorted(columns)} fit no known form (question, problem, prompt, query or "
             "instruction, alone or with completion, response, output, solution or answer; "
             "messages; conversations; HumanEval, MBPP)"

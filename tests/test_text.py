@@ -685,6 +685,7 @@ def test_bad_rows_are_errors_or_counted_by_reason(tiny, tmp_path):
         {"prompt": "p", "completion": " "},
         {"prompt": "", "completion": "c"},
         {"messages": []},
+        {"prompt": None, "completion": "c"},
         {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": ""}]},
         {"prompt": "an answer is missing"},
         {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
@@ -694,7 +695,7 @@ def test_bad_rows_are_errors_or_counted_by_reason(tiny, tmp_path):
     drops = dict(bad_rows="drop", max_length_policy="drop", max_tokens=100)
     data = dataset(tiny, path, eval_examples=0, **drops)
     assert len(data) == 12 and data.notes[-1] == (
-        "7 of 19 examples (36.8%) are dropped: 4 empty, 2 without an assistant's answer, "
+        "8 of 20 examples (40.0%) are dropped: 5 empty, 2 without an assistant's answer, "
         "1 too long for --micro_batch_tokens"
     )
     for number, row in enumerate(bad):
@@ -708,7 +709,7 @@ def test_bad_rows_are_errors_or_counted_by_reason(tiny, tmp_path):
         with pytest.raises(UserError):
             dataset(tiny, one, eval_examples=0, **drops)
     with pytest.raises(UserError, match="e.jsonl: all its rows are empty or lack"):
-        dataset(tiny, str(write(tmp_path / "e.jsonl", bad[:6])), eval_examples=0, **drops)
+        dataset(tiny, str(write(tmp_path / "e.jsonl", bad[:7])), eval_examples=0, **drops)
 
 
 def test_rows_without_a_gold_answer_where_one_is_needed(tiny, tmp_path):
