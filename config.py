@@ -99,8 +99,9 @@ class Config:
 
     data: str = option(
         "word_problems:800",
-        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json "
-        "or .parquet file, a folder, or org/name/file of a hub dataset",
+        "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json or "
+        ".parquet file, a folder, org/name/file of a hub dataset; a.jsonl,b.json:0.3: files mixed "
+        "by weight",
         default_when=in_grpo("word_problems"),
         fixed=True,
     )
@@ -117,6 +118,9 @@ class Config:
     )
     max_length_policy: Literal["error", "drop"] = option(
         "error", "what happens to an example longer than --micro_batch_tokens", fixed=True
+    )
+    bad_rows: Literal["error", "drop"] = option(
+        "error", "what happens to a row that is empty or without an answer it needs", fixed=True
     )
     show_batch: int = option(
         0, "print this many examples of the first batch, trained tokens marked, and stop", minimum=0
@@ -336,8 +340,14 @@ class Config:
     )
 
     eval_every: int = option(250, "steps between evaluations; 0: at start and end", minimum=0)
+    eval_data: str = option(
+        "",
+        "file of the validation examples; empty: they are set apart from --data",
+        read_when={"eval_examples": ABOVE_0},
+        fixed=True,
+    )
     eval_examples: int = option(
-        400, "validation examples set apart from data; 0: no evaluation", minimum=0, fixed=if_carved
+        400, "number of validation examples; 0: no evaluation", minimum=0, fixed=if_carved
     )
     eval_tokens: int = option(96, "maximum new tokens per answer in evaluations", minimum=1)
     save_every: int = option(250, "steps between checkpoints; 0: only at the end", minimum=0)

@@ -100,8 +100,8 @@ def setup(cfg: Config) -> Plan:
             f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
             "it must share the policy's vocabulary"
         )
-    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank)
-    reward = load_reward(cfg, dataset)
+    reward = load_reward(cfg)
+    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
     return Plan(
         place=place,
         student=student,
@@ -153,7 +153,9 @@ def loss_vocab_size(
     return policy_size if cfg.mode == "grpo" else student.config.vocab_size
 
 
-def load_dataset(cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int) -> Dataset:
+def load_dataset(
+    cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int, reward: Reward | None
+) -> Dataset:
     """The data, every example measured; what the user should know of it is printed."""
     on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
@@ -164,10 +166,13 @@ def load_dataset(cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int) 
         max_tokens=cfg.micro_batch_tokens,
         vocab=vocab_size,
         eval_examples=cfg.eval_examples,
+        eval_data=cfg.eval_data,
         train_examples=cfg.train_examples,
         max_length_policy=cfg.max_length_policy,
+        bad_rows=cfg.bad_rows,
         new_tokens=cfg.sample_tokens if on_policy else 0,
         completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
+        gold=reward is not None and reward.reads_gold,
         progress=rank == 0,
     )
     if rank == 0:
@@ -176,16 +181,13 @@ def load_dataset(cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int) 
     return dataset
 
 
-def load_reward(cfg: Config, dataset: Dataset) -> Reward | None:
-    """What samples earn, in grpo. Raises UserError where it needs answers that the data lacks."""
+def load_reward(cfg: Config) -> Reward | None:
+    """What samples earn, in grpo."""
     if cfg.mode != "grpo":
         return None
-    reward = parse_reward(
+    return parse_reward(
         cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
     )
-    if reward.reads_gold:
-        dataset.need_answers()
-    return reward
 
 
 def number_of_steps(cfg: Config, examples: int) -> int:

@@ -25,6 +25,7 @@ import torch
 from bench.kd_step import body_products, cpu_parser, load, need_data
 from bench.measure import median_ratio, resident_gb, rounds
 from data.batch import WEIGHTINGS
+from data.order import EpochOrder
 from kernels.chunk import default_chunk_rows, product
 from kernels.cpu import keep_freed_memory
 from losses.grpo import GRPOConfig, grpo_loss
@@ -68,6 +69,9 @@ class FixedPrompts:
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
+
+    def order(self, seed: int) -> EpochOrder:
+        return EpochOrder(0, seed)
 
     def __len__(self) -> int:
         return 0

@@ -5,34 +5,33 @@ of them; here they are measured and dealt out.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data.batch import Document, GlobalBatch
-from data.formats import to_example, unread_columns
+from data.formats import read_examples, to_example
 from data.formatter import Formatter
-from data.split import SPLIT_SEED, divide, find_file, task_of
+from data.order import EpochOrder, MixedOrder
+from data.split import SPLIT_SEED, Source, read_divided, task_of
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 
-__all__ = [
-    "Dataset",
-    "DataStream",
-    "EpochOrder",
-    "Formatter",
-    "SPLIT_SEED",
-    "divide",
-    "find_file",
-    "task_of",
-    "to_example",
-]
+__all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
 REDRAWS = 1000  # attempts at a problem of an endless task that is not too long
 CHUNK = 2000  # examples that are tokenised at once
+
+NO_TURN, NO_GOLD = "without an assistant's answer", "without a gold answer"
+LACKS = {
+    NO_TURN: "it ends without an assistant's answer to train on ({:,} such); grpo and --kd_prefix "
+    "student take prompts alone",
+    NO_GOLD: "no answer that a grader knows ({:,} such); give --grpo_reward file.py:function",
+}
 
 Tokenised = list[tuple[Example, Document]]
 
@@ -41,16 +40,20 @@ Tokenised = list[tuple[Example, Document]]
 class Dataset:
     """Training documents by index, and validation examples. Length 0: an endless task.
 
+    The documents of several files stand one file after the other: `sizes` of each of `sources`.
     `notes` says in sentences what a user should know of the data. Raises UserError for what cannot
     be trained on.
 
     Args:
         max_tokens: Of a document.
         vocab: Ids from here on are refused.
+        eval_data: The file of the validation examples; empty: they are set apart from the data.
         max_length_policy: What happens to a document that is too long: "error" or "drop".
+        bad_rows: What happens to a row that says nothing or lacks the answer that is needed.
         new_tokens: Room that each prompt has to leave for what a model generates; 0: for nothing.
         completions: Whether rows need an assistant's turn to train on; without it a document is the
             prompt alone, and prompts without an answer will do.
+        gold: Whether rows need a gold answer that a grader knows.
     """
 
     name: str
@@ -60,33 +63,42 @@ class Dataset:
     max_tokens: int
     vocab: int
     eval_examples: int = 0
+    eval_data: str = ""
     train_examples: int = 0
     max_length_policy: str = "error"
+    bad_rows: str = "error"
     new_tokens: int = 0
     completions: bool = True
+    gold: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
-        self.dropped = 0
+        self.dropped: Counter[str] = Counter()  # how many examples are left out, by the reason
         self.teacher_topk: TeacherCache | None = None
+        self.sources: list[Source] = []
         self.task = task_of(self.name)
-        examples = self._make_examples(self.task) if self.task else self._read_examples()
-        chunks = range(0, len(examples), CHUNK)
-        pairs = []
-        for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
-            pairs += self._tokenise(examples[start : start + CHUNK])
-        if examples and not pairs:
-            raise UserError(f"--data {self.name}: no example is left to train on")
-        self._training: Tokenised = pairs
-        if not pairs:
+        training = [self._make_examples(self.task)] if self.task else self._read_examples()
+        self._training: Tokenised = []
+        self.sizes: list[int] = []
+        for examples in training:
+            chunks, pairs = range(0, len(examples), CHUNK), []
+            for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
+                pairs += self._tokenise(examples[start : start + CHUNK])
+            if examples and not pairs:
+                raise UserError(f"--data {self.name}: no example is left to train on")
+            self._training += pairs
+            self.sizes.append(len(pairs))
+        if not self._training:
             self.get(0)  # what is wrong with every problem is wrong with the first
-        answered = [e for e in self.validation if self.completions or e.has_answer]
+        answered = [example for example in self.validation if example.has_answer]
         self._validation_documents = [d for _, d in self._tokenise(answered, completions=True)]
         self._note_texts()
 
     def _make_examples(self, task: str) -> list[Example]:
         """The training examples of a task that makes its own; none if it is endless."""
+        if self.eval_data:
+            raise UserError(f"--eval_data: {task} makes validation problems of its own")
         self.label, count = task, self.name.partition(":")[2]
         if count and not (count.isdigit() and int(count)):
             raise UserError(
@@ -102,26 +114,52 @@ class Dataset:
         limits = [int(limit) for limit in (count, self.train_examples) if limit]
         return problems("train", min(limits, default=0))
 
-    def _read_examples(self) -> list[Example]:
-        """The training examples of a file."""
-        path = find_file(self.name)
-        self.validation, training = divide(
-            path, self.eval_examples, self.train_examples, self.notes
+    def _read_examples(self) -> list[list[Example]]:
+        """The training examples of each file."""
+        division = read_divided(
+            self.name,
+            self._read,
+            self.eval_examples,
+            eval_data=self.eval_data,
+            train_examples=self.train_examples,
+            notes=self.notes,
         )
-        if not training:
-            number = len(self.validation)
-            questions = f"{number} different questions" if number else "no examples"
-            raise UserError(
-                f"--data {self.name} has {questions}; --eval_examples {self.eval_examples} leaves "
-                "none to train on"
-            )
-        task = (self.validation or training)[0].task
-        own_task = task not in ("", "number", "answer")
-        self.label = task if own_task else path.stem.removesuffix(".jsonl")
-        unread = sorted(set().union(*map(unread_columns, training)))
-        if unread:
-            self.notes.append(f"columns that are not read: {', '.join(unread)}")
-        return training
+        self.sources, self.label = division.sources, division.label
+        self.validation = division.validation
+        for examples in division.training:
+            self._refuse_bad(examples)
+        if self.completions and not self.eval_data:
+            self._refuse_bad(self.validation)
+        return division.training
+
+    def _read(self, path: Path, split: str) -> list[Example]:
+        """A file's examples, without bad rows where they are dropped."""
+        if self.bad_rows != "drop":
+            return read_examples(path, split, self.notes)
+        good, before = [], self.dropped.total()
+        for example in read_examples(path, split, self.notes, self.dropped):
+            lack = self._lack(example) if split == "train" else ""
+            if lack:
+                self.dropped[lack] += 1
+            else:
+                good.append(example)
+        if not good and self.dropped.total() > before:
+            raise UserError(f"{path}: all its rows are empty or lack what this run needs")
+        return good
+
+    def _lack(self, example: Example) -> str:
+        """What this run needs and the example lacks, of LACKS; empty for nothing."""
+        if self.completions and not example.has_answer:
+            return NO_TURN
+        if self.gold and (example.answer is None or example.task not in TASKS):
+            return NO_GOLD
+        return ""
+
+    def _refuse_bad(self, examples: list[Example]) -> None:
+        bad = [example for example in examples if self._lack(example)]
+        if bad:
+            problem = LACKS[self._lack(bad[0])].format(len(bad))
+            raise UserError(f"{bad[0].origin}: {problem}, or set --bad_rows drop")
 
     def _note_texts(self) -> None:
         """Note the texts that another program would have treated in another way."""
@@ -136,9 +174,13 @@ class Dataset:
                 f"the generation prompt opens a block of reasoning, which {closed:,} answers "
                 "without any close before they begin"
             )
-        if self.dropped:
+        dropped = self.dropped.total()
+        if dropped:
+            total = dropped + len(self._training) + len(self._validation_documents)
+            reasons = [f"{count:,} {reason}" for reason, count in self.dropped.items() if count]
             self.notes.append(
-                f"{self.dropped:,} examples are too long for --micro_batch_tokens and dropped"
+                f"{dropped:,} of {total:,} examples ({dropped / total:.1%}) are dropped: "
+                + ", ".join(reasons)
             )
 
     def __len__(self) -> int:
@@ -161,14 +203,11 @@ class Dataset:
     def validation_documents(self) -> list[Document]:
         return self._validation_documents
 
-    def need_answers(self) -> None:
-        """Refuse examples without an answer that a grader knows. Raises UserError."""
-        bad = [e for e in self.examples() if e.answer is None or e.task not in TASKS]
-        if bad:
-            raise UserError(
-                f"{bad[0].origin}: no answer that a grader knows ({len(bad):,} such); give "
-                "--grpo_reward file.py:function"
-            )
+    def order(self, seed: int) -> EpochOrder | MixedOrder:
+        """Which example stands at which position of a stream."""
+        if len(self.sources) < 2:
+            return EpochOrder(len(self), seed)
+        return MixedOrder(self.sizes, [source.weight for source in self.sources], seed)
 
     def _pair(self, index: int) -> tuple[Example, Document]:
         """(example, document). An endless task draws again until a problem is short enough."""
@@ -198,11 +237,6 @@ class Dataset:
         else:
             turns = []
             for example in examples:
-                if not example.has_answer:
-                    raise UserError(
-                        f"{example.origin}: it ends without an assistant's answer to train on; "
-                        "grpo and --kd_prefix student take prompts alone"
-                    )
                 turns += self.formatter.split_turns(example)
             examples, documents = turns, self.formatter.documents(turns)
         pairs = []
@@ -210,7 +244,7 @@ class Dataset:
             if self._fits(example, document, completions):
                 pairs.append((example, document))
             else:
-                self.dropped += 1
+                self.dropped["too long for --micro_batch_tokens"] += 1
         return pairs
 
     def _fits(self, example: Example, document: Document, completions: bool) -> bool:
@@ -240,26 +274,6 @@ class Dataset:
         return not problem
 
 
-class EpochOrder:
-    """position -> index: epochs of `size` examples, each a permutation drawn from (seed, epoch).
-
-    size 0: endless, as they come.
-    """
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, -1
-        self.permutation = np.empty(0, int)
-
-    def __call__(self, position: int) -> int:
-        if not self.size:
-            return position
-        epoch, offset = divmod(position, self.size)
-        if epoch != self.epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.permutation = epoch, generator.permutation(self.size)
-        return int(self.permutation[offset])
-
-
 class DataStream(Iterator[GlobalBatch]):
     """Endless global batches of `batch_size` documents, of which this rank gets its part.
 
@@ -279,7 +293,7 @@ class DataStream(Iterator[GlobalBatch]):
     ):
         self.dataset, self.batch_size, self.weighting = dataset, batch_size, weighting
         self.rank, self.world, self.consumed = rank, world, 0
-        self.order = EpochOrder(len(dataset), seed)
+        self.order = dataset.order(seed)
         self.worker = ThreadPoolExecutor(1)
         self.prefetched: Future[GlobalBatch] | None = None
 

@@ -6,7 +6,8 @@ A row is a JSON object (or a Parquet row). The forms, by their columns:
 - question and answer: one of `question`, `problem`, `prompt`, `query` (a text or a list of
   messages) with one of `completion`, `response`, `generated_solution`, `output`, `solution`,
   `answer` (GSM8K, MATH, and most others), or with none of them where nobody's answer is needed;
-- Alpaca: `instruction`, `input`, `output`; CAMEL's traces: `problem`, `reasoning_solution`;
+- Alpaca: `instruction`, `input`, `output` (or none); DeepMath: `question`, `final_answer`,
+  `r1_solution_1`; CAMEL's traces: `problem`, `reasoning_solution`;
 - HumanEval and MBPP (data/grading/code.py).
 
 A gold answer may stand beside them in `answer`, `final_answer`, `expected_answer`, `ground_truth`
@@ -21,13 +22,21 @@ import codecs
 import gzip
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.gold import GOLDS, GSM8K_GOLD, TEXTS, Gold, find_gold, is_number, plain_number
 from data.grading.code import humaneval, mbpp, split_of
-from data.messages import check_all_text, errors_at, is_empty, json_value, normalise_messages
+from data.messages import (
+    EmptyRow,
+    check_all_text,
+    errors_at,
+    is_empty,
+    json_value,
+    normalise_messages,
+)
 from data.tasks import Example
 from errors import UserError
 from files import HEAD, explain, parse_json, read_bytes, read_head, reason
@@ -38,7 +47,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.
 
 QUESTIONS = ("question", "problem", "prompt", "query")
 CONVERSATIONS = ("messages", "conversations", "conversation")
-RESPONSES = (*TEXTS, "solution", "answer")
+RESPONSES = (*TEXTS, "solution", "answer", "r1_solution_1")  # the last: DeepMath's
 SYSTEM = ("system", "system_prompt")
 CODE = frozenset(
     "prompt text code canonical_solution test entry_point test_list test_imports test_setup_code "
@@ -162,21 +171,30 @@ def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
 # --- rows -> examples ----------------------------------------------------------------------------
 
 
-def read_examples(path: Path, split: str, notes: list[str] | None = None) -> list[Example]:
+def read_examples(
+    path: Path, split: str, notes: list[str] | None = None, dropped: Counter | None = None
+) -> list[Example]:
     """Read the examples of a file.
 
     Args:
         path: The data file.
         split: "train" or "test": which rows to take where their data set's own rules say so.
         notes: Gets a sentence on the rows that are left out.
+        dropped: Counts the rows that say nothing, which are left out; None: they are errors.
     """
     rule = "(HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)"
-    examples, count = [], 0
+    examples, left_out = [], 0
     for origin, row in read_rows(path):
-        count += 1
-        if not isinstance(row, dict) or split_of(row) in (None, split):
+        if isinstance(row, dict) and split_of(row) not in (None, split):
+            left_out += 1
+            continue
+        try:
             examples.append(to_example(row, origin))
-    left_out = count - len(examples)
+        except EmptyRow:
+            if dropped is None:
+                raise
+            dropped["empty"] += 1
+    count = left_out + len(examples)
     if left_out and not examples:
         raise UserError(f"{path}: none of its {count:,} rows is for {split} {rule}")
     if left_out and notes is not None:
@@ -259,15 +277,18 @@ def _read_camel(columns: dict) -> Form | None:
 def _read_alpaca(columns: dict) -> Form | None:
     """Alpaca and its kin: an instruction, now and then with an input to it, and an output."""
     response = "output" if "output" in columns else "response"
-    if is_empty(columns.get("instruction")) or response not in columns:
+    is_prompt = columns.keys().isdisjoint((*QUESTIONS, *RESPONSES))
+    if is_empty(columns.get("instruction")) or not (is_prompt or response in columns):
         return None
     for name in QUESTIONS:
         if name in columns:
             raise _ambiguous("instruction", name, "question")
     question = _text(columns["instruction"], "instruction")
-    output = _text(columns[response], response)
     if not is_empty(columns.get("input")):
         question += "\n\n" + _text(columns["input"], "input")
+    if is_prompt:
+        return Form(({"role": "user", "content": question},))
+    output = _text(columns[response], response)
     return Form(_turns(question, output), output, response)
 
 
@@ -280,10 +301,13 @@ def _read_question(columns: dict) -> Form:
         for name in CONVERSATIONS:
             if name in columns:
                 normalise_messages(columns[name], name)  # says that it is empty
-        raise UserError(
-            f"keys {sorted(columns)} fit no known form (question, problem or prompt with "
-            "answer, solution or completion; messages; conversations; instruction+output; "
-            "HumanEval, MBPP)"
+        # A response to nothing: in Parquet a question that is null leaves no column behind.
+        has_response = not columns.keys().isdisjoint((*RESPONSES, *GOLDS))
+        error = EmptyRow if has_response or not columns else UserError
+        raise error(
+            f"columns {sorted(columns)} fit no known form (question, problem, prompt, query or "
+            "instruction, alone or with completion, response, output, solution or answer; "
+            "messages; conversations; HumanEval, MBPP)"
         )
     _need_same(asked, columns, "question")
     prompt = _prompt(columns, asked[0])
@@ -393,7 +417,8 @@ def _is_read(example: Example, name: str, value: object) -> bool:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name!r} must be a text that is not empty")
+        error = EmptyRow if isinstance(value, str) or is_empty(value) else UserError
+        raise error(f"{name!r} must be a text that is not empty")
     return value
 
 

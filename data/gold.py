@@ -50,7 +50,7 @@ def find_gold(columns: dict, response: str, response_column: str = "") -> Gold:
     if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
         columns = {"ground_truth": reward_model["ground_truth"]}  # verl's form
     is_solution = response_column == "solution"
-    gold = _search(columns, response, is_solution)
+    gold = _search(columns, response, response_column)
     if gold.answer is not None and named:
         return Gold(gold.answer, named)
     if is_solution and gold.task in ("number", "answer"):
@@ -58,11 +58,11 @@ def find_gold(columns: dict, response: str, response_column: str = "") -> Gold:
     return gold
 
 
-def _search(columns: dict, response: str, is_solution: bool) -> Gold:
+def _search(columns: dict, response: str, response_column: str) -> Gold:
     """The first gold answer of: a column for it, the column "solution", the response."""
     for name in GOLDS:
         value = _single(columns.get(name))
-        if value is None or value == response:
+        if value is None or (name == response_column and value == response):
             continue
         if not isinstance(value, str):
             return Gold(plain_number(value, name), "number")
@@ -74,7 +74,7 @@ def _search(columns: dict, response: str, is_solution: bool) -> Gold:
         response = ""  # the answer is what the column says, of which nothing can be graded
         break
     solution = columns.get("solution")
-    if not is_solution and isinstance(solution, str):
+    if response_column != "solution" and isinstance(solution, str):
         gold = gold_of_text(solution)
         if gold.answer is not None:
             return gold

@@ -12,11 +12,13 @@ from errors import UserError
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FIELDS = ("weight", "loss", "train", "training")
 ROLE = re.compile(r"[A-Za-z][\w -]*")
-SHAREGPT_ROLES = {
+# Other words for a role, in any case; ShareGPT's `from` is one of them.
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "assistant": "assistant",
     "model": "assistant",
@@ -27,6 +29,10 @@ SHAREGPT_ROLES = {
 LABELS = ("id", "index")  # of a tool call
 CALL_FIELDS = (*LABELS, "type", "function", "name", "arguments")
 FUNCTION_FIELDS = ("name", "arguments", "description")
+
+
+class EmptyRow(UserError):
+    """A row that says nothing where it has to: what `--bad_rows drop` leaves out."""
 
 
 # --- one form for all ----------------------------------------------------------------------------
@@ -47,7 +53,8 @@ def normalise_messages(value: object, name: str = "messages") -> tuple[dict, ...
     Raises UserError naming what cannot be used.
     """
     if not _is_list_of_dicts(value) or not value:
-        raise UserError(f"{name!r} must be a list of messages {{role, content}} that is not empty")
+        error = EmptyRow if is_empty(value) else UserError
+        raise error(f"{name!r} must be a list of messages {{role, content}} that is not empty")
     result = []
     for number, message in enumerate(value, 1):
         with errors_at(f"message {number}"):
@@ -62,6 +69,7 @@ def _normalise_message(message: dict) -> dict:
     role = rest.pop("role", None)
     if not isinstance(role, str) or not ROLE.fullmatch(role):
         raise UserError("it has no role, or not a plain word for one; write {role, content}")
+    role = ROLES.get(role.casefold(), role)
     if not is_empty(rest.pop("function_call", None)):
         raise UserError("'function_call' is not read; write it as 'tool_calls'")
     content = _content(rest.pop("content", None))
@@ -89,7 +97,7 @@ def _normalise_message(message: dict) -> dict:
         if content is None:
             raise UserError("its content must be a text")
         if role == "assistant" and weight != 0 and not content.strip():
-            raise UserError(
+            raise EmptyRow(
                 "the assistant says nothing; drop the row, or give that message weight 0"
             )
     return result | {name: part for name, part in rest.items() if not is_empty(part)}
@@ -102,10 +110,10 @@ def _from_sharegpt(fields: dict) -> dict:
         raise UserError("both 'value' and 'content'; keep one of them")
     if sender == "function_call":  # LLaMA-Factory's: the value is the call
         return {"role": "assistant", "content": None, "tool_calls": value} | fields
-    if sender not in SHAREGPT_ROLES:
-        known = ", ".join(SHAREGPT_ROLES)
+    if sender.casefold() not in ROLES:
+        known = ", ".join(ROLES)
         raise UserError(f"unknown 'from' {sender!r}; known are {known}")
-    return {"role": SHAREGPT_ROLES[sender], "content": value} | fields
+    return {"role": sender, "content": value} | fields
 
 
 def _content(value: object) -> str | None:

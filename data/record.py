@@ -8,7 +8,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data.dataset import Dataset, find_file, task_of
+from data.dataset import Dataset
+from data.split import find_sources, task_of
 from data.tasks import Example
 from errors import say
 from model import lineage
@@ -39,14 +40,21 @@ def training_record(
     for name, folder in ancestors:
         record += lineage.of_checkpoint(name, folder)
     examples = list(dataset.examples())
-    entry = {"data": data, "sha256": None, "examples": len(examples) or None}
+    entries = []
     if task_of(data):
         # A task's own rule keeps its validation problems apart, and its problems are much alike.
+        entries.append({"data": data, "sha256": None, "examples": len(examples) or None})
         examples = []
     else:
-        from_teacher = _file_record(find_file(data), entry, Path(data).exists(), examples)
-        if from_teacher is not None:
-            record += from_teacher
+        stop = 0
+        for source, size in zip(find_sources(data), dataset.sizes, strict=True):
+            start, stop = stop, stop + size
+            entry = {"data": source.name, "sha256": None, "examples": size}
+            is_local = Path(source.name).exists()
+            from_teacher = _file_record(source.path, entry, is_local, examples[start:stop])
+            entries.append(entry)
+            if from_teacher is not None:
+                record += from_teacher
     seen = int(record.contains([example.question for example in dataset.validation]).sum())
     if seen:
         say(
@@ -54,7 +62,7 @@ def training_record(
             "on by what this run begins from"
         )
     texts = prompt_texts(prompt_options, examples)
-    return record + lineage.Lineage(lineage.fingerprints(texts), (entry,))
+    return record + lineage.Lineage(lineage.fingerprints(texts), tuple(entries))
 
 
 def _file_record(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data.batch import Document, GlobalBatch, Metrics
-from data.dataset import Dataset, DataStream, EpochOrder
+from data.dataset import Dataset, DataStream
 from data.tasks import Example, grade_all
 from errors import RunFailed, UserError
 from model import parallel
@@ -48,7 +48,7 @@ class Rollouts(Iterator[GlobalBatch]):
         self.dataset, self.generator, self.config = dataset, generator, config
         self.engine = Engine(generator)
         self.teacher = teacher
-        self.prompt_order = EpochOrder(len(dataset), config.prompt_seed)
+        self.prompt_order = dataset.order(config.prompt_seed)
         self.position = 0  # of the next prompt
         self.pending: list[GlobalBatch] = []
         self.cost: dict[str, float] = defaultdict(int)

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from data.dataset import divide
+from data.formats import read_examples
+from data.split import divide
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval import benchmarks, sampling, summary
@@ -223,7 +224,9 @@ def test_rows_that_a_run_trained_on_are_refused_unless_asked_for(tmp_path, run):
     code, out, _ = run(seen, *base, "--allow_trained")
     assert code == 0 and "WAS TRAINED ON 1 of gsm8k's questions" in out
     for count in (1, 2, 3, 4):  # a question that the run only validated on was not trained on
-        validation = [example.question for example in divide(data, count)[1]]
+        validation = [
+            example.question for example in divide([read_examples(data, "train")], count)[1][0]
+        ]
         folder = trained(tmp_path, f"validation-{count}", data, f"--eval_examples={count}")
         assert run(folder, *base)[0] == (2 if asked in validation else 0)
 
@@ -239,7 +242,7 @@ def test_mbpp_keeps_to_its_split_and_is_refused_where_a_run_did_not(tmp_path, ru
     own.parent.mkdir(parents=True)
     own.write_text(json.dumps([mbpp_row(number) for number in range(9, 612)]))
     examples = benchmarks.load("mbpp", sets).examples
-    assert len(examples) == 500 and len(divide(own, 0)[1]) == 11
+    assert len(examples) == 500 and len(read_examples(own, "train")) == 11
     other, asked = tmp_path / "other.json", tmp_path / "asked.json"
     other.write_text(json.dumps([mbpp_row(9, task_id=700), mbpp_row(16, task_id=701)]))
     question = {"prompt": examples[3].question, "completion": "def f(x): return x"}

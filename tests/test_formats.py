@@ -620,3 +620,91 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content, words):
     with pytest.raises(UserError) as e:
         list(read_rows(path))
     assert "data.json" in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_rows_of_public_sets_in_their_own_columns():
+    """DAPO-Math-17k (both forms), DeepMath-103K, OpenR1-Math, NuminaMath, OpenThoughts, Tulu."""
+    chat = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
+    prompt = [{"role": "user", "content": "Q?", "name": None}]
+    verl = {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}
+    dapo = {"data_source": "math_dapo", "prompt": prompt, "ability": "MATH", "reward_model": verl}
+    dapo |= {"extra_info": {"index": "9a9b6eb4"}}
+    processed = {"prompt": "Q?", "solution": "34", "source_prompt": prompt, "reward_model": verl}
+    deepmath = {"question": "Q?", "final_answer": "\\frac{1}{2}", "difficulty": 5.0, "topic": "T"}
+    solutions = {f"r1_solution_{n}": f"So {n}.\n</think>\n\\boxed{{{n}}}" for n in (1, 2, 3)}
+    openr1 = {"problem": "Q?", "solution": "It is 4.", "answer": "4", "generations": ["A.", "B."]}
+    openr1 |= {"messages": chat, "correctness_math_verify": [True, False], "uuid": "u"}
+    sharegpt = [{"from": "user", "value": "Q?"}, {"from": "assistant", "value": "A."}]
+    asked, answered = [("user", "Q?")], QUESTION_AND_ANSWER
+    for row, messages, answer, task in (
+        (dapo, asked, "34", "number"),
+        (processed, [*asked, ("assistant", "34")], "34", "math"),
+        (deepmath, asked, "\\frac{1}{2}", "number"),
+        (
+            deepmath | solutions,
+            [*asked, ("assistant", solutions["r1_solution_1"])],
+            "\\frac{1}{2}",
+            "number",
+        ),
+        (openr1, answered, "4", "number"),
+        (
+            {"problem": "Q?", "solution": "A.", "answer": "4", "problem_type": "Algebra"},
+            answered,
+            "4",
+            "math",
+        ),
+        ({"system": "S", "conversations": sharegpt}, [("system", "S"), *answered], None, ""),
+        ({"id": "1", "messages": chat, "source": "ai2-adapt"}, answered, None, ""),
+        ({"instruction": "Q?", "input": "", "data_source": "x"}, asked, None, ""),
+    ):
+        example = to_example(row, "f:1")
+        assert (content(example), example.answer, example.task) == (messages, answer, task)
+    assert unread_columns(to_example(deepmath | solutions, "f:1")) == {
+        "difficulty",
+        "topic",
+        "r1_solution_2",
+        "r1_solution_3",
+    }
+
+
+def test_an_answer_column_is_the_gold_answer_also_where_the_completion_says_the_same():
+    prompt = [{"role": "user", "content": "Q?"}]
+    said = [{"role": "assistant", "content": "5"}]
+    for row in (
+        {"prompt": "Q?", "completion": "5", "answer": "5"},
+        {"prompt": "Q?", "completion": "5", "answer": 5},
+        {"prompt": prompt, "completion": said, "answer": "5"},
+        {"prompt": prompt, "completion": said, "solution": "5"},
+        {"instruction": "Q?", "output": "5", "final_answer": ["5"]},
+    ):
+        example = to_example(row, "f:1")
+        assert (example.answer, example.task) == ("5", "number")
+        assert content(example)[-1] == ("assistant", "5")
+    example = to_example({"question": "Q?", "completion": "5", "answer": "5", "task": "math"}, "")
+    assert (example.answer, example.task) == ("5", "math")
+
+
+def test_roles_in_other_spellings_and_odd_turns():
+    words = ["System", "human", "GPT", "Human", "tool", "ai", "USER"]
+    roles = ["system", "user", "assistant", "user", "tool", "assistant", "user"]
+    for sender, text in (("from", "value"), ("role", "content")):
+        turns = [{sender: word, text: f"t{i}"} for i, word in enumerate(words)]
+        example = to_example({"conversations": turns}, "f:1")
+        assert [m["role"] for m in example.messages] == roles and not example.has_answer
+        assert example.question == "t6"
+    with pytest.raises(UserError, match="unknown 'from' 'narrator'; known are human"):
+        to_example({"conversations": [{"from": "narrator", "value": "Q"}]}, "f:1")
+
+
+def test_files_as_other_programs_leave_them(tmp_path):
+    """A byte-order mark, CRLF, Unicode line separators, no last line end, nested nulls, gzip."""
+    rows = [
+        {"prompt": "a\u2028b\u0085c\x0bd\r\ne", "completion": "1"},
+        {"prompt": "é", "completion": "2", "extra": {"a": None, "b": [None]}, "answer": None},
+    ]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode() + b"\n"))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert [row for _, row in read_rows(tmp_path / name)] == rows
+    assert content(to_example(rows[0], ""))[0] == ("user", rows[0]["prompt"])

@@ -317,11 +317,11 @@ def test_what_a_template_does_not_show_is_refused_by_name(tiny):
             with_template(tiny, "two_roles"),
             {
                 "messages": [
-                    {"role": "human", "content": "Q"},
+                    {"role": "critic", "content": "Q"},
                     {"role": "assistant", "content": "A"},
                 ]
             },
-            "'human'",
+            "'critic'",
         ),
         (
             tiny,

@@ -505,6 +505,7 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
 
     class Data:
         validation = []
+        sizes = [1]
         columns = {"source": {"teacher": "ab12"}}
 
         def __len__(self):
@@ -519,6 +520,27 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
     )
     Data.columns = {"source": "the web"}
     assert record.training_record("clean.jsonl", Data(), asked, []).unknown == ()
+
+
+def test_the_record_of_a_mixture_names_every_file(world):
+    def example(source):
+        messages = ({"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Ah."})
+        return Example(messages, columns={"source": source})
+
+    class Data:
+        validation = []
+        sizes = [2, 1]
+
+        def examples(self):
+            return [example("the web"), example("the web"), example({"teacher": "ab12"})]
+
+    (world / "more.jsonl").write_text((world / "clean.jsonl").read_text() + "\n")
+    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    found = record.training_record("clean.jsonl:2,more.jsonl", Data(), asked, [])
+    names = [f"{world.name}/clean.jsonl", f"{world.name}/more.jsonl"]
+    assert [(e["data"], e["examples"]) for e in found.data] == list(zip(names, (2, 1), strict=True))
+    assert len({e["sha256"] for e in found.data}) == 2
+    assert found.unknown == (f"the teacher that wrote {names[1]}",)
 
 
 # --- a checkpoint away from its run --------------------------------------------------------------

@@ -4,15 +4,19 @@ The toy ones here, the real Qwen2.5 tokenizer where it is at hand.
 """
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 
 import toy_models
 from data.batch import WEIGHTINGS
-from data.dataset import Dataset, DataStream, divide, find_file
-from data.formats import read_rows, to_example
+from data.dataset import Dataset, DataStream
+from data.formats import read_examples, read_rows, to_example
 from data.formatter import Formatter
 from data.grade import parse_number
+from data.order import EpochOrder
+from data.split import divide, find_file, find_sources
 from data.tasks import TASKS, Example, grade
 from data.tokenizer import Tokenizer, build_tiny, shared_vocabulary
 from errors import UserError
@@ -386,7 +390,8 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
         }
         for i in range(30)
     ]
-    held_out, rest = divide(write(tmp_path / "d.jsonl", rows), 10)
+    examples = read_examples(write(tmp_path / "d.jsonl", rows), "train")
+    held_out, (rest,) = divide([examples], 10)
 
     def questions(examples):
         return {" ".join(e.messages[0]["content"].lower().split()) for e in examples}
@@ -395,8 +400,8 @@ def test_questions_are_held_out_whole_not_rows(tiny, tmp_path):
     assert not questions(held_out) & questions(rest)
     assert len(rest) == 20 * 4 and len(questions(rest)) == 20
     # nothing is held out: every row is trained on
-    assert len(divide(tmp_path / "d.jsonl", 0)[1]) == 120
-    first = divide(tmp_path / "d.jsonl", 4)[0]
+    assert len(divide([examples], 0)[1][0]) == 120
+    first = divide([examples], 4)[0]
     assert [e.origin for e in first] == [e.origin for e in held_out[:4]]
     one = str(
         write(
@@ -455,7 +460,7 @@ def test_overlong_and_foreign_ids(tiny, tmp_path):
     with pytest.raises(UserError, match="d.jsonl:2.*--max_length_policy drop"):
         dataset(tiny, str(path), max_tokens=100, eval_examples=0)
     kept = dataset(tiny, str(path), max_tokens=100, eval_examples=0, max_length_policy="drop")
-    assert len(kept) == 2 and kept.dropped == 1
+    assert len(kept) == 2 and kept.dropped.total() == 1
     with pytest.raises(UserError, match="outside the 50 ids"):
         dataset(tiny, str(path), vocab=50, eval_examples=0)
 
@@ -474,14 +479,16 @@ def test_overlong_held_out_examples_are_found_at_once(tiny, tmp_path):
     with pytest.raises(UserError, match="d.jsonl:1.*--max_length_policy drop"):
         dataset(tiny, path, **longest_is_held_out)
     kept = dataset(tiny, path, **longest_is_held_out, max_length_policy="drop")
-    assert len(kept.validation_documents()) == 1 and kept.dropped == 1
+    assert len(kept.validation_documents()) == 1 and kept.dropped.total() == 1
 
 
 def test_an_endless_task_draws_again_when_problems_are_dropped(tiny):
     a, b = (dataset(tiny, max_tokens=70, max_length_policy="drop") for _ in range(2))
     drawn = [a.get(i) for i in range(60)]
     assert (
-        a.dropped > 20 and max(map(len, drawn)) <= 70 and len({tuple(d.tokens) for d in drawn}) > 50
+        a.dropped.total() > 20
+        and max(map(len, drawn)) <= 70
+        and len({tuple(d.tokens) for d in drawn}) > 50
     )
     assert all(
         (b.get(i).tokens == d.tokens).all() for i, d in reversed(list(enumerate(drawn)))
@@ -531,3 +538,189 @@ def test_an_epoch_holds_every_example_once_and_epochs_differ(tiny):
     stream = DataStream(dataset(tiny, train_examples=12), 4, 0, WEIGHTINGS["token"])
     first, second = ([t for _ in range(3) for t in texts(next(stream))] for _ in range(2))
     assert sorted(first) == sorted(second) and first != second and len(set(first)) == len(first)
+
+
+# --- several files, a file for validation, rows that are left out ---------------------------------
+
+
+def numbered(path, name, count):
+    rows = [{"prompt": f"{name}{i}", "completion": f"c{i}"} for i in range(count)]
+    return str(write(path / f"{name}.jsonl", rows))
+
+
+def drawn(data, seed, count):
+    order = data.order(seed)
+    return [data.example(order(position)).messages[0]["content"] for position in range(count)]
+
+
+def test_files_are_mixed_by_their_weights(tiny, tmp_path):
+    a, b = numbered(tmp_path, "a", 30), numbered(tmp_path, "b", 7)
+    data = dataset(tiny, f"{a},{b}:0.25", eval_examples=0)
+    assert len(data) == 37 and data.sizes == [30, 7] and data.label == "a+b"
+    assert any("80.0% from" in note and f"20.0% from {b}" in note for note in data.notes)
+    names = drawn(data, 0, 6000)
+    shares = Counter(name[0] for name in names)
+    assert abs(shares["b"] / 6000 - 0.2) < 0.02
+    # every file is gone through in epochs of its own
+    for letter, size in (("a", 30), ("b", 7)):
+        own = [name for name in names if name[0] == letter]
+        epochs = [own[i : i + size] for i in range(0, len(own) - size, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        assert epochs[0] != epochs[1]
+    assert names != drawn(data, 1, 6000)
+    # a position says what is drawn, whatever was asked before
+    order = data.order(0)
+    for position in (5999, 0, 1024, 1023, 3000, 2047, 2048):
+        assert data.example(order(position)).messages[0]["content"] == names[position]
+    rare = dataset(tiny, f"{a},{b}:1e-9", eval_examples=0)
+    assert {name[0] for name in drawn(rare, 0, 3000)} == {"a"}
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**63 - 1])
+def test_an_epoch_of_a_single_file_is_drawn_from_seed_and_epoch_alone(seed):
+    order = EpochOrder(50, seed)
+    for epoch in (0, 1, 5):
+        expected = np.random.default_rng([seed, epoch]).permutation(50)
+        assert [order(50 * epoch + i) for i in range(50)] == expected.tolist()
+
+
+def test_a_mixture_resumes_and_does_not_depend_on_the_ranks(tiny, tmp_path):
+    a, b, c = (numbered(tmp_path, name, size) for name, size in (("a", 9), ("b", 5), ("c", 4)))
+    names = f"{a}:3,{b},{c}"
+    data = dataset(tiny, names, eval_examples=3)
+
+    def stream(*place):
+        return DataStream(data, 100, 4, WEIGHTINGS["token"], *place)
+
+    one, cut, resumed = stream(), stream(), stream()
+    want = [texts(next(one)) for _ in range(25)]
+    got = [texts(next(cut)) for _ in range(12)]
+    resumed.load(json.loads(json.dumps(cut.state())))
+    assert got + [texts(next(resumed)) for _ in range(13)] == want
+    shares = [stream(rank, 3) for rank in range(3)]
+    for batch in want[:12]:
+        assert sorted(batch) == sorted(t for share in shares for t in texts(next(share)))
+
+
+def test_questions_of_validation_are_in_no_file_of_a_mixture(tiny, tmp_path):
+    a = numbered(tmp_path, "a", 20)
+    rows = [{"prompt": f" A{i} ", "completion": "other"} for i in range(20)]
+    rows += [{"prompt": f"b{i}", "completion": "c"} for i in range(20)]
+    data = dataset(tiny, f"{a},{write(tmp_path / 'b.jsonl', rows)}", eval_examples=10)
+    held_out = {e.opening.strip().casefold() for e in data.validation}
+    trained_on = {e.opening.strip().casefold() for e in data.examples()}
+    assert len(held_out) == 10 and not held_out & trained_on and len(trained_on) == 30
+    assert len(dataset(tiny, f"{a},{tmp_path / 'b.jsonl'}", train_examples=9)) == 9
+
+
+@pytest.mark.parametrize(
+    "names,words",
+    [
+        ("{a},{b}:0", "a weight is a number above 0"),
+        ("{a},{b}:-1", "a weight is a number above 0"),
+        ("{a}:nan,{b}", "a weight is a number above 0"),
+        ("{a},{b}:inf", "a weight is a number above 0"),
+        ("{a},{b}:half", "no such file"),
+        ("{a},", "files are mixed, and '' is none"),
+        (",{a}", "files are mixed, and '' is none"),
+        ("{a},word_problems:100", "'word_problems' is none"),
+        ("word_problems:100,{a}", "'word_problems' is none"),
+        ("{a},{b},{a}:2", "named twice"),
+        ("{a}:0.5", "--train_examples takes the first"),
+        ("{a},{empty}", "empty.jsonl has 0 examples"),
+        ("{a},nowhere.jsonl", "--data nowhere.jsonl: no such file"),
+    ],
+)
+def test_mixtures_that_are_none(tiny, tmp_path, names, words):
+    paths = {name: numbered(tmp_path, name, 9) for name in "ab"}
+    paths["empty"] = str(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(UserError) as e:
+        dataset(tiny, names.format(**paths))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_commas_and_colons_in_the_names_of_files(tiny, tmp_path):
+    odd = [numbered(tmp_path, name, 9) for name in ("x,y", "z:2")]
+    odd[1] = str((tmp_path / "z:2.jsonl").rename(tmp_path / "z.jsonl:2,w.jsonl"))
+    plain = numbered(tmp_path, "a", 9)
+    assert [s.weight for s in find_sources(odd[0])] == [1]
+    sources = find_sources(f"{odd[0]}:2, {odd[1]},{plain}:0.5")
+    assert [s.name for s in sources] == [*odd, plain]
+    assert [s.weight for s in sources] == [2, 1, 0.5]
+
+
+def test_a_file_for_validation(tiny, tmp_path):
+    a = numbered(tmp_path, "a", 20)
+    rows = [{"prompt": f"A{i}", "completion": "x"} for i in range(4)]
+    rows += [{"prompt": f"v{i}", "answer": str(i)} for i in range(6)]
+    held = str(write(tmp_path / "held.jsonl", rows))
+    data = dataset(tiny, a, eval_data=held, eval_examples=100)
+    assert len(data.validation) == 10 == len(data.validation_documents())
+    assert {e.origin.split(":")[0] for e in data.validation} == {held} and data.label == "held"
+    assert len(data) == 16 and any("4 more rows ask one of the 10" in n for n in data.notes)
+    some = dataset(tiny, a, eval_data=held, eval_examples=3)
+    assert some.validation == data.validation[:3] and len(some) == 16
+    for name, words in (
+        ("nowhere.jsonl", "--eval_data nowhere.jsonl: no such file"),
+        (str(write(tmp_path / "none.jsonl", [])), "has no examples"),
+        (a, "has 20 examples; validation and --train_examples leave none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            dataset(tiny, a, eval_data=name)
+    with pytest.raises(UserError, match="validation problems of its own"):
+        dataset(tiny, "word_problems", eval_data=held)
+
+
+def test_validation_rows_without_an_answer_are_graded_alone(tiny, tmp_path):
+    a = numbered(tmp_path, "a", 5)
+    rows = [{"problem": f"v{i}", "final_answer": str(i)} for i in range(3)]
+    rows.append({"prompt": "v", "completion": "c"})
+    data = dataset(tiny, a, eval_data=str(write(tmp_path / "held.jsonl", rows)))
+    assert len(data.validation) == 4 and len(data.validation_documents()) == 1
+
+
+def test_bad_rows_are_errors_or_counted_by_reason(tiny, tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(12)]
+    bad = [
+        {"prompt": "p", "completion": " "},
+        {"prompt": "", "completion": "c"},
+        {"messages": []},
+        {"prompt": None, "completion": "c"},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": ""}]},
+        {"prompt": "an answer is missing"},
+        {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+        {"prompt": "p", "completion": "c " * 200},
+    ]
+    path = str(write(tmp_path / "d.jsonl", [*rows, *bad]))
+    drops = dict(bad_rows="drop", max_length_policy="drop", max_tokens=100)
+    data = dataset(tiny, path, eval_examples=0, **drops)
+    assert len(data) == 12 and data.notes[-1] == (
+        "8 of 20 examples (40.0%) are dropped: 5 empty, 2 without an assistant's answer, "
+        "1 too long for --micro_batch_tokens"
+    )
+    for number, row in enumerate(bad):
+        with pytest.raises(UserError, match=r"bad.jsonl:1:.*") as e:
+            one = str(write(tmp_path / "bad.jsonl", [row, *rows]))
+            dataset(tiny, one, eval_examples=0, max_tokens=100)
+        assert "\n" not in str(e.value), number
+    # what is malformed is no bad row
+    for row in ({"prompt": "p", "completion": 3.5, "context": "c"}, {"messages": [3]}, [1]):
+        one = str(write(tmp_path / "bad.jsonl", [row, *rows]))
+        with pytest.raises(UserError):
+            dataset(tiny, one, eval_examples=0, **drops)
+    with pytest.raises(UserError, match="e.jsonl: all its rows are empty or lack"):
+        dataset(tiny, str(write(tmp_path / "e.jsonl", bad[:7])), eval_examples=0, **drops)
+
+
+def test_rows_without_a_gold_answer_where_one_is_needed(tiny, tmp_path):
+    golds = ["5", "proof", "7", "8"]
+    rows = [{"problem": f"p{i}", "final_answer": gold} for i, gold in enumerate(golds)]
+    path = str(write(tmp_path / "d.jsonl", rows))
+    needs = dict(eval_examples=0, completions=False)
+    assert len(dataset(tiny, path, **needs)) == 4
+    with pytest.raises(UserError, match=r"d.jsonl:2: no answer .*\(1 such\).*--bad_rows drop"):
+        dataset(tiny, path, gold=True, **needs)
+    data = dataset(tiny, path, gold=True, bad_rows="drop", **needs)
+    assert len(data) == 3 and data.notes == [
+        "1 of 4 examples (25.0%) are dropped: 1 without a gold answer"
+    ]
