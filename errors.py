@@ -33,11 +33,15 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def as_command(
-    name: str, run: Callable[[], None], interrupted: str = "interrupted; the same command goes on"
+    name: str,
+    run: Callable[[], None],
+    interrupted: str = "interrupted; the same command goes on",
+    speaks: Callable[[], bool] = lambda: True,
 ) -> int:
     """Call run() as the body of the command `name`. Returns the exit code.
 
-    What the user can fix, and what failed, become one line on standard error.
+    What the user can fix, and what failed, become one line on standard error. speaks: whether this
+    process says what all ranks have met; what failed may be its own, and is said by each.
     """
     try:
         run()
@@ -48,5 +52,6 @@ def as_command(
         code, text = 1, e
     except KeyboardInterrupt:
         code, text = 130, interrupted
-    say(f"{name}: {text}", sys.stderr)
+    if speaks() or code == 1:
+        say(f"{name}: {text}", sys.stderr)
     return code

@@ -130,7 +130,7 @@ def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: b
             near = _nearest(name, resolved(config), " (the nearest that is read: {})")
             raise UserError(
                 f"{name} is not read with {unmet}={getattr(config, unmet)}, "
-                f"only with {_describe(_conditions(config, name))}{near}"
+                f"only with {_needs(config, name)}{near}"
             )
     return config
 
@@ -388,6 +388,20 @@ def _unmet(config: Options, name: str) -> str:
         if not unmet:
             break
     return unmet
+
+
+def _needs(config: Options, name: str) -> str:
+    """Say with what an option is read, and the same of one that this needs and that is not read.
+
+    As in --kd_divergence jsd; --kd_divergence is read with --mode kd.
+    """
+    conditions = _conditions(config, name)
+    for condition in conditions:
+        for other in condition:
+            if _unmet(config, other):
+                rest = f"--{other} is read with {_describe(_conditions(config, other))}"
+                return f"{_describe(conditions)}; {rest}"
+    return _describe(conditions)
 
 
 def _describe(conditions: list[Condition]) -> str:

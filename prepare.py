@@ -102,6 +102,11 @@ def setup(cfg: Config) -> Plan:
         )
     reward = load_reward(cfg)
     dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+    if cfg.kd_cache and not len(dataset):
+        raise UserError(
+            f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
+            f"write {cfg.data}:1000"
+        )
     return Plan(
         place=place,
         student=student,
@@ -213,6 +218,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     if teacher and not cfg.teacher:
         path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, place.rank)
         teacher = dataclasses.replace(teacher, folder=path)
+    cache = open_teacher_cache(cfg, plan, teacher) if teacher and cfg.kd_cache else None
     resumed = None if resume_step is None else folder.step_folder(resume_step)
     ancestors = [(cfg.model, student.folder)]
     if teacher and teacher.folder:
@@ -234,7 +240,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     device, dtype = place.device, place.compute_dtype
     policy, base = load_policy(student, resumed, lora, device, dtype, cfg.seed)
     policy.activation_checkpointing = cfg.activation_checkpointing
-    teacher_model, cost = load_teacher(cfg, plan, teacher)
+    teacher_model, cost = load_teacher(cfg, plan, teacher, cache)
     reference = None
     if plan.reference and lora and not cfg.reference:
         reference = base  # the policy as it starts is the base, which is there already
@@ -269,39 +275,44 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     )
 
 
+def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherCache:
+    """The folder `--kd_cache`, filled or new. Raises UserError where it cannot be used."""
+    dataset = plan.dataset
+    weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
+    if teacher.folder:
+        weights = weights_digest(teacher.folder)
+    cache = TeacherCache(
+        cfg.kd_cache,
+        [dataset.get(i) for i in range(len(dataset))],
+        weights,
+        cfg.kd_topk,
+        cfg.kd_temperature,
+        plan.vocab_size,
+    )
+    if not cache.complete and plan.place.world > 1:
+        raise UserError(
+            f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
+        )
+    return cache
+
+
 def load_teacher(
-    cfg: Config, plan: Plan, teacher: Checkpoint | None
+    cfg: Config, plan: Plan, teacher: Checkpoint | None, cache: TeacherCache | None
 ) -> tuple[Transformer | None, dict[str, float]]:
-    """The teacher's model, or None: with `--kd_cache` its top-k is kept on disk, on first use.
+    """The teacher's model, or None: a cache has its top-k, and is filled on first use.
 
     The second value is what it took to fill the cache, whoever did it.
     """
     if teacher is None:
         return None, {}
-    place = plan.place
+    place, dataset = plan.place, plan.dataset
     load = functools.partial(load_frozen, teacher, place.device, place.compute_dtype, cfg.seed)
-    if not cfg.kd_cache:
+    if cache is None:
         return load(), {}
-    dataset = plan.dataset
-    if not len(dataset):
-        raise UserError(
-            f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
-            f"write {cfg.data}:1000"
-        )
     documents = [dataset.get(i) for i in range(len(dataset))]
-    weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
-    if teacher.folder:
-        weights = weights_digest(teacher.folder)
-    cache = TeacherCache(
-        cfg.kd_cache, documents, weights, cfg.kd_topk, cfg.kd_temperature, plan.vocab_size
-    )
-    positions = cache.positions
     if not cache.complete:
-        if place.world > 1:
-            raise UserError(
-                f"--kd_cache {cfg.kd_cache} is empty; fill it by one process first (--steps 1)"
-            )
-        say(f"keeping the teacher's top {cfg.kd_topk} of {positions:,} positions in {cfg.kd_cache}")
+        positions = f"{cache.positions:,} positions in {cfg.kd_cache}"
+        say(f"keeping the teacher's top {cfg.kd_topk} of {positions}")
         rows = teacher_topk(
             documents,
             load(),
@@ -314,5 +325,7 @@ def load_teacher(
     dataset.teacher_topk = cache
     lengths = [len(document) for document in documents]
     with torch.device("meta"):
-        flops = forward_flops(Transformer(teacher.config), lengths, positions, plan.vocab_size)
+        flops = forward_flops(
+            Transformer(teacher.config), lengths, cache.positions, plan.vocab_size
+        )
     return None, {"teacher_tokens": sum(lengths), "flops": flops}

@@ -67,6 +67,11 @@ class TeacherCache:
         self.complete = (self.folder / "cache.json").is_file()
         if self.complete:
             self._open()
+        else:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise self._unwritable(e) from None
 
     def _open(self) -> None:
         """Map the files. Raises UserError if they are something else or damaged."""
@@ -97,7 +102,6 @@ class TeacherCache:
         for name in ("ids.npy", "logp.npy", "cache.json"):  # others may fill it, too
             drafts[name] = self.folder / f"{name}.{os.getpid()}.draft"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(drafts["ids.npy"], "wb") as ids, open(drafts["logp.npy"], "wb") as logp:
                 self._write_header(ids, np.int32, self.k)
                 self._write_header(logp, np.float16, self.k + 1)
@@ -108,10 +112,12 @@ class TeacherCache:
             for name, draft in drafts.items():
                 draft.rename(self.folder / name)
         except OSError as e:
-            reason = e.strerror or e
-            raise UserError(f"--kd_cache {self.folder} cannot be written ({reason})") from None
+            raise self._unwritable(e) from None
         self.complete = True
         self._open()
+
+    def _unwritable(self, e: OSError) -> UserError:
+        return UserError(f"--kd_cache {self.folder} cannot be written ({e.strerror or e})")
 
     def _write_header(self, file, dtype: type, width: int) -> None:
         """The head of a .npy file. Rows are appended: on a full disk a memory map would crash."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import options
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, as_command
 from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
 from eval.prompts import PromptOptions
@@ -250,26 +250,22 @@ def evaluate(args: EvalOptions) -> None:
     parallel.on_rank_0(rank, lambda: print(report(args, jobs), flush=True))
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code."""
+def run(argv: list[str]) -> None:
+    """The body of the command. Raises UserError and RunFailed."""
     try:
         args = parse(argv)
         # a rank that waits for another runs no Python handler: the signal itself has to end it
         is_alone = parallel.place().world == 1
         with handled(interrupt) if is_alone else contextlib.nullcontext():
             evaluate(args)
-        return 0
-    except UserError as e:
-        code, text = 2, e
-    except RunFailed as e:
-        code, text = 1, e
     except OSError as e:  # a file that cannot be read
-        code, text = 1, f"{e.filename or 'a file'}: {e.strerror or e}; the same command goes on"
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on"
-    if parallel.speaks() or code == 1:
-        print(f"eval: {text}", file=sys.stderr, flush=True)
-    return code
+        name, why = e.filename or "a file", e.strerror or e
+        raise RunFailed(f"{name}: {why}; the same command goes on") from None
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    return as_command("eval", lambda: run(argv), speaks=parallel.speaks)
 
 
 if __name__ == "__main__":

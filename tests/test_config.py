@@ -366,6 +366,16 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
     assert options.parse(train.Config, [*sft, "--mode=kd"]).lr == 5e-3
 
 
+def test_what_is_not_read_says_what_would_read_it():
+    for argv, words in (
+        (["--mode=sft", "--kd_beta=0.5"], "jsd or .*; --kd_divergence is read with --mode kd, or"),
+        (["--mode=sft", "--grpo_tis_cap=3"], "truncate or mask; --grpo_tis is read with --mode gr"),
+        (["--mode=kd", "--kd_beta=0.5"], r"skew_reverse_kl( \(the nearest that is read: \w+\))?$"),
+    ):
+        with pytest.raises(UserError, match=words):
+            options.parse(train.Config, argv)
+
+
 def test_files_over_files_and_defaults_that_follow_defaults(tmp_path):
     one, two = tmp_path / "1.json", tmp_path / "2.toml"
     one.write_text(json.dumps({"kd_divergence": "forward_kl", "batch": 3, "micro": 4}))

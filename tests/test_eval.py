@@ -155,6 +155,13 @@ def test_a_full_disk_is_one_line(tiny, tmp_path, run, monkeypatch):
     assert error == "eval: a part: No space left on device; the same command goes on\n"
 
 
+def test_ranks_beside_the_first_say_only_what_failed(tiny, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("model.parallel.speaks", lambda: False)
+    code, _, error = run(tmp_path / "nowhere", *SAMPLED, "--out", tmp_path / "out")
+    assert (code, error) == (2, "")
+    test_a_full_disk_is_one_line(tiny, tmp_path, run, monkeypatch)
+
+
 # --- reports --------------------------------------------------------------------------------------
 
 

@@ -94,6 +94,7 @@ class Here:
     """A job's process, in this one: a test need not wait for imports."""
 
     broken = ()  # labels of the jobs that fail
+    failing = 0
 
     def __init__(self, job, out, place, gpus):
         first, *arguments = job.command(out)
@@ -372,6 +373,25 @@ def test_what_the_user_can_fix_is_said_when_the_rest_is_made(tmp_path, here, cap
     )
 
 
+def test_a_report_is_written_while_jobs_are_running(tmp_path, here, monkeypatch):
+    """Every REPORT seconds, where more is done since; it says what is there so far."""
+    done_then, write_report = [], study.study_report.write
+
+    def write_and_look(out, plan, outcomes):
+        text = write_report(out, plan, outcomes)
+        done_then.append((len(here), numbers(out)["arms"][0]["seeds"]))
+        return text
+
+    monkeypatch.setattr(study.study_report, "write", write_and_look)
+    argv = [write(tmp_path), f"--out={tmp_path / 'out'}", "--arms=sft", "--at_once=1"]
+    monkeypatch.setattr(scheduler, "REPORT", 0.0)
+    assert study.main(argv) == 0
+    jobs = [jobs for jobs, _ in done_then]
+    assert jobs == [*range(1, 6), 5] and done_then[0][1] == [] and done_then[-1][1] == [0]
+    done_then.clear()
+    assert study.main(argv) == 0 and len(done_then) == 1  # nothing was left: at its end only
+
+
 def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, here):
     plan = study_plan.read(write(tmp_path))
     job, out = plan.arm_jobs["sft", 0].chain[0], tmp_path / "out"
@@ -423,32 +443,51 @@ class Program:
         return ["-c", self.text]
 
 
-def exit_code(program, tmp_path):
-    """Of two ranks that run a program."""
+def end_of(program, tmp_path):
+    """Exit code and last words of two ranks that run a program."""
     (tmp_path / "logs").mkdir(exist_ok=True)
-    running = scheduler.Running(Program(program), tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
+    job = Program(program)
+    running = scheduler.Running(job, tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
     for _ in range(600):
         code = running.poll()
         if code is not None:
-            return code
+            return code, scheduler.last_words(tmp_path, job, running.failing)
         time.sleep(0.1)
-    return "still running"
+    return "still running", ""
 
 
 def test_the_ranks_of_a_job_find_each_other(tmp_path):
     program = (
         "from os import environ as e; e['RANK'] == '0' and print(e['WORLD_SIZE'], e['MASTER_PORT'])"
     )
-    assert exit_code(program, tmp_path) == 0
-    world, port = scheduler.last_words(tmp_path, Program("")).split()
+    code, words = end_of(program, tmp_path)
+    world, port = words.split()
+    assert code == 0
     assert world == "2" and int(port) > 1023
 
 
 def test_the_ranks_of_a_job_end_together(tmp_path):
-    """Where one fails, the other is stopped, and its code is the job's."""
+    """Where one fails, the other is stopped, and its code and last words are the job's."""
     began = time.monotonic()
-    program = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(2); time.sleep(60)"
-    assert exit_code(program, tmp_path) == 2 and time.monotonic() - began < 30
+    program = """
+import signal, sys, time
+from os import environ
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("rank 0 was stopped"))
+if environ["RANK"] == "1":
+    time.sleep(0.5)
+    print("rank 1 says why", file=sys.stderr)
+    sys.exit(2)
+print("rank 0 goes on", flush=True)
+time.sleep(60)
+"""
+    assert end_of(program, tmp_path) == (2, "rank 1 says why")
+    assert "rank 0 was stopped" in scheduler.log_of(tmp_path, Program("")).read_text()
+    assert time.monotonic() - began < 30
+
+
+def test_a_rank_that_fails_without_a_word_leaves_it_to_the_first(tmp_path):
+    program = "import os, sys; sys.exit(2 if os.environ['RANK'] == '1' else print('of rank 0'))"
+    assert end_of(program, tmp_path) == (2, "of rank 0")
 
 
 def test_one_study_at_a_time_has_a_folder(tmp_path, here, capsys):

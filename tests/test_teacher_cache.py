@@ -1,11 +1,14 @@
 """Training from a cached top-k is training with the teacher; a wrong cache is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import options
+import prepare
 import toy_models
 import train
 from data.batch import Batch, Document, GlobalBatch
@@ -95,7 +98,7 @@ def test_what_does_not_fit_is_refused(change, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def run(tmp_path, name, *options):
+def run(tmp_path, name, *given):
     argv = [
         "--mode=kd",
         "--teacher=tiny-teacher",
@@ -107,7 +110,7 @@ def run(tmp_path, name, *options):
         "--dtype=float32",
         f"--runs={tmp_path}",
         f"--name={name}",
-        *options,
+        *given,
     ]
     assert train.main(argv) == 0
     return [
@@ -171,30 +174,40 @@ def test_a_shorter_list_costs_more(tmp_path):
     assert errors[0] > errors[1] > errors[2] and errors[2] < 2e-2, errors
 
 
-def test_wrong_uses_are_one_line(tmp_path, capsys):
-    assert (
-        train.main(
-            [
-                "--mode=kd",
-                "--teacher=tiny-teacher",
-                "--kd_signal=topk",
-                f"--kd_cache={tmp_path / 'c'}",
-                "--data=word_problems",
-                f"--runs={tmp_path}",
-            ]
+def test_wrong_uses_are_one_line_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    def built(*_, **more):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("model.load.build_model", built)
+    docs, other = documents(), tmp_path / "other"
+    filled(other, docs)
+    (tmp_path / "file").write_text("")
+    topk, new = "--kd_signal=topk", f"--kd_cache={tmp_path / 'new'}"
+    for number, (given, words) in enumerate(
+        (
+            ([topk, new, "--data=word_problems"], "word_problems is endless"),
+            ([new], "kd_cache is not read with kd_signal=full"),
+            ([topk, f"--kd_cache={other}"], "was made with other"),
+            ([topk, f"--kd_cache={tmp_path / 'file'}"], "cannot be written"),
         )
-        == 2
+    ):
+        argv = [
+            "--mode=kd",
+            "--teacher=tiny-teacher",
+            "--data=word_problems:20",
+            "--eval_examples=0",
+        ]
+        argv += [f"--runs={tmp_path}", f"--name=r{number}", *given]
+        assert train.main(argv) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_ranks_do_not_fill_it_together(tmp_path):
+    cfg = options.parse(
+        train.Config, ["--mode=kd", "--kd_signal=topk", f"--kd_cache={tmp_path / 'c'}"]
     )
-    assert (
-        train.main(
-            [
-                "--mode=kd",
-                "--teacher=tiny-teacher",
-                f"--kd_cache={tmp_path / 'c'}",
-                f"--runs={tmp_path}",
-            ]
-        )
-        == 2
-    )
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 2 and "endless" in lines[0] and "kd_cache" in lines[1]
+    plan = SimpleNamespace(dataset=[], place=SimpleNamespace(world=2), vocab_size=50)
+    teacher = SimpleNamespace(folder=None)
+    with pytest.raises(UserError, match="is empty; fill it by one process first"):
+        prepare.open_teacher_cache(cfg, plan, teacher)

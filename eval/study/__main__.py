@@ -99,7 +99,7 @@ def run(args: StudyOptions) -> None:
             raise UserError(f"{out} is in use by {e}; {words}") from None
         except OSError as e:
             raise UserError(f"--out {out} cannot be made ({reason(e)})") from None
-        failed = run_jobs(study, out, free)
+        failed = run_jobs(study, out, free, report)
         say(report())
     if failed:
         fixable = [failure for failure in failed if failure.code == 2]

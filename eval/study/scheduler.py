@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from files import replace_file
 from run import StopSignal, duration
 
 PROGRESS = 30.0  # seconds between two lines on what is running
+REPORT = 600.0  # seconds between two reports of what is done so far
 
 
 class Failure(NamedTuple):
@@ -47,13 +49,16 @@ def places(gpus: int, at_once: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": group} for group in groups][: at_once or None]
 
 
-def log_of(out: Path, job: Job) -> Path:
-    return out / "logs" / f"{job.name}.txt"
+def log_of(out: Path, job: Job, rank: int = 0) -> Path:
+    """What a rank of a job has printed: rank 0, which speaks for all, has the file of the job."""
+    return out / "logs" / (f"{job.name}.rank-{rank}.txt" if rank else f"{job.name}.txt")
 
 
-def last_words(out: Path, job: Job) -> str:
-    """The last line that a job has printed."""
-    lines = log_of(out, job).read_text(errors="replace").strip().splitlines()
+def last_words(out: Path, job: Job, rank: int = 0) -> str:
+    """The last line that a rank of a job has printed; of rank 0 if it has printed none."""
+    lines = log_of(out, job, rank).read_text(errors="replace").strip().splitlines()
+    if rank and not lines:
+        return last_words(out, job)
     return lines[-1] if lines else "no word"
 
 
@@ -79,30 +84,34 @@ class Running:
 
     They are not started by torchrun, which hides a failing rank's exit code and last line, and
     whose ranks live on when it is killed. These die with the study: the same command can go on.
+
+    failing: the rank whose exit code is the job's, once one has failed.
     """
 
     def __init__(self, job: Job, out: Path, place: dict[str, str], gpus: int) -> None:
         self.place, self.began = place, time.monotonic()
         ranks = gpus if job.kind in ("train", "eval") else 1
         self.processes: list[subprocess.Popen] = []
+        self.failing = 0
         command = [sys.executable, *job.command(out)]
-        with socket.socket() as free, open(log_of(out, job), "a") as log:
+        with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             # in place of what a platform may have set for the study itself
             world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
             world["MASTER_PORT"] = free.getsockname()[1]
             for rank in range(ranks):
                 world |= {"RANK": rank, "LOCAL_RANK": rank}
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=os.environ | place | {name: str(value) for name, value in world.items()},
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
+                with open(log_of(out, job, rank), "a") as log:
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=ROOT,
+                        env=os.environ | place | {name: str(n) for name, n in world.items()},
+                        start_new_session=True,
+                        preexec_fn=_die_with_parent,
+                    )
                 self.processes.append(process)
 
     def poll(self) -> int | None:
@@ -111,8 +120,9 @@ class Running:
         Where a rank fails the code is that rank's, and the others are stopped.
         """
         codes = [process.poll() for process in self.processes]
-        for code in codes:
+        for rank, code in enumerate(codes):
             if code:
+                self.failing = rank
                 stop(self.processes, patience=5)
                 return code
         return None if None in codes else 0
@@ -133,11 +143,14 @@ def stop(processes: list[subprocess.Popen], patience: float) -> None:
             process.kill()
 
 
-def run_jobs(study: Study, out: Path, free: list[dict[str, str]]) -> list[Failure]:
+def run_jobs(
+    study: Study, out: Path, free: list[dict[str, str]], report: Callable[[], object]
+) -> list[Failure]:
     """Run every job that is not done yet; returns the failures, the first of them first.
 
-    What does not need a job that failed is run all the same. free: the places for jobs. Raises
-    RunFailed if the disk refuses.
+    What does not need a job that failed is run all the same. free: the places for jobs. report:
+    called every REPORT seconds if more jobs have ended, to write what is there. Raises RunFailed
+    if the disk refuses.
     """
     todo = [job for job in study.jobs if not is_done(out, job)]
     for job in todo:
@@ -147,8 +160,8 @@ def run_jobs(study: Study, out: Path, free: list[dict[str, str]]) -> list[Failur
     ready: list[Job] = []
     running: dict[Job, Running] = {}
     failed: dict[Job, Failure] = {}
-    ended = 0
-    began = shown = time.monotonic()
+    ended = ended_before = 0
+    began = shown = reported = time.monotonic()
 
     def tell(text: str) -> None:
         say(f"[{ended}/{len(todo)} {duration(time.monotonic() - began)}] {text}")
@@ -175,12 +188,16 @@ def run_jobs(study: Study, out: Path, free: list[dict[str, str]]) -> list[Failur
                     order.done(job)
                     tell(f"{job.label}: {time.monotonic() - process.began:.0f} s")
                 else:
-                    failed[job] = Failure(code, f"{job.label}: {last_words(out, job)}")
+                    words = last_words(out, job, process.failing)
+                    failed[job] = Failure(code, f"{job.label}: {words}")
                     replace_file(failure_file(out, job), failed[job].reason)
                     tell(f"FAILED {failed[job].reason}")
             if running and time.monotonic() - shown > PROGRESS:
                 shown = time.monotonic()
                 tell("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
+            if ended > ended_before and time.monotonic() - reported > REPORT:
+                report()
+                ended_before, reported = ended, time.monotonic()
     except OSError as e:
         raise RunFailed(f"{e.filename or out}: {e.strerror}; the same command goes on") from None
     finally:
