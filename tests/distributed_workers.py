@@ -16,13 +16,18 @@ from model import parallel
 def spawned(main, world, *arguments):
     """What rank 0 of `world` processes puts into the queue `results`; raises if one fails.
 
-    Each process runs main(rank, world, port, *arguments, results).
+    Each process runs main(rank, world, port, *arguments, results). They are forks of one that has
+    imported torch and has done nothing else.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    processes = mp.spawn(main, (world, port, *arguments, results), nprocs=world, join=False)
+    forks = mp.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    results = forks.SimpleQueue()
+    processes = mp.start_processes(
+        main, (world, port, *arguments, results), world, join=False, start_method="forkserver"
+    )
     while results.empty():
         processes.join(timeout=0.1)
     done = results.get()
