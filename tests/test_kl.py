@@ -16,6 +16,7 @@ import torch
 
 import train
 from data.batch import WEIGHTINGS, Batch, Document
+from data.order import EpochOrder
 from losses.grpo import KL_ESTIMATORS, GRPOConfig, grpo_loss
 from rl.advantage import ADVANTAGES, group_advantages, kl_advantages
 from rl.logprobs import kl_penalty
@@ -278,6 +279,9 @@ class OnePrompt:
 
     def __len__(self):
         return 1
+
+    def order(self, seed):
+        return EpochOrder(1, seed)
 
     def example(self, index):
         return SimpleNamespace(question="", answer="")
