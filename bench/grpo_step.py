@@ -184,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     need_data(parser, args)
-    keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(args.threads)
     prompts, size = inputs(args)
     model = build_model(PRESETS["tiny" if args.dry else "small"], None, device="cpu", seed=0)
     step = GrpoStep(model, prompts, size)
+    keep_freed_memory()  # as `train.py` does; what building the model freed is gone
     before = resident_gb()
     step.rollout()  # warm-up
     step.update()

@@ -77,13 +77,13 @@ def loss_step(way: str, rows: int, width: int, vocab: int) -> Callable[[], dict]
 
 
 def child(way: str, rows: int, width: int, vocab: int, threads: int) -> None:
-    keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if way.startswith("products"):
         step = products(rows, width, vocab, teacher=way == "products of KL")
     else:
         step = loss_step(way, rows, width, vocab)
+    keep_freed_memory()  # as `train.py` does
     serve({}, step)
 
 

@@ -126,8 +126,6 @@ def body_products(config: ModelConfig, tokens: int, times: int) -> None:
 
 def child(args: argparse.Namespace) -> None:
     """One way, a step per line of standard input."""
-    if args.way == "ours" or args.way.endswith("products"):
-        keep_freed_memory()  # as `train.py` does
     torch.set_num_threads(args.threads)
     batch, vocab = load(args)
     names = ("tiny", "tiny-teacher") if args.dry else ("small", "small-teacher")
@@ -153,6 +151,8 @@ def child(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return {"loss": loss}
 
+    if args.way == "ours" or args.way.endswith("products"):
+        keep_freed_memory()  # as `train.py` does; what building models freed is gone
     serve({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}, step)
 
 

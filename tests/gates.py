@@ -32,7 +32,7 @@ CORE = (
 OUTSIDE = ("tests/", "bench/")
 
 # What the blueprint wanted for them is 2,800, 16,500 and 104,300: LOG.md says why it is missed.
-LIMITS = {"core lines": 3_320, "lines": 21_500, "tokens": 134_000}
+LIMITS = {"core lines": 3_330, "lines": 21_000, "tokens": 131_000}
 
 NO_CODE = {
     tokenize.COMMENT,
