@@ -47,6 +47,18 @@ def blocks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
+def wide_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, vocab] whose rows lie a multiple of 64 elements apart.
+
+    151,665 is odd: cuBLAS takes a kernel without tensor cores for bf16 rows of that distance, and
+    MKL halves its speed. A distance of whole pages would fill few lines of a CPU's cache.
+    """
+    distance = -(-vocab // 64) * 64
+    if distance % 4096 == 0:
+        distance += 64
+    return torch.empty((rows, distance), dtype=dtype, device=device)[:, :vocab]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out = a @ b (out += a @ b with `add`), summed in the dtype of `out`.
 
@@ -93,10 +105,10 @@ def torch_step(
         chunk_rows: the most rows a chunk has; one buffer of that size serves all chunks.
         teacher: the hidden rows and the head of a teacher, (hidden_NC, head_VC).
     """
-    shape = (min(chunk_rows, len(hidden_ND)), vocab)
+    most_rows = min(chunk_rows, len(hidden_ND))
     dtype, device = accumulate_dtype(hidden_ND), hidden_ND.device
-    buffer = torch.empty(shape, dtype=dtype, device=device)
-    teacher_buffer = torch.empty(shape, dtype=dtype, device=device) if teacher else buffer
+    buffer = wide_buffer(most_rows, vocab, dtype, device)
+    teacher_buffer = wide_buffer(most_rows, vocab, dtype, device) if teacher else buffer
 
     def step(hidden_nD: Tensor, compute_head_VD: Tensor, rows: slice, want_grad: bool):
         n_rows = len(hidden_nD)
@@ -109,8 +121,10 @@ def torch_step(
         for block in blocks(n_rows, vocab, device):
             block_rows = slice(rows.start + block.start, rows.start + block.stop)
             losses.append(block_loss(*(z[block] for z in logits), block_rows, want_grad))
-        grad_nV = logits[0].to(hidden_nD.dtype) if want_grad else None
-        return torch.cat(losses), grad_nV
+        grad_nV = logits[0]
+        if want_grad and hidden_nD.dtype != dtype:
+            grad_nV = wide_buffer(n_rows, vocab, hidden_nD.dtype, device).copy_(grad_nV)
+        return torch.cat(losses), grad_nV if want_grad else None
 
     return step
 

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import accumulate_dtype, chunked_head, default_chunk_rows, product, torch_step
+from kernels.chunk import (
+    accumulate_dtype,
+    chunked_head,
+    default_chunk_rows,
+    product,
+    torch_step,
+    wide_buffer,
+)
 from kernels.linear_kl import DivergenceTerm
 from kernels.linear_logprob import LogprobTerm
 
@@ -55,8 +62,8 @@ def topk_logprobs(
 
 
 def _torch_topk(hidden_nD: Tensor, head_VD: Tensor, k: int, temperature: float):
-    shape, dtype = (len(hidden_nD), len(head_VD)), accumulate_dtype(hidden_nD)
-    buffer = torch.empty(shape, dtype=dtype, device=hidden_nD.device)
+    dtype = accumulate_dtype(hidden_nD)
+    buffer = wide_buffer(len(hidden_nD), len(head_VD), dtype, hidden_nD.device)
     logits_nV = product(hidden_nD, head_VD.t(), buffer).div_(temperature)
     top_nk, id_nk = logits_nV.topk(k, 1)
     total_n1 = logits_nV.logsumexp(1, keepdim=True)

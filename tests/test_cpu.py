@@ -6,6 +6,9 @@ import torch.nn.functional as F
 
 from kernels import cpu
 from kernels.chunk import product, softmax
+from kernels.linear_kl import linear_kl
+from kernels.linear_logprob import linear_logprob
+from kernels.linear_topk import topk_logprobs
 from model.transformer import embed
 
 
@@ -82,3 +85,28 @@ def test_the_gradient_of_an_embedding(tied):
     assert not embed(torch.tensor([1]), weight.detach(), tied).requires_grad
     with torch.no_grad():
         assert not embed(torch.tensor([1]), weight, tied).requires_grad
+
+
+@pytest.mark.parametrize("vocab", [151, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_of_wide_matrices_lie_apart(vocab, dtype, monkeypatch):
+    """Every product meets rows of logits and of their gradients a multiple of 64 apart."""
+    distances = []
+
+    def spy(a, b, out, add=False):
+        wide = [x for x in (a, a.t(), b, b.t(), out) if x.dim() == 2 and x.shape[1] == vocab]
+        distances.extend(x.stride(0) for x in wide if x.stride(1) == 1)
+        return product(a, b, out, add)
+
+    monkeypatch.setattr("kernels.chunk.product", spy)
+    monkeypatch.setattr("kernels.linear_topk.product", spy)
+    hidden, head = torch.randn(9, 6, dtype=dtype), torch.randn(vocab + 3, 6, dtype=dtype)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    weight, target = torch.ones(9), torch.arange(9)
+    loss, _ = linear_kl(hidden, head, hidden, head, weight, "reverse_kl", vocab=vocab, chunk_rows=4)
+    other, _ = linear_logprob(hidden, head, target, weight, lambda logp, *_: -logp, vocab=vocab)
+    (loss + other).backward()
+    topk_logprobs(hidden, head, 3, vocab=vocab)
+    assert len(distances) >= 15
+    assert all(distance % 64 == 0 and distance % 4096 for distance in distances)
