@@ -34,3 +34,8 @@ def real_data():
         if not (folder / needed).is_file():
             pytest.skip(f"SRLM_DATA has no {needed}")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker ends with them alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))

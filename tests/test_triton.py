@@ -41,7 +41,8 @@ def run(*command: str, **environment: str) -> str:
 # Groups of the interpreter's tests (file, pytest's -k) and how many each has at the least, so that
 # none is lost without notice. Workers of pytest-xdist take a group each.
 INTERPRETED = [
-    ("attention", "not decode", 24),
+    ("attention", "not decode and not presets", 19),
+    ("attention", "presets and not decode", 5),
     ("attention", "decode", 10),
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
