@@ -365,6 +365,18 @@ class Config:
     )
 
 
+def sampling_of(cfg: Config) -> dict[str, Any] | None:
+    """Return how the trained model is sampled in training, in the words of `transformers`; None if
+    it is not."""
+    if cfg.mode != "grpo" and not (cfg.mode == "kd" and cfg.kd_prefix == "student"):
+        return None
+    return {
+        "temperature": cfg.sample_temperature,
+        "top_k": cfg.sample_top_k,
+        "top_p": cfg.sample_top_p,
+    }
+
+
 def needs_old_logp(cfg: Config) -> bool:
     """Return whether the policy's log-probs are recomputed when it has sampled.
 

@@ -29,7 +29,7 @@ from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock
 from model import parallel
-from model.checkpoint import open_tensors, save_model, save_tensors
+from model.checkpoint import open_tensors, save_tensors
 from model.lineage import Lineage
 from model.transformer import Transformer
 
@@ -60,14 +60,14 @@ class RunFolder:
         step: int,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
-        tokenizer: Any,
-        stop_ids: list[int],
+        write_model: Callable[[Path], None],
         state: Json,
         lineage: Lineage | None = None,
     ) -> None:
         """Write checkpoint `step`, then remove all but the newest `max_checkpoints`.
 
         Args:
+            write_model: Writes the model, as others load it, into a folder.
             state: What `load` returns, as JSON.
             lineage: What the model was trained on.
 
@@ -81,7 +81,7 @@ class RunFolder:
             for left_over in self.checkpoints.glob(".draft-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
             (draft / "trainer").mkdir(parents=True)
-            save_model(model, draft, tokenizer, stop_ids)
+            write_model(draft)
             if lineage:
                 lineage.save(draft)
             tensors = {}

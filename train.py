@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 import options
-from config import Config, needs_old_logp
+from config import Config, needs_old_logp, sampling_of
 from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
@@ -26,6 +26,7 @@ from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
+from model.checkpoint import save_model
 from model.flops import peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
 from model.transformer import Transformer
@@ -224,7 +225,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
             if cfg.eval_examples and due(step, cfg.eval_every, steps):
                 log.evaluation(step, steps, *validation.run(run.policy))
             if stopping or (step and due(step, cfg.save_every, steps)):
-                save(run, source, step)
+                save(cfg, run, source, step)
         if step == steps or stopping:
             break
 
@@ -281,18 +282,18 @@ def due(step: int, every: int, last: int) -> bool:
     return step in (0, last) or (every > 0 and step % every == 0)
 
 
-def save(run: Run, source: Source, step: int) -> None:
+def save(cfg: Config, run: Run, source: Source, step: int) -> None:
     """Checkpoint `step`: the model in Hugging Face form and the trainer's state."""
     state = {"source": parallel.gather(source.state()), "counters": run.counters}
-    write = functools.partial(
-        run.folder.save,
-        step,
+    write_model = functools.partial(
+        save_model,
         run.policy,
-        run.optimizer,
-        run.tokenizer,
-        run.stop_ids,
-        state,
-        run.trained_on,
+        tokenizer=run.tokenizer,
+        stop_ids=run.stop_ids,
+        sampling=sampling_of(cfg),
+    )
+    write = functools.partial(
+        run.folder.save, step, run.policy, run.optimizer, write_model, state, run.trained_on
     )
     parallel.on_rank_0(run.rank, write)
 

@@ -213,7 +213,7 @@ class Engine:
 
     def __init__(self, bench: Bench) -> None:
         from model.checkpoint import build_model
-        from model.transformer import PRESETS
+        from model.presets import PRESETS
 
         self.device, self.dtype = bench.device, bench.dtype
         preset, self.count, self.new = "qwen2.5-0.5b", 256, 512

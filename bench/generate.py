@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     from model.checkpoint import build_model
-    from model.transformer import PRESETS
+    from model.presets import PRESETS
 
     model = build_model(PRESETS["tiny" if args.dry else "small"], None, device="cpu", seed=0)
     theirs, vocab = reference(model), model.config.vocab_size

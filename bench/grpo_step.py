@@ -31,7 +31,8 @@ from kernels.cpu import keep_freed_memory
 from losses.grpo import GRPOConfig, grpo_loss
 from model.checkpoint import build_model
 from model.optim import build_optimizer, clip_gradients
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.presets import PRESETS
+from model.transformer import ModelConfig, Transformer
 from rl.rollout import GRPORollouts
 from rl.sample import RolloutConfig
 from train import forward_backward

@@ -37,7 +37,8 @@ from kernels.cpu import keep_freed_memory
 from losses.kd import KDConfig, kd_loss
 from model.checkpoint import build_model
 from model.optim import build_optimizer, clip_gradients
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.presets import PRESETS
+from model.transformer import ModelConfig, Transformer
 from train import forward_backward
 
 WAYS = ("ours", "padded logits", "selected rows", "head products", "all products")

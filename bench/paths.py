@@ -20,7 +20,7 @@ from bench.measure import Bench
 from kernels import backend
 from kernels.linear_kl import linear_kl
 from model.checkpoint import build_model
-from model.transformer import PRESETS
+from model.presets import PRESETS
 
 # Relative error of bf16 gradients against fp64.
 LIMIT = 1e-2

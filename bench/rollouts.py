@@ -24,7 +24,8 @@ from bench.measure import Bench, timed_seconds
 from bench.train_step import profile
 from model import generate as engine_module
 from model.checkpoint import build_model
-from model.transformer import PRESETS, Transformer
+from model.presets import PRESETS
+from model.transformer import Transformer
 
 COLUMNS = ("model", "rollout", "seconds", "tokens/s", "graphs", "graph seconds", "gb")
 STEP_COLUMNS = ("step", "rollout seconds", "update seconds", "tokens/s", "peak gb")

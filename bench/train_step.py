@@ -29,7 +29,8 @@ from losses.sft import sft_loss
 from model.checkpoint import build_model
 from model.flops import peak_flops, step_flops
 from model.optim import build_optimizer, clip_gradients
-from model.transformer import PRESETS, Transformer
+from model.presets import PRESETS
+from model.transformer import Transformer
 from train import forward_backward
 
 COLUMNS = ("mode", "batch", "kernels", "compile", "ms", "tokens/s", "utilisation", "gb", "failed")

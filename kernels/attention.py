@@ -29,6 +29,14 @@ class Block(NamedTuple):
     documents: int
 
 
+@functools.lru_cache(maxsize=8)
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys [L] each query [L] of a document sees through a window."""
+    slot_L = torch.arange(length, device=device)
+    distance_LL = slot_L.unsqueeze(1) - slot_L
+    return (distance_LL >= 0) & (distance_LL < window)
+
+
 class PackedAttention:
     """The attention of one micro-batch: built once from the documents' lengths, for all layers.
 
@@ -48,20 +56,23 @@ class PackedAttention:
             self.tiles = self._to_device(triton_attention.tile_map(self.lengths))
             self.attention: Callable[..., tuple[Tensor, Tensor]] = triton_attention.attention
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int = 0
+    ) -> Tensor:
         """softmax(q kᵀ / √E) v within each document, over the keys up to the query's own.
 
         Args:
             layer: unused; a key-value cache in this place needs it.
             q_THE: queries; k_TKE, v_TKE: keys and values, each shared by H/K query heads.
+            window: how many keys a query sees, its own included; 0: all.
 
         Returns [T, H, E].
         """
         if len(q_THE) != self.tokens:
             raise ValueError(f"{len(q_THE)} tokens; the documents have {self.tokens}")
-        if self.tiles is not None and backend.triton_attends(q_THE):
+        if self.tiles is not None and not window and backend.triton_attends(q_THE):
             return self.attention(q_THE, k_TKE, v_TKE, self.tiles)[0]
-        return self._by_blocks(q_THE, k_TKE, v_TKE)
+        return self._by_blocks(q_THE, k_TKE, v_TKE, window)
 
     def _to_device(self, x: Tensor) -> Tensor:
         """A copy that the host does not wait for."""
@@ -96,7 +107,7 @@ class PackedAttention:
         return [Block(*pair) for pair in zip(parts, sizes, strict=True)], slot_T
 
     @torch.compiler.disable()
-    def _by_blocks(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def _by_blocks(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int) -> Tensor:
         blocks, slot_T = self.blocks
         if not blocks:
             return torch.empty_like(q_THE)
@@ -107,8 +118,16 @@ class PackedAttention:
                 x.index_select(0, block.index).unflatten(0, (block.documents, -1)).transpose(1, 2)
                 for x in (q_THE, k_TKE, v_TKE)
             )
+            seen_LL = None
+            if 0 < window < q_BHLE.shape[2]:
+                seen_LL = window_mask(q_BHLE.shape[2], window, q_BHLE.device)
             o_BHLE = F.scaled_dot_product_attention(
-                q_BHLE, k_BKLE, v_BKLE, is_causal=True, enable_gqa=grouped
+                q_BHLE,
+                k_BKLE,
+                v_BKLE,
+                attn_mask=seen_LL,
+                is_causal=seen_LL is None,
+                enable_gqa=grouped,
             )
             outputs.append(o_BHLE.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, slot_T)

@@ -16,6 +16,7 @@ from errors import UserError, say
 from files import named, read_json, write_json
 from model import lora, parallel
 from model.hf import config_from_hf, config_to_hf
+from model.presets import PRESETS
 from model.tensors import (
     INDEX,
     SINGLE,
@@ -26,7 +27,7 @@ from model.tensors import (
     save_tensors,
     stored_tensors,
 )
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.transformer import ModelConfig, Transformer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ADAPTER = "adapter_config.json"  # a folder with it is a PEFT adapter, loaded merged into its base
@@ -279,11 +280,21 @@ def _check_pair(name: str, pair: lora.Pair, weight: Tensor, folder: Path) -> Non
 # --- saving -------------------------------------------------------------------------------
 
 
-def save_model(model: Transformer, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+def save_model(
+    model: Transformer,
+    folder: Path,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    sampling: dict[str, Any] | None = None,
+) -> None:
     """Write what `transformers` and vLLM load: weights, both configs, tokenizer files.
 
     The weights of an adapted model are merged; the adapter itself goes to `adapter/`, as PEFT loads
     it. generation_config.json has every stop id. `tokenizer.save(folder)` writes its own files.
+
+    Args:
+        sampling: The settings of `transformers` with which the model was sampled in training: those
+            who load it sample so by default. None: it was not, and the default is greedy.
     """
     folder = Path(folder)
     tensors = {}
@@ -298,9 +309,10 @@ def save_model(model: Transformer, folder: Path, tokenizer: Any, stop_ids: Seque
     generation_config = {
         "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0],
         "pad_token_id": stop_ids[-1],
-        "do_sample": False,
+        "do_sample": sampling is not None,
+        "repetition_penalty": 1.0,
     }
-    write_json(folder / "generation_config.json", generation_config)
+    write_json(folder / "generation_config.json", generation_config | (sampling or {}))
     tokenizer.save(folder)
 
 

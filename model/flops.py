@@ -62,9 +62,18 @@ def forward_flops(model: Any, lengths: Sequence[int], rows: int, vocab: int) -> 
         rows: Tokens on which the head runs.
         vocab: Head rows that are used.
     """
-    tokens = sum(lengths)
-    mean_context = sum(n * n for n in lengths) / max(1, 2 * tokens)
-    return tokens * model.flops_per_token(mean_context) + head_flops(model, rows, vocab)
+    contexts = [_mean_context(lengths, window) for window in model.config.windows or [0]]
+    mean_context = sum(contexts) / len(contexts)
+    return sum(lengths) * model.flops_per_token(mean_context) + head_flops(model, rows, vocab)
+
+
+def _mean_context(lengths: Sequence[int], window: int) -> float:
+    """Return how many tokens a query sees on average, through a window of so many (0: all)."""
+    total = 0.0
+    for length in lengths:
+        seen = min(length, window) if window else length
+        total += seen * seen / 2 + (length - seen) * seen
+    return total / max(1, sum(lengths))
 
 
 def generation_flops(

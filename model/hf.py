@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from model.transformer import ModelConfig
+from model.transformer import ACTIVATIONS, ModelConfig, RopeScaling
+
+Json = dict[str, Any]
 
 _KINDS = {
     int: "a whole number above 0",
@@ -15,126 +17,236 @@ _KINDS = {
     list: "a list",
     dict: "an object",
 }
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+# Attention over all tokens, or through a window: keys of layer_types and of rope_parameters.
+FULL, WINDOWED = "full_attention", "sliding_attention"
+# What a family may have in its config.json and would be computed wrongly here.
+_UNSUPPORTED = {
+    "qwen2": (),
+    "qwen3": (),
+    "llama": ("attention_bias", "mlp_bias"),
+    "gemma3_text": (
+        "attention_bias",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+    ),
+}
 
 
-def config_from_hf(hf: dict[str, Any], source: Path | str) -> ModelConfig:
+class _Settings:
+    """The values of a config.json; a null counts as a value that is not set.
+
+    Errors are UserErrors that begin with `source`.
+    """
+
+    def __init__(self, values: Json, source: Path | str) -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.source = source
+
+    def refuse(self, text: str) -> None:
+        raise UserError(f"{self.source}: {text} is not supported")
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """The value as a `kind` of `_KINDS`. Raises UserError for one that is not, or is missing
+        and has no default."""
+        value = self.values.get(name, default)
+        if value is None:
+            raise UserError(f"{self.source}: config.json has no {name!r}")
+        if kind in (int, float):
+            is_number = type(value) in (int, float) and 0 < value < math.inf
+            fits = is_number and kind(value) == value
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            raise UserError(
+                f"{self.source}: config.json has {name} {value!r:.60}, which is not {_KINDS[kind]}"
+            )
+        return kind(value)
+
+    def part(self, name: str) -> "_Settings":
+        """The object under a name, empty where there is none."""
+        return _Settings(self.get(name, dict, {}), self.source)
+
+
+# --- reading ------------------------------------------------------------------------------
+
+
+def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
     """The ModelConfig of a checkpoint's config.json.
 
     A null counts as a value that is not set. What would be computed wrongly is refused with a
     UserError, which begins with `source`.
     """
-    hf = _without_nulls(hf)
-
-    def refuse(text: str) -> None:
-        raise UserError(f"{source}: {text} is not supported")
-
-    def value(name: str, kind: type, default: Any = None) -> Any:
-        found = hf.get(name, default)
-        if found is None:
-            raise UserError(f"{source}: config.json has no {name!r}")
-        return _checked(found, name, kind, source)
-
-    family = hf.get("model_type")
-    if family not in ("qwen2", "qwen3"):
-        refuse(f"model_type {family!r} (qwen2 and qwen3 are)")
-    # 4096 is what `transformers` takes where the key is missing.
-    if hf.get("use_sliding_window") and value("sliding_window", float, 4096):
-        refuse("sliding-window attention")
-    layer_types = {str(kind) for kind in value("layer_types", list, [])} - {"full_attention"}
-    if layer_types:
-        refuse(f"layer_types {', '.join(sorted(layer_types))}")
-    quantization = hf.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
-        refuse(f"a quantised checkpoint ({method})")
-    if value("hidden_act", str, "silu") != "silu":
-        refuse(f"hidden_act {hf['hidden_act']!r}")
-
-    hidden, heads = value("hidden_size", int), value("num_attention_heads", int)
-    kv_heads = value("num_key_value_heads", int, heads)
-    head_dim = value("head_dim", int, 128 if family == "qwen3" else hidden // heads)
+    settings = _Settings(hf, source)
+    family = str(settings.values.get("model_type"))
+    if family not in ARCHITECTURES:
+        settings.refuse(f"model_type {family!r} ({', '.join(ARCHITECTURES)} are)")
+    _refuse_other_kinds(settings, family)
+    is_gemma = family == "gemma3_text"
+    hidden, heads = settings.get("hidden_size", int), settings.get("num_attention_heads", int)
+    kv_heads = settings.get("num_key_value_heads", int, heads)
+    usual_head_dim = {"qwen3": 128, "gemma3_text": 256}.get(family, hidden // heads)
+    head_dim = settings.get("head_dim", int, usual_head_dim)
     if heads % kv_heads:
-        refuse(
+        settings.refuse(
             f"num_key_value_heads {kv_heads}, which does not divide num_attention_heads {heads},"
         )
     if head_dim % 2:
-        refuse(f"head_dim {head_dim}, which is odd,")
+        settings.refuse(f"head_dim {head_dim}, which is odd,")
+    if is_gemma and (scalar := settings.get("query_pre_attn_scalar", float, 256)) != head_dim:
+        settings.refuse(f"query_pre_attn_scalar {scalar:g} with head_dim {head_dim}")
+    activation = settings.get("hidden_act", str, "silu")
+    if is_gemma:
+        activation = settings.get("hidden_activation", str, "gelu_pytorch_tanh")
+    if activation not in ACTIVATIONS:
+        settings.refuse(f"hidden_act {activation!r}")
+    layers = settings.get("num_hidden_layers", int)
+    theta, scaling = _rope(settings, FULL, 1e6 if is_gemma else 1e4)
+    windows, window_theta = (), ModelConfig.window_rope_theta
+    if is_gemma:
+        windows = _windows(settings, layers)
+        window_theta, _ = _rope(settings, WINDOWED, 1e4)
     return ModelConfig(
-        vocab_size=value("vocab_size", int),
+        vocab_size=settings.get("vocab_size", int),
         hidden_size=hidden,
-        intermediate_size=value("intermediate_size", int),
-        num_layers=value("num_hidden_layers", int),
+        intermediate_size=settings.get("intermediate_size", int),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        tie_word_embeddings=value("tie_word_embeddings", bool, False),
-        qkv_bias=family == "qwen2" or value("attention_bias", bool, False),
-        qk_norm=family == "qwen3",
-        rope_theta=_rope_theta(hf, source),
-        rms_norm_eps=value("rms_norm_eps", float, 1e-6),
-        max_position_embeddings=value("max_position_embeddings", int, 32768),
+        tie_word_embeddings=settings.get("tie_word_embeddings", bool, is_gemma),
+        qkv_bias=family == "qwen2" or settings.get("attention_bias", bool, False),
+        qk_norm=family == "qwen3" or is_gemma,
+        rope_theta=theta,
+        rms_norm_eps=settings.get("rms_norm_eps", float, 1e-6),
+        max_position_embeddings=settings.get("max_position_embeddings", int, 32768),
+        rope_scaling=scaling,
+        windows=windows,
+        window_rope_theta=window_theta,
+        activation=activation,
+        sandwich_norms=is_gemma,
+        norm_offset=1.0 if is_gemma else 0.0,
+        scale_embedding=is_gemma,
     )
 
 
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _refuse_other_kinds(settings: _Settings, family: str) -> None:
+    """Raise UserError for what is no part of the family's models as they are built here."""
+    if family != "gemma3_text":
+        # 4096 is what `transformers` takes where the key is missing.
+        has_window = settings.values.get("use_sliding_window")
+        if has_window and settings.get("sliding_window", float, 4096):
+            settings.refuse("sliding-window attention")
+        layer_types = {str(kind) for kind in settings.get("layer_types", list, [])} - {FULL}
+        if layer_types:
+            settings.refuse(f"layer_types {', '.join(sorted(layer_types))}")
+    quantization = settings.values.get("quantization_config")
+    if quantization:
+        method = quantization
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method")
+        settings.refuse(f"a quantised checkpoint ({method})")
+    for name in _UNSUPPORTED[family]:
+        if value := settings.values.get(name):
+            settings.refuse(f"{name} {value!r:.60}")
 
 
-def _checked(value: Any, name: str, kind: type, source: Path | str) -> Any:
-    """`value` as a `kind` of `_KINDS`. Raises UserError for anything else."""
-    if kind in (int, float):
-        fits = type(value) in (int, float) and 0 < value < math.inf and kind(value) == value
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        raise UserError(
-            f"{source}: config.json has {name} {value!r:.60}, which is not {_KINDS[kind]}"
-        )
-    return kind(value)
+def _windows(settings: _Settings, layers: int) -> tuple[int, ...]:
+    """Each layer's window, 0 where it sees all tokens, as the layers' types or a pattern say."""
+    window = settings.get("sliding_window", int, 4096)
+    pattern = settings.get("sliding_window_pattern", int, 6)
+    kinds = [WINDOWED if (layer + 1) % pattern else FULL for layer in range(layers)]
+    kinds = settings.get("layer_types", list, kinds)
+    if others := {str(kind) for kind in kinds} - {FULL, WINDOWED}:
+        settings.refuse(f"layer_types {', '.join(sorted(others))}")
+    if len(kinds) != layers:
+        settings.refuse(f"{len(kinds)} layer_types with num_hidden_layers {layers}")
+    return tuple(window if kind == WINDOWED else 0 for kind in kinds)
 
 
-def _rope_theta(hf: dict[str, Any], source: Path | str) -> float:
-    """The base of the rotary frequencies, wherever a version of `transformers` wrote it.
+def _rope(settings: _Settings, kind: str, usual: float) -> tuple[float, RopeScaling | None]:
+    """The base of the rotary frequencies and their scaling, in layers of a kind.
 
-    Version 4 has it at the top level, version 5 in rope_parameters, there for all layers or by the
-    type of layer. Raises UserError for scaled frequencies, and where two places differ.
+    Version 4 of `transformers` has them in rope_theta (rope_local_base_freq for layers with a
+    window) and rope_scaling, version 5 in rope_parameters, there for all layers or by the kind of
+    layer. Raises UserError for other scalings than two, and where two places differ.
     """
-    default = _checked(hf.get("rope_theta", 10000.0), "rope_theta", float, source)
-    factors = [hf.get("partial_rotary_factor", 1)]
-    thetas = []
+    by_kind = kind == WINDOWED
+    is_gemma = settings.values["model_type"] == "gemma3_text"
+    top_level = "rope_local_base_freq" if by_kind else "rope_theta"
+    usual = settings.get(top_level, float, usual)
+    factors = [settings.values.get("partial_rotary_factor", 1)]
+    found = []
     for name in ("rope_scaling", "rope_parameters"):
-        settings = _without_nulls(_checked(hf.get(name, {}), name, dict, source))
-        all_layers = _checked(settings.pop("full_attention", {}), name, dict, source)
-        settings |= _without_nulls(all_layers)
-        other = [key for key, value in settings.items() if isinstance(value, dict)]
-        if other:
-            raise UserError(f"{source}: {name} of {', '.join(other)} is not supported")
-        kind = settings.get("rope_type", settings.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{source}: rope scaling {kind!r} is not supported")
-        factors.append(settings.get("partial_rotary_factor", 1))
-        if settings:
-            theta = settings.get("rope_theta", default)
-            thetas.append(_checked(theta, "rope_theta", float, source))
+        of_all = settings.part(name)
+        nested = {key for key, value in of_all.values.items() if isinstance(value, dict)}
+        known = {FULL, WINDOWED} if is_gemma else {FULL}
+        if unknown := nested - known:
+            settings.refuse(f"{name} of {', '.join(sorted(unknown))}")
+        rope = of_all.part(kind)
+        flat = {key: value for key, value in of_all.values.items() if key not in nested}
+        if flat and name == "rope_parameters" and is_gemma:
+            settings.refuse("rope_parameters for all kinds of layers at once")
+        if not by_kind:
+            rope.values = flat | rope.values
+        factors.append(rope.values.get("partial_rotary_factor", 1))
+        if rope.values:
+            found.append((rope.get("rope_theta", float, usual), _scaling(rope)))
     for factor in factors:
         if factor != 1:
-            raise UserError(
-                f"{source}: rope scaling with partial_rotary_factor {factor} is not supported"
-            )
-    if len(set(thetas)) > 1:
+            settings.refuse(f"rope scaling with partial_rotary_factor {factor}")
+    if len(found) == 2 and found[0] != found[1]:
+        (theta, scaling), (other_theta, other_scaling) = found
+        differ = f"rope_theta ({theta:g}, {other_theta:g})"
+        if theta == other_theta:
+            differ = f"scalings ({scaling}, {other_scaling})"
         raise UserError(
-            f"{source}: rope_scaling and rope_parameters have different rope_theta "
-            f"({thetas[0]:g}, {thetas[1]:g}); keep one of them"
+            f"{settings.source}: rope_scaling and rope_parameters have different {differ}; "
+            "keep one of them"
         )
-    return thetas[0] if thetas else default
+    return found[0] if found else (usual, None)
 
 
-def config_to_hf(config: ModelConfig, eos_token_id: int | None, dtype: str) -> dict[str, Any]:
-    """The config.json that `transformers` and vLLM read."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM"],
+def _scaling(rope: _Settings) -> RopeScaling | None:
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(rope.get("factor", float))
+    if kind != "llama3":
+        rope.refuse(f"rope scaling {kind!r}")
+    low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+    if low >= high:
+        rope.refuse(f"low_freq_factor {low:g} with high_freq_factor {high:g}")
+    context = rope.get("original_max_position_embeddings", int)
+    return RopeScaling(rope.get("factor", float), context, low, high)
+
+
+# --- writing ------------------------------------------------------------------------------
+
+
+def config_to_hf(config: ModelConfig, eos_token_id: int | None, dtype: str) -> Json:
+    """The config.json that `transformers` (4 and 5) and vLLM read."""
+    rope: Json = {"rope_type": "default"}
+    scaling = config.rope_scaling
+    if scaling and scaling.context:
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.context,
+        }
+    elif scaling:
+        rope = {"rope_type": "linear", "factor": scaling.factor}
+    hf = {
+        "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -146,9 +258,11 @@ def config_to_hf(config: ModelConfig, eos_token_id: int | None, dtype: str) -> d
         "attention_bias": config.qkv_bias and config.qk_norm,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": config.rope_theta,
+        "rope_scaling": rope if scaling else None,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": "silu",
+        "hidden_act": config.activation,
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "initializer_range": 0.02,
@@ -156,3 +270,25 @@ def config_to_hf(config: ModelConfig, eos_token_id: int | None, dtype: str) -> d
         "eos_token_id": eos_token_id,
         "torch_dtype": dtype,
     }
+    return hf | _of_gemma(config, hf["rope_parameters"]) if config.windows else hf
+
+
+def _of_gemma(config: ModelConfig, rope: Json) -> Json:
+    """What the config.json of a model with windows has more, or otherwise."""
+    kinds = [WINDOWED if window else FULL for window in config.windows]
+    hf = {
+        "hidden_activation": config.activation,
+        "query_pre_attn_scalar": config.head_dim,
+        "sliding_window": max(config.windows) or None,
+        "layer_types": kinds,
+        "rope_local_base_freq": config.window_rope_theta,
+        "rope_parameters": {
+            FULL: rope,
+            WINDOWED: {"rope_type": "default", "rope_theta": config.window_rope_theta},
+        },
+    }
+    pattern = kinds.index(FULL) + 1 if FULL in kinds else 0
+    # Before 4.53, `transformers` knew no layer_types.
+    if pattern and kinds == [WINDOWED if (i + 1) % pattern else FULL for i in range(len(kinds))]:
+        hf["sliding_window_pattern"] = pattern
+    return hf

@@ -115,9 +115,11 @@ class PrefillAttention:
         self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
 
     @torch.compiler.disable
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
+    ) -> Tensor:
         self.cache.write(layer, self.row_T, self.position_T, k_TKE, v_TKE)
-        return self.packed(layer, q_THE, k_TKE, v_TKE)
+        return self.packed(layer, q_THE, k_TKE, v_TKE, window)
 
 
 class DecodeAttention:
@@ -134,20 +136,33 @@ class DecodeAttention:
         self.row_B = torch.arange(len(position_B), device=device)
         self.by_kernel = by_kernel(cache)
         self.length_B = position_B + 1
-        if not self.by_kernel:
-            beyond_BS = torch.arange(used, device=device) > position_B.unsqueeze(1)
-            mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers[0].dtype, device=device)
-            self.mask_B11S = mask_BS.masked_fill_(beyond_BS, -math.inf)[:, None, None]
+        self.masks: dict[int, Tensor] = {}  # by window
+
+    def mask(self, window: int) -> Tensor:
+        """0 where a row's new token sees a slot, else −∞: [B, 1, 1, S]."""
+        if window not in self.masks:
+            past_BS = self.position_B.unsqueeze(1) - torch.arange(
+                self.used, device=self.position_B.device
+            )
+            unseen_BS = past_BS < 0
+            if window:
+                unseen_BS |= past_BS >= window
+            mask_BS = past_BS.new_zeros(past_BS.shape, dtype=self.cache.layers[0].dtype)
+            self.masks[window] = mask_BS.masked_fill_(unseen_BS, -math.inf)[:, None, None]
+        return self.masks[window]
 
     @torch.compiler.disable
-    def __call__(self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, window: int
+    ) -> Tensor:
         kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
-        if self.by_kernel:
-            return decode_attention(q_BHE.unsqueeze(1), k_BKSE, v_BKSE, self.length_B).squeeze(1)
+        if self.by_kernel and not window:
+            q_B1HE = q_BHE.unsqueeze(1)
+            return decode_attention(q_B1HE, k_BKSE, v_BKSE, self.length_B).squeeze(1)
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask_B11S)
+        o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask(window))
         return o_BKGE.flatten(1, 2)
 
 

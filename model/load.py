@@ -26,7 +26,8 @@ from model.checkpoint import (
     tokenizer_folder,
 )
 from model.lora import LoraConfig, adapt
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.presets import PRESETS
+from model.transformer import ModelConfig, Transformer
 from run import RunFolder, run_of
 
 

@@ -1,4 +1,4 @@
-"""The Qwen2.5 / Qwen3 transformer.
+"""The transformer of Qwen2.5, Qwen3, Llama and Gemma 3: they differ in fields of `ModelConfig`.
 
 `forward` returns hidden states, never logits: a loss selects the rows that it needs and multiplies
 them by the head itself. Parameters have the names of Hugging Face checkpoints (without the leading
@@ -10,6 +10,7 @@ Shapes: T packed tokens, D hidden, V vocabulary, H query heads, K key-value head
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Self
 
@@ -18,17 +19,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# (layer index, q_THE, k_TKE, v_TKE) -> o_THE. Decides which tokens see each other:
+# (layer index, q_THE, k_TKE, v_TKE, window) -> o_THE. Decides which tokens see each other:
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 Rope = tuple[Tensor, Tensor]  # cosines and sines, both [T, 1, E]
 # One weight and bias for several linear layers of one input, where generation has joined them.
 Fused = tuple[Tensor, Tensor | None] | None
 
 
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for a context longer than that of pretraining.
+
+    Waves longer than `context` / `low` tokens become `factor` times longer, those shorter than
+    `context` / `high` stay, and those between are interpolated (Llama 3.1, arXiv 2407.21783).
+    With context 0 all become longer (position interpolation, arXiv 2306.15595).
+    """
+
+    factor: float
+    context: int = 0
+    low: float = 1.0
+    high: float = 4.0
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, and what differs between families."""
+    """The shape of a model, and what differs between families.
+
+    Attributes:
+        qkv_bias: Queries, keys and values have biases.
+        qk_norm: Queries and keys are normalised before they are rotated.
+        windows: For each layer, how many tokens a query sees, its own included; 0: all. Empty
+            where all layers see all.
+        rope_scaling: Of the layers that see all.
+        window_rope_theta: The rope_theta of the layers with a window.
+        activation: Of the MLP's gate, one of `ACTIVATIONS`.
+        sandwich_norms: What attention and MLP give is normalised, too.
+        norm_offset: Added to the norms' weights.
+        scale_embedding: The embedded tokens are multiplied by √hidden_size.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,45 +75,26 @@ class ModelConfig:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int, ...] = ()
+    window_rope_theta: float = 1e4
+    activation: str = "silu"
+    sandwich_norms: bool = False
+    norm_offset: float = 0.0
+    scale_embedding: bool = False
 
     @property
     def family(self) -> str:
         """What Hugging Face calls `model_type`."""
-        return "qwen3" if self.qk_norm else "qwen2"
+        if self.sandwich_norms:
+            return "gemma3_text"
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.qkv_bias else "llama"
 
-
-def _qwen25(*, hidden, layers, heads, mlp, kv_heads=2, vocab=151936, tied=True) -> ModelConfig:
-    head_dim = hidden // heads
-    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied)
-
-
-# Shapes only: the weights of a preset are random. From the config.json of each checkpoint.
-PRESETS = {
-    "qwen2.5-0.5b": _qwen25(hidden=896, layers=24, heads=14, mlp=4864),
-    "qwen2.5-1.5b": _qwen25(hidden=1536, layers=28, heads=12, mlp=8960),
-    "qwen2.5-3b": _qwen25(hidden=2048, layers=36, heads=16, mlp=11008),
-    "qwen2.5-7b": _qwen25(
-        hidden=3584, layers=28, heads=28, mlp=18944, kv_heads=4, vocab=152064, tied=False
-    ),
-    "qwen3-0.6b": ModelConfig(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        qkv_bias=False,
-        qk_norm=True,
-        max_position_embeddings=40960,
-    ),
-    # The teacher and the students of the toy task; small bodies under a full vocabulary.
-    "tiny-teacher": _qwen25(hidden=96, layers=3, heads=4, mlp=256, vocab=512),
-    "tiny": _qwen25(hidden=96, layers=2, heads=4, mlp=256, vocab=512),
-    "mini": _qwen25(hidden=48, layers=2, heads=4, mlp=128, vocab=512),
-    "small-teacher": _qwen25(hidden=384, layers=6, heads=6, mlp=1024, vocab=152064, tied=False),
-    "small": _qwen25(hidden=256, layers=4, heads=4, mlp=704),
-}
+    def window(self, layer: int) -> int:
+        """How many tokens a query of the layer sees; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
 
 class Linear(nn.Linear):
@@ -93,28 +106,44 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467).
 
-    def __init__(self, size: int, eps: float) -> None:
+    Gemma stores the weights less 1: `offset` is added to them, and the product is in fp32, too.
+    """
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.offset = config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
+        self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (wide * (self.offset + self.weight.to(wide.dtype))).to(x.dtype)
         return self.weight.to(x.dtype) * wide.to(x.dtype)
 
 
-def rope_tables(positions_T: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
+def rope_tables(
+    positions_T: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
+) -> Rope:
     """The rotary embedding of each position (Su et al., arXiv 2104.09864), as [T, 1, E].
 
     A head's vector is split into halves, not into neighbouring pairs, as in the released
     checkpoints; so the angles are there twice, one half behind the other.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    even_E = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=wide)
-    frequency_E = config.rope_theta ** -(even_E / config.head_dim)
+    even_E = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=wide)
+    frequency_E = theta ** -(even_E / head_dim)
+    if scaling:
+        waves_E = scaling.context * frequency_E / (2 * math.pi)  # in the context of pretraining
+        kept_E = ((waves_E - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        frequency_E = frequency_E * (kept_E + (1 - kept_E) / scaling.factor)
     angle_TE = positions_T.to(wide).unsqueeze(1) * frequency_E
     angle_T1E = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
     return angle_T1E.cos().to(dtype), angle_T1E.sin().to(dtype)
@@ -142,8 +171,8 @@ class Attention(nn.Module):
         self.fused: Fused = None
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config)
+            self.k_norm = RMSNorm(self.head_dim, config)
 
     def qkv(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, E], keys and values [T, K, E]; queries and keys are rotated."""
@@ -158,13 +187,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """SwiGLU, or GeGLU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
         self.fused: Fused = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -172,7 +202,7 @@ class MLP(nn.Module):
             gate, up = F.linear(x_TD, *self.fused).chunk(2, 1)
         else:
             gate, up = self.gate_proj(x_TD), self.up_proj(x_TD)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Block(nn.Module):
@@ -180,25 +210,36 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
+        self.sandwich_norms = config.sandwich_norms
+        if self.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
         self.is_compiled = False
 
     def before_attention(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.qkv(self.input_layernorm(x_TD), rope)
 
     def after_attention(self, x_TD: Tensor, o_THE: Tensor) -> Tensor:
-        x_TD = x_TD + self.self_attn.o_proj(o_THE.flatten(1))
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        attended_TD = self.self_attn.o_proj(o_THE.flatten(1))
+        if not self.sandwich_norms:
+            x_TD = x_TD + attended_TD
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        x_TD = x_TD + self.post_attention_layernorm(attended_TD)
+        mixed_TD = self.mlp(self.pre_feedforward_layernorm(x_TD))
+        return x_TD + self.post_feedforward_layernorm(mixed_TD)
 
-    def forward(self, layer: int, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def forward(
+        self, layer: int, x_TD: Tensor, rope: Rope, attend: Attend, window: int = 0
+    ) -> Tensor:
         before, after = Block.before_attention, Block.after_attention
         if self.is_compiled:
             before, after = compiled_halves()
         q_THE, k_TKE, v_TKE = before(self, x_TD, rope)
-        return after(self, x_TD, attend(layer, q_THE, k_TKE, v_TKE))
+        return after(self, x_TD, attend(layer, q_THE, k_TKE, v_TKE, window))
 
 
 @functools.cache
@@ -243,7 +284,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -254,12 +295,20 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """The hidden states [T, D] of packed tokens; positions restart at each document."""
-        x_TD = embed(tokens_T, self.embed_tokens.weight, self.config.tie_word_embeddings)
+        config = self.config
+        x_TD = embed(tokens_T, self.embed_tokens.weight, config.tie_word_embeddings)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
-        rope = rope_tables(positions_T, self.config, x_TD.dtype)
+        if config.scale_embedding:  # by a factor of that dtype
+            x_TD = x_TD * torch.tensor(config.hidden_size**0.5, dtype=x_TD.dtype).item()
+        size, dtype = config.head_dim, x_TD.dtype
+        rope = rope_tables(positions_T, size, config.rope_theta, dtype, config.rope_scaling)
+        window_rope = None
+        if any(config.windows):
+            window_rope = rope_tables(positions_T, size, config.window_rope_theta, dtype)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            args = (layer, x_TD, rope, attend)
+            window = config.window(layer)
+            args = (layer, x_TD, window_rope if window else rope, attend, window)
             if recompute:
                 x_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -271,8 +320,8 @@ class Transformer(nn.Module):
         """Fill in random weights, the same ones on every device. Returns the model.
 
         Matrices are normal with deviation 0.6/√hidden (0.02 for the 0.5B model), those that write
-        to the residual stream scaled by 1/√(2·layers) (Radford et al. 2019). Biases are zero, norm
-        weights one.
+        to the residual stream scaled by 1/√(2·layers) (Radford et al. 2019). Biases are zero, norms
+        multiply by one.
         """
         std = 0.6 / self.config.hidden_size**0.5
         generator = torch.Generator().manual_seed(seed)
@@ -282,7 +331,7 @@ class Transformer(nn.Module):
                 scale = std / (2 * self.config.num_layers) ** 0.5 if residual else std
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
             else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                p.fill_(0.0 if name.endswith("bias") else 1 - self.config.norm_offset)
         return self
 
     def compile_blocks(self) -> None:

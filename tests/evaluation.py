@@ -10,7 +10,8 @@ from data.tokenizer import Tokenizer
 from eval import __main__ as evaluation
 from model.checkpoint import build_model, save_model
 from model.generate import Completion
-from model.transformer import PRESETS, ModelConfig
+from model.presets import PRESETS
+from model.transformer import ModelConfig
 
 CODE = ("humaneval", "mbpp")
 MATH = ("gsm8k", "svamp", "math500", "amc23", "aime24", "minerva_math", "olympiadbench")

@@ -35,7 +35,7 @@ from bench import (
 )
 from kernels import backend
 from model.checkpoint import build_model, save_model
-from model.transformer import PRESETS
+from model.presets import PRESETS
 from tests import test_rounding
 from tests.conftest import ROOT
 

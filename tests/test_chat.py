@@ -7,7 +7,7 @@ import sys
 import toy_models
 from eval import chat
 from model.checkpoint import build_model, save_model
-from model.transformer import PRESETS
+from model.presets import PRESETS
 from tests.conftest import ROOT
 
 LINES = "Mia has 3 apples.\n\nAnd now?\n/new\nMia has 3 apples.\n"

@@ -84,7 +84,20 @@ def test_no_copy_of_a_compiled_model_outlives_its_generation(eager_compile, monk
         gc.enable()
 
 
-@pytest.mark.parametrize("make", [mixed, adapted, lambda: mixed(qk_norm=True, qkv_bias=False)])
+GEMMA = dict(
+    qk_norm=True,
+    qkv_bias=False,
+    windows=(5, 0),
+    sandwich_norms=True,
+    norm_offset=1.0,
+    scale_embedding=True,
+    activation="gelu_pytorch_tanh",
+)
+
+
+@pytest.mark.parametrize(
+    "make", [mixed, adapted, lambda: mixed(qk_norm=True, qkv_bias=False), lambda: mixed(**GEMMA)]
+)
 def test_weights_are_refreshed_in_place(make):
     model = make()
     engine = Engine(model)
@@ -101,7 +114,7 @@ def test_weights_are_refreshed_in_place(make):
 @torch.no_grad()
 def test_joined_products_and_merged_adapters_give_the_logits_of_the_model():
     tokens, positions = torch.tensor(PROMPTS[6]), torch.arange(30)
-    for model in (adapted(), small(), small(qk_norm=True, qkv_bias=False)):
+    for model in (adapted(), small(), small(qk_norm=True, qkv_bias=False), small(**GEMMA)):
         want = model(tokens, positions, PackedAttention([30]))
         plain = Engine(model).model
         generation.fuse_products(plain)

@@ -68,7 +68,7 @@ def training_logp(model, prompt, new, temperature, vocab):
 # --- correct tokens, correct log-probs ----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3", "gemma3"])
 def test_greedy_equals_transformers_over_200_tokens(kind, tmp_path):
     reference = theirs(kind)
     reference.save_pretrained(tmp_path)

@@ -14,7 +14,8 @@ from model.checkpoint import build_model, locate, read_config, save_model, stop_
 from model.generate import generate
 from model.hf import config_from_hf
 from model.optim import learning_rate
-from model.transformer import PRESETS, ModelConfig, Transformer, compiled_halves
+from model.presets import PRESETS
+from model.transformer import ModelConfig, Transformer, compiled_halves
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -40,7 +41,49 @@ SHAPES = {
             tie_word_embeddings=True,
         ),
     ),
+    "llama": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=48,
+            tie_word_embeddings=True,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ),
+    "llama-linear": (
+        "Llama",
+        dict(
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            hidden_size=48,
+            tie_word_embeddings=False,
+            rope_scaling={"rope_type": "linear", "factor": 4.0},
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            hidden_size=48,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=9,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_local_base_freq=100.0,
+            tie_word_embeddings=True,
+        ),
+    ),
 }
+CLASSES = {"Gemma3Text": "Gemma3"}  # where the model's name is not the configuration's
 
 
 def theirs(kind, **more):
@@ -59,7 +102,7 @@ def theirs(kind, **more):
         **shape, eos_token_id=None, bos_token_id=None, pad_token_id=None, **more
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{CLASSES.get(family, family)}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from 1 and 0, so that a forgotten one shows
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.05))
@@ -254,7 +297,7 @@ def test_truncated_missing_and_damaged_files(tmp_path):
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
                 "rope_scaling": {"type": "linear", "factor": 2.0},
             },
-            "linear",
+            "different scalings",
         ),
         (
             {
@@ -269,7 +312,8 @@ def test_truncated_missing_and_damaged_files(tmp_path):
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding"),
         ({"use_sliding_window": True, "sliding_window": None}, "sliding"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "olmo2"}, "olmo2"),
+        ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
     ],

@@ -72,7 +72,7 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
         ),
         "save": (
             SFT,
-            patched("run.save_model", FULL),
+            patched("train.save_model", FULL),
             1,
             "step-1 could not be written .*No space left",
         ),

@@ -15,7 +15,7 @@ from curves import summary
 from errors import RunFailed, UserError
 from files import replace_file
 from model.checkpoint import build_model, save_model
-from model.transformer import PRESETS
+from model.presets import PRESETS
 from run import RunFolder, StopSignal, cut_back, environment, open_run, read_metrics, run_of
 from tests.test_train import SMALL
 

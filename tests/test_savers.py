@@ -11,7 +11,8 @@ import toy_models
 import train
 from errors import UserError
 from model.checkpoint import load_weights, read_config, save_model, stop_ids_of
-from model.hf import config_from_hf
+from model.hf import config_from_hf, config_to_hf
+from model.presets import PRESETS
 from tests.test_model import logits, ours, theirs
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -299,7 +300,7 @@ def test_a_tensor_in_two_shards_is_refused_by_name(shards, place):
         ours(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen2-tied", "qwen2-untied", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen2-untied", "gemma3"])
 @pytest.mark.parametrize("size", ["5KB", "20KB", "60KB"])
 def test_shards_as_transformers_saves_them_hold_no_tensor_twice(family, size, tmp_path):
     """Whatever their size, tied or not, and saved over an older saving in as many files."""
@@ -399,6 +400,79 @@ def test_nulls_mean_what_they_mean_to_transformers(name, tmp_path):
         assert read_config("", tmp_path)
     else:
         assert agrees(tmp_path)
+
+
+OLD_GEMMA = {
+    "layer_types": None,
+    "sliding_window_pattern": 2,
+    "rope_parameters": None,
+    "rope_theta": 5e5,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        OLD_GEMMA,
+        OLD_GEMMA | {"rope_theta": None, "rope_scaling": None, "rope_local_base_freq": None},
+        {"tie_word_embeddings": None, "hidden_activation": None, "attention_bias": None},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 7e4}}},
+    ],
+)
+def test_the_forms_of_gemmas_configuration(change, tmp_path):
+    """Version 4 of `transformers` wrote a pattern and two bases, version 5 kinds of layers."""
+    theirs("gemma3").save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text()) | change
+    hf = {key: value for key, value in hf.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert agrees(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64 with head_dim 32"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"layer_types": ["sliding_attention", "chunked_attention"] * 2}, "chunked_attention"),
+        ({"layer_types": ["sliding_attention"]}, "1 layer_types with num_hidden_layers 4"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters for all kinds"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3'"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2'"),
+        ({"sliding_window": "wide"}, "sliding_window 'wide'"),
+    ],
+)
+def test_what_gemma_may_not_have(change, words):
+    hf = json.loads(theirs("gemma3").config.to_json_string()) | change
+    with pytest.raises(UserError, match=words) as e:
+        config_from_hf(hf, "here")
+    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "no 'low_freq_factor'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "no 'factor'"),
+    ],
+)
+def test_what_llama_may_not_have(change, words):
+    hf = json.loads(theirs("llama").config.to_json_string()) | change
+    with pytest.raises(UserError, match=words) as e:
+        config_from_hf(hf, "here")
+    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_their_config_json(name):
+    config = PRESETS[name]
+    assert config_from_hf(config_to_hf(config, 0, "float32"), "here") == config
 
 
 @pytest.mark.parametrize(

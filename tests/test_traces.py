@@ -15,7 +15,7 @@ from errors import UserError
 from eval import sampling, traces
 from model.checkpoint import build_model, save_model
 from model.generate import Completion
-from model.transformer import PRESETS
+from model.presets import PRESETS
 from tests.evaluation import arguments_tokenizer, read_lines, speaker, with_template
 
 ARGS = ["--data=word_problems:6", "--n=3", "--max_tokens=40"]

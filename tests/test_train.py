@@ -306,12 +306,12 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     """A limit of file size stands in for a full disk: the second checkpoint's weights fail."""
     limited = (
         "import resource, sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import train, run as c; save = c.save_model\n"
-        "def fail(model, folder, *rest):\n"
+        "import train; save = train.save_model\n"
+        "def fail(model, folder, **more):\n"
         "    if folder.name == '.draft-4':\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "    save(model, folder, *rest)\n"
-        "c.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
+        "    save(model, folder, **more)\n"
+        "train.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
     )
     argv = [
         sys.executable,

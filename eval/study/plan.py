@@ -16,7 +16,7 @@ from errors import UserError
 from eval.benchmarks import find
 from eval.study.jobs import REFERRING, Job, flags
 from eval.study.schema import Arm, Claim, StudyFile, read_file
-from model.transformer import PRESETS
+from model.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)

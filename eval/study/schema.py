@@ -13,7 +13,7 @@ from config import Config, validate
 from errors import UserError
 from eval.study.jobs import flags
 from files import read_text, reason
-from model.transformer import PRESETS
+from model.presets import PRESETS
 
 TABLES = dict.fromkeys(("study", "eval", "common", "model", "traces", "run", "arm"), dict)
 TABLES |= {"claim": list}

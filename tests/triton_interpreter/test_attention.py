@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from kernels import backend, decode_attention, triton_attention
 from kernels.attention import PackedAttention
 from kernels.triton_attention import Config, Configs
-from model.transformer import PRESETS
+from model.presets import PRESETS
 
 SHAPES = sorted(
     {
