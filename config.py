@@ -97,6 +97,9 @@ class Config:
         "auto", "dtype of activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
 
+    drop_layers: str = option(
+        "", "layers of --model to leave out, as in 3,5,8-10 (from 0): a smaller student", fixed=True
+    )
     data: str = option(
         "word_problems:800",
         "training data: a task (endless, or with :800 its first 800 problems), a .jsonl, .json or "

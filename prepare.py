@@ -31,6 +31,7 @@ from model.load import (
     policy_vocab_size,
     shared_vocab_size,
     stop_ids,
+    without_layers,
 )
 from model.lora import LoraConfig, parse_targets
 from model.optim import build_optimizer
@@ -130,6 +131,7 @@ def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, Checkpoint | None, Ch
     if has_teacher(cfg) and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the toy one only fits the toy student (--model tiny)")
     student = describe(cfg.model, "--model", read_tokenizer=not cfg.tokenizer)
+    student = without_layers(student, cfg.drop_layers)
     if has_teacher(cfg):
         teacher = describe(cfg.teacher or "tiny-teacher", "--teacher")
         if not cfg.teacher:

@@ -5,9 +5,9 @@ Only safetensors and JSON: nothing is ever unpickled.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from model.tensors import (
 )
 from model.transformer import ModelConfig, Transformer
 
+Part = TypeVar("Part")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ADAPTER = "adapter_config.json"  # a folder with it is a PEFT adapter, loaded merged into its base
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -176,16 +177,20 @@ def build_model(
     seed: int,
     weight_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    dropped: Collection[int] = (),
 ) -> Transformer:
-    """A Transformer on `device`: the folder's weights, or random ones from `seed` (folder None)."""
+    """A Transformer on `device`: the folder's weights, or random ones from `seed` (folder None).
+
+    dropped: layers of the folder that the model has not.
+    """
     with torch.device("meta"):
         model = Transformer(config, compute_dtype)
     model = model.to(weight_dtype).to_empty(device=device)
-    return model.init_weights(seed) if folder is None else load_weights(model, folder)
+    return model.init_weights(seed) if folder is None else load_weights(model, folder, dropped)
 
 
 @torch.no_grad()
-def load_weights(model: Transformer, folder: Path) -> Transformer:
+def load_weights(model: Transformer, folder: Path, dropped: Collection[int] = ()) -> Transformer:
     """Copy a checkpoint, or an adapter merged into its base, into the model, cast to its dtype.
 
     Returns the model. Raises UserError where the tensors do not fit the model.
@@ -195,10 +200,11 @@ def load_weights(model: Transformer, folder: Path) -> Transformer:
     if (folder / ADAPTER).is_file():
         lora_config, pairs = read_adapter(folder)
         scale = lora_config.scale
+    pairs = _without_layers(pairs, dropped)
     for layer in pairs:
         if f"{layer}.weight" not in wanted:
             raise UserError(f"{folder}: the adapter has a layer {layer} that its base has not")
-    stored = stored_tensors(base_of(folder))
+    stored = _without_layers(stored_tensors(base_of(folder)), dropped)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:
         # Some tied checkpoints have the head a second time, and some only under the head's name.
         head = stored.pop("lm_head.weight")
@@ -227,6 +233,20 @@ def load_weights(model: Transformer, folder: Path) -> Transformer:
             f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete{tied}"
         )
     return model
+
+
+def _without_layers(named_parts: dict[str, Part], dropped: Collection[int]) -> dict[str, Part]:
+    """What belongs to a model without some of its layers, under the names that it has there."""
+    kept = {}
+    for name, part in named_parts.items():
+        path = name.split(".")
+        if path[0] == "layers" and path[1].isdecimal():
+            layer = int(path[1])
+            if layer in dropped:
+                continue
+            path[1] = str(layer - sum(other < layer for other in dropped))
+        kept[".".join(path)] = part
+    return kept
 
 
 def read_adapter(folder: Path) -> tuple[lora.LoraConfig, dict[str, lora.Pair]]:

@@ -39,12 +39,14 @@ class Checkpoint:
     folder: Where its files are; None for a preset, whose weights are random.
     config: The model's shape.
     tokenizer: The one in its folder; None for a preset.
+    dropped: Layers of its files that `config` leaves out.
     """
 
     name: str
     folder: Path | None
     config: ModelConfig
     tokenizer: Tokenizer | None
+    dropped: tuple[int, ...] = ()
 
 
 def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
@@ -57,6 +59,28 @@ def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
     folder = locate(name, option)
     tokenizer = Tokenizer.load(tokenizer_folder(folder)) if folder and read_tokenizer else None
     return Checkpoint(name, folder, read_config(name, folder), tokenizer)
+
+
+def without_layers(checkpoint: Checkpoint, layers: str) -> Checkpoint:
+    """The checkpoint without the layers of --drop_layers. Raises UserError."""
+    config, dropped = checkpoint.config, set()
+    for part in layers.replace(" ", "").split(",") if layers else []:
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"--drop_layers: {part!r} is no layer and no range; write 3,5,8-10")
+        found = range(int(first), int(last or first) + 1)
+        if not found or found[-1] >= config.num_layers:
+            raise UserError(
+                f"--drop_layers {part}: {checkpoint.name} has the layers 0 to "
+                f"{config.num_layers - 1}"
+            )
+        dropped.update(found)
+    kept = [layer for layer in range(config.num_layers) if layer not in dropped]
+    if not kept:
+        raise UserError("--drop_layers leaves no layer; name fewer")
+    windows = tuple(config.window(layer) for layer in kept) if config.windows else ()
+    smaller = dataclasses.replace(config, num_layers=len(kept), windows=windows)
+    return dataclasses.replace(checkpoint, config=smaller, dropped=tuple(sorted(dropped)))
 
 
 def policy_vocab_size(tokenizer: Tokenizer, config: ModelConfig) -> int:
@@ -96,14 +120,15 @@ def load_policy(
     """
     master = torch.float64 if compute_dtype == torch.float64 else torch.float32
     # A resumed adapter goes back onto the base as it was: what was merged is not unmerged.
-    weights = checkpoint.folder if resumed is None or lora else resumed
+    is_new = resumed is None or lora is not None
     base = build_model(
         checkpoint.config,
-        weights,
+        checkpoint.folder if is_new else resumed,
         device=device,
         seed=seed,
         weight_dtype=compute_dtype if lora else master,
         compute_dtype=compute_dtype,
+        dropped=checkpoint.dropped if is_new else (),
     )
     if lora is None:
         return base, base
@@ -118,7 +143,12 @@ def load_frozen(
 ) -> Transformer:
     """A model that is only read, its weights in `dtype`: a teacher or a reference."""
     model = build_model(
-        checkpoint.config, checkpoint.folder, device=device, seed=seed, weight_dtype=dtype
+        checkpoint.config,
+        checkpoint.folder,
+        device=device,
+        seed=seed,
+        weight_dtype=dtype,
+        dropped=checkpoint.dropped,
     )
     return model.requires_grad_(False)
 
@@ -126,10 +156,11 @@ def load_frozen(
 def peft_base_name(checkpoint: Checkpoint) -> str:
     """What an adapter on this model names as its base, for PEFT: a hub id or a folder.
 
-    Empty where PEFT has no name for it: random weights, and an adapter merged into its base.
+    Empty where PEFT has no name for it: random weights, a model without some of its layers, and an
+    adapter merged into its base.
     """
     folder, name = checkpoint.folder, checkpoint.name
-    if folder is None or (folder / ADAPTER).is_file():
+    if folder is None or checkpoint.dropped or (folder / ADAPTER).is_file():
         return ""
     is_hub_id = name not in PRESETS and not Path(name).is_dir()
     return name if is_hub_id else str(folder.resolve())

@@ -13,6 +13,7 @@ from kernels.attention import PackedAttention
 from model.checkpoint import build_model, locate, read_config, save_model, stop_ids_of
 from model.generate import generate
 from model.hf import config_from_hf
+from model.load import Checkpoint, describe, load_frozen, without_layers
 from model.optim import learning_rate
 from model.presets import PRESETS
 from model.transformer import ModelConfig, Transformer, compiled_halves
@@ -162,6 +163,40 @@ def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text)[
         "input_ids"
     ] == tokenizer.encode(text)
+
+
+def test_a_model_without_some_layers_is_that_of_transformers_without_them(tmp_path):
+    reference = theirs("gemma3")
+    reference.save_pretrained(tmp_path)
+    checkpoint = without_layers(describe(str(tmp_path), "--model", read_tokenizer=False), "0,2-2")
+    assert checkpoint.config.windows == (0, 0) and checkpoint.dropped == (0, 2)
+    model = load_frozen(checkpoint, torch.device("cpu"), torch.float32, 0)
+    reference.model.layers = torch.nn.ModuleList([reference.model.layers[i] for i in (1, 3)])
+    reference.config.layer_types = ["full_attention"] * 2
+    reference.config.num_hidden_layers = 2
+    document = torch.randint(211, (30,))
+    with torch.no_grad():
+        mine, want = logits(model, [document]), reference(document[None], use_cache=False).logits[0]
+    assert (mine - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "layers,words",
+    [
+        ("4", "has the layers 0 to 3"),
+        ("2-9", "has the layers 0 to 3"),
+        ("3-1", "has the layers 0 to 3"),
+        ("0-3", "leaves no layer"),
+        ("one", "'one' is no layer"),
+        ("1,", "'' is no layer"),
+        ("-1", "'-1' is no layer"),
+    ],
+)
+def test_layers_that_cannot_be_dropped(layers, words):
+    checkpoint = Checkpoint("here", None, dataclasses.replace(PRESETS["tiny"], num_layers=4), None)
+    with pytest.raises(UserError, match=words) as e:
+        without_layers(checkpoint, layers)
+    assert str(e.value).startswith("--drop_layers") and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
