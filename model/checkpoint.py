@@ -123,6 +123,8 @@ def read_config(name: str, folder: Path | None) -> ModelConfig:
     stored = stored_tensors(base)
     if config.tie_word_embeddings and has_own_head(base, stored):
         config = dataclasses.replace(config, tie_word_embeddings=False)
+    with torch.device("meta"):
+        _fit(stored, Transformer(config), base)
     return config
 
 
@@ -152,7 +154,7 @@ def has_own_head(folder: Path, stored: dict[str, Stored]) -> bool:
     if embedding is None or head is None:
         return False
     with open_tensors(embedding.file) as a, open_tensors(head.file) as b:
-        one, other = read_tensor(a, *embedding), read_tensor(b, *head)
+        one, other = read_tensor(a, *embedding[:2]), read_tensor(b, *head[:2])
     if one.shape == other.shape:
         wide = torch.promote_types(one.dtype, other.dtype)
         if torch.equal(one.to(wide), other.to(wide)):
@@ -205,24 +207,31 @@ def load_weights(model: Transformer, folder: Path, dropped: Collection[int] = ()
         if f"{layer}.weight" not in wanted:
             raise UserError(f"{folder}: the adapter has a layer {layer} that its base has not")
     stored = _without_layers(stored_tensors(base_of(folder)), dropped)
-    if model.config.tie_word_embeddings and "lm_head.weight" in stored:
-        # Some tied checkpoints have the head a second time, and some only under the head's name.
-        head = stored.pop("lm_head.weight")
-        stored.setdefault("embed_tokens.weight", head)
-    for name, (file, key) in stored.items():
-        if name not in wanted:
-            raise UserError(
-                f"{file}: unexpected tensor {key}; config.json does not describe these weights"
-            )
+    for name, (file, key, _) in _fit(stored, model, folder).items():
         with open_tensors(file) as tensors:
             tensor = read_tensor(tensors, file, key)
-        found, shape = list(tensor.shape), list(wanted[name].shape)
-        if found != shape:
-            raise UserError(f"{file}: {key} has shape {found}, config.json asks for {shape}")
         if pair := pairs.get(name.removesuffix(".weight")):
             _check_pair(name, pair, tensor, folder)
             tensor = lora.merge(tensor, *pair, scale)
         wanted[name].copy_(tensor)
+    return model
+
+
+def _fit(stored: dict[str, Stored], model: Transformer, folder: Path) -> dict[str, Stored]:
+    """The stored tensor of each of the model's. Raises UserError where they do not fit."""
+    wanted, stored = dict(model.named_parameters()), dict(stored)
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:
+        # Some tied checkpoints have the head a second time, and some only under the head's name.
+        head = stored.pop("lm_head.weight")
+        stored.setdefault("embed_tokens.weight", head)
+    for name, (file, key, found) in stored.items():
+        if name not in wanted:
+            raise UserError(
+                f"{file}: unexpected tensor {key}; config.json does not describe these weights"
+            )
+        shape = list(wanted[name].shape)
+        if found != shape:
+            raise UserError(f"{file}: {key} has shape {found}, config.json asks for {shape}")
     missing = sorted(set(wanted) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -232,7 +241,7 @@ def load_weights(model: Transformer, folder: Path, dropped: Collection[int] = ()
         raise UserError(
             f"{folder}: tensor {missing[0]}{more} is missing; the checkpoint is incomplete{tied}"
         )
-    return model
+    return stored
 
 
 def _without_layers(named_parts: dict[str, Part], dropped: Collection[int]) -> dict[str, Part]:

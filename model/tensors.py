@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from files import HEAD, explain, named, read_json, reason, unreadable
 
 # The weights of a checkpoint, in one file or in several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = ("F64", "F32", "BF16", "F16")  # dtypes as safetensors writes them
 
 
 def save_tensors(
@@ -55,14 +54,17 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
 
 def read_tensor(tensors: safe_open, file: Path, key: str) -> Tensor:
     """A tensor of an open file. Raises UserError for quantised weights."""
-    tensor = tensors.get_tensor(key)
-    if tensor.dtype not in FLOATS:
-        kind = str(tensor.dtype).removeprefix("torch.")
+    _check_dtype(tensors, file, key)
+    return tensors.get_tensor(key)
+
+
+def _check_dtype(tensors: safe_open, file: Path, key: str) -> None:
+    kind = tensors.get_slice(key).get_dtype()
+    if kind not in FLOATS:
         raise UserError(
             f"{file}: {key} is {kind}: quantised weights are not supported; "
             "name a checkpoint in bf16, fp16 or fp32"
         )
-    return tensor
 
 
 # What savers leave in front of a tensor's name, or within it, and what does not change what the
@@ -76,33 +78,35 @@ UNMERGED = ("lora_", ".base_layer.", "modules_to_save.", ".original_module.")
 
 
 class Stored(NamedTuple):
-    """Where a tensor of a checkpoint is: under which name in which file."""
+    """Where a tensor of a checkpoint is, under which name in which file, and its shape."""
 
     file: Path
     key: str
+    shape: list[int]
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of a checkpoint folder by our names. Reads the files' headers only.
 
     Raises UserError for files that are missing or not safetensors, for an index that does not fit
-    them, for a tensor in two of the files of an index (shards of two savings, mixed up), and where
-    two tensors would get one name.
+    them, for a tensor in two of the files of an index (shards of two savings, mixed up), where two
+    tensors would get one name, and for quantised weights.
     """
     index = _weight_index(folder)
-    file_of: dict[str, Path] = {}
+    by_key: dict[str, Stored] = {}
     for file in sorted(index):
         with open_tensors(file) as tensors:
-            keys = list(tensors.keys())
-        for key in keys:
-            if other := file_of.get(key):
-                raise UserError(
-                    f"{folder}: tensor {key} is in two files, {other.name} and {file.name}; "
-                    "download or save the checkpoint again"
-                )
-            file_of[key] = file
+            for key in tensors.keys():
+                _check_dtype(tensors, file, key)
+                if key in by_key:
+                    raise UserError(
+                        f"{folder}: tensor {key} is in two files, {by_key[key].file.name} and "
+                        f"{file.name}; download or save the checkpoint again"
+                    )
+                by_key[key] = Stored(file, key, tensors.get_slice(key).get_shape())
     found: dict[str, Stored] = {}
-    for key, file in file_of.items():
+    for key, stored in by_key.items():
+        file = stored.file
         name = PREFIXES.sub("", WRAPPERS.sub("", key), count=1)
         if name.endswith("rotary_emb.inv_freq"):
             continue  # computed, not loaded
@@ -116,10 +120,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             raise UserError(
                 f"{folder}: {found[name].key} and {key} are both {name}; keep the one that is meant"
             )
-        found[name] = Stored(file, key)
+        found[name] = stored
     for file, keys in index.items():
         for key in sorted(keys):
-            if file_of.get(key) != file:
+            if key not in by_key or by_key[key].file != file:
                 raise UserError(
                     f"{file} has no tensor {key}, which the index says is there; "
                     "the download is incomplete or mixed up"

@@ -324,5 +324,5 @@ def test_an_adapter_saved_from_a_wrapped_model_is_the_same(rename, tmp_path):
         torch.equal(a, b) for key in want for a, b in zip(got[key], want[key], strict=True)
     )
     save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, file)
-    with pytest.raises(UserError, match="lora_A.weight is int8"):
+    with pytest.raises(UserError, match="lora_A.weight is I8"):
         read_adapter(tmp_path / "a")

@@ -302,6 +302,22 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
     assert "merges" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--lora_rank=2", "--mode=kd"]], ids=["all weights", "lora"])
+def test_a_student_of_some_of_the_layers_goes_on_as_it_was(teacher, more, tmp_path):
+    """Killed after its first checkpoint and resumed, it has the metrics of the run in one go."""
+    whole = str(teacher[0] / "checkpoints/step-6")
+    args = ["--device=cpu", *SMALL, f"--model={whole}", "--drop_layers=1", f"--runs={tmp_path}"]
+    args += ["--mode=sft", *more]
+    if more:
+        args += [f"--teacher={whole}"]
+    assert train.main([*args, "--name=once"]) == 0
+    assert train.main([*args, "--name=twice", "--steps=2"]) == 0
+    assert train.main([*args, "--name=twice", "--resume"]) == 0
+    assert timeless(tmp_path / "twice")[-1] == timeless(tmp_path / "once")[-1]
+    config = json.loads((tmp_path / "once/checkpoints/step-6/config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+
+
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     """A limit of file size stands in for a full disk: the second checkpoint's weights fail."""
     limited = (
