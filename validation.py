@@ -120,7 +120,6 @@ def compare(
     both entropies, and the forward KL by position in the answer.
     """
     device = model.head_VD.device
-    step = max(1, default_chunk_rows(vocab, device) // 8)
     sums: Metrics = {}
     for micro in GlobalBatch(documents).split(max([micro_batch_tokens, *map(len, documents)])):
         positions = [np.arange(np.count_nonzero(d.weights)) for d in micro.documents]
@@ -128,6 +127,7 @@ def compare(
         moved = micro.to(device)
         student_ND = moved.select(last_states(model, moved))
         teacher_ND = moved.select(last_states(teacher, moved))
+        step = default_chunk_rows(vocab, len(bucket_N), device, models=8)
         for lo in range(0, len(bucket_N), step):
             rows = slice(lo, lo + step)
             student_nV = _log_probs(model, student_ND[rows], vocab)

@@ -131,8 +131,8 @@ class Products:
     def __init__(self, config: ModelConfig, prompt_tokens: int, size: Size) -> None:
         self.prompt_tokens, self.size = prompt_tokens, size
         self.config = config
-        self.chunk = default_chunk_rows(size.vocab, torch.device("cpu"))
-        self.chunk = min(self.chunk, size.rows * size.new_tokens)
+        new = size.rows * size.new_tokens
+        self.chunk = default_chunk_rows(size.vocab, new, torch.device("cpu"))
         self.head = torch.randn(config.vocab_size, config.hidden_size)
         self.logits = torch.empty(max(self.chunk, size.rows), config.vocab_size)
 

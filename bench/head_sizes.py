@@ -35,7 +35,7 @@ def numbers(text: str) -> list[int]:
 def products(rows: int, width: int, vocab: int, teacher: bool) -> Callable[[], dict]:
     """Logits of student (and teacher), gradients of rows and head, in the chunks of the loss."""
     hidden, head = torch.randn(rows, width), torch.randn(vocab, width)
-    chunk = default_chunk_rows(vocab, torch.device("cpu")) // (1 + teacher)
+    chunk = default_chunk_rows(vocab, rows, torch.device("cpu"), models=1 + teacher)
 
     def step() -> dict:
         z = torch.empty(min(rows, chunk), vocab)

@@ -100,7 +100,7 @@ def our_loss(student: Transformer, teacher: Transformer, batch: Batch, vocab: in
 
 def head_products(student: Transformer, teacher: Transformer, n: int, vocab: int) -> None:
     """The four products over n rows, in the chunks of `linear_kl`, buffers allocated once."""
-    chunk = default_chunk_rows(vocab, CPU) // 2
+    chunk = default_chunk_rows(vocab, n, CPU, models=2)
     head, teacher_head = student.head_VD.detach()[:vocab], teacher.head_VD.detach()[:vocab]
     hidden, teacher_hidden = torch.randn(n, head.shape[1]), torch.randn(n, teacher_head.shape[1])
     z = torch.empty(min(n, chunk), vocab)

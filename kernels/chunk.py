@@ -36,9 +36,14 @@ def accumulate_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def default_chunk_rows(vocab: int, device: torch.device) -> int:
-    """How many rows of logits fit the budget of this device."""
-    return max(1, CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] // vocab)
+def default_chunk_rows(vocab: int, n_rows: int, device: torch.device, models: int = 1) -> int:
+    """How many of n_rows logits of one or more models are there at a time.
+
+    Chunks have the same size, as large as this device's budget allows.
+    """
+    budget = CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
+    chunks = -(-n_rows // max(1, budget // (vocab * models)))
+    return -(-n_rows // max(1, chunks)) or 1
 
 
 def blocks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:

@@ -61,7 +61,8 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
         step = triton_steps.kl_step(loss, divergence, beta, largest_nD, teacher)
     else:
         # student and teacher logits share the budget
-        chunk_rows = chunk_rows or max(1, default_chunk_rows(vocab, hidden_ND.device) // 2)
+        if not chunk_rows:
+            chunk_rows = default_chunk_rows(vocab, len(hidden_ND), hidden_ND.device, models=2)
         block_loss = _torch_block_loss(loss, divergence, beta)
         step = torch_step(block_loss, chunk_rows, vocab, hidden_ND, teacher)
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), loss.values

@@ -149,6 +149,6 @@ def linear_logprob(  # noqa: PLR0913 (one argument per symbol of the formula)
         chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
         step = triton_steps.logprob_step(term, vocab)
     else:
-        chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
+        chunk_rows = chunk_rows or default_chunk_rows(vocab, len(hidden_ND), hidden_ND.device)
         step = torch_step(term.block, chunk_rows, vocab, hidden_ND)
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), term.values

@@ -48,13 +48,16 @@ def topk_logprobs(
     """
     vocab = vocab or head_VD.shape[0]
     head_VD = head_VD[:vocab].to(hidden_ND.dtype)
-    chunk_topk = _torch_topk
     if triton_runs(hidden_ND):
-        from kernels import triton_steps  # here: not everyone has Triton
+        from kernels import triton_head, triton_steps  # here: not everyone has Triton
 
+        chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
         chunk_topk = triton_steps.topk_logprobs
+    else:
+        chunk_rows = chunk_rows or default_chunk_rows(vocab, len(hidden_ND), hidden_ND.device)
+        chunk_topk = _torch_topk
     ids, logps = [], []
-    for hidden_nD in hidden_ND.split(chunk_rows or default_chunk_rows(vocab, hidden_ND.device)):
+    for hidden_nD in hidden_ND.split(chunk_rows):
         id_nk, logp_nB = chunk_topk(hidden_nD, head_VD, min(k, vocab), temperature)
         ids.append(id_nk)
         logps.append(logp_nB)
@@ -98,7 +101,6 @@ def linear_topk_divergence(  # noqa: PLR0913 (one argument per symbol of the for
         as `linear_kl` does.
     """
     vocab = vocab or head_VD.shape[0]
-    chunk_rows = chunk_rows or default_chunk_rows(vocab, hidden_ND.device)
     loss = TopkTerm(
         weight_N,
         temperature,
@@ -109,10 +111,12 @@ def linear_topk_divergence(  # noqa: PLR0913 (one argument per symbol of the for
         divergence=divergence,
     )
     if triton_runs(hidden_ND):
-        from kernels import triton_steps
+        from kernels import triton_head, triton_steps
 
+        chunk_rows = chunk_rows or triton_head.chunk_rows(vocab, hidden_ND)
         step = triton_steps.topk_step(loss, hidden_ND[:chunk_rows], vocab)
     else:
+        chunk_rows = chunk_rows or default_chunk_rows(vocab, len(hidden_ND), hidden_ND.device)
         step = torch_step(loss.block, chunk_rows, vocab, hidden_ND)
     return chunked_head(hidden_ND, head_VD, step, vocab, chunk_rows), loss.values
 

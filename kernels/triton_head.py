@@ -264,8 +264,8 @@ def chunk_rows(vocab: int, like_ND: Tensor) -> int:
     if like_ND.is_cuda:
         room = min(room, torch.cuda.get_device_properties(like_ND.device).total_memory // 16)
     most = max(256, room // (vocab * like_ND.element_size()) // 256 * 256)
-    chunks = triton.cdiv(len(like_ND), most)
-    return triton.cdiv(triton.cdiv(len(like_ND), chunks), 256) * 256
+    chunks = max(1, triton.cdiv(len(like_ND), most))
+    return max(1, triton.cdiv(triton.cdiv(len(like_ND), chunks), 256)) * 256
 
 
 def buffer(n_rows: int, vocab: int, like: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Sampler:
         # A CPU has no product of bf16 operands with an fp32 result: the head is widened once.
         self.source_VD = head_VD[:vocab]
         self.head_VD = self.source_VD if head_VD.is_cuda else self.source_VD.to(wide)
-        self.rows = min(rows, default_chunk_rows(vocab, device))
+        self.rows = default_chunk_rows(vocab, rows, device)
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = head_VD.new_full((self.rows, padded), -torch.inf, dtype=wide)
         # Rows whose probabilities stay in a CPU's cache are sampled together.
