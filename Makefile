@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 # real data for the tests that want it; they skip with a reason where the folder is absent
 SRLM_DATA ?= $(abspath $(wildcard ../shared/data))
 export SRLM_DATA
-# One thread a test worker: two that share a core spin while they wait for each other.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+# One thread a test worker: two that share a core spin while they wait for each other. No GPU: many
+# tests compare bits or fp64; what is tested on one is tests/test_gpu.py, by `make bench-gpu`.
+TEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
 JOBS ?= $(shell nproc)
 
 .PHONY: kd grpo sft study lint format test test-slow bench bench-gpu clean
