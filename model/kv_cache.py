@@ -114,7 +114,6 @@ class PrefillAttention:
         self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
         self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
 
-    @torch.compiler.disable
     def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         self.cache.write(layer, self.row_T, self.position_T, k_TKE, v_TKE)
         return self.packed(layer, q_THE, k_TKE, v_TKE)
@@ -139,7 +138,6 @@ class DecodeAttention:
             mask_BS = torch.zeros(beyond_BS.shape, dtype=cache.layers[0].dtype, device=device)
             self.mask_B11S = mask_BS.masked_fill_(beyond_BS, -math.inf)[:, None, None]
 
-    @torch.compiler.disable
     def __call__(self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
         kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]

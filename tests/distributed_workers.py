@@ -4,6 +4,10 @@ import contextlib
 import io
 import os
 import socket
+import subprocess
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -13,18 +17,44 @@ from data.batch import GlobalBatch
 from model import parallel
 
 
+def forks():
+    """Processes that are forks of one that has imported this module and what optimizers import."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.pyplot"])
+    return context
+
+
+def start(*argv: str, cwd: Path, main=train.main, **environment: str) -> BaseProcess:
+    """`train.py` on the CPU in a process of its own; it writes to cwd/stdout and cwd/stderr."""
+    process = forks().Process(target=train_main, args=(main, argv, cwd, environment))
+    process.start()
+    return process
+
+
+def run(*argv: str, cwd: Path, timeout: float = 120, **more):
+    """What `start` began, when it has ended."""
+    process = start(*argv, cwd=cwd, **more)
+    process.join(timeout)
+    out, err = ((cwd / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+
+
+def train_main(main, argv, cwd, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.exit(main(["--device=cpu", *argv]))
+
+
 def spawned(main, world, *arguments):
     """What rank 0 of `world` processes puts into the queue `results`; raises if one fails.
 
-    Each process runs main(rank, world, port, *arguments, results). They are forks of one that has
-    imported torch and has done nothing else.
+    Each process runs main(rank, world, port, *arguments, results).
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    forks = mp.get_context("forkserver")
-    forks.set_forkserver_preload([__name__])
-    results = forks.SimpleQueue()
+    port = free_port()
+    results = forks().SimpleQueue()
     processes = mp.start_processes(
         main, (world, port, *arguments, results), world, join=False, start_method="forkserver"
     )
@@ -33,6 +63,12 @@ def spawned(main, world, *arguments):
     done = results.get()
     processes.join()
     return done
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def setup(world, rank, port, patience=None):
