@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch.multiprocessing as mp
 import train
 from data.batch import GlobalBatch
 from model import parallel
+from tests import gates
+from tests.conftest import ROOT
 
 
 def forks():
@@ -46,6 +49,16 @@ def train_main(main, argv, cwd, environment):
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(main(["--device=cpu", *argv]))
+
+
+def main_of_a_copy(argv):
+    """`python train.py` in the working directory, which has the project's files."""
+    for name in gates.source_files(ROOT):
+        sys.modules.pop(name.removesuffix(".py").replace("/", "."), None)
+        sys.modules.pop(Path(name).parent.as_posix().replace("/", "."), None)  # its package
+    sys.path = [os.getcwd(), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.argv = ["train.py", *argv]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 def spawned(main, world, *arguments):
