@@ -36,6 +36,16 @@ def real_data():
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are empty files: drawing takes most of a small run. Other tests look at them."""
+    import eval.__main__
+    import train
+
+    monkeypatch.setattr(train, "draw_curves", lambda run: (Path(run) / "curves.png").touch())
+    monkeypatch.setattr(eval.__main__, "draw", lambda summaries, path: path.touch())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no worker ends with them alone."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))

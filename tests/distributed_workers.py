@@ -28,18 +28,30 @@ def forks():
 
 
 def start(*argv: str, cwd: Path, main=train.main, **environment: str) -> BaseProcess:
-    """`train.py` on the CPU in a process of its own; it writes to cwd/stdout and cwd/stderr."""
+    """`train.py` on the CPU in a process of its own; cwd/stdout and cwd/stderr have what it says.
+
+    main: what is run in its place.
+    """
     process = forks().Process(target=train_main, args=(main, argv, cwd, environment))
     process.start()
     return process
 
 
-def run(*argv: str, cwd: Path, timeout: float = 120, **more):
-    """What `start` began, when it has ended."""
-    process = start(*argv, cwd=cwd, **more)
-    process.join(timeout)
+def run(*argv: str, cwd: Path, ranks=0, main=train.main, **environment: str):
+    """What `start` began, on this many ranks of a group if not on one alone, when it has ended."""
+    for name in ("stdout", "stderr"):
+        (cwd / name).write_text("")
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(max(ranks, 1)):
+        if ranks:
+            environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(start(*argv, cwd=cwd, main=main, **environment))
+    for process in processes:
+        process.join(120)
+    code = max((process.exitcode for process in processes), key=abs)
     out, err = ((cwd / name).read_text() for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+    return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def train_main(main, argv, cwd, environment):
@@ -47,8 +59,10 @@ def train_main(main, argv, cwd, environment):
     torch.set_num_threads(1)
     os.chdir(cwd)
     for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.exit(main(["--device=cpu", *argv]))
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    code = main(["--device=cpu", *argv])
+    parallel.close()
+    sys.exit(code)
 
 
 def main_of_a_copy(argv):

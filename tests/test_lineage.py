@@ -23,6 +23,7 @@ from model.lineage import Lineage, fingerprints
 from run import RunFolder
 from tests.test_eval import checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUESTIONS = [
     f"Tom has {i} figs and buys {i + 1} more.\nHow many figs  has he now?" for i in range(6)
 ]

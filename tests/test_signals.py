@@ -23,6 +23,7 @@ from model import parallel
 from run import STOP_SIGNALS, RunFolder, handled
 from tests.test_train import SMALL, command, timeless
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = [
     "--device=cpu",
     "--steps=6",

@@ -17,7 +17,7 @@ import toy_models
 import train
 from run import RunFolder, read_metrics
 from tests.conftest import ROOT
-from tests.distributed_workers import free_port, run, start
+from tests.distributed_workers import run, start
 
 SMALL = [
     "--steps=6",
@@ -188,10 +188,8 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
         "--micro_batch_tokens=130",
         f"--teacher={teacher[0] / 'checkpoints/step-6'}",
     ]
-    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}  # as torchrun sets them
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     results = [
-        run(*args, "--name=w1", cwd=tmp_path, **alone),
+        run(*args, "--name=w1", cwd=tmp_path, ranks=1),
         as_users_run(*args, "--name=w2", cwd=tmp_path, ranks=2),
     ]
     assert all(r.returncode == 0 for r in results), results[1].stderr
@@ -351,7 +349,8 @@ def test_nothing_optional_is_imported_unasked():
 def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
     """Real tokenizer, 151,936 head rows, a small body: the loss falls; the mask begins right."""
     args = [
-        f"--data={real_data / 'gsm8k'}:200",
+        f"--data={real_data / 'gsm8k'}",
+        "--train_examples=200",
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
         "--model=small",
         "--micro_batch_tokens=1024",
