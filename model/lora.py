@@ -143,7 +143,7 @@ class LoraLinear(Linear):
         # Generation, evaluation and log-probs run without gradients, and without dropout.
         seen = input
         if self.dropout.active(self):
-            seen = self.dropout.masked(self, input)
+            seen = self.dropout.masked(self, input)  # pyright: ignore[reportCallIssue]
         return super().forward(input) + self.lora_B(self.lora_A(seen) * self.scale)
 
     def masked(self, x_TD: Tensor) -> Tensor:
