@@ -46,6 +46,14 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(eval.__main__, "draw", lambda summaries, path: path.touch())
 
 
+# Files with the longest tests: they come first, so that no worker ends with one of them alone.
+LONG = ["tests/test_triton.py", "tests/test_study.py", "tests/test_train.py"]
+LONG += ["tests/test_signals.py", "tests/test_forking.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no worker ends with them alone."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    items.sort(key=place)
