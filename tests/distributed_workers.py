@@ -37,7 +37,7 @@ def start(*argv: str, cwd: Path, main=train.main, **environment: str) -> BasePro
     return process
 
 
-def run(*argv: str, cwd: Path, ranks=0, main=train.main, **environment: str):
+def run(*argv: str, cwd: Path, ranks=0, timeout=120, main=train.main, **environment: str):
     """What `start` began, on this many ranks of a group if not on one alone, when it has ended."""
     for name in ("stdout", "stderr"):
         (cwd / name).write_text("")
@@ -48,7 +48,9 @@ def run(*argv: str, cwd: Path, ranks=0, main=train.main, **environment: str):
             environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(start(*argv, cwd=cwd, main=main, **environment))
     for process in processes:
-        process.join(120)
+        process.join(timeout)
+        process.kill()  # what has not ended
+        process.join()
     code = max((process.exitcode for process in processes), key=abs)
     out, err = ((cwd / name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(argv, code, out, err)
