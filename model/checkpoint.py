@@ -177,6 +177,7 @@ def build_model(
     compute_dtype: torch.dtype | None = None,
 ) -> Transformer:
     """A Transformer on `device`: the folder's weights, or random ones from `seed` (folder None)."""
+    # Its embedding is not drawn at random, which would import the compiler here: a second.
     with torch.device("meta"):
         model = Transformer(config, compute_dtype)
     model = model.to(weight_dtype).to_empty(device=device)
