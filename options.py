@@ -26,6 +26,7 @@ run has stored < `--config file.toml` < command line.
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import re
@@ -137,7 +138,7 @@ def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: b
 
 def read_layers(cls: Cls, argv: Words) -> list[Values]:
     """Return what each `--config` file sets, then what the command line sets; later ones win."""
-    given = vars(_Parser(cls).parse_args(_normalize(cls, argv)))
+    given = vars(_parser(cls).parse_args(_normalize(cls, argv)))
     sources = [(f"{file}: ", read_file(file)) for file in given.pop("config", [])]
     layers = []
     for prefix, values in [*sources, ("--", given)]:
@@ -205,6 +206,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
+
+
+@functools.cache
+def _parser(cls: Cls) -> _Parser:
+    """The parser of a class. A study parses hundreds of runs, and making one takes longer."""
+    return _Parser(cls)
 
 
 def _help(cls: Cls, spec: Field) -> str:

@@ -106,7 +106,6 @@ class PackedAttention:
         *parts, slot_T = everything.split([*map(len, indices), self.tokens])
         return [Block(*pair) for pair in zip(parts, sizes, strict=True)], slot_T
 
-    @torch.compiler.disable()
     def _by_blocks(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int) -> Tensor:
         blocks, slot_T = self.blocks
         if not blocks:

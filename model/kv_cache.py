@@ -114,7 +114,6 @@ class PrefillAttention:
         self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
         self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
 
-    @torch.compiler.disable
     def __call__(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
     ) -> Tensor:
@@ -151,7 +150,6 @@ class DecodeAttention:
             self.masks[window] = mask_BS.masked_fill_(unseen_BS, -math.inf)[:, None, None]
         return self.masks[window]
 
-    @torch.compiler.disable
     def __call__(
         self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, window: int
     ) -> Tensor:

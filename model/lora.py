@@ -77,6 +77,9 @@ class Dropout:
         self.key_T = torch.empty(0, dtype=torch.long)
         # Each feature has 16 random bits: it is kept if they are below this level.
         self.level = min(max(round((1 - probability) * 2**16), 1), 2**16 - 1)
+        # Compiled, the layer's name and the step would make a graph of their own each. Made here:
+        # it imports the compiler, which takes a second, and models without adapters need not wait.
+        self.masked = torch.compiler.disable(LoraLinear.masked)
 
     def begin(self, step: int, applied: bool = True) -> None:
         """Called before the forward passes of a step.
@@ -140,11 +143,9 @@ class LoraLinear(Linear):
         # Generation, evaluation and log-probs run without gradients, and without dropout.
         seen = input
         if self.dropout.active(self):
-            seen = self.masked(input)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            seen = self.dropout.masked(self, input)  # pyright: ignore[reportCallIssue]
         return super().forward(input) + self.lora_B(self.lora_A(seen) * self.scale)
 
-    # Compiled, the layer's name and the step would make a graph of their own each.
-    @torch.compiler.disable
     def masked(self, x_TD: Tensor) -> Tensor:
         return self.dropout(x_TD, self.name)
 

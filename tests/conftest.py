@@ -36,6 +36,24 @@ def real_data():
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are empty files: drawing takes most of a small run. Other tests look at them."""
+    import eval.__main__
+    import train
+
+    monkeypatch.setattr(train, "draw_curves", lambda run: (Path(run) / "curves.png").touch())
+    monkeypatch.setattr(eval.__main__, "draw", lambda summaries, path: path.touch())
+
+
+# Files with the longest tests: they come first, so that no worker ends with one of them alone.
+LONG = ["tests/test_triton.py", "tests/test_study.py", "tests/test_train.py"]
+LONG += ["tests/test_signals.py", "tests/test_forking.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no worker ends with them alone."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    items.sort(key=place)

@@ -3,7 +3,12 @@
 import contextlib
 import io
 import os
+import runpy
 import socket
+import subprocess
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -11,20 +16,74 @@ import torch.multiprocessing as mp
 import train
 from data.batch import GlobalBatch
 from model import parallel
+from tests import gates
+from tests.conftest import ROOT
+
+
+def forks():
+    """Processes that are forks of one that has imported this module and what optimizers import."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.pyplot"])
+    return context
+
+
+def start(*argv: str, cwd: Path, main=train.main, **environment: str) -> BaseProcess:
+    """`train.py` on the CPU in a process of its own; cwd/stdout and cwd/stderr have what it says.
+
+    main: what is run in its place.
+    """
+    process = forks().Process(target=train_main, args=(main, argv, cwd, environment))
+    process.start()
+    return process
+
+
+def run(*argv: str, cwd: Path, ranks=0, timeout=120, main=train.main, **environment: str):
+    """What `start` began, on this many ranks of a group if not on one alone, when it has ended."""
+    for name in ("stdout", "stderr"):
+        (cwd / name).write_text("")
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(max(ranks, 1)):
+        if ranks:
+            environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(start(*argv, cwd=cwd, main=main, **environment))
+    for process in processes:
+        process.join(timeout)
+        process.kill()  # what has not ended
+        process.join()
+    code = max((process.exitcode for process in processes), key=abs)
+    out, err = ((cwd / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, out, err)
+
+
+def train_main(main, argv, cwd, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    code = main(["--device=cpu", *argv])
+    parallel.close()
+    sys.exit(code)
+
+
+def main_of_a_copy(argv):
+    """`python train.py` in the working directory, which has the project's files."""
+    for name in gates.source_files(ROOT):
+        sys.modules.pop(name.removesuffix(".py").replace("/", "."), None)
+        sys.modules.pop(Path(name).parent.as_posix().replace("/", "."), None)  # its package
+    sys.path = [os.getcwd(), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.argv = ["train.py", *argv]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 def spawned(main, world, *arguments):
     """What rank 0 of `world` processes puts into the queue `results`; raises if one fails.
 
-    Each process runs main(rank, world, port, *arguments, results). They are forks of one that has
-    imported torch and has done nothing else.
+    Each process runs main(rank, world, port, *arguments, results).
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    forks = mp.get_context("forkserver")
-    forks.set_forkserver_preload([__name__])
-    results = forks.SimpleQueue()
+    port = free_port()
+    results = forks().SimpleQueue()
     processes = mp.start_processes(
         main, (world, port, *arguments, results), world, join=False, start_method="forkserver"
     )
@@ -33,6 +92,12 @@ def spawned(main, world, *arguments):
     done = results.get()
     processes.join()
     return done
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def setup(world, rank, port, patience=None):

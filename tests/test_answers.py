@@ -318,6 +318,7 @@ def written(rng, depth):
 def test_expressions_have_the_values_that_sympy_gives_them():
     sympy = pytest.importorskip("sympy")
     rng, names, seen = random.Random(3), {"x": sympy.Symbol("x"), "y": sympy.Symbol("y")}, []
+    point = {names["x"]: 0.7381, names["y"]: 2.2913}
     for _ in range(120):
         latex, python = written(rng, rng.randint(1, 3))
         value = sympy.sympify(python, locals=names)
@@ -328,7 +329,10 @@ def test_expressions_have_the_values_that_sympy_gives_them():
         expanded = read(sympy.latex(sympy.expand(value), mul_symbol="dot"))
         assert equal(tree, expanded), value
         other_tree, other = seen[(i * 7 + 1) % len(seen)]
-        verdicts.append(sympy.simplify(value - other) == 0)
+        # simplify takes long and is left out where the values at a point differ
+        difference = value - other
+        apart = abs(difference.evalf(30, subs=point)) > 1e-9
+        verdicts.append(not apart and sympy.simplify(difference) == 0)
         assert equal(tree, other_tree) == verdicts[-1], (value, other)
         assert not equal(tree, op("add", tree, num(Fraction(1, 10**30))))
     assert len(verdicts) > 100 and verdicts.count(False) > 80

@@ -1,12 +1,9 @@
 """The exercises of docs/forking.md: each is applied to a copy of the project and run."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +11,9 @@ import pytest
 
 from tests import gates
 from tests.conftest import ROOT
+from tests.distributed_workers import main_of_a_copy, run
 
-SMALL = [
-    "--steps=2",
-    "--batch_size=4",
-    "--eval_examples=2",
-    "--eval_tokens=4",
-    "--device=cpu",
-    "--name=fork",
-]
+SMALL = ["--steps=2", "--batch_size=4", "--eval_examples=2", "--eval_tokens=4", "--name=fork"]
 FOR_MODE = {
     "sft": [],
     "kd": ["--teacher=tiny-teacher"],
@@ -92,10 +83,10 @@ def test_an_exercise_runs(exercise, project, tmp_path):
     riddles = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(200)]
     (copy / "riddles.jsonl").write_text("\n".join(map(json.dumps, riddles)))
     mode = exercise.command[exercise.command.index("--mode") + 1]
-    command = [sys.executable, *exercise.command[1:], *SMALL, *FOR_MODE[mode]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert exercise.command[:2] == ["python", "train.py"]
+    argv = [*exercise.command[2:], *SMALL, *FOR_MODE[mode]]
+    result = run(*argv, cwd=copy, main=main_of_a_copy)
     assert result.returncode == 0, result.stderr
-    run = copy / "runs/fork"
-    assert (run / "checkpoints/step-2/model.safetensors").is_file()
-    assert SIGNS.get(exercise.name, "") in (run / "metrics.jsonl").read_text()
+    folder = copy / "runs/fork"
+    assert (folder / "checkpoints/step-2/model.safetensors").is_file()
+    assert SIGNS.get(exercise.name, "") in (folder / "metrics.jsonl").read_text()

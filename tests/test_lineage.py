@@ -23,6 +23,7 @@ from model.lineage import Lineage, fingerprints
 from run import RunFolder
 from tests.test_eval import checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUESTIONS = [
     f"Tom has {i} figs and buys {i + 1} more.\nHow many figs  has he now?" for i in range(6)
 ]
@@ -362,8 +363,8 @@ def test_teachers_and_references_count(capsys):
 
 
 def test_the_embedded_teacher_and_student_are_known(capsys, monkeypatch):
-    monkeypatch.setitem(toy_models.TEACHER, "steps", 1)
-    monkeypatch.setitem(toy_models.TEACHER, "batch_size", 2)
+    for name, value in {"steps": 1, "batch_size": 2, "eval_examples": 0}.items():
+        monkeypatch.setitem(toy_models.TEACHER, name, value)
     ran("kd", "--mode=kd", "--data=word_problems:4")
     stated = json.load(open("runs/kd/checkpoints/step-1/trained_on.json"))
     assert evaluated(capsys, "runs/kd") == (0, "") and "the toy teacher" in stated["ancestors"]

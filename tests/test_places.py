@@ -2,18 +2,16 @@
 
 import itertools
 import os
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
+import train
 from data import sandbox
 from errors import UserError
 from model import parallel
 from run import environment
-from tests.conftest import ROOT
+from tests.distributed_workers import free_port, run
 
 MEET = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
@@ -209,30 +207,17 @@ def test_no_combination_hangs_or_ends_in_a_traceback(monkeypatch):
         )
 
 
+def impatient(argv):
+    parallel.MEETING = 2.0
+    return train.main(argv)
+
+
 def test_who_waits_for_others_in_vain_says_so_in_one_line(tmp_path):
     """A rendezvous that nobody else comes to."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = "import sys\nfrom model import parallel\nparallel.MEETING = 2.0\n"
-    code += "import train\nsys.exit(train.main(sys.argv[1:]))"
-    env = os.environ | dict(
-        WORLD_SIZE="2",
-        RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        PYTHONPATH=str(ROOT),
-        OMP_NUM_THREADS="1",
-    )
+    group = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = str(free_port())
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--mode=sft", "--device=cpu"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run("--mode=sft", cwd=tmp_path, main=impatient, **group)
     last = done.stderr.strip().splitlines()[-1]
     assert (
         done.returncode == 2

@@ -15,10 +15,11 @@ from config import validate
 from data.tokenizer import Tokenizer
 from model.generate import Completion
 from run import read_metrics
-from tests import test_train
+from tests import distributed_workers as workers
 from tests.chat_templates import OPENED
 from tests.test_train import SMALL, timeless
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 GRPO = [
     "--mode=grpo",
     *SMALL,
@@ -33,7 +34,7 @@ GRPO = [
 def run(*args, cwd, ranks=0):
     """(exit code, output) of a run: in this process where one rank does, since a start is slow."""
     if ranks:
-        result = test_train.run(*args, cwd=cwd, ranks=ranks)
+        result = workers.run(*args, cwd=cwd, ranks=ranks)
         return result.returncode, result.stderr
     said = io.StringIO()
     torch.set_num_threads(1)
@@ -550,6 +551,7 @@ def test_grpo_on_real_gsm8k(real_data, start, tmp_path):
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
         "--model=small",
         "--micro_batch_tokens=1024",
+        "--train_examples=200",
         "--steps=2",
         "--batch_size=4",
         "--grpo_samples=2",

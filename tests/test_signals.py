@@ -23,6 +23,7 @@ from model import parallel
 from run import STOP_SIGNALS, RunFolder, handled
 from tests.test_train import SMALL, command, timeless
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = [
     "--device=cpu",
     "--steps=6",
@@ -97,7 +98,8 @@ def test_what_is_ignored_stays_so_as_under_nohup(sent_at):
 
 def test_a_signal_while_the_toy_teacher_trains(monkeypatch, capfd):
     """It is passed on to the process that trains the teacher; the same command goes on with it."""
-    monkeypatch.setitem(toy_models.TEACHER, "steps", 40)
+    for name, value in {"steps": 200, "batch_size": 2, "eval_examples": 0}.items():
+        monkeypatch.setitem(toy_models.TEACHER, name, value)
     kd = ["--mode=kd", *QUICK, "--name=k"]
     stop = threading.Thread(target=signal_after_first_step, args=(signal.SIGUSR1,))
     stop.start()

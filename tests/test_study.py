@@ -27,6 +27,7 @@ from eval.study import jobs, scheduler
 from eval.study import plan as study_plan
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FILES = sorted((ROOT / "recipes" / "study").glob("*.toml"))
 FILE = """
 [study]

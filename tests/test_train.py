@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import toy_models
 import train
 from run import RunFolder, read_metrics
 from tests.conftest import ROOT
+from tests.distributed_workers import run, start
 
 SMALL = [
     "--steps=6",
@@ -30,19 +32,19 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gb")
 
 
 def command(*args, cwd, ranks=0):
-    start = (
+    torchrun = (
         ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         if ranks
         else []
     )
-    return [sys.executable, *start, str(ROOT / "train.py"), "--device=cpu", *args], dict(
+    return [sys.executable, *torchrun, str(ROOT / "train.py"), "--device=cpu", *args], dict(
         cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
-def run(*args, cwd, ranks=0, timeout=120):
+def as_users_run(*args, cwd, ranks=0):
     argv, options = command(*args, cwd=cwd, ranks=ranks)
-    return subprocess.run(argv, **options, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(argv, **options, capture_output=True, text=True, timeout=120)
 
 
 def sft(*args, cwd, **more):
@@ -61,7 +63,7 @@ def timeless(folder):
 def teacher(tmp_path_factory):
     """A checkpoint of a six-step run, and everything that run left behind."""
     cwd = tmp_path_factory.mktemp("teacher")
-    result = sft("--name=t", "--model=tiny-teacher", cwd=cwd)
+    result = as_users_run("--mode=sft", *SMALL, "--name=t", "--model=tiny-teacher", cwd=cwd)
     assert result.returncode == 0, result.stderr
     return cwd / "runs" / "t", result
 
@@ -136,15 +138,12 @@ def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher
     args = ["--name=r", f"--teacher={teacher[0] / 'checkpoints' / 'step-6'}", "--kd_ce=0.2"]
     whole = run("--mode=kd", *SMALL, *args, "--runs=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    argv, options = command("--mode=kd", *SMALL, *args, "--runs=cut", cwd=tmp_path)
-    process = subprocess.Popen(
-        argv, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start("--mode=kd", *SMALL, *args, "--runs=cut", cwd=tmp_path)
     metrics = tmp_path / "cut" / "r" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 4) and process.poll() is None:
+    while not (metrics.exists() and metrics.read_text().count("\n") > 4) and process.is_alive():
         time.sleep(0.002)
     process.kill()
-    process.wait()
+    process.join()
     with open(metrics, "a") as f:
         f.write('{"step": 3, "train/lo')  # as if cut while writing
     resumed = run(
@@ -161,23 +160,15 @@ def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(tmp_path):
-    argv, options = command(
-        "--mode=sft",
-        *SMALL,
-        "--steps=300",
-        "--save_every=0",
-        "--eval_every=0",
-        "--name=s",
-        cwd=tmp_path,
-    )
-    process = subprocess.Popen(
-        argv, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "step   0/300" not in (line := process.stdout.readline()) and "step 0/300" not in line:
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--name s --resume" in out, (out, err)
+    sft = ["--mode=sft", *SMALL, "--steps=300", "--save_every=0", "--eval_every=0", "--name=s"]
+    process, said = start(*sft, cwd=tmp_path), tmp_path / "stdout"
+    while not (said.exists() and "0/300" in said.read_text()):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    out, err = said.read_text(), (tmp_path / "stderr").read_text()
+    assert process.exitcode == 0 and "--name s --resume" in out, (out, err)
     (step,) = RunFolder(tmp_path / "runs" / "s").steps()
     assert (
         step < 300
@@ -196,7 +187,10 @@ def test_torchrun_with_two_ranks_trains_the_same_model(teacher, tmp_path):
         "--micro_batch_tokens=130",
         f"--teacher={teacher[0] / 'checkpoints/step-6'}",
     ]
-    results = [run(*args, f"--name=w{n}", cwd=tmp_path, ranks=n) for n in (1, 2)]
+    results = [
+        run(*args, "--name=w1", cwd=tmp_path, ranks=1),
+        as_users_run(*args, "--name=w2", cwd=tmp_path, ranks=2),
+    ]
     assert all(r.returncode == 0 for r in results), results[1].stderr
     one, two = (timeless(tmp_path / "runs" / f"w{n}") for n in (1, 2))
     assert len(one) == len(two) == 5
@@ -318,28 +312,21 @@ def test_a_student_of_some_of_the_layers_goes_on_as_it_was(teacher, more, tmp_pa
     assert config["num_hidden_layers"] == 2
 
 
+def on_a_full_disk(argv):
+    save = train.save_model
+
+    def fail(model, folder, **more):
+        if folder.name == ".draft-4":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        save(model, folder, **more)
+
+    train.save_model = fail
+    return train.main(argv)
+
+
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     """A limit of file size stands in for a full disk: the second checkpoint's weights fail."""
-    limited = (
-        "import resource, sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import train; save = train.save_model\n"
-        "def fail(model, folder, **more):\n"
-        "    if folder.name == '.draft-4':\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "    save(model, folder, **more)\n"
-        "train.save_model = fail; sys.exit(train.main(sys.argv[1:]))"
-    )
-    argv = [
-        sys.executable,
-        "-c",
-        limited,
-        str(ROOT),
-        "--mode=sft",
-        "--device=cpu",
-        *SMALL,
-        "--name=d",
-    ]
-    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    result = run("--mode=sft", *SMALL, "--name=d", cwd=tmp_path, main=on_a_full_disk)
     assert (
         result.returncode == 1
         and "could not be written" in result.stderr
@@ -366,6 +353,7 @@ def test_wandb_offline_gets_the_metrics(tmp_path):
 def test_nothing_optional_is_imported_unasked():
     """triton is hidden, as on a machine without it: PyTorch's own compiler loads it where it is."""
     optional = ("wandb", "matplotlib", "pyarrow", "transformers", "huggingface_hub")
+    optional += ("torch._dynamo",)  # takes as long as all of torch
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['triton'] = None\n"
     code += f"import train; print([m for m in {optional} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -377,6 +365,7 @@ def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
     """Real tokenizer, 151,936 head rows, a small body: the loss falls; the mask begins right."""
     args = [
         f"--data={real_data / 'gsm8k'}",
+        "--train_examples=200",
         f"--tokenizer={real_data / 'qwen2.5-tokenizer'}",
         "--model=small",
         "--micro_batch_tokens=1024",

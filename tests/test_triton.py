@@ -3,7 +3,6 @@
 Each in a process of its own, since the interpreter is chosen when Triton is imported.
 """
 
-import functools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="Triton is installed on Linux alone")
 
-from tests.compile_kernels import SHARED_LIMIT
+from tests.compile_kernels import READ, SHARED_LIMIT
 
 
 def run(*command: str, **environment: str) -> str:
@@ -61,23 +60,16 @@ def test_by_the_interpreter(name, select, at_least):
     assert passed and int(passed[1]) >= at_least, printed[-2000:]
 
 
-@functools.cache
-def compiled(name: str, capability: int) -> list[dict]:
-    """What the assembler says about a group of kernels; compiled once by a worker."""
+# One test for all that is asked of a group of kernels, since workers compile it anew.
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 10)])
+def test_compiled_kernels(name, at_least, capability):
+    """They keep to registers and shared memory, and use the tensor cores."""
     with tempfile.TemporaryDirectory() as cache:
         printed = run(
             "-m", "tests.compile_kernels", name, str(capability), TRITON_CACHE_DIR=cache
         )  # fmt: skip
-    return [json.loads(line) for line in printed.splitlines()]
-
-
-GPUS = pytest.mark.parametrize("capability", [80, 90])
-
-
-@GPUS
-@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 10)])
-def test_compiled_kernels_keep_to_registers_and_shared_memory(name, at_least, capability):
-    kernels = compiled(name, capability)
+    kernels = [json.loads(line) for line in printed.splitlines()]
     assert len(kernels) >= at_least
     # a configuration for 8.x serves Ada too, whose programs have 99 KB
     shared_limit = SHARED_LIMIT[90 if capability == 90 else 89]
@@ -87,11 +79,14 @@ def test_compiled_kernels_keep_to_registers_and_shared_memory(name, at_least, ca
         assert k["atomics"] == 0, f"an order that depends on timing: {k}"
         if k["case"].startswith("gradient"):
             assert k["registers"] <= 80, f"fewer than three programs fit: {k}"
+    if name == "head":
+        check_products(kernels, capability)
+    else:
+        check_attention(kernels, capability)
 
 
-@GPUS
-def test_compiled_products_use_the_tensor_cores(capability):
-    products = [k for k in compiled("head", capability) if k["case"].startswith("logits")]
+def check_products(kernels: list[dict], capability: int) -> None:
+    products = [k for k in kernels if k["case"].startswith("logits")]
     assert products
     for k in products:
         if capability == 90:
@@ -102,12 +97,11 @@ def test_compiled_products_use_the_tensor_cores(capability):
             assert k["mma"] >= 32 and k["wgmma"] == 0, k
 
 
-@GPUS
-def test_compiled_attention_uses_the_tensor_cores(capability):
+def check_attention(kernels: list[dict], capability: int) -> None:
     packed, split = [], []
-    for k in compiled("attention", capability):
+    for k in kernels:
         kernel = k["case"].split()[0]
-        if kernel in ("forward_kernel", "queries_kernel", "keys_kernel"):
+        if kernel in READ:
             packed.append(k)
         elif kernel == "split_kernel":
             split.append(k)

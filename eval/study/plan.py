@@ -101,13 +101,14 @@ class _Planner:
     """Turns the tables of a file into jobs.
 
     jobs: {name: Job}, in an order in which they may run. models: {NAME: what [model.NAME] stands
-    for}, None while that is being found out.
+    for}, None while that is being found out. checked: the options of runs, as they are written.
     """
 
     def __init__(self, file: StudyFile) -> None:
         self.file = file
         self.jobs: dict[str, Job] = {}
         self.models: dict[str, Job | str | None] = {}
+        self.checked: dict[str, dict] = {}
 
     def study(self, title: str, chosen: list[str]) -> Study:
         settings = self.file.settings
@@ -159,7 +160,9 @@ class _Planner:
 
     def run_options(self, name: str) -> dict:
         """The options of a run, with jobs for what "@NAME" stands for."""
-        given = self.file.run_options(name)
+        if name not in self.checked:
+            self.checked[name] = self.file.run_options(name)
+        given = dict(self.checked[name])
         for key in REFERRING:
             if key in given:
                 given[key] = self.resolve(str(given[key]), key)

@@ -86,12 +86,13 @@ def assert_close(got, want, tolerance):
 
 
 def assert_gradients(loss, leaves, want, leaves64, tolerance=5e-6):
+    """Returns the gradients of the loss."""
     assert_close(loss.detach(), want.detach(), 1e-6)
-    for got, exact in zip(
-        torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves64), strict=True
-    ):
+    gradients = torch.autograd.grad(loss, leaves)
+    for got, exact in zip(gradients, torch.autograd.grad(want, leaves64), strict=True):
         assert got.dtype == torch.float32
         assert_close(got, exact, tolerance)
+    return gradients
 
 
 @pytest.mark.parametrize(
@@ -129,15 +130,9 @@ def test_divergence_equals_reference(name, beta, temperature, ce):
         ce_weight=ce,
         t_squared=False,
     )
-    assert_gradients(loss, (hidden, head), (want_N * weight.double()).sum(), (h, w))
-    assert (
-        torch.autograd.grad(
-            linear_kl(hidden, head, th, tw, weight, name, beta=beta, vocab=vocab)[0], head
-        )[0][vocab:]
-        .abs()
-        .max()
-        == 0
-    )
+    want = (want_N * weight.double()).sum()
+    _, of_head = assert_gradients(loss, (hidden, head), want, (h, w))
+    assert of_head[vocab:].abs().max() == 0
 
 
 @pytest.mark.parametrize("hopper", [True, False])
@@ -149,7 +144,7 @@ def test_divergence_equals_reference(name, beta, temperature, ce):
         (16, 16, 16, 0, 16),
         (17, 17, 20, 0, 17),
         (5, 48, 36, 100, 3),
-        (33, 700, 4, 1, 20),
+        (33, 300, 4, 1, 20),
     ],
 )
 def test_ragged_sizes(n, vocab, width, padding, rows, hopper, monkeypatch):
