@@ -22,7 +22,7 @@ def packed_cases() -> Iterator[Compilation]:
             for kernel, config in zip(KERNELS, configs, strict=True):
                 names = kernel.arg_names
                 types = dict.fromkeys(names[: names.index("tiles_ptr")], BF16)
-                types |= dict(lse_ptr=FP32, tiles_ptr=TILES, tokens="i32")
+                types |= dict(lse_ptr=FP32, tiles_ptr=TILES, tokens="i32", window="i32")
                 if "delta_ptr" in names:
                     types["delta_ptr"] = FP32
                 constants = dict(
@@ -33,6 +33,7 @@ def packed_cases() -> Iterator[Compilation]:
                     ROWS=config.rows,
                     KEYS=config.keys,
                     TRANSPOSED=config.transposed,
+                    WINDOWED=False,
                 )
                 yield Compilation(
                     case=f"{kernel.__name__} E={head_dim}",

@@ -26,6 +26,8 @@ SHAPES = sorted(
 )
 TILE = 16
 RAGGED = [0, 1, TILE - 1, TILE, 0, TILE + 1, 2 * TILE + 5]
+# Queries and keys at a time, and windows: one key, less than a tile, a tile and about, several.
+WINDOWS = [(16, 16, 1), (16, 16, 7), (16, 32, 16), (32, 16, 17), (32, 32, 40), (16, 16, 69)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,26 +48,33 @@ def tensors(lengths, heads, kv_heads, size, dtype=torch.float32, seed=0):
     ]
 
 
-def formula(q_THE, k_TKE, v_TKE, lengths):
-    """Causal attention as it is defined, in fp64: a document, a head and a query at a time."""
+def formula(q_THE, k_TKE, v_TKE, lengths, window=0):
+    """Causal attention as it is defined, in fp64: a document, a head and a query at a time.
+
+    With a window a query sees that many keys, its own the last.
+    """
     outputs, group = [], q_THE.shape[1] // k_TKE.shape[1]
     for q, k, v in zip(*(x.double().split(lengths) for x in (q_THE, k_TKE, v_TKE)), strict=True):
         for i in range(len(q)):
             heads = []
             for h in range(q.shape[1]):
-                score = (k[: i + 1, h // group] * q[i, h]).sum(1) / q.shape[2] ** 0.5
+                seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
+                score = (k[seen, h // group] * q[i, h]).sum(1) / q.shape[2] ** 0.5
                 e = (score - score.detach().max()).exp()
-                heads.append((e[:, None] * v[: i + 1, h // group]).sum(0) / e.sum())
+                heads.append((e[:, None] * v[seen, h // group]).sum(0) / e.sum())
             outputs.append(torch.stack(heads))
     return torch.stack(outputs)
 
 
-def faster(q_THE, k_TKE, v_TKE, lengths):
+def faster(q_THE, k_TKE, v_TKE, lengths, window=0):
     """`formula` by matrices, for the larger cases. `test_the_formulas_agree` compares them."""
     outputs, group = [], q_THE.shape[1] // k_TKE.shape[1]
     for q, k, v in zip(*(x.double().split(lengths) for x in (q_THE, k_TKE, v_TKE)), strict=True):
         score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) / q.shape[2] ** 0.5
-        score = score.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+        hidden = torch.ones(len(q), len(q)).triu(1)
+        if window:
+            hidden += torch.ones(len(q), len(q)).tril(-window)
+        score = score.masked_fill(hidden.bool(), -torch.inf)
         outputs.append(
             torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1))
         )
@@ -77,14 +86,14 @@ def assert_close(got, want, tolerance=2e-6):
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
-def run(qkv, lengths, upstream):
-    o = PackedAttention(lengths)(0, *qkv)
+def run(qkv, lengths, upstream, window=0):
+    o, _ = triton_attention.attention(*qkv, PackedAttention(lengths).tiles, window)
     return o.detach(), *torch.autograd.grad(o, qkv, upstream)
 
 
-def exact(qkv, lengths, upstream):
+def exact(qkv, lengths, upstream, window=0):
     leaves = [x.detach().double().requires_grad_() for x in qkv]
-    o = faster(*leaves, lengths)
+    o = faster(*leaves, lengths, window)
     return o.detach(), *torch.autograd.grad(o, leaves, upstream.double())
 
 
@@ -97,7 +106,9 @@ def use(monkeypatch, configs):
 
 def test_the_formulas_agree():
     qkv = tensors([3, 0, 1, 9], 4, 2, 16, torch.float64)
-    assert_close(faster(*qkv, [3, 0, 1, 9]), formula(*qkv, [3, 0, 1, 9]), 1e-14)
+    for window in (0, 1, 4):
+        want = formula(*qkv, [3, 0, 1, 9], window)
+        assert_close(faster(*qkv, [3, 0, 1, 9], window), want, 1e-14)
 
 
 @pytest.mark.parametrize("heads,kv_heads,size", SHAPES, ids=str)
@@ -124,6 +135,46 @@ def test_tiles(rows, keys, transposed, monkeypatch):
     qkv, upstream = tensors(lengths, 2, 1, 16), torch.randn(sum(lengths), 2, 16)
     for got, want in zip(run(qkv, lengths, upstream), exact(qkv, lengths, upstream), strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("rows,keys,window", WINDOWS)
+def test_windows(rows, keys, window, monkeypatch):
+    """Queries see a window of keys: values, gradients, and each document by itself to the bit."""
+    use(monkeypatch, Config(rows, keys, 4, 1, transposed=window % 2 == 0))
+    monkeypatch.setattr(triton_attention, "TILE", 32)
+    lengths = [70, 1, 0, 17]
+    qkv, upstream = tensors(lengths, 4, 2, 16), torch.randn(sum(lengths), 4, 16)
+    got = run(qkv, lengths, upstream, window)
+    for a, b in zip(got, exact(qkv, lengths, upstream, window), strict=True):
+        if b.any():
+            assert_close(a, b)
+        else:  # a window of one key: its weight is 1, whatever the score
+            assert a.abs().max() < 1e-5
+    first = [x.detach()[:70].requires_grad_() for x in qkv]
+    for a, b in zip(run(first, [70], upstream[:70], window), got, strict=True):
+        assert torch.equal(a, b[:70])
+
+
+def test_a_window_of_everything_is_none_to_the_bit():
+    qkv, upstream = tensors(RAGGED, 2, 1, 16), torch.randn(sum(RAGGED), 2, 16)
+    want = run(qkv, RAGGED, upstream)
+    for window in (max(RAGGED), 2**31 - 1):
+        got = run(qkv, RAGGED, upstream, window)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_keys_beyond_a_window_are_never_seen():
+    """Not even where they hold no numbers, and no gradient reaches them."""
+    lengths, window = [60], 9
+    qkv, upstream = tensors(lengths, 2, 1, 16), torch.zeros(60, 2, 16)
+    upstream[50:] = torch.randn(10, 2, 16)
+    want = run(qkv, lengths, upstream, window)
+    for x in qkv[1:]:
+        x.data[:42] = torch.randn(42, 1, 16) * 1e3
+    got = run(qkv, lengths, upstream, window)
+    assert all(torch.equal(a[50:], b[50:]) for a, b in zip(got[:2], want[:2], strict=True))
+    for a, b in zip(got[2:], want[2:], strict=True):
+        assert torch.equal(a, b) and not a[:42].any() and a[42:].any(2).all()
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -165,7 +216,7 @@ def test_the_operator_keeps_torchs_rules():
     o, lse = triton_attention.attention(q, k, v, tiles)
     library.opcheck(
         triton_attention.attention_backward,
-        (q, k, v, o, lse, q, tiles),
+        (q, k, v, o, lse, q, tiles, 3),
         test_utils=("test_schema", "test_faketensor"),
     )
     library.opcheck(
