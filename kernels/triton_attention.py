@@ -7,8 +7,9 @@ with the most work come first, which keeps what still runs at the end short.
 
 Keys that all queries of a program see need no mask. Each kernel therefore runs its loop twice: over
 the blocks without a mask, and over those on the diagonal, where positions are compared. With a
-sliding window there is a third loop, over the blocks that the window's far edge cuts; what lies
-beyond is never read. Without a window nothing of this is compiled.
+sliding window the kernels that own queries have a third loop, over the blocks that the window's far
+edge cuts, and the one that owns keys masks all its blocks; what lies beyond the window is never
+read. Without a window nothing of this is compiled.
 The query heads of a key-value head read the same keys; its gradient is their sum, made inside one
 program. There are no atomics and no order that depends on timing: the same inputs give the same
 bits, and a document's bits do not depend on its neighbours.
@@ -73,6 +74,11 @@ CONFIGS = {
             queries=Config(128, 64, 8, 2, transposed=True),
             keys=Config(32, 128, 8, 2, transposed=True),
         ),
+        256: Configs(
+            forward=Config(128, 64, 8, 2, transposed=True),
+            queries=Config(128, 32, 8, 2, transposed=True),
+            keys=Config(32, 64, 8, 2, transposed=True),
+        ),
     },
     8: {
         64: Configs(
@@ -81,19 +87,22 @@ CONFIGS = {
         128: Configs(
             forward=Config(128, 64, 8, 2), queries=Config(64, 64, 8, 2), keys=Config(64, 64, 8, 2)
         ),
+        256: Configs(
+            forward=Config(64, 32, 8, 2), queries=Config(32, 32, 4, 2), keys=Config(32, 32, 8, 2)
+        ),
     },
 }
 
 
 def configs_for(device: torch.device, head_dim: int) -> Configs:
-    """The configurations for a device and a head dimension of up to 128."""
+    """The configurations for a device and a head dimension of up to 256."""
     if device.type != "cuda":  # the interpreter
         config = Config(TILE, TILE, 4, 1)
         return Configs(config, config, config)
     major, _ = torch.cuda.get_device_capability(device)
     # 12.x has the shared memory of 8.9
     table = CONFIGS[9] if major in (9, 10) else CONFIGS[8]
-    return table[64 if head_dim <= 64 else 128]
+    return table[max(64, triton.next_power_of_2(head_dim))]
 
 
 def tile_map(lengths: Sequence[int]) -> Tensor:
@@ -284,6 +293,8 @@ def forward_kernel(
                 v = _load(v_ptr, at, length, KEYS, K * E, E, PART == 2)
                 acc = _weighted(p, v, acc * _per(rescale, TRANSPOSED), TRANSPOSED)
                 most = higher
+        if E > 128:
+            head, start, length, first = _tile(tiles_ptr, H, TILE, ROWS)
         o_ptr += (start * H + head) * E
         _store(o_ptr, acc / _per(total, TRANSPOSED), first, length, ROWS, H * E, E, TRANSPOSED)
         lse_ptr += head * tokens + start
@@ -385,16 +396,10 @@ def keys_kernel(
         v = _load(v_ptr + own, first, length, KEYS, K * E, E, True)
         key = first + tl.arange(0, KEYS)
         dk, dv = _zeros(k_ptr, KEYS, E, TRANSPOSED), _zeros(k_ptr, KEYS, E, TRANSPOSED)
-        # the loops over queries: on the diagonal, those that see all keys, the window's edge
         diagonal_end = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
-        clear, end = length, length
-        if WINDOWED:
-            end = tl.minimum(first + KEYS - 1 + window, length)
-            clear = diagonal_end + tl.maximum(first + window - diagonal_end, 0) // ROWS * ROWS
-            clear = tl.minimum(clear, end)
-        bounds = (first, diagonal_end, clear, end)
-        for PART in tl.static_range(3 if WINDOWED else 2):
-            lo, hi = bounds[PART], bounds[PART + 1]
+        end = tl.minimum(first + KEYS - 1 + window, length) if WINDOWED else length
+        for DIAGONAL in tl.static_range(1, -1, -1):
+            lo, hi = (first, diagonal_end) if DIAGONAL else (diagonal_end, end)
             # One loop over blocks of queries and the heads of the group, so that short documents
             # fill the pipeline too.
             for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
@@ -403,7 +408,7 @@ def keys_kernel(
                 inside = query < length
                 q = _load(q_ptr + in_group * E, at, length, ROWS, H * E, E, True)
                 s = _scores(k, q)
-                if PART != 1:
+                if DIAGONAL or WINDOWED:
                     s = _hide(s, query[None, :], key[:, None], window, WINDOWED)
                 # p = 0 beyond the document's end
                 lse = tl.load(lse_ptr + in_group * tokens + query, mask=inside, other=float("inf"))
@@ -413,6 +418,10 @@ def keys_kernel(
                 delta = tl.load(delta_ptr + in_group * tokens + query, mask=inside, other=0.0)
                 ds = p * (_scores(v, do) - delta[None, :])
                 dk = _weighted(ds, q, dk, TRANSPOSED)
+        if E > 128:
+            # read again, or addresses that were needed before the loops keep their registers
+            head, start, length, first = _tile(tiles_ptr, K, TILE, KEYS)
+            own = (start * K + head) * E
         _store(dk_ptr + own, dk * (E**-0.5), first, length, KEYS, K * E, E, TRANSPOSED)
         _store(dv_ptr + own, dv, first, length, KEYS, K * E, E, TRANSPOSED)
 

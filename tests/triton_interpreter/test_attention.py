@@ -177,7 +177,7 @@ def test_keys_beyond_a_window_are_never_seen():
         assert torch.equal(a, b) and not a[:42].any() and a[42:].any(2).all()
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_the_configurations_of_a_gpu(size, monkeypatch):
     monkeypatch.setattr(triton_attention, "TILE", 128)
     lengths = [129, 0, 70]
@@ -221,7 +221,7 @@ def test_the_operator_keeps_torchs_rules():
     )
     library.opcheck(
         decode_attention._decode,
-        cache_case(2, 1, 16, [5, 0], 1),
+        (*cache_case(2, 1, 16, [5, 0], 1), 3),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -348,13 +348,14 @@ def cache_case(heads, kv_heads, size, lengths, steps, slots=700):
     return q, k, v, torch.tensor(lengths)
 
 
-def decode_formula(q, k, v, lengths):
+def decode_formula(q, k, v, lengths, window=0):
     out, (_, steps, heads, size) = torch.zeros(q.shape, dtype=torch.float64), q.shape
     for b, n in enumerate(lengths):
         for i in range(steps):
-            seen = max(0, n - steps + i + 1)
-            for h in range(heads if seen else 0):
-                keys, values = (x[b, h // (heads // k.shape[1]), :seen].double() for x in (k, v))
+            end = max(0, n - steps + i + 1)
+            seen = slice(max(0, end - window) if window else 0, end)
+            for h in range(heads if end else 0):
+                keys, values = (x[b, h // (heads // k.shape[1]), seen].double() for x in (k, v))
                 out[b, i, h] = ((keys * q[b, i, h].double()).sum(1) / size**0.5).softmax(0) @ values
     return out
 
@@ -379,6 +380,37 @@ def test_decode_of_several_tokens(steps):
     want = decode_formula(q, k, v, EDGES[:6])
     assert_close(decode_attention.decode_attention(q, k, v, n.int()), want)
     assert_close(decode_attention.decode_reference(q, k, v, n), want)
+
+
+@pytest.mark.parametrize("steps,window", [(1, 1), (1, 64), (1, 257), (4, 3), (4, 300)])
+def test_decode_with_a_window(steps, window):
+    """Splits before the window hold no numbers, and what the kernels leave unwritten none either."""
+    lengths = [1, 5, 256, 300, 513, 700]
+    q, k, v, n = cache_case(4, 2, 16, lengths, steps)
+    want = decode_formula(q, k, v, lengths, window)
+    assert_close(decode_attention.decode_reference(q, k, v, n, window), want)
+    for row, length in enumerate(lengths):
+        before = max(0, length - steps + 1 - window) // decode_attention.SPLIT
+        k[row, :, : before * decode_attention.SPLIT] = float("nan")
+        v[row, :, : before * decode_attention.SPLIT] = float("nan")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        got = decode_attention.decode_attention(q, k, v, n, window)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(got, want)
+    alone = decode_attention.decode_attention(
+        q[4:5], k[4:5, :, :520], v[4:5, :, :520], n[4:5], window
+    )
+    assert torch.equal(alone[0], got[4])
+
+
+def test_decode_with_a_window_of_everything_is_decode_without():
+    q, k, v, n = cache_case(2, 1, 256, [0, 1, 300, 700], 2)
+    want = decode_attention.decode_attention(q, k, v, n)
+    assert_close(want, decode_formula(q, k, v, [0, 1, 300, 700]))
+    for window in (700, 2**31 - 1):
+        assert torch.equal(decode_attention.decode_attention(q, k, v, n, window), want)
 
 
 def test_decode_does_not_depend_on_the_batch_or_the_cache():
