@@ -408,8 +408,10 @@ def keys_kernel(
                 inside = query < length
                 q = _load(q_ptr + in_group * E, at, length, ROWS, H * E, E, True)
                 s = _scores(k, q)
-                if DIAGONAL or WINDOWED:
+                if DIAGONAL:
                     s = _hide(s, query[None, :], key[:, None], window, WINDOWED)
+                elif WINDOWED:
+                    s = tl.where(query[None, :] < (key + window)[:, None], s, float("-inf"))
                 # p = 0 beyond the document's end
                 lse = tl.load(lse_ptr + in_group * tokens + query, mask=inside, other=float("inf"))
                 p = tl.exp2(s * SCALE - lse[None, :])

@@ -27,7 +27,7 @@ SHAPES = sorted(
 TILE = 16
 RAGGED = [0, 1, TILE - 1, TILE, 0, TILE + 1, 2 * TILE + 5]
 # Queries and keys at a time, and windows: one key, less than a tile, a tile and about, several.
-WINDOWS = [(16, 16, 1), (16, 16, 7), (16, 32, 16), (32, 16, 17), (16, 16, 40)]
+WINDOWS = [(16, 16, 1), (16, 16, 2), (16, 32, 16), (32, 16, 17), (16, 16, 40)]
 
 
 @pytest.fixture(autouse=True)
@@ -384,15 +384,15 @@ def test_decode_of_several_tokens(steps):
 
 @pytest.mark.parametrize("steps,window", [(1, 1), (1, 64), (1, 257), (4, 3), (4, 300)])
 def test_decode_with_a_window(steps, window):
-    """Splits before the window hold no numbers, nor does what the kernels leave unwritten."""
-    lengths = [1, 5, 256, 300, 513, 700]
+    """Blocks before the window hold no numbers, nor does what the kernels leave unwritten."""
+    lengths = [1, 5, 256, 300, 558, 700]
     q, k, v, n = cache_case(4, 2, 16, lengths, steps)
     want = decode_formula(q, k, v, lengths, window)
     assert_close(decode_attention.decode_reference(q, k, v, n, window), want)
     for row, length in enumerate(lengths):
-        before = max(0, length - steps + 1 - window) // decode_attention.SPLIT
-        k[row, :, : before * decode_attention.SPLIT] = float("nan")
-        v[row, :, : before * decode_attention.SPLIT] = float("nan")
+        before = max(0, length - steps + 1 - window) // decode_attention.BLOCK
+        k[row, :, : before * decode_attention.BLOCK] = float("nan")
+        v[row, :, : before * decode_attention.BLOCK] = float("nan")
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         got = decode_attention.decode_attention(q, k, v, n, window)
@@ -400,13 +400,13 @@ def test_decode_with_a_window(steps, window):
         torch.use_deterministic_algorithms(False)
     assert_close(got, want)
     alone = decode_attention.decode_attention(
-        q[4:5], k[4:5, :, :520], v[4:5, :, :520], n[4:5], window
+        q[4:5], k[4:5, :, :600], v[4:5, :, :600], n[4:5], window
     )
     assert torch.equal(alone[0], got[4])
 
 
 def test_decode_with_a_window_of_everything_is_decode_without():
-    q, k, v, n = cache_case(2, 1, 256, [0, 1, 300, 700], 2)
+    q, k, v, n = cache_case(2, 1, 256, [0, 1, 300, 700], 8)
     want = decode_attention.decode_attention(q, k, v, n)
     assert_close(want, decode_formula(q, k, v, [0, 1, 300, 700]))
     for window in (700, 2**31 - 1):
