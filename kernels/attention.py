@@ -70,8 +70,8 @@ class PackedAttention:
         """
         if len(q_THE) != self.tokens:
             raise ValueError(f"{len(q_THE)} tokens; the documents have {self.tokens}")
-        if self.tiles is not None and not window and backend.triton_attends(q_THE):
-            return self.attention(q_THE, k_TKE, v_TKE, self.tiles)[0]
+        if self.tiles is not None and backend.triton_attends(q_THE):
+            return self.attention(q_THE, k_TKE, v_TKE, self.tiles, window)[0]
         return self._by_blocks(q_THE, k_TKE, v_TKE, window)
 
     def _to_device(self, x: Tensor) -> Tensor:

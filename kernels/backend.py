@@ -49,9 +49,10 @@ def triton_serves(device: torch.device) -> bool:
 def triton_attends(q_THE: torch.Tensor) -> bool:
     """Whether the attention kernels take queries of this dtype and head dimension.
 
-    They take bf16 on a GPU, fp32 and fp64 in the interpreter, and 16, 32, 64 or 128 as E.
+    They take bf16 on a GPU, fp32 and fp64 in the interpreter, and 16, 32, 64, 128 or 256 as E.
     """
-    return (q_THE.dtype == torch.bfloat16) == q_THE.is_cuda and q_THE.shape[2] in (16, 32, 64, 128)
+    sizes = (16, 32, 64, 128, 256)
+    return (q_THE.dtype == torch.bfloat16) == q_THE.is_cuda and q_THE.shape[2] in sizes
 
 
 def triton_runs(x_nD: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ key-value head of one sequence and all query heads that share it, so a key is re
 kernel joins the splits by their log-sum-exp, in their order. So a sequence's result depends on
 neither the batch nor the size of the cache. The grid covers the cache's capacity and lengths are
 read on the device: the launch fits a CUDA graph, and programs beyond a sequence's end return at
-once. Slots beyond the end are never read, whatever lies there.
+once. Slots beyond the end are never read, whatever lies there; with a sliding window, nor are the
+splits before it, whose programs return and which the join leaves out.
 
 Legend: B sequences, L new tokens of each, S cache slots, H query heads, K key-value heads, E head
 dimension, J splits, R query rows of a key-value head (L · H/K; padded to 16 or more for the tensor
@@ -30,7 +31,9 @@ BLOCK, WARPS, STAGES = 64, 4, 3  # slots that split_kernel takes at a time
 JOIN = 16  # splits that join_kernel takes at a time
 
 
-def decode_reference(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor) -> Tensor:
+def decode_reference(
+    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int = 0
+) -> Tensor:
     """What the kernels compute, in plain PyTorch. See `decode_attention`.
 
     The softmax runs in at least fp32, and the host never waits for the device.
@@ -40,7 +43,10 @@ def decode_reference(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: T
     wide = torch.promote_types(q_BLHE.dtype, torch.float32)
     slot_S = torch.arange(S, device=q_BLHE.device)
     last_BL = length_B.unsqueeze(1) + torch.arange(L, device=q_BLHE.device) - L
-    seen_BL1S = (slot_S <= last_BL.unsqueeze(2)).unsqueeze(2)
+    seen_BLS = slot_S <= last_BL.unsqueeze(2)
+    if window:
+        seen_BLS &= slot_S > last_BL.unsqueeze(2) - window
+    seen_BL1S = seen_BLS.unsqueeze(2)
     used_B1S1 = (slot_S < length_B.unsqueeze(1))[:, None, :, None]
     k_BHSE, v_BHSE = (
         x[:B].to(wide).masked_fill(~used_B1S1, 0).repeat_interleave(H // K, 1)
@@ -52,7 +58,9 @@ def decode_reference(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: T
     return torch.einsum("blhs,bhse->blhe", p_BLHS, v_BHSE).to(q_BLHE.dtype)
 
 
-def decode_attention(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor) -> Tensor:
+def decode_attention(
+    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int = 0
+) -> Tensor:
     """Attention of each sequence's last L tokens over its row of the cache. No gradient.
 
     Args:
@@ -61,6 +69,7 @@ def decode_attention(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: T
             holds the new tokens.
         length_B: used slots of each row, int32 or int64 on the device, at most S. A sequence of
             length 0 gets zeros.
+        window: how many slots a query sees, its own the last; 0: all up to its own.
 
     Returns [B, L, H, E].
 
@@ -76,12 +85,14 @@ def decode_attention(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: T
         and backend.triton_serves(q_BLHE.device)
         and backend.triton_attends(q_BLHE.flatten(0, 1))
     ):
-        return _decode(q_BLHE, k_BKSE, v_BKSE, length_B)
-    return decode_reference(q_BLHE, k_BKSE, v_BKSE, length_B)
+        return _decode(q_BLHE, k_BKSE, v_BKSE, length_B, window)
+    return decode_reference(q_BLHE, k_BKSE, v_BKSE, length_B, window)
 
 
 @library.custom_op("srlm::decode_attention", mutates_args=())
-def _decode(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor) -> Tensor:
+def _decode(
+    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int
+) -> Tensor:
     q = q_BLHE.contiguous()
     B, L, H, E = q.shape
     K, S = k_BKSE.shape[1:3]
@@ -91,20 +102,22 @@ def _decode(q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor) ->
     lse_BKJR = q.new_empty(B, K, splits, rows, dtype=wide)
     o = torch.empty_like(q)
     if B and S:
-        sizes = dict(K=K, GROUP=H // K, L=L, E=E, SPLIT=SPLIT)
+        sizes = dict(K=K, GROUP=H // K, L=L, E=E, SPLIT=SPLIT, WINDOWED=window > 0)
+        window = min(window, S)
+        stages = STAGES if E <= 128 else 2  # what fits into 99 KB of shared memory
         padded_rows = max(16, triton.next_power_of_2(rows))
         split_kernel[(splits, K, B)](
             q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR, k_BKSE.stride(0), k_BKSE.stride(1),
-            ROWS=padded_rows, BLOCK=BLOCK, num_warps=WARPS, num_stages=STAGES, **sizes,
+            window, ROWS=padded_rows, BLOCK=BLOCK, num_warps=WARPS, num_stages=stages, **sizes,
         )  # fmt: skip
         join_kernel[(rows, K, B)](
-            part_BKJRE, lse_BKJR, length_B, o, splits, JOIN=JOIN, num_warps=1, **sizes
+            part_BKJRE, lse_BKJR, length_B, o, splits, window, JOIN=JOIN, num_warps=1, **sizes
         )
     return o if S else o.zero_()
 
 
 @_decode.register_fake
-def _(q_BLHE, k_BKSE, v_BKSE, length_B):
+def _(q_BLHE, k_BKSE, v_BKSE, length_B, window):
     return torch.empty_like(q_BLHE, memory_format=torch.contiguous_format)
 
 
@@ -119,6 +132,11 @@ if triton is not None:
         return ((sequence * L + row // GROUP) * K * GROUP + head * GROUP + row % GROUP) * E
 
     @triton.jit
+    def _first_slot(length, window, L: tl.constexpr):
+        """The first slot that any of a sequence's L queries sees."""
+        return tl.maximum(length - L + 1 - window, 0)
+
+    @triton.jit(do_not_specialize=["window"])  # it differs from layer to layer
     def split_kernel(
         q_ptr,
         k_ptr,
@@ -128,6 +146,7 @@ if triton is not None:
         lse_ptr,
         row_stride,
         head_stride,
+        window,
         K: tl.constexpr,
         GROUP: tl.constexpr,
         L: tl.constexpr,
@@ -135,13 +154,19 @@ if triton is not None:
         ROWS: tl.constexpr,
         SPLIT: tl.constexpr,
         BLOCK: tl.constexpr,
+        WINDOWED: tl.constexpr,
     ):
         """One split: part_BKJRE = softmax(q kᵀ / √E) v over its slots, and lse_BKJR: log2 of the
         sum of their exponentials."""
         SCALE: tl.constexpr = LOG2E * E**-0.5
         split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         length = tl.load(length_ptr + sequence).to(tl.int32)
-        if split * SPLIT < length:
+        begin, used = split * SPLIT, split * SPLIT < length
+        if WINDOWED:
+            first = _first_slot(length, window, L)
+            used = used & (begin + SPLIT > first)
+            begin = tl.maximum(begin, first // BLOCK * BLOCK)
+        if used:
             WIDE: tl.constexpr = part_ptr.dtype.element_ty
             row, e = tl.arange(0, ROWS), tl.arange(0, E)
             real = row < L * GROUP
@@ -151,18 +176,21 @@ if triton is not None:
             cache = sequence * row_stride + head.to(tl.int64) * head_stride
             acc, total = tl.zeros((ROWS, E), WIDE), tl.zeros((ROWS,), WIDE)
             most = total - 1e30  # not −inf: a row that sees nothing here stays a number
-            for lo in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length), BLOCK):
+            for lo in range(begin, tl.minimum(split * SPLIT + SPLIT, length), BLOCK):
                 slot = lo + tl.arange(0, BLOCK)
-                used = (slot < length)[:, None]
+                filled = (slot < length)[:, None]
                 at = cache + slot[:, None] * E + e[None, :]
-                k = tl.load(k_ptr + at, mask=used, other=0.0)
+                k = tl.load(k_ptr + at, mask=filled, other=0.0)
                 s = tl.dot(q, k.T, input_precision="ieee", out_dtype=WIDE)
-                s = tl.where(slot[None, :] <= last[:, None], s * SCALE, float("-inf"))
+                seen = slot[None, :] <= last[:, None]
+                if WINDOWED:
+                    seen = seen & (slot[None, :] > last[:, None] - window)
+                s = tl.where(seen, s * SCALE, float("-inf"))
                 # the online softmax: what was summed before is scaled to the new maximum
                 higher = tl.maximum(most, tl.max(s, 1))
                 p, rescale = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
                 total = total * rescale + tl.sum(p, 1)
-                v = tl.load(v_ptr + at, mask=used, other=0.0)
+                v = tl.load(v_ptr + at, mask=filled, other=0.0)
                 acc = acc * rescale[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee", out_dtype=WIDE)
                 most = higher
@@ -172,19 +200,21 @@ if triton is not None:
             tl.store(part_ptr + at_part, mean, mask=real[:, None])
             tl.store(lse_ptr + out, most + tl.log2(total), mask=real)  # −inf: nothing is seen
 
-    @triton.jit(do_not_specialize=["splits"])  # the cache grows
+    @triton.jit(do_not_specialize=["splits", "window"])  # the cache grows
     def join_kernel(
         part_ptr,
         lse_ptr,
         length_ptr,
         o_ptr,
         splits,
+        window,
         K: tl.constexpr,
         GROUP: tl.constexpr,
         L: tl.constexpr,
         E: tl.constexpr,
         SPLIT: tl.constexpr,
         JOIN: tl.constexpr,
+        WINDOWED: tl.constexpr,
     ):
         """One query row: the mean of its splits, weighted by their sums of exponentials."""
         row, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -194,9 +224,14 @@ if triton is not None:
         acc, total = tl.zeros((E,), WIDE), tl.zeros((1,), WIDE)
         most = total - 1e30
         first = (sequence * K + head) * splits * (L * GROUP) + row
-        for lo in range(0, tl.cdiv(length, SPLIT), JOIN):
+        begin = 0
+        if WINDOWED:
+            begin = _first_slot(length, window, L) // SPLIT
+        for lo in range(begin // JOIN * JOIN, tl.cdiv(length, SPLIT), JOIN):
             split = lo + tl.arange(0, JOIN)
             at, real = first + split * (L * GROUP), split * SPLIT < length
+            if WINDOWED:
+                real = real & (split >= begin)
             lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"))
             higher = tl.maximum(most, tl.max(lse, 0))
             rescale, weight = tl.exp2(most - higher), tl.exp2(lse - higher)

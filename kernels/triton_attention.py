@@ -6,7 +6,10 @@ looks at two documents, an empty one has no tile, and a single token has one sho
 with the most work come first, which keeps what still runs at the end short.
 
 Keys that all queries of a program see need no mask. Each kernel therefore runs its loop twice: over
-the blocks without a mask, and over those on the diagonal, where positions are compared.
+the blocks without a mask, and over those on the diagonal, where positions are compared. With a
+sliding window the kernels that own queries have a third loop, over the blocks that the window's far
+edge cuts, and the one that owns keys masks all its blocks; what lies beyond the window is never
+read. Without a window nothing of this is compiled.
 The query heads of a key-value head read the same keys; its gradient is their sum, made inside one
 program. There are no atomics and no order that depends on timing: the same inputs give the same
 bits, and a document's bits do not depend on its neighbours.
@@ -71,6 +74,11 @@ CONFIGS = {
             queries=Config(128, 64, 8, 2, transposed=True),
             keys=Config(32, 128, 8, 2, transposed=True),
         ),
+        256: Configs(
+            forward=Config(128, 64, 8, 2, transposed=True),
+            queries=Config(128, 32, 8, 2, transposed=True),
+            keys=Config(32, 64, 8, 2, transposed=True),
+        ),
     },
     8: {
         64: Configs(
@@ -79,19 +87,22 @@ CONFIGS = {
         128: Configs(
             forward=Config(128, 64, 8, 2), queries=Config(64, 64, 8, 2), keys=Config(64, 64, 8, 2)
         ),
+        256: Configs(
+            forward=Config(64, 32, 8, 2), queries=Config(32, 32, 4, 2), keys=Config(32, 32, 8, 2)
+        ),
     },
 }
 
 
 def configs_for(device: torch.device, head_dim: int) -> Configs:
-    """The configurations for a device and a head dimension of up to 128."""
+    """The configurations for a device and a head dimension of up to 256."""
     if device.type != "cuda":  # the interpreter
         config = Config(TILE, TILE, 4, 1)
         return Configs(config, config, config)
     major, _ = torch.cuda.get_device_capability(device)
     # 12.x has the shared memory of 8.9
     table = CONFIGS[9] if major in (9, 10) else CONFIGS[8]
-    return table[64 if head_dim <= 64 else 128]
+    return table[max(64, triton.next_power_of_2(head_dim))]
 
 
 def tile_map(lengths: Sequence[int]) -> Tensor:
@@ -111,9 +122,11 @@ def tile_map(lengths: Sequence[int]) -> Tensor:
     return torch.stack((rows[by_keys], rows[by_queries])).int()
 
 
-# The number of tokens and the address of a map change from batch to batch: nothing is compiled
-# again for them.
-_kernel = triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["tiles_ptr"])
+# The number of tokens and the address of a map change from batch to batch, windows from layer to
+# layer: nothing is compiled again for them.
+_kernel = triton.jit(
+    do_not_specialize=["tokens", "window"], do_not_specialize_on_alignment=["tiles_ptr"]
+)
 
 
 # --- what the kernels share ----------------------------------------------------------------------
@@ -205,6 +218,29 @@ def _per(x, TRANSPOSED: tl.constexpr):
     return x[None, :] if TRANSPOSED else x[:, None]
 
 
+@triton.jit
+def _hide(s, query, key, window, WINDOWED: tl.constexpr):
+    """The scores s, with −inf where a query does not see the key. query, key: their positions."""
+    seen = query >= key
+    if WINDOWED:
+        seen = seen & (query - window < key)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _key_bounds(
+    first, length, window, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """Where the three loops over the keys of ROWS queries begin, and where the last one ends: over
+    the window's edge, over keys that all queries see, over the diagonal."""
+    diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
+    begin, clear = 0, 0
+    if WINDOWED:
+        begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+        clear = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), KEYS) * KEYS, diagonal)
+    return begin, clear, diagonal, end
+
+
 # --- forward -------------------------------------------------------------------------------------
 
 
@@ -217,6 +253,7 @@ def forward_kernel(
     lse_ptr,
     tiles_ptr,
     tokens,
+    window,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -224,6 +261,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """o = softmax(q kᵀ / √E) v over the document's keys up to the query's own, and lse_HT: log2 of
     the sum of the exponentials. A program owns ROWS queries of one head."""
@@ -237,24 +275,26 @@ def forward_kernel(
         query = first + tl.arange(0, ROWS)
         acc = _zeros(q_ptr, ROWS, E, TRANSPOSED)
         total = tl.zeros((ROWS,), acc.dtype)
-        most = total - float("inf")
-        diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        for DIAGONAL in tl.static_range(2):
-            lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
-            for at in range(lo, hi, KEYS):
-                k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+        # With a window a query may see nothing of its first blocks: its maximum stays a number.
+        most = total - (1e30 if WINDOWED else float("inf"))
+        bounds = _key_bounds(first, length, window, ROWS, KEYS, WINDOWED)
+        for PART in tl.static_range(0 if WINDOWED else 1, 3):
+            for at in range(bounds[PART], bounds[PART + 1], KEYS):
+                k = _load(k_ptr, at, length, KEYS, K * E, E, PART == 2)
                 s = _scores(q, k)
-                if DIAGONAL:
+                if PART != 1:
                     key = at + tl.arange(0, KEYS)
-                    s = tl.where(query[:, None] >= key[None, :], s, float("-inf"))
+                    s = _hide(s, query[:, None], key[None, :], window, WINDOWED)
                 # the online softmax: what was summed before is scaled to the new maximum
                 higher = tl.maximum(most, tl.max(s, 1) * SCALE)
                 p = tl.exp2(s * SCALE - higher[:, None])
                 rescale = tl.exp2(most - higher)
                 total = total * rescale + tl.sum(p, 1)
-                v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                v = _load(v_ptr, at, length, KEYS, K * E, E, PART == 2)
                 acc = _weighted(p, v, acc * _per(rescale, TRANSPOSED), TRANSPOSED)
                 most = higher
+        if E > 128:
+            head, start, length, first = _tile(tiles_ptr, H, TILE, ROWS)
         o_ptr += (start * H + head) * E
         _store(o_ptr, acc / _per(total, TRANSPOSED), first, length, ROWS, H * E, E, TRANSPOSED)
         lse_ptr += head * tokens + start
@@ -276,6 +316,7 @@ def queries_kernel(
     dq_ptr,
     tiles_ptr,
     tokens,
+    window,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -283,6 +324,7 @@ def queries_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """dq = ds k / √E for ds = p (do vᵀ − delta), and delta_HT = Σ o do, which keys_kernel reads.
     A program owns ROWS queries of one head."""
@@ -302,17 +344,16 @@ def queries_kernel(
         lse_ptr += head * tokens + start
         tl.store(delta_ptr + query, delta, mask=query < length)
         lse = tl.load(lse_ptr + query, mask=query < length, other=0.0)
-        diagonal, end = first // KEYS * KEYS, tl.minimum(first + ROWS, length)
-        for DIAGONAL in tl.static_range(2):
-            lo, hi = (diagonal, end) if DIAGONAL else (0, diagonal)
-            for at in range(lo, hi, KEYS):
-                k = _load(k_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+        bounds = _key_bounds(first, length, window, ROWS, KEYS, WINDOWED)
+        for PART in tl.static_range(0 if WINDOWED else 1, 3):
+            for at in range(bounds[PART], bounds[PART + 1], KEYS):
+                k = _load(k_ptr, at, length, KEYS, K * E, E, PART == 2)
                 s = _scores(q, k)
-                if DIAGONAL:
+                if PART != 1:
                     key = at + tl.arange(0, KEYS)
-                    s = tl.where(query[:, None] >= key[None, :], s, float("-inf"))
+                    s = _hide(s, query[:, None], key[None, :], window, WINDOWED)
                 p = tl.exp2(s * SCALE - lse[:, None])
-                v = _load(v_ptr, at, length, KEYS, K * E, E, DIAGONAL)
+                v = _load(v_ptr, at, length, KEYS, K * E, E, PART == 2)
                 ds = p * (_scores(do, v) - delta[:, None])
                 acc = _weighted(ds, k, acc, TRANSPOSED)
         _store(dq_ptr + own, acc * (E**-0.5), first, length, ROWS, H * E, E, TRANSPOSED)
@@ -330,6 +371,7 @@ def keys_kernel(
     dv_ptr,
     tiles_ptr,
     tokens,
+    window,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -337,6 +379,7 @@ def keys_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """dk = dsᵀ q / √E and dv = pᵀ do, summed over the query heads of the key-value head. A program
     owns KEYS keys of one key-value head."""
@@ -354,8 +397,9 @@ def keys_kernel(
         key = first + tl.arange(0, KEYS)
         dk, dv = _zeros(k_ptr, KEYS, E, TRANSPOSED), _zeros(k_ptr, KEYS, E, TRANSPOSED)
         diagonal_end = tl.minimum(first + (KEYS if KEYS > ROWS else ROWS), length)
+        end = tl.minimum(first + KEYS - 1 + window, length) if WINDOWED else length
         for DIAGONAL in tl.static_range(1, -1, -1):
-            lo, hi = (first, diagonal_end) if DIAGONAL else (diagonal_end, length)
+            lo, hi = (first, diagonal_end) if DIAGONAL else (diagonal_end, end)
             # One loop over blocks of queries and the heads of the group, so that short documents
             # fill the pipeline too.
             for i in range(0, tl.cdiv(hi - lo, ROWS) * GROUP):
@@ -365,7 +409,9 @@ def keys_kernel(
                 q = _load(q_ptr + in_group * E, at, length, ROWS, H * E, E, True)
                 s = _scores(k, q)
                 if DIAGONAL:
-                    s = tl.where(query[None, :] >= key[:, None], s, float("-inf"))
+                    s = _hide(s, query[None, :], key[:, None], window, WINDOWED)
+                elif WINDOWED:
+                    s = tl.where(query[None, :] < (key + window)[:, None], s, float("-inf"))
                 # p = 0 beyond the document's end
                 lse = tl.load(lse_ptr + in_group * tokens + query, mask=inside, other=float("inf"))
                 p = tl.exp2(s * SCALE - lse[None, :])
@@ -374,6 +420,10 @@ def keys_kernel(
                 delta = tl.load(delta_ptr + in_group * tokens + query, mask=inside, other=0.0)
                 ds = p * (_scores(v, do) - delta[None, :])
                 dk = _weighted(ds, q, dk, TRANSPOSED)
+        if E > 128:
+            # read again, or addresses that were needed before the loops keep their registers
+            head, start, length, first = _tile(tiles_ptr, K, TILE, KEYS)
+            own = (start * K + head) * E
         _store(dk_ptr + own, dk * (E**-0.5), first, length, KEYS, K * E, E, TRANSPOSED)
         _store(dv_ptr + own, dv, first, length, KEYS, K * E, E, TRANSPOSED)
 
@@ -381,24 +431,27 @@ def keys_kernel(
 # --- operators -----------------------------------------------------------------------------------
 
 
-def _launch(kernel, config: Config, tiles_J3: Tensor, heads: int, owned: int, *tensors) -> None:
+def _launch(
+    kernel, config: Config, tiles_J3: Tensor, heads: int, owned: int, *tensors, window: int = 0
+) -> None:
     """Start one program per `owned` tokens of a tile and head. tensors: q and k come first."""
     (tokens, H, E), K = tensors[0].shape, tensors[1].shape[1]
     kernel[(len(tiles_J3) * (TILE // owned) * heads,)](
-        *tensors, tiles_J3, tokens,
+        *tensors, tiles_J3, tokens, min(window, tokens),  # of 32 bits, and so are sums with it
         H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys, TRANSPOSED=config.transposed,
-        num_warps=config.warps, num_stages=config.stages,
+        WINDOWED=window > 0, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 @library.custom_op("srlm::attention", mutates_args=())
 def attention(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, tiles_2J3: Tensor
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, tiles_2J3: Tensor, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within documents, differentiable in q, k and v.
 
     Args:
         tiles_2J3: the `tile_map` of the documents, on the device; every token belongs to a tile.
+        window: how many keys a query sees, its own the last; 0: all up to its own.
 
     Returns (o_THE, lse_HT), where lse is in bits and has no gradient.
     """
@@ -406,12 +459,15 @@ def attention(
     o, lse = _outputs(q)
     if tiles_2J3.shape[1]:
         config = configs_for(q.device, q.shape[2]).forward
-        _launch(forward_kernel, config, tiles_2J3[0], q.shape[1], config.rows, q, k, v, o, lse)
+        _launch(
+            forward_kernel, config, tiles_2J3[0], q.shape[1], config.rows, q, k, v, o, lse,
+            window=window,
+        )  # fmt: skip
     return o, lse
 
 
 @attention.register_fake
-def _(q_THE, k_TKE, v_TKE, tiles_2J3):
+def _(q_THE, k_TKE, v_TKE, tiles_2J3, window=0):
     return _outputs(q_THE)
 
 
@@ -430,6 +486,7 @@ def attention_backward(
     lse_HT: Tensor,
     do_THE: Tensor,
     tiles_2J3: Tensor,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v for the gradient do_THE of the output."""
     q, k, v, do = (x.contiguous() for x in (q_THE, k_TKE, v_TKE, do_THE))
@@ -439,31 +496,31 @@ def attention_backward(
         configs, (by_keys, by_queries) = configs_for(q.device, q.shape[2]), tiles_2J3
         _launch(
             queries_kernel, configs.queries, by_keys, q.shape[1], configs.queries.rows,
-            q, k, v, o_THE, do, lse_HT, delta, dq,
+            q, k, v, o_THE, do, lse_HT, delta, dq, window=window,
         )  # fmt: skip
         _launch(
             keys_kernel, configs.keys, by_queries, k.shape[1], configs.keys.keys,
-            q, k, v, do, lse_HT, delta, dk, dv,
+            q, k, v, do, lse_HT, delta, dk, dv, window=window,
         )  # fmt: skip
     return dq, dk, dv
 
 
 @attention_backward.register_fake
-def _(q_THE, k_TKE, v_TKE, o_THE, lse_HT, do_THE, tiles_2J3):
+def _(q_THE, k_TKE, v_TKE, o_THE, lse_HT, do_THE, tiles_2J3, window):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THE, k_TKE, v_TKE)
     )
 
 
 def _save(ctx, inputs, output):
-    *qkv, tiles_2J3 = inputs
+    *qkv, tiles_2J3, ctx.window = inputs
     ctx.save_for_backward(*qkv, *output, tiles_2J3)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, do_THE, _):
     *forward, tiles_2J3 = ctx.saved_tensors
-    return *attention_backward(*forward, do_THE, tiles_2J3), None
+    return *attention_backward(*forward, do_THE, tiles_2J3, ctx.window), None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -155,9 +155,9 @@ class DecodeAttention:
     ) -> Tensor:
         kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
-        if self.by_kernel and not window:
+        if self.by_kernel:
             q_B1HE = q_BHE.unsqueeze(1)
-            return decode_attention(q_B1HE, k_BKSE, v_BKSE, self.length_B).squeeze(1)
+            return decode_attention(q_B1HE, k_BKSE, v_BKSE, self.length_B, window).squeeze(1)
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
         o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask(window))

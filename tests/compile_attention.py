@@ -1,12 +1,13 @@
 """The attention kernels of each configuration: what tests/compile_kernels.py compiles."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from kernels import decode_attention, triton_attention
 from tests.compile_kernels import Compilation
 
 BF16, FP32, TILES = "*bf16!", "*fp32!", "*i32"
-HEADS = {64: (14, 2), 128: (12, 2)}  # Qwen2.5-0.5B and 1.5B: query and key-value heads
+HEADS = {64: (14, 2), 128: (12, 2), 256: (4, 1)}  # of Qwen2.5-0.5B and 1.5B and of Gemma 3 1B
 KERNELS = (
     triton_attention.forward_kernel,
     triton_attention.queries_kernel,
@@ -18,36 +19,45 @@ def packed_cases() -> Iterator[Compilation]:
     tables = [(80, triton_attention.CONFIGS[8]), (90, triton_attention.CONFIGS[9])]
     for capability, table in tables:
         for head_dim, configs in table.items():
-            n_heads, n_kv_heads = HEADS[head_dim]
             for kernel, config in zip(KERNELS, configs, strict=True):
-                names = kernel.arg_names
-                types = dict.fromkeys(names[: names.index("tiles_ptr")], BF16)
-                types |= dict(lse_ptr=FP32, tiles_ptr=TILES, tokens="i32")
-                if "delta_ptr" in names:
-                    types["delta_ptr"] = FP32
-                constants = dict(
-                    H=n_heads,
-                    K=n_kv_heads,
-                    E=head_dim,
-                    TILE=triton_attention.TILE,
-                    ROWS=config.rows,
-                    KEYS=config.keys,
-                    TRANSPOSED=config.transposed,
-                )
-                yield Compilation(
-                    case=f"{kernel.__name__} E={head_dim}",
-                    kernel=kernel,
-                    types=types,
-                    constants=constants,
-                    capability=capability,
-                    warps=config.warps,
-                    stages=config.stages,
-                )
+                yield packed_case(capability, head_dim, kernel, config, False)
+                if head_dim == 256:  # where registers are scarcest, and what Gemma uses
+                    yield packed_case(capability, head_dim, kernel, config, True)
+
+
+def packed_case(
+    capability: int, head_dim: int, kernel: Any, config: triton_attention.Config, windowed: bool
+) -> Compilation:
+    n_heads, n_kv_heads = HEADS[head_dim]
+    names = kernel.arg_names
+    types = dict.fromkeys(names[: names.index("tiles_ptr")], BF16)
+    types |= dict(lse_ptr=FP32, tiles_ptr=TILES, tokens="i32", window="i32")
+    if "delta_ptr" in names:
+        types["delta_ptr"] = FP32
+    constants = dict(
+        H=n_heads,
+        K=n_kv_heads,
+        E=head_dim,
+        TILE=triton_attention.TILE,
+        ROWS=config.rows,
+        KEYS=config.keys,
+        TRANSPOSED=config.transposed,
+        WINDOWED=windowed,
+    )
+    return Compilation(
+        case=f"{kernel.__name__} E={head_dim}{' windowed' if windowed else ''}",
+        kernel=kernel,
+        types=types,
+        constants=constants,
+        capability=capability,
+        warps=config.warps,
+        stages=config.stages,
+    )
 
 
 def decode_cases() -> Iterator[Compilation]:
     for capability in (80, 90):
-        for head_dim, lengths in ((64, "*i64"), (128, "*i32")):
+        for head_dim, lengths, stages in ((64, "*i64", 3), (128, "*i32", 3), (256, "*i64", 2)):
             n_heads, n_kv_heads = HEADS[head_dim]
             partial = dict(part_ptr=FP32, lse_ptr=FP32, length_ptr=lengths)
             sizes = dict(
@@ -56,22 +66,23 @@ def decode_cases() -> Iterator[Compilation]:
                 L=1,
                 E=head_dim,
                 SPLIT=decode_attention.SPLIT,
+                WINDOWED=head_dim == 256,
             )
             yield Compilation(
                 case=f"split_kernel E={head_dim}",
                 kernel=decode_attention.split_kernel,
                 types=partial
                 | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), BF16)
-                | dict(row_stride="i32!", head_stride="i32!"),
+                | dict(row_stride="i32!", head_stride="i32!", window="i32"),
                 constants=sizes | dict(ROWS=16, BLOCK=decode_attention.BLOCK),
                 capability=capability,
                 warps=decode_attention.WARPS,
-                stages=decode_attention.STAGES,
+                stages=stages,
             )
             yield Compilation(
                 case=f"join_kernel E={head_dim}",
                 kernel=decode_attention.join_kernel,
-                types=partial | dict(o_ptr=BF16, splits="i32"),
+                types=partial | dict(o_ptr=BF16, splits="i32", window="i32"),
                 constants=sizes | dict(JOIN=decode_attention.JOIN),
                 capability=capability,
                 warps=1,

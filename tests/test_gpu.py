@@ -12,6 +12,7 @@ import torch
 from data.batch import Document, GlobalBatch
 from kernels import backend
 from kernels.attention import PackedAttention
+from kernels.decode_attention import decode_attention, decode_reference
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import generate as engine
@@ -138,3 +139,60 @@ def test_scores_of_what_was_sampled_agree_with_the_sampler():
             .squeeze(1)
         )
         assert (logp - torch.tensor(c.logp, device="cuda")).abs().max() < 0.1
+
+
+def exact_attention(qkv, lengths, window):
+    """From the definition, in the tensors' own precision: a document at a time."""
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths) for x in qkv), strict=True):
+        group = q.shape[1] // k.shape[1]
+        score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) / q.shape[2] ** 0.5
+        apart = torch.arange(len(q), device="cuda")
+        apart = apart[:, None] - apart[None, :]  # keys behind the query
+        score = score.masked_fill((apart < 0) | (apart >= (window or len(q))), -torch.inf)
+        outputs.append(
+            torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1))
+        )
+    return torch.cat(outputs)
+
+
+def relative_error(got, want):
+    return (got.double() - want.double()).norm() / want.double().norm()
+
+
+@pytest.mark.parametrize("size,window", [(64, 100), (128, 70), (128, 257), (256, 0), (256, 200)])
+def test_attention_with_windows_and_wide_heads(size, window):
+    from kernels.triton_attention import attention, tile_map
+
+    lengths = [0, 1, 127, 129, 700, 64]
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv, upstream = [], torch.randn(sum(lengths), 4, size, device="cuda", generator=generator)
+    for heads in (4, 2, 2):
+        x = torch.randn(sum(lengths), heads, size, device="cuda", generator=generator)
+        qkv.append(x.bfloat16().requires_grad_())
+
+    def run(window):
+        o, _ = attention(*qkv, tile_map(lengths).cuda(), window)
+        return o, *torch.autograd.grad(o, qkv, upstream.bfloat16())
+
+    leaves = [x.detach().double().requires_grad_() for x in qkv]
+    o = exact_attention(leaves, lengths, window)
+    want = o, *torch.autograd.grad(o, leaves, upstream.bfloat16().double())
+    for got, exactly in zip(run(window), want, strict=True):
+        assert relative_error(got, exactly) < 5e-3  # twice what bf16 rounds away
+    for a, b in zip(run(0), run(700), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size,window", [(128, 0), (128, 300), (256, 0), (256, 64)])
+def test_decode_with_windows_and_wide_heads(size, window):
+    length_B = torch.tensor([0, 1, 256, 513, 1000], device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(5, 1, 4, size, device="cuda", generator=generator).bfloat16()
+    k, v = torch.randn(2, 5, 1, 1024, size, device="cuda", generator=generator).bfloat16()
+    got = decode_attention(q, k, v, length_B, window)
+    want = decode_reference(q.double(), k.double(), v.double(), length_B, window)
+    assert relative_error(got, want) < 5e-3 and not got[0].any()
+    assert torch.equal(
+        decode_attention(q, k, v, length_B), decode_attention(q, k, v, length_B, 1000)
+    )

@@ -26,6 +26,8 @@ SHAPES = sorted(
 )
 TILE = 16
 RAGGED = [0, 1, TILE - 1, TILE, 0, TILE + 1, 2 * TILE + 5]
+# Queries and keys at a time, and windows: one key, less than a tile, a tile and about, several.
+WINDOWS = [(16, 16, 1), (16, 16, 2), (16, 32, 16), (32, 16, 17), (16, 16, 40)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,26 +48,33 @@ def tensors(lengths, heads, kv_heads, size, dtype=torch.float32, seed=0):
     ]
 
 
-def formula(q_THE, k_TKE, v_TKE, lengths):
-    """Causal attention as it is defined, in fp64: a document, a head and a query at a time."""
+def formula(q_THE, k_TKE, v_TKE, lengths, window=0):
+    """Causal attention as it is defined, in fp64: a document, a head and a query at a time.
+
+    With a window a query sees that many keys, its own the last.
+    """
     outputs, group = [], q_THE.shape[1] // k_TKE.shape[1]
     for q, k, v in zip(*(x.double().split(lengths) for x in (q_THE, k_TKE, v_TKE)), strict=True):
         for i in range(len(q)):
             heads = []
             for h in range(q.shape[1]):
-                score = (k[: i + 1, h // group] * q[i, h]).sum(1) / q.shape[2] ** 0.5
+                seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
+                score = (k[seen, h // group] * q[i, h]).sum(1) / q.shape[2] ** 0.5
                 e = (score - score.detach().max()).exp()
-                heads.append((e[:, None] * v[: i + 1, h // group]).sum(0) / e.sum())
+                heads.append((e[:, None] * v[seen, h // group]).sum(0) / e.sum())
             outputs.append(torch.stack(heads))
     return torch.stack(outputs)
 
 
-def faster(q_THE, k_TKE, v_TKE, lengths):
+def faster(q_THE, k_TKE, v_TKE, lengths, window=0):
     """`formula` by matrices, for the larger cases. `test_the_formulas_agree` compares them."""
     outputs, group = [], q_THE.shape[1] // k_TKE.shape[1]
     for q, k, v in zip(*(x.double().split(lengths) for x in (q_THE, k_TKE, v_TKE)), strict=True):
         score = torch.einsum("ihe,jhe->hij", q, k.repeat_interleave(group, 1)) / q.shape[2] ** 0.5
-        score = score.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+        hidden = torch.ones(len(q), len(q)).triu(1)
+        if window:
+            hidden += torch.ones(len(q), len(q)).tril(-window)
+        score = score.masked_fill(hidden.bool(), -torch.inf)
         outputs.append(
             torch.einsum("hij,jhe->ihe", score.softmax(2), v.repeat_interleave(group, 1))
         )
@@ -77,14 +86,14 @@ def assert_close(got, want, tolerance=2e-6):
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
-def run(qkv, lengths, upstream):
-    o = PackedAttention(lengths)(0, *qkv)
+def run(qkv, lengths, upstream, window=0):
+    o, _ = triton_attention.attention(*qkv, PackedAttention(lengths).tiles, window)
     return o.detach(), *torch.autograd.grad(o, qkv, upstream)
 
 
-def exact(qkv, lengths, upstream):
+def exact(qkv, lengths, upstream, window=0):
     leaves = [x.detach().double().requires_grad_() for x in qkv]
-    o = faster(*leaves, lengths)
+    o = faster(*leaves, lengths, window)
     return o.detach(), *torch.autograd.grad(o, leaves, upstream.double())
 
 
@@ -97,7 +106,9 @@ def use(monkeypatch, configs):
 
 def test_the_formulas_agree():
     qkv = tensors([3, 0, 1, 9], 4, 2, 16, torch.float64)
-    assert_close(faster(*qkv, [3, 0, 1, 9]), formula(*qkv, [3, 0, 1, 9]), 1e-14)
+    for window in (0, 1, 4):
+        want = formula(*qkv, [3, 0, 1, 9], window)
+        assert_close(faster(*qkv, [3, 0, 1, 9], window), want, 1e-14)
 
 
 @pytest.mark.parametrize("heads,kv_heads,size", SHAPES, ids=str)
@@ -126,15 +137,55 @@ def test_tiles(rows, keys, transposed, monkeypatch):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_the_configurations_of_a_gpu(size, monkeypatch):
+@pytest.mark.parametrize("rows,keys,window", WINDOWS)
+def test_windows(rows, keys, window, monkeypatch):
+    """Queries see a window of keys: values, gradients, and each document by itself to the bit."""
+    use(monkeypatch, Config(rows, keys, 4, 1, transposed=window % 2 == 0))
+    monkeypatch.setattr(triton_attention, "TILE", 32)
+    lengths = [50, 0, 20]
+    qkv, upstream = tensors(lengths, 2, 1, 16), torch.randn(sum(lengths), 2, 16)
+    got = run(qkv, lengths, upstream, window)
+    for a, b in zip(got, exact(qkv, lengths, upstream, window), strict=True):
+        if b.any():
+            assert_close(a, b)
+        else:  # a window of one key: its weight is 1, whatever the score
+            assert a.abs().max() < 1e-5
+    last = [x.detach()[50:].requires_grad_() for x in qkv]
+    for a, b in zip(run(last, [20], upstream[50:], window), got, strict=True):
+        assert torch.equal(a, b[50:])
+
+
+def test_a_window_of_everything_is_none_to_the_bit():
+    qkv, upstream = tensors(RAGGED, 2, 1, 16), torch.randn(sum(RAGGED), 2, 16)
+    want = run(qkv, RAGGED, upstream)
+    for window in (max(RAGGED), 2**31 - 1):
+        got = run(qkv, RAGGED, upstream, window)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_keys_beyond_a_window_are_never_seen():
+    """Not even where they hold no numbers, and no gradient reaches them."""
+    lengths, window = [60], 9
+    qkv, upstream = tensors(lengths, 2, 1, 16), torch.zeros(60, 2, 16)
+    upstream[50:] = torch.randn(10, 2, 16)
+    want = run(qkv, lengths, upstream, window)
+    for x in qkv[1:]:
+        x.data[:42] = torch.randn(42, 1, 16) * 1e3
+    got = run(qkv, lengths, upstream, window)
+    assert all(torch.equal(a[50:], b[50:]) for a, b in zip(got[:2], want[:2], strict=True))
+    for a, b in zip(got[2:], want[2:], strict=True):
+        assert torch.equal(a, b) and not a[:42].any() and a[42:].any(2).all()
+
+
+@pytest.mark.parametrize("size,window", [(64, 0), (128, 0), (256, 0), (256, 100)])
+def test_the_configurations_of_a_gpu(size, window, monkeypatch):
     monkeypatch.setattr(triton_attention, "TILE", 128)
     lengths = [129, 0, 70]
     qkv, upstream = tensors(lengths, 2, 1, size), torch.randn(sum(lengths), 2, size)
-    want = exact(qkv, lengths, upstream)
+    want = exact(qkv, lengths, upstream, window)
     for table in triton_attention.CONFIGS.values():
         use(monkeypatch, table[size])
-        for got, exactly in zip(run(qkv, lengths, upstream), want, strict=True):
+        for got, exactly in zip(run(qkv, lengths, upstream, window), want, strict=True):
             assert_close(got, exactly)
 
 
@@ -165,12 +216,12 @@ def test_the_operator_keeps_torchs_rules():
     o, lse = triton_attention.attention(q, k, v, tiles)
     library.opcheck(
         triton_attention.attention_backward,
-        (q, k, v, o, lse, q, tiles),
+        (q, k, v, o, lse, q, tiles, 3),
         test_utils=("test_schema", "test_faketensor"),
     )
     library.opcheck(
         decode_attention._decode,
-        cache_case(2, 1, 16, [5, 0], 1),
+        (*cache_case(2, 1, 16, [5, 0], 1), 3),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -297,13 +348,14 @@ def cache_case(heads, kv_heads, size, lengths, steps, slots=700):
     return q, k, v, torch.tensor(lengths)
 
 
-def decode_formula(q, k, v, lengths):
+def decode_formula(q, k, v, lengths, window=0):
     out, (_, steps, heads, size) = torch.zeros(q.shape, dtype=torch.float64), q.shape
     for b, n in enumerate(lengths):
         for i in range(steps):
-            seen = max(0, n - steps + i + 1)
-            for h in range(heads if seen else 0):
-                keys, values = (x[b, h // (heads // k.shape[1]), :seen].double() for x in (k, v))
+            end = max(0, n - steps + i + 1)
+            seen = slice(max(0, end - window) if window else 0, end)
+            for h in range(heads if end else 0):
+                keys, values = (x[b, h // (heads // k.shape[1]), seen].double() for x in (k, v))
                 out[b, i, h] = ((keys * q[b, i, h].double()).sum(1) / size**0.5).softmax(0) @ values
     return out
 
@@ -328,6 +380,37 @@ def test_decode_of_several_tokens(steps):
     want = decode_formula(q, k, v, EDGES[:6])
     assert_close(decode_attention.decode_attention(q, k, v, n.int()), want)
     assert_close(decode_attention.decode_reference(q, k, v, n), want)
+
+
+@pytest.mark.parametrize("steps,window", [(1, 1), (1, 64), (1, 257), (4, 3), (4, 300)])
+def test_decode_with_a_window(steps, window):
+    """Blocks before the window hold no numbers, nor does what the kernels leave unwritten."""
+    lengths = [1, 5, 256, 300, 558, 700]
+    q, k, v, n = cache_case(4, 2, 16, lengths, steps)
+    want = decode_formula(q, k, v, lengths, window)
+    assert_close(decode_attention.decode_reference(q, k, v, n, window), want)
+    for row, length in enumerate(lengths):
+        before = max(0, length - steps + 1 - window) // decode_attention.BLOCK
+        k[row, :, : before * decode_attention.BLOCK] = float("nan")
+        v[row, :, : before * decode_attention.BLOCK] = float("nan")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        got = decode_attention.decode_attention(q, k, v, n, window)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(got, want)
+    alone = decode_attention.decode_attention(
+        q[4:5], k[4:5, :, :600], v[4:5, :, :600], n[4:5], window
+    )
+    assert torch.equal(alone[0], got[4])
+
+
+def test_decode_with_a_window_of_everything_is_decode_without():
+    q, k, v, n = cache_case(2, 1, 256, [0, 1, 300, 700], 8)
+    want = decode_attention.decode_attention(q, k, v, n)
+    assert_close(want, decode_formula(q, k, v, [0, 1, 300, 700]))
+    for window in (700, 2**31 - 1):
+        assert torch.equal(decode_attention.decode_attention(q, k, v, n, window), want)
 
 
 def test_decode_does_not_depend_on_the_batch_or_the_cache():
