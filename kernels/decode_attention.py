@@ -106,13 +106,15 @@ def _decode(
         window = min(window, S)
         stages = STAGES if E <= 128 else 2  # what fits into 99 KB of shared memory
         padded_rows = max(16, triton.next_power_of_2(rows))
-        split_kernel[(splits, K, B)](
-            q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR, k_BKSE.stride(0), k_BKSE.stride(1),
-            window, ROWS=padded_rows, BLOCK=BLOCK, num_warps=WARPS, num_stages=stages, **sizes,
-        )  # fmt: skip
-        join_kernel[(rows, K, B)](
-            part_BKJRE, lse_BKJR, length_B, o, splits, window, JOIN=JOIN, num_warps=1, **sizes
-        )
+        with torch.cuda.device_of(q):
+            split_kernel[(splits, K, B)](
+                q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR,
+                k_BKSE.stride(0), k_BKSE.stride(1), window,
+                ROWS=padded_rows, BLOCK=BLOCK, num_warps=WARPS, num_stages=stages, **sizes,
+            )  # fmt: skip
+            join_kernel[(rows, K, B)](
+                part_BKJRE, lse_BKJR, length_B, o, splits, window, JOIN=JOIN, num_warps=1, **sizes
+            )
     return o if S else o.zero_()
 
 

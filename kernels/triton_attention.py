@@ -436,11 +436,13 @@ def _launch(
 ) -> None:
     """Start one program per `owned` tokens of a tile and head. tensors: q and k come first."""
     (tokens, H, E), K = tensors[0].shape, tensors[1].shape[1]
-    kernel[(len(tiles_J3) * (TILE // owned) * heads,)](
-        *tensors, tiles_J3, tokens, min(window, tokens),  # of 32 bits, and so are sums with it
-        H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys, TRANSPOSED=config.transposed,
-        WINDOWED=window > 0, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(len(tiles_J3) * (TILE // owned) * heads,)](
+            *tensors, tiles_J3, tokens, min(window, tokens),  # of 32 bits, and so are sums with it
+            H=H, K=K, E=E, TILE=TILE, ROWS=config.rows, KEYS=config.keys,
+            TRANSPOSED=config.transposed, WINDOWED=window > 0,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
 
 
 @library.custom_op("srlm::attention", mutates_args=())
