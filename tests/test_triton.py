@@ -41,9 +41,9 @@ def run(*command: str, **environment: str) -> str:
 # Groups of the interpreter's tests (file, pytest's -k) and how many each has at the least, so that
 # none is lost without notice. Workers of pytest-xdist take a group each.
 INTERPRETED = [
-    ("attention", "not decode and not presets", 28),
+    ("attention", "not decode and not presets", 27),
     ("attention", "presets and not decode", 5),
-    ("attention", "decode", 16),
+    ("attention", "decode", 15),
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
     ("train", "by_kernel", 3),
@@ -75,7 +75,7 @@ GPUS = pytest.mark.parametrize("capability", [80, 90])
 
 
 @GPUS
-@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 18)])
+@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 15)])
 def test_compiled_kernels_keep_to_registers_and_shared_memory(name, at_least, capability):
     kernels = compiled(name, capability)
     assert len(kernels) >= at_least
@@ -111,7 +111,7 @@ def test_compiled_attention_uses_the_tensor_cores(capability):
             packed.append(k)
         elif kernel == "split_kernel":
             split.append(k)
-    assert len(packed) == 12
+    assert len(packed) == 9
     for k in packed:
         if capability == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k
