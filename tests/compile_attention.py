@@ -20,14 +20,13 @@ def packed_cases() -> Iterator[Compilation]:
     for capability, table in tables:
         for head_dim, configs in table.items():
             for kernel, config in zip(KERNELS, configs, strict=True):
-                yield packed_case(capability, head_dim, kernel, config, False)
-                if head_dim == 256:  # where registers are scarcest, and what Gemma uses
-                    yield packed_case(capability, head_dim, kernel, config, True)
+                yield packed_case(capability, head_dim, kernel, config)
 
 
 def packed_case(
-    capability: int, head_dim: int, kernel: Any, config: triton_attention.Config, windowed: bool
+    capability: int, head_dim: int, kernel: Any, config: triton_attention.Config
 ) -> Compilation:
+    windowed = head_dim == 256  # where registers are scarcest, and what Gemma uses
     n_heads, n_kv_heads = HEADS[head_dim]
     names = kernel.arg_names
     types = dict.fromkeys(names[: names.index("tiles_ptr")], BF16)

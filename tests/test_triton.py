@@ -40,9 +40,9 @@ def run(*command: str, **environment: str) -> str:
 # Groups of the interpreter's tests (file, pytest's -k) and how many each has at the least, so that
 # none is lost without notice. Workers of pytest-xdist take a group each.
 INTERPRETED = [
-    ("attention", "not decode and not presets", 28),
+    ("attention", "not decode and not presets", 27),
     ("attention", "presets and not decode", 5),
-    ("attention", "decode", 16),
+    ("attention", "decode", 15),
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
     ("train", "by_kernel", 3),
@@ -62,7 +62,7 @@ def test_by_the_interpreter(name, select, at_least):
 
 # One test for all that is asked of a group of kernels, since workers compile it anew.
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 18)])
+@pytest.mark.parametrize("name,at_least", [("head", 22), ("attention", 15)])
 def test_compiled_kernels(name, at_least, capability):
     """They keep to registers and shared memory, and use the tensor cores."""
     with tempfile.TemporaryDirectory() as cache:
@@ -105,7 +105,7 @@ def check_attention(kernels: list[dict], capability: int) -> None:
             packed.append(k)
         elif kernel == "split_kernel":
             split.append(k)
-    assert len(packed) == 12
+    assert len(packed) == 9
     for k in packed:
         if capability == 90:
             assert k["wgmma"] >= 16 and k["mma"] == 0, k

@@ -156,10 +156,11 @@ def test_windows(rows, keys, window, monkeypatch):
 
 
 def test_a_window_of_everything_is_none_to_the_bit():
-    qkv, upstream = tensors(RAGGED, 2, 1, 16), torch.randn(sum(RAGGED), 2, 16)
-    want = run(qkv, RAGGED, upstream)
-    for window in (max(RAGGED), 2**31 - 1):
-        got = run(qkv, RAGGED, upstream, window)
+    lengths = [2, TILE + 5]
+    qkv, upstream = tensors(lengths, 2, 1, 16), torch.randn(sum(lengths), 2, 16)
+    want = run(qkv, lengths, upstream)
+    for window in (TILE + 5, 2**31 - 1):
+        got = run(qkv, lengths, upstream, window)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -177,7 +178,7 @@ def test_keys_beyond_a_window_are_never_seen():
         assert torch.equal(a, b) and not a[:42].any() and a[42:].any(2).all()
 
 
-@pytest.mark.parametrize("size,window", [(64, 0), (128, 0), (256, 0), (256, 100)])
+@pytest.mark.parametrize("size,window", [(64, 0), (128, 0), (256, 100)])
 def test_the_configurations_of_a_gpu(size, window, monkeypatch):
     monkeypatch.setattr(triton_attention, "TILE", 128)
     lengths = [129, 0, 70]
@@ -382,11 +383,11 @@ def test_decode_of_several_tokens(steps):
     assert_close(decode_attention.decode_reference(q, k, v, n), want)
 
 
-@pytest.mark.parametrize("steps,window", [(1, 1), (1, 64), (1, 257), (4, 3), (4, 300)])
+@pytest.mark.parametrize("steps,window", [(1, 1), (1, 257), (4, 3), (4, 300)])
 def test_decode_with_a_window(steps, window):
     """Blocks before the window hold no numbers, nor does what the kernels leave unwritten."""
     lengths = [1, 5, 256, 300, 558, 700]
-    q, k, v, n = cache_case(4, 2, 16, lengths, steps)
+    q, k, v, n = cache_case(2, 1, 16, lengths, steps)
     want = decode_formula(q, k, v, lengths, window)
     assert_close(decode_attention.decode_reference(q, k, v, n, window), want)
     for row, length in enumerate(lengths):
