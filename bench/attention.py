@@ -5,11 +5,11 @@
 First correctness, for the configurations in use and for CANDIDATES, and with every assembler at
 hand: against fp64 on ragged documents, packed against one by one to the bit, a document of NaN
 beside others, 100 repeats to the bit. Then, for the shapes of Qwen2.5-0.5B (14 query heads, 2
-key-value heads, dimension 64) and 1.5B (12, 2, 128): 16 x 2,048 and 4 x 8,192 tokens and 32,768
-tokens of documents as long as GSM8K's, forward and backward. FLOPs are those that a causal mask
-leaves: 4 E sum n (n + 1) / 2 a head, backward 2.5 times as many. Competitors get key-value heads
-repeated beforehand where they cannot group, and FlexAttention its mask. Exit code 1: a check
-failed; 2: no GPU.
+key-value heads, dimension 64), of 1.5B (12, 2, 128) and of Gemma 3 (4, 1, 256): 16 x 2,048 and
+4 x 8,192 tokens and 32,768 tokens of documents as long as GSM8K's, forward and backward. FLOPs are
+those that a causal mask leaves: 4 E sum n (n + 1) / 2 a head, backward 2.5 times as many.
+Competitors get key-value heads repeated beforehand where they cannot group, and FlexAttention its
+mask. Exit code 1: a check failed; 2: no GPU.
 """
 
 import contextlib
@@ -38,11 +38,12 @@ CANDIDATES = {
     "other": {
         64: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)],
         128: [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2)],
+        256: [Config(64, 32, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2)],
     }
 }
 IN_USE = "table"
 
-HEADS = {64: (14, 2), 128: (12, 2)}
+HEADS = {64: (14, 2), 128: (12, 2), 256: (4, 1)}
 # Tokens of GSM8K's 7,473 training rows in the Qwen2.5 chat template: every 5th percentile.
 GSM8K = [75, 108, 118, 126, 132, 139, 145, 151, 157, 163, 169]
 GSM8K += [176, 185, 193, 201, 211, 222, 237, 257, 287, 472]
@@ -117,7 +118,7 @@ def configured(name: str) -> Iterator[None]:
     if name != IN_USE:
 
         def candidate(device: torch.device, size: int):
-            return CANDIDATES[name][64 if size <= 64 else 128]
+            return CANDIDATES[name][size]
 
         triton_attention.configs_for = candidate
     try:

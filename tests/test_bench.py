@@ -86,7 +86,7 @@ def test_without_a_gpu_there_is_one_line(module, capsys):
 def test_attention_runs_through(tmp_path, capsys):
     assert attention.main(["--dry", "--json", str(tmp_path / "a.json")]) == 0
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["right"] and {row["E"] for row in record["checks"]} == {64, 128}
+    assert record["right"] and {row["E"] for row in record["checks"]} == {64, 128, 256}
     ran = {(row["shape"], row["way"]) for row in record["speeds"] if row["forward_ms"]}
     assert {("2 x 24", "srlm table"), ("2 x 24", "sdpa math"), ("GSM8K 300", "srlm table")} <= ran
     assert all(row["apart"] < 1e-5 for row in record["speeds"] if row["forward_ms"])
