@@ -185,7 +185,6 @@ def build_model(
 
     dropped: layers of the folder that the model has not.
     """
-    # Its embedding is not drawn at random, which would import the compiler here: a second.
     with torch.device("meta"):
         model = Transformer(config, compute_dtype)
     model = model.to(weight_dtype).to_empty(device=device)

@@ -111,7 +111,9 @@ def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
     windows, window_theta = (), ModelConfig.window_rope_theta
     if is_gemma:
         windows = _windows(settings, layers)
-        window_theta, _ = _rope(settings, WINDOWED, 1e4)
+        window_theta, window_scaling = _rope(settings, WINDOWED, 1e4)
+        if window_scaling:
+            settings.refuse(f"rope scaling of {WINDOWED}")
     return ModelConfig(
         vocab_size=settings.get("vocab_size", int),
         hidden_size=hidden,

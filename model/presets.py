@@ -6,39 +6,35 @@ From the config.json of each checkpoint.
 from model.transformer import ModelConfig, RopeScaling
 
 
-def _qwen25(*, hidden, layers, heads, mlp, kv_heads=2, vocab=151936, tied=True) -> ModelConfig:
-    head_dim = hidden // heads
-    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied)
+def _shape(
+    *, hidden, layers, heads, mlp, kv_heads, vocab, head_dim=0, tied=True, **more
+) -> ModelConfig:
+    head_dim = head_dim or hidden // heads
+    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, **more)
 
 
-def _llama(*, hidden, layers, heads, mlp, kv_heads, vocab, theta, context, **more) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=hidden // heads,
+def _qwen25(*, kv_heads=2, vocab=151936, **shape) -> ModelConfig:
+    return _shape(kv_heads=kv_heads, vocab=vocab, **shape)
+
+
+def _llama(*, theta, context, **shape) -> ModelConfig:
+    return _shape(
         qkv_bias=False,
         rope_theta=theta,
         rms_norm_eps=1e-5,
         max_position_embeddings=context,
-        **more,
+        **shape,
     )
 
 
-def _gemma3(*, hidden, layers, heads, mlp, window, head_dim=256, vocab=262144) -> ModelConfig:
+def _gemma3(*, layers, window, head_dim=256, vocab=262144, **shape) -> ModelConfig:
     """One layer of six sees all tokens, the others a window."""
     windows = [0 if layer % 6 == 5 else window for layer in range(layers)]
-    return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=1,
+    return _shape(
+        layers=layers,
+        kv_heads=1,
         head_dim=head_dim,
+        vocab=vocab,
         qkv_bias=False,
         qk_norm=True,
         windows=tuple(windows),
@@ -46,6 +42,7 @@ def _gemma3(*, hidden, layers, heads, mlp, window, head_dim=256, vocab=262144) -
         sandwich_norms=True,
         norm_offset=1.0,
         scale_embedding=True,
+        **shape,
     )
 
 
@@ -94,7 +91,7 @@ PRESETS = {
         vocab=32000,
         theta=1e4,
         context=2048,
-        tie_word_embeddings=False,
+        tied=False,
     ),
     "gemma-3-270m": _gemma3(hidden=640, layers=18, heads=4, mlp=2048, window=512),
     "gemma-3-1b": _gemma3(hidden=1152, layers=26, heads=4, mlp=6912, window=512),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import cpu
-from kernels.chunk import product, softmax
+from kernels.chunk import CHUNK_ELEMENTS, default_chunk_rows, product, softmax
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import topk_logprobs
@@ -110,3 +110,14 @@ def test_the_rows_of_wide_matrices_lie_apart(vocab, dtype, monkeypatch):
     topk_logprobs(hidden, head, 3, vocab=vocab)
     assert len(distances) >= 15
     assert all(distance % 64 == 0 and distance % 4096 for distance in distances)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 220, 221, 568, 4096])
+@pytest.mark.parametrize("models", [1, 2])
+def test_chunks_have_one_size_within_the_budget(rows, models):
+    budget, vocab = CHUNK_ELEMENTS["cpu"], 151_665
+    size = default_chunk_rows(vocab, rows, torch.device("cpu"), models)
+    assert 1 <= size and size * vocab * models <= budget
+    chunks = -(-rows // size)
+    assert chunks == -(-rows // (budget // (vocab * models)))  # no more than are needed
+    assert rows == 0 or chunks * size - rows < chunks  # and none is short by more than a row each

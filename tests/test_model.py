@@ -149,12 +149,16 @@ def test_a_saved_checkpoint_loads_in_transformers_and_here(kind, tmp_path):
     theirs(kind).save_pretrained(tmp_path / "in")
     model, tokenizer = ours(tmp_path / "in"), toy_models.toy_tokenizer()
     (tmp_path / "out").mkdir()
-    save_model(model, tmp_path / "out", tokenizer, [2, 0])
+    sampling = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    save_model(model, tmp_path / "out", tokenizer, [2, 0], sampling)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     document = torch.randint(211, (30,))
     with torch.no_grad():
         mine, want = logits(model, [document]), back(document[None]).logits[0]
     assert (mine - want).norm() / want.norm() < 1e-5
+    found = back.generation_config
+    assert found.do_sample and found.repetition_penalty == 1.0
+    assert {name: getattr(found, name) for name in sampling} == sampling
     assert back.generation_config.eos_token_id == [2, 0] == stop_ids_of(tmp_path / "out")
     again = ours(tmp_path / "out")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):

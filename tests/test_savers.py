@@ -441,6 +441,14 @@ def test_the_forms_of_gemmas_configuration(change, tmp_path):
     assert agrees(tmp_path)
 
 
+def check_refused(kind, change, words):
+    """The configuration of a family with a change gives one line that says where and what."""
+    hf = json.loads(theirs(kind).config.to_json_string()) | change
+    with pytest.raises(UserError, match=words) as e:
+        config_from_hf(hf, "here")
+    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -450,16 +458,17 @@ def test_the_forms_of_gemmas_configuration(change, tmp_path):
         ({"layer_types": ["sliding_attention", "chunked_attention"] * 2}, "chunked_attention"),
         ({"layer_types": ["sliding_attention"]}, "1 layer_types with num_hidden_layers 4"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters for all kinds"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+            "rope scaling of sliding_attention",
+        ),
         ({"model_type": "gemma3"}, "model_type 'gemma3'"),
         ({"model_type": "gemma2"}, "model_type 'gemma2'"),
         ({"sliding_window": "wide"}, "sliding_window 'wide'"),
     ],
 )
 def test_what_gemma_may_not_have(change, words):
-    hf = json.loads(theirs("gemma3").config.to_json_string()) | change
-    with pytest.raises(UserError, match=words) as e:
-        config_from_hf(hf, "here")
-    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+    check_refused("gemma3", change, words)
 
 
 @pytest.mark.parametrize(
@@ -473,10 +482,7 @@ def test_what_gemma_may_not_have(change, words):
     ],
 )
 def test_what_llama_may_not_have(change, words):
-    hf = json.loads(theirs("llama").config.to_json_string()) | change
-    with pytest.raises(UserError, match=words) as e:
-        config_from_hf(hf, "here")
-    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+    check_refused("llama", change, words)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -545,10 +551,7 @@ def test_a_null_is_a_value_that_is_not_set(name):
     ],
 )
 def test_values_that_are_none(change, words):
-    hf = json.loads(theirs("qwen2-tied").config.to_json_string()) | change
-    with pytest.raises(UserError, match=words) as e:
-        config_from_hf(hf, "here")
-    assert str(e.value).startswith("here: ") and "\n" not in str(e.value)
+    check_refused("qwen2-tied", change, words)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import toy_models
 import train
+from config import Config, sampling_of
 from run import RunFolder, read_metrics
 from tests.conftest import ROOT
 from tests.distributed_workers import run, start
@@ -296,13 +299,14 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path, capsys):
     assert "merges" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank=2", "--mode=kd"]], ids=["all weights", "lora"])
-def test_a_student_of_some_of_the_layers_goes_on_as_it_was(teacher, more, tmp_path):
-    """Killed after its first checkpoint and resumed, it has the metrics of the run in one go."""
+@pytest.mark.parametrize("kind", ["sft", "kd with lora"])
+def test_a_student_of_some_of_the_layers_goes_on_as_it_was(teacher, kind, tmp_path):
+    """Stopped after its first checkpoint and resumed, it has the metrics of the run in one go."""
     whole = str(teacher[0] / "checkpoints/step-6")
     args = ["--device=cpu", *SMALL, f"--model={whole}", "--drop_layers=1", f"--runs={tmp_path}"]
-    args += ["--mode=sft", *more]
-    if more:
+    more = {"sft": ["--mode=sft"], "kd with lora": ["--mode=kd", "--lora_rank=2"]}[kind]
+    args += more
+    if kind != "sft":
         args += [f"--teacher={whole}"]
     assert train.main([*args, "--name=once"]) == 0
     assert train.main([*args, "--name=twice", "--steps=2"]) == 0
@@ -310,6 +314,39 @@ def test_a_student_of_some_of_the_layers_goes_on_as_it_was(teacher, more, tmp_pa
     assert timeless(tmp_path / "twice")[-1] == timeless(tmp_path / "once")[-1]
     config = json.loads((tmp_path / "once/checkpoints/step-6/config.json").read_text())
     assert config["num_hidden_layers"] == 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_there_is_a_run(teacher, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher[0] / "checkpoints/step-6", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, broken / "model.safetensors")
+    args = [
+        "--mode=sft",
+        "--device=cpu",
+        *SMALL,
+        f"--model={broken}",
+        f"--runs={tmp_path / 'runs'}",
+    ]
+    assert train.main(args) == 2
+    assert "layers.1.mlp.up_proj.weight is missing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "change,want",
+    [
+        ({"mode": "sft"}, None),
+        ({"mode": "kd"}, None),
+        ({"mode": "kd", "kd_prefix": "teacher"}, None),
+        ({"mode": "kd", "kd_prefix": "student", "sample_top_k": 5}, (1.0, 5, 1.0)),
+        ({"mode": "grpo", "sample_temperature": 0.7}, (0.7, 0, 1.0)),
+    ],
+)
+def test_the_sampling_that_is_exported_is_that_of_training(change, want):
+    found = sampling_of(Config(**change))
+    assert found == (want and dict(zip(("temperature", "top_k", "top_p"), want, strict=True)))
 
 
 def on_a_full_disk(argv):
