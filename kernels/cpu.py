@@ -24,10 +24,17 @@ EXACT = 1e-5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+# Below so many multiplications MKL is the faster: a call of oneDNN costs 20 microseconds more.
+LEAST_PRODUCT = 8 << 20
+
+
 @contextlib.contextmanager
-def fastest_products(out: Tensor) -> Iterator[None]:
-    """Inside, products into `out` run in the faster library that is exact on this machine."""
-    if not uses_onednn(out):
+def fastest_product(out: Tensor, inner: int) -> Iterator[None]:
+    """Inside, a product into `out` runs in the faster library that is exact on this machine.
+
+    `inner` is the size that is summed over.
+    """
+    if out.numel() * inner < LEAST_PRODUCT or not uses_onednn(out):
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -40,7 +47,7 @@ def fastest_products(out: Tensor) -> Iterator[None]:
 
 
 def uses_onednn(out: Tensor) -> bool:
-    """Whether `fastest_products` takes oneDNN for products into `out`."""
+    """Whether `fastest_product` takes oneDNN for a large product into `out`."""
     return out.device.type == "cpu" and out.dtype == torch.float32 and onednn_is_exact()
 
 

@@ -74,10 +74,17 @@ class KVCache:
         for layer in range(len(self.layers)):
             self.layers[layer] = F.pad(self.layers[layer][:, :rows], (0, 0, 0, more))
 
-    def write(self, layer: int, row: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def places(self, row_T: Tensor, slot_T: Tensor) -> Tensor:
+        """Where `write` stores these tokens, heads side by side: indices [T * K] of vectors."""
+        heads = self.layers[0].shape[2]
+        head_K = torch.arange(heads, device=row_T.device)
+        return ((row_T.unsqueeze(1) * heads + head_K) * self.slots + slot_T.unsqueeze(1)).flatten()
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store [T, K, E] keys and values of a layer. Returns all of the layer's."""
         kv = self.layers[layer]
-        kv[0, row, :, slot], kv[1, row, :, slot] = keys, values
+        for whole, new in zip(kv, (keys, values), strict=True):
+            whole.view(-1, whole.shape[-1]).index_copy_(0, places, new.flatten(0, 1))
         return kv
 
     def copy_rows(self, to: list[int], source: list[int], slots: int) -> None:
@@ -111,13 +118,14 @@ class PrefillAttention:
         device = cache.device
         self.cache = cache
         self.packed = PackedAttention(lengths, device)
-        self.row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
         self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
+        self.places = cache.places(row_T, self.position_T)
 
     def __call__(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
     ) -> Tensor:
-        self.cache.write(layer, self.row_T, self.position_T, k_TKE, v_TKE)
+        self.cache.write(layer, self.places, k_TKE, v_TKE)
         return self.packed(layer, q_THE, k_TKE, v_TKE, window)
 
 
@@ -132,7 +140,7 @@ class DecodeAttention:
     def __init__(self, cache: KVCache, position_B: Tensor, used: int) -> None:
         device = position_B.device
         self.cache, self.position_B, self.used = cache, position_B, used
-        self.row_B = torch.arange(len(position_B), device=device)
+        self.places = cache.places(torch.arange(len(position_B), device=device), position_B)
         self.by_kernel = by_kernel(cache)
         self.length_B = position_B + 1
         self.masks: dict[int, Tensor] = {}  # by window
@@ -153,14 +161,19 @@ class DecodeAttention:
     def __call__(
         self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, window: int
     ) -> Tensor:
-        kv = self.cache.write(layer, self.row_B, self.position_B, k_BKE, v_BKE)
+        kv = self.cache.write(layer, self.places, k_BKE, v_BKE)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         if self.by_kernel:
             q_B1HE = q_BHE.unsqueeze(1)
             return decode_attention(q_B1HE, k_BKSE, v_BKSE, self.length_B, window).squeeze(1)
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=self.mask(window))
+        mask = self.mask(window)
+        if kv.dtype.itemsize < 4:  # its products would round the scores
+            o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=mask)
+        else:  # for one query, PyTorch's kernel takes up to twice as long on two cores
+            scores_BKGS = q_BKGE * q_BKGE.shape[-1] ** -0.5 @ k_BKSE.transpose(2, 3)
+            o_BKGE = scores_BKGS.add_(mask).softmax(-1) @ v_BKSE
         return o_BKGE.flatten(1, 2)
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 # (layer index, q_THE, k_TKE, v_TKE, window) -> o_THE. Decides which tokens see each other:
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
 Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
-Rope = tuple[Tensor, Tensor]  # cosines and sines, both [T, 1, E]
+Rope = tuple[Tensor, Tensor]  # cosines and signed sines, both [T, 1, E]
 # One weight and bias for several linear layers of one input, where generation has joined them.
 Fused = tuple[Tensor, Tensor | None] | None
 
@@ -135,7 +135,8 @@ def rope_tables(
     """The rotary embedding of each position (Su et al., arXiv 2104.09864), as [T, 1, E].
 
     A head's vector is split into halves, not into neighbouring pairs, as in the released
-    checkpoints; so the angles are there twice, one half behind the other.
+    checkpoints; so the angles are there twice, one half behind the other: the first half turns by
+    minus sine times the second, the second by plus sine times the first.
     """
     wide = torch.promote_types(dtype, torch.float32)
     even_E = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=wide)
@@ -145,15 +146,15 @@ def rope_tables(
         kept_E = ((waves_E - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         frequency_E = frequency_E * (kept_E + (1 - kept_E) / scaling.factor)
     angle_TE = positions_T.to(wide).unsqueeze(1) * frequency_E
-    angle_T1E = torch.cat((angle_TE, angle_TE), 1).unsqueeze(1)
-    return angle_T1E.cos().to(dtype), angle_T1E.sin().to(dtype)
+    cos_TE, sin_TE = angle_TE.cos().to(dtype), angle_TE.sin().to(dtype)
+    cos_T1E = torch.cat((cos_TE, cos_TE), 1).unsqueeze(1)
+    return cos_T1E, torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1)
 
 
 def rotate(x_THE: Tensor, rope: Rope) -> Tensor:
     """Apply the rotary embedding to queries or keys."""
     cos_T1E, sin_T1E = rope
-    first, second = x_THE.chunk(2, -1)
-    return x_THE * cos_T1E + torch.cat((-second, first), -1) * sin_T1E
+    return x_THE * cos_T1E + x_THE.roll(x_THE.shape[-1] // 2, -1) * sin_T1E
 
 
 class Attention(nn.Module):

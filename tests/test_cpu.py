@@ -33,11 +33,11 @@ def test_products_are_exact_in_whatever_library(rows, width, depth):
 def test_the_setting_is_restored():
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
-    with pytest.raises(RuntimeError), cpu.fastest_products(torch.empty(1)):
+    with pytest.raises(RuntimeError), cpu.fastest_product(torch.empty(1), cpu.LEAST_PRODUCT):
         assert (settings.fp32_precision == "bf16") == cpu.onednn_is_exact()
         torch.mm(torch.ones(2, 3), torch.ones(2, 3))
     assert settings.fp32_precision == before
-    with cpu.fastest_products(torch.empty(1, dtype=torch.float64)):
+    with cpu.fastest_product(torch.empty(1, dtype=torch.float64), cpu.LEAST_PRODUCT):
         assert settings.fp32_precision == before
 
 
