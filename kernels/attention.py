@@ -6,7 +6,7 @@ PyTorch's fused attention. Right padding needs no mask: under a causal mask no r
 later slot. So nothing is computed across documents, and no [T, T] mask exists.
 
 Legend: T packed tokens, H query heads, K key-value heads, E head dimension, B documents of a block,
-L slots of its longest document.
+L slots of its longest document, P tokens before it, S = P + L keys.
 """
 
 import functools
@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels import backend
 
 MAX_PADDING = 1 / 4  # a block holds documents at least 3/4 as long as its longest
+FEW_SCORES = 1 << 20  # of a block: 4 MB, which stay in a CPU's cache
 
 
 class Block(NamedTuple):
@@ -29,12 +30,30 @@ class Block(NamedTuple):
     documents: int
 
 
-@functools.lru_cache(maxsize=8)
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys [L] each query [L] of a document sees through a window."""
-    slot_L = torch.arange(length, device=device)
-    distance_LL = slot_L.unsqueeze(1) - slot_L
-    return (distance_LL >= 0) & (distance_LL < window)
+@functools.lru_cache(maxsize=64)
+def causal_mask(
+    length: int, past: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[L, P + L]: 0 where a query sees a key, −∞ elsewhere.
+
+    The keys are `past` earlier tokens and the queries' own; a window, if not 0, hides the farther
+    ones.
+    """
+    slot_L = torch.arange(past, past + length, device=device)
+    distance_LS = slot_L.unsqueeze(1) - torch.arange(past + length, device=device)
+    unseen_LS = (distance_LS < 0) | (distance_LS >= (window or past + length))
+    return torch.zeros_like(unseen_LS, dtype=dtype).masked_fill_(unseen_LS, -torch.inf)
+
+
+def attend_by_products(q_BHLE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_LS: Tensor) -> Tensor:
+    """Attention with its scores in memory: for short documents the fastest on a CPU."""
+    length = q_BHLE.shape[2]
+    # The query heads of a key-value head are rows of one product.
+    scaled_BHLE = q_BHLE * q_BHLE.shape[-1] ** -0.5
+    q_BKRE = scaled_BHLE.unflatten(1, (k_BKSE.shape[1], -1)).flatten(2, 3)
+    scores_BKGLS = (q_BKRE @ k_BKSE.transpose(2, 3)).unflatten(2, (-1, length))
+    p_BKRS = scores_BKGLS.add_(mask_LS).softmax(-1).flatten(2, 3)
+    return (p_BKRS @ v_BKSE).unflatten(2, (-1, length)).flatten(1, 2)
 
 
 class PackedAttention:
@@ -106,27 +125,52 @@ class PackedAttention:
         *parts, slot_T = everything.split([*map(len, indices), self.tokens])
         return [Block(*pair) for pair in zip(parts, sizes, strict=True)], slot_T
 
-    def _by_blocks(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int) -> Tensor:
+    def after_prefix(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, prefix_KPE: list[Tensor], window: int
+    ) -> Tensor:
+        """As a call, of documents that go on after the same earlier tokens: their keys and values.
+
+        For any device, but not by Triton's kernel.
+        """
+        return self._by_blocks(q_THE, k_TKE, v_TKE, window, prefix_KPE)
+
+    def _by_blocks(
+        self,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        window: int,
+        prefix_KPE: Sequence[Tensor] = (),
+    ) -> Tensor:
         blocks, slot_T = self.blocks
         if not blocks:
             return torch.empty_like(q_THE)
-        grouped = q_THE.shape[1] != k_TKE.shape[1]
         outputs = []
         for block in blocks:
-            q_BHLE, k_BKLE, v_BKLE = (
+            q_BHLE, k_BKSE, v_BKSE = (
                 x.index_select(0, block.index).unflatten(0, (block.documents, -1)).transpose(1, 2)
                 for x in (q_THE, k_TKE, v_TKE)
             )
-            seen_LL = None
-            if 0 < window < q_BHLE.shape[2]:
-                seen_LL = window_mask(q_BHLE.shape[2], window, q_BHLE.device)
-            o_BHLE = F.scaled_dot_product_attention(
-                q_BHLE,
-                k_BKLE,
-                v_BKLE,
-                attn_mask=seen_LL,
-                is_causal=seen_LL is None,
-                enable_gqa=grouped,
+            if prefix_KPE:
+                keys, values = (x.expand(block.documents, -1, -1, -1) for x in prefix_KPE)
+                k_BKSE, v_BKSE = torch.cat((keys, k_BKSE), 2), torch.cat((values, v_BKSE), 2)
+            length, keys = q_BHLE.shape[2], k_BKSE.shape[2]
+            few = q_BHLE[..., 0].numel() * keys <= FEW_SCORES and not q_BHLE.is_cuda
+            few = few and q_BHLE.dtype.itemsize >= 4  # else the products would round the scores
+            mask = functools.partial(
+                causal_mask, length, keys - length, window, q_BHLE.dtype, q_BHLE.device
             )
+            if few:
+                o_BHLE = attend_by_products(q_BHLE, k_BKSE, v_BKSE, mask())
+            else:
+                needs_mask = keys > length or 0 < window < length
+                o_BHLE = F.scaled_dot_product_attention(
+                    q_BHLE,
+                    k_BKSE,
+                    v_BKSE,
+                    attn_mask=mask() if needs_mask else None,
+                    is_causal=not needs_mask,
+                    enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
+                )
             outputs.append(o_BHLE.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, slot_T)

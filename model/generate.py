@@ -17,6 +17,7 @@ Shapes: T packed tokens, B rows, D hidden.
 import dataclasses
 import functools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -25,7 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kv_cache import CAPACITY, DecodeAttention, KVCache, PrefillAttention, uses_graphs
+from model.kv_cache import (
+    CAPACITY,
+    DecodeAttention,
+    KVCache,
+    PrefillAttention,
+    by_kernel,
+    uses_graphs,
+)
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
 from model.transformer import Fused, Transformer
@@ -35,6 +43,7 @@ Decode = Callable[[list[int]], str]
 # Prompts are admitted once this share of the rows is free: fewer, larger prefills are faster.
 REFILL_SHARE = 1 / 8
 PREFILL_TOKENS = 1 << 14  # a prefill packs prompts up to this many tokens
+SHARED_TOKENS = 64  # prompts that begin with as many equal tokens share their prefill
 # A batch size runs this often before it becomes a CUDA graph: the first run compiles kernels.
 CAPTURE_AFTER = 2
 # A CUDA graph makes this many tokens per row: the host waits, and looks for stops, once for all.
@@ -183,6 +192,11 @@ def _has_stop_string(tokens: list[int], stop_strings: Sequence[str], decode: Dec
         tail *= 2
         text = decode(tokens[-tail:])
     return any(string in text for string in stop_strings)
+
+
+def shared_length(prompts: list[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; 0 for a single one."""
+    return len(os.path.commonprefix([list(p) for p in prompts])) if len(prompts) > 1 else 0
 
 
 # --- what is kept -------------------------------------------------------------------------
@@ -493,23 +507,34 @@ class _Batch:
         self.is_changed = True
 
     def _prefill(self, rows: list[int]) -> None:
-        """Fill the cache for new rows, in packs of at most PREFILL_TOKENS (or one prompt)."""
-        pack, total = [], 0
-        for row in rows:
-            length = self.positions(row)
-            if pack and total + length > PREFILL_TOKENS:
-                self._prefill_pack(pack)
-                pack, total = [], 0
-            pack.append(row)
-            total += length
-        if pack:
-            self._prefill_pack(pack)
+        """Fill the cache for new rows, in packs of at most PREFILL_TOKENS (or one prompt).
 
-    def _prefill_pack(self, rows: list[int]) -> None:
-        prompts = [self.prompts[index][:-1] for index in self.prompt_B[rows]]
+        What all of them begin with, the examples of a few-shot prompt say, is computed once.
+        """
+        prompts = {row: self.prompts[self.prompt_B[row]][:-1] for row in rows}
+        shared = shared_length(list(prompts.values()))
+        if shared < SHARED_TOKENS or by_kernel(self.decoder.cache):
+            shared = 0
+        else:
+            self._prefill_pack({rows[0]: prompts[rows[0]][:shared]}, 0)
+            self.decoder.cache.copy_rows(rows[1:], rows[:1] * (len(rows) - 1), shared)
+        pack, total = {}, 0
+        for row, prompt in prompts.items():
+            rest = prompt[shared:]
+            if pack and total + len(rest) > PREFILL_TOKENS:
+                self._prefill_pack(pack, shared)
+                pack, total = {}, 0
+            if len(rest):
+                pack[row] = rest
+            total += len(rest)
+        if pack:
+            self._prefill_pack(pack, shared)
+
+    def _prefill_pack(self, pack: dict[int, Sequence[int]], past: int) -> None:
+        """Read tokens into rows of the cache, behind the `past` tokens that are there."""
         cache = self.decoder.cache
-        tokens_T = torch.from_numpy(np.concatenate(prompts)).to(cache.device)
-        attend = PrefillAttention(cache, rows, [len(p) for p in prompts])
+        tokens_T = torch.from_numpy(np.concatenate(list(pack.values()))).to(cache.device)
+        attend = PrefillAttention(cache, list(pack), [len(p) for p in pack.values()], past)
         self.decoder.model(tokens_T, attend.position_T, attend)
 
     def decode(self) -> tuple[np.ndarray, np.ndarray]:

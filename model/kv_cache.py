@@ -112,21 +112,29 @@ def free_bytes(device: torch.device) -> float:
 
 
 class PrefillAttention:
-    """Attention within packed prompts, whose keys and values go to rows of the cache."""
+    """Attention within packed prompts, whose keys and values go to rows of the cache.
 
-    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+    Args:
+        rows, lengths: where each prompt goes, and how many tokens of it are given.
+        past: how many tokens before them are in the cache already, the same ones in all rows.
+    """
+
+    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int], past: int = 0) -> None:
         device = cache.device
-        self.cache = cache
+        self.cache, self.first_row, self.past = cache, rows[0], past
         self.packed = PackedAttention(lengths, device)
-        self.position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        self.position_T = torch.cat([torch.arange(past, past + n) for n in lengths]).to(device)
         row_T = torch.from_numpy(np.repeat(rows, lengths)).to(device)
         self.places = cache.places(row_T, self.position_T)
 
     def __call__(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
     ) -> Tensor:
-        self.cache.write(layer, self.places, k_TKE, v_TKE)
-        return self.packed(layer, q_THE, k_TKE, v_TKE, window)
+        kv = self.cache.write(layer, self.places, k_TKE, v_TKE)
+        if not self.past:
+            return self.packed(layer, q_THE, k_TKE, v_TKE, window)
+        prefix_KPE = list(kv[:, self.first_row, :, : self.past])
+        return self.packed.after_prefix(q_THE, k_TKE, v_TKE, prefix_KPE, window)
 
 
 class DecodeAttention:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import attention
 from kernels.attention import PackedAttention
 from model import generate as engine
 from model import kv_cache, sampling
@@ -184,6 +185,31 @@ def test_no_row_is_computed_for_nothing_and_equal_prompts_are_prefilled_once(mon
     assert [c.tokens for c in again] == [c.tokens for c in got] and rows[
         kv_cache.DecodeAttention
     ] == sum(len(c.tokens) for c in got)
+
+
+@pytest.mark.parametrize("window", [0, 9, 80])
+@pytest.mark.parametrize("few_scores", [0, 1 << 20])
+def test_what_all_prompts_begin_with_is_computed_once(window, few_scores, monkeypatch):
+    monkeypatch.setattr(attention, "FEW_SCORES", few_scores)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 20)  # several packs
+    more = dict(windows=(window, 0), window_rope_theta=100.0) if window else {}
+    model, shared = small(**more), some_prompts([70])[0]
+    # The second prompt has one token more than all have in common, so that nothing of it is left.
+    prompts = [shared + more for more in ([1, 2, 3], [4], [1, 2, 9, 9], [5, *range(30)], [4])]
+    tokens, forward = collections.Counter(), model.forward
+
+    def counted(tokens_T, positions_T, attend):
+        tokens[type(attend)] += len(tokens_T)
+        return forward(tokens_T, positions_T, attend)
+
+    monkeypatch.setattr(model, "forward", counted)
+    got = generate(model, prompts, 12, [], temperature=1.0, seeds=range(5), batch_size=5)
+    assert tokens[kv_cache.PrefillAttention] == len(shared) + 2 + 0 + 3 + 30
+    in_turn = generate(model, prompts, 12, [], temperature=1.0, seeds=range(5), batch_size=1)
+    for prompt, c, alone in zip(prompts, got, in_turn, strict=True):
+        want = training_logp(model, prompt, c.tokens, 1.0, 50)
+        assert (torch.tensor(c.logp, dtype=torch.float64) - want).abs().max() < 1e-9
+        assert c.tokens == alone.tokens
 
 
 # --- what ends a generation ---------------------------------------------------------------
