@@ -4,6 +4,7 @@ On a small body with the heads of the 0.5B.
 """
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ from data.batch import Document, GlobalBatch
 from kernels import backend
 from kernels.attention import PackedAttention
 from kernels.decode_attention import decode_attention, decode_reference
-from losses.kd import KDConfig, kd_loss
-from losses.sft import sft_loss
+from kernels.linear_kl import linear_kl
+from kernels.linear_logprob import linear_logprob
+from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from losses.kd import DIVERGENCES, KDConfig, kd_loss
+from losses.sft import cross_entropy, sft_loss
 from model import generate as engine
 from model import kv_cache
-from model.checkpoint import build_model
+from model.checkpoint import build_model, save_model
 from model.generate import generate
 from model.transformer import ModelConfig
 from tests.test_generate import some_prompts
-from train import forward_backward
+from toy_models import toy_tokenizer
+from train import forward_backward, main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = dict(
@@ -196,3 +201,93 @@ def test_decode_with_windows_and_wide_heads(size, window):
     assert torch.equal(
         decode_attention(q, k, v, length_B), decode_attention(q, k, v, length_B, 1000)
     )
+
+
+# --- what neither of the above reaches ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("loss", ["logprob", "kl", "topk"])
+def test_several_chunks_are_one(loss, kernels, device="cuda"):
+    """The gradient of the head is added up over chunks, in fp32, beside bf16 operands."""
+    backend.use(kernels)
+    generator = torch.Generator(device).manual_seed(0)
+    random = functools.partial(torch.randn, generator=generator, device=device)
+    weight_N, results = random(1000).abs(), {}
+    hidden_ND, teacher_ND = random(2, 1000, 256).bfloat16()
+    heads = random(2, 2001, 256) / 16
+    target_N = torch.randint(2000, (1000,), generator=generator, device=device)
+    ids_Nk, logp_NB = topk_logprobs(teacher_ND, heads[1], 20, vocab=2000)
+    for chunk_rows in (256, 1000):
+        hidden, head = hidden_ND.detach().requires_grad_(), heads[0].detach().requires_grad_()
+        options = dict(vocab=2000, chunk_rows=chunk_rows)
+        if loss == "logprob":
+            total, _ = linear_logprob(hidden, head, target_N, weight_N, cross_entropy, **options)
+        elif loss == "kl":
+            teacher = teacher_ND, heads[1]
+            total, _ = linear_kl(hidden, head, *teacher, weight_N, "forward_kl", **options)
+        else:
+            kl = functools.partial(DIVERGENCES["forward_kl"], beta=0.5)
+            total, _ = linear_topk_divergence(
+                hidden, head, ids_Nk, logp_NB, weight_N, kl, **options
+            )
+        total.backward()
+        results[chunk_rows] = total.detach(), hidden.grad, head.grad
+    for some, whole in zip(*results.values(), strict=True):
+        assert relative_error(some, whole) < 4e-3  # bf16 gradients of logits
+
+
+def test_logits_beyond_two_to_the_31(device="cuda", rows=16384, vocab=151936):
+    """Rows of a chunk of 2.5e9 logits, and several tiles of rows, beside the same rows alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden_ND = torch.randn(rows, 64, generator=generator, device=device).bfloat16()
+    head_VD = torch.randn(vocab, 64, generator=generator, device=device) / 8
+    target_N = torch.randint(vocab, (rows,), generator=generator, device=device)
+    weight_N = torch.ones(rows, device=device)
+    last, results = slice(rows - 64, rows), []
+    for part, chunk_rows in ((slice(0, rows), rows), (last, 64)):
+        hidden = hidden_ND[part].detach().requires_grad_()
+        total, values = linear_logprob(
+            hidden, head_VD, target_N[part], weight_N[part], cross_entropy, chunk_rows=chunk_rows
+        )
+        total.backward()
+        results.append((values["logp"][-64:], hidden.grad[-64:]))
+    for some, alone in zip(*results, strict=True):
+        assert relative_error(some, alone) < 4e-3
+
+
+@pytest.mark.parametrize("lora_rank", ["0", "4"])
+def test_a_compiled_grpo_run_is_the_uncompiled_one(lora_rank, tmp_path, device="cuda"):
+    """Rollouts, two updates on each, checkpointing and a compiled body, by the command."""
+    tokenizer = toy_tokenizer()
+    config = ModelConfig(**SHAPE | dict(vocab_size=512))
+    model = build_model(config, None, device="cpu", seed=0)
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model", tokenizer, tokenizer.stop_ids())
+    runs = {}
+    for compiled in ("true", "false"):
+        command = dict(
+            mode="grpo",
+            model=tmp_path / "model",
+            data="word_problems:64",
+            runs=tmp_path,
+            name=f"compiled-{compiled}",
+            device=device,
+            compile=compiled,
+            lora_rank=lora_rank,
+            steps=4,
+            batch_size=32,
+            grpo_minibatches_per_rollout=2,
+            grpo_reward="format",
+            grpo_entropy_coef=0.01,  # a gradient whatever is earned
+            sample_tokens=24,
+            activation_checkpointing=compiled,
+            eval_examples=0,
+        )
+        assert main([f"--{name}={value}" for name, value in command.items()]) == 0
+        lines = (tmp_path / f"compiled-{compiled}/metrics.jsonl").read_text().splitlines()
+        runs[compiled] = [json.loads(line) for line in lines if "train/entropy" in line]
+    for compiled, eager in zip(runs["true"], runs["false"], strict=True):
+        assert compiled["train/sampler_mismatch"] < 0.05
+        assert abs(compiled["train/entropy"] - eager["train/entropy"]) < 0.05
+    assert runs["true"][-1]["train/no_gradient"] == 0
