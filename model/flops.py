@@ -81,7 +81,8 @@ def generation_flops(
 ) -> float:
     """Return the FLOPs of generating new[i] tokens after the token ids prompts[i].
 
-    The last token is never read, and a prompt that equals the one before it shares its cache.
+    The last token is never read, and a prompt that equals the one before it shares its cache. What
+    all prompts begin with is counted for each: only a CPU computes it once.
     """
     read = [len(p) + n - 1 for p, n in zip(prompts, new, strict=True)]
     shared = [len(p) - 1 for before, p in itertools.pairwise(prompts) if p == before]
