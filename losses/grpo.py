@@ -53,11 +53,6 @@ def masked_weight(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tenso
     return -torch.where(ratio == clipped, ratio, 0.0).detach() * advantage * logp
 
 
-def masked_ratio(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
-    """−r A, and 0 where PPO's minimum would stop the gradient."""
-    return -ratio * advantage * (ratio * advantage <= clipped * advantage)
-
-
 def soft_gate(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
     """−4/τ σ(τ(r − 1)) A, τ = 1 for A > 0, else 1.05: no clip, but a slope that dies away."""
     tau = torch.full_like(ratio, 1.05).masked_fill(advantage > 0, 1.0)
@@ -75,7 +70,8 @@ def clip_log_ratio(ratio: Tensor, old_logp: Tensor, low: float, high: float) -> 
 
 
 def clip_probability(ratio: Tensor, old_logp: Tensor, low: float, high: float) -> Tensor:
-    """The ratio at which the probability is within [old − low, old + high]."""
+    """The ratio whose probability is within [old − low, old + high]: PPO's minimum then has the
+    gradient of DPPO's mask."""
     old = old_logp.exp()
     return ratio.clamp(1 - low / old, 1 + high / old)
 
@@ -103,7 +99,7 @@ VARIANTS = {
     "cispo": Variant(clipped_weight, "token"),
     "sapo": Variant(soft_gate, "sequence", clip=None),
     "gmpo": Variant(clipped_ratio, "sequence", geometric_mean=True, clip=clip_log_ratio),
-    "dppo": Variant(masked_ratio, "constant", clip=clip_probability),
+    "dppo": Variant(clipped_ratio, "constant", clip=clip_probability),
     "mis": Variant(masked_weight, "sequence", sequence_ratio=True),
 }
 

@@ -65,7 +65,9 @@ def policy_term(variant, cfg, logp, old, n, advantage):
         moved = torch.exp(logp[n]) - torch.exp(old[n])
         side = "low" if moved < -cfg.clip_low else "high" if moved > cfg.clip_high else "in"
         masked = (side == "high" and advantage > 0) or (side == "low" and advantage < 0)
-        return (0 if masked else -1) * ratio * advantage, ratio, side
+        bound = {"low": -cfg.clip_low, "high": cfg.clip_high}.get(side, 0) / math.exp(old[n])
+        loss = -advantage * (1 + bound) + 0 * logp[n]  # not the paper's 0, but without a gradient
+        return (loss if masked else -ratio * advantage), ratio, side
     return -min(ratio * advantage, inside * advantage), ratio, side  # PPO, eq. 7
 
 
