@@ -169,11 +169,12 @@ class SampledKDRollouts(Rollouts):
         if self.teacher is not None:
             self.add_logprobs(samples, "teacher_logp", self.teacher)
         for sample in samples:
-            fields, weights = sample.document.fields, sample.document.weights
-            advantage = torch.from_numpy(against_the_unlikely(fields["old_logp"].numpy(), weights))
+            fields = sample.document.fields
             if self.teacher is not None:
-                advantage = fields.pop("teacher_logp") - fields["old_logp"]
-            fields["advantage"] = advantage
+                fields["advantage"] = fields.pop("teacher_logp") - fields["old_logp"]
+            else:
+                own = against_the_unlikely(fields["old_logp"].numpy(), sample.document.weights)
+                fields["advantage"] = torch.from_numpy(own)
         return [self.batch(samples)]
 
 
