@@ -25,10 +25,13 @@ from rl.advantage import ADVANTAGES
 from rl.reward import PARTS
 
 GRPO: Condition = {"mode": ("grpo",)}
-WITH_TEACHER: list[Condition] = [{"mode": ("kd",)}, {"grpo_kd_coef": ABOVE_0}]
+TEACHING: Condition = {"kd_signal": ("full", "topk", "sampled")}
+WITH_TEACHER: list[Condition] = [TEACHING, {"grpo_kd_coef": ABOVE_0}]
 WITH_REFERENCE: Condition = {"grpo_kl_coef": ABOVE_0}
 GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
 TOPK: Condition = {"kd_signal": ("topk",)}
+OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantages of samples
+CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
 
 
 def in_grpo(default: Any) -> dict[str, Values]:
@@ -206,9 +209,11 @@ class Config:
         read_when={"kd_divergence": WITH_BETA},
     )
     kd_temperature: float = option(
-        2.0, "temperature of teacher and student in the divergence", above=0
+        2.0, "temperature of teacher and student in the divergence", above=0, read_when=TEACHING
     )
-    kd_t_squared: bool = option(False, "multiply the divergence by the squared --kd_temperature")
+    kd_t_squared: bool = option(
+        False, "multiply the divergence by the squared --kd_temperature", read_when=TEACHING
+    )
     kd_ce: float = option(
         0.0, "weight of cross-entropy beside the divergence", minimum=0, maximum=1
     )
@@ -223,10 +228,11 @@ class Config:
         read_when=GENERATED,
         fixed=True,
     )
-    kd_signal: Literal["full", "topk", "sampled"] = option(
+    kd_signal: Literal["full", "topk", "sampled", "unlikely"] = option(
         "full",
         "teacher's signal: all probabilities, the top-k and a bucket for the rest, or log-probs of "
-        "sampled tokens as advantages",
+        "sampled tokens as advantages; unlikely: no teacher, a fixed advantage of -0.5 on the "
+        "least likely fifth of a sample's tokens, as a control",
         fixed=True,
     )
     kd_topk: int = option(
@@ -270,22 +276,30 @@ class Config:
     )
     grpo_advantage: str = option(
         "std",
-        "how the rewards of a prompt's samples become advantages",
+        "how the rewards of a prompt's samples become advantages; maxrl: (r - mean) / mean",
         choices=ADVANTAGES,
         default_when={"grpo_variant": {"dr_grpo": "mean"}},
     )
     grpo_clip_low: float = option(
         0.2,
-        "the policy ratio is clipped below at 1 minus this; 1: no lower bound",
+        "the policy ratio is clipped below at 1 minus this; 1: no lower bound; gmpo: below at e to "
+        "minus this; dppo: where the token's probability has fallen by this",
         above=0,
         maximum=1,
-        default_when={"grpo_variant": {"gspo": 3e-4, "cispo": 1.0}},
+        read_when=CLIPPED,
+        default_when={
+            "grpo_variant": {"gspo": 3e-4, "cispo": 1.0, "gmpo": 0.4, "dppo": 0.15, "mis": 1e-3}
+        },
     )
     grpo_clip_high: float = option(
         0.2,
-        "the policy ratio is clipped above at 1 plus this",
+        "the policy ratio is clipped above at 1 plus this; gmpo: at e to this; dppo: where the "
+        "token's probability has risen by this",
         above=0,
-        default_when={"grpo_variant": {"token": 0.28, "gspo": 4e-4}},
+        read_when=CLIPPED,
+        default_when={
+            "grpo_variant": {"token": 0.28, "gspo": 4e-4, "gmpo": 0.4, "dppo": 0.15, "mis": 1e-3}
+        },
     )
     grpo_kl_coef: float = option(
         0.0,
@@ -315,6 +329,11 @@ class Config:
         1, "optimizer steps per pass over a rollout, each on a part of it", minimum=1, fixed=True
     )
     grpo_ppo_epochs: int = option(1, "passes over each rollout", minimum=1, fixed=True)
+    grpo_paced: bool = option(
+        False,
+        "weigh a prompt in every term of the loss by p(1 - p), p its share of right samples",
+        fixed=if_rollout_is_reused,
+    )
     grpo_dynamic_sampling_rounds: int = option(
         0, "rounds that replace groups that are all right or all wrong by new ones", minimum=0
     )
@@ -327,13 +346,17 @@ class Config:
     grpo_length_penalty: int = option(
         0, "tokens before --sample_tokens over which the reward falls by up to 1", minimum=0
     )
-    grpo_tis: Literal["none", "truncate", "mask"] = option(
+    grpo_tis: Literal["none", "truncate", "mask", "mask_sequence"] = option(
         "none",
-        "importance weights against the sampler's rounding errors",
+        "importance weights against the sampler's rounding errors; mask_sequence: the geometric "
+        "mean of a sample's, as gspo, gmpo and mis always have it",
         fixed=if_rollout_is_reused,
     )
     grpo_tis_cap: float = option(
-        2.0, "limit of --grpo_tis weights", minimum=1, read_when={"grpo_tis": ("truncate", "mask")}
+        2.0,
+        "limit of --grpo_tis weights",
+        minimum=1,
+        read_when={"grpo_tis": ("truncate", "mask", "mask_sequence")},
     )
     grpo_kd_coef: float = option(
         0.0,
@@ -391,7 +414,7 @@ def needs_old_logp(cfg: Config) -> bool:
         several_updates = cfg.grpo_minibatches_per_rollout * cfg.grpo_ppo_epochs > 1
         kl_in_reward = cfg.grpo_kl_coef > 0 and cfg.grpo_kl_in == "reward"
         return several_updates or cfg.grpo_tis != "none" or kl_in_reward
-    return cfg.mode == "kd" and cfg.kd_signal == "sampled"
+    return cfg.mode == "kd" and cfg.kd_signal in OWN_TOKENS
 
 
 # --- what must hold between options --------------------------------------------------------------
@@ -402,7 +425,7 @@ def validate(cfg: Config) -> None:
         raise UserError("--resume needs the --name of a run")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine offers no CUDA device")
-    if cfg.mode == "kd" and cfg.kd_signal == "sampled":
+    if cfg.mode == "kd" and cfg.kd_signal in OWN_TOKENS:
         _validate_sampled(cfg)
     elif cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0 and cfg.kd_ce > 0:
         raise UserError(
@@ -419,15 +442,17 @@ def validate(cfg: Config) -> None:
 def _validate_sampled(cfg: Config) -> None:
     if cfg.kd_prefix != "student":
         raise UserError(
-            "--kd_signal sampled is an expectation over the student's own tokens; set "
+            f"--kd_signal {cfg.kd_signal} is an expectation over the student's own tokens; set "
             "--kd_prefix student"
         )
     truncated = cfg.sample_top_p < 1 or cfg.sample_top_k > 0
     if truncated or cfg.kd_mix < 1 or cfg.kd_ce > 0 or cfg.kd_t_squared:
         raise UserError(
-            "--kd_signal sampled takes no --kd_mix, --kd_ce, --kd_t_squared, --sample_top_k or "
-            "--sample_top_p; leave them out"
+            f"--kd_signal {cfg.kd_signal} takes no --kd_mix, --kd_ce, --kd_t_squared, "
+            "--sample_top_k or --sample_top_p; leave them out"
         )
+    if cfg.kd_signal == "unlikely":
+        return
     if cfg.kd_divergence != "reverse_kl" or cfg.kd_temperature != cfg.sample_temperature:
         raise UserError(
             "--kd_signal sampled is the reverse KL at the sampling temperature; set "

@@ -122,7 +122,7 @@ def setup(cfg: Config) -> Plan:
 
 def has_teacher(cfg: Config) -> bool:
     """Whether a teacher's distribution is part of the loss."""
-    return cfg.mode == "kd" or cfg.grpo_kd_coef > 0
+    return (cfg.mode == "kd" and cfg.kd_signal != "unlikely") or cfg.grpo_kd_coef > 0
 
 
 def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
@@ -156,8 +156,9 @@ def loss_vocab_size(
     """Head rows in the loss: the ids shared with a teacher, a policy's ids, or in SFT all."""
     if teacher:
         return shared_vocab_size(tokenizer, student.config, teacher)
-    policy_size = policy_vocab_size(tokenizer, student.config)
-    return policy_size if cfg.mode == "grpo" else student.config.vocab_size
+    if cfg.mode == "sft":
+        return student.config.vocab_size
+    return policy_vocab_size(tokenizer, student.config)
 
 
 def load_dataset(
@@ -192,9 +193,20 @@ def load_reward(cfg: Config) -> Reward | None:
     """What samples earn, in grpo."""
     if cfg.mode != "grpo":
         return None
-    return parse_reward(
+    reward = parse_reward(
         cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
     )
+    if cfg.grpo_advantage == "maxrl" and reward.may_be_negative:
+        raise UserError(
+            "--grpo_advantage maxrl divides by a group's mean reward, which must not be negative; "
+            "leave signed parts, negative weights and penalties out"
+        )
+    if cfg.grpo_paced and not reward.reads_gold:
+        raise UserError(
+            f"--grpo_paced weighs prompts by their share of right samples; --grpo_reward "
+            f"{cfg.grpo_reward} looks at no answer: add accuracy"
+        )
+    return reward
 
 
 def number_of_steps(cfg: Config, examples: int) -> int:

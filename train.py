@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 import options
-from config import Config, needs_old_logp, sampling_of
+from config import OWN_TOKENS, Config, needs_old_logp, sampling_of
 from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
@@ -55,7 +55,7 @@ def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
 
 
 def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
-    if cfg.kd_signal == "sampled":
+    if cfg.kd_signal in OWN_TOKENS:
         rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
         policy_gradient = GRPOConfig(
             variant="token",  # its surrogate alone counts here: the weighting is --weighting
@@ -115,7 +115,8 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
         old_logprobs=needs_old_logp(cfg),
         tis=cfg.grpo_tis,
         tis_cap=cfg.grpo_tis_cap,
-        tis_by_sequence=variant.sequence_ratio,
+        tis_by_sequence=variant.whole_sequences or cfg.grpo_tis == "mask_sequence",
+        paced=cfg.grpo_paced,
         dynamic_sampling_rounds=cfg.grpo_dynamic_sampling_rounds,
         mask_truncated=cfg.grpo_mask_truncated,
         minibatches=cfg.grpo_minibatches_per_rollout,
@@ -235,7 +236,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         if cfg.lora_dropout:
             run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
         # A sampled signal is in the advantages already: the loss needs no teacher.
-        teacher = None if cfg.kd_signal == "sampled" else run.teacher
+        teacher = None if cfg.kd_signal in OWN_TOKENS else run.teacher
         sums = {}
         if norm > 0:
             sums = forward_backward(
@@ -327,8 +328,8 @@ def step_metrics(
     """
     tokens, flops = sum(batch.lengths), 0
     if sums:
-        # GSPO needs the ratios of whole sequences first: one more pass of the head.
-        needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].sequence_ratio
+        # GSPO and its kin need the ratios of whole sequences first: one more pass of the head.
+        needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].whole_sequences
         head_passes = int(needs_ratios and batch.has_field("old_logp"))
         flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
         if teacher:

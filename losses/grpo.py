@@ -9,15 +9,21 @@ Every variant is a row loss of short vectors plus a weighting of the tokens (`VA
 | dr_grpo | token | 1/max_new_tokens, over sequences | Dr. GRPO, arXiv 2503.20783 |
 | gspo | sequence | 1/|o|, over sequences | GSPO, arXiv 2507.18071, eq. 5 (gradient: eq. 10) |
 | cispo | token, detached | 1, over all tokens | MiniMax-M1, arXiv 2506.13585, eq. 4 |
+| sapo | token, through a sigmoid | 1/|o|, over sequences | SAPO, arXiv 2511.20347, eq. 5 and 6 |
+| gmpo | geometric mean of tokens' | 1/|o|, over sequences | GMPO, arXiv 2507.20673, section 3 |
+| dppo | token | 1/max_new_tokens, over sequences | DPPO, arXiv 2602.04879, Binary-TV mask |
+| mis | sequence, detached | 1/|o|, over sequences | Liu, Li et al., richardli.xyz/rl-collapse |
 
 With a variant come the advantage and the clip bounds of its paper, as defaults (config.py): Dr.
 GRPO does not divide by a deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is 0.28,
-CISPO has no lower one. A sample without loss rows (masked because it did not stop) counts in no
-divisor.
+CISPO has no lower one, SAPO none at all; GMPO's are those of the log-ratio, DPPO's those of the
+probability. Where a rollout serves one update all ratios are 1, and variants of equal weighting
+have one gradient. A sample without loss rows (masked because it did not stop) counts in no divisor.
 
 Policy, old and reference log-probs are all taken at the sampling temperature. Legend: N loss rows.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,12 +48,47 @@ def clipped_weight(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tens
     return -clipped.detach() * advantage * logp
 
 
+def masked_weight(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
+    """−sg(r) A log p, and 0 where r is out of bounds: masked importance sampling."""
+    return -torch.where(ratio == clipped, ratio, 0.0).detach() * advantage * logp
+
+
+def soft_gate(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
+    """−4/τ σ(τ(r − 1)) A, τ = 1 for A > 0, else 1.05: no clip, but a slope that dies away."""
+    tau = torch.full_like(ratio, 1.05).masked_fill(advantage > 0, 1.0)
+    return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+
+
+def clip_ratio(ratio: Tensor, old_logp: Tensor, low: float, high: float) -> Tensor:
+    """The ratio within [1 − low, 1 + high]."""
+    return ratio.clamp(1 - low, 1 + high)
+
+
+def clip_log_ratio(ratio: Tensor, old_logp: Tensor, low: float, high: float) -> Tensor:
+    """The ratio within [e^−low, e^high]."""
+    return ratio.clamp(math.exp(-low), math.exp(high))
+
+
+def clip_probability(ratio: Tensor, old_logp: Tensor, low: float, high: float) -> Tensor:
+    """The ratio whose probability is within [old − low, old + high]: PPO's minimum then has the
+    gradient of DPPO's mask."""
+    old = old_logp.exp()
+    return ratio.clamp(1 - low / old, 1 + high / old)
+
+
 class Variant(NamedTuple):
     """One of the objectives in the table above."""
 
     surrogate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as clipped_ratio
     weighting: str  # of the tokens: "token", "sequence" or "constant"
     sequence_ratio: bool = False  # one ratio for all tokens of a sequence
+    geometric_mean: bool = False  # of the loss of a sequence's tokens, in place of their mean
+    clip: Callable[[Tensor, Tensor, float, float], Tensor] | None = clip_ratio  # None: no bounds
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether a token's loss depends on its sequence: one more pass of the head."""
+        return self.sequence_ratio or self.geometric_mean
 
 
 VARIANTS = {
@@ -56,6 +97,10 @@ VARIANTS = {
     "dr_grpo": Variant(clipped_ratio, "constant"),
     "gspo": Variant(clipped_ratio, "sequence", sequence_ratio=True),
     "cispo": Variant(clipped_weight, "token"),
+    "sapo": Variant(soft_gate, "sequence", clip=None),
+    "gmpo": Variant(clipped_ratio, "sequence", geometric_mean=True, clip=clip_log_ratio),
+    "dppo": Variant(clipped_ratio, "constant", clip=clip_probability),
+    "mis": Variant(masked_weight, "sequence", sequence_ratio=True),
 }
 
 
@@ -93,7 +138,7 @@ class GRPOConfig:
     """Settings of `grpo_loss`."""
 
     variant: str  # a name in VARIANTS
-    clip_low: float  # the ratio is clipped to [1 − clip_low, 1 + clip_high]
+    clip_low: float  # bounds of the ratio, as the variant's `clip` reads them
     clip_high: float
     kl_coef: float = 0.0  # of the KL to the reference
     kl_estimator: str = "k3"  # a name in KL_ESTIMATORS
@@ -116,12 +161,12 @@ def policy_row_loss(
         logp_N, entropy_N: of the policy, in nats; differentiable.
         fields: the fields of the batch at these tokens (see `grpo_loss`).
     """
-    ratio_N = log_ratio(logp_N, fields).exp()
-    clipped_N = ratio_N.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    ratio_N, clipped_N = ratios(logp_N, fields, cfg)
     surrogate = VARIANTS[cfg.variant].surrogate
     loss_N = surrogate(ratio_N, clipped_N, logp_N, fields["advantage"])
-    if "tis_weight" in fields:
-        loss_N = loss_N * fields["tis_weight"]
+    for name in ("sequence_weight", "tis_weight"):
+        if name in fields:
+            loss_N = loss_N * fields[name]
     if cfg.kl_coef:
         kl_N = KL_ESTIMATORS[cfg.kl_estimator](logp_N - fields["ref_logp"])
         loss_N = loss_N + cfg.kl_coef * kl_N
@@ -140,6 +185,31 @@ def log_ratio(logp_N: Tensor, fields: dict[str, Tensor]) -> Tensor:
     return logp_N - fields.get("old_logp", logp_N.detach())
 
 
+def ratios(logp_N: Tensor, fields: dict[str, Tensor], cfg: GRPOConfig) -> tuple[Tensor, Tensor]:
+    """(the policy's ratio to the old policy, the same within its variant's bounds)."""
+    ratio_N, clip = log_ratio(logp_N, fields).exp(), VARIANTS[cfg.variant].clip
+    if clip is None:
+        return ratio_N, ratio_N
+    old_logp_N = fields.get("old_logp", logp_N.detach())
+    return ratio_N, clip(ratio_N, old_logp_N, cfg.clip_low, cfg.clip_high)
+
+
+def sequence_fields(
+    logp_N: Tensor, fields: dict[str, Tensor], batch: Batch, cfg: GRPOConfig
+) -> dict[str, Tensor]:
+    """What a variant of whole sequences needs beside a token's own fields.
+
+    GMPO's loss of a sequence is −A Π r^(1/|o|), with the ratios that PPO's minimum leaves. As a sum
+    over tokens it is PPO's loss of each, times the geometric mean over the token's own ratio.
+    """
+    if VARIANTS[cfg.variant].sequence_ratio:
+        return {"sequence_log_ratio": document_mean(logp_N - fields["old_logp"], batch)}
+    ratio_N, clipped_N = ratios(logp_N, fields, cfg)
+    least_N, most_N = torch.minimum(ratio_N, clipped_N), torch.maximum(ratio_N, clipped_N)
+    left_N = torch.where(fields["advantage"] < 0, most_N, least_N).log()
+    return {"sequence_weight": (document_mean(left_N, batch) - left_N).exp()}
+
+
 def grpo_loss(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -149,8 +219,7 @@ def grpo_loss(
 ) -> tuple[Tensor, Metrics]:
     """Σ weight · `policy_row_loss` over the loss rows, plus kd_coef · a divergence from a teacher.
 
-    A variant with the ratio of a token costs three products with the head, one with that of a
-    sequence four.
+    A variant of single tokens costs three products with the head, one of whole sequences four.
 
     Args:
         frozen: the teacher's (hidden_NC, head_UC) if kd_coef.
@@ -174,10 +243,10 @@ def grpo_loss(
         temperature=cfg.temperature,
         vocab=cfg.vocab,
     )
-    if VARIANTS[cfg.variant].sequence_ratio and "old_logp" in fields:
+    if VARIANTS[cfg.variant].whole_sequences and "old_logp" in fields:
         with torch.no_grad():
             _, rows = logprobs(_no_loss)
-        fields["sequence_log_ratio"] = document_mean(rows["logp"] - fields["old_logp"], batch)
+        fields |= sequence_fields(rows["logp"], fields, batch, cfg)
     row_loss = partial(policy_row_loss, cfg=cfg)
     if cfg.kd_coef:
         assert frozen, "a divergence needs the teacher's hidden rows and head"
@@ -207,17 +276,17 @@ def measures(logp_N: Tensor, fields: dict[str, Tensor], cfg: GRPOConfig) -> dict
     """Per token: what the clip cut off, and how far old policy, sampler and reference are.
 
     Only clips that change the gradient count: a minimum spares one sign of the advantage, a
-    clipped weight neither.
+    clipped or masked weight neither.
     """
-    log_ratio_N, advantage_N = log_ratio(logp_N, fields), fields["advantage"]
-    ratio_N = log_ratio_N.exp()
+    advantage_N = fields["advantage"]
+    ratio_N, clipped_N = ratios(logp_N, fields, cfg)
     lowers_N, raises_N = advantage_N < 0, advantage_N > 0
-    if VARIANTS[cfg.variant].surrogate is clipped_weight:
+    if VARIANTS[cfg.variant].surrogate in (clipped_weight, masked_weight):
         lowers_N = raises_N = advantage_N != 0
     values = {
-        "clip_low": ((ratio_N < 1 - cfg.clip_low) & lowers_N).double(),
-        "clip_high": ((ratio_N > 1 + cfg.clip_high) & raises_N).double(),
-        "old_kl": k3(-log_ratio_N),  # sampled by the old policy: KL(old ‖ policy)
+        "clip_low": ((ratio_N < clipped_N) & lowers_N).double(),
+        "clip_high": ((ratio_N > clipped_N) & raises_N).double(),
+        "old_kl": k3(-log_ratio(logp_N, fields)),  # sampled by the old: KL(old ‖ policy)
     }
     if "ref_logp" in fields:
         values["ref_kl"] = k3(logp_N - fields["ref_logp"])

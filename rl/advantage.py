@@ -12,22 +12,34 @@ def has_reward_spread(rewards_G: Sequence[float]) -> bool:
     return len(rewards_G) > 1 and max(rewards_G) != min(rewards_G)
 
 
-def standardised(centred_G: np.ndarray) -> np.ndarray:
+def unscaled(rewards_G: np.ndarray) -> np.ndarray:
+    """r − mean (Dr. GRPO, arXiv 2503.20783)."""
+    return rewards_G - rewards_G.mean()
+
+
+def standardised(rewards_G: np.ndarray) -> np.ndarray:
     """(r − mean) / (std + 1e-4), std over G−1 (DeepSeekMath, arXiv 2402.03300)."""
+    centred_G = unscaled(rewards_G)
     return centred_G / (centred_G.std(ddof=1) + EPSILON)
 
 
-def unscaled(centred_G: np.ndarray) -> np.ndarray:
-    """r − mean (Dr. GRPO, arXiv 2503.20783)."""
-    return centred_G
-
-
-def leave_one_out(centred_G: np.ndarray) -> np.ndarray:
+def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
     """r − mean of the others (RLOO, arXiv 2402.14740)."""
-    return centred_G * len(centred_G) / (len(centred_G) - 1)
+    return unscaled(rewards_G) * len(rewards_G) / (len(rewards_G) - 1)
 
 
-ADVANTAGES = {"std": standardised, "mean": unscaled, "leave_one_out": leave_one_out}
+def maximum_likelihood(rewards_G: np.ndarray) -> np.ndarray:
+    """(r − mean) / mean, 0 where that is not positive (MaxRL, arXiv 2602.02710)."""
+    mean = rewards_G.mean()
+    return unscaled(rewards_G) / mean if mean > 0 else np.zeros_like(rewards_G)
+
+
+ADVANTAGES = {
+    "std": standardised,
+    "mean": unscaled,
+    "leave_one_out": leave_one_out,
+    "maxrl": maximum_likelihood,
+}
 
 
 def group_advantages(rewards_G: Sequence[float], kind: str) -> np.ndarray:
@@ -37,12 +49,11 @@ def group_advantages(rewards_G: Sequence[float], kind: str) -> np.ndarray:
 
     Args:
         rewards_G: [G] rewards of the samples.
-        kind: A name in ADVANTAGES. A fork adds its own function of the centred rewards there.
+        kind: A name in ADVANTAGES. A fork adds its own function of the rewards there.
     """
     if not has_reward_spread(rewards_G):
         return np.zeros(len(rewards_G))
-    values_G = np.asarray(rewards_G, np.float64)
-    return ADVANTAGES[kind](values_G - values_G.mean())
+    return ADVANTAGES[kind](np.asarray(rewards_G, np.float64))
 
 
 def kl_advantages(penalties_G: Sequence[float], kind: str) -> np.ndarray:
@@ -59,8 +70,17 @@ def kl_advantages(penalties_G: Sequence[float], kind: str) -> np.ndarray:
         penalties_G: [G] beta times the KL estimate of each sample, in nats.
         kind: A name in ADVANTAGES.
     """
-    values_G = np.asarray(penalties_G, np.float64)
-    centred_G = values_G.mean() - values_G
-    if kind == "leave_one_out" and len(centred_G) > 1:
-        return leave_one_out(centred_G)
-    return centred_G
+    costs_G = -np.asarray(penalties_G, np.float64)
+    if kind == "leave_one_out" and len(costs_G) > 1:
+        return leave_one_out(costs_G)
+    return unscaled(costs_G)
+
+
+def against_the_unlikely(logp_T: np.ndarray, weights_T: np.ndarray) -> np.ndarray:
+    """Advantages [T] of a document's tokens from their log-probs alone: no reward, no teacher.
+
+    −1/2 on the least likely fifth of the trained tokens, 0 on the others: the control of 'Does
+    On-Policy Distillation Really Distill?' (arXiv 2608.31046, section 3.2).
+    """
+    limit = np.quantile(logp_T[weights_T != 0], 0.2)
+    return np.where((weights_T != 0) & (logp_T <= limit), -0.5, 0.0)

@@ -58,14 +58,15 @@ def add_tis_weights(document: Document, config: RolloutConfig) -> None:
     """Set the field "tis_weight": importance weights, where the sampler rounds in another way.
 
     The ratio of the trainer's to the sampler's probability of a token, or (tis_by_sequence) its
-    geometric mean over the sample: cut at the cap ("truncate"), or 0 outside [1/cap, cap] ("mask").
+    geometric mean over the sample: cut at the cap ("truncate"), or 0 outside [1/cap, cap] ("mask",
+    and "mask_sequence", which is always by sequence).
     """
     gap = (document.fields["old_logp"] - document.fields["sampler_logp"]).numpy()
     if config.tis_by_sequence:
         gap = np.full_like(gap, gap.sum() / max(1, np.count_nonzero(document.weights)))
     ratio, cap = np.exp(gap), config.tis_cap
     weight = np.minimum(ratio, cap)
-    if config.tis == "mask":
+    if config.tis != "truncate":
         weight = np.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
     document.fields["tis_weight"] = torch.from_numpy(weight)
 

@@ -13,21 +13,23 @@ from data.tasks import TASKS, Example, grade
 from errors import UserError
 
 VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
-PARTS = (*VERDICTS, "format")
+PARTS = (*VERDICTS, "format", "random")
 PENALTIES = ("length_penalty", "truncation_penalty")  # what length costs
 
 
-def part_values(text: str, verdict: Verdict) -> dict[str, float]:
+def part_values(text: str, verdict: Verdict, coin: bool) -> dict[str, float]:
     """The value of every part; a fork adds one here, and its name to PARTS.
 
     text: the completion, behind the tag with which its prompt may have opened it. The signed parts
     are the study's (arXiv 2506.13404, section 3): +1 or −1.
+    coin: the sample's own toss: a reward that says nothing, as a control (arXiv 2506.10947).
     """
     return {
         "accuracy": float(verdict.strict),
         "lenient": float(verdict.lenient),
         "signed_accuracy": 1.0 if verdict.strict else -1.0,
         "format": format_reward(text),
+        "random": float(coin),
     }
 
 
@@ -57,8 +59,21 @@ class Reward:
         """Whether it looks at gold answers: without them it would be the same for every sample."""
         return any(self.parts.get(name) for name in VERDICTS)
 
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether a part or a penalty can take it below 0; of a function nobody knows."""
+        below = [name for name, weight in self.parts.items() if weight < 0]
+        signed = self.parts.get("signed_accuracy")
+        return bool(below or signed or self.length_penalty or self.truncation_penalty)
+
     def __call__(
-        self, example: Example, text: str, tokens: int, stopped: bool, opened: str = ""
+        self,
+        example: Example,
+        text: str,
+        tokens: int,
+        stopped: bool,
+        opened: str = "",
+        coin: bool = False,
     ) -> tuple[float, dict[str, float], Verdict]:
         """Grade a completion.
 
@@ -67,6 +82,7 @@ class Reward:
             tokens: Its length in tokens.
             stopped: Whether it ended by itself.
             opened: The tag with which the generation prompt has begun it (`<think>`), else empty.
+            coin: A toss that belongs to the sample alone, for the part `random`.
 
         Returns:
             (reward, {part: what it adds to the reward}, verdict).
@@ -77,7 +93,7 @@ class Reward:
         if self.function:
             values = {"function": self._call(self.function, example, text)}
         else:
-            every = part_values(opened + text, verdict)
+            every = part_values(opened + text, verdict, coin)
             values = {name: weight * every[name] for name, weight in self.parts.items()}
         if self.length_penalty:
             excess = max(0, tokens - (self.limit - self.length_penalty))

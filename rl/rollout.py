@@ -26,7 +26,7 @@ from model import parallel
 from model.flops import forward_flops, generation_flops
 from model.generate import Completion, Engine, generate
 from model.transformer import Transformer
-from rl.advantage import group_advantages, has_reward_spread, kl_advantages
+from rl.advantage import against_the_unlikely, group_advantages, has_reward_spread, kl_advantages
 from rl.logprobs import add_logprobs, add_tis_weights, kl_penalty
 from rl.reward import Reward
 from rl.sample import RolloutConfig, Sample, sample_line
@@ -159,17 +159,22 @@ class Rollouts(Iterator[GlobalBatch]):
 class SampledKDRollouts(Rollouts):
     """On-policy distillation by sampled tokens: the gradient of the reverse KL, on average.
 
-    The advantage of a token is log p_teacher − log p_student.
+    The advantage of a token is log p_teacher − log p_student; without a teacher, as a control, a
+    fixed one against unlikely tokens.
     """
 
     def rollout(self) -> list[GlobalBatch]:
-        assert self.teacher is not None
         samples = self.draw(self.config.prompts_per_batch)
         self.add_logprobs(samples, "old_logp", self.generator)
-        self.add_logprobs(samples, "teacher_logp", self.teacher)
+        if self.teacher is not None:
+            self.add_logprobs(samples, "teacher_logp", self.teacher)
         for sample in samples:
             fields = sample.document.fields
-            fields["advantage"] = fields.pop("teacher_logp") - fields["old_logp"]
+            if self.teacher is not None:
+                fields["advantage"] = fields.pop("teacher_logp") - fields["old_logp"]
+            else:
+                own = against_the_unlikely(fields["old_logp"].numpy(), sample.document.weights)
+                fields["advantage"] = torch.from_numpy(own)
         return [self.batch(samples)]
 
 
@@ -194,6 +199,7 @@ class GRPORollouts(Rollouts):
         self.add_policy_logprobs(samples)
         self.add_kl_penalties(samples)
         self.add_advantages(samples)
+        self.pace(samples)
         self.mask_truncated(samples)
         batches = self.minibatches(samples)
         batches[0].metrics = self.metrics(drawn, samples)
@@ -211,8 +217,14 @@ class GRPORollouts(Rollouts):
         )
         # No other part looks at the tag with which the prompt may have opened the completion.
         opened = formatter.opened(example) if "format" in self.reward.parts else ""
+        toss = random.Random(f"{self.config.seed}/{sample.position}/{sample.number}")
         sample.reward, sample.reward_parts, sample.verdict = self.reward(
-            example, sample.text, len(sample.completion), sample.stopped, opened
+            example,
+            sample.text,
+            len(sample.completion),
+            sample.stopped,
+            opened,
+            coin=toss.random() < 0.5,
         )
         sample.correctness = self.reward.correctness(sample.reward_parts)
 
@@ -265,6 +277,13 @@ class GRPORollouts(Rollouts):
                 sample.advantage = advantage
                 fields = sample.document.fields
                 fields["advantage"] = torch.full_like(fields["sampler_logp"], advantage)
+
+    def pace(self, samples: list[Sample]) -> None:
+        """Weigh a prompt by p(1 − p), p its share of right samples (PACED, arXiv 2603.11178)."""
+        for group in self.groups(samples) if self.config.paced else ():
+            share = float(np.mean([s.verdict.strict for s in group]))
+            for sample in group:
+                sample.document.weights *= share * (1 - share)
 
     def mask_truncated(self, samples: list[Sample]) -> None:
         """Take the loss off samples that did not stop, after their part in their groups' means."""

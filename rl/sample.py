@@ -31,9 +31,10 @@ class RolloutConfig:
     advantage: str = "std"  # a name in rl.advantage.ADVANTAGES
     kl_penalty_coef: float = 0.0  # of the KL to the reference that is subtracted from rewards
     old_logprobs: bool = False  # whether the log-probs at the time of sampling are needed
-    tis: str = "none"  # importance weights: "none", "truncate" or "mask" (add_tis_weights)
+    tis: str = "none"  # importance weights, as --grpo_tis (add_tis_weights)
     tis_cap: float = 2.0
     tis_by_sequence: bool = False
+    paced: bool = False  # whether a prompt weighs p(1 − p), p its share of right samples
     dynamic_sampling_rounds: int = 0
     mask_truncated: bool = False  # samples that did not stop: no loss, but part of the group's mean
     minibatches: int = 1  # of a rollout

@@ -252,6 +252,9 @@ def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
         ("dr_grpo", "mean", 0.2, 0.2),  # Dr. GRPO, section 3.2: no division by the deviation
         ("gspo", "std", 3e-4, 4e-4),  # GSPO, section 5.1
         ("cispo", "std", 1.0, 0.2),  # MiniMax-M1, section 3.1: no lower bound
+        ("gmpo", "std", 0.4, 0.4),  # GMPO, section 4: (e^-0.4, e^0.4)
+        ("dppo", "std", 0.15, 0.15),  # of a probability
+        ("mis", "std", 1e-3, 1e-3),
     ],
 )
 def test_a_variant_brings_what_its_paper_says(variant, baseline, low, high):
@@ -306,7 +309,7 @@ def stored_by(*args):
     return options.resolved(options.parse(train.Config, list(args)), without=("name", "resume"))
 
 
-@pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("old", ["token", "grpo", "gspo", "cispo", "dr_grpo", "gmpo"])
 @pytest.mark.parametrize(
     "new,brings",
     [
@@ -315,6 +318,7 @@ def stored_by(*args):
         ("dr_grpo", ("mean", 0.2, 0.2)),
         ("gspo", ("std", 3e-4, 4e-4)),
         ("cispo", ("std", 1.0, 0.2)),
+        ("dppo", ("std", 0.15, 0.15)),
     ],
 )
 def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, new, brings, reuse):
@@ -337,6 +341,12 @@ def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, ne
     )
     assert settings(chosen, f"--grpo_variant={new}") == ("leave_one_out", brings[1], 0.5)
     assert settings(chosen, "--lr=1e-4")[1:] == (chosen["grpo_clip_low"], 0.5)
+
+
+def test_a_variant_without_bounds_has_none_of_anothers(reuse):
+    soft = ["--mode=grpo", "--grpo_variant=sapo"]
+    assert "grpo_clip_low" not in options.resolved(reuse(stored_by("--mode=grpo"), *soft))
+    assert reuse(stored_by(*soft), "--grpo_variant=token").grpo_clip_high == 0.28
 
 
 def test_other_options_with_defaults_of_their_own_go_along_too(reuse):
@@ -368,8 +378,11 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
 
 def test_what_is_not_read_says_what_would_read_it():
     for argv, words in (
-        (["--mode=sft", "--kd_beta=0.5"], "jsd or .*; --kd_divergence is read with --mode kd, or"),
-        (["--mode=sft", "--grpo_tis_cap=3"], "truncate or mask; --grpo_tis is read with --mode gr"),
+        (
+            ["--mode=sft", "--kd_beta=0.5"],
+            "jsd or .*; --kd_divergence is read with --kd_signal full or topk or sampled, or",
+        ),
+        (["--mode=sft", "--grpo_tis_cap=3"], "_sequence; --grpo_tis is read with --mode gr"),
         (["--mode=kd", "--kd_beta=0.5"], r"skew_reverse_kl( \(the nearest that is read: \w+\))?$"),
     ):
         with pytest.raises(UserError, match=words):

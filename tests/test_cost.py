@@ -79,6 +79,18 @@ CASES = {
         0,
         0,
     ),
+    "kd without a teacher": (
+        ["--mode=kd", "--sample_tokens=8", "--kd_prefix=student", "--kd_signal=unlikely"],
+        4,
+        0,
+        0,
+    ),
+    "gmpo, its means first": (
+        [*GRPO, "--grpo_variant=gmpo", "--grpo_minibatches_per_rollout=2"],
+        2,
+        0,
+        0,
+    ),
     "gspo, one update": ([*GRPO, "--grpo_variant=gspo"], 4, 0, 0),
     "gspo and a teacher": ([*REUSED, "--grpo_variant=gspo"], 1, 1, 0),
     "grpo with lora": ([*GRPO, "--lora_rank=4"], 4, 0, 0),

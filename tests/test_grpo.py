@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -32,6 +33,42 @@ SAMPLES = [
     (1, 3, -0.2, 0.02, False),
     (1, 1, 0.4, 0.6, False),
 ]
+
+
+def policy_term(variant, cfg, logp, old, n, advantage):
+    """(loss of a sequence's n-th token, its ratio, the side on which that is out of bounds)."""
+    ratios = [torch.exp(a - b) for a, b in zip(logp, old, strict=True)]
+    sequence = math.prod(ratios) ** (1 / len(ratios))
+    ratio, low, high = ratios[n], 1 - cfg.clip_low, 1 + cfg.clip_high
+    if variant in ("gspo", "mis"):  # GSPO, eq. 5 and 7: the likelihood ratio, to 1/|o|
+        ratio = sequence
+    elif variant == "gspo-token":  # eq. 14
+        ratio = sequence.detach() * torch.exp(logp[n] - logp[n].detach())
+    elif variant == "gmpo":  # section 3: its bounds are those of the logarithm
+        low, high = math.exp(-cfg.clip_low), math.exp(cfg.clip_high)
+    elif variant == "sapo":  # no bounds
+        low, high = 0, math.inf
+    side = "low" if ratio < low else "high" if ratio > high else "in"
+    inside = torch.clamp(ratio, low, high)
+    if variant == "cispo":  # eq. 4 and 5
+        return -inside.detach() * advantage * logp[n], ratio, side
+    if variant == "mis":  # nothing of a sequence whose geometric mean is out of bounds
+        return (-ratio.detach() * advantage * logp[n] if side == "in" else 0 * logp[n]), ratio, side
+    if variant == "sapo":  # eq. 5 and 6
+        tau = 1.0 if advantage > 0 else 1.05
+        return -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage, ratio, side
+    if variant == "gmpo":  # A Π clip(r)^(1/|o|), each clipped where PPO's minimum would
+        worst = min if advantage >= 0 else max
+        product = math.prod(worst(r, torch.clamp(r, low, high)) for r in ratios)
+        return -advantage * product ** (1 / len(ratios)), ratio, side
+    if variant == "dppo":  # a mask: A and r agree, and D = |p − p_old| is too much
+        moved = torch.exp(logp[n]) - torch.exp(old[n])
+        side = "low" if moved < -cfg.clip_low else "high" if moved > cfg.clip_high else "in"
+        masked = (side == "high" and advantage > 0) or (side == "low" and advantage < 0)
+        bound = {"low": -cfg.clip_low, "high": cfg.clip_high}.get(side, 0) / math.exp(old[n])
+        loss = -advantage * (1 + bound) + 0 * logp[n]  # not the paper's 0, but without a gradient
+        return (loss if masked else -ratio * advantage), ratio, side
+    return -min(ratio * advantage, inside * advantage), ratio, side  # PPO, eq. 7
 
 
 def restated(variant, hidden_TD, head_VD, documents, cfg):
@@ -73,23 +110,8 @@ def restated(variant, hidden_TD, head_VD, documents, cfg):
                 float(d.fields[name][i]) if name in d.fields else 1.0
                 for name in ("advantage", "tis_weight")
             )
-            if variant.startswith(
-                "gspo"
-            ):  # eq. 5 and 7: the likelihood ratio of the sequence, to the power of 1/|o|
-                ratio = torch.exp(sum(a - b for a, b in zip(logp, old, strict=True)) / len(trained))
-                if variant == "gspo-token":  # eq. 14
-                    ratio = ratio.detach() * torch.exp(logp[n] - logp[n].detach())
-            else:
-                ratio = torch.exp(logp[n] - old[n])
-            inside = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
-            if variant == "cispo":  # eq. 4 and 5
-                policy = -inside.detach() * advantage * logp[n]
-            else:  # PPO, eq. 7
-                policy = -min(ratio * advantage, inside * advantage)
+            policy, ratio, side = policy_term(variant, cfg, logp, old, n, advantage)
             terms[n] = terms[n] + correction * policy
-            side = (
-                "low" if ratio < 1 - cfg.clip_low else "high" if ratio > 1 + cfg.clip_high else "in"
-            )
             records[len(records) - len(trained) + n] |= {
                 "side": side,
                 "sign": int(np.sign(advantage)),
@@ -101,11 +123,11 @@ def restated(variant, hidden_TD, head_VD, documents, cfg):
     sequences, tokens = len(per_sequence), len(records)
     if variant in ("token", "cispo"):  # DAPO, eq. 8; CISPO, eq. 4
         return sum(sum(terms) for terms in per_sequence) / tokens, records
-    if variant == "dr_grpo":
+    if variant in ("dr_grpo", "dppo"):  # DPPO sums over tokens, over sequences
         return sum(sum(terms) / LENGTH for terms in per_sequence) / sequences, records
     return sum(
         sum(terms) / len(terms) for terms in per_sequence
-    ) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5
+    ) / sequences, records  # DeepSeekMath, eq. 3; GSPO, eq. 5; SAPO, eq. 5
 
 
 # case -> (settings, fields of a document beside the advantage); the clip bounds are asymmetric
@@ -216,12 +238,15 @@ def assert_agrees(variant, loss_variant, arguments, hidden_TD, head_VD, document
 def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     extra, names = CASES[case]
     arguments = BASE | extra
+    if variant == "dppo":  # bounds of a probability
+        arguments |= {"clip_low": 0.01, "clip_high": 0.015}
     hidden_TD, head_VD, documents = samples(arguments, names)
     monkeypatch.setitem(chunk.CHUNK_ELEMENTS, "cpu", 5 * HEAD)  # sequences lie across chunks
     metrics, records = assert_agrees(variant, variant, arguments, hidden_TD, head_VD, documents)
 
     seen = {(r["side"], r["sign"]) for r in records}
-    sides = ("low", "in", "high") if "old_logp" in names else ("in",)
+    bounded = "old_logp" in names and variant != "sapo"
+    sides = ("low", "in", "high") if bounded else ("in",)
     assert seen >= set(itertools.product(sides, (-1, 1))) and any(sign == 0 for _, sign in seen), (
         "every clip case occurs"
     )
@@ -239,15 +264,11 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
     def mean(of):
         return np.mean([of(r) for r in records])
 
-    cut = {
-        "low": (-1, 1) if variant == "cispo" else (-1,),
-        "high": (-1, 1) if variant == "cispo" else (1,),
-    }  # whose gradient changes
+    both = variant in ("cispo", "mis")
+    cut = {"low": (-1, 1) if both else (-1,), "high": (-1, 1) if both else (1,)}  # whose gradient
     for side, signs in cut.items():
         want = np.mean([r["side"] == side and r["sign"] in signs for r in records])
-        assert got[f"clip_{side}"] == pytest.approx(want, abs=1e-12) and (want > 0) == (
-            "old_logp" in names
-        )
+        assert got[f"clip_{side}"] == pytest.approx(want, abs=1e-12) and (want > 0) == bounded
     assert got["entropy"] == pytest.approx(mean(lambda r: r["entropy"]), rel=1e-10)
     assert abs(got["entropy"] + mean(lambda r: r["logp"])) > 0.1, (
         "entropy is not the mean of -log p"
@@ -270,6 +291,40 @@ def test_loss_gradients_and_metrics_are_the_papers(variant, case, monkeypatch):
         assert got["sampler_mismatch"] == pytest.approx(
             mean(lambda r: abs(r["old"] - sampled[r["at"]])), rel=1e-9
         )
+
+
+def gradients(hidden_TD, head_VD, documents, arguments):
+    """The gradient of every variant, all under one weighting."""
+    batch = Batch.pack(map(weigh("grpo"), documents))
+    made = {}
+    for variant in VARIANTS:
+        loss, _ = grpo_loss(hidden_TD, head_VD, None, batch, GRPOConfig(variant, **arguments))
+        grads = torch.autograd.grad(loss, (hidden_TD, head_VD))
+        made[variant] = torch.cat([grad.flatten() for grad in grads])
+    return made
+
+
+def test_variants_differ_where_a_rollout_serves_several_updates_and_only_there():
+    arguments = BASE | {"temperature": 1.3}
+    hidden_TD, head_VD, documents = samples(arguments, ("old_logp",))
+    for a, b in itertools.combinations(
+        gradients(hidden_TD, head_VD, documents, arguments).items(), 2
+    ):
+        same = {a[0], b[0]} <= {"grpo", "token", "dr_grpo"}  # they differ in the weighting
+        assert (relative(a[1], b[1]) < 1e-12) == same and (same or relative(a[1], b[1]) > 0.01)
+    for d in documents:
+        del d.fields["old_logp"]
+    alone = gradients(hidden_TD, head_VD, documents, arguments)
+    records = iter(
+        restated("token", hidden_TD, head_VD, documents, GRPOConfig("token", **arguments))[1]
+    )
+    for d in documents:  # the first update of several: the old policy is the policy
+        now = [next(records)["logp"] if weight else np.nan for weight in d.weights]
+        d.fields["old_logp"] = np.array(now)
+    first = gradients(hidden_TD, head_VD, documents, arguments)
+    for variant in VARIANTS:
+        assert relative(alone[variant], alone["grpo"]) < 1e-12, variant
+        assert relative(first[variant], alone["grpo"]) < 1e-10, variant
 
 
 def test_gspo_with_a_correction_per_token_is_gspo_token():
@@ -440,6 +495,8 @@ def test_advantages_against_brute_force():
         others = [sum(rewards[:i] + rewards[i + 1 :]) / (n - 1) for i in range(n)]
         assert has_reward_spread(rewards)
         np.testing.assert_allclose(got["mean"], [r - mean for r in rewards], rtol=1e-12, atol=1e-15)
+        by_mean = [(r - mean) / mean if mean > 0 else 0.0 for r in rewards]
+        np.testing.assert_allclose(got["maxrl"], by_mean, rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(
             got["std"], [(r - mean) / (std + 1e-4) for r in rewards], rtol=1e-12, atol=1e-15
         )

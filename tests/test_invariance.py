@@ -77,6 +77,7 @@ def documents(weighting):
     for length in (3, 9, 1, 14, 5, 5, 8, 2, 11):
         weights = np.ones(length, np.float64)
         weights[: rng.integers(1, length + 1)] = 0
+        weights *= (1, 3 / 16, 1 / 4)[length % 3]  # as --grpo_paced has it
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
         # what the policy losses read, and the others do not
         fields = {"advantage": np.full(length, rng.normal())}

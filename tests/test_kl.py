@@ -327,6 +327,7 @@ def test_a_kl_in_the_reward_is_proportional_to_beta(baseline):
         ("std", 1 / (math.sqrt(4 / 3) + 1e-4), 1.0),
         ("mean", 1.0, 1.0),
         ("leave_one_out", 4 / 3, 4 / 3),
+        ("maxrl", 0.0, 1.0),  # a mean of 0 teaches nothing
     ],
 )
 def test_advantages_of_rewards_and_penalties_by_hand(baseline, of_rewards, times):
@@ -347,7 +348,8 @@ def test_a_rollouts_advantages_are_those_of_rewards_less_the_kl(baseline):
     penalties = [
         0.1 * float((d.fields["old_logp"] - d.fields["ref_logp"]).sum()) for d in batch.documents
     ]
-    deviation = np.std(rewards, ddof=1) + 1e-4 if baseline == "std" else 1.0
+    divisors = {"std": np.std(rewards, ddof=1) + 1e-4, "maxrl": np.mean(rewards)}
+    deviation = divisors.get(baseline, 1.0)
     for i, d in enumerate(batch.documents):
         others = [j for j in range(8) if j != i] if baseline == "leave_one_out" else list(range(8))
         of_task = (rewards[i] - np.mean([rewards[j] for j in others])) / deviation

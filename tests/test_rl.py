@@ -116,8 +116,15 @@ VARIED = [
             "--grpo_length_penalty=4",
             "--save_every=1",
         ],
+        [
+            "--grpo_variant=gmpo",
+            "--grpo_minibatches_per_rollout=3",
+            "--grpo_reward=random",
+            "--grpo_advantage=maxrl",
+            "--grpo_tis=mask_sequence",
+        ],
     ],
-    ids=["gspo", "dr_grpo", "cispo"],
+    ids=["gspo", "dr_grpo", "cispo", "gmpo"],
 )
 def test_a_run_that_is_cut_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
     start, reward, tmp_path, more
@@ -373,6 +380,17 @@ def test_distillation_on_what_a_model_writes(start, tmp_path, more):
     assert len(lines) == 6 and (0 < written < 6 if "--kd_mix=0.5" in more else written == 6)
 
 
+def test_unlikely_tokens_become_less_likely_without_a_teacher(start, tmp_path):
+    args = ["--mode=kd", *SMALL, "--sample_tokens=8", "--kd_prefix=student", "--kd_signal=unlikely"]
+    code, said = run(*args, f"--model={start}", "--lr=1e-3", "--steps=6", "--name=r", cwd=tmp_path)
+    assert code == 0, said
+    assert "train/teacher" not in json.loads((tmp_path / "runs/r/config.json").read_text())
+    lines = [m for m in read_metrics(tmp_path / "runs/r") if "train/loss" in m]
+    assert len(lines) == 6 and lines[-1]["train/teacher_tokens"] == 0
+    assert all(0 < m["train/loss"] < 0.5 and m["train/grad_norm"] > 0 for m in lines)
+    assert lines[-1]["train/entropy"] < lines[0]["train/entropy"]
+
+
 def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
     args = [
         *GRPO,
@@ -433,9 +451,26 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--weighting=sequence"], "not read with mode=grpo"),
         (
             ["--teacher=tiny-teacher"],
-            "not read with grpo_kd_coef=0.0, only with --mode kd, or with --grpo_kd_coef above 0",
+            "not read with grpo_kd_coef=0.0, only with --kd_signal full or topk or sampled, or",
         ),
         (["--grpo_kl_estimator=k1"], "not read with grpo_kl_coef=0.0"),
+        (["--grpo_variant=sapo", "--grpo_clip_low=0.1"], "not read with grpo_variant=sapo"),
+        (["--grpo_advantage=maxrl", "--grpo_reward=signed_accuracy"], "must not be negative"),
+        (["--grpo_advantage=maxrl", "--grpo_truncation_penalty=0.1"], "must not be negative"),
+        (["--grpo_advantage=maxrl", "--grpo_reward=accuracy,format:-1"], "must not be negative"),
+        (["--grpo_paced", "--grpo_reward=random"], "random looks at no answer: add accuracy"),
+        (
+            ["--mode=kd", "--kd_signal=unlikely"],
+            "--kd_signal unlikely is an expectation over the student's own tokens",
+        ),
+        (
+            ["--mode=kd", "--kd_signal=unlikely", "--kd_prefix=student", "--kd_mix=0.5"],
+            "--kd_signal unlikely takes no --kd_mix",
+        ),
+        (
+            ["--mode=kd", "--kd_signal=unlikely", "--teacher=tiny-teacher"],
+            "teacher is not read with",
+        ),
         (["--reference=tiny"], "not read with grpo_kl_coef"),
         (["--sample_tokens=300", "--micro_batch_tokens=256"], "do not fit --micro_batch_tokens"),
         (["--sample_temperature=inf"], "sample_temperature: inf is not a number that is finite"),

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import WEIGHTINGS, constant_length
+from data.batch import WEIGHTINGS, Document, constant_length
 from data.grade import Verdict
 from data.order import EpochOrder
 from data.tasks import Example
 from errors import UserError
-from rl.advantage import group_advantages
+from rl.advantage import against_the_unlikely, group_advantages
+from rl.logprobs import add_tis_weights
 from rl.reward import parse_reward
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, sample_seed
 from rl.sample import RolloutConfig
@@ -199,6 +200,80 @@ def test_weighting_and_masks():
     assert {w for d in constant.documents for w in d.weights.tolist()} == {0.0, 1 / 8}
     tokens = next(make(weighting=WEIGHTINGS["token"]))
     assert tokens.normalizer == sum(len(c.tokens) for p in range(3) for c in drawn(p)[1])
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+def test_a_paced_prompt_weighs_p_of_1_less_p(weighting):
+    """PACED: beside the other weights, and from verdicts, whatever is rewarded."""
+    how = {"weighting": WEIGHTINGS[weighting], "prompts_per_batch": 9}
+    plain, paced = next(make(**how)), next(make(paced=True, **how))
+    shares = [np.mean([j[2].strict for j in drawn(p)[2]]) for p in range(9)]
+    assert len(set(shares)) > 2
+    for i, (d, other) in enumerate(zip(paced.documents, plain.documents, strict=True)):
+        p = shares[i // SAMPLES]
+        np.testing.assert_allclose(d.weights, other.weights * p * (1 - p), rtol=1e-12)
+        assert (d.fields["advantage"] == other.fields["advantage"]).all()
+    assert paced.normalizer == pytest.approx(sum(d.weights.sum() for d in paced.documents))
+
+
+@pytest.mark.parametrize("tis", ["truncate", "mask", "mask_sequence"])
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_weights_against_the_samplers_rounding_by_brute_force(tis, by_sequence):
+    rng, cap, seen = np.random.default_rng(0), 1.3, set()
+    by_sequence = by_sequence or tis == "mask_sequence"  # as train.py has it
+    for length in (1, 2, 5, 9):
+        for _ in range(20):
+            document = Document.of_completion([1, 2], [3] * length)
+            gap = np.concatenate([[0, 0], rng.normal(0, 0.4, length)])
+            sampler = torch.from_numpy(rng.normal(-2, 1, length + 2))
+            fields = {"sampler_logp": sampler, "old_logp": sampler + torch.from_numpy(gap)}
+            document.fields.update(fields)
+            add_tis_weights(document, config_of(tis=tis, tis_cap=cap, tis_by_sequence=by_sequence))
+            for i in range(2, length + 2):
+                ratio = np.exp(np.mean(gap[2:])) if by_sequence else np.exp(gap[i])
+                want = min(ratio, cap)
+                if tis != "truncate" and not 1 / cap <= ratio <= cap:
+                    want = 0.0
+                assert document.fields["tis_weight"][i] == pytest.approx(want, rel=1e-12)
+                seen.add(want)
+    assert (0.0 in seen) == (tis != "truncate") and (cap in seen) == (tis == "truncate")
+
+
+def test_advantages_against_the_unlikely_fifth_of_what_is_trained():
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 5, 10, 51):
+        logp, weights = rng.normal(-1, 1, length + 3), np.array([0.0] * 3 + [1 / length] * length)
+        logp[:3] = -9  # a prompt is never trained
+        got = against_the_unlikely(logp, weights)
+        lowest = (
+            3 + np.argsort(logp[3:])[: 1 + (length - 1) // 5]
+        )  # the quantile's rank is 0.2(n−1)
+        want = np.isin(np.arange(length + 3), lowest) * -0.5
+        np.testing.assert_array_equal(got, want)
+
+
+def tosses(rank=0, world=1, seed=SEED, skip=0):
+    """{(position, sample): reward} of eight prompts under --grpo_reward random."""
+    reward = parse_reward("random", LIMIT)
+    data = Prompts()
+    decode = SimpleNamespace(decode=lambda ids, **_: str(ids))
+    data.formatter = SimpleNamespace(prompt=prompt_of, tokenizer=decode)
+    data.example = lambda position: SimpleNamespace(answer=None, position=position)
+
+    class Tossed(GRPORollouts):
+        def generate(self, prompts, seeds):
+            return write(prompts, seeds)
+
+    made = Tossed(data, None, config_of(rank=rank, world=world, seed=seed), reward)
+    made.position = skip
+    return {(s.position, s.number): s.reward for s in made.draw(200 - skip)}
+
+
+def test_random_rewards_belong_to_seed_and_sample_alone():
+    alone = tosses()
+    assert set(alone.values()) == {0.0, 1.0} and 0.45 < np.mean(list(alone.values())) < 0.55
+    assert alone == tosses(0, 2) | tosses(1, 2)
+    assert tosses(skip=150).items() <= alone.items() and alone != tosses(seed=SEED + 1)
 
 
 def test_a_rollout_for_distillation_has_no_rewards():
@@ -410,6 +485,8 @@ def resume(source, **arguments):
             "prompts_per_batch": 2,
             "mask_truncated": True,
             "weighting": CONSTANT,
+            "advantage": "maxrl",
+            "paced": True,
         },
     ],
     ids=["plain", "dynamic sampling, masks"],
@@ -442,6 +519,7 @@ RANKED = {
     "plain": {"minibatches": 2, "ppo_epochs": 2},
     "dynamic sampling": {"minibatches": 2, "dynamic_sampling_rounds": 2, "prompts_per_batch": 2},
     "fewer groups than ranks": {"prompts_per_batch": 1, "minibatches": 1},
+    "weighed prompts": {"minibatches": 2, "advantage": "maxrl", "paced": True},
 }
 
 
