@@ -115,8 +115,8 @@ def attention_flops(counted):
 @pytest.mark.parametrize("args,generations,read,written", CASES.values(), ids=CASES)
 def test_a_run_counts_its_tokens_and_flops(args, generations, read, written, here, monkeypatch):
     """Without attention (below), whose products are batched, the products are exactly those that
-    PyTorch sees, from the first batch to the last update. Only under LoRA is one counted that is not computed: nothing needs the
-    gradient of the first layer's input."""
+    PyTorch sees, from the first batch to the last update. Only under LoRA is one counted that is
+    not computed: nothing needs the gradient of the first layer's input."""
     flops_per_token, done = Transformer.flops_per_token, []
     monkeypatch.setattr(
         Transformer, "flops_per_token", lambda model, context: flops_per_token(model, 0)
