@@ -25,7 +25,8 @@ from tests import reference
 CASES = [
     (name, beta) for name in FORMULAS for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
-CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
+CASES += [("mixed_kl", 0.0), ("jsd", 0.0), ("jsd", 1.0)]
+CASES += [("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
 @pytest.fixture(autouse=True)
