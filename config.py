@@ -25,13 +25,15 @@ from rl.advantage import ADVANTAGES
 from rl.reward import PARTS
 
 GRPO: Condition = {"mode": ("grpo",)}
-TEACHING: Condition = {"kd_signal": ("full", "topk", "sampled")}
+TEACHING: Condition = {"kd_signal": ("full", "topk", "student_topk", "draws", "sampled")}
 WITH_TEACHER: list[Condition] = [TEACHING, {"grpo_kd_coef": ABOVE_0}]
 WITH_REFERENCE: Condition = {"grpo_kl_coef": ABOVE_0}
 GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
-TOPK: Condition = {"kd_signal": ("topk",)}
 OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantages of samples
 CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
+TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
+DRAWS: Condition = {"kd_signal": ("draws",)}
+DISTRIBUTION: Condition = {"kd_signal": ("full", "topk", "student_topk")}
 
 
 def in_grpo(default: Any) -> dict[str, Values]:
@@ -203,7 +205,8 @@ class Config:
     )
     kd_beta: float = option(
         0.5,
-        "mixture weight of the teacher (jsd, skew_forward_kl) or of the student (skew_reverse_kl)",
+        "weight of the forward KL (mixed_kl), or in a mixture that of the teacher (jsd, "
+        "skew_forward_kl) or of the student (skew_reverse_kl)",
         minimum=0,
         maximum=1,
         read_when={"kd_divergence": WITH_BETA},
@@ -228,20 +231,33 @@ class Config:
         read_when=GENERATED,
         fixed=True,
     )
-    kd_signal: Literal["full", "topk", "sampled", "unlikely"] = option(
+    kd_signal: Literal["full", "topk", "student_topk", "draws", "sampled", "unlikely"] = option(
         "full",
-        "teacher's signal: all probabilities, the top-k and a bucket for the rest, or log-probs of "
-        "sampled tokens as advantages; unlikely: no teacher, a fixed advantage of -0.5 on the "
-        "least likely fifth of a sample's tokens, as a control",
+        "teacher's signal: all probabilities, those of its own or of the student's top-k and a "
+        "bucket for the rest, ids drawn from it, or log-probs of sampled tokens as advantages; "
+        "unlikely: no teacher, a fixed advantage of -0.5 on the least likely fifth of a sample's "
+        "tokens, as a control",
         fixed=True,
     )
     kd_topk: int = option(
         64, "number of teacher probabilities per token", minimum=1, read_when=TOPK
     )
+    kd_draws: int = option(
+        64, "number of ids drawn from the teacher per token", minimum=1, read_when=DRAWS
+    )
     kd_cache: str = option(
         "",
-        "folder for the teacher's top-k of all data; once it is filled, no teacher is loaded",
-        read_when=TOPK | {"kd_prefix": ("data",)},
+        "folder for the teacher's top-k or draws of all data; once it is filled, no teacher is "
+        "loaded",
+        read_when={"kd_signal": ("topk", "draws"), "kd_prefix": ("data",)},
+    )
+    kd_weight_by: Literal["none", "teacher_entropy", "student_entropy"] = option(
+        "none",
+        "whose entropy, over its largest, is a token's weight in the divergence",
+        read_when=[DISTRIBUTION, DRAWS],
+    )
+    kd_clip: float = option(
+        0.0, "largest divergence of a token, in nats; 0: none", minimum=0, read_when=DISTRIBUTION
     )
 
     sample_tokens: int = option(64, "maximum new tokens per sample", minimum=1)
@@ -403,6 +419,11 @@ def sampling_of(cfg: Config) -> dict[str, Any] | None:
     }
 
 
+def listed_ids(cfg: Config) -> int:
+    """Return how many ids of the teacher's distribution are known, or drawn, per token."""
+    return cfg.kd_draws if cfg.kd_signal == "draws" else cfg.kd_topk
+
+
 def needs_old_logp(cfg: Config) -> bool:
     """Return whether the policy's log-probs are recomputed when it has sampled.
 
@@ -431,6 +452,16 @@ def validate(cfg: Config) -> None:
         raise UserError(
             "--kd_ce with --kd_prefix student would teach the student to repeat its own text, "
             "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher"
+        )
+    elif cfg.mode == "kd" and cfg.kd_signal == "draws" and cfg.kd_divergence != "forward_kl":
+        raise UserError(
+            "--kd_signal draws is an expectation over the teacher, which only the forward KL is; "
+            "set --kd_divergence forward_kl"
+        )
+    if cfg.kd_cache and cfg.kd_weight_by == "teacher_entropy":
+        raise UserError(
+            "--kd_cache does not keep the teacher's entropy; leave it out, or set --kd_weight_by "
+            "student_entropy"
         )
     if cfg.mode == "grpo":
         _validate_grpo(cfg)

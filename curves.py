@@ -8,7 +8,7 @@ import numpy as np
 from run import read_metrics, run_of
 
 STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  # if a run has them
-FRACTIONS = ("/accuracy", "/lenient", "/stopped", "/top1")
+FRACTIONS = ("/accuracy", "/lenient", "/stopped", "/top1", "/overlap", "_mass", "/half_gradient")
 
 Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 

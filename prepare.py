@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from config import Config, validate
+from config import Config, listed_ids, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
 from data.record import PROMPT_OPTIONS, training_record
@@ -299,9 +299,10 @@ def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherC
         cfg.kd_cache,
         [dataset.get(i) for i in range(len(dataset))],
         weights,
-        cfg.kd_topk,
+        listed_ids(cfg),
         cfg.kd_temperature,
         plan.vocab_size,
+        draws_seed=cfg.seed if cfg.kd_signal == "draws" else None,
     )
     if not cache.complete and plan.place.world > 1:
         raise UserError(
@@ -313,7 +314,7 @@ def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherC
 def load_teacher(
     cfg: Config, plan: Plan, teacher: Checkpoint | None, cache: TeacherCache | None
 ) -> tuple[Transformer | None, dict[str, float]]:
-    """The teacher's model, or None: a cache has its top-k, and is filled on first use.
+    """The teacher's model, or None: a cache has its top-k or draws, and is filled on first use.
 
     The second value is what it took to fill the cache, whoever did it.
     """
@@ -326,14 +327,16 @@ def load_teacher(
     documents = [dataset.get(i) for i in range(len(dataset))]
     if not cache.complete:
         positions = f"{cache.positions:,} positions in {cfg.kd_cache}"
-        say(f"keeping the teacher's top {cfg.kd_topk} of {positions}")
+        what = "top" if cache.draws_seed is None else "draws:"
+        say(f"keeping the teacher's {what} {cache.k} of {positions}")
         rows = teacher_topk(
             documents,
             load(),
-            cfg.kd_topk,
+            cache.k,
             temperature=cfg.kd_temperature,
             vocab=plan.vocab_size,
             micro_batch_tokens=cfg.micro_batch_tokens,
+            draws_seed=cache.draws_seed,
         )
         cache.fill(rows)
     dataset.teacher_topk = cache

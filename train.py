@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 import options
-from config import OWN_TOKENS, Config, needs_old_logp, sampling_of
+from config import OWN_TOKENS, Config, listed_ids, needs_old_logp, sampling_of
 from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
@@ -27,7 +27,7 @@ from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
 from model.checkpoint import save_model
-from model.flops import peak_flops, step_flops
+from model.flops import head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate
 from model.transformer import Transformer
 from prepare import COSTS, Run, load_models, number_of_steps, setup
@@ -71,8 +71,12 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
         temperature=cfg.kd_temperature,
         t_squared=cfg.kd_t_squared,
         ce=cfg.kd_ce,
-        topk=cfg.kd_topk if cfg.kd_signal == "topk" else 0,
         vocab=run.vocab_size,
+        signal=cfg.kd_signal,
+        k=listed_ids(cfg),
+        seed=cfg.seed,
+        weight_by=cfg.kd_weight_by,
+        clip=cfg.kd_clip,
     )
     loss_fn = functools.partial(kd_loss, cfg=distillation)
     data = data_stream(cfg, run.dataset, run.rank, run.world)
@@ -331,7 +335,12 @@ def step_metrics(
         # GSPO and its kin need the ratios of whole sequences first: one more pass of the head.
         needs_ratios = cfg.mode == "grpo" and VARIANTS[cfg.grpo_variant].whole_sequences
         head_passes = int(needs_ratios and batch.has_field("old_logp"))
+        if cfg.mode == "kd":  # which tokens are listed, and what they weigh, is asked before, too
+            own = (cfg.kd_signal == "student_topk", cfg.kd_weight_by == "student_entropy")
+            head_passes = sum(own)
         flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
+        if teacher and cfg.kd_weight_by == "teacher_entropy":
+            flops += head_flops(teacher, batch.loss_rows, run.vocab_size)
         if teacher:
             add_cost(run, {"teacher_tokens": tokens})
     add_cost(run, {"tokens": tokens, "flops": flops})

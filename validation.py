@@ -22,6 +22,7 @@ from rl.logprobs import last_states
 from rl.sample import sample_line
 
 COMPARED = 100  # validation prompts on which a teacher and its student are compared
+LISTED = 16  # likeliest ids of either, whose overlap is measured
 POSITIONS = (0, 8, 16, 32, 64, 128)  # where the buckets of the per-position divergence begin
 
 
@@ -116,8 +117,12 @@ def compare(
 ) -> Metrics:
     """Compare the next-token distributions of two models over the trained positions.
 
-    At temperature 1, in nats: forward and reverse KL, how often both have the same likeliest token,
-    both entropies, and the forward KL by position in the answer.
+    At temperature 1, in nats: forward and reverse KL, both by position in the answer, too; how
+    often both have the same likeliest token; which share of the LISTED likeliest ids they have in
+    common, and the mass of these under either (Li et al., arXiv 2604.13016, overlap ratio and
+    overlap mass); both entropies; and as "half_gradient" the smallest share of an answer's tokens
+    that has half of its gradient: of Σ ‖p_s − p_t‖, the forward KL's at the logits. Means per
+    token, the last one per answer.
     """
     device = model.head_VD.device
     sums: Metrics = {}
@@ -127,7 +132,7 @@ def compare(
         moved = micro.to(device)
         student_ND = moved.select(last_states(model, moved))
         teacher_ND = moved.select(last_states(teacher, moved))
-        step = default_chunk_rows(vocab, len(bucket_N), device, models=8)
+        step, gradients = default_chunk_rows(vocab, len(bucket_N), device, models=8), []
         for lo in range(0, len(bucket_N), step):
             rows = slice(lo, lo + step)
             student_nV = _log_probs(model, student_ND[rows], vocab)
@@ -138,14 +143,43 @@ def compare(
                 "top1": student_nV.argmax(1) == teacher_nV.argmax(1),
                 "entropy": -(student_nV.exp() * student_nV).sum(1),
                 "teacher_entropy": -(teacher_nV.exp() * teacher_nV).sum(1),
-            }
+            } | overlap(student_nV, teacher_nV)
+            gradients.append((student_nV.exp() - teacher_nV.exp()).norm(dim=1).cpu())
             for i in np.unique(bucket_N[rows]):
                 in_bucket_n = torch.from_numpy(bucket_N[rows] == i).to(device)
-                values[f"forward_kl_from_{POSITIONS[i]}"] = values["forward_kl"][in_bucket_n]
-            for name, value_n in values.items():
-                total, count = sums.get(name, (0.0, 0))
-                sums[name] = (total + float(value_n.double().sum()), count + len(value_n))
+                for kl in ("forward_kl", "reverse_kl"):
+                    values[f"{kl}_from_{POSITIONS[i]}"] = values[kl][in_bucket_n]
+            _add(sums, values)
+        if gradients:
+            lengths = [len(p) for p in positions if len(p)]
+            halves = [half_share(own_n) for own_n in torch.cat(gradients).split(lengths)]
+            _add(sums, {"half_gradient": torch.tensor(halves, dtype=torch.float64)})
     return sums
+
+
+def _add(sums: Metrics, values: dict[str, torch.Tensor]) -> None:
+    for name, value_n in values.items():
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + float(value_n.double().sum()), count + len(value_n))
+
+
+def overlap(student_nV: torch.Tensor, teacher_nV: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Share of the likeliest ids that both have, and the mass of these under either."""
+    k = min(LISTED, student_nV.shape[1])
+    ids_nk = student_nV.topk(k, 1).indices
+    other_nk1 = teacher_nV.topk(k, 1).indices.unsqueeze(2)
+    common_nk = (ids_nk.unsqueeze(1) == other_nk1).any(1).to(student_nV.dtype)
+    return {
+        "overlap": common_nk.mean(1),
+        "overlap_mass": (student_nV.gather(1, ids_nk).exp() * common_nk).sum(1),
+        "overlap_teacher_mass": (teacher_nV.gather(1, ids_nk).exp() * common_nk).sum(1),
+    }
+
+
+def half_share(size_n: torch.Tensor) -> float:
+    """The smallest share of some tokens whose sizes sum to half of all."""
+    below_n = size_n.double().sort(descending=True).values.cumsum(0)
+    return (1 + int((below_n < below_n[-1] / 2).sum())) / len(size_n)
 
 
 def _log_probs(model: Transformer, hidden_nD: torch.Tensor, vocab: int) -> torch.Tensor:

@@ -1,11 +1,14 @@
-"""What a kept top-k costs: bytes a trained token, and how far the gradient is from the full one.
+"""What a kept top-k, or draws of the same bytes, cost: how far the gradient is from the full one.
 
     python -m bench.teacher_cache runs/kd-…/checkpoints/step-500 \\
         runs/teacher-…/checkpoints/step-700 --data word_problems:200
 
 Student and teacher checkpoints of one tokenizer; forward KL at temperature 1 over the trained
-positions of the data. The error is that of the gradient at the student's hidden rows (‖kept − full‖
-/ ‖full‖), fp32; the lists are rounded as data/teacher_cache.py keeps them.
+positions of the data. The error is that of the gradient at the student's hidden rows and at its
+head, where the tokens are summed (‖kept − full‖ / ‖full‖), fp32; the lists are rounded as
+data/teacher_cache.py keeps them. Of draws there are as many as have the bytes of the top-k: what
+one cache of them is off by on average (bias and noise), and the mean gradient of REPEATS caches,
+of which the bias would remain.
 """
 
 import argparse
@@ -19,17 +22,24 @@ import torch
 from torch import Tensor
 
 from bench.measure import relative_error, table
-from data.batch import Batch
+from data.batch import Batch, uniforms
 from data.dataset import Dataset
 from data.formatter import Formatter
 from data.tokenizer import Tokenizer
 from kernels.attention import PackedAttention
 from kernels.linear_kl import linear_kl
-from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from kernels.linear_topk import (
+    count_draws,
+    cross_entropy_of_draws,
+    draw_ids,
+    linear_topk_divergence,
+    topk_logprobs,
+)
 from losses.kd import DIVERGENCES
 from model.checkpoint import build_model, read_config
 
 LOWEST_FP16 = -65504
+REPEATS = 8  # caches of draws, each with a seed of its own
 
 
 class Rows(NamedTuple):
@@ -57,28 +67,75 @@ def rounded(logp_NK: Tensor) -> Tensor:
     return torch.from_numpy(fp16.astype(np.float32)).log_softmax(1)
 
 
-def compare(student: Rows, teacher: Rows, ks: Sequence[int], vocab: int) -> list[dict]:
-    """A row per k: what is kept, and how far its gradient is from the full vocabulary's."""
+def gradients(student: Rows, loss: Tensor) -> Sequence[Tensor]:
+    """At the hidden rows, and at the head."""
+    return torch.autograd.grad(loss, (student.hidden_ND, student.head_VD))
+
+
+def percent_off(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+    return [100 * relative_error(a, b) for a, b in zip(got, want, strict=True)]
+
+
+def off_by_draws(
+    student: Rows, teacher: Rows, batch: Batch, n: int, want: Sequence[Tensor]
+) -> dict[str, float]:
+    """What n draws of a token are off by: (a cache, the mean of all), at hidden rows and head."""
+    vocab = len(teacher.head_VD)
     weight_N = torch.ones(len(student.hidden_ND))
+    means, errors, distinct = [torch.zeros_like(x) for x in want], [], 0.0
+    for seed in range(REPEATS):
+        drawn = draw_ids(*teacher, uniforms(batch.documents, n, seed))
+        ids, shares = count_draws(drawn, vocab)
+        distinct += float((shares[:, :-1] > -torch.inf).sum(1).double().mean()) / REPEATS
+        loss, _ = linear_topk_divergence(
+            *student, ids, shares, weight_N, cross_entropy_of_draws, vocab=vocab
+        )
+        got = gradients(student, loss)
+        errors.append(percent_off(got, want))
+        for mean, gradient in zip(means, got, strict=True):
+            mean += gradient / REPEATS
+    one, many = np.mean(errors, axis=0), percent_off(means, want)
+    return {
+        "distinct": distinct,
+        "head off, %": float(one[1]),
+        "mean of caches, %": many[0],
+        "mean of caches, head, %": many[1],
+        "gradient off, %": float(one[0]),
+    }
+
+
+def compare(
+    student: Rows, teacher: Rows, batch: Batch, ks: Sequence[int], vocab: int
+) -> list[dict]:
+    """Two rows per k: what is kept, and how far its gradient is from the full vocabulary's."""
+    weight_N = torch.ones(len(student.hidden_ND))
+    teacher = Rows(teacher.hidden_ND, teacher.head_VD[:vocab])
     loss, full = linear_kl(*student, *teacher, weight_N, "forward_kl", vocab=vocab)
-    (want,) = torch.autograd.grad(loss, student.hidden_ND)
+    want = gradients(student, loss)
     full_kl = float(full["divergence"].mean())
     print(f"{len(weight_N):,} positions, {vocab:,} ids, mean KL {full_kl:.4f}")
     found = []
     for k in [*ks, vocab]:
-        ids, logp = topk_logprobs(*teacher, k, vocab=vocab)
+        ids, logp = topk_logprobs(*teacher, k)
         loss, kept = linear_topk_divergence(
             *student, ids, rounded(logp), weight_N, forward_kl, vocab=vocab
         )
-        (got,) = torch.autograd.grad(loss, student.hidden_ND)
+        off = percent_off(gradients(student, loss), want)
         row = {
-            "k": k,
-            "bytes a token": 6 * k + 2,
+            "kept": f"top-{k}",
+            "bytes": 6 * k + 2,
+            "distinct": k,
             "mass left out, %": 100 * float(logp[:, -1].exp().mean()),
             "of the full KL, %": 100 * float(kept["divergence"].mean()) / full_kl,
-            "gradient off, %": 100 * relative_error(got, want),
+            "head off, %": off[1],
+            "mean of caches, %": off[0],
+            "mean of caches, head, %": off[1],
+            "gradient off, %": off[0],
         }
-        found.append(row)
+        n = (6 * k + 2) // 4
+        draws = dict.fromkeys(row, 0.0) | {"kept": f"{n}-draws", "bytes": 4 * n}
+        draws |= off_by_draws(student, teacher, batch, n, want)
+        found += [row, draws]
     return found
 
 
@@ -96,9 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = Dataset(args.data, Formatter(tokenizer), seed=0, max_tokens=8192, vocab=vocab)
     batch = Batch.pack(data.get(i) for i in range(len(data)))
     student, teacher = loss_rows(args.student, batch), loss_rows(args.teacher, batch)
-    student.hidden_ND.requires_grad_()
+    for leaf in student:
+        leaf.requires_grad_()
     ks = [int(k) for k in args.k.split(",")]
-    print(table(compare(student, teacher, ks, vocab)))
+    print(table(compare(student, teacher, batch, ks, vocab)))
     return 0
 
 

@@ -6,6 +6,7 @@ B = k + 1 buckets: these ids, and one for all others.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class Document:
             "ref_logp", "sampler_logp", "tis_weight".
         normalizer_weight: What it adds to the normalizer; None: the sum of its weights.
         teacher_topk: For each position with a weight, the teacher's k likeliest ids, and the
-            log-probs of these and of all other ids together (data/teacher_cache.py).
+            log-probs of these and of all other ids together; or k draws from it, and no numbers
+            (data/teacher_cache.py).
     """
 
     tokens: np.ndarray
@@ -192,6 +194,20 @@ def constant_length(document: Document, length: int) -> Document:
     """
     counts, weights = float(document.weights.any()), document.weights / length
     return dataclasses.replace(document, weights=weights, normalizer_weight=counts)
+
+
+def uniforms(documents: Iterable[Document], count: int, seed: int) -> torch.Tensor:
+    """Random numbers [N, count] in [0, 1) for the positions with a weight, fp64.
+
+    They depend on the seed, the document's tokens and the position alone, not on what is packed
+    beside the document, nor on when.
+    """
+    drawn = [np.zeros((0, count))]
+    for d in documents:
+        digest = hashlib.sha256(np.ascontiguousarray(d.tokens, np.int64).tobytes()).digest()
+        generator = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
+        drawn.append(generator.random((np.count_nonzero(d.weights), count)))
+    return torch.from_numpy(np.concatenate(drawn))
 
 
 WEIGHTINGS = {"token": per_token, "sequence": per_sequence}

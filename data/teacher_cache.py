@@ -1,11 +1,11 @@
-"""A teacher's top-k for every trained position of a data set, kept on disk.
+"""A teacher's top-k, or draws from it, for every trained position of a data set, kept on disk.
 
 The teacher then need not run again.
 
 A folder with `ids.npy` (int32) and `logp.npy` (fp16), read through memory maps: k ids per trained
 position, and k log-probs followed by that of all other ids together. `cache.json` says what they
 were made from; it is written last, and without it the cache is not complete. A position takes 6k +
-2 bytes.
+2 bytes. Of draws there are the ids alone, 4k bytes.
 
 Legend: R trained positions of all documents in their order, k ids, B = k + 1.
 """
@@ -28,12 +28,17 @@ NAMES = {
     "documents": "data, template or tokenizer",
     "teacher": "weights of the teacher",
     "positions": "data",
+    "k": "--kd_signal or --kd_topk",
+    "draws": "--kd_draws",
     "form": "files than this version's",
 }
 
 
 class TeacherCache:
     """The top-k of exactly these documents, this teacher, k and temperature; or a place to keep it.
+
+    Args:
+        draws_seed: Of k draws in place of the top-k.
 
     Attributes:
         complete: whether everything is there.
@@ -51,8 +56,9 @@ class TeacherCache:
         k: int,
         temperature: float,
         vocab: int,
+        draws_seed: int | None = None,
     ) -> None:
-        self.folder, self.k = Path(folder), k
+        self.folder, self.k, self.draws_seed = Path(folder), k, draws_seed
         self.ends = np.cumsum([0] + [int(np.count_nonzero(d.weights)) for d in documents])
         self.positions = int(self.ends[-1])
         self.fingerprint = dict(
@@ -64,6 +70,8 @@ class TeacherCache:
             documents=_digest(documents),
             teacher=teacher,
         )
+        if draws_seed is not None:
+            self.fingerprint |= dict(k=None, draws=k, seed=draws_seed)
         self.complete = (self.folder / "cache.json").is_file()
         if self.complete:
             self._open()
@@ -84,7 +92,9 @@ class TeacherCache:
                         "name another folder, or delete it to make it again"
                     )
             self.ids_Rk = np.load(self.folder / "ids.npy", mmap_mode="r")
-            self.logp_RB = np.load(self.folder / "logp.npy", mmap_mode="r")
+            self.logp_RB = np.empty((self.positions, 0), np.float16)
+            if self.draws_seed is None:
+                self.logp_RB = np.load(self.folder / "logp.npy", mmap_mode="r")
         except (OSError, ValueError, AttributeError, EOFError) as e:
             raise UserError(
                 f"--kd_cache {self.folder} cannot be read ({e}); "
@@ -104,7 +114,7 @@ class TeacherCache:
         try:
             with open(drafts["ids.npy"], "wb") as ids, open(drafts["logp.npy"], "wb") as logp:
                 self._write_header(ids, np.int32, self.k)
-                self._write_header(logp, np.float16, self.k + 1)
+                self._write_header(logp, np.float16, self.k + 1 if self.draws_seed is None else 0)
                 for ids_Rk, logp_RB in topk:
                     ids.write(ids_Rk.astype(np.int32).tobytes())
                     logp.write(np.maximum(logp_RB, FP16_MIN).astype(np.float16).tobytes())

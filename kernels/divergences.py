@@ -80,6 +80,15 @@ def reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     return value, d.sub_(value.unsqueeze(1)).mul_(p_s)
 
 
+def mixed_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """β KL(t ‖ s) + (1−β) KL(s ‖ t) (Zhao et al., arXiv 2605.16826, KL mixing, α = β)."""
+    p_s, p_t, d, difference = pair
+    forward = torch.addcmul(difference, p_t, d, value=-1).sum(1)
+    reverse = torch.addcmul(difference.neg(), p_s, d).sum(1)
+    grad = d.sub_(reverse.unsqueeze(1)).mul_(p_s).mul_(1 - beta).add_(difference, alpha=beta)
+    return forward.mul_(beta).add_(reverse, alpha=1 - beta), grad
+
+
 def jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β p_t + (1−β) p_s (Agarwal et al., arXiv 2306.13649).
 
@@ -119,13 +128,23 @@ def total_variation(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 
 FORMULAS: dict[str, Callable[[Pair, float], tuple[Tensor, Tensor]]] = {
     formula.__name__: formula
-    for formula in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation)
+    for formula in (
+        forward_kl,
+        reverse_kl,
+        mixed_kl,
+        jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        total_variation,
+    )
 }
-WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+WITH_BETA = ("mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 
-# Where a divergence is another one: the skewed KLs without skew, and at both ends, as is usual in
-# the literature, the rescaled limits of the JSD.
+# Where a divergence is another one: the mixed KLs of one part, the skewed ones without skew, and at
+# both ends, as is usual in the literature, the rescaled limits of the JSD.
 LIMITS: dict[tuple[str, float], str] = {
+    ("mixed_kl", 0): "reverse_kl",
+    ("mixed_kl", 1): "forward_kl",
     ("jsd", 0): "forward_kl",
     ("jsd", 1): "reverse_kl",
     ("skew_forward_kl", 0): "forward_kl",

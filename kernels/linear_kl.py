@@ -7,7 +7,7 @@ Legend: N loss rows, n rows of a chunk, b rows of a block, D and C hidden sizes 
 teacher, V shared vocabulary, U head rows of the teacher.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
     beta: float = 0.5,
     temperature: float = 1.0,
     scale: float = 1.0,
+    clip: float = 0.0,
     logprob: LogprobTerm | None = None,
     vocab: int | None = None,
     chunk_rows: int | None = None,
@@ -39,17 +40,18 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
         divergence: a name in DIVERGENCES; one that a fork added is differentiated block by block.
             Both distributions are softmaxes of logits / temperature, in nats.
         scale: multiplies the divergence; T² goes here.
+        clip: the largest divergence of a row, before scale; 0: none. See `DivergenceTerm`.
         logprob: a second loss with weights of its own, computed from the same logits.
 
     Gradients reach hidden_ND and head_VD, never the teacher.
 
     Returns:
         (loss_sum, {"divergence": [N]} and the values of `logprob`); the latter are detached, and
-        neither weighted nor scaled.
+        neither weighted, scaled nor clipped.
     """
     vocab = vocab or min(head_VD.shape[0], teacher_head_UC.shape[0])
     divergence = LIMITS.get((divergence, beta), divergence)
-    loss = DivergenceTerm(weight_N, temperature, scale, logprob)
+    loss = DivergenceTerm(weight_N, temperature, scale, logprob, clip=clip)
     teacher_hidden_NC = teacher_hidden_NC.detach()
     teacher = teacher_hidden_NC, teacher_head_UC.detach()[:vocab].to(teacher_hidden_NC.dtype)
     kernels_run = triton_runs(hidden_ND) and triton_runs(teacher_hidden_NC)
@@ -74,6 +76,8 @@ class DivergenceTerm:
 
     Attributes:
         temperature, scale, logprob: as in `linear_kl`.
+        clip: a row whose divergence is c times the clip counts as the clip, and its gradient is
+            divided by c: it keeps its direction. 0: none.
         values: filled on the way, {"divergence": [N]} and those of `logprob`, detached.
     """
 
@@ -81,6 +85,7 @@ class DivergenceTerm:
     temperature: float
     scale: float
     logprob: LogprobTerm | None
+    clip: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         value_N = torch.zeros_like(self.weight_N, dtype=accumulate_dtype(self.weight_N))
@@ -91,11 +96,19 @@ class DivergenceTerm:
     def loss(self, value_n: Tensor, rows: slice) -> Tensor:
         """The weighted loss of some rows whose divergence is known."""
         self.values["divergence"][rows] = value_n
+        if self.clip:
+            value_n = value_n.clamp(max=self.clip)
         return value_n * self.weight_N[rows] * self.scale
 
     def factor(self, rows: slice) -> Tensor:
-        """d loss / d logits over d divergence / d (logits / temperature), per row."""
-        return self.weight_N[rows] * (self.scale / self.temperature)
+        """d loss / d logits over d divergence / d (logits / temperature), per row.
+
+        With a clip, of rows that have been given to `loss`.
+        """
+        factor_n = self.weight_N[rows] * (self.scale / self.temperature)
+        if self.clip:
+            factor_n = factor_n * self.clip / self.values["divergence"][rows].clamp(min=self.clip)
+        return factor_n
 
 
 def _torch_block_loss(loss: DivergenceTerm, divergence: str, beta: float):

@@ -402,6 +402,11 @@ def _terms(ls, lt, beta, NAME: tl.constexpr):
     elif NAME == "reverse_kl":
         value = tl.where(close, ps * _series(-d), ps * d - g)
         s, u = value, ps * d
+    elif NAME == "mixed_kl":
+        forward = tl.where(close, pt * _series(d), g - pt * d)
+        s = (1 - beta) * tl.where(close, ps * _series(-d), ps * d - g)
+        value = beta * forward + s
+        u = beta * g + (1 - beta) * ps * d
     elif NAME == "jsd":
         rs, rt = _log_ratios(d, beta)
         value = beta * pt * rt + (1 - beta) * ps * rs

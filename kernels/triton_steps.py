@@ -8,6 +8,7 @@ tiles, k ids of a top-k, B = k + 1 buckets.
 """
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -110,30 +111,37 @@ def kl_step(
         )
         student = student_logits(loss.logprob, hidden_nD, weight_VD[:vocab], out_nP, rows, t)
         term_loss_n, coefficients = term_loss(loss.logprob, student, rows, want_grad)
-        value_n, grad_nP = gradient_of(
+        kernel = partial(
+            gradient_of,
             student,
             loss.logprob,
-            coefficients._replace(divergence_n=loss.factor(rows)),
-            rows,
+            rows=rows,
             teacher=teacher_logits,
             divergence=divergence,
             beta=beta,
             kl_temperature=t,
-            write=want_grad,
             dtype=hidden_nD.dtype,
         )
+        if loss.clip and want_grad:  # the factor depends on the values: a pass for them alone
+            value_n, _ = kernel(coefficients, write=False)
+            loss.loss(value_n, rows)
+        coefficients = coefficients._replace(divergence_n=loss.factor(rows))
+        value_n, grad_nP = kernel(coefficients, write=want_grad)
         return loss.loss(value_n, rows) + term_loss_n, grad_nP
 
     return step
 
 
-def topk_logprobs(hidden_nD: Tensor, head_VD: Tensor, k: int, temperature: float):
+def topk_logprobs(
+    hidden_nD: Tensor, head_VD: Tensor, k: int, temperature: float, id_nk: Tensor | None
+):
     out_nP = triton_head.buffer(len(hidden_nD), len(head_VD), hidden_nD)
     logits = triton_head.logits(hidden_nD, head_VD, temperature=temperature, out_nP=out_nP)
-    # the k most likely ids lie in the k tiles with the largest maxima
-    tile_nt = logits.largest_nJ.topk(min(k, logits.largest_nJ.shape[1]), 1).indices
-    z_nt, id_nt = _logits_of_tiles(logits, tile_nt)
-    id_nk = id_nt.gather(1, z_nt.topk(k, 1).indices)
+    if id_nk is None:
+        # the k most likely ids lie in the k tiles with the largest maxima
+        tile_nt = logits.largest_nJ.topk(min(k, logits.largest_nJ.shape[1]), 1).indices
+        z_nt, id_nt = _logits_of_tiles(logits, tile_nt)
+        id_nk = id_nt.gather(1, z_nt.topk(k, 1).indices)
     return id_nk, bucket_logprobs(logits, id_nk, temperature)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data.batch import Batch, Document, GlobalBatch
+from data.batch import Batch, Document, GlobalBatch, uniforms
 from kernels.attention import PackedAttention
 from kernels.linear_logprob import linear_logprob
-from kernels.linear_topk import topk_logprobs
+from kernels.linear_topk import draw_ids, topk_logprobs
 from losses.sft import cross_entropy
 from model.transformer import Transformer
 from rl.sample import RolloutConfig
@@ -80,10 +80,12 @@ def teacher_topk(
     temperature: float,
     vocab: int,
     micro_batch_tokens: int,
+    draws_seed: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids_Rk, logp_RB) of the R trained positions of consecutive documents.
 
-    data/teacher_cache.py keeps them: B is k ids and one for all others together.
+    data/teacher_cache.py keeps them: B is k ids and one for all others together. With a seed the
+    ids are k draws, without log-probs: B is 0.
     """
     start = 0
     while start < len(documents):
@@ -93,8 +95,15 @@ def teacher_topk(
             stop += 1
         batch = Batch.pack(documents[start:stop]).to(model.head_VD.device)
         hidden_ND = batch.select(last_states(model, batch))
-        ids_Rk, logp_RB = topk_logprobs(
-            hidden_ND, model.head_VD, k, temperature=temperature, vocab=vocab
-        )
+        if draws_seed is None:
+            ids_Rk, logp_RB = topk_logprobs(
+                hidden_ND, model.head_VD, k, temperature=temperature, vocab=vocab
+            )
+        else:
+            uniform_Rk = uniforms(batch.documents, k, draws_seed).to(hidden_ND.device)
+            ids_Rk = draw_ids(
+                hidden_ND, model.head_VD, uniform_Rk, temperature=temperature, vocab=vocab
+            )
+            logp_RB = torch.empty(len(ids_Rk), 0)
         yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
         start = stop

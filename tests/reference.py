@@ -13,6 +13,7 @@ import torch
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
+    "mixed_kl",
     "jsd",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -57,6 +58,8 @@ def divergence(name, student_logits_NV, teacher_logits_NV, *, beta=0.5, temperat
 
     forward_kl       KL(p_t || p_s)       Hinton et al., arXiv 1503.02531, s. 2, less H(p_t)
     reverse_kl       KL(p_s || p_t)       MiniLLM, Gu et al., arXiv 2306.08543, s. 2
+    mixed_kl         beta KL(p_t || p_s) + (1-beta) KL(p_s || p_t)
+                     Zhao et al., arXiv 2605.16826, KL mixing (their alpha is our beta)
     jsd              beta KL(p_t || m) + (1-beta) KL(p_s || m), m = beta p_t + (1-beta) p_s
                      GKD, Agarwal et al., arXiv 2306.13649, D_JSD(beta)
     skew_forward_kl  KL(p_t || beta p_t + (1-beta) p_s)
@@ -76,6 +79,8 @@ def divergence(name, student_logits_NV, teacher_logits_NV, *, beta=0.5, temperat
         return _kl(log_t_NV, log_s_NV)
     if name == "reverse_kl" or (name == "jsd" and beta == 1):
         return _kl(log_s_NV, log_t_NV)
+    if name == "mixed_kl":
+        return beta * _kl(log_t_NV, log_s_NV) + (1 - beta) * _kl(log_s_NV, log_t_NV)
     if name == "jsd":
         log_m_NV = _log_mixture(beta, log_t_NV, log_s_NV)
         return beta * _kl(log_t_NV, log_m_NV) + (1 - beta) * _kl(log_s_NV, log_m_NV)
@@ -127,6 +132,7 @@ def exact_divergence_mp(name, student_logits_V, teacher_logits_V, beta, temperat
         if name == "reverse_kl" or (name == "jsd" and beta == 1):
             return kl(s, t)
         return {
+            "mixed_kl": w * kl(t, s) + (1 - w) * kl(s, t),
             "jsd": w * kl(t, mix(w, t, s)) + (1 - w) * kl(s, mix(w, t, s)),
             "skew_forward_kl": kl(t, mix(w, t, s)),
             "skew_reverse_kl": kl(s, mix(1 - w, t, s)),
@@ -199,6 +205,7 @@ def _self_check():
         ), case
 
     # The ends of JSD are the limits of its rescaled interior.
+    gen.manual_seed(0)
     s_NV, t_NV = 3 * torch.randn(2, 50, 20, dtype=torch.float64, generator=gen)
     for end, beta in ((0.0, 1e-7), (1.0, 1 - 1e-7)):
         limit_N = divergence("jsd", s_NV, t_NV, beta=beta) / 1e-7

@@ -291,8 +291,12 @@ def test_teacher_cache(checkpoints, capsys):
     folders = [str(checkpoints / name) for name in ("tiny", "tiny-teacher")]
     assert teacher_cache.main([*folders, "--data", "word_problems:4", "--k", "1,8"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    off = [float(line[-1]) for line in lines]
-    assert len(lines) == 3 and off[0] > off[2] and off[2] < 1  # all ids: fp16's rounding alone
+    topk, draws = [
+        [float(line[-1]) for line in lines if kind in line[0]] for kind in ("top", "draws")
+    ]
+    # all ids: fp16's rounding alone
+    assert len(lines) == 6 and topk[0] > topk[2] and topk[2] < 1
+    assert draws[0] > draws[1] > draws[2] > topk[2]
 
 
 def test_sandbox(capsys):

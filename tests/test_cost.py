@@ -29,6 +29,7 @@ SMALL = [
     "--name=r",
     "--runs=.",
 ]
+WEIGHED = ["--mode=kd", "--teacher=tiny-teacher"]
 WRITTEN = ["--mode=kd", "--teacher=tiny-teacher", "--sample_tokens=8"]
 GRPO = [
     "--mode=grpo",
@@ -52,6 +53,18 @@ REUSED = [
 CASES = {
     "sft": (["--mode=sft"], 0, 0, 0),
     "kd": (["--mode=kd", "--teacher=tiny-teacher", "--kd_ce=0.5"], 0, 1, 0),
+    "kd over the student's top-k, weighed": (
+        [*WEIGHED, "--kd_signal=student_topk", "--kd_topk=4", "--kd_weight_by=teacher_entropy"],
+        0,
+        1,
+        0,
+    ),
+    "kd by draws, weighed": (
+        [*WEIGHED, "--kd_signal=draws", "--kd_weight_by=student_entropy"],
+        0,
+        1,
+        0,
+    ),
     "kd on the student's text or the data": (
         [*WRITTEN, "--kd_prefix=student", "--kd_mix=0.5"],
         1,

@@ -73,7 +73,8 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
         t_squared=True,
         ce=0.2,
         vocab=1990,
-        topk=20 if loss == "topk" else 0,
+        signal="topk" if loss == "topk" else "full",
+        k=20,
     )
     kd = functools.partial(kd_loss, cfg=cfg)
     gradients = {}

@@ -24,8 +24,8 @@ WEIGHED = WEIGHTINGS | {"constant": functools.partial(constant_length, length=7)
 
 
 def losses():
-    def kd(name, ce=0.0):
-        cfg = KDConfig(name, beta=0.3, temperature=1.7, t_squared=True, ce=ce, vocab=VOCAB)
+    def kd(name, ce=0.0, **more):
+        cfg = KDConfig(name, beta=0.3, temperature=1.7, t_squared=True, ce=ce, vocab=VOCAB, **more)
         return functools.partial(kd_loss, cfg=cfg)
 
     def grpo(variant, kd_coef=0.0):
@@ -43,6 +43,11 @@ def losses():
 
     every = {"sft": sft_loss, "kd+ce": kd("jsd", ce=0.4)}
     every |= {name: kd(name) for name in DIVERGENCES}
+    every |= {
+        "student_topk": kd("reverse_kl", signal="student_topk", k=5, clip=0.2),
+        "draws": kd("forward_kl", ce=0.2, signal="draws", k=6, weight_by="student_entropy"),
+        "clipped": kd("mixed_kl", clip=0.2, weight_by="teacher_entropy"),
+    }
     every |= {name: grpo(name) for name in VARIANTS}
     return every | {"grpo+kd": grpo("grpo", kd_coef=0.5)}
 

@@ -16,7 +16,8 @@ N, D, C, V, ROWS = 11, 6, 9, 37, 41  # the head has padding rows beyond V
 CASES = [
     (name, beta) for name in FORMULAS for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
-CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
+CASES += [("mixed_kl", 0.0), ("mixed_kl", 1.0), ("jsd", 0.0), ("jsd", 1.0)]
+CASES += [("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
 def pair(dtype=torch.float64, scale=1.0):
@@ -109,6 +110,8 @@ def plain_torch(name):
             return forward_kl(student, teacher)
         if name == "reverse_kl" or (name == "jsd" and beta == 1):
             return forward_kl(teacher, student)
+        if name == "mixed_kl":
+            return beta * forward_kl(student, teacher) + (1 - beta) * forward_kl(teacher, student)
         if name == "jsd":
             m = mixture(teacher, student, beta)
             return beta * forward_kl(m, teacher) + (1 - beta) * forward_kl(m, student)

@@ -24,7 +24,7 @@ def brute_force(model, teacher, documents):
     for d in documents:
         tokens = torch.from_numpy(d.tokens).long()
         student_TV, teacher_TV = distributions(model, tokens), distributions(teacher, tokens)
-        first = int(d.weights.argmax())
+        first, sizes = int(d.weights.argmax()), []
         for t in range(first - 1, len(tokens) - 1):
             s, q = student_TV[t], teacher_TV[t]
             row = {
@@ -35,9 +35,22 @@ def brute_force(model, teacher, documents):
                 "teacher_entropy": float(-(q * q.log()).sum()),
             }
             start = max(b for b in (0, 8, 16, 32) if b <= t - first + 1)
-            row[f"forward_kl_from_{start}"] = row["forward_kl"]
+            for kl in ("forward_kl", "reverse_kl"):
+                row[f"{kl}_from_{start}"] = row[kl]
+            likeliest = (set(sorted(range(VOCAB), key=lambda v: -p[v])[:16]) for p in (s, q))
+            both = sorted(set.intersection(*likeliest))
+            row["overlap"] = len(both) / 16
+            row["overlap_mass"], row["overlap_teacher_mass"] = (
+                float(s[both].sum()),
+                float(q[both].sum()),
+            )
+            sizes.append(float(((s - q) ** 2).sum().sqrt()))
             for name, value in row.items():
                 values.setdefault(name, []).append(value)
+        for count in range(1, len(sizes) + 1):
+            if sum(sorted(sizes)[-count:]) >= sum(sizes) / 2:
+                values.setdefault("half_gradient", []).append(count / len(sizes))
+                break
     return values
 
 

@@ -17,7 +17,12 @@ from kernels import backend, triton_head
 from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
-from kernels.linear_topk import linear_topk_divergence, topk_logprobs
+from kernels.linear_topk import (
+    count_draws,
+    cross_entropy_of_draws,
+    linear_topk_divergence,
+    topk_logprobs,
+)
 from kernels.triton_steps import bucket_logprobs
 from losses.sft import cross_entropy
 from tests import reference
@@ -25,7 +30,8 @@ from tests import reference
 CASES = [
     (name, beta) for name in FORMULAS for beta in ((0.1, 0.5, 0.9) if name in WITH_BETA else (0.5,))
 ]
-CASES += [("jsd", 0.0), ("jsd", 1.0), ("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
+CASES += [("mixed_kl", 0.0), ("jsd", 0.0), ("jsd", 1.0)]
+CASES += [("skew_forward_kl", 0.0), ("skew_reverse_kl", 0.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -307,6 +313,57 @@ def test_topk_list_with_its_tail(name, k):
             merge(torch.log_softmax(logits / 1.7, 1)), merge(full)
         ) + ce * reference.cross_entropy(logits, target)
         assert_gradients(loss, (hidden, head), (want * weight.double()).sum(), (h, w), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "mixed_kl"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_divergence_equals_reference_with_a_clip(name, listed):
+    """Full and over given ids, beside a cross-entropy, which is not clipped."""
+    hidden, head, th, tw, target, weight = pair()
+    term = LogprobTerm(target, weight * 0.3, cross_entropy)
+    clip = 0.3 if listed else 1.5
+    options = dict(temperature=1.7, clip=clip, logprob=term, vocab=37, chunk_rows=4)
+    h, w = in_fp64(hidden, head)
+    z_NV, t_NV = h @ w[:37].T, th.double() @ tw[:37].double().T
+    log_s, log_t = (torch.log_softmax(x / 1.7, 1) for x in (z_NV, t_NV))
+    if listed:
+        ids = (
+            torch.randint(37, (11, 1), generator=torch.Generator().manual_seed(0))
+            + torch.arange(0, 30, 6) * torch.ones(11, 1).long()
+        )
+        ids, logp = topk_logprobs(th, tw, 5, ids_Nk=ids % 37, temperature=1.7, vocab=37)
+        others = torch.ones(11, 37).scatter(1, ids, 0)
+        log_s, log_t = (
+            torch.cat((x.gather(1, ids), (x.exp() * others).sum(1, keepdim=True).log()), 1)
+            for x in (log_s, log_t)
+        )
+        torch.testing.assert_close(logp.double(), log_t, rtol=1e-5, atol=1e-5)
+
+        def definition(ls, lt):
+            return DIVERGENCES[name](ls, lt, 0.3)
+
+        loss, _ = linear_topk_divergence(hidden, head, ids, logp, weight, definition, **options)
+    else:
+        loss, _ = linear_kl(hidden, head, th, tw, weight, name, beta=0.3, **options)
+    value = reference.divergence(name, log_s, log_t, beta=0.3)
+    assert 0 < (value > clip).sum() < 11
+    clipped = value * (clip / value.detach()).clamp(max=1)
+    want = clipped + 0.3 * reference.cross_entropy(z_NV, target)
+    assert_gradients(loss, (hidden, head), (want * weight.double()).sum(), (h, w), 1e-5)
+
+
+def test_divergence_equals_reference_with_topk_draws():
+    """Draws with repetitions: −Σ share · log p_s."""
+    hidden, head, _, _, _, weight = pair()
+    drawn = torch.randint(19, (11, 12), generator=torch.Generator().manual_seed(0))
+    draws = count_draws(drawn, 37)
+    loss, _ = linear_topk_divergence(
+        hidden, head, *draws, weight, cross_entropy_of_draws, vocab=37, chunk_rows=4
+    )
+    h, w = in_fp64(hidden, head)
+    log_s = torch.log_softmax(h @ w[:37].T, 1)
+    want = -(log_s.gather(1, drawn).mean(1) * weight.double()).sum()
+    assert_gradients(loss, (hidden, head), want, (h, w), 1e-5)
 
 
 def test_several_listed_ids_of_one_tile_count_once():
