@@ -14,7 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Document
-from data.messages import check_text, errors_at, json_value, loss_weight, message_texts
+from data.messages import (
+    check_text,
+    errors_at,
+    is_empty,
+    json_value,
+    loss_weight,
+    message_texts,
+    normalise_messages,
+)
 from data.rendering import LABELS, OUR_FIELDS, Renderer
 from data.tasks import Example
 from data.tokenizer import Tokenizer
@@ -83,6 +91,26 @@ class Formatter:
         That is the conversation without its last message if that one is the assistant's.
         """
         return self.prompt_ids(self.prompt_text(example))
+
+    def teacher_prompt(self, example: Example) -> list[int] | None:
+        """Ids that a teacher is given in place of `prompt`; None: the same.
+
+        The column `teacher_prompt` has them: a text in place of the last question, or a list of
+        messages in place of the conversation.
+        """
+        given = example.columns.get("teacher_prompt")
+        if is_empty(given):
+            return None
+        with errors_at(example.origin):
+            if isinstance(given, str):
+                messages = list(example.messages)
+                asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+                messages[asked[-1]] = {"role": "user", "content": given}
+            else:
+                messages = normalise_messages(given, "teacher_prompt")
+                if messages[-1]["role"] == "assistant":
+                    raise UserError("'teacher_prompt' ends with the assistant's words; drop them")
+        return self.prompt(dataclasses.replace(example, messages=tuple(messages)))
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt's text, a user's control tokens escaped."""
