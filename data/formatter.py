@@ -159,6 +159,7 @@ class Formatter:
         if not self.chat:
             prompt = self._prompt_text(example)
             completion = self._continue(prompt, messages[-1]["content"], "", example)
+            completion = self._cut(messages[-1], completion)
             return [Segment(prompt, 0.0), Segment(completion, loss_weight(messages[-1]))]
         segments, text, done = [], "", 0
         for i in _trained_turns(messages):
@@ -170,6 +171,7 @@ class Formatter:
             new = prompt.removeprefix(text)
             self._renderer.check_prompt(messages[done:i], new, messages[:i], example)
             completion = self._completion(messages[: i + 1], prompt, example)
+            completion = self._cut(messages[i], completion)
             segments += [Segment(new, 0.0), Segment(completion, loss_weight(messages[i]))]
             text, done = prompt + completion, i + 1
         return segments
@@ -285,6 +287,10 @@ class Formatter:
                     "give a template that shows it"
                 )
         return self._continue(prompt, escape(content), escape(reasoning), example)
+
+    def _cut(self, message: dict, completion: str) -> str:
+        """A completion without its end where the message is marked as one that did not stop."""
+        return completion.removesuffix(self.end) if message.get("truncated") else completion
 
     def _continue(self, prompt: str, content: str, reasoning: str, example: Example) -> str:
         """The assistant's own words behind a prompt, and the token that ends them.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval.traces
 import options
 import train
 from config import teachers_of, validate
@@ -374,3 +375,31 @@ def test_growth_prefix_and_teachers_together(tmp_path, undrawn):
     given = (f"--data={path}", "--tokenizer=", "--teacher=a=tiny-teacher,b=tiny", *SAMPLED)
     lines = run(tmp_path, "r", *given, "--kd_prefix_tokens=2", "--sample_tokens_start=2")
     assert lines[0]["rollout/tokens"] <= 2 < lines[3]["rollout/tokens"] <= 6
+
+
+# --- a cache of what the student wrote ----------------------------------------------------------
+
+
+def test_a_cache_of_text_that_the_student_wrote_and_kept(tmp_path, undrawn):
+    """Also where it did not stop: nothing is put behind such a text."""
+    run(tmp_path, "student", "--data=word_problems:8", "--teacher=tiny-teacher", steps=2)
+    checkpoint, out = tmp_path / "student" / "checkpoints" / "step-2", tmp_path / "traces"
+    wrote = [str(checkpoint), "--data=word_problems_told:6", "--max_tokens=8", "--temperature=1"]
+    assert eval.traces.main([*wrote, "--keep=all", "--n=2", f"--out={out}"]) == 0
+    rows = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
+    assert all(row["messages"][-1].get("truncated") for row in rows) and len(rows) > 6
+    tokenizer = toy_tokenizer()
+    formatter = Formatter(tokenizer)
+    for row in rows:
+        (document,) = formatter.documents([to_example(row, "x")])
+        written = tokenizer.encode(row["messages"][-1]["content"])
+        assert document.tokens[document.completion_start :].tolist() == written
+        assert row["teacher_prompt"].endswith(row["messages"][0]["content"])
+    cached = ("--kd_signal=topk", "--kd_topk=8", f"--kd_cache={tmp_path / 'cache'}")
+    given = (f"--data={out / 'traces.jsonl'}", "--teacher=tiny-teacher", "--model=tiny")
+    filled = run(tmp_path, "filled", *given, *cached, steps=2)
+    again = run(tmp_path, "again", *given, *cached, steps=2)
+    live = run(tmp_path, "live", *given, *cached[:2], steps=2)
+    assert [line["train/loss"] for line in filled] == [line["train/loss"] for line in again]
+    for one, other in zip(filled, live, strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-2)
