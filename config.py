@@ -196,6 +196,13 @@ class Config:
         read_when=WITH_TEACHER,
         fixed=if_rollout_is_reused,
     )
+    teacher_prompt: str = option(
+        "",
+        "what the teacher is asked, with {question} and {answer}; empty, and no such column: the "
+        "same as the student",
+        read_when=WITH_TEACHER,
+        fixed=True,
+    )
     kd_average: float = option(
         0.99,
         "decay of the moving average, per step",

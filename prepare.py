@@ -178,7 +178,14 @@ def load_dataset(
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
     dataset = Dataset(
         cfg.data,
-        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
+        Formatter(
+            tokenizer,
+            cfg.template,
+            cfg.system_prompt,
+            cfg.prompt_suffix,
+            template_kwargs,
+            cfg.teacher_prompt,
+        ),
         seed=cfg.seed,
         max_tokens=cfg.micro_batch_tokens,
         vocab=vocab_size,

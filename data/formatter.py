@@ -30,6 +30,7 @@ from errors import UserError
 
 PLAIN_FIELDS = {"role", "content", *OUR_FIELDS, *LABELS}
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
+PLACEHOLDER = re.compile(r"\{(?:question|answer)\}")
 CLOSED_BLOCK = re.compile(r"</(?:think|thinking|thought|reasoning)>\s*\Z")
 
 
@@ -52,6 +53,7 @@ class Formatter:
         system_prompt: Put before a conversation that has none.
         prompt_suffix: Put behind the last question.
         template_kwargs: Arguments of the chat template (`enable_thinking`, ...).
+        teacher_form: What a teacher is asked, with {question} and {answer}; empty: the same.
 
     `escaped` has the origins of examples with control tokens' names in their texts, `closed` of
     those whose answer had to close a reasoning block that the generation prompt opens.
@@ -64,6 +66,7 @@ class Formatter:
         system_prompt: str = "",
         prompt_suffix: str = "",
         template_kwargs: dict | None = None,
+        teacher_form: str = "",
     ):
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
@@ -72,6 +75,7 @@ class Formatter:
         self.end = tokenizer.turn_end if self.chat else tokenizer.eos
         self._opening = [] if self.chat else tokenizer.opening_ids  # a chat template writes its own
         self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
+        self.teacher_form = teacher_form
         self.closed: set[str] = set()
         check_text(system_prompt, "--system_prompt")
         check_text(prompt_suffix, "--prompt_suffix")
@@ -95,22 +99,35 @@ class Formatter:
     def teacher_prompt(self, example: Example) -> list[int] | None:
         """Ids that a teacher is given in place of `prompt`; None: the same.
 
-        The column `teacher_prompt` has them: a text in place of the last question, or a list of
-        messages in place of the conversation.
+        The column `teacher_prompt` has them, a text in place of the last question or a list of
+        messages in place of the conversation; where it is empty the form that all rows share.
         """
         given = example.columns.get("teacher_prompt")
+        if is_empty(given):
+            given = self.teacher_form
         if is_empty(given):
             return None
         with errors_at(example.origin):
             if isinstance(given, str):
-                messages = list(example.messages)
-                asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-                messages[asked[-1]] = {"role": "user", "content": given}
+                messages = self._told(given, example)
             else:
                 messages = normalise_messages(given, "teacher_prompt")
                 if messages[-1]["role"] == "assistant":
                     raise UserError("'teacher_prompt' ends with the assistant's words; drop them")
         return self.prompt(dataclasses.replace(example, messages=tuple(messages)))
+
+    def _told(self, text: str, example: Example) -> list[dict]:
+        """The conversation with this text, filled in where it is the form, as its last question."""
+        messages = list(example.messages)
+        if text is self.teacher_form:
+            if "{answer}" in text and not example.has_answer:
+                raise UserError("--teacher_prompt shows an {answer}, and this row has none")
+            answer = (messages[-1]["content"] or "") if example.has_answer else ""
+            parts = {"{question}": example.question, "{answer}": answer}
+            text = PLACEHOLDER.sub(lambda found: parts[found[0]], text)
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        messages[asked[-1]] = {"role": "user", "content": text}
+        return messages
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt's text, a user's control tokens escaped."""

@@ -82,13 +82,11 @@ class Task:
     make: a seeded generator -> (question, solution, answer); None: the problems come from a file.
     grade: (text, gold answer) -> Verdict.
     waits: grading waits for other processes, so that several at a time are faster.
-    told: a teacher sees the solution before the question (`teacher_prompt`).
     """
 
     make: Callable[[random.Random], tuple[str, str, str]] | None
     grade: Callable[[str, Any], Verdict]
     waits: bool = False
-    told: bool = False
 
     def example(self, name: str, split: str, key: str) -> Example:
         """Make the problem of task `name` with this key ("{seed}/{index}").
@@ -104,8 +102,7 @@ class Task:
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": solution},
                 )
-                columns = {"teacher_prompt": f"{solution}\n{question}"} if self.told else {}
-                return Example(messages, answer, name, f"{name} problem {key}", columns)
+                return Example(messages, answer, name, f"{name} problem {key}")
         raise ValueError(f"task {name} makes no problem for the split {split!r}")
 
 
@@ -113,7 +110,6 @@ TASKS = {
     "word_problems": Task(word_problem, grade_number),
     "word_problems_talk": Task(functools.partial(word_problem, style=TALK), grade_number),
     "word_problems_long": Task(functools.partial(word_problem, style=LONG), grade_number),
-    "word_problems_told": Task(word_problem, grade_number, told=True),
     "word_problems_text": Task(running_text, grade_number),
     "gsm8k": Task(None, grade_number),
     "math": Task(None, grade_math),

@@ -193,6 +193,25 @@ def test_the_column_is_read_as_the_question_is(tmp_path):
     assert not any("not read" in note for note in data.notes)
 
 
+def test_a_form_shows_question_and_answer_and_the_column_goes_first(tmp_path):
+    def data(row):
+        made = dataset(tmp_path, [ROW | {"answer": r"{question} 3. #### 3"}, row])
+        made.formatter.teacher_form = "S: {answer}\nQ: {question} {x}"
+        return made
+
+    made = data(ROW | {"teacher_prompt": "{answer}?"})
+    by_answer = {made.example(i).messages[-1]["content"]: made.example(i) for i in range(2)}
+    asked = functools.partial(to_example, origin="x")
+    for example, want in (
+        (by_answer[r"{question} 3. #### 3"], "S: {question} 3. #### 3\nQ: Mia has 3 coins. {x}"),
+        (by_answer[ROW["answer"]], "{answer}?"),
+    ):
+        told = made.formatter.prompt(asked(ROW | {"question": want}))
+        assert made.formatter.teacher_prompt(example) == told
+    with pytest.raises(UserError, match="this row has none"):
+        made.formatter.teacher_prompt(asked({"question": "Mia?"}))
+
+
 def test_rows_choose_among_several_teachers(tmp_path):
     rows = [ROW | {"teacher": name} for name in ("code", "math", "code")]
     data = dataset(tmp_path, rows, teachers=["math", "code"])
@@ -328,6 +347,7 @@ def run(tmp_path, name, *given, steps=4):
     return [json.loads(line) for line in lines]
 
 
+TOLD = "--teacher_prompt={answer}\n{question}"
 SAMPLED = ("--kd_prefix=student", "--sample_tokens=6", "--kd_divergence=reverse_kl")
 
 
@@ -335,7 +355,7 @@ SAMPLED = ("--kd_prefix=student", "--sample_tokens=6", "--kd_divergence=reverse_
 def test_the_policy_as_it_began_has_nothing_to_say_at_first(lora, tmp_path, undrawn):
     """But it has, once it sees the solution."""
     plain = run(tmp_path, "a", "--teacher=self", "--data=word_problems:8", *SAMPLED, *lora, steps=1)
-    told = ("--teacher=self", "--data=word_problems_told:8")
+    told = ("--teacher=self", "--data=word_problems:8", TOLD)
     assert abs(plain[0]["train/loss"]) < 1e-12
     seen = run(tmp_path, "b", *told, *SAMPLED, *lora, steps=1)
     assert seen[0]["train/loss"] > 1e-6
@@ -348,7 +368,7 @@ def test_the_policy_as_it_began_has_nothing_to_say_at_first(lora, tmp_path, undr
 
 @pytest.mark.parametrize("lora", [(), ("--lora_rank=2",)])
 def test_a_run_with_an_average_goes_on_bit_for_bit(lora, tmp_path, undrawn):
-    given = ("--teacher=self_average", "--kd_average=0.5", "--data=word_problems_told:8", *SAMPLED)
+    given = ("--teacher=self_average", "--kd_average=0.5", "--data=word_problems:8", TOLD, *SAMPLED)
     given += ("--sample_tokens_start=3", *lora)
     whole = run(tmp_path, "whole", *given)
     kept = tmp_path / "whole" / "checkpoints"
@@ -384,7 +404,7 @@ def test_a_cache_of_text_that_the_student_wrote_and_kept(tmp_path, undrawn):
     """Also where it did not stop: nothing is put behind such a text."""
     run(tmp_path, "student", "--data=word_problems:8", "--teacher=tiny-teacher", steps=2)
     checkpoint, out = tmp_path / "student" / "checkpoints" / "step-2", tmp_path / "traces"
-    wrote = [str(checkpoint), "--data=word_problems_told:6", "--max_tokens=8", "--temperature=1"]
+    wrote = [str(checkpoint), "--data=word_problems:6", "--max_tokens=8", "--temperature=1"]
     assert eval.traces.main([*wrote, "--keep=all", "--n=2", f"--out={out}"]) == 0
     rows = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
     assert all(row["messages"][-1].get("truncated") for row in rows) and len(rows) > 6
@@ -394,7 +414,6 @@ def test_a_cache_of_text_that_the_student_wrote_and_kept(tmp_path, undrawn):
         (document,) = formatter.documents([to_example(row, "x")])
         written = tokenizer.encode(row["messages"][-1]["content"])
         assert document.tokens[document.completion_start :].tolist() == written
-        assert row["teacher_prompt"].endswith(row["messages"][0]["content"])
     cached = ("--kd_signal=topk", "--kd_topk=8", f"--kd_cache={tmp_path / 'cache'}")
     given = (f"--data={out / 'traces.jsonl'}", "--teacher=tiny-teacher", "--model=tiny")
     filled = run(tmp_path, "filled", *given, *cached, steps=2)
