@@ -279,8 +279,9 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     if plan.reference:
         reference = frozen(plan.reference if cfg.reference else student)
     if cfg.compile:
-        for model in {policy, *teacher_models, reference} - {None}:
-            model.compile_blocks()
+        for model in dict.fromkeys((policy, *teacher_models, reference)):
+            if model:
+                model.compile_blocks()
     return Run(
         device=device,
         rank=place.rank,

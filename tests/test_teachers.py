@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -382,6 +383,32 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(lora, tmp_path, undrawn):
             one.pop(name)
             other.pop(name)
     assert again == whole and len({line["train/loss"] for line in whole}) == 4
+
+
+def test_rl_beside_the_average_that_sees_the_solution(tmp_path, undrawn):
+    """Samples that wait for a later update keep what their teacher sees, also in a checkpoint."""
+    given = ["--mode=grpo", "--model=tiny-teacher", "--data=word_problems:8", "--grpo_samples=2"]
+    given += ["--sample_tokens=4", "--teacher=self_average", "--grpo_kd_coef=0.5", TOLD]
+    given += ["--grpo_minibatches_per_rollout=2", "--batch_size=4", "--steps=2", "--warmup=0"]
+    given += ["--eval_examples=0", "--dtype=float64", "--save_every=1", f"--runs={tmp_path}"]
+    lines = []
+    for name in ("r", "r --resume"):
+        assert train.main([*given, *f"--name={name}".split()]) == 0
+        path = tmp_path / "r" / "metrics.jsonl"
+        lines.append([json.loads(line) for line in path.read_text().splitlines()])
+        shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-2")
+    first, again = lines
+    for name in ("train/loss", "train/reverse_kl", "train/grad_norm", "train/teacher_tokens"):
+        assert [line[name] for line in first] == [line[name] for line in again], name
+    assert first[0]["train/reverse_kl"] > 1e-6
+    assert first[1]["train/teacher_tokens"] > first[1]["train/tokens"]
+
+
+def test_a_teacher_writes_behind_its_own_prompt_and_is_measured(tmp_path, undrawn):
+    given = ("--kd_prefix=teacher", "--kd_mix=0.5", "--sample_tokens=4", "--teacher=self", TOLD)
+    more = ("--data=word_problems:8", "--eval_examples=4", "--eval_tokens=4", "--lora_rank=2")
+    (line,) = [x for x in run(tmp_path, "t", *given, *more, steps=1) if "train/loss" in x]
+    assert line["train/teacher_tokens"] > 0
 
 
 def test_growth_prefix_and_teachers_together(tmp_path, undrawn):
