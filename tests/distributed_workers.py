@@ -114,7 +114,9 @@ def setup(world, rank, port, patience=None):
 
 def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
     """(metrics, flat gradient) of the global batch as the loop computes them."""
-    teachers = teacher if isinstance(teacher, list) else [teacher]
+    teachers = [teacher] if teacher else []
+    if isinstance(teacher, list):
+        teachers = teacher
     batch = GlobalBatch(documents)
     (norm,) = parallel.all_reduce_sum([batch.normalizer])
     model.zero_grad()
