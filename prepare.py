@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from config import Config, listed_ids, validate
+from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
 from data.record import PROMPT_OPTIONS, training_record
@@ -34,7 +34,7 @@ from model.load import (
     without_layers,
 )
 from model.lora import LoraConfig, parse_targets
-from model.optim import build_optimizer
+from model.optim import average_of, build_optimizer
 from model.transformer import Transformer
 from rl.logprobs import teacher_topk
 from rl.reward import Reward, parse_reward
@@ -54,7 +54,7 @@ class Plan:
 
     place: parallel.Device
     student: Checkpoint
-    teacher: Checkpoint | None
+    teachers: list[Checkpoint]
     reference: Checkpoint | None
     tokenizer: Tokenizer
     vocab_size: int  # head rows that take part in the loss
@@ -78,8 +78,9 @@ class Run:
     dataset: Dataset
     reward: Reward | None
     policy: Any  # a Transformer; with LoRA adapters it has `dropout`, too
-    teacher: Transformer | None
-    teacher_folder: Path | None
+    teachers: list[Transformer]  # none where a cache stands in for one
+    average: Transformer | None  # the one of them that follows the policy
+    teacher_folder: Path | None  # of a single teacher
     reference: Transformer | None
     optimizer: torch.optim.Optimizer
     trained_on: Lineage  # what the policy is trained on: the record in its checkpoints
@@ -88,14 +89,19 @@ class Run:
     )
     cost: dict[str, float] = dataclasses.field(default_factory=dict)  # this rank's, this step
 
+    @property
+    def teacher(self) -> Transformer | None:
+        """The teacher, where there is a single one."""
+        return self.teachers[0] if len(self.teachers) == 1 else None
+
 
 def setup(cfg: Config) -> Plan:
     """Check everything that can be checked before a weight is read. Raises UserError."""
     validate(cfg)
     place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
-    student, teacher, reference = describe_checkpoints(cfg)
-    tokenizer = choose_tokenizer(cfg, student, teacher)
-    vocab_size = loss_vocab_size(cfg, tokenizer, student, teacher)
+    student, teachers, reference = describe_checkpoints(cfg)
+    tokenizer = choose_tokenizer(cfg, student, teachers)
+    vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
     if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
         raise UserError(
             f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
@@ -111,7 +117,7 @@ def setup(cfg: Config) -> Plan:
     return Plan(
         place=place,
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         reference=reference,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -125,37 +131,41 @@ def has_teacher(cfg: Config) -> bool:
     return (cfg.mode == "kd" and cfg.kd_signal != "unlikely") or cfg.grpo_kd_coef > 0
 
 
-def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
-    """The student, the teacher and the reference; None where the run has none."""
-    teacher = reference = None
+def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, list[Checkpoint], Checkpoint | None]:
+    """The student, the teachers and the reference; none or None where the run has none."""
+    teachers, reference = [], None
     if has_teacher(cfg) and not cfg.teacher and cfg.model not in ("tiny", "tiny-teacher"):
         raise UserError("--teacher is needed: the toy one only fits the toy student (--model tiny)")
     student = describe(cfg.model, "--model", read_tokenizer=not cfg.tokenizer)
     student = without_layers(student, cfg.drop_layers)
-    if has_teacher(cfg):
-        teacher = describe(cfg.teacher or "tiny-teacher", "--teacher")
-        if not cfg.teacher:
+    for name in teachers_of(cfg).values() if has_teacher(cfg) else ():
+        if name in SELF:
+            teachers.append(student)
+            continue
+        teacher = describe(name or "tiny-teacher", "--teacher")
+        if not name:
             teacher = dataclasses.replace(teacher, tokenizer=toy_tokenizer())
+        teachers.append(teacher)
     if cfg.mode == "grpo" and cfg.grpo_kl_coef:
         reference = describe(cfg.reference, "--reference") if cfg.reference else student
-    return student, teacher, reference
+    return student, teachers, reference
 
 
-def choose_tokenizer(cfg: Config, student: Checkpoint, teacher: Checkpoint | None) -> Tokenizer:
-    """The user's choice, or the student's, or the teacher's, or the toy task's."""
+def choose_tokenizer(cfg: Config, student: Checkpoint, teachers: list[Checkpoint]) -> Tokenizer:
+    """The user's choice, or the student's, or the first teacher's, or the toy task's."""
     if cfg.tokenizer:
         return Tokenizer.load(cfg.tokenizer)
     if student.tokenizer:
         return student.tokenizer
-    return teacher.tokenizer if teacher and teacher.tokenizer else toy_tokenizer()
+    return teachers[0].tokenizer if teachers and teachers[0].tokenizer else toy_tokenizer()
 
 
 def loss_vocab_size(
-    cfg: Config, tokenizer: Tokenizer, student: Checkpoint, teacher: Checkpoint | None
+    cfg: Config, tokenizer: Tokenizer, student: Checkpoint, teachers: list[Checkpoint]
 ) -> int:
-    """Head rows in the loss: the ids shared with a teacher, a policy's ids, or in SFT all."""
-    if teacher:
-        return shared_vocab_size(tokenizer, student.config, teacher)
+    """Head rows in the loss: the ids shared with all teachers, a policy's ids, or in SFT all."""
+    if teachers:
+        return min(shared_vocab_size(tokenizer, student.config, teacher) for teacher in teachers)
     if cfg.mode == "sft":
         return student.config.vocab_size
     return policy_vocab_size(tokenizer, student.config)
@@ -169,7 +179,14 @@ def load_dataset(
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
     dataset = Dataset(
         cfg.data,
-        Formatter(tokenizer, cfg.template, cfg.system_prompt, cfg.prompt_suffix, template_kwargs),
+        Formatter(
+            tokenizer,
+            cfg.template,
+            cfg.system_prompt,
+            cfg.prompt_suffix,
+            template_kwargs,
+            cfg.teacher_prompt,
+        ),
         seed=cfg.seed,
         max_tokens=cfg.micro_batch_tokens,
         vocab=vocab_size,
@@ -179,8 +196,11 @@ def load_dataset(
         max_length_policy=cfg.max_length_policy,
         bad_rows=cfg.bad_rows,
         new_tokens=cfg.sample_tokens if on_policy else 0,
-        completions=not on_policy or (cfg.mode == "kd" and cfg.kd_mix < 1),
+        completions=not on_policy
+        or (cfg.mode == "kd" and (cfg.kd_mix < 1 or cfg.kd_prefix_tokens > 0)),
         gold=reward is not None and reward.reads_gold,
+        prefix_tokens=cfg.kd_prefix_tokens,
+        teachers=list(teachers_of(cfg)) if has_teacher(cfg) else (),
         progress=rank == 0,
     )
     if rank == 0:
@@ -225,20 +245,18 @@ def number_of_steps(cfg: Config, examples: int) -> int:
 
 def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | None) -> Run:
     """Read or make all weights; the folder gets the record of what the policy is trained on."""
-    place, student, teacher = plan.place, plan.student, plan.teacher
+    place, student, teachers = plan.place, plan.student, list(plan.teachers)
     if cfg.mode == "grpo" and cfg.model == "tiny":
         path = toy_model("student", STUDENT, cfg.runs, cfg.device, place.rank)
         student = dataclasses.replace(student, folder=path)
-    if teacher and not cfg.teacher:
+    if teachers and not cfg.teacher:
         path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, place.rank)
-        teacher = dataclasses.replace(teacher, folder=path)
-    cache = open_teacher_cache(cfg, plan, teacher) if teacher and cfg.kd_cache else None
+        teachers = [dataclasses.replace(teachers[0], folder=path)]
+    if cfg.teacher in SELF:
+        teachers = [student]
+    cache = open_teacher_cache(cfg, plan, teachers[0]) if teachers and cfg.kd_cache else None
     resumed = None if resume_step is None else folder.step_folder(resume_step)
-    ancestors = [(cfg.model, student.folder)]
-    if teacher and teacher.folder:
-        ancestors.append((cfg.teacher or "the toy teacher", teacher.folder))
-    if cfg.reference and plan.reference:
-        ancestors.append((cfg.reference, plan.reference.folder))
+    ancestors = ancestors_of(cfg, plan, student, teachers)
     if resumed:
         ancestors.append((str(resumed), resumed))
     prompt_options = {name: getattr(cfg, name) for name in PROMPT_OPTIONS}
@@ -254,15 +272,26 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     device, dtype = place.device, place.compute_dtype
     policy, base = load_policy(student, resumed, lora, device, dtype, cfg.seed)
     policy.activation_checkpointing = cfg.activation_checkpointing
-    teacher_model, cost = load_teacher(cfg, plan, teacher, cache)
+
+    @functools.cache
+    def frozen(checkpoint: Checkpoint) -> Transformer:
+        if checkpoint is student and lora:
+            return base  # the policy as it starts is the base, which is there already
+        return load_frozen(checkpoint, device, dtype, cfg.seed)
+
+    average, cost = None, {}
+    if cfg.teacher == AVERAGE and teachers:
+        average = average_of(policy)
+        teacher_models = [average]
+    elif cache:
+        teacher_models, cost = [], use_teacher_cache(cfg, plan, teachers[0], cache)
+    else:
+        teacher_models = [frozen(teacher) for teacher in teachers]
     reference = None
-    if plan.reference and lora and not cfg.reference:
-        reference = base  # the policy as it starts is the base, which is there already
-    elif plan.reference:
-        origin = plan.reference if cfg.reference else student
-        reference = load_frozen(origin, device, dtype, cfg.seed)
+    if plan.reference:
+        reference = frozen(plan.reference if cfg.reference else student)
     if cfg.compile:
-        for model in (policy, teacher_model, reference):
+        for model in dict.fromkeys((policy, *teacher_models, reference)):
             if model:
                 model.compile_blocks()
     return Run(
@@ -278,8 +307,9 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         dataset=plan.dataset,
         reward=plan.reward,
         policy=policy,
-        teacher=teacher_model,
-        teacher_folder=teacher.folder if teacher else None,
+        teachers=teacher_models,
+        average=average,
+        teacher_folder=teachers[0].folder if len(teachers) == 1 else None,
         reference=reference,
         optimizer=build_optimizer(
             policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
@@ -289,12 +319,27 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     )
 
 
+def ancestors_of(
+    cfg: Config, plan: Plan, student: Checkpoint, teachers: list[Checkpoint]
+) -> list[tuple[str, Path | None]]:
+    """(name, folder) of every model that the policy begins from or learns from."""
+    ancestors = [(cfg.model, student.folder)]
+    for name, teacher in zip(teachers_of(cfg).values(), teachers, strict=False):
+        if teacher.folder and teacher is not student:
+            ancestors.append((name or "the toy teacher", teacher.folder))
+    if cfg.reference and plan.reference:
+        ancestors.append((cfg.reference, plan.reference.folder))
+    return ancestors
+
+
 def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherCache:
     """The folder `--kd_cache`, filled or new. Raises UserError where it cannot be used."""
     dataset = plan.dataset
     weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
     if teacher.folder:
         weights = weights_digest(teacher.folder)
+    if cfg.teacher in SELF:
+        weights += f", {cfg.model} without the layers {cfg.drop_layers or '-'}"
     cache = TeacherCache(
         cfg.kd_cache,
         [dataset.get(i) for i in range(len(dataset))],
@@ -311,19 +356,14 @@ def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherC
     return cache
 
 
-def load_teacher(
-    cfg: Config, plan: Plan, teacher: Checkpoint | None, cache: TeacherCache | None
-) -> tuple[Transformer | None, dict[str, float]]:
-    """The teacher's model, or None: a cache has its top-k or draws, and is filled on first use.
+def use_teacher_cache(
+    cfg: Config, plan: Plan, teacher: Checkpoint, cache: TeacherCache
+) -> dict[str, float]:
+    """Give the data the teacher's top-k or draws of a cache, which is filled on first use.
 
-    The second value is what it took to fill the cache, whoever did it.
+    Returns what it took to fill it, whoever did it.
     """
-    if teacher is None:
-        return None, {}
     place, dataset = plan.place, plan.dataset
-    load = functools.partial(load_frozen, teacher, place.device, place.compute_dtype, cfg.seed)
-    if cache is None:
-        return load(), {}
     documents = [dataset.get(i) for i in range(len(dataset))]
     if not cache.complete:
         positions = f"{cache.positions:,} positions in {cfg.kd_cache}"
@@ -331,7 +371,7 @@ def load_teacher(
         say(f"keeping the teacher's {what} {cache.k} of {positions}")
         rows = teacher_topk(
             documents,
-            load(),
+            load_frozen(teacher, place.device, place.compute_dtype, cfg.seed),
             cache.k,
             temperature=cfg.kd_temperature,
             vocab=plan.vocab_size,
@@ -340,9 +380,9 @@ def load_teacher(
         )
         cache.fill(rows)
     dataset.teacher_topk = cache
-    lengths = [len(document) for document in documents]
+    lengths = [len(document.for_teacher()) for document in documents]
     with torch.device("meta"):
         flops = forward_flops(
             Transformer(teacher.config), lengths, cache.positions, plan.vocab_size
         )
-    return None, {"teacher_tokens": sum(lengths), "flops": flops}
+    return {"teacher_tokens": sum(lengths), "flops": flops}

@@ -63,6 +63,7 @@ class RunFolder:
         write_model: Callable[[Path], None],
         state: Json,
         lineage: Lineage | None = None,
+        average: Transformer | None = None,
     ) -> None:
         """Write checkpoint `step`, then remove all but the newest `max_checkpoints`.
 
@@ -70,6 +71,7 @@ class RunFolder:
             write_model: Writes the model, as others load it, into a folder.
             state: What `load` returns, as JSON.
             lineage: What the model was trained on.
+            average: The moving average of its trained weights.
 
         Raises:
             RunFailed: The files could not be written.
@@ -86,7 +88,10 @@ class RunFolder:
                 lineage.save(draft)
             tensors = {}
             for name, parameter in model.named_parameters():
-                for part, value in optimizer.state.get(parameter, {}).items():
+                parts = dict(optimizer.state.get(parameter, {}))
+                if average and parameter.requires_grad:
+                    parts["average"] = average.get_parameter(name)
+                for part, value in parts.items():
                     tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
             save_tensors(tensors, draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
@@ -103,8 +108,14 @@ class RunFolder:
         for old in self.steps()[: -self.max_checkpoints]:
             shutil.rmtree(self.step_folder(old), ignore_errors=True)
 
-    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Json:
-        """Restore the optimizer of a model with the weights of checkpoint `step`.
+    def load(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: Transformer | None = None,
+    ) -> Json:
+        """Restore the optimizer and the average of a model with the weights of checkpoint `step`.
 
         Returns:
             The state that was saved with it.
@@ -117,7 +128,10 @@ class RunFolder:
                 parameter = parameters[name]
                 dtype = torch.float32 if part == "step" else parameter.dtype
                 value = tensors.get_tensor(key).to(parameter.device, dtype)
-                optimizer.state[parameter][part] = value
+                if part != "average":
+                    optimizer.state[parameter][part] = value
+                elif average:
+                    average.get_parameter(name).copy_(value)
         return read_json(folder / "state.json")
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,10 +27,11 @@ from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
 from model.checkpoint import save_model
-from model.flops import head_flops, peak_flops, step_flops
-from model.optim import clip_gradients, learning_rate
+from model.flops import forward_flops, head_flops, peak_flops, step_flops
+from model.optim import clip_gradients, learning_rate, update_average
 from model.transformer import Transformer
 from prepare import COSTS, Run, load_models, number_of_steps, setup
+from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
 from run import RunLogger, StopSignal, open_run, stored_config
@@ -56,7 +57,8 @@ def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
 
 def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     if cfg.kd_signal in OWN_TOKENS:
-        rollouts = SampledKDRollouts(run.dataset, run.policy, rollout_config(cfg, run), run.teacher)
+        config = rollout_config(cfg, run)
+        rollouts = SampledKDRollouts(run.dataset, run.policy, config, run.teachers)
         policy_gradient = GRPOConfig(
             variant="token",  # its surrogate alone counts here: the weighting is --weighting
             clip_low=0.2,
@@ -85,10 +87,11 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
     generator = run.policy if cfg.kd_prefix == "student" else run.teacher
     assert generator is not None
     if cfg.kd_mix == 1:
-        return Rollouts(run.dataset, generator, rollout_config(cfg, run), run.teacher), loss_fn
+        return Rollouts(run.dataset, generator, rollout_config(cfg, run), run.teachers), loss_fn
     # Beside the data, prompts come in an order of their own.
-    config = rollout_config(cfg, run, prompt_seed=cfg.seed + 1)
-    rollouts = Rollouts(run.dataset, generator, config, run.teacher)
+    rollouts_of_run = round(cfg.kd_mix * run.steps)
+    config = rollout_config(cfg, run, prompt_seed=cfg.seed + 1, rollouts=rollouts_of_run)
+    rollouts = Rollouts(run.dataset, generator, config, run.teachers)
     return MixedSource(data, rollouts, cfg.kd_mix, cfg.seed), loss_fn
 
 
@@ -126,6 +129,7 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
         minibatches=cfg.grpo_minibatches_per_rollout,
         ppo_epochs=cfg.grpo_ppo_epochs,
         logged_samples=cfg.sample_log,
+        rollouts=run.steps // (cfg.grpo_minibatches_per_rollout * cfg.grpo_ppo_epochs),
     )
     assert run.reward is not None
     rollouts = GRPORollouts(run.dataset, run.policy, config, run.reward, run.reference)
@@ -154,17 +158,25 @@ def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
         prompt_seed=cfg.seed,
         rank=run.rank,
         world=run.world,
+        start_tokens=cfg.sample_tokens_start,
+        rollouts=run.steps,
+        taught=bool(run.teachers),
+        continues=cfg.kd_prefix_tokens > 0,
     )
     return dataclasses.replace(common, **more)
 
 
 def teacher_forward(
-    teacher: Transformer | None, micro: Batch, attend: PackedAttention
+    teachers: Sequence[Transformer], micro: Batch, attend: PackedAttention, micro_batch_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What the loss needs from a teacher: its hidden loss rows [N, C] and its head [U, C]."""
-    if teacher is None:
+    if not teachers:
         return None
+    teacher = teachers[micro.teacher]
     with torch.no_grad():
+        if any(document.teacher_tokens is not None for document in micro.documents):
+            parts = teacher_rows(micro.documents, teacher, micro_batch_tokens)
+            return torch.cat([rows for _, rows in parts]), teacher.head_VD
         hidden_TC = teacher(micro.tokens_T, micro.positions_T, attend)
         return micro.select(hidden_TC), teacher.head_VD
 
@@ -174,7 +186,7 @@ def teacher_forward(
 
 def forward_backward(
     model: Transformer,
-    teacher: Transformer | None,
+    teachers: Sequence[Transformer],
     loss_fn: Callable,
     batch: GlobalBatch,
     norm: float,
@@ -193,7 +205,7 @@ def forward_backward(
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
-        frozen = teacher_forward(teacher, micro, attend)
+        frozen = teacher_forward(teachers, micro, attend, micro_batch_tokens)
         hidden_TD = model(micro.tokens_T, micro.positions_T, attend)
         loss_sum, metrics = loss_fn(hidden_TD, model.head_VD, frozen, micro)
         (loss_sum / norm).backward()
@@ -240,11 +252,11 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         if cfg.lora_dropout:
             run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
         # A sampled signal is in the advantages already: the loss needs no teacher.
-        teacher = None if cfg.kd_signal in OWN_TOKENS else run.teacher
+        teachers = [] if cfg.kd_signal in OWN_TOKENS else run.teachers
         sums = {}
         if norm > 0:
             sums = forward_backward(
-                run.policy, teacher, loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
+                run.policy, teachers, loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
             )
         parallel.sync_gradients(run.policy)
         grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
@@ -259,12 +271,14 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             run.optimizer.step()
+            if run.average:
+                update_average(run.average, run.policy, cfg.kd_average)
             counters["skipped_in_a_row"] = 0
         run.optimizer.zero_grad()
 
         log.samples(step + 1, batch.samples)
         add_cost(run, source.take_cost())
-        values = step_metrics(cfg, run, batch, teacher, sums, time.perf_counter() - clock)
+        values = step_metrics(cfg, run, batch, teachers, sums, time.perf_counter() - clock)
         values |= {"train/grad_norm": grad_norm, "train/lr": lr}
         seconds += values["train/seconds"]
         log.metrics(step + 1, values)
@@ -298,7 +312,14 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
         sampling=sampling_of(cfg),
     )
     write = functools.partial(
-        run.folder.save, step, run.policy, run.optimizer, write_model, state, run.trained_on
+        run.folder.save,
+        step,
+        run.policy,
+        run.optimizer,
+        write_model,
+        state,
+        run.trained_on,
+        run.average,
     )
     parallel.on_rank_0(run.rank, write)
 
@@ -306,7 +327,7 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
 def restore(run: Run, source: Source) -> None:
     """Continue the checkpoint `run.resume_step`: optimizer, stream of batches, counters."""
     assert run.resume_step is not None
-    state = run.folder.load(run.resume_step, run.policy, run.optimizer)
+    state = run.folder.load(run.resume_step, run.policy, run.optimizer, run.average)
     sources = state["source"]  # one a rank; there may be more ranks now than before
     source.load(sources[run.rank] if run.rank < len(sources) else sources[0])
     run.counters |= state["counters"]
@@ -322,7 +343,7 @@ def step_metrics(
     cfg: Config,
     run: Run,
     batch: GlobalBatch,
-    teacher: Transformer | None,
+    teachers: Sequence[Transformer],
     sums: Metrics,
     seconds: float,
 ) -> dict[str, float]:
@@ -338,11 +359,13 @@ def step_metrics(
         if cfg.mode == "kd":  # which tokens are listed, and what they weigh, is asked before, too
             own = (cfg.kd_signal == "student_topk", cfg.kd_weight_by == "student_entropy")
             head_passes = sum(own)
-        flops = step_flops(batch, run.policy, teacher, run.vocab_size, head_passes)
-        if teacher and cfg.kd_weight_by == "teacher_entropy":
-            flops += head_flops(teacher, batch.loss_rows, run.vocab_size)
-        if teacher:
-            add_cost(run, {"teacher_tokens": tokens})
+        flops = step_flops(batch, run.policy, None, run.vocab_size, head_passes)
+        for number, teacher in enumerate(teachers):
+            seen = batch.for_teacher(number)
+            flops += forward_flops(teacher, seen.lengths, seen.loss_rows, run.vocab_size)
+            if cfg.kd_weight_by == "teacher_entropy":
+                flops += head_flops(teacher, seen.loss_rows, run.vocab_size)
+            add_cost(run, {"teacher_tokens": sum(seen.lengths)})
     add_cost(run, {"tokens": tokens, "flops": flops})
     own = [tokens, flops, *(run.cost.get(name, 0) for name in COSTS)]
     tokens, flops, *costs = parallel.all_reduce_sum(own, run.device)

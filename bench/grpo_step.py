@@ -117,7 +117,7 @@ class GrpoStep:
         """The sums of the loss."""
         device, normalizer = self.model.head_VD.device, self.batch.normalizer
         sums = forward_backward(
-            self.model, None, self.loss_fn, self.batch, normalizer, self.micro_tokens, device
+            self.model, [], self.loss_fn, self.batch, normalizer, self.micro_tokens, device
         )
         clip_gradients(self.model, 1.0)
         self.optimizer.step()

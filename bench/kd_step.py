@@ -94,7 +94,7 @@ def our_loss(student: Transformer, teacher: Transformer, batch: Batch, vocab: in
     """The loss of one pass of the loop, its gradients left in the student."""
     loss_fn = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=vocab))
     documents = GlobalBatch(batch.documents)
-    sums = forward_backward(student, teacher, loss_fn, documents, batch.normalizer, 8192, CPU)
+    sums = forward_backward(student, [teacher], loss_fn, documents, batch.normalizer, 8192, CPU)
     return float(sums["loss"][0] / sums["loss"][1])
 
 

@@ -75,7 +75,8 @@ def step_of(
     device, tokens = student.head_VD.device, sum(batch.lengths)
 
     def step() -> None:
-        forward_backward(student, teacher, loss_fn, batch, batch.normalizer, tokens, device)
+        teachers = [teacher] if teacher else []
+        forward_backward(student, teachers, loss_fn, batch, batch.normalizer, tokens, device)
         clip_gradients(student, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -29,6 +29,9 @@ class Document:
         teacher_topk: For each position with a weight, the teacher's k likeliest ids, and the
             log-probs of these and of all other ids together; or k draws from it, and no numbers
             (data/teacher_cache.py).
+        teacher: Which of the run's teachers scores it.
+        teacher_tokens: What that teacher reads in place of `tokens`: a prompt of its own and the
+            same completion; None: the same.
     """
 
     tokens: np.ndarray
@@ -36,6 +39,8 @@ class Document:
     fields: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     normalizer_weight: float | None = None
     teacher_topk: tuple[np.ndarray, np.ndarray] | None = None
+    teacher: int = 0
+    teacher_tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,6 +50,40 @@ class Document:
         """A prompt and what was written after it; the latter alone is trained on."""
         tokens = np.array([*prompt, *completion], np.int32)
         return cls(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float64))
+
+    @property
+    def completion_start(self) -> int:
+        """Where its last trained turn begins: what stands from there on is trained on."""
+        return int(np.flatnonzero(self.weights == 0).max(initial=-1)) + 1
+
+    def taught(self, teacher: int, prompt: Sequence[int] | None) -> "Document":
+        """The document as that teacher scores it, who sees `prompt` before the completion."""
+        seen = None
+        if prompt is not None:
+            seen = np.array([*prompt, *self.tokens[self.completion_start :]], np.int32)
+        return dataclasses.replace(self, teacher=teacher, teacher_tokens=seen)
+
+    def for_teacher(self) -> "Document":
+        """What its teacher reads, with the same trained tokens at the end."""
+        if self.teacher_tokens is None:
+            return self
+        weights = np.zeros(len(self.teacher_tokens))
+        common = min(len(weights), len(self))
+        weights[-common:] = self.weights[-common:]
+        return Document(self.teacher_tokens, weights)
+
+
+def consecutive(documents: Sequence[Document], limit: int) -> Iterator[list[Document]]:
+    """The documents in their order, in parts of at most `limit` tokens (a longer one is alone)."""
+    part, tokens = [], 0
+    for document in documents:
+        if part and tokens + len(document) > limit:
+            yield part
+            part, tokens = [], 0
+        part.append(document)
+        tokens += len(document)
+    if part:
+        yield part
 
 
 def normalizer(documents: Iterable[Document]) -> float:
@@ -125,6 +164,11 @@ class Batch:
         """The loss rows of a [T, …] tensor: rows first, head second."""
         return x_T.index_select(0, self.rows_N)
 
+    @property
+    def teacher(self) -> int:
+        """Which teacher scores all its documents: `GlobalBatch.split` sees to that."""
+        return self.documents[0].teacher
+
 
 @dataclasses.dataclass
 class GlobalBatch:
@@ -152,11 +196,16 @@ class GlobalBatch:
     def has_field(self, name: str) -> bool:
         return any(name in d.fields for d in self.documents)
 
+    def for_teacher(self, teacher: int) -> "GlobalBatch":
+        """What this teacher reads of it."""
+        return GlobalBatch([d.for_teacher() for d in self.documents if d.teacher == teacher])
+
     def split(self, micro_batch_tokens: int) -> Iterator[Batch]:
         """Pack whole documents into micro-batches of at most micro_batch_tokens tokens each.
 
-        First-fit decreasing: at most 11/9 of the fewest micro-batches. Data that is too long was
-        refused when it was read; a document that is too long here is a UserError.
+        Those of a micro-batch have the same teacher. First-fit decreasing: at most 11/9 of the
+        fewest micro-batches. Data that is too long was refused when it was read; a document that is
+        too long here is a UserError.
         """
         bins: list[list[Document]] = []
         free: list[int] = []
@@ -166,7 +215,12 @@ class GlobalBatch:
                     f"a document of {len(d)} tokens does not fit "
                     f"micro_batch_tokens={micro_batch_tokens}; raise --micro_batch_tokens"
                 )
-            i = next((i for i, room in enumerate(free) if len(d) <= room), len(bins))
+            fitting = (
+                i
+                for i, room in enumerate(free)
+                if len(d) <= room and bins[i][0].teacher == d.teacher
+            )
+            i = next(fitting, len(bins))
             if i == len(bins):
                 bins.append([])
                 free.append(micro_batch_tokens)
@@ -199,12 +253,13 @@ def constant_length(document: Document, length: int) -> Document:
 def uniforms(documents: Iterable[Document], count: int, seed: int) -> torch.Tensor:
     """Random numbers [N, count] in [0, 1) for the positions with a weight, fp64.
 
-    They depend on the seed, the document's tokens and the position alone, not on what is packed
+    They depend on the seed, what the teacher reads and the position alone, not on what is packed
     beside the document, nor on when.
     """
     drawn = [np.zeros((0, count))]
     for d in documents:
-        digest = hashlib.sha256(np.ascontiguousarray(d.tokens, np.int64).tobytes()).digest()
+        tokens = np.ascontiguousarray(d.for_teacher().tokens, np.int64)
+        digest = hashlib.sha256(tokens.tobytes()).digest()
         generator = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
         drawn.append(generator.random((np.count_nonzero(d.weights), count)))
     return torch.from_numpy(np.concatenate(drawn))

@@ -6,7 +6,7 @@ of them; here they are measured and dealt out.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Dataset:
         completions: Whether rows need an assistant's turn to train on; without it a document is the
             prompt alone, and prompts without an answer will do.
         gold: Whether rows need a gold answer that a grader knows.
+        prefix_tokens: How much of its answer each prompt may be followed by, too.
+        teachers: The names of those who score the text; several: the column `teacher` chooses.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Dataset:
     new_tokens: int = 0
     completions: bool = True
     gold: bool = False
+    prefix_tokens: int = 0
+    teachers: Sequence[str] = ()
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -123,6 +127,7 @@ class Dataset:
             eval_data=self.eval_data,
             train_examples=self.train_examples,
             notes=self.notes,
+            teachers=len(self.teachers),
         )
         self.sources, self.label = division.sources, division.label
         self.validation = division.validation
@@ -196,6 +201,25 @@ class Dataset:
         """The example of which `get` returns the document."""
         return self._pair(index)[0]
 
+    def teaching(self, example: Example) -> tuple[int, list[int] | None]:
+        """Which of the teachers scores an example, and the prompt of its own that it sees."""
+        number = 0
+        if len(self.teachers) > 1:
+            name = example.columns.get("teacher")
+            if name not in self.teachers:
+                known = ", ".join(self.teachers)
+                raise UserError(
+                    f"{example.origin}: the column 'teacher' is {name!r} and must be one of {known}"
+                )
+            number = self.teachers.index(name)
+        return number, self.formatter.teacher_prompt(example)
+
+    def prefix(self, index: int) -> list[int]:
+        """The first `prefix_tokens` of an example's last answer, at most half of it."""
+        document = self.get(index)
+        answer = document.tokens[document.completion_start :]
+        return answer[: min(self.prefix_tokens, len(answer) // 2)].tolist()
+
     def examples(self) -> Iterator[Example]:
         """All training examples; none of an endless task."""
         return (example for example, _ in self._training)
@@ -239,6 +263,8 @@ class Dataset:
             for example in examples:
                 turns += self.formatter.split_turns(example)
             examples, documents = turns, self.formatter.documents(turns)
+        if self.teachers:
+            documents = list(map(self._taught, examples, documents))
         pairs = []
         for example, document in zip(examples, documents, strict=True):
             if self._fits(example, document, completions):
@@ -247,9 +273,20 @@ class Dataset:
                 self.dropped["too long for --micro_batch_tokens"] += 1
         return pairs
 
+    def _taught(self, example: Example, document: Document) -> Document:
+        """The document with what its teacher reads."""
+        number, prompt = self.teaching(example)
+        if prompt and document.weights[: document.completion_start].any():
+            raise UserError(
+                f"{example.origin}: 'teacher_prompt' stands before one answer, and the row trains "
+                "on several turns; give the earlier ones weight 0"
+            )
+        return document.taught(number, prompt)
+
     def _fits(self, example: Example, document: Document, completions: bool) -> bool:
         """Whether a document, and what is generated after its prompt, are short enough."""
-        largest = document.tokens.max(initial=0)
+        seen = document.for_teacher()
+        largest = max(document.tokens.max(initial=0), seen.tokens.max(initial=0))
         if largest >= self.vocab:
             raise UserError(
                 f"{example.origin}: token id {largest} is outside the {self.vocab:,} ids that the "
@@ -260,8 +297,13 @@ class Dataset:
             problem = (
                 f"{len(document):,} tokens, more than --micro_batch_tokens {self.max_tokens:,}"
             )
+        elif len(seen) > self.max_tokens:
+            problem = f"{len(seen):,} tokens for the teacher, more than --micro_batch_tokens"
         if self.new_tokens:
             prompt = len(self.formatter.prompt(example)) if completions else len(document)
+            if document.teacher_tokens is not None:
+                prompt = max(prompt, len(self.teaching(example)[1] or ()))
+            prompt += self.prefix_tokens
             if prompt + self.new_tokens > self.max_tokens:
                 problem = (
                     f"--sample_tokens {self.new_tokens} and this prompt ({prompt:,} tokens) do not "

@@ -389,12 +389,16 @@ def _refuse_columns(columns: dict) -> None:
             )
 
 
-def unread_columns(example: Example) -> set[str]:
-    """Columns of a row that say something and are neither in the prompt nor the gold answer."""
+def unread_columns(example: Example, teachers: int = 0) -> set[str]:
+    """Columns of a row that say something and are neither in the prompt nor the gold answer.
+
+    teachers: how many there are; one reads `teacher_prompt`, and several `teacher`, too.
+    """
+    read = ("teacher_prompt", "teacher")[:teachers]
     return {
         name
         for name, value in example.columns.items()
-        if not is_empty(value) and not _is_read(example, name, value)
+        if not is_empty(value) and name not in read and not _is_read(example, name, value)
     }
 
 

@@ -14,7 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Document
-from data.messages import check_text, errors_at, json_value, loss_weight, message_texts
+from data.messages import (
+    check_text,
+    errors_at,
+    is_empty,
+    json_value,
+    loss_weight,
+    message_texts,
+    normalise_messages,
+)
 from data.rendering import LABELS, OUR_FIELDS, Renderer
 from data.tasks import Example
 from data.tokenizer import Tokenizer
@@ -22,6 +30,7 @@ from errors import UserError
 
 PLAIN_FIELDS = {"role", "content", *OUR_FIELDS, *LABELS}
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
+PLACEHOLDER = re.compile(r"\{(?:question|answer)\}")
 CLOSED_BLOCK = re.compile(r"</(?:think|thinking|thought|reasoning)>\s*\Z")
 
 
@@ -44,6 +53,7 @@ class Formatter:
         system_prompt: Put before a conversation that has none.
         prompt_suffix: Put behind the last question.
         template_kwargs: Arguments of the chat template (`enable_thinking`, ...).
+        teacher_form: What a teacher is asked, with {question} and {answer}; empty: the same.
 
     `escaped` has the origins of examples with control tokens' names in their texts, `closed` of
     those whose answer had to close a reasoning block that the generation prompt opens.
@@ -56,6 +66,7 @@ class Formatter:
         system_prompt: str = "",
         prompt_suffix: str = "",
         template_kwargs: dict | None = None,
+        teacher_form: str = "",
     ):
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
@@ -64,6 +75,7 @@ class Formatter:
         self.end = tokenizer.turn_end if self.chat else tokenizer.eos
         self._opening = [] if self.chat else tokenizer.opening_ids  # a chat template writes its own
         self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
+        self.teacher_form = teacher_form
         self.closed: set[str] = set()
         check_text(system_prompt, "--system_prompt")
         check_text(prompt_suffix, "--prompt_suffix")
@@ -83,6 +95,39 @@ class Formatter:
         That is the conversation without its last message if that one is the assistant's.
         """
         return self.prompt_ids(self.prompt_text(example))
+
+    def teacher_prompt(self, example: Example) -> list[int] | None:
+        """Ids that a teacher is given in place of `prompt`; None: the same.
+
+        The column `teacher_prompt` has them, a text in place of the last question or a list of
+        messages in place of the conversation; where it is empty the form that all rows share.
+        """
+        given = example.columns.get("teacher_prompt")
+        if is_empty(given):
+            given = self.teacher_form
+        if is_empty(given):
+            return None
+        with errors_at(example.origin):
+            if isinstance(given, str):
+                messages = self._told(given, example)
+            else:
+                messages = normalise_messages(given, "teacher_prompt")
+                if messages[-1]["role"] == "assistant":
+                    raise UserError("'teacher_prompt' ends with the assistant's words; drop them")
+        return self.prompt(dataclasses.replace(example, messages=tuple(messages)))
+
+    def _told(self, text: str, example: Example) -> list[dict]:
+        """The conversation with this text, filled in where it is the form, as its last question."""
+        messages = list(example.messages)
+        if text is self.teacher_form:
+            if "{answer}" in text and not example.has_answer:
+                raise UserError("--teacher_prompt shows an {answer}, and this row has none")
+            answer = (messages[-1]["content"] or "") if example.has_answer else ""
+            parts = {"{question}": example.question, "{answer}": answer}
+            text = PLACEHOLDER.sub(lambda found: parts[found[0]], text)
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        messages[asked[-1]] = {"role": "user", "content": text}
+        return messages
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt's text, a user's control tokens escaped."""
@@ -131,6 +176,7 @@ class Formatter:
         if not self.chat:
             prompt = self._prompt_text(example)
             completion = self._continue(prompt, messages[-1]["content"], "", example)
+            completion = self._cut(messages[-1], completion)
             return [Segment(prompt, 0.0), Segment(completion, loss_weight(messages[-1]))]
         segments, text, done = [], "", 0
         for i in _trained_turns(messages):
@@ -142,6 +188,7 @@ class Formatter:
             new = prompt.removeprefix(text)
             self._renderer.check_prompt(messages[done:i], new, messages[:i], example)
             completion = self._completion(messages[: i + 1], prompt, example)
+            completion = self._cut(messages[i], completion)
             segments += [Segment(new, 0.0), Segment(completion, loss_weight(messages[i]))]
             text, done = prompt + completion, i + 1
         return segments
@@ -257,6 +304,10 @@ class Formatter:
                     "give a template that shows it"
                 )
         return self._continue(prompt, escape(content), escape(reasoning), example)
+
+    def _cut(self, message: dict, completion: str) -> str:
+        """A completion without its end where the message is marked as one that did not stop."""
+        return completion.removesuffix(self.end) if message.get("truncated") else completion
 
     def _continue(self, prompt: str, content: str, reasoning: str, example: Example) -> str:
         """The assistant's own words behind a prompt, and the token that ends them.

@@ -18,7 +18,7 @@ from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-OUR_FIELDS = ("weight", "shortened")  # no template sees them
+OUR_FIELDS = ("weight", "shortened", "truncated")  # no template sees them
 COMMON_FIELDS = {"role", "content", "reasoning_content", "tool_calls", *OUR_FIELDS}
 # Fields that link messages or describe them: a template may pass over them.
 LABELS = frozenset(

@@ -140,12 +140,14 @@ def read_divided(
     eval_data: str,
     train_examples: int,
     notes: list[str],
+    teachers: int = 0,
 ) -> Division:
     """Read what `--data` and `--eval_data` name.
 
     Args:
         read: (path, "train" or "test") -> the examples of a file.
         notes: Gets sentences on what is not used.
+        teachers: How many there are, who read columns of their own.
 
     Raises:
         UserError: for a file of which nothing is left to train on.
@@ -178,7 +180,7 @@ def read_divided(
         total = sum(source.weight for source in sources)
         shares = [f"{source.weight / total:.1%} from {source.name}" for source in sources]
         notes.append(f"of the documents that are drawn, {', '.join(shares)}")
-    unread = sorted(set().union(*map(unread_columns, together)))
+    unread = sorted(set().union(*(unread_columns(example, teachers) for example in together)))
     if unread:
         notes.append(f"columns that are not read: {', '.join(unread)}")
     return Division(sources, training, validation, label)

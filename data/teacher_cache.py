@@ -142,6 +142,8 @@ def _digest(documents: Sequence[Document]) -> str:
         digest.update(len(d).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(d.tokens, np.int64).tobytes())
         digest.update((d.weights != 0).tobytes())
+        if d.teacher_tokens is not None:
+            digest.update(b"teacher" + np.ascontiguousarray(d.teacher_tokens, np.int64).tobytes())
     return digest.hexdigest()
 
 

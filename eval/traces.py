@@ -63,8 +63,8 @@ class TraceOptions(SamplingOptions):
         1.0, "sample from the most likely tokens with this mass", above=0, maximum=1
     )
     max_tokens: int = option(1024, "new tokens per trace at most", minimum=1)
-    keep: Literal["right", "ended"] = option(
-        "right", "traces that the grader finds right, or all that came to an end"
+    keep: Literal["right", "ended", "all"] = option(
+        "right", "traces that the grader finds right, all that came to an end, or all"
     )
     system: str = option("", "the system prompt, for the teacher alone")
     instruction: str = option("", "put behind the question, for the teacher alone")
@@ -148,7 +148,8 @@ def collect(
     lines, seen = [], set()
     for (problem, sample), row in rows.items():
         is_wrong = args.keep == "right" and not row["right"]
-        if not row["stopped"] or is_wrong or (problem, row["text"]) in seen:
+        is_cut = not row["stopped"]
+        if (is_cut and args.keep != "all") or is_wrong or (problem, row["text"]) in seen:
             continue
         seen.add((problem, row["text"]))
         example, text = examples[problem], row["text"]
@@ -156,8 +157,11 @@ def collect(
         opening = OPENED.search(subject.tokenizer.decode(prompts[problem][-16:]))
         if opening:
             text = opening[0] + text
+        answer = {"role": "assistant", "content": text}
+        if is_cut:
+            answer["truncated"] = True  # no token that ends a turn is put behind it
         trace = {
-            "messages": [*context(example), {"role": "assistant", "content": text}],
+            "messages": [*context(example), answer],
             "answer": example.answer,
             "task": example.task,
             "source": {

@@ -1,6 +1,8 @@
 """AdamW's parameter groups, the learning-rate schedule, gradient clipping."""
 
+import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,20 @@ def build_optimizer(
         {"params": no_decay, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def average_of(policy: nn.Module) -> Any:
+    """A copy of a policy that is to become its moving average; what is frozen is shared."""
+    frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, frozen).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, policy: nn.Module, decay: float) -> None:
+    """average = decay · average + (1 − decay) · policy, in place, for all that is trained."""
+    for old, new in zip(average.parameters(), policy.parameters(), strict=True):
+        if new.requires_grad:
+            old.lerp_(new, 1 - decay)
 
 
 def learning_rate(

@@ -1,11 +1,11 @@
 """Log-probs of a document's tokens by the trainer's own forward pass, and what is made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from data.batch import Batch, Document, GlobalBatch, uniforms
+from data.batch import Batch, Document, GlobalBatch, consecutive, uniforms
 from kernels.attention import PackedAttention
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import draw_ids, topk_logprobs
@@ -72,6 +72,34 @@ def add_tis_weights(document: Document, config: RolloutConfig) -> None:
 
 
 @torch.no_grad()
+def teacher_rows(
+    documents: Sequence[Document], model: Transformer, micro_batch_tokens: int
+) -> Iterator[tuple[list[Document], torch.Tensor]]:
+    """Yield consecutive documents as the teacher reads them, and its hidden rows [N, C] of these.
+
+    The rows are those of the trained positions. What is meant for the teacher may be longer than
+    what the student reads.
+    """
+    for part in consecutive([d.for_teacher() for d in documents], micro_batch_tokens):
+        batch = Batch.pack(part).to(model.head_VD.device)
+        yield part, batch.select(last_states(model, batch))
+
+
+@torch.no_grad()
+def add_teacher_logprobs(
+    documents: Sequence[Document], model: Transformer, config: RolloutConfig
+) -> None:
+    """Set the field "teacher_logp" of documents that this teacher scores (see `add_logprobs`)."""
+    seen = [d.for_teacher() for d in documents]
+    add_logprobs(GlobalBatch(seen), "teacher_logp", model, config)
+    for document, view in zip(documents, seen, strict=True):
+        logp = torch.zeros(len(document), dtype=torch.float64)
+        common = min(len(document), len(view))
+        logp[-common:] = view.fields["teacher_logp"][-common:]
+        document.fields["teacher_logp"] = logp
+
+
+@torch.no_grad()
 def teacher_topk(
     documents: list[Document],
     model: Transformer,
@@ -87,23 +115,15 @@ def teacher_topk(
     data/teacher_cache.py keeps them: B is k ids and one for all others together. With a seed the
     ids are k draws, without log-probs: B is 0.
     """
-    start = 0
-    while start < len(documents):
-        stop, tokens = start + 1, len(documents[start])
-        while stop < len(documents) and tokens + len(documents[stop]) <= micro_batch_tokens:
-            tokens += len(documents[stop])
-            stop += 1
-        batch = Batch.pack(documents[start:stop]).to(model.head_VD.device)
-        hidden_ND = batch.select(last_states(model, batch))
+    for part, hidden_ND in teacher_rows(documents, model, micro_batch_tokens):
         if draws_seed is None:
             ids_Rk, logp_RB = topk_logprobs(
                 hidden_ND, model.head_VD, k, temperature=temperature, vocab=vocab
             )
         else:
-            uniform_Rk = uniforms(batch.documents, k, draws_seed).to(hidden_ND.device)
+            uniform_Rk = uniforms(part, k, draws_seed).to(hidden_ND.device)
             ids_Rk = draw_ids(
                 hidden_ND, model.head_VD, uniform_Rk, temperature=temperature, vocab=vocab
             )
             logp_RB = torch.empty(len(ids_Rk), 0)
         yield ids_Rk.cpu().numpy(), logp_RB.float().cpu().numpy()
-        start = stop

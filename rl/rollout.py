@@ -27,7 +27,7 @@ from model.flops import forward_flops, generation_flops
 from model.generate import Completion, Engine, generate
 from model.transformer import Transformer
 from rl.advantage import against_the_unlikely, group_advantages, has_reward_spread, kl_advantages
-from rl.logprobs import add_logprobs, add_tis_weights, kl_penalty
+from rl.logprobs import add_logprobs, add_teacher_logprobs, add_tis_weights, kl_penalty
 from rl.reward import Reward
 from rl.sample import RolloutConfig, Sample, sample_line
 
@@ -35,7 +35,7 @@ from rl.sample import RolloutConfig, Sample, sample_line
 class Rollouts(Iterator[GlobalBatch]):
     """Endless batches of completions that `generator` samples for the prompts of a dataset.
 
-    `cost` counts their tokens and FLOPs; what `teacher` reads and writes are teacher tokens, too.
+    `cost` counts their tokens and FLOPs; what teachers read and write are teacher tokens, too.
     """
 
     def __init__(
@@ -43,13 +43,14 @@ class Rollouts(Iterator[GlobalBatch]):
         dataset: Dataset,
         generator: Transformer,
         config: RolloutConfig,
-        teacher: Transformer | None = None,
+        teachers: Sequence[Transformer] = (),
     ):
         self.dataset, self.generator, self.config = dataset, generator, config
         self.engine = Engine(generator)
-        self.teacher = teacher
+        self.teachers = teachers
         self.prompt_order = dataset.order(config.prompt_seed)
         self.position = 0  # of the next prompt
+        self.number = 0  # of the next rollout
         self.pending: list[GlobalBatch] = []
         self.cost: dict[str, float] = defaultdict(int)
 
@@ -57,6 +58,7 @@ class Rollouts(Iterator[GlobalBatch]):
         if not self.pending:
             started = time.perf_counter()
             self.pending = self.rollout()
+            self.number += 1
             self.pending[0].metrics["rollout/seconds"] = (time.perf_counter() - started, 1)
         return self.pending.pop(0)
 
@@ -83,13 +85,24 @@ class Rollouts(Iterator[GlobalBatch]):
         for position in positions:
             example = self.dataset.example(self.prompt_order(position))
             prompt = self.dataset.formatter.prompt(example)
+            teacher, teacher_prompt = 0, None
+            if self.config.taught:
+                teacher, teacher_prompt = self.dataset.teaching(example)
+            if self.config.continues:
+                prefix = self.dataset.prefix(self.prompt_order(position))
+                prompt = prompt + prefix
+                teacher_prompt = teacher_prompt and teacher_prompt + prefix
             for number in range(self.config.samples_per_prompt):
-                samples.append(Sample(position, number, example, prompt))
+                samples.append(Sample(position, number, example, prompt, teacher, teacher_prompt))
         seeds = [sample_seed(self.config.seed, s.position, s.number) for s in samples]
-        completions = self.generate([s.prompt for s in samples], seeds)
+        prompts = [s.prompt for s in samples]
+        if self.is_teacher(self.generator):
+            prompts = [s.teacher_prompt or s.prompt for s in samples]
+        completions = self.generate(prompts, seeds)
         for s, completion in zip(samples, completions, strict=True):
             s.completion, s.stopped = completion.tokens, completion.stopped
-            s.document = Document.of_completion(s.prompt, s.completion)
+            document = Document.of_completion(s.prompt, s.completion)
+            s.document = document.taught(s.teacher, s.teacher_prompt)
             logp = [0.0] * len(s.prompt) + completion.logp
             s.document.fields["sampler_logp"] = torch.tensor(logp, dtype=torch.float64)
         return samples
@@ -99,7 +112,7 @@ class Rollouts(Iterator[GlobalBatch]):
         completions = generate(
             self.engine,
             prompts,
-            config.max_new_tokens,
+            self.token_limit(),
             config.stop_ids,
             vocab=config.vocab_size,
             temperature=config.temperature,
@@ -113,6 +126,14 @@ class Rollouts(Iterator[GlobalBatch]):
         flops = generation_flops(model, prompts, new_tokens, config.vocab_size)
         self.count(model, sum(new_tokens), flops)
         return completions
+
+    def token_limit(self) -> int:
+        """New tokens of a sample in this rollout, of whose number alone they depend."""
+        config = self.config
+        if not config.start_tokens:
+            return config.max_new_tokens
+        done = min(1.0, self.number / max(1, config.rollouts - 1))
+        return round(config.start_tokens + done * (config.max_new_tokens - config.start_tokens))
 
     def add_rewards(self, samples: list[Sample]) -> None:
         """Nothing is rewarded in distillation."""
@@ -130,8 +151,11 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def count(self, model: Transformer, tokens: int, flops: float) -> None:
         self.cost["flops"] += flops
-        if model is self.teacher:
+        if self.is_teacher(model):
             self.cost["teacher_tokens"] += tokens
+
+    def is_teacher(self, model: Transformer) -> bool:
+        return any(model is teacher for teacher in self.teachers)
 
     def take_cost(self) -> dict[str, float]:
         """The cost since this was last called."""
@@ -141,7 +165,8 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def state(self) -> dict:
         pending = [[_to_json(d) for d in batch.documents] for batch in self.pending]
-        return {"position": self.position, "world": self.config.world, "pending": pending}
+        counts = {"position": self.position, "number": self.number}
+        return counts | {"world": self.config.world, "pending": pending}
 
     def load(self, state: dict) -> None:
         if state["pending"] and state["world"] != self.config.world:
@@ -149,7 +174,7 @@ class Rollouts(Iterator[GlobalBatch]):
                 f"the checkpoint holds samples of {state['world']} ranks that were not trained on "
                 "yet: resume with as many"
             )
-        self.position = state["position"]
+        self.position, self.number = state["position"], state.get("number", 0)
         self.pending = [GlobalBatch(list(map(_from_json, saved))) for saved in state["pending"]]
 
     def close(self) -> None:
@@ -166,11 +191,17 @@ class SampledKDRollouts(Rollouts):
     def rollout(self) -> list[GlobalBatch]:
         samples = self.draw(self.config.prompts_per_batch)
         self.add_logprobs(samples, "old_logp", self.generator)
-        if self.teacher is not None:
-            self.add_logprobs(samples, "teacher_logp", self.teacher)
+        batch = GlobalBatch([s.document for s in samples])
+        for number, teacher in enumerate(self.teachers):
+            own = [d for d in batch.documents if d.teacher == number]
+            add_teacher_logprobs(own, teacher, self.config)
+            seen = batch.for_teacher(number)
+            rows, vocab = seen.loss_rows, self.config.vocab_size
+            tokens = sum(seen.lengths)
+            self.count(teacher, tokens, forward_flops(teacher, seen.lengths, rows, vocab))
         for sample in samples:
             fields = sample.document.fields
-            if self.teacher is not None:
+            if self.teachers:
                 fields["advantage"] = fields.pop("teacher_logp") - fields["old_logp"]
             else:
                 own = against_the_unlikely(fields["old_logp"].numpy(), sample.document.weights)
@@ -386,10 +417,17 @@ def _logged(s: Sample) -> dict:
 def _to_json(document: Document) -> dict:
     saved = {"tokens": document.tokens.tolist(), "weights": document.weights.tolist()}
     saved["fields"] = {name: x_T.tolist() for name, x_T in document.fields.items()}
+    if document.teacher_tokens is not None:
+        saved["teacher_tokens"] = document.teacher_tokens.tolist()
+    saved["teacher"] = document.teacher
     return saved | {"normalizer_weight": document.normalizer_weight}
 
 
 def _from_json(saved: dict) -> Document:
     fields = {name: torch.tensor(x, dtype=torch.float64) for name, x in saved["fields"].items()}
     tokens, weights = np.array(saved["tokens"], np.int32), np.array(saved["weights"])
-    return Document(tokens, weights, fields, saved["normalizer_weight"])
+    document = Document(tokens, weights, fields, saved["normalizer_weight"])
+    if "teacher_tokens" in saved:
+        document.teacher_tokens = np.array(saved["teacher_tokens"], np.int32)
+    document.teacher = saved.get("teacher", 0)
+    return document

@@ -26,6 +26,10 @@ class RolloutConfig:
     prompt_seed: int = 0  # of the order of the prompts
     rank: int = 0
     world: int = 1
+    start_tokens: int = 0  # new tokens in the first rollout, from where they grow; 0: the maximum
+    rollouts: int = 1  # over which they grow
+    taught: bool = False  # whether a teacher scores samples: it may see a prompt of its own
+    continues: bool = False  # whether samples go on from the beginning of the reference answer
     # GRPO alone
     samples_per_prompt: int = 1
     advantage: str = "std"  # a name in rl.advantage.ADVANTAGES
@@ -50,6 +54,8 @@ class Sample:
     number: int  # among the samples of its prompt
     example: Example
     prompt: list[int]
+    teacher: int = 0  # which teacher scores it
+    teacher_prompt: list[int] | None = None  # what that teacher sees in place of the prompt
     completion: list[int] = dataclasses.field(default_factory=list)
     stopped: bool = False
     document: Document = dataclasses.field(init=False)  # its fields are the log-probs per token

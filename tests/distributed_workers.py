@@ -114,11 +114,14 @@ def setup(world, rank, port, patience=None):
 
 def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
     """(metrics, flat gradient) of the global batch as the loop computes them."""
+    teachers = [teacher] if teacher else []
+    if isinstance(teacher, list):
+        teachers = teacher
     batch = GlobalBatch(documents)
     (norm,) = parallel.all_reduce_sum([batch.normalizer])
     model.zero_grad()
     sums = train.forward_backward(
-        model, teacher, loss_fn, batch, norm, micro_batch_tokens, torch.device("cpu")
+        model, teachers, loss_fn, batch, norm, micro_batch_tokens, torch.device("cpu")
     )
     parallel.sync_gradients(model)
     metrics = {

@@ -88,7 +88,7 @@ def test_a_step_by_kernels_is_the_step_without(loss, checkpointing):
         micro = batch()
         sums = forward_backward(
             model,
-            teacher,
+            [teacher] if teacher else [],
             kd if teacher else sft_loss,
             micro,
             micro.normalizer,

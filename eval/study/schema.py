@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from config import Config, validate
+from config import SELF, Config, validate
 from errors import UserError
 from eval.study.jobs import flags
 from files import read_text, reason
@@ -146,7 +146,7 @@ class StudyFile:
             new = own | short["run_options"]
             for key, value in own.items():
                 # models and traces of the study, and functions of the user's own, are tried out
-                if str(value).startswith("@") or ".py:" in str(value):
+                if str(value).startswith("@") or ".py:" in str(value) or value in SELF:
                     new[key] = value
             read = _readable(new)
             self.runs[name] = {key: value for key, value in new.items() if key in read}
