@@ -100,7 +100,9 @@ def test_a_teacher_of_its_own_prompt_is_the_restated_loss_however_cut(micro_batc
     student.zero_grad()
     want.backward()
     grad = torch.cat([p.grad.flatten() for p in student.parameters()])
-    loss = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=VOCAB, topk=topk))
+    loss = functools.partial(
+        kd_loss, cfg=KDConfig("forward_kl", vocab=VOCAB, signal="topk" if topk else "full", k=topk)
+    )
     for order in (docs, docs[::-1]):
         metrics, got = workers.gradient(student, teachers, loss, order, micro_batch_tokens)
         assert metrics["loss"] == pytest.approx(want.item(), rel=1e-10)
