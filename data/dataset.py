@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data.batch import Document, GlobalBatch
 from data.formats import read_examples, to_example
 from data.formatter import Formatter
+from data.messages import is_empty
 from data.order import EpochOrder, MixedOrder
 from data.split import SPLIT_SEED, Source, read_divided, task_of
 from data.tasks import TASKS, Example
@@ -96,7 +97,7 @@ class Dataset:
         if not self._training:
             self.get(0)  # what is wrong with every problem is wrong with the first
         answered = [example for example in self.validation if example.has_answer]
-        self._validation_documents = [d for _, d in self._tokenise(answered, completions=True)]
+        self._validation_documents = [d for _, d in self._tokenise(answered, validation=True)]
         self._note_texts()
 
     def _make_examples(self, task: str) -> list[Example]:
@@ -249,21 +250,25 @@ class Dataset:
             f"--micro_batch_tokens {self.max_tokens:,}; raise it"
         )
 
-    def _tokenise(self, examples: Iterable[Example], completions: bool = False) -> Tokenised:
+    def _tokenise(self, examples: Iterable[Example], validation: bool = False) -> Tokenised:
         """Examples with their documents, turns apart where the template asks for it.
 
-        Those that are too long are an error or left out.
+        Those that are too long are an error or left out. No teacher reads validation documents.
         """
-        completions = completions or self.completions
+        completions, teaches = validation or self.completions, self.teachers and not validation
         if not completions:
             prompts = [self.formatter.prompt(example) for example in examples]
             documents = [Document.of_completion(prompt, ()) for prompt in prompts]
         else:
             turns = []
             for example in examples:
-                turns += self.formatter.split_turns(example)
+                split = self.formatter.split_turns(example)
+                told = not is_empty(example.columns.get("teacher_prompt"))
+                if teaches and told and len(split) > 1:
+                    raise _several_turns(example)
+                turns += split
             examples, documents = turns, self.formatter.documents(turns)
-        if self.teachers:
+        if teaches:
             documents = list(map(self._taught, examples, documents))
         pairs = []
         for example, document in zip(examples, documents, strict=True):
@@ -277,10 +282,7 @@ class Dataset:
         """The document with what its teacher reads."""
         number, prompt = self.teaching(example)
         if prompt and document.weights[: document.completion_start].any():
-            raise UserError(
-                f"{example.origin}: 'teacher_prompt' stands before one answer, and the row trains "
-                "on several turns; give the earlier ones weight 0"
-            )
+            raise _several_turns(example)
         return document.taught(number, prompt)
 
     def _fits(self, example: Example, document: Document, completions: bool) -> bool:
@@ -363,3 +365,10 @@ class DataStream(Iterator[GlobalBatch]):
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _several_turns(example: Example) -> UserError:
+    return UserError(
+        f"{example.origin}: 'teacher_prompt' stands before one answer, and the row trains on "
+        "several turns; give the earlier ones weight 0"
+    )

@@ -175,8 +175,10 @@ class Formatter:
             return [Segment(self._prompt_text(example), 0.0)]
         if not self.chat:
             prompt = self._prompt_text(example)
-            completion = self._continue(prompt, messages[-1]["content"], "", example)
-            completion = self._cut(messages[-1], completion)
+            content = messages[-1]["content"]
+            completion = self._continue(prompt, content, "", example)
+            if messages[-1].get("truncated"):
+                completion = _unfinished(prompt, content)
             return [Segment(prompt, 0.0), Segment(completion, loss_weight(messages[-1]))]
         segments, text, done = [], "", 0
         for i in _trained_turns(messages):
@@ -188,7 +190,8 @@ class Formatter:
             new = prompt.removeprefix(text)
             self._renderer.check_prompt(messages[done:i], new, messages[:i], example)
             completion = self._completion(messages[: i + 1], prompt, example)
-            completion = self._cut(messages[i], completion)
+            if messages[i].get("truncated"):  # a template would end, or close, what it has not
+                completion = _unfinished(prompt, self.tokenizer.escape(messages[i]["content"]))
             segments += [Segment(new, 0.0), Segment(completion, loss_weight(messages[i]))]
             text, done = prompt + completion, i + 1
         return segments
@@ -305,10 +308,6 @@ class Formatter:
                 )
         return self._continue(prompt, escape(content), escape(reasoning), example)
 
-    def _cut(self, message: dict, completion: str) -> str:
-        """A completion without its end where the message is marked as one that did not stop."""
-        return completion.removesuffix(self.end) if message.get("truncated") else completion
-
     def _continue(self, prompt: str, content: str, reasoning: str, example: Example) -> str:
         """The assistant's own words behind a prompt, and the token that ends them.
 
@@ -332,6 +331,15 @@ class Formatter:
             self.closed.add(example.origin)
             content = f"{line_end}\n{close}\n\n{content}"
         return content + self.end
+
+
+def _unfinished(prompt: str, content: str) -> str:
+    """What was written behind a prompt and did not come to an end: as it is, a tag only once."""
+    opened = OPENED.search(prompt)
+    if not opened:
+        return content
+    whole, tag = opened[0], f"<{opened[1]}>"
+    return content.removeprefix(whole if content.startswith(whole) else tag)
 
 
 class RewrittenTurns(UserError):

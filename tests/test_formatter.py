@@ -795,3 +795,19 @@ def test_ten_thousand_rows(tiny, template):
     test_rows_of_every_form_are_trained_on_as_written_or_refused(
         tiny, template, rows=10_000 // (1 + len(ALL)) + 1
     )
+
+
+@pytest.mark.parametrize(
+    "name, content, trained",
+    [
+        ("reasoning", "<think>\nr1 still going", "<think>\nr1 still going"),
+        ("opened", "<think>\nr1 still going", "r1 still going"),
+        ("opened", "<think>r1 still going", "r1 still going"),
+        ("opened", "r1 still going", "r1 still going"),
+    ],
+)
+def test_what_did_not_stop_is_trained_on_as_it_was_written(name, content, trained, tiny):
+    answer = {"role": "assistant", "content": content, "truncated": True}
+    row = {"messages": [{"role": "user", "content": "q"}, answer]}
+    pieces = Formatter(with_template(tiny, name), "chat").segments(to_example(row, "x"))
+    assert [piece.text for piece in pieces][1:] == [trained]

@@ -28,6 +28,7 @@ from rl.logprobs import add_teacher_logprobs, teacher_topk
 from rl.rollout import Rollouts, _from_json, _to_json
 from rl.sample import RolloutConfig
 from tests import distributed_workers as workers
+from tests.test_formatter import with_template
 from toy_models import toy_tokenizer
 
 VOCAB = 40
@@ -239,6 +240,28 @@ def test_a_wrong_prompt_of_the_teacher_is_refused_by_the_row(teacher_prompt, wha
     with pytest.raises(UserError, match=what) as e:
         dataset(tmp_path, [ROW | {"teacher_prompt": teacher_prompt}], teachers=["t"])
     assert "rows.jsonl:1" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_what_is_validated_has_no_teacher(tmp_path):
+    (tmp_path / "val.jsonl").write_text(json.dumps(ROW | {"question": "Another?"}) + "\n")
+    more = dict(eval_data=str(tmp_path / "val.jsonl"), eval_examples=1)
+    data = dataset(tmp_path, [ROW | {"teacher": "a"}], teachers=["a", "b"], **more)
+    (document,) = data.validation_documents()
+    assert document.teacher_tokens is None and document.weights.any()
+
+
+def test_a_prompt_for_one_of_several_turns_is_refused(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    row = {"messages": turns, "teacher_prompt": "hint"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    formatter = Formatter(
+        with_template(toy_tokenizer(), "reasoning"), "chat"
+    )  # it rewrites earlier turns
+    options = dict(seed=0, max_tokens=200, vocab=10**6)
+    assert len(Dataset(str(path), formatter, **options)) == 2
+    with pytest.raises(UserError, match="several turns"):
+        Dataset(str(path), formatter, teachers=["t"], **options)
 
 
 def parsed(*given):
