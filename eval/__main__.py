@@ -269,6 +269,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    parallel.close()
-    sys.exit(code)
+    parallel.leave(main(sys.argv[1:]))

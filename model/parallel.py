@@ -5,9 +5,10 @@ Without torchrun, in one process, all of it does nothing.
 
 import datetime
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -372,3 +373,18 @@ def close() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Leave the process group, and end the process with this exit code.
+
+    Threads of gloo may outlive the group. They abort a process that takes its objects apart while
+    it ends ("terminate called without an active exception"), and a run that is complete would
+    count as failed. So a process of a group ends at once.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
