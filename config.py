@@ -281,7 +281,7 @@ class Config:
     kd_weight_by: Literal["none", "teacher_entropy", "student_entropy"] = option(
         "none",
         "whose entropy, over its largest, is a token's weight in the divergence",
-        read_when=[DISTRIBUTION, DRAWS],
+        read_when={"kd_signal": ("full", "topk", "student_topk", "draws")},
     )
     kd_clip: float = option(
         0.0, "largest divergence of a token, in nats; 0: none", minimum=0, read_when=DISTRIBUTION

@@ -152,18 +152,18 @@ class PackedAttention:
                 for x in (q_THE, k_TKE, v_TKE)
             )
             if prefix_KPE:
-                keys, values = (x.expand(block.documents, -1, -1, -1) for x in prefix_KPE)
-                k_BKSE, v_BKSE = torch.cat((keys, k_BKSE), 2), torch.cat((values, v_BKSE), 2)
-            length, keys = q_BHLE.shape[2], k_BKSE.shape[2]
-            few = q_BHLE[..., 0].numel() * keys <= FEW_SCORES and not q_BHLE.is_cuda
+                past_k, past_v = (x.expand(block.documents, -1, -1, -1) for x in prefix_KPE)
+                k_BKSE, v_BKSE = torch.cat((past_k, k_BKSE), 2), torch.cat((past_v, v_BKSE), 2)
+            length, n_keys = q_BHLE.shape[2], k_BKSE.shape[2]
+            few = q_BHLE[..., 0].numel() * n_keys <= FEW_SCORES and not q_BHLE.is_cuda
             few = few and q_BHLE.dtype.itemsize >= 4  # else the products would round the scores
             mask = functools.partial(
-                causal_mask, length, keys - length, window, q_BHLE.dtype, q_BHLE.device
+                causal_mask, length, n_keys - length, window, q_BHLE.dtype, q_BHLE.device
             )
             if few:
                 o_BHLE = attend_by_products(q_BHLE, k_BKSE, v_BKSE, mask())
             else:
-                needs_mask = keys > length or 0 < window < length
+                needs_mask = n_keys > length or 0 < window < length
                 o_BHLE = F.scaled_dot_product_attention(
                     q_BHLE,
                     k_BKSE,

@@ -378,9 +378,9 @@ def close() -> None:
 def leave(code: int) -> NoReturn:
     """Leave the process group, and end the process with this exit code.
 
-    Threads of gloo may outlive the group. They abort a process that takes its objects apart while
-    it ends ("terminate called without an active exception"), and a run that is complete would
-    count as failed. So a process of a group ends at once.
+    Runs that were complete have died as the interpreter took its objects apart ("terminate called
+    without an active exception", on busy machines), probably of gloo's threads. So a process of a
+    group ends at once.
     """
     if not dist.is_initialized():
         sys.exit(code)
