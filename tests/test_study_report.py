@@ -105,6 +105,7 @@ def evaluation(
         "prefill": "",
         "first_prompt": "What is 0 + 0? Go.",
     } | dict(prompt)
+    more = [min(1.0, rate + 0.1) for rate in accuracy]
     identity = {
         "prompt": prompt,
         "temperature": 0.6,
@@ -119,7 +120,7 @@ def evaluation(
         "conditions": ["temperature 0.6, top-p 0.95", "a note on training"],
         "training": ["a note on training"],
         "comparisons": [],
-        "summaries": [["ckpt-abc", task, {"accuracy": accuracy}]],
+        "summaries": [["ckpt-abc", task, {"accuracy": accuracy, "pass@10": more, "pass@2": more}]],
         "trained_on": [["ckpt-abc", task, trained_on, list(unknown)]],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -207,6 +208,9 @@ def test_accuracies_gains_and_costs(study):
     assert arms["kd_grpo"]["accuracy"]["word_problems"]["over"] == "problems" and arms["kd_grpo"][
         "seeds"
     ] == [0]
+    passed = arms["sft"]["pass_at_k"]["word_problems"]
+    assert list(passed) == ["pass@10"] and passed["pass@10"]["each"] == pytest.approx([0.3, 0.35])
+    assert passed["pass@10"]["figure"][0] == pytest.approx(0.325)
     gain = arms["sft"]["gain"]["word_problems"]
     assert (
         arms["instruct"]["gain"]["word_problems"]["figure"] is None
@@ -290,7 +294,8 @@ def test_the_page(study):
         for line in page.split("## What")[0].splitlines()
         if line.startswith("|")
     }
-    first = "| arm | chain | seeds | word_problems | gain word_problems | paper gsm8k |"
+    first = "| arm | chain | seeds | word_problems | gain word_problems |"
+    first += " pass@10 word_problems | paper gsm8k |"
     assert f"{first} student tokens |" in page
     assert (
         "instruct → kd → grpo" in lines["kd_grpo"]

@@ -64,7 +64,7 @@ def samples_page(results: Results) -> str:
 
     for arm in results.arms:
         for seed in results.done(arm)[:1]:
-            task = next(iter(results.accuracies[arm, seed]))
+            task = next(iter(results.figures[arm, seed]))
             parts.append(f"## {arm}, seed {seed}, on {task}")
             rows = samples_of(results.outcomes[arm, seed].evals, task).read().values()
             rows = sorted(rows, key=order)

@@ -48,12 +48,13 @@ Outcomes = dict[tuple[str, int], Outcome]  # by (arm, seed)
 class Results:
     """The evaluations that are done, by (arm, seed).
 
-    tasks: what was evaluated. columns: the tasks of the paper's numbers.
+    figures: by task, what eval.summary.Figures holds. tasks: what was evaluated. columns: the tasks
+    of the paper's numbers.
     """
 
     def __init__(self, seeds: list[int], arms: dict[str, Arm], outcomes: Outcomes) -> None:
         self.seeds, self.arms = seeds, arms
-        self.outcomes, self.summaries, self.accuracies, self.failures = {}, {}, {}, {}
+        self.outcomes, self.summaries, self.figures, self.failures = {}, {}, {}, {}
         tasks, columns = {}, {}
         for key in itertools.product(arms, seeds):
             outcome = outcomes.get(key, Outcome())
@@ -61,28 +62,37 @@ class Results:
                 self.failures[key] = outcome.failure
             elif outcome.evals and (outcome.evals / "summary.json").exists():
                 summary = read_json(outcome.evals / "summary.json")
-                accuracies = {task: found["accuracy"] for _, task, found in summary["summaries"]}
                 self.outcomes[key], self.summaries[key] = outcome, summary
-                self.accuracies[key] = accuracies
-                tasks |= accuracies
+                self.figures[key] = {task: found for _, task, found in summary["summaries"]}
+                tasks |= self.figures[key]
         for arm in arms.values():
             columns |= arm.paper if isinstance(arm.paper, dict) else {}
         self.tasks, self.columns = list(tasks), list(columns)
 
     def done(self, arm: str, task: str | None = None) -> list[int]:
         """The seeds for which an arm is evaluated, on this task if one is named."""
-        found = {s: self.accuracies[arm, s] for s in self.seeds if (arm, s) in self.accuracies}
+        found = {s: self.figures[arm, s] for s in self.seeds if (arm, s) in self.figures}
         return [seed for seed, tasks in found.items() if task is None or task in tasks]
 
-    def accuracy(self, arm: str, task: str) -> dict:
-        """Its figure, the accuracy for each seed, and what the interval is over."""
-        figures = [self.accuracies[arm, seed][task] for seed in self.done(arm, task)]
+    def accuracy(self, arm: str, task: str, rate: str = "accuracy") -> dict:
+        """Its figure, the accuracy for each seed, and what the interval is over.
+
+        rate: another rate of samples, as in "pass@8".
+        """
+        found = [self.figures[arm, seed][task] for seed in self.done(arm, task)]
+        figures = [figures[rate] for figures in found if rate in figures]
         each = [figure[0] for figure in figures]
         figure = figures[0] if figures else None
         mean, reach = over_seeds(each)
         if reach:
             figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)]
         return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
+
+    def pass_at_k(self, task: str) -> list[str]:
+        """["pass@k"] with the largest k of this task's evaluations; [] if no k is above 1."""
+        every = [found[task] for found in self.figures.values() if task in found]
+        names = {name for found in every for name in found if name.startswith("pass@")}
+        return sorted(names, key=lambda name: int(name.removeprefix("pass@")))[-1:]
 
     def evaluations(self, arm: str, task: str | None) -> dict[int, Path]:
         """{seed: the evaluation of an arm}."""
@@ -250,6 +260,10 @@ def collect(results: Results, title: str, claims: list[Claim]) -> dict:
             "failed": {seed: text for (a, seed), text in results.failures.items() if a == name},
             "paper": {column: arm.paper_number(column) for column in results.columns},
             "accuracy": {task: results.accuracy(name, task) for task in results.tasks},
+            "pass_at_k": {
+                task: {k: results.accuracy(name, task, k) for k in results.pass_at_k(task)}
+                for task in results.tasks
+            },
             "gain": {task: results.gain(name, task) for task in results.tasks},
             "cost": results.mean(name, cost),
             "kl": results.mean(name, divergence),
@@ -278,7 +292,7 @@ def training(results: Results) -> list[str]:
     arms_of = {}  # {(task, *models of which nothing is recorded): {arm: True}}
     for (arm, seed), summary in results.summaries.items():
         recorded = {task: (n, models) for _, task, n, models in summary.get("trained_on", ())}
-        for task in results.accuracies[arm, seed]:
+        for task in results.figures[arm, seed]:
             count, unknown = recorded.get(task, unrecorded)
             if count:
                 number = f"{'AT LEAST ' * bool(unknown)}{count:,}"

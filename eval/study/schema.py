@@ -80,7 +80,7 @@ class StudyFile:
             for name, given in tables[kind].items():
                 _need_table(f"[{kind}.{name}]", given)
         self.eval, self.common = tables["eval"], tables["common"]
-        self.runs: dict[str, dict] = tables["run"]
+        self.runs = {name: _begun(tables["run"], name) for name in tables["run"]}
         self.traces: dict[str, dict] = tables["traces"]
         self.settings = _table(Settings, "[study]", tables["study"])
         self.models = _tables(Model, "model", tables)
@@ -180,6 +180,22 @@ def _readable(given: dict) -> dict:
 
 def _rehearsed(model: str) -> str:
     return model if model.startswith("@") else "@rehearsed"
+
+
+def _begun(runs: dict[str, dict], name: str, inner: tuple = ()) -> dict:
+    """A run's options on top of those of the run that it is `like`.
+
+    inner: runs that are like this one. Raises UserError.
+    """
+    own = dict(runs[name])
+    like = str(own.pop("like", ""))
+    if not like:
+        return own
+    if like not in runs:
+        raise UserError(f"[run.{name}] like: no [run.{like}]; there are {', '.join(runs)}")
+    if like in (*inner, name):
+        raise UserError(f"[run.{like}] is like itself")
+    return _begun(runs, like, (*inner, name)) | own
 
 
 def _need_table(heading: str, given: Any) -> None:

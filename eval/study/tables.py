@@ -38,6 +38,8 @@ def main_table(report: dict) -> list[dict[str, str]]:
             if f"paper {task}" in papers:  # beside ours; the others follow below
                 row[f"paper {task}"] = papers[f"paper {task}"]
             row[f"gain {task}"] = points(gain["figure"], "+") + mark
+            for name, found in arm["pass_at_k"][task].items():
+                row[f"{name} {task}"] = points(found["figure"])
         row |= papers
         for name in COSTS:
             form = ".3g" if name in ("flops", "device_hours") else ",.0f"
