@@ -3,12 +3,12 @@
     python -m eval.study recipes/study/mini.toml [--seeds 0,1,2] [--arms inst,inst_rl] [--out DIR]
 
 A file has `[study]` (seeds), `[eval]` (options of `python -m eval`), `[common]` (options of every
-run), `[run.NAME]` (options of train.py, on top of those of the run that it is `like`), `[model.NAME]` (starting points that are made first),
-`[traces.NAME]` (what a teacher generates), `[arm.NAME]` (a model and a chain of runs) and
-`[[claim]]` (arms to be compared). Every job is a command in a process of its own, one per GPU
-(`gpus` of [study] of them, if it says so), else one per processor. The same command goes on with
-what was interrupted and skips what is done. --rehearse runs all of it in miniature: whether a file
-starts.
+run), `[run.NAME]` (options of train.py, on top of those of the run that it is `like`),
+`[model.NAME]` (starting points that are made first), `[traces.NAME]` (what a teacher generates),
+`[arm.NAME]` (a model and a chain of runs) and `[[claim]]` (arms to be compared). Every job is a
+command in a process of its own, one per GPU (`gpus` of [study] of them, if it says so), else one
+per processor. The same command goes on with what was interrupted and skips what is done.
+--rehearse runs all of it in miniature: whether a file starts.
 """
 
 import contextlib
