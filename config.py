@@ -328,7 +328,7 @@ class Config:
         "std",
         "how the rewards of a prompt's samples become advantages; maxrl: (r - mean) / mean",
         choices=ADVANTAGES,
-        default_when={"grpo_variant": {"dr_grpo": "mean"}},
+        default_when={"grpo_variant": {"dr_grpo": "mean", "dppo": "mean"}},
     )
     grpo_clip_low: float = option(
         0.2,

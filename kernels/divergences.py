@@ -81,7 +81,7 @@ def reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def mixed_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    """β KL(t ‖ s) + (1−β) KL(s ‖ t) (Zhao et al., arXiv 2605.16826, KL mixing, α = β)."""
+    """β KL(t ‖ s) + (1−β) KL(s ‖ t) (mixed as in Zhao et al., arXiv 2605.16826)."""
     p_s, p_t, d, difference = pair
     forward = torch.addcmul(difference, p_t, d, value=-1).sum(1)
     reverse = torch.addcmul(difference.neg(), p_s, d).sum(1)

@@ -10,12 +10,12 @@ Every variant is a row loss of short vectors plus a weighting of the tokens (`VA
 | gspo | sequence | 1/|o|, over sequences | GSPO, arXiv 2507.18071, eq. 5 (gradient: eq. 10) |
 | cispo | token, detached | 1, over all tokens | MiniMax-M1, arXiv 2506.13585, eq. 4 |
 | sapo | token, through a sigmoid | 1/|o|, over sequences | SAPO, arXiv 2511.20347, eq. 5 and 6 |
-| gmpo | geometric mean of tokens' | 1/|o|, over sequences | GMPO, arXiv 2507.20673, section 3 |
-| dppo | token | 1/max_new_tokens, over sequences | DPPO, arXiv 2602.04879, Binary-TV mask |
+| gmpo | geometric mean of tokens' | 1/|o|, over sequences | GMPO, arXiv 2507.20673, eq. 4 |
+| dppo | token | 1/max_new_tokens, over sequences | DPPO, arXiv 2602.04879, eq. 12 and 13 |
 | mis | sequence, detached | 1/|o|, over sequences | Liu, Li et al., richardli.xyz/rl-collapse |
 
 With a variant come the advantage and the clip bounds of its paper, as defaults (config.py): Dr.
-GRPO does not divide by a deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is 0.28,
+GRPO and DPPO do not divide by a deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is 0.28,
 CISPO has no lower one, SAPO none at all; GMPO's are those of the log-ratio, DPPO's those of the
 probability. Where a rollout serves one update all ratios are 1, and variants of equal weighting
 have one gradient. A sample without loss rows (masked because it did not stop) counts in no divisor.

@@ -144,8 +144,9 @@ def teacher_draws(frozen: tuple[Tensor, Tensor] | None, batch: Batch, cfg: KDCon
 def entropy_weight(known: tuple[Tensor, Tensor] | None, target_N: Tensor, cfg: KDConfig) -> Tensor:
     """Entropy of each row over its largest, log V: between 0 and 1, another pass of that head.
 
-    A soft form of TIP (Xu et al., arXiv 2604.14084), which keeps the tokens of high student
-    entropy; the teacher's entropy decides in Jin et al., arXiv 2603.07079. Both compare with a
+    With the student's entropy the baseline of TIP (Xu et al., arXiv 2604.14084, eq. 2), which adds
+    the divergence, since tokens of which the student is sure and wrong are missed; the teacher's
+    entropy decides in Jin et al., arXiv 2603.07079. Both compare with a
     batch or a threshold; this is a function of the token alone, so how a batch is cut changes
     nothing. It is not normalised: the mean weight is small.
 

@@ -252,8 +252,8 @@ def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
         ("dr_grpo", "mean", 0.2, 0.2),  # Dr. GRPO, section 3.2: no division by the deviation
         ("gspo", "std", 3e-4, 4e-4),  # GSPO, section 5.1
         ("cispo", "std", 1.0, 0.2),  # MiniMax-M1, section 3.1: no lower bound
-        ("gmpo", "std", 0.4, 0.4),  # GMPO, section 4: (e^-0.4, e^0.4)
-        ("dppo", "std", 0.15, 0.15),  # of a probability
+        ("gmpo", "std", 0.4, 0.4),  # GMPO, section 3: (e^-0.4, e^0.4)
+        ("dppo", "mean", 0.15, 0.15),  # DPPO, section 4.1 and appendix C.1; of a probability
         ("mis", "std", 1e-3, 1e-3),
     ],
 )
