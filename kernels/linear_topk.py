@@ -98,8 +98,8 @@ def draw_ids(
     """Draw k ids for each row from softmax(hidden @ head[:vocab]ᵀ / temperature).
 
     Args:
-        uniform_Nk: independent numbers in [0, 1), at which the distribution function is inverted.
-            It is summed in fp64: in fp32 rare ids would never come.
+        uniform_Nk: numbers in [0, 1), at which the distribution function is inverted. It is summed
+            in fp64: in fp32 rare ids would never come.
 
     Returns:
         ids [N, k], some of them several times.
@@ -126,23 +126,24 @@ def count_draws(ids_Nk: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     the tail is. A share's expectation is the probability that was drawn from.
 
     Returns:
-        ids [N, k'] and log-shares [N, k' + 1], k' = min(k, vocab).
+        ids [N, k'] and log-shares [N, k' + 1]; k' is at least the most different ids of a row, and
+        a multiple of 8 where the vocabulary allows it.
     """
-    k, device = ids_Nk.shape[1], ids_Nk.device
+    device = ids_Nk.device
     sorted_Nk = ids_Nk.sort(1).values
     new_Nk = torch.ones_like(sorted_Nk, dtype=torch.bool)
     new_Nk[:, 1:] = sorted_Nk[:, 1:] != sorted_Nk[:, :-1]
     place_Nk = new_Nk.cumsum(1) - 1
-    one_Nk = torch.full(ids_Nk.shape, 1 / k, dtype=torch.float64, device=device)
+    one_Nk = torch.full(ids_Nk.shape, 1 / ids_Nk.shape[1], dtype=torch.float64, device=device)
+    most = int(place_Nk.max()) + 1 if len(ids_Nk) else 1
+    k = min(math.ceil(most / 8) * 8, vocab)
     share_NB = one_Nk.new_zeros(len(ids_Nk), k + 1).scatter_add_(1, place_Nk, one_Nk)
     # among the first 2k ids of the vocabulary at least k were not drawn; these come first
     room = min(2 * k, vocab)
     drawn = torch.zeros(len(ids_Nk), room + 1, dtype=torch.int8, device=device)
     drawn.scatter_(1, sorted_Nk.clamp(max=room), 1)
-    k = min(k, vocab)
     others_Nk = drawn[:, :room].sort(stable=True, dim=1).indices[:, :k].flip(1)
-    ids_Nk = others_Nk.scatter(1, place_Nk, sorted_Nk)
-    return ids_Nk, share_NB[:, [*range(k), -1]].log()
+    return others_Nk.scatter(1, place_Nk, sorted_Nk), share_NB.log()
 
 
 def cross_entropy_of_draws(student_logp_nB: Tensor, logshare_nB: Tensor) -> Tensor:

@@ -152,27 +152,50 @@ def gradients_of_draws(hidden, head, ids_Nk, vocab):
     return torch.autograd.grad(loss, hidden)[0]
 
 
+def systematic_draws(teacher_V, k):
+    """Every draw that (u + i) / k can give, and the length of the u's that give it."""
+    edges = (k * teacher_V.cumsum(0)[:-1, None] - torch.arange(k)).flatten()
+    edges = torch.cat((edges[(edges > 0) & (edges < 1)], torch.tensor([0.0, 1.0]).double())).sort()[
+        0
+    ]
+    middles = (edges[1:] + edges[:-1]) / 2
+    at = (middles[:, None] + torch.arange(k)) / k
+    return torch.searchsorted(teacher_V.cumsum(0)[:-1].contiguous(), at, right=True), edges.diff()
+
+
+def independent_draws(teacher_V, k):
+    """Every draw of k independent ids, and its probability."""
+    every = torch.tensor(list(itertools.product(range(len(teacher_V)), repeat=k)))
+    return every, teacher_V[every].prod(1)
+
+
+@pytest.mark.parametrize("draws", [independent_draws, systematic_draws])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_expected_gradient_of_draws_is_that_of_the_forward_kl(k):
+def test_the_expected_gradient_of_draws_is_that_of_the_forward_kl(k, draws):
     """Over all draws that there are, with their probabilities."""
     g = torch.Generator().manual_seed(5)
     vocab = 5
     hidden = torch.randn(1, 3, generator=g, dtype=torch.float64)
     head = torch.randn(vocab, 3, generator=g, dtype=torch.float64)
     teacher_V = torch.softmax(1.5 * torch.randn(vocab, generator=g, dtype=torch.float64), 0)
-    every = torch.tensor(list(itertools.product(range(vocab), repeat=k)))
-    probability = teacher_V[every].prod(1, keepdim=True)
+    every, probability = draws(teacher_V, k)
+    probability = probability[:, None]
     gradients = gradients_of_draws(hidden.expand(len(every), -1), head, every, vocab)
     expected = (probability * gradients).sum(0)
     leaf = hidden.clone().requires_grad_()
     kl = reference.divergence("forward_kl", leaf @ head.T, teacher_V.log().unsqueeze(0)).sum()
     (want,) = torch.autograd.grad(kl, leaf)
     torch.testing.assert_close(expected, want[0], rtol=1e-10, atol=1e-12)
-    # its variance: that of one draw, over k
+    # its variance: that of one draw, over k; less where the draws are spread evenly
     variance = (probability * (gradients - expected) ** 2).sum()
     one = gradients_of_draws(hidden.expand(vocab, -1), head, torch.arange(vocab)[:, None], vocab)
     of_one = (teacher_V[:, None] * (one - expected) ** 2).sum()
-    assert variance.item() == pytest.approx(of_one.item() / k, rel=1e-10)
+    if draws is independent_draws or k == 1:
+        assert variance.item() == pytest.approx(of_one.item() / k, rel=1e-10)
+    else:
+        counts = torch.nn.functional.one_hot(every, vocab).sum(1)
+        assert (counts - k * teacher_V).abs().max() < 1
+        assert variance < 2 * of_one / k**2  # it falls with the square of their number
 
 
 @pytest.mark.parametrize("k,vocab", [(1, 3), (6, 40), (9, 11), (30, 4)])
@@ -181,7 +204,8 @@ def test_draws_are_counted(k, vocab):
     ids[0] = 0  # one id alone, and those that come first
     ids[1] = torch.arange(k) % vocab
     got, logshare = count_draws(ids, vocab)
-    assert got.shape == (20, min(k, vocab)) and logshare.shape == (20, min(k, vocab) + 1)
+    width = min(-(-max(len(set(row)) for row in ids.tolist()) // 8) * 8, vocab)
+    assert got.shape == (20, width) and logshare.shape == (20, width + 1)
     for row, listed, shares in zip(
         ids.tolist(), got.tolist(), logshare.exp().tolist(), strict=True
     ):
@@ -217,6 +241,8 @@ def test_random_numbers_belong_to_the_document():
     documents = [Document(np.arange(n), (np.arange(n) > 1).astype(float)) for n in (5, 9, 3)]
     whole = uniforms(documents, 4, seed=3)
     assert whole.shape == (3 + 7 + 1, 4) and 0 <= whole.min() and whole.max() < 1
+    torch.testing.assert_close(whole.diff(), torch.full((11, 3), 0.25).double())
+    assert len(set(whole[:, 0].tolist())) == 11 and whole[:, 0].max() < 0.25
     parts = [uniforms([d], 4, seed=3) for d in documents]
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole, uniforms(documents, 4, seed=4))
