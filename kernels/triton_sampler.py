@@ -23,7 +23,6 @@ from kernels.triton_head import LOG2E, LOWEST
 WARPS = 8
 WIDTH = 64  # numbers of a head's row at a time
 LN2 = tl.constexpr(0.6931471805599453)
-BELOW_ONE = tl.constexpr(1 - 2.0**-52)
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def _invert(mass, u):
     at = tl.arange(0, mass.shape[0])
     sums = tl.cumsum(mass, 0)
     total = tl.max(sums, 0)
-    target = tl.minimum(u * total, total * BELOW_ONE)
+    target = u * total
     beyond = tl.where((sums > target) & (mass > 0), at, mass.shape[0])
     # Rounding may leave nothing beyond the target: then it is the last place that has mass.
     place = tl.minimum(tl.min(beyond, 0), tl.max(tl.where(mass > 0, at, 0), 0))

@@ -46,7 +46,7 @@ INTERPRETED = [
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
     ("train", "by_kernel", 3),
-    ("sampler", "not large", 30),
+    ("sampler", "not large", 20),
 ]
 
 

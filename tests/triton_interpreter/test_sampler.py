@@ -12,6 +12,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
 
+from triton.runtime.interpreter import ScanOps
+
 from kernels import backend, triton_head, triton_sampler
 from kernels.triton_head import Config
 from model import kv_cache
@@ -20,7 +22,7 @@ from model.sampling import Sampler
 from model.transformer import rope_tables, rotate
 from tests.test_generate import chi_square, small, some_prompts
 
-TEMPERATURES = [0.0, 0.6, 1.0, 1.7]
+TEMPERATURES = [0.0, 0.6, 1.7]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def stored(head, vocab, rows, temperature):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("vocab,width", [(331, 20), (1, 4), (16, 8), (17, 68)])
+@pytest.mark.parametrize("vocab,width", [(331, 20), (1, 4), (17, 68)])
 def test_the_same_number_draws_the_same_id(temperature, vocab, width):
     hidden, head, u = rows_and_head(vocab=vocab, width=width, scale=width**-0.5)
     sampler = Sampler(head, vocab, 15, temperature)
@@ -64,7 +66,7 @@ def test_the_same_number_draws_the_same_id(temperature, vocab, width):
     assert (logp - want_logp).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_every_id_has_its_probability(temperature):
     """The borders between ids, all of them: so the distribution is exact, but for rounding."""
     hidden, head, _ = rows_and_head(1, 37)
@@ -89,6 +91,25 @@ def test_an_id_without_probability_is_never_drawn():
     assert ids[0] == ids[4] == 18 and ids[1] == ids[5] == 63
     ids, _ = triton_sampler.draw(hidden[:1] * 1e4, head[64:66].clone().fill_(1.0), 1.0, u[:1])
     assert ids[0] == 0
+
+
+def test_rounding_of_the_sums_draws_no_id_without_probability(monkeypatch):
+    """A GPU adds up in a tree: a place without mass may get another sum than the one before."""
+    summed, noise = ScanOps.cumsum, 1e-9
+
+    def uneven(self, input):
+        sums = summed(self, input)
+        sums[0].handle.data += noise * (input.handle.data == 0)
+        return sums
+
+    monkeypatch.setattr(ScanOps, "cumsum", uneven)
+    hidden = torch.ones(3, 4)
+    head = torch.full((80, 4), -torch.inf)
+    head[[3, 20, 23, 60]] = 0.0
+    # just behind the ids 3 and 23, and at the end, where no sum of an id exceeds the target
+    u = torch.tensor([0.25 + noise / 8, 0.75 + noise / 8, 1 - 2.0**-53], dtype=torch.float64)
+    ids, logp = triton_sampler.draw(hidden, head, 1.0, u)
+    assert ids.tolist() == [20, 60, 60] and (logp - np.log(0.25)).abs().max() < 1e-6
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -183,7 +204,7 @@ def test_the_engine_by_kernels_is_the_engine_without(filters, more, monkeypatch)
         backend.use(kernels)
         asked = Engine(model)
         options = dict(vocab=47, seeds=range(3), batch_size=2)
-        got = generate(asked, prompts, 6, [3], **options, **filters)
+        got = generate(asked, prompts, 4, [3], **options, **filters)
         return got, asked._decoder
 
     want, _ = ask("torch")
