@@ -31,7 +31,8 @@ from bench.attention import HEADS, LIMIT
 from bench.measure import Bench
 from bench.processes import last_json, run_limited
 from kernels import backend
-from kernels.decode_attention import decode_attention, decode_reference
+from kernels.decode_attention import decode_attention, decode_reference, rotate_and_store
+from model.transformer import rope_tables
 
 EDGES = [0, 1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1000, 1023, 1024]
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
@@ -119,6 +120,25 @@ def alone_equals_batch(case: Case, cut: int, whole: Tensor) -> bool:
     return torch.equal(torch.cat(alone), whole)
 
 
+def stored(size: int, device: torch.device) -> float:
+    """The error of rotated queries and keys in a cache, beside fp64, and of values (none)."""
+    heads, kv_heads = HEADS[size]
+    generator = torch.Generator(device=device).manual_seed(0)
+    widths = [heads * size, kv_heads * size, kv_heads * size]
+    joint = torch.randn(64, sum(widths), generator=generator, device=device).bfloat16()
+    q, k, v = (x.unflatten(1, (-1, size)) for x in joint.split(widths, 1))
+    slot_B = torch.arange(64, device=device)
+    rope = rope_tables(slot_B, size, 1e6, torch.bfloat16)
+    kv = joint.new_zeros(2, 64, kv_heads, 64, size)
+    rotated = rotate_and_store(q, k, v, rope, kv, slot_B)
+    cos, sin = (x.double() for x in rope)
+    keys, values = (x[slot_B, :, slot_B] for x in kv)
+    errors = [measure.relative_error(values, v)]
+    for got, x in ((rotated, q.double()), (keys, k.double())):
+        errors.append(measure.relative_error(got, x * cos + x.roll(size // 2, -1) * sin))
+    return max(errors)
+
+
 def graph_follows(case: Case, device: torch.device) -> tuple[bool, bool]:
     """Whether a recorded step follows lengths that change; whether empty rows give zeros."""
     q, k, v, length_B = case
@@ -148,6 +168,8 @@ def check(device: torch.device, size: int, all_steps: Sequence[int], dry: bool) 
     follows, zero = graph_follows(case, device)
     case = cache(many, size, slots, 1, device)
     unequal = measure.unequal_repeats(lambda: (decode_attention(*case),), times)
+    if not dry:  # a kernel alone: interpreted by tests/triton_interpreter/test_sampler.py
+        errors["store"] = stored(size, device)
     right = max(errors.values()) <= LIMIT and follows and zero and unequal == 0 and (same or dry)
     return errors | {
         "alone_equals_batch": same,
@@ -184,7 +206,13 @@ def layer_ms(attend: Callable[..., Tensor], cases: Sequence[Case], device: torch
 
 def speeds(bench: Bench) -> None:
     layers, context, batches = (2, 40, (2, 3)) if bench.dry else (24, 1024, (64, 256))
-    ways = {"srlm": decode_attention, "reference": decode_reference, "masked sdpa": masked_sdpa}
+    arrived = torch.zeros(256 * 16, dtype=torch.int32, device=bench.device)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, length_B: Tensor) -> Tensor:
+        """With counters that are kept, as the engine has them."""
+        return decode_attention(q, k, v, length_B, 0, arrived)
+
+    ways = {"srlm": ours, "reference": decode_reference, "masked sdpa": masked_sdpa}
     ceiling = bench.copy_ceiling()
     bench.put("copy_bytes_per_s", ceiling)
     for size in HEADS:

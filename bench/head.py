@@ -27,10 +27,11 @@ from bench import measure
 from bench.assemblers import check_with_others
 from bench.measure import Bench
 from bench.processes import interpreted
-from kernels import backend, triton_head
+from kernels import backend, triton_head, triton_sampler
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 from kernels.triton_head import Config
+from model.sampling import Sampler
 
 # What --tune tries for the logits kernel: rows, ids, width, warps, stages.
 TILES = [
@@ -41,8 +42,12 @@ TILES = [
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
 ]
+# One stores its tile while the other multiplies: to be tried before all others. If it is the faster
+# one, it becomes the entry of 9 in `triton_head.CONFIGS`.
+TWO_PROGRAMS = Config(128, 128, 64, 4, 3, resident=2, tma=True, halves=True)
 SWITCHES = list(itertools.product((False, True), (False, True)))
-CANDIDATES = [
+CANDIDATES = [triton_head.CONFIGS[9], TWO_PROGRAMS]
+CANDIDATES += [
     Config(*tile, flatten=flatten, tma=True, halves=halves)
     for tile in TILES
     for flatten, halves in SWITCHES
@@ -53,6 +58,7 @@ CANDIDATES += [
     for flatten, halves in SWITCHES
 ]
 CANDIDATES += [Config(*tile) for tile in [*TILES, (128, 128, 32, 8, 4), (128, 128, 64, 4, 3)]]
+CANDIDATES = list(dict.fromkeys(CANDIDATES))
 # Of the gradient kernel: ids per step, warps.
 GRADIENT_BLOCKS = [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)]
 CHUNKS = (1024, 2048, 4096, 8192)
@@ -315,8 +321,33 @@ def check_loss(name: str, s: Shapes, repeats: int) -> dict:
     return row | {"right": right and not row["unequal repeats"]}
 
 
+def check_draws(bench: Bench, temperature: float) -> dict:
+    """Ids drawn without stored logits, and their log-probs, against fp64.
+
+    An id is right where its random number lies between the borders of its probability, but for
+    rounding.
+    """
+    s = Shapes(bench, 4 if bench.dry else 64)
+    hidden, head = s.hidden.detach(), s.head[: s.vocab].detach()
+    u = torch.linspace(0.01, 0.99, s.n, device=bench.device, dtype=torch.float64)
+    ids, logp = triton_sampler.draw(hidden, head, temperature, u)
+    exact = (hidden.double() @ head.double().t() / (temperature or 1.0)).log_softmax(1)
+    want = exact.gather(1, ids[:, None]).squeeze(1)
+    if temperature:
+        above = exact.exp().cumsum(1).gather(1, ids[:, None]).squeeze(1)
+        outside = torch.maximum(u - above, above - want.exp() - u).max()
+    else:
+        outside = (exact.amax(1) - want).max()
+    row = {"outside": float(outside), "logp off": float((logp - want).abs().max())}
+    return row | {"right": max(row.values()) < 1e-4}
+
+
 def checks(bench: Bench) -> None:
-    """Every loss on unrelated and on close pairs."""
+    """Every loss on unrelated and on close pairs, and what is drawn."""
+    for temperature in (0.0, 0.7, 1.0):
+        row, why = measure.attempt(functools.partial(check_draws, bench, temperature))
+        row = row or {"failed": why, "right": False}
+        bench.check("checks", {"draws at temperature": temperature} | row)
     size, repeats = ((4, 128), 1) if bench.dry else ((64, 1536), 100)
     pairs = {"unrelated": Shapes(bench, *size), "close": close_shapes(bench, size)}
     for pair, s in pairs.items():
@@ -363,6 +394,22 @@ def scoring(bench: Bench, s: Shapes, product: float) -> None:
         tflops = 2 * s.n * s.vocab * s.width / row["ms"] / 1e9
         row |= {"of ceiling": product / row["ms"], "TFLOP/s": tflops}
     bench.keep("speed", row, COLUMNS)
+
+
+def drawing(bench: Bench, s: Shapes) -> None:
+    """A token for each row of a decoding step: from tile statistics, and from stored logits."""
+    backends = {"ours": "triton", "stored logits": "torch"}
+    for n in (2, 3) if bench.dry else (64, 256):
+        hidden = s.hidden[:n].detach()
+        u = torch.linspace(0.01, 0.99, n, device=bench.device, dtype=torch.float64)
+        for who, kernels in backends.items():
+            was = backend.chosen()
+            backend.use(kernels)
+            sampler = Sampler(s.head.detach(), s.vocab, n, temperature=1.0)
+            run = functools.partial(sampler, hidden, u)
+            row = bench.measure(run, loss="draw", N=n, who=who)
+            backend.use(was)
+            bench.keep("speed", row, COLUMNS)
 
 
 class Stages:
@@ -430,6 +477,8 @@ def everything(bench: Bench) -> None:
         for name in ("ce", "policy"):
             compare(bench, s, name, ceiling, n == sizes[0] and not bench.dry)
         scoring(bench, s, products["student"])
+        if n == sizes[0]:
+            drawing(bench, s)
     print("\n" + measure.table(bench.record["speed"], COLUMNS))
     bench.put("copy ceiling, bytes/s", bench.copy_ceiling())
 

@@ -1,18 +1,19 @@
-"""Attention of a sequence's newest tokens over its key-value cache.
+"""Attention of a sequence's newest tokens over its key-value cache, and the step that fills it.
 
 The algorithm is Flash-Decoding (Dao et al. 2023).
 
 The context is cut into splits of SPLIT slots, whatever the batch. A program takes one split of one
-key-value head of one sequence and all query heads that share it, so a key is read once; a second
-kernel joins the splits by their log-sum-exp, in their order. So a sequence's result depends on
-neither the batch nor the size of the cache. The grid covers the cache's capacity and lengths are
-read on the device: the launch fits a CUDA graph, and programs beyond a sequence's end return at
-once. Slots beyond the end are never read, whatever lies there; with a sliding window, nor are the
-splits before it, whose programs return and which the join leaves out.
+key-value head of one sequence and up to ROWS of the query heads that share it, so a key is read
+once. Each adds one to a counter of its sequence and head; the one that comes last joins the splits
+by their log-sum-exp, in the order of the splits: which one that is changes no bit. So a sequence's
+result depends on neither the batch nor the size of the cache, nor on timing. The grid covers the
+cache's capacity and lengths are read on the device: the launch fits a CUDA graph, and programs
+beyond a sequence's end return at once. Slots beyond the end are never read, whatever lies there;
+with a sliding window, nor are the splits before it, whose programs return and which the join leaves
+out.
 
 Legend: B sequences, L new tokens of each, S cache slots, H query heads, K key-value heads, E head
-dimension, J splits, R query rows of a key-value head (L · H/K; padded to 16 or more for the tensor
-cores).
+dimension, J splits, R query rows of a key-value head (L · H/K).
 """
 
 import torch
@@ -27,8 +28,11 @@ except ModuleNotFoundError:  # installed on Linux alone; the reference below ser
     triton = None
 
 SPLIT = 256  # slots of a program: part of the result's last bits, hence not tuned
-BLOCK, WARPS, STAGES = 64, 4, 3  # slots that split_kernel takes at a time
-JOIN = 16  # splits that join_kernel takes at a time
+BLOCK, WARPS, STAGES = 64, 4, 3  # slots at a time
+JOIN = 4  # splits that are joined at a time
+# Query rows of a program. With 64 or more Hopper's products would read registers, which ptxas
+# before CUDA 13.3 may overwrite too early.
+ROWS = 16
 
 
 def decode_reference(
@@ -59,7 +63,12 @@ def decode_reference(
 
 
 def decode_attention(
-    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int = 0
+    q_BLHE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    length_B: Tensor,
+    window: int = 0,
+    arrived: Tensor | None = None,
 ) -> Tensor:
     """Attention of each sequence's last L tokens over its row of the cache. No gradient.
 
@@ -70,6 +79,8 @@ def decode_attention(
         length_B: used slots of each row, int32 or int64 on the device, at most S. A sequence of
             length 0 gets zeros.
         window: how many slots a query sees, its own the last; 0: all up to its own.
+        arrived: B · L · H counters or more, int32 zeros, and zeros again afterwards: who calls
+            often keeps them. Calls that run at the same time need their own.
 
     Returns [B, L, H, E].
 
@@ -85,13 +96,15 @@ def decode_attention(
         and backend.triton_serves(q_BLHE.device)
         and backend.triton_attends(q_BLHE.flatten(0, 1))
     ):
-        return _decode(q_BLHE, k_BKSE, v_BKSE, length_B, window)
+        if arrived is None:
+            arrived = length_B.new_zeros(q_BLHE.shape[:3].numel(), dtype=torch.int32)
+        return _decode(q_BLHE, k_BKSE, v_BKSE, length_B, window, arrived)
     return decode_reference(q_BLHE, k_BKSE, v_BKSE, length_B, window)
 
 
-@library.custom_op("srlm::decode_attention", mutates_args=())
+@library.custom_op("srlm::decode_attention", mutates_args=("arrived",))
 def _decode(
-    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int
+    q_BLHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, length_B: Tensor, window: int, arrived: Tensor
 ) -> Tensor:
     q = q_BLHE.contiguous()
     B, L, H, E = q.shape
@@ -102,36 +115,58 @@ def _decode(
     lse_BKJR = q.new_empty(B, K, splits, rows, dtype=wide)
     o = torch.empty_like(q)
     if B and S:
-        sizes = dict(K=K, GROUP=H // K, L=L, E=E, SPLIT=SPLIT, WINDOWED=window > 0)
-        window = min(window, S)
-        stages = STAGES if E <= 128 else 2  # what fits into 99 KB of shared memory
-        padded_rows = max(16, triton.next_power_of_2(rows))
         with torch.cuda.device_of(q):
-            split_kernel[(splits, K, B)](
-                q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR,
-                k_BKSE.stride(0), k_BKSE.stride(1), window,
-                ROWS=padded_rows, BLOCK=BLOCK, num_warps=WARPS, num_stages=stages, **sizes,
+            decode_kernel[(splits, K * triton.cdiv(rows, ROWS), B)](
+                q, k_BKSE, v_BKSE, length_B, part_BKJRE, lse_BKJR, arrived, o,
+                k_BKSE.stride(0), k_BKSE.stride(1), min(window, S),
+                K=K, GROUP=H // K, L=L, E=E, ROWS=ROWS, SPLIT=SPLIT, BLOCK=BLOCK, JOIN=JOIN,
+                WINDOWED=window > 0, num_warps=WARPS,
+                num_stages=STAGES if E <= 128 else 2,  # what fits into 99 KB of shared memory
             )  # fmt: skip
-            join_kernel[(rows, K, B)](
-                part_BKJRE, lse_BKJR, length_B, o, splits, window, JOIN=JOIN, num_warps=1, **sizes
-            )
     return o if S else o.zero_()
 
 
 @_decode.register_fake
-def _(q_BLHE, k_BKSE, v_BKSE, length_B, window):
+def _(q_BLHE, k_BKSE, v_BKSE, length_B, window, arrived):
     return torch.empty_like(q_BLHE, memory_format=torch.contiguous_format)
+
+
+def rotate_and_store(
+    q_BHE: Tensor,
+    k_BKE: Tensor,
+    v_BKE: Tensor,
+    rope: tuple[Tensor, Tensor],
+    kv: Tensor,
+    slot_B: Tensor,
+) -> Tensor:
+    """Rotate one token's queries and keys a sequence, and store keys and values in the cache.
+
+    In one launch, where `model.transformer.rotate` and `KVCache.write` would take ten.
+
+    Args:
+        rope: cosines and signed sines [B, 1, E], as `model.transformer.rope_tables` makes them.
+        kv: the cache of a layer, [2, at least B, K, S, E]; written to.
+        slot_B: where each sequence's token goes, int64.
+
+    Returns the rotated queries.
+    """
+    B, H, E = q_BHE.shape
+    q_BHE, k_BKE, v_BKE = (
+        x if x.stride()[1:] == (E, 1) else x.contiguous() for x in (q_BHE, k_BKE, v_BKE)
+    )
+    rotated_BHE = torch.empty(q_BHE.shape, dtype=q_BHE.dtype, device=q_BHE.device)
+    keys, values = kv
+    with torch.cuda.device_of(q_BHE):
+        store_kernel[(B, H + 2 * k_BKE.shape[1])](
+            q_BHE, k_BKE, v_BKE, *rope, slot_B, rotated_BHE, keys, values,
+            q_BHE.stride(0), k_BKE.stride(0), v_BKE.stride(0), keys.stride(0), keys.stride(1),
+            H=H, K=k_BKE.shape[1], E=E, num_warps=1,
+        )  # fmt: skip
+    return rotated_BHE
 
 
 if triton is not None:
     LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2
-
-    @triton.jit
-    def _query(
-        row, sequence, head, L: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr
-    ):
-        """Where a query row of a key-value head lies in [B, L, H, E]. Its token is row // GROUP."""
-        return ((sequence * L + row // GROUP) * K * GROUP + head * GROUP + row % GROUP) * E
 
     @triton.jit
     def _first_slot(length, window, L: tl.constexpr):
@@ -139,13 +174,15 @@ if triton is not None:
         return tl.maximum(length - L + 1 - window, 0)
 
     @triton.jit(do_not_specialize=["window"])  # it differs from layer to layer
-    def split_kernel(
+    def decode_kernel(
         q_ptr,
         k_ptr,
         v_ptr,
         length_ptr,
         part_ptr,
         lse_ptr,
+        arrived_ptr,
+        o_ptr,
         row_stride,
         head_stride,
         window,
@@ -156,23 +193,32 @@ if triton is not None:
         ROWS: tl.constexpr,
         SPLIT: tl.constexpr,
         BLOCK: tl.constexpr,
+        JOIN: tl.constexpr,
         WINDOWED: tl.constexpr,
     ):
-        """One split: part_BKJRE = softmax(q kᵀ / √E) v over its slots, and lse_BKJR: log2 of the
-        sum of their exponentials."""
+        """One split: softmax(q kᵀ / √E) v over its slots, for ROWS query rows of a key-value head.
+
+        It is the result where there is no other split. Else it goes to part_BKJRE, with lse_BKJR,
+        log2 of the sum of its exponentials, and the last program to come joins them.
+        """
         SCALE: tl.constexpr = LOG2E * E**-0.5
-        split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        split, head, sequence = tl.program_id(0), tl.program_id(1) % K, tl.program_id(2)
+        counter_ptr = arrived_ptr + sequence * tl.num_programs(1) + tl.program_id(1)
+        sequence = sequence.to(tl.int64)
+        row, e = tl.program_id(1) // K * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
+        real = row < L * GROUP
+        # of a query row in [B, L, H, E]; its token is row // GROUP
+        at_q = (sequence * L + row // GROUP) * K * GROUP + head * GROUP + row % GROUP
+        at_q = at_q[:, None] * E + e[None, :]
         length = tl.load(length_ptr + sequence).to(tl.int32)
-        begin, used = split * SPLIT, split * SPLIT < length
+        begin, first_split = split * SPLIT, 0
         if WINDOWED:
             first = _first_slot(length, window, L)
-            used = used & (begin + SPLIT > first)
+            first_split = first // SPLIT
             begin = tl.maximum(begin, first // BLOCK * BLOCK)
-        if used:
+        end_split = tl.cdiv(length, SPLIT)
+        if (split >= first_split) & (split < end_split):
             WIDE: tl.constexpr = part_ptr.dtype.element_ty
-            row, e = tl.arange(0, ROWS), tl.arange(0, E)
-            real = row < L * GROUP
-            at_q = _query(row, sequence, head, L, GROUP, K, E)[:, None] + e[None, :]
             q = tl.load(q_ptr + at_q, mask=real[:, None], other=0.0)
             last = length - L + row // GROUP  # the last slot that a row sees
             cache = sequence * row_stride + head.to(tl.int64) * head_stride
@@ -196,50 +242,97 @@ if triton is not None:
                 acc = acc * rescale[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee", out_dtype=WIDE)
                 most = higher
-            out = ((sequence * K + head) * tl.num_programs(0) + split) * (L * GROUP) + row
-            at_part = out[:, None] * E + e[None, :]
             mean = acc / tl.where(total > 0, total, 1.0)[:, None]
-            tl.store(part_ptr + at_part, mean, mask=real[:, None])
-            tl.store(lse_ptr + out, most + tl.log2(total), mask=real)  # −inf: nothing is seen
+            if end_split - first_split == 1:
+                tl.store(o_ptr + at_q, mean.to(o_ptr.dtype.element_ty), mask=real[:, None])
+            else:
+                # of the row in the split 0
+                at_row = (sequence * K + head) * tl.num_programs(0) * (L * GROUP) + row
+                at = at_row + split * (L * GROUP)
+                tl.store(part_ptr + at[:, None] * E + e[None, :], mean, mask=real[:, None])
+                tl.store(lse_ptr + at, most + tl.log2(total), mask=real)  # −inf: nothing is seen
+                tl.debug_barrier()  # all threads have written before one of them counts
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == end_split - first_split - 1:
+                    tl.store(counter_ptr, 0)
+                    o = _join(
+                        part_ptr, lse_ptr, at_row, real, first_split, end_split, L * GROUP, E, JOIN
+                    )
+                    tl.store(o_ptr + at_q, o.to(o_ptr.dtype.element_ty), mask=real[:, None])
+        elif (split == 0) & (length == 0):
+            zero = tl.zeros((ROWS, E), o_ptr.dtype.element_ty)
+            tl.store(o_ptr + at_q, zero, mask=real[:, None])
 
-    @triton.jit(do_not_specialize=["splits", "window"])  # the cache grows
-    def join_kernel(
+    @triton.jit
+    def _join(
         part_ptr,
         lse_ptr,
-        length_ptr,
-        o_ptr,
-        splits,
-        window,
-        K: tl.constexpr,
-        GROUP: tl.constexpr,
-        L: tl.constexpr,
+        at_row,
+        real,
+        first_split,
+        end_split,
+        DISTANCE: tl.constexpr,
         E: tl.constexpr,
-        SPLIT: tl.constexpr,
         JOIN: tl.constexpr,
-        WINDOWED: tl.constexpr,
     ):
-        """One query row: the mean of its splits, weighted by their sums of exponentials."""
-        row, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-        length = tl.load(length_ptr + sequence).to(tl.int32)
-        e = tl.arange(0, E)
+        """The mean of some rows' splits, weighted by their sums of exponentials.
+
+        at_row: of the rows in the split 0, the others lie DISTANCE rows apart.
+        """
         WIDE: tl.constexpr = part_ptr.dtype.element_ty
-        acc, total = tl.zeros((E,), WIDE), tl.zeros((1,), WIDE)
+        acc, total = tl.zeros((at_row.shape[0], E), WIDE), tl.zeros((at_row.shape[0],), WIDE)
         most = total - 1e30
-        first = (sequence * K + head) * splits * (L * GROUP) + row
-        begin = 0
-        if WINDOWED:
-            begin = _first_slot(length, window, L) // SPLIT
-        for lo in range(begin // JOIN * JOIN, tl.cdiv(length, SPLIT), JOIN):
+        for lo in range(first_split, end_split, JOIN):
             split = lo + tl.arange(0, JOIN)
-            at, real = first + split * (L * GROUP), split * SPLIT < length
-            if WINDOWED:
-                real = real & (split >= begin)
-            lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"))
+            at = at_row[None, :] + split[:, None] * DISTANCE
+            there = (split < end_split)[:, None] & real[None, :]
+            # .cg: other multiprocessors wrote it, an own cache may have what was there before
+            lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
             higher = tl.maximum(most, tl.max(lse, 0))
-            rescale, weight = tl.exp2(most - higher), tl.exp2(lse - higher)
-            part = tl.load(part_ptr + at[:, None] * E + e[None, :], mask=real[:, None], other=0.0)
-            acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+            rescale, weight = tl.exp2(most - higher), tl.exp2(lse - higher[None, :])
+            at_part = at[:, :, None] * E + tl.arange(0, E)[None, None, :]
+            part = tl.load(
+                part_ptr + at_part, mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+            )
+            acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 0)
             total, most = total * rescale + tl.sum(weight, 0), higher
-        o = acc / tl.where(total > 0, total, 1.0)
-        at_o = _query(row, sequence, head, L, GROUP, K, E) + e
-        tl.store(o_ptr + at_o, o.to(o_ptr.dtype.element_ty))
+        return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+    @triton.jit
+    def store_kernel(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        cos_ptr,
+        sin_ptr,
+        slot_ptr,
+        rotated_ptr,
+        keys_ptr,
+        values_ptr,
+        q_stride,
+        k_stride,
+        v_stride,
+        row_stride,
+        head_stride,
+        H: tl.constexpr,
+        K: tl.constexpr,
+        E: tl.constexpr,
+    ):
+        """One head of one sequence's token: a query (the first H), a key or a value."""
+        row, head, e = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, E)
+        at_cache = row * row_stride + tl.load(slot_ptr + row) * E + e
+        if head >= H + K:
+            value = tl.load(v_ptr + row * v_stride + (head - H - K) * E + e)
+            tl.store(values_ptr + at_cache + (head - H - K) * head_stride, value)
+        else:
+            if head < H:
+                from_ptr, to_ptr = q_ptr + row * q_stride + head * E, rotated_ptr
+                to_ptr += (row * H + head) * E + e
+            else:
+                from_ptr, to_ptr = k_ptr + row * k_stride + (head - H) * E, keys_ptr
+                to_ptr += at_cache + (head - H) * head_stride
+            WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+            x = tl.load(from_ptr + e).to(WIDE)
+            other = tl.load(from_ptr + (e + E // 2) % E).to(WIDE)
+            cos, sin = tl.load(cos_ptr + row * E + e), tl.load(sin_ptr + row * E + e)
+            rotated = x * cos.to(WIDE) + other * sin.to(WIDE)
+            tl.store(to_ptr, rotated.to(rotated_ptr.dtype.element_ty))

@@ -62,9 +62,12 @@ CONFIGS = {
     9: Config(128, 256, 64, 8, 3, flatten=True, tma=True, halves=True),
     8: Config(128, 128, 64, 8, 3),
 }
+# Of tiles alone, in the place of 8: that would spill, and two programs fit.
+TILES_ALONE_8 = Config(128, 128, 32, 8, 4, resident=2)
 CACHED_BYTES = 24 << 20  # hidden rows that should stay in the L2 cache
 # Ids per step and warps of the gradient kernel: a 16-byte load per thread, at most 64 registers.
 ROW_BLOCK, ROW_WARPS = 2048, 8
+STATISTICS_WARPS = 4
 
 
 # --- logits --------------------------------------------------------------------------------------
@@ -195,6 +198,47 @@ def logits_kernel(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["n_tiles"])
+def statistics_kernel(
+    max_ptr,
+    sum_ptr,
+    moment_ptr,
+    kl_sum_ptr,
+    row_ptr,
+    n_tiles,
+    inv_t,
+    inv_kl,
+    TILES: tl.constexpr,
+    MOMENT: tl.constexpr,
+    KL_SUM: tl.constexpr,
+):
+    """The columns of RowStatistics of one row, from its tiles as `logits_kernel` leaves them.
+
+    inv_t, inv_kl: as there. TILES: at least n_tiles.
+    """
+    row, j = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
+    at, real = row * n_tiles + j, j < n_tiles
+    largest = tl.load(max_ptr + at, mask=real, other=LOWEST)
+    sums = tl.load(sum_ptr + at, mask=real, other=0.0)
+    most = tl.max(largest, 0)
+    below = largest - most
+    scale = tl.exp2(below * inv_t)
+    total = tl.sum(sums * scale, 0)
+    lse, mean = tl.log(total), 0.0
+    kl_lse = lse
+    if KL_SUM:
+        kl_sums = tl.load(kl_sum_ptr + at, mask=real, other=0.0)
+        kl_lse = tl.log(tl.sum(kl_sums * tl.exp2(below * inv_kl), 0))
+    if MOMENT:
+        moments = tl.load(moment_ptr + at, mask=real, other=0.0)
+        mean = tl.sum((moments + sums * below) * scale, 0) / total * (inv_t / LOG2E)
+    row_ptr += row * 4
+    tl.store(row_ptr, most)
+    tl.store(row_ptr + 1, kl_lse)
+    tl.store(row_ptr + 2, lse)
+    tl.store(row_ptr + 3, mean)
+
+
 class RowStatistics(NamedTuple):
     """Statistics of every row of a chunk's logits z at a temperature t, [n, 1] each.
 
@@ -214,7 +258,7 @@ class Logits:
     z_nP: logits less their tile's largest; None where they were not stored.
     largest_nJ: the largest logit of each tile.
     sum_nJ: Σ e^{(logit − the tile's largest)/t} at the divergence's temperature.
-    row_n4: the columns of RowStatistics, as `gradient_kernel` reads them.
+    row_n4: the columns of RowStatistics, as `gradient_kernel` reads them; None: not asked for.
     target_logit_n: NaN where the target is no id of the vocabulary; None without targets.
     tile: ids of a tile.
     """
@@ -222,7 +266,7 @@ class Logits:
     z_nP: Any
     largest_nJ: Tensor
     sum_nJ: Tensor
-    row_n4: Tensor
+    row_n4: Any
     target_logit_n: Tensor | None
     tile: int
 
@@ -286,6 +330,7 @@ def logits(
     kl_temperature: float | None = None,
     target_n: Tensor | None = None,
     moment: bool = False,
+    whole_rows: bool = True,
     out_nP: Tensor | None = None,
 ) -> Logits:
     """Logits of x_nD under all rows of head_VD, with their statistics.
@@ -295,9 +340,12 @@ def logits(
         kl_temperature: of the divergence where it differs.
         target_n: ids whose logits are wanted.
         moment: whether the entropy is wanted.
+        whole_rows: whether the statistics of rows are wanted beside those of tiles.
         out_nP: where to store the logits (see `buffer`); None for the statistics alone.
     """
     config, device = config_for(x_nD.device), x_nD.device
+    if config == CONFIGS[8] and not whole_rows:
+        config = TILES_ALONE_8
     (n, width), vocab = x_nD.shape, head_VD.shape[0]
     n_tiles = triton.cdiv(vocab, config.tile)
 
@@ -311,6 +359,7 @@ def logits(
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         programs = min(programs, processors * config.resident)
+    inv_t, inv_kl = LOG2E.value / temperature, LOG2E.value / (kl_temperature or 1.0)
     x, w = x_nD.contiguous(), head_VD.contiguous()
     group = max(1, CACHED_BYTES // (config.rows * width * x.element_size()))
     if config.tma:
@@ -319,33 +368,22 @@ def logits(
     with torch.cuda.device_of(x_nD):
         logits_kernel[(programs,)](
             x, w, out_nP, largest, sums, moments, kl_sums, target_n, target_logit,
-            n, vocab, n_tiles, group,
-            LOG2E.value / temperature, LOG2E.value / (kl_temperature or 1.0),
+            n, vocab, n_tiles, group, inv_t, inv_kl,
             D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width, HALVES=config.halves,
             STORE=out_nP is not None, MOMENT=moment, KL_SUM=kl_temperature is not None,
             TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    row_n4 = _row_statistics(largest, sums, moments, kl_sums, temperature, kl_temperature)
+        row_n4 = None
+        if whole_rows:
+            row_n4 = torch.empty(n, 4, device=device)
+            statistics_kernel[(n,)](
+                largest, sums, moments, kl_sums, row_n4, n_tiles, inv_t, inv_kl,
+                TILES=triton.next_power_of_2(n_tiles), MOMENT=moment,
+                KL_SUM=kl_sums is not None, num_warps=STATISTICS_WARPS,
+            )  # fmt: skip
     divergence_sums = sums if kl_sums is None else kl_sums
     return Logits(out_nP, largest, divergence_sums, row_n4, target_logit, config.tile)
-
-
-def _row_statistics(
-    largest_nJ, sum_nJ, moment_nJ, kl_sum_nJ, temperature: float, kl_temperature: float | None
-) -> Tensor:
-    """The columns of RowStatistics from the statistics of the tiles, summed in a fixed order."""
-    largest_n1 = largest_nJ.amax(1, keepdim=True)
-    below_nJ = largest_nJ - largest_n1
-    scale_nJ = (below_nJ / temperature).exp_()
-    total_n = (sum_nJ * scale_nJ).sum(1)
-    lse_n = kl_lse_n = total_n.log()
-    if kl_sum_nJ is not None:
-        kl_lse_n = (kl_sum_nJ * (below_nJ / kl_temperature).exp_()).sum(1).log()
-    mean_n = torch.zeros_like(total_n)
-    if moment_nJ is not None:
-        mean_n = ((moment_nJ + sum_nJ * below_nJ) * scale_nJ).sum(1) / total_n / temperature
-    return torch.stack((largest_n1.squeeze(1), kl_lse_n, lse_n, mean_n), 1)
 
 
 # --- gradient ------------------------------------------------------------------------------------

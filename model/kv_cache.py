@@ -4,6 +4,7 @@ Shapes: T packed tokens, B rows, S cache slots, H query heads, K key-value heads
 a key-value head, E head dimension.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.attention import PackedAttention
-from kernels.decode_attention import decode_attention
-from model.transformer import Transformer
+from kernels.decode_attention import decode_attention, rotate_and_store
+from model.transformer import Rope, Transformer
 
 CAPACITY = 256  # a cache has at most a multiple of this many slots: calls of `generate` are alike
 
@@ -35,6 +36,8 @@ class KVCache:
                 shape[3] = max_slots
         self.layers = [weight.new_zeros(shape) for _ in range(config.num_layers)]
         self.max_slots = max_slots
+        # Counters of `decode_attention`; layers run one after the other.
+        self.arrived = weight.new_zeros(rows * config.num_heads, dtype=torch.int32)
 
     @property
     def rows(self) -> int:
@@ -146,12 +149,17 @@ class DecodeAttention:
     """
 
     def __init__(self, cache: KVCache, position_B: Tensor, used: int) -> None:
-        device = position_B.device
         self.cache, self.position_B, self.used = cache, position_B, used
-        self.places = cache.places(torch.arange(len(position_B), device=device), position_B)
         self.by_kernel = by_kernel(cache)
+        # The kernel that stores keys rotates them, and the queries: see `model.transformer.Attend`.
+        self.rotates = self.by_kernel and backend.triton_serves(cache.device)
         self.length_B = position_B + 1
         self.masks: dict[int, Tensor] = {}  # by window
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        row_B = torch.arange(len(self.position_B), device=self.cache.device)
+        return self.cache.places(row_B, self.position_B)
 
     def mask(self, window: int) -> Tensor:
         """0 where a row's new token sees a slot, else −∞: [B, 1, 1, S]."""
@@ -167,13 +175,24 @@ class DecodeAttention:
         return self.masks[window]
 
     def __call__(
-        self, layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, window: int
+        self,
+        layer: int,
+        q_BHE: Tensor,
+        k_BKE: Tensor,
+        v_BKE: Tensor,
+        window: int,
+        rope: Rope | None = None,
     ) -> Tensor:
-        kv = self.cache.write(layer, self.places, k_BKE, v_BKE)
+        """rope: where this `rotates`."""
+        kv = self.cache.layers[layer]
+        if rope:
+            q_BHE = rotate_and_store(q_BHE, k_BKE, v_BKE, rope, kv, self.position_B)
+        else:
+            self.cache.write(layer, self.places, k_BKE, v_BKE)
         k_BKSE, v_BKSE = kv[:, : len(q_BHE), :, : self.used]
         if self.by_kernel:
-            q_B1HE = q_BHE.unsqueeze(1)
-            return decode_attention(q_B1HE, k_BKSE, v_BKSE, self.length_B, window).squeeze(1)
+            of_cache = k_BKSE, v_BKSE, self.length_B, window, self.cache.arrived
+            return decode_attention(q_BHE.unsqueeze(1), *of_cache).squeeze(1)
         # The query heads of a key-value head are its queries: keys are not repeated.
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
         mask = self.mask(window)

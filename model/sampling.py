@@ -1,8 +1,9 @@
 """One token per row of hidden states: logits, temperature, top-k, top-p, the draw, its log-prob.
 
-Nothing sorts the vocabulary, or sums it id by id, unless top-p asks for it. Random numbers are
-counter-based: a hash of (seed of the sample, index of the token), the same in every batch and on
-every rank.
+Nothing sorts the vocabulary, or sums it id by id, unless top-p asks for it. On a GPU the logits are
+not even stored where neither top-k nor top-p looks at them (kernels/triton_sampler.py). Random
+numbers are counter-based: a hash of (seed of the sample, index of the token), the same in every
+batch and on every rank.
 
 Shapes: B rows, D hidden, V vocabulary, P vocabulary padded to whole blocks, M blocks,
 C ids of a block, N candidates.
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_runs
 from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
 from kernels.cpu import uses_onednn
 
@@ -95,7 +97,10 @@ class Sampler:
         # A CPU has no product of bf16 operands with an fp32 result: the head is widened once.
         self.source_VD = head_VD[:vocab]
         self.head_VD = self.source_VD if head_VD.is_cuda else self.source_VD.to(wide)
-        self.rows = default_chunk_rows(vocab, rows, device)
+        # The kernel keeps no logits: top-k and top-p, which look at all of them, are for PyTorch.
+        is_filtered = temperature > 0 and (top_p < 1 or 0 < self.top_k < vocab)
+        self.by_kernel = not is_filtered and triton_runs(self.source_VD)
+        self.rows = default_chunk_rows(vocab, 1 if self.by_kernel else rows, device)
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = head_VD.new_full((self.rows, padded), -torch.inf, dtype=wide)
         # Rows whose probabilities stay in a CPU's cache are sampled together.
@@ -108,6 +113,11 @@ class Sampler:
 
     def __call__(self, hidden_BD: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and their log-probs before top-k and top-p; u_B: numbers in (0, 1)."""
+        if self.by_kernel:
+            from kernels import triton_sampler  # here: not everyone has Triton
+
+            rows_BD = hidden_BD.to(self.head_VD.dtype)
+            return triton_sampler.draw(rows_BD, self.head_VD, self.temperature, u_B)
         tokens, logps = [], []
         for rows_BD, rows_u_B in zip(hidden_BD.split(self.rows), u_B.split(self.rows), strict=True):
             logits_BP = self.logits_BP[: len(rows_BD)]

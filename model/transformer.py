@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 # (layer index, q_THE, k_TKE, v_TKE, window) -> o_THE. Decides which tokens see each other:
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
-Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
+# One with an attribute `rotates` that is true gets queries and keys that are not rotated, and the
+# Rope as one more argument.
+Attend = Callable[..., Tensor]
 Rope = tuple[Tensor, Tensor]  # cosines and signed sines, both [T, 1, E]
 # One weight and bias for several linear layers of one input, where generation has joined them.
 Fused = tuple[Tensor, Tensor | None] | None
@@ -175,8 +177,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config)
             self.k_norm = RMSNorm(self.head_dim, config)
 
-    def qkv(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, E], keys and values [T, K, E]; queries and keys are rotated."""
+    def qkv(self, x_TD: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, E], keys and values [T, K, E]; with a rope, the first two rotated."""
         if self.fused:
             q, k, v = F.linear(x_TD, *self.fused).split(self.qkv_sizes, 1)
         else:
@@ -184,7 +186,9 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         q_THE = self.q_norm(q.unflatten(1, heads))
         k_TKE = self.k_norm(k.unflatten(1, heads))
-        return rotate(q_THE, rope), rotate(k_TKE, rope), v.unflatten(1, heads)
+        if rope:
+            q_THE, k_TKE = rotate(q_THE, rope), rotate(k_TKE, rope)
+        return q_THE, k_TKE, v.unflatten(1, heads)
 
 
 class MLP(nn.Module):
@@ -221,7 +225,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
         self.is_compiled = False
 
-    def before_attention(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def before_attention(self, x_TD: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.qkv(self.input_layernorm(x_TD), rope)
 
     def after_attention(self, x_TD: Tensor, o_THE: Tensor) -> Tensor:
@@ -239,8 +243,11 @@ class Block(nn.Module):
         before, after = Block.before_attention, Block.after_attention
         if self.is_compiled:
             before, after = compiled_halves()
-        q_THE, k_TKE, v_TKE = before(self, x_TD, rope)
-        return after(self, x_TD, attend(layer, q_THE, k_TKE, v_TKE, window))
+        if getattr(attend, "rotates", False):
+            o_THE = attend(layer, *before(self, x_TD, None), window, rope)
+        else:
+            o_THE = attend(layer, *before(self, x_TD, rope), window)
+        return after(self, x_TD, o_THE)
 
 
 @functools.cache
@@ -258,17 +265,20 @@ def compiled_halves() -> tuple[Callable, Callable]:
 def embed(tokens_T: Tensor, weight_VD: Tensor, tied: bool) -> Tensor:
     """The embedded tokens [T, D].
 
-    On a CPU the gradient of a tied embedding goes straight into `weight_VD.grad`, which the head
-    fills with the gradient of the same matrix. Autograd would make a second [V, D] matrix of it and
-    a third for the sum: 6 % of a step of distillation. A GPU's sum of rows is not deterministic.
+    The gradient of a tied embedding goes straight into `weight_VD.grad`, which the head fills with
+    the gradient of the same matrix. Autograd would make a second [V, D] matrix of it and a third
+    for the sum: on a CPU 6 % of a step of distillation.
     """
-    if not tied or weight_VD.is_cuda or not (weight_VD.requires_grad and torch.is_grad_enabled()):
+    if not tied or not (weight_VD.requires_grad and torch.is_grad_enabled()):
         return F.embedding(tokens_T, weight_VD)
 
     def add_rows(grad_TD: Tensor) -> None:
         if weight_VD.grad is None:
             weight_VD.grad = torch.zeros_like(weight_VD)
-        weight_VD.grad.index_add_(0, tokens_T, grad_TD)
+        if weight_VD.is_cuda:  # sorts the ids: there index_add_ sums in an order that varies
+            weight_VD.grad.index_put_((tokens_T,), grad_TD, accumulate=True)
+        else:
+            weight_VD.grad.index_add_(0, tokens_T, grad_TD)
 
     x_TD = F.embedding(tokens_T, weight_VD.detach()).requires_grad_()
     x_TD.register_hook(add_rows)

@@ -58,31 +58,40 @@ def decode_cases() -> Iterator[Compilation]:
     for capability in (80, 90):
         for head_dim, lengths, stages in ((64, "*i64", 3), (128, "*i32", 3), (256, "*i64", 2)):
             n_heads, n_kv_heads = HEADS[head_dim]
-            partial = dict(part_ptr=FP32, lse_ptr=FP32, length_ptr=lengths)
             sizes = dict(
                 K=n_kv_heads,
                 GROUP=n_heads // n_kv_heads,
                 L=1,
                 E=head_dim,
+                ROWS=decode_attention.ROWS,
                 SPLIT=decode_attention.SPLIT,
+                BLOCK=decode_attention.BLOCK,
+                JOIN=decode_attention.JOIN,
                 WINDOWED=head_dim == 256,
             )
+            for steps in (1, 8):
+                yield Compilation(
+                    case=f"decode_kernel E={head_dim} L={steps}",
+                    kernel=decode_attention.decode_kernel,
+                    types=dict(part_ptr=FP32, lse_ptr=FP32, length_ptr=lengths)
+                    | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), BF16)
+                    | dict(
+                        arrived_ptr="*i32!", row_stride="i32!", head_stride="i32!", window="i32"
+                    ),
+                    constants=sizes | dict(L=steps),
+                    capability=capability,
+                    warps=decode_attention.WARPS,
+                    stages=stages,
+                )
+            pointers = ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "rotated_ptr")
+            strides = ("q_stride", "k_stride", "v_stride", "row_stride", "head_stride")
             yield Compilation(
-                case=f"split_kernel E={head_dim}",
-                kernel=decode_attention.split_kernel,
-                types=partial
-                | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), BF16)
-                | dict(row_stride="i32!", head_stride="i32!", window="i32"),
-                constants=sizes | dict(ROWS=16, BLOCK=decode_attention.BLOCK),
-                capability=capability,
-                warps=decode_attention.WARPS,
-                stages=stages,
-            )
-            yield Compilation(
-                case=f"join_kernel E={head_dim}",
-                kernel=decode_attention.join_kernel,
-                types=partial | dict(o_ptr=BF16, splits="i32", window="i32"),
-                constants=sizes | dict(JOIN=decode_attention.JOIN),
+                case=f"store_kernel E={head_dim}",
+                kernel=decode_attention.store_kernel,
+                types=dict.fromkeys((*pointers, "keys_ptr", "values_ptr"), BF16)
+                | dict.fromkeys(strides, "i32!")
+                | dict(slot_ptr="*i64"),
+                constants=dict(H=n_heads, K=n_kv_heads, E=head_dim),
                 capability=capability,
                 warps=1,
                 stages=3,

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kernels import triton_head
+from bench.head import TWO_PROGRAMS
+from kernels import triton_head, triton_sampler
 from kernels.divergences import FORMULAS
+from kernels.triton_head import Config
 from tests.compile_kernels import Compilation
 
 FP32, FP16, BF16, IDS = "*fp32!", "*fp16!", "*bf16!", "*i64!"
@@ -35,8 +37,9 @@ GRADIENTS = [
     Use("jsd", logprob=True, entropy=True),
     Use("skew_reverse_kl", logprob=True, entropy=True),
 ]
-# S: logits are stored; T: targets; M: moment; 2: another temperature for the divergence
-LOGITS = [(use, 896) for use in ("S", "ST", "ST2", "STM", "STM2", "T", "TM")] + [("S", 3584)]
+# S: logits are stored; T: targets; M: moment; 2: another temperature for the divergence. None of
+# them: the sampler.
+LOGITS = [(use, 896) for use in ("", "S", "ST", "ST2", "STM", "STM2", "T", "TM")] + [("S", 3584)]
 
 
 def add_optional(types: dict, constants: dict, optional: dict[str, tuple[str, bool]]) -> None:
@@ -48,8 +51,7 @@ def add_optional(types: dict, constants: dict, optional: dict[str, tuple[str, bo
             constants[name] = None
 
 
-def logits_case(use: str, width: int, capability: int) -> Compilation:
-    config = triton_head.CONFIGS[capability // 10]
+def logits_case(use: str, width: int, capability: int, config: Config) -> Compilation:
     store, moment, kl_sum, target = ("S" in use, "M" in use, "2" in use, "T" in use)
 
     def matrix(rows: int) -> str:
@@ -80,7 +82,7 @@ def logits_case(use: str, width: int, capability: int) -> Compilation:
     )
     add_optional(types, constants, optional)
     return Compilation(
-        case=f"logits {use} D={width}",
+        case=f"logits {use} D={width} x{config.resident}",
         kernel=triton_head.logits_kernel,
         types=types,
         constants=constants,
@@ -125,9 +127,51 @@ def gradient_case(use: Use, capability: int) -> Compilation:
     )
 
 
+def statistics_case(moment: bool, kl_sum: bool, capability: int) -> Compilation:
+    types = dict(
+        max_ptr=FP32, sum_ptr=FP32, row_ptr=FP32, n_tiles="i32", inv_t="fp32", inv_kl="fp32"
+    )
+    constants = dict(TILES=2048, MOMENT=moment, KL_SUM=kl_sum)
+    optional = dict(moment_ptr=(FP32, moment), kl_sum_ptr=(FP32, kl_sum))
+    add_optional(types, constants, optional)
+    return Compilation(
+        case=f"statistics moment={moment} kl_sum={kl_sum}",
+        kernel=triton_head.statistics_kernel,
+        types=types,
+        constants=constants,
+        capability=capability,
+        warps=triton_head.STATISTICS_WARPS,
+        stages=3,
+    )
+
+
+def draw_case(greedy: bool, capability: int) -> Compilation:
+    types = dict(x_ptr=BF16, w_ptr=BF16, max_ptr=FP32, sum_ptr=FP32, u_ptr="*fp64!")
+    types |= dict(id_ptr=IDS, logp_ptr=FP32, vocab="i32", n_tiles="i32", inv_t="fp32")
+    tile = triton_head.CONFIGS[capability // 10].tile
+    constants = dict(D=896, TILE=tile, TILES=2048, WIDTH=triton_sampler.WIDTH, GREEDY=greedy)
+    return Compilation(
+        case=f"draw greedy={greedy}",
+        kernel=triton_sampler.draw_kernel,
+        types=types,
+        constants=constants,
+        capability=capability,
+        warps=triton_sampler.WARPS,
+        stages=3,
+    )
+
+
 def cases() -> Iterator[Compilation]:
+    for use, width in LOGITS:
+        yield logits_case(use, width, 90, TWO_PROGRAMS)
     for capability in (80, 90):
         for use, width in LOGITS:
-            yield logits_case(use, width, capability)
+            config = triton_head.CONFIGS[capability // 10]
+            if capability == 80 and not use:
+                config = triton_head.TILES_ALONE_8
+            yield logits_case(use, width, capability, config)
+        for moment in (False, True):
+            yield statistics_case(moment, moment, capability)
+            yield draw_case(moment, capability)
         for use in GRADIENTS:
             yield gradient_case(use, capability)

@@ -74,6 +74,7 @@ def compiled(case: Compilation) -> dict[str, Any]:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         tma=ptx.count("cp.async.bulk.tensor"),
         atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        counters=len(re.findall(r"\batom\.global\.gpu\.acq_rel\.add\.[su]32", ptx)),
         loop=len(loop),
         loop_shuffles=sum("SHFL" in line for line in loop),
         loop_barriers=sum("BAR.SYNC" in line for line in loop),

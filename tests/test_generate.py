@@ -499,6 +499,7 @@ class Recorded:
             step.state_4B,
             step.hidden_BD,
             step.sampled_2SB,
+            step.cache.arrived,
             *step.cache.layers,
             step.sampler.logits_BP,
             step.sampler.probs_BP,

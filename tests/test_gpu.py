@@ -13,7 +13,7 @@ import torch
 from data.batch import Document, GlobalBatch
 from kernels import backend
 from kernels.attention import PackedAttention
-from kernels.decode_attention import decode_attention, decode_reference
+from kernels.decode_attention import decode_attention, decode_reference, rotate_and_store
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
@@ -23,7 +23,8 @@ from model import generate as engine
 from model import kv_cache
 from model.checkpoint import build_model, save_model
 from model.generate import generate
-from model.transformer import ModelConfig
+from model.sampling import Sampler
+from model.transformer import ModelConfig, embed, rope_tables, rotate
 from tests.test_generate import some_prompts
 from toy_models import toy_tokenizer
 from train import forward_backward, main
@@ -202,6 +203,75 @@ def test_decode_with_windows_and_wide_heads(size, window):
     assert torch.equal(
         decode_attention(q, k, v, length_B), decode_attention(q, k, v, length_B, 1000)
     )
+
+
+def test_counters_join_the_splits_the_same_way_every_time(device="cuda"):
+    """Which program comes last changes from call to call; the bits do not."""
+    length_B = torch.randint(1, 4096, (64,), device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    q = torch.randn(64, 1, 14, 64, device=device, generator=generator).bfloat16()
+    k, v = torch.randn(2, 64, 2, 4096, 64, device=device, generator=generator).bfloat16()
+    arrived = torch.zeros(64 * 14, dtype=torch.int32, device=device)
+    want = decode_attention(q, k, v, length_B, 0, arrived)
+    exact = decode_reference(q.double(), k.double(), v.double(), length_B)
+    assert relative_error(want, exact) < 5e-3
+    for _ in range(200):
+        assert torch.equal(decode_attention(q, k, v, length_B, 0, arrived), want)
+    assert not arrived.any()
+
+
+def test_rotation_and_store_are_those_of_the_model(device="cuda"):
+    g = torch.Generator(device).manual_seed(0)
+    joint = torch.randn(70, 18 * 64, device=device, generator=g).bfloat16()
+    q, k, v = (x.unflatten(1, (-1, 64)) for x in joint.split([14 * 64, 2 * 64, 2 * 64], 1))
+    slot_B = torch.randint(100, (70,), device=device)
+    rope = rope_tables(slot_B, 64, 1e6, torch.bfloat16)
+    kv = torch.zeros(2, 80, 2, 100, 64, device=device, dtype=torch.bfloat16)
+    rotated = rotate_and_store(q, k, v, rope, kv, slot_B)
+    rows = torch.arange(70, device=device)
+    wide = [x.float() for x in rope]
+    assert relative_error(rotated, rotate(q.float(), wide)) < 3e-3
+    assert relative_error(kv[0, rows, :, slot_B], rotate(k.float(), wide)) < 3e-3
+    assert torch.equal(kv[1, rows, :, slot_B], v) and kv[1].count_nonzero() <= v.numel()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_draws_without_stored_logits(temperature, device="cuda"):
+    """Ids and log-probs beside fp64: the random number lies between the borders of its id."""
+    g = torch.Generator(device).manual_seed(0)
+    hidden, head = (
+        torch.randn(n, 896, device=device, generator=g).bfloat16() for n in (200, 20_001)
+    )
+    head = head / 10
+    u = torch.rand(200, device=device, generator=g, dtype=torch.float64)
+    sampler = Sampler(head, 20_000, 200, temperature)
+    ids, logp = sampler(hidden, u)
+    logits = hidden.double() @ head[:20_000].double().T / (temperature or 1.0)
+    exact = logits.log_softmax(1)
+    want = exact.gather(1, ids[:, None])[:, 0]
+    assert sampler.by_kernel and (logp - want).abs().max() < 1e-4
+    if temperature:
+        above = exact.exp().cumsum(1).gather(1, ids[:, None])[:, 0]
+        assert (u < above + 1e-5).all() and (u > above - want.exp() - 1e-5).all()
+    else:
+        assert (exact.amax(1) - want).max() < 1e-4
+
+
+def test_the_gradient_of_a_tied_embedding_goes_into_the_heads(device="cuda"):
+    """The same bits each time, whatever ids repeat."""
+    tokens_T = torch.randint(50, (4000,), device=device)
+    upstream = torch.randn(4000, 256, device=device)
+    head = torch.randn(2, 1000, 256, device=device)
+    weight, results = head[0].clone().requires_grad_(), []
+    for _ in range(5):
+        weight.grad = head[1].clone()
+        buffer = weight.grad.data_ptr()
+        (embed(tokens_T, weight, tied=True) * upstream).sum().backward()
+        assert weight.grad.data_ptr() == buffer
+        results.append(weight.grad)
+    want = head[1].double().index_add(0, tokens_T, upstream.double())
+    assert relative_error(results[0], want) < 1e-5
+    assert all(torch.equal(x, results[0]) for x in results)
 
 
 # --- what neither of the above reaches ----------------------------------------------------

@@ -42,10 +42,11 @@ def run(*command: str, **environment: str) -> str:
 INTERPRETED = [
     ("attention", "not decode and not presets", 27),
     ("attention", "presets and not decode", 5),
-    ("attention", "decode", 15),
+    ("attention", "decode", 17),
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
     ("train", "by_kernel", 3),
+    ("sampler", "not large", 20),
 ]
 
 
@@ -62,7 +63,7 @@ def test_by_the_interpreter(name, select, at_least):
 
 # One test for all that is asked of a group of kernels, since workers compile it anew.
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("name,at_least", [("head", 23), ("attention", 15)])
+@pytest.mark.parametrize("name,at_least", [("head", 28), ("attention", 18)])
 def test_compiled_kernels(name, at_least, capability):
     """They keep to registers and shared memory, and use the tensor cores."""
     with tempfile.TemporaryDirectory() as cache:
@@ -76,7 +77,9 @@ def test_compiled_kernels(name, at_least, capability):
     for k in kernels:
         assert k["capability"] == capability and k["shared"] <= shared_limit, k
         assert k["stack"] == 0, f"spills: {k}"
-        assert k["atomics"] == 0, f"an order that depends on timing: {k}"
+        # decoding counts the programs that are done: an integer, and no sum of numbers
+        decodes = k["case"].startswith("decode_kernel")
+        assert k["atomics"] == k["counters"] == decodes, f"an order that depends on timing: {k}"
         if k["case"].startswith("gradient"):
             assert k["registers"] <= 80, f"fewer than three programs fit: {k}"
     if name == "head":
@@ -89,6 +92,10 @@ def check_products(kernels: list[dict], capability: int) -> None:
     products = [k for k in kernels if k["case"].startswith("logits")]
     assert products
     for k in products:
+        if (
+            k["case"].endswith("x2") and capability == 90
+        ):  # two on a multiprocessor, whose registers suffice
+            assert 2 * (k["shared"] + 1024) <= 228 << 10, k
         if capability == 90:
             assert k["wgmma"] >= 4 and k["tma"] >= 4 and k["mma"] == 0, k
             # ptxas before CUDA 13.3 is reported to miscompile these
@@ -103,7 +110,7 @@ def check_attention(kernels: list[dict], capability: int) -> None:
         kernel = k["case"].split()[0]
         if kernel in READ:
             packed.append(k)
-        elif kernel == "split_kernel":
+        elif kernel == "decode_kernel":
             split.append(k)
     assert len(packed) == 9
     for k in packed:
@@ -118,9 +125,10 @@ def check_attention(kernels: list[dict], capability: int) -> None:
                 assert 0 < k["loop"] <= 4 * 120, k
         else:
             assert k["mma"] >= 64 and k["wgmma"] == 0, k
-    assert len(split) == 3
+    assert len(split) == 6
     for k in split:
-        assert k["mma"] >= 16, k
+        # never wgmma, whose first operand would be what the softmax left in registers
+        assert k["mma"] >= 16 and k["wgmma"] == 0, k
 
 
 def test_a_path_can_be_forced():

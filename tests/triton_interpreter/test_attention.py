@@ -12,6 +12,8 @@ from torch import library
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
 
+from triton.runtime.interpreter import interpreter_builder
+
 from kernels import backend, decode_attention, triton_attention
 from kernels.attention import PackedAttention
 from kernels.triton_attention import Config, Configs
@@ -222,7 +224,7 @@ def test_the_operator_keeps_torchs_rules():
     )
     library.opcheck(
         decode_attention._decode,
-        (*cache_case(2, 1, 16, [5, 0], 1), 3),
+        (*cache_case(2, 1, 16, [5, 0], 1), 3, torch.zeros(4, dtype=torch.int32)),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -427,6 +429,29 @@ def test_decode_does_not_depend_on_the_batch_or_the_cache():
         q[:3], k, v, n[:3]
     )  # the first rows of a larger cache
     assert torch.equal(fewer, whole[:3])
+
+
+@pytest.mark.parametrize("window", [0, 150])
+def test_decode_joins_whoever_comes_last(window, monkeypatch):
+    """Programs in any order: the same bits, and counters that are ready for the next call."""
+    monkeypatch.setattr(decode_attention, "SPLIT", 64)
+    q, k, v, n = cache_case(6, 1, 16, [700, 129, 64], 3, slots=704)
+    arrived = torch.zeros(3 * 3 * 6, dtype=torch.int32)
+    want = decode_attention.decode_attention(q, k, v, n, window, arrived)
+    assert_close(want, decode_formula(q, k, v, n.tolist(), window))
+    set_index, splits = interpreter_builder.set_grid_idx, 11
+    orders = [list(reversed(range(splits)))]
+    for seed in range(2):
+        orders.append(torch.randperm(splits, generator=torch.Generator().manual_seed(seed)))
+    for order in orders:
+
+        def elsewhere(x, y, z, order=order):
+            set_index(int(order[x]), y, z)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter_builder, "set_grid_idx", elsewhere)
+            got = decode_attention.decode_attention(q, k, v, n, window, arrived)
+        assert torch.equal(got, want) and not arrived.any()
 
 
 def test_decode_takes_extreme_scores_and_refuses_other_layouts():
