@@ -15,9 +15,9 @@ Every variant is a row loss of short vectors plus a weighting of the tokens (`VA
 | mis | sequence, detached | 1/|o|, over sequences | Liu, Li et al., richardli.xyz/rl-collapse |
 
 With a variant come the advantage and the clip bounds of its paper, as defaults (config.py): Dr.
-GRPO and DPPO do not divide by a deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is 0.28,
-CISPO has no lower one, SAPO none at all; GMPO's are those of the log-ratio, DPPO's those of the
-probability. Where a rollout serves one update all ratios are 1, and variants of equal weighting
+GRPO and DPPO do not divide by a deviation, GSPO's bounds are 3e-4 and 4e-4, DAPO's upper one is
+0.28, CISPO has no lower one, SAPO none at all; GMPO's are those of the log-ratio, DPPO's those of
+the probability. Where a rollout serves one update all ratios are 1, and variants of equal weighting
 have one gradient. A sample without loss rows (masked because it did not stop) counts in no divisor.
 
 Policy, old and reference log-probs are all taken at the sampling temperature. Legend: N loss rows.
