@@ -418,6 +418,7 @@ def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
         ("raise KeyError('x')", "raised KeyError"),
         ("return float('nan')", "returned nan"),
         ("return 'many'", "raised ValueError"),
+        ("raise SystemExit(0)", "raised SystemExit"),
     ],
 )
 def test_a_reward_that_fails_is_one_line_that_names_the_sample(

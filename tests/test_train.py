@@ -77,6 +77,7 @@ def test_what_a_run_leaves_behind(teacher):
         ".lock",
         "config.json",
         "environment.json",
+        "sittings.jsonl",
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
