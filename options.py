@@ -311,6 +311,7 @@ def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") 
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SWITCH: dict[str, bool] = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+FEW = 6  # choices that are all named where a value is none of them
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -363,10 +364,12 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
             value = kind(number)
             _check_bounds(_rules(spec), value, source)
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{source}: {value!r} is not {KINDS[kind]}") from None
+        words = " or ".join((KINDS[kind], *_rules(spec).also))
+        raise UserError(f"{source}: {value!r} is not {words}") from None
     if choices and value not in choices:
-        every = f"choose from {', '.join(choices)}"
-        near = _nearest(str(value), choices, "did you mean {}?", every)
+        every = ", ".join(choices)
+        hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
+        near = _nearest(str(value), choices, hint, f"choose from {every}")
         raise UserError(f"{source}: no {value!r}; {near}")
     return value
 

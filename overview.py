@@ -133,7 +133,7 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     )
     frozen += sum(_sizes(cfg, model)[0] for model in others if model)
     memory = 4 * master * trained + compute * frozen
-    yield f"memory     {_size(memory)} for weights, gradients and AdamW, beside activations"
+    yield f"memory     {_bytes(memory)} for weights, gradients and AdamW, beside activations"
     checkpoint = master * (size + 2 * trained + (adapters and trained))
     count = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
     disk = checkpoint * count.get(cfg.save, 0)
@@ -141,8 +141,8 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     free = shutil.disk_usage(existing).free
     short = "" if disk < free else "; THIS IS NOT ENOUGH"
     yield (
-        f"disk       at most {_size(disk)}: checkpoints of {_size(checkpoint)} (--save {cfg.save}); "
-        f"{_size(free)} are free{short}"
+        f"disk       at most {_bytes(disk)}: checkpoints of {_bytes(checkpoint)} (--save "
+        f"{cfg.save}); {_bytes(free)} are free{short}"
     )
     yield (
         f"writes     {folder}/: config.json, environment.json, sittings.jsonl, metrics.jsonl, "
@@ -150,7 +150,7 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     )
 
 
-def _size(count: float) -> str:
+def _bytes(count: float) -> str:
     """A number of bytes, as people read it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
