@@ -80,7 +80,10 @@ def toy_model(kind: str, recipe: Mapping[str, Any], runs: str, device: str, rank
     find = partial(_find_or_train, kind, recipe, runs, device)
     # A signal to stop reaches all ranks: rank 0 passes it on to what trains, others wait for it.
     with StopSignal() if rank else contextlib.nullcontext():
-        return parallel.on_rank_0(rank, find)
+        path = parallel.on_rank_0(rank, find)
+    if rank == 0:
+        say(f"the toy {kind}: {path}")
+    return path
 
 
 def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str) -> Path:
