@@ -354,12 +354,12 @@ def note_evaluation(cfg: Config, run: Run, step: int, metrics: Mapping[str, floa
 
 
 def check_weights(run: Run, step: int) -> None:
-    """Raise RunFailed if what would be saved holds values that are not finite."""
+    """Raise RunFailed if a checkpoint would hold what is not finite, or as good as that."""
     norms = torch._foreach_norm([p.detach() for p in run.policy.parameters() if p.requires_grad])  # pyright: ignore[reportPrivateImportUsage]
     broken = not all(bool(torch.isfinite(norm)) for norm in norms)
     (ranks,) = parallel.all_reduce_sum([broken], run.device)
     if ranks:
-        raise RunFailed(f"stopped at step {step}: the weights are not finite any more; {LOWER}")
+        raise RunFailed(f"stopped at step {step}: the weights have no finite norm; {LOWER}")
 
 
 def save(cfg: Config, run: Run, source: Source, step: int) -> None:

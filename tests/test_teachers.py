@@ -444,7 +444,12 @@ def test_growth_prefix_and_teachers_together(tmp_path, undrawn):
         rows.append(row | {"teacher": "ab"[number % 2], "teacher_prompt": f"Go. {question}"})
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = (f"--data={path}", "--tokenizer=", "--teacher=a=tiny-teacher,b=tiny", *SAMPLED)
+    given = (
+        f"--data={path}",
+        "--tokenizer=",
+        "--teacher=a=random:tiny-teacher,b=random:tiny",
+        *SAMPLED,
+    )
     lines = run(tmp_path, "r", *given, "--kd_prefix_tokens=2", "--sample_tokens_start=2")
     assert lines[0]["rollout/tokens"] <= 2 < lines[3]["rollout/tokens"] <= 6
 

@@ -210,6 +210,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
         "--lr=1e30",
         "--max_grad_norm=0",
         "--max_skipped=3",
+        "--save_every=0",
         "--steps=20",
         "--eval_examples=0",
         "--name=n",
