@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import signal
 
 import pytest
@@ -308,6 +309,20 @@ def test_a_broken_model_is_no_result(evaluated, capsys):
     for line in open("runs/r/metrics.jsonl"):
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert "train/loss" not in read_metrics("runs/r")[-1]
+
+
+@pytest.mark.parametrize("broken_at,words", [(0, "begins from are broken"), (2, "lower --lr")])
+def test_a_validation_loss_that_is_not_finite_ends_the_run(broken_at, words, capsys, monkeypatch):
+    losses = iter([math.nan if step == broken_at else 1.0 for step in (0, 2)])
+
+    def evaluated(self, model):
+        return {"eval/word_problems/loss": next(losses)}, []
+
+    monkeypatch.setattr("validation.Validation.run", evaluated)
+    assert begun("--save_every=0") == 1
+    error = capsys.readouterr().err
+    assert f"stopped at step {broken_at}: the loss on the validation examples is nan" in error
+    assert words in error and not RunFolder("runs/r").steps()
 
 
 def test_the_last_steps_of_a_good_run_are_not_skipped_in_silence(capsys, monkeypatch):
