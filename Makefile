@@ -14,13 +14,13 @@ JOBS ?= $(shell nproc)
 .PHONY: kd grpo sft study lint format test test-slow bench bench-gpu clean
 
 kd: $(VENV)/run
-	$(BIN)/torchrun train.py --mode kd
+	$(BIN)/python train.py --mode kd
 
 grpo: $(VENV)/run
-	$(BIN)/torchrun train.py --mode grpo
+	$(BIN)/python train.py --mode grpo
 
 sft: $(VENV)/run
-	$(BIN)/torchrun train.py --mode sft
+	$(BIN)/python train.py --mode sft
 
 study: $(VENV)/run
 	$(BIN)/python -m eval.study recipes/study/mini.toml --seeds 0

@@ -4,11 +4,13 @@
     python train.py --config recipes/sft_gsm8k_0.5b.toml --lr 1e-5
     torchrun --standalone --nproc_per_node=8 train.py --config recipes/grpo_gsm8k_0.5b_paper.toml
 
-The defaults train a tiny model on the toy task, in minutes on a CPU; recipes/ has options for real
-models. An option that the run would not read is refused.
+The defaults train a tiny model on the toy task, in minutes on a CPU. Another --model brings those
+of pretrained models (--defaults); recipes/ has options that were chosen for some. `--dry_run` says
+what a run would do. An option that the run would not read is refused.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +23,11 @@ from kernels.backend import CHOICES
 from losses.grpo import KL_ESTIMATORS, VARIANTS
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
+from model.presets import PRESETS, RANDOM
 from options import ABOVE_0, Condition, Values, option
 from rl.advantage import ADVANTAGES
 from rl.reward import PARTS
+from run import newest_checkpoint
 
 GRPO: Condition = {"mode": ("grpo",)}
 TEACHING: Condition = {"kd_signal": ("full", "topk", "student_topk", "draws", "sampled")}
@@ -36,12 +40,81 @@ OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantag
 CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
 TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
 DRAWS: Condition = {"kd_signal": ("draws",)}
+SAVED: Condition = {"save": ("every", "best")}
 DISTRIBUTION: Condition = {"kd_signal": ("full", "topk", "student_topk")}
 
 
-def in_grpo(default: Any) -> dict[str, Values]:
+TOY_VOCABULARY = 1000  # the toy task's models have fewer ids, and no other has
+
+
+def in_grpo(default: Any) -> dict[Any, Any]:
     """Return the `default_when` of an option that has another default in grpo."""
     return {"mode": {"grpo": default}}
+
+
+def for_pretrained(default: Any, in_grpo: Any) -> dict[Any, Any]:
+    """Return the `default_when` of one with others for pretrained models, in grpo and else."""
+    by_both = {("grpo", "pretrained"): in_grpo}
+    return {"defaults": {"pretrained": default}, ("mode", "defaults"): by_both}
+
+
+def whose_defaults(model: str) -> str:
+    """Return "toy" if a model is one of the toy task's, a preset or a folder, else "pretrained"."""
+    preset = PRESETS.get(model.removeprefix(RANDOM))
+    if preset:
+        return "toy" if preset.vocab_size < TOY_VOCABULARY else "pretrained"
+    try:
+        path = Path(newest_checkpoint(model, "--model")) / "config.json"
+        is_toy = json.loads(path.read_text())["vocab_size"] < TOY_VOCABULARY
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_toy = False  # what is wrong with the folder is said when it is read
+    return "toy" if is_toy else "pretrained"
+
+
+# What people type who know other programs.
+HINTS = {
+    "learning_rate": "--lr",
+    "per_device_train_batch_size": "--batch_size, of a whole step, all devices together",
+    "train_batch_size": "--batch_size, of a whole step, all devices together",
+    "gradient_accumulation_steps": "--batch_size, of a whole step, and micro-batches are cut by "
+    "--micro_batch_tokens",
+    "num_train_epochs": "--epochs",
+    "num_epochs": "--epochs",
+    "max_steps": "--steps",
+    "warmup_steps": "--warmup",
+    "warmup_ratio": "--warmup, in steps",
+    "lr_scheduler_type": "--schedule",
+    "temperature": "--sample_temperature, or --kd_temperature for that of the divergence",
+    "top_p": "--sample_top_p",
+    "top_k": "--sample_top_k, or --kd_topk for the teacher's",
+    "beta": "--grpo_kl_coef, the weight of the KL to the reference, or --kd_beta, of a mixture",
+    "epsilon": "--grpo_clip_low and --grpo_clip_high",
+    "loss_type": "--grpo_variant",
+    "num_generations": "--grpo_samples",
+    "num_iterations": "--grpo_ppo_epochs",
+    "reward_funcs": "--grpo_reward",
+    "lmbda": "--kd_mix",
+    "max_completion_length": "--sample_tokens",
+    "max_new_tokens": "--sample_tokens",
+    "max_length": "--micro_batch_tokens",
+    "max_seq_length": "--micro_batch_tokens",
+    "model_name_or_path": "--model",
+    "teacher_model_name_or_path": "--teacher",
+    "dataset_name": "--data",
+    "train_file": "--data",
+    "output_dir": "--runs, the folder of all runs, and --name",
+    "logging_steps": "--log_every",
+    "eval_steps": "--eval_every",
+    "save_steps": "--save_every",
+    "save_total_limit": "--max_checkpoints",
+    "save_strategy": "--save",
+    "resume_from_checkpoint": "--resume, with --name",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype bfloat16",
+    "gradient_checkpointing": "--activation_checkpointing",
+    "report_to": "--wandb",
+    "lora_r": "--lora_rank",
+}
 
 
 def if_rollout_is_reused(stored: Values) -> bool:
@@ -76,6 +149,7 @@ class Config:
         "eval_every": "Evaluation and checkpoints",
         "activation_checkpointing": "System",
     }
+    hints = HINTS
     # Names say which options a run reads, unless an option says it with `read_when`.
     read_when_prefix = {
         "kd_": {"mode": ("kd",)},
@@ -91,12 +165,25 @@ class Config:
         "model to train: a folder, hub id or preset; tiny in grpo: distilled on the toy task first",
         fixed=True,
     )
+    defaults: Literal["toy", "pretrained"] = option(
+        "toy",
+        "whose defaults hold; pretrained unless --model is one of the toy task's small models, by "
+        "its preset or its folder",
+        default_when={"model": whose_defaults},
+    )
     tokenizer: str = option(
         "", "folder with tokenizer.json; empty: the model's, else the teacher's", fixed=True
     )
     name: str = option("", "name of the run's folder; empty: a new unique name")
     runs: str = option("runs", "folder that holds all runs")
-    resume: bool = option(False, "continue the run --name from its newest checkpoint")
+    resume: bool | Literal["auto"] = option(
+        False,
+        "continue the run --name from its newest checkpoint; auto: begin it if there is none",
+        also=("auto",),
+    )
+    dry_run: bool = option(
+        False, "say what the run would do, with its first prompt as the model sees it, and stop"
+    )
     seed: int = option(
         0, "random seed of data, samples and weights", minimum=0, below=2**63, fixed=True
     )
@@ -138,9 +225,19 @@ class Config:
     )
 
     steps: int = option(
-        1000, "optimizer steps; 0: by --epochs", minimum=0, default_when=in_grpo(200)
+        1000,
+        "optimizer steps; 0: by --epochs",
+        minimum=0,
+        default_when=in_grpo(200) | for_pretrained(0, 0),
     )
-    epochs: float = option(1.0, "passes over the data", above=0, read_when={"steps": (0,)})
+    epochs: float = option(
+        1.0,
+        "passes over the data; given without --steps, it is --steps 0",
+        above=0,
+        read_when={"steps": (0,)},
+        default_when=for_pretrained(3.0, 1.0),
+        implies={"steps": 0},
+    )
     batch_size: int = option(
         32, "examples (samples) per global step", minimum=1, default_when=in_grpo(128), fixed=True
     )
@@ -154,7 +251,9 @@ class Config:
         read_when={"mode": ("sft", "kd")},
         fixed=True,
     )
-    lr: float = option(5e-3, "peak learning rate", above=0, default_when=in_grpo(3e-4))
+    lr: float = option(
+        5e-3, "peak learning rate", above=0, default_when=in_grpo(3e-4) | for_pretrained(2e-5, 1e-6)
+    )
     warmup: int = option(20, "steps of linear learning-rate warm-up", minimum=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "cosine", "learning-rate schedule after the warm-up", default_when=in_grpo("linear")
@@ -170,7 +269,10 @@ class Config:
     beta2: float = option(0.98, "AdamW's decay of the second moment", minimum=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = option(
-        0.3, "AdamW's weight decay, of matrices only", minimum=0, default_when=in_grpo(0.0)
+        0.3,
+        "AdamW's weight decay, of matrices only",
+        minimum=0,
+        default_when=in_grpo(0.0) | for_pretrained(0.0, 0.0),
     )
     max_grad_norm: float = option(
         1.0, "global gradient norm above which gradients are clipped; 0: never", minimum=0
@@ -287,7 +389,9 @@ class Config:
         0.0, "largest divergence of a token, in nats; 0: none", minimum=0, read_when=DISTRIBUTION
     )
 
-    sample_tokens: int = option(64, "maximum new tokens per sample", minimum=1)
+    sample_tokens: int = option(
+        64, "maximum new tokens per sample", minimum=1, default_when=for_pretrained(512, 512)
+    )
     sample_tokens_start: int = option(
         0,
         "maximum new tokens in the first rollout, from where it grows to --sample_tokens over the "
@@ -415,7 +519,9 @@ class Config:
         fixed=if_rollout_is_reused,
     )
 
-    eval_every: int = option(250, "steps between evaluations; 0: at start and end", minimum=0)
+    eval_every: int = option(
+        250, "steps between evaluations; 0: at start and end", minimum=0, default_when=in_grpo(50)
+    )
     eval_data: str = option(
         "",
         "file of the validation examples; empty: they are set apart from --data",
@@ -423,12 +529,39 @@ class Config:
         fixed=True,
     )
     eval_examples: int = option(
-        400, "number of validation examples; 0: no evaluation", minimum=0, fixed=if_carved
+        400,
+        "number of validation examples; 0: no evaluation",
+        minimum=0,
+        default_when=for_pretrained(200, 200),
+        fixed=if_carved,
     )
-    eval_tokens: int = option(96, "maximum new tokens per answer in evaluations", minimum=1)
-    save_every: int = option(250, "steps between checkpoints; 0: only at the end", minimum=0)
-    max_checkpoints: int = option(2, "number of checkpoints that are kept", minimum=1)
-    log_every: int = option(50, "steps between progress lines", minimum=1)
+    eval_tokens: int = option(
+        96,
+        "maximum new tokens per answer in evaluations",
+        minimum=1,
+        default_when=for_pretrained(512, 512),
+    )
+    save: Literal["every", "best", "last", "none"] = option(
+        "every",
+        "checkpoints that are written: every --save_every steps; those and the best of all "
+        "evaluations, which stays; the last alone, as the run ends or is stopped; none",
+    )
+    save_every: int = option(
+        250,
+        "steps between checkpoints; 0: only at the end",
+        minimum=0,
+        read_when=SAVED,
+        default_when=in_grpo(50),
+    )
+    max_checkpoints: int = option(
+        2, "number of newest checkpoints that are kept", minimum=1, read_when=SAVED
+    )
+    log_every: int = option(
+        50,
+        "steps between progress lines, of which there is one every half minute, too",
+        minimum=1,
+        default_when=in_grpo(10),
+    )
 
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     kernels: str = option(
@@ -494,6 +627,8 @@ def validate(cfg: Config) -> None:
     parse_targets(cfg.lora_targets)
     if cfg.resume and not cfg.name:
         raise UserError("--resume needs the --name of a run")
+    if cfg.save == "best" and not cfg.eval_examples:
+        raise UserError("--save best chooses by evaluations; set --eval_examples above 0")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine offers no CUDA device")
     if cfg.sample_tokens_start > cfg.sample_tokens:

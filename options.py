@@ -29,6 +29,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -53,28 +54,34 @@ class Rules(NamedTuple):
     """What the parser knows about an option, beside its default and type.
 
     alias: a second name.
+    also: words that a switch may have for its value, beside those for true and false.
     choices: allowed values, where the type is not a Literal.
     above, minimum, maximum, below: bounds of a number; `above` and `below` themselves are excluded.
     read_when: a run reads the option only if this condition holds, or one of a list of conditions;
     an option in a condition must itself be read. Without it the class's `read_when_prefix`
     {prefix of names: condition on other options} decides; otherwise an option is always read.
-    default_when: {other option: {its value: default}}; the other option is declared before this
-    one, and where several say something, the last one counts.
+    default_when: {other option: {its value: default}}, or {(two, options): {their values:
+    default}}, or {other option: a function of its value that returns the default}; the other
+    options are declared before this one, and where several say something, the last one counts.
+    implies: {other option: its value wherever this one is given without it}.
     fixed: a resumed run keeps the stored value; a function of what is stored may say so.
 
-    A class may have `sections`, {option: heading in --help, which it begins}.
+    A class may have `sections`, {option: heading in --help, which it begins}, and `hints`, {a name
+    that is no option, but one of other programs: what to write here}.
     """
 
     help: str
     positional: bool = False
     alias: str = ""
+    also: Collection[str] = ()
     choices: Collection[str] = ()
     above: float = -math.inf
     minimum: float = -math.inf
     maximum: float = math.inf
     below: float = math.inf
     read_when: Condition | list[Condition] | None = None
-    default_when: dict[str, Values] = {}
+    default_when: dict[Any, Any] = {}
+    implies: Values = {}
     fixed: bool | Callable[[Values], bool] = False
 
 
@@ -100,12 +107,22 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     return field(default=default, kw_only=True, metadata=metadata)
 
 
-def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: bool = True) -> T:
+def parse(
+    cls: type[T],
+    argv: Words,
+    stored: Values | None = None,
+    conditions: bool = True,
+    notes: list[str] | None = None,
+) -> T:
     """Build `cls` from a command line.
 
     Args:
         stored: What a resumed run has stored, between the defaults and `--config`.
         conditions: Refuse an option that is given and not read beside the others.
+        notes: Gets a sentence on options that are ignored; None: they are refused. These are
+            options of a `--config` file that are not read because of the command line, and in a
+            trial of a wandb sweep, which draws coupled options one by one, those of the command
+            line, too.
 
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
@@ -117,6 +134,14 @@ def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: b
     }
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
+    may_ignore, ignored = set(), {}
+    if notes is not None:
+        files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:-1]])))
+        may_ignore = {n for layer in layers[:-1] for n in layer if not _unmet(files, n)}
+        if os.environ.get("WANDB_SWEEP_ID"):
+            may_ignore |= layers[-1].keys()
+        else:
+            may_ignore -= layers[-1].keys()
     for name in (name for layer in layers for name in layer if name in values):
         fixed = _rules(known[name]).fixed
         if callable(fixed):
@@ -127,12 +152,18 @@ def parse(cls: type[T], argv: Words, stored: Values | None = None, conditions: b
                 "leave it out, or begin a new run"
             )
         unmet = _unmet(config, name)
-        if conditions and unmet:
+        if unmet and name in may_ignore:
+            ignored[name] = f"{name} (read with {_needs(config, name)})"
+        elif conditions and unmet:
             near = _nearest(name, resolved(config), " (the nearest that is read: {})")
             raise UserError(
                 f"{name} is not read with {unmet}={getattr(config, unmet)}, "
                 f"only with {_needs(config, name)}{near}"
             )
+    if ignored and notes is not None:
+        notes.append(f"ignored, as this run does not read them: {', '.join(ignored.values())}")
+        values = {name: value for name, value in values.items() if name not in ignored}
+        config = cls(**with_defaults(cls, values))
     return config
 
 
@@ -149,6 +180,8 @@ def read_layers(cls: Cls, argv: Words) -> list[Values]:
             if _rules(spec).positional:
                 source = name.upper()
             layer[spec.name] = _convert(spec, value, source)
+        for name in list(layer):
+            layer = _rules(cls.__dataclass_fields__[name]).implies | layer
         layers.append(layer)
     return layers
 
@@ -219,8 +252,11 @@ def _help(cls: Cls, spec: Field) -> str:
     rules, choices, facts = _rules(spec), _shape(spec).choices, []
     if spec.default not in (REQUIRED, "", None, ()):
         facts.append(f"default {spec.default}")
-    for other, defaults in rules.default_when.items():
-        facts += [f"{default} with --{other} {value}" for value, default in defaults.items()]
+    for key, defaults in rules.default_when.items():
+        for value, default in () if callable(defaults) else defaults.items():
+            own = (value,) if isinstance(key, str) else value
+            shown = [f"--{n} {v}" for n, v in zip(_names(key), own, strict=True)]
+            facts.append(f"{default} with {' '.join(shown)}")
     conditions = _conditions(cls, spec.name)
     if conditions:
         facts.append(f"read with {_describe(conditions)}")
@@ -241,10 +277,11 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
         name, equals, value = word[2:].partition("=")
         if word.startswith("--") and name not in ("help", "config"):
             spec = _find(cls, name.replace("-", "_"), f"--{name}")
-            if not equals and spec.type is bool:
-                has_value = words and words[0].lower() in SWITCH
+            shape = _shape(spec)
+            if not equals and shape.kind is bool and shape.size is None:
+                has_value = words and words[0].lower() in (*SWITCH, *_rules(spec).also)
                 equals, value = "=", words.pop(0) if has_value else "true"
-            elif not equals and words and not _shape(spec).size:
+            elif not equals and words and not shape.size:
                 equals, value = "=", words.pop(0)
             word = f"--{spec.name}{equals}{value}"
         normal.append(word)
@@ -258,6 +295,9 @@ def _find(cls: Cls, name: str, source: str) -> Field:
         if name and name in (spec.name, _rules(spec).alias):
             return spec
     near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
+    hint = getattr(cls, "hints", {}).get(name)
+    if hint:
+        near = f", but of other programs; here it is {hint}"
     raise UserError(f"{source} is not an option{near}")
 
 
@@ -271,6 +311,7 @@ def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") 
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SWITCH: dict[str, bool] = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+FEW = 6  # choices that are all named where a value is none of them
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -310,7 +351,7 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
     text = str(value).strip()
     try:
         if kind is bool:
-            value = SWITCH[text.lower()]
+            value = text if text in _rules(spec).also else SWITCH[text.lower()]
         elif kind is str:
             if not isinstance(value, str):
                 raise ValueError
@@ -323,10 +364,12 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
             value = kind(number)
             _check_bounds(_rules(spec), value, source)
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{source}: {value!r} is not {KINDS[kind]}") from None
+        words = " or ".join((KINDS[kind], *_rules(spec).also))
+        raise UserError(f"{source}: {value!r} is not {words}") from None
     if choices and value not in choices:
-        every = f"choose from {', '.join(choices)}"
-        near = _nearest(str(value), choices, "did you mean {}?", every)
+        every = ", ".join(choices)
+        hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
+        near = _nearest(str(value), choices, hint, f"choose from {every}")
         raise UserError(f"{source}: no {value!r}; {near}")
     return value
 
@@ -346,9 +389,16 @@ def _check_bounds(rules: Rules, value: float, source: str) -> None:
 def _default(spec: Field, values: Values) -> Any:
     """Return an option's default beside the values of the fields that are declared before it."""
     default = spec.default
-    for other, own_defaults in _rules(spec).default_when.items():
-        default = own_defaults.get(values[other], default)
+    for other, own in _rules(spec).default_when.items():
+        names = _names(other)
+        value = values[other] if other == names[0] else tuple(values[name] for name in names)
+        default = own(value) if callable(own) else own.get(value, default)
     return default
+
+
+def _names(other: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The options that a key of `default_when` names."""
+    return (other,) if isinstance(other, str) else other
 
 
 def _overlay(cls: Cls, layers: list[Values]) -> Values:
@@ -364,7 +414,8 @@ def _overlay(cls: Cls, layers: list[Values]) -> Values:
         after, chosen = {}, dict(values)
         for spec in fields(cls):
             name = spec.name
-            for other in _rules(spec).default_when:
+            others = [n for key in _rules(spec).default_when for n in _names(key)]
+            for other in others:
                 changed = other in values and after[other] != before[other]
                 if changed and before[name] == _default(spec, before):
                     chosen.pop(name, None)

@@ -35,6 +35,7 @@ from model.load import (
 )
 from model.lora import LoraConfig, parse_targets
 from model.optim import average_of, build_optimizer
+from model.presets import RANDOM
 from model.transformer import Transformer
 from rl.logprobs import teacher_topk
 from rl.reward import Reward, parse_reward
@@ -84,6 +85,8 @@ class Run:
     reference: Transformer | None
     optimizer: torch.optim.Optimizer
     trained_on: Lineage  # what the policy is trained on: the record in its checkpoints
+    weights: dict[str, str]  # where those of the policy, the teachers and the reference are from
+    best: dict[str, float] = dataclasses.field(default_factory=dict)  # for --save best
     counters: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
     )
@@ -142,7 +145,7 @@ def describe_checkpoints(cfg: Config) -> tuple[Checkpoint, list[Checkpoint], Che
         if name in SELF:
             teachers.append(student)
             continue
-        teacher = describe(name or "tiny-teacher", "--teacher")
+        teacher = describe(name or f"{RANDOM}tiny-teacher", "--teacher")
         if not name:
             teacher = dataclasses.replace(teacher, tokenizer=toy_tokenizer())
         teachers.append(teacher)
@@ -315,8 +318,23 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
             policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
         ),
         trained_on=trained_on,
+        weights=weights_of(cfg, plan, student, teachers),
         cost=cost if not resume_step and place.rank == 0 else {},
     )
+
+
+def weights_of(
+    cfg: Config, plan: Plan, student: Checkpoint, teachers: list[Checkpoint]
+) -> dict[str, str]:
+    """Where the weights of each model of the run are from."""
+    models = {"policy": [student], "teacher": teachers}
+    if plan.reference:
+        models["reference"] = [plan.reference if cfg.reference else student]
+    sources = {}
+    for name, found in models.items():
+        if found:
+            sources[name] = ", ".join(str(model.folder or "random") for model in found)
+    return sources
 
 
 def ancestors_of(

@@ -5,11 +5,14 @@ and renamed.
 """
 
 import functools
+import itertools
 import json
+import math
 import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +37,7 @@ from model.lineage import Lineage
 from model.transformer import Transformer
 
 Json = dict[str, Any]  # an object in a JSON file
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -46,6 +50,7 @@ class RunFolder:
     def __init__(self, path: str | Path, max_checkpoints: int = 2):
         self.path, self.max_checkpoints = Path(path), max_checkpoints
         self.checkpoints = self.path / "checkpoints"
+        self.best: int | None = None  # the step of a checkpoint that is never removed
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
@@ -95,7 +100,8 @@ class RunFolder:
                     tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
             save_tensors(tensors, draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
-            for file in draft.rglob("*"):
+            logs = [self.path / name for name in LOGS if (self.path / name).exists()]
+            for file in (*logs, *draft.rglob("*")):
                 flush(file)
             draft.rename(final)
             flush(self.checkpoints)
@@ -106,7 +112,8 @@ class RunFolder:
                 f"checkpoint {final} could not be written ({reason(e)}){last}"
             ) from None
         for old in self.steps()[: -self.max_checkpoints]:
-            shutil.rmtree(self.step_folder(old), ignore_errors=True)
+            if old != self.best:
+                shutil.rmtree(self.step_folder(old), ignore_errors=True)
 
     def load(
         self,
@@ -141,7 +148,7 @@ def open_run(
     runs: str | Path,
     name: str,
     mode: str,
-    resume: bool,
+    resume: bool | Literal["auto"],
     max_checkpoints: int,
     config: Json,
     rank: int,
@@ -149,7 +156,8 @@ def open_run(
     """Find or make a run's folder, the same on every rank, locked by rank 0 inside `with`.
 
     A folder in which nothing was trained yet is as good as a new one. It has the resolved options
-    from the start, so that a run which is killed at any moment can be resumed.
+    from the start, so that a run which is killed at any moment can be resumed. resume "auto":
+    resume the run if there is one, else begin it.
 
     Yields:
         The folder, and the step to continue from (None: the beginning).
@@ -188,34 +196,43 @@ def open_run(
 
 
 @contextmanager
-def _claim(path: Path, resume: bool, unique: bool, config: Json) -> Iterator[None]:
+def _claim(
+    path: Path, resume: bool | Literal["auto"], unique: bool, config: Json
+) -> Iterator[None]:
     """Lock a run's folder inside `with`, and make it unless it is resumed.
 
     unique: the name was made up, so that a folder which is there is another run's.
     Raises FileExistsError if another run has it, Busy if one is using it.
     """
+    if resume == "auto":
+        resume = (path / "config.json").is_file()
     if not resume:
-        if _has_output(path):
+        if has_output(path):
             raise FileExistsError
         (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
     with lock(path / ".lock"):
         if not resume:
-            if _has_output(path):  # of a process that had the lock meanwhile
+            if has_output(path):  # of a process that had the lock meanwhile
                 raise FileExistsError
             replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
         yield
 
 
-def _has_output(path: Path) -> bool:
+def has_output(path: Path) -> bool:
     """Return whether a folder holds more than what a run has before it trains."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
     found -= {"config.json", "config.json.draft", "checkpoints"}
     return not all(name.startswith(".lock") for name in found)
 
 
-def stored_config(runs: str, name: str) -> Json:
-    """Read the config.json of a run that is to be resumed. Raises UserError."""
+def stored_config(runs: str, name: str, optional: bool = False) -> Json:
+    """Read the config.json of a run that is to be resumed.
+
+    optional: return {} where there is none. Raises UserError.
+    """
     path = Path(runs) / name
+    if optional and not (path / "config.json").exists():
+        return {}
     if not path.exists():
         raise UserError(f"--resume: there is no run {path}")
     if not (path / "config.json").is_file():
@@ -236,10 +253,40 @@ def run_of(checkpoint: str | Path) -> Path | None:
     return None
 
 
+def newest_checkpoint(name: str, option: str) -> str:
+    """The newest checkpoint of a run's folder; any other name of a model as it is."""
+    run = RunFolder(name)
+    steps = run.steps()
+    if steps:
+        return str(run.step_folder(steps[-1]))
+    if run.checkpoints.is_dir():
+        raise UserError(f"{option} {name}: this run has no checkpoint yet")
+    return name
+
+
+def resume_command(runs: str, name: str) -> str:
+    """The command line that continues a run, started as this process was."""
+    here = parallel.place()
+    words = ["python"]
+    if here.world > 1:
+        words = ["torchrun", "--standalone", f"--nproc_per_node={here.local_world}"]
+    words.append(sys.argv[0] if sys.argv[0].endswith("train.py") else "train.py")
+    if runs != "runs":
+        words += ["--runs", runs]
+    return shlex.join([*words, "--name", name, "--resume"])
+
+
 # --- signals -------------------------------------------------------------------------------------
-# Sent by a user or a cluster (TERM), a closing terminal (HUP), a scheduler before the time is up
-# (Slurm's --signal sends USR1 or USR2 by habit, a processor limit XCPU).
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Sent by Ctrl-C (INT), a user or a cluster (TERM), a closing terminal (HUP), a scheduler before the
+# time is up (Slurm's --signal sends USR1 or USR2 by habit, a processor limit XCPU).
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 @contextmanager
@@ -262,7 +309,10 @@ def handled(handler: Callable[..., Any]) -> Iterator[None]:
 
 
 class StopSignal:
-    """Notes a signal to stop inside `with`; the loop saves and leaves between two steps."""
+    """Notes a signal to stop inside `with`; the loop saves and leaves between two steps.
+
+    A second Ctrl-C is a KeyboardInterrupt at once.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.received = ""  # the signal's name
@@ -271,7 +321,14 @@ class StopSignal:
         return self
 
     def __call__(self, number: int, frame: Any = None) -> None:
-        self.received = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            if self.received == name:
+                raise KeyboardInterrupt(name)
+            if parallel.speaks():
+                with suppress(OSError):  # print may be what was interrupted
+                    os.write(1, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+        self.received = name
 
     def __exit__(self, *exception: Any) -> None:
         self.handlers.__exit__(*exception)
@@ -286,24 +343,47 @@ def interrupt(number: int, frame: Any = None) -> None:
 class RunLogger:
     """Writes metrics.jsonl, samples.jsonl, Weights & Biases and the terminal, on rank 0 only.
 
-    config: the resolved options. resume_step: lines of later steps are removed; None: all lines.
+    config: the resolved options. resume_step: lines of later steps are removed; None: there is no
+    checkpoint, and lines of an earlier sitting are kept in a file of their own. about: what
+    sittings.jsonl says of this sitting, beside the options and the environment.
+    before: the line of the sitting before, or None.
     error: the RunFailed of the first line that could not be written, on rank 0, or None: the
     loop raises it on all ranks at its next step.
     """
 
-    def __init__(self, folder: Path, config: Json, resume_step: int | None, rank: int):
+    def __init__(self, folder: Path, config: Json, resume_step: int | None, rank: int, about: Json):
         self.folder, self.rank = folder, rank
         self.wandb: Any = None
         self.error: RunFailed | None = None
-        parallel.on_rank_0(rank, functools.partial(self._open, config, resume_step))
+        self.said = time.monotonic()  # when a line was printed last
+        begin = functools.partial(self._open, config, resume_step, about)
+        self.before: Json | None = parallel.on_rank_0(rank, begin)
 
-    def _open(self, config: Json, resume_step: int | None) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_back(self.folder / name, -1 if resume_step is None else resume_step)
-        for name, value in (("config.json", config), ("environment.json", environment())):
+    def _open(self, config: Json, resume_step: int | None, about: Json) -> Json | None:
+        for name in LOGS:
+            cut_back(self.folder / name, resume_step)
+        now = environment()
+        before = self._record_sitting({"step": resume_step or 0, "options": config} | about | now)
+        for name, value in (("config.json", config), ("environment.json", now)):
             replace_file(self.folder / name, json.dumps(value, indent=2) + "\n")
         if config["wandb"] != "off":
             self._start_wandb(config)
+        return before
+
+    def _record_sitting(self, sitting: Json) -> Json | None:
+        """Add a line to sittings.jsonl, and say what is not as it was in the one before."""
+        path = self.folder / "sittings.jsonl"
+        earlier = read_lines(path)
+        lines = [json.dumps(line) + "\n" for line in (*earlier, sitting)]
+        replace_file(path, "".join(lines))
+        before = earlier[-1] if earlier else None
+        if before:
+            changes = _changes(before.get("options", {}), sitting["options"])
+            there = [{name: s.get(name) for name in ELSEWHERE} for s in (before, sitting)]
+            changes += _changes(*there)
+            if changes:
+                self.say(f"other than in the sitting before: {', '.join(changes)}")
+        return before
 
     def _start_wandb(self, config: Json) -> None:
         import wandb
@@ -331,7 +411,8 @@ class RunLogger:
     def metrics(self, step: int, values: Json) -> None:
         if self.rank:
             return
-        self._append("metrics.jsonl", json.dumps({"step": step} | values) + "\n")
+        numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._append("metrics.jsonl", json.dumps({"step": step} | numbers) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -377,12 +458,34 @@ class RunLogger:
         self.say("  ".join([*parts, f"{duration(seconds_left)} left"]))
 
     def say(self, text: str) -> None:
+        self.said = time.monotonic()
         if not self.rank:
             say(text)
 
     def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
+
+
+class Clock:
+    """Measures what a run's steps, evaluations and checkpoints take, to say when it will end."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = {}  # what -> seconds of each
+
+    @contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.spent.setdefault(what, []).append(time.perf_counter() - began)
+
+    def left(self, **remaining: int) -> float:
+        """Seconds for so many more of each; what was never measured is not counted."""
+        seconds = 0.0
+        for what, count in remaining.items():
+            measured = self.spent.get(what, [0.0])
+            seconds += count * sum(measured) / len(measured)
+        return seconds
 
 
 def duration(seconds: float) -> str:
@@ -392,26 +495,67 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and a line that was cut off while it was written."""
-    if not path.exists():
-        return
-    kept = []
-    # texts hold the other line separators of str.splitlines
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line + "\n")
-    replace_file(path, "".join(kept))
+def cut_back(path: Path, step: int | None) -> None:
+    """Remove the lines of later steps, and a line that was cut off while it was written.
+
+    A damaged line stays where it is, and is passed over by those who read. step None: the run
+    begins again, and all its lines are kept in another file.
+    """
+    try:
+        if not path.exists() or not path.stat().st_size:
+            return
+        if step is None:
+            names = (path.with_suffix(f".before-{n}.jsonl") for n in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            say(f"no checkpoint to go on from: step 0 again; {path} so far is kept as {kept.name}")
+            return
+        end = position = damaged = 0
+        is_later = False
+        for line in path.read_bytes().splitlines(keepends=True):
+            position += len(line)
+            found = _json_object(line).get("step")
+            if isinstance(found, int):
+                is_later = found > step
+            elif line.endswith(b"\n") and not is_later:
+                damaged += 1
+            else:
+                continue
+            if not is_later:
+                end = position
+        if damaged:
+            say(f"{path}: {damaged} damaged lines are kept, and passed over")
+        os.truncate(path, end)
+    except OSError as e:
+        raise RunFailed(f"{path} could not be cut back ({reason(e)})") from None
+
+
+def _json_object(line: bytes) -> Json:
+    """A line of a log without what is null; {} if it is damaged."""
+    try:
+        return {name: v for name, v in json.loads(line).items() if v is not None}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def read_lines(path: Path) -> list[Json]:
+    """The objects of a JSON Lines file of ours; [] if there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [value for value in map(_json_object, lines) if value]
 
 
 def read_metrics(run: str | Path) -> list[Json]:
-    """Read a run's metrics.jsonl; [] if there is none."""
-    path = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Read a run's metrics.jsonl, without what was no number; [] if there is none."""
+    return read_lines(Path(run) / "metrics.jsonl")
+
+
+ELSEWHERE = ("git_commit", "device", "ranks", "host")  # what of an environment is worth a word
+
+
+def _changes(old: Json, new: Json) -> list[str]:
+    """What was and is different, as in "lr 0.1 -> 0.2"."""
+    names = [n for n in old if n != "runs" and old[n] != new.get(n)]
+    return [f"{name} {old[name]} -> {new.get(name, 'not read')}" for name in names]
 
 
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")
@@ -429,6 +573,8 @@ def environment() -> Json:
         device = torch.cuda.get_device_name()
     return {
         "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
         "device": device,

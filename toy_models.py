@@ -48,7 +48,8 @@ STUDENT = {"mode": "kd"}
 SOURCES = ("data/toy.py", "data/tasks.py", "data/tokenizer.py", "model/transformer.py")
 
 # Options that change nothing of what a run learns.
-NEUTRAL = ("name", "runs", "resume", "device", "kernels", "max_checkpoints", "log_every", "wandb")
+NEUTRAL = ("name", "runs", "resume", "device", "kernels", "save", "max_checkpoints", "log_every")
+NEUTRAL += ("wandb", "dry_run")
 
 
 @functools.cache
@@ -79,7 +80,10 @@ def toy_model(kind: str, recipe: Mapping[str, Any], runs: str, device: str, rank
     find = partial(_find_or_train, kind, recipe, runs, device)
     # A signal to stop reaches all ranks: rank 0 passes it on to what trains, others wait for it.
     with StopSignal() if rank else contextlib.nullcontext():
-        return parallel.on_rank_0(rank, find)
+        path = parallel.on_rank_0(rank, find)
+    if rank == 0:
+        say(f"the toy {kind}: {path}")
+    return path
 
 
 def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str) -> Path:
@@ -88,6 +92,7 @@ def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str)
     if found is not None:
         return found
     folder = RunFolder(Path(runs) / f"{kind}-{_fingerprint(cfg)}")
+    stopped_by = ""
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -96,16 +101,23 @@ def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str)
     with waiting_for(folder.path.with_suffix(".lock"), f"the toy {kind}"):
         if cfg.steps not in folder.steps():
             say(f"training the toy {kind} first (once; kept in {folder.path})")
-            _train(recipe, folder, device)
+            stopped_by = _train(recipe, folder, device)
     if cfg.steps not in folder.steps():
         raise RunFailed(
             f"stopped before the toy {kind} was ready; the same command goes on with it"
         )
+    if stopped_by:
+        raise RunFailed(
+            f"stopped by {stopped_by}, the toy {kind} is ready; the same command goes on"
+        )
     return folder.step_folder(cfg.steps)
 
 
-def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> None:
-    """`python train.py …` until it ends. A signal to stop is passed on: the model is saved."""
+def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> str:
+    """`python train.py …` until it ends. A signal to stop is passed on: the model is saved.
+
+    Returns the signal's name, or "".
+    """
     command = [sys.executable, str(ROOT / "train.py")]
     command += [f"--{name}={value}" for name, value in recipe.items()]
     command += [f"--runs={folder.path.parent}", f"--name={folder.path.name}", f"--device={device}"]
@@ -113,7 +125,10 @@ def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> None:
         command.append("--resume")
     environment = {k: v for k, v in os.environ.items() if k not in parallel.VARIABLES}
     with StopSignal() as stop:
-        child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+        # In a session of its own: Ctrl-C reaches it through this process alone, once.
+        child = subprocess.Popen(
+            command, env=environment, preexec_fn=die_with_parent, start_new_session=True
+        )
         passed_on = False
         while True:
             try:
@@ -125,6 +140,7 @@ def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> None:
                     passed_on = True
     if code and not stop.received:
         raise RunFailed(f"{' '.join(command[1:])} ended with exit code {code}")
+    return stop.received
 
 
 def die_with_parent() -> None:

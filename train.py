@@ -7,9 +7,12 @@ the loop.
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +22,7 @@ from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
-from errors import RunFailed, as_command
+from errors import RunFailed, UserError, as_command, say
 from kernels.attention import PackedAttention
 from kernels.cpu import keep_freed_memory
 from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
@@ -30,11 +33,12 @@ from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
 from model.transformer import Transformer
+from overview import overview, show_first
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
-from run import RunLogger, StopSignal, open_run, stored_config
+from run import Clock, RunLogger, StopSignal, has_output, open_run, resume_command, stored_config
 from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
@@ -183,6 +187,9 @@ def teacher_forward(
 
 # --- the loop -------------------------------------------------------------------------------------
 
+QUIET = 30.0  # seconds without a word, after which a progress line is due
+LOWER = "lower --lr or look at the data"
+
 
 def forward_backward(
     model: Transformer,
@@ -217,9 +224,9 @@ def forward_backward(
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
-    settings = options.resolved(cfg, without=("name", "resume"))
-    log = RunLogger(run.folder.path, settings, run.resume_step, run.rank)
-    describe_run(cfg, run, log)
+    about = {"weights": run.weights, "steps": run.steps}
+    log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
+    say_new_rate(cfg, run, log)
     validation = Validation(
         run.dataset,
         run.stop_ids,
@@ -231,7 +238,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         world=run.world,
     )
     start, steps, counters = run.resume_step or 0, run.steps, run.counters
-    seconds = 0.0
+    clock = Clock()
     for step in range(start, steps + 1):
         stopping, failed = parallel.all_reduce_sum(
             [bool(stop.received), bool(log.error)], run.device
@@ -239,14 +246,19 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         if failed:
             raise parallel.broadcast(log.error)
         if step != run.resume_step:  # the checkpoint that is continued was evaluated and saved
+            is_better = False
             if cfg.eval_examples and due(step, cfg.eval_every, steps):
-                log.evaluation(step, steps, *validation.run(run.policy))
-            if stopping or (step and due(step, cfg.save_every, steps)):
-                save(cfg, run, source, step)
+                with clock.measure("evaluation"):
+                    metrics, samples = validation.run(run.policy)
+                log.evaluation(step, steps, metrics, samples)
+                is_better = note_evaluation(cfg, run, step, metrics)
+            if stopping or is_better or (step and saves(cfg, step, steps)):
+                with clock.measure("checkpoint"):
+                    save(cfg, run, source, step)
         if step == steps or stopping:
             break
 
-        clock = time.perf_counter()
+        began = time.perf_counter()
         batch = next(source)
         (norm,) = parallel.all_reduce_sum([batch.normalizer], run.device)
         if cfg.lora_dropout:
@@ -278,17 +290,22 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
 
         log.samples(step + 1, batch.samples)
         add_cost(run, source.take_cost())
-        values = step_metrics(cfg, run, batch, teachers, sums, time.perf_counter() - clock)
+        values = step_metrics(cfg, run, batch, teachers, sums, time.perf_counter() - began)
         values |= {"train/grad_norm": grad_norm, "train/lr": lr}
-        seconds += values["train/seconds"]
+        clock.spent.setdefault("step", []).append(values["train/seconds"])
         log.metrics(step + 1, values)
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            per_step = seconds / (step + 1 - start)
-            log.progress(step + 1, steps, values, per_step * (steps - step - 1))
+        is_quiet = time.monotonic() - log.said > QUIET
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps or is_quiet:
+            left = clock.left(
+                step=steps - step - 1,
+                evaluation=still_due(step + 1, cfg.eval_every, steps),
+                checkpoint=still_due(step + 1, cfg.save_every, steps),
+            )
+            log.progress(step + 1, steps, values, left)
         if counters["skipped_in_a_row"] >= cfg.max_skipped:
             raise RunFailed(
                 f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite "
-                "gradient; lower --lr or look at the data"
+                f"gradient; {LOWER}"
             )
 
     source.close()
@@ -301,9 +318,56 @@ def due(step: int, every: int, last: int) -> bool:
     return step in (0, last) or (every > 0 and step % every == 0)
 
 
+def still_due(step: int, every: int, last: int) -> int:
+    """How many of the steps from this one on are `due`."""
+    if not every:
+        return 1
+    return last // every - (step - 1) // every + (last % every > 0)
+
+
+def saves(cfg: Config, step: int, last: int) -> bool:
+    """Whether a checkpoint is due after a step."""
+    if cfg.save in ("last", "none"):
+        return step == last
+    return due(step, cfg.save_every, last)
+
+
+def note_evaluation(cfg: Config, run: Run, step: int, metrics: Mapping[str, float]) -> bool:
+    """Return whether --save best keeps this step's checkpoint.
+
+    The best has the highest accuracy, or the lowest loss where nothing is graded. Raises RunFailed
+    if the loss is not finite: the model is broken, and the next checkpoint would be.
+    """
+    label = run.dataset.label
+    loss = metrics.get(f"eval/{label}/loss", 0.0)
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"stopped at step {step}: the loss on the validation examples is {loss}; "
+            + (LOWER if step else "the weights that it begins from are broken")
+        )
+    score = metrics.get(f"eval/{label}/accuracy", -loss)
+    if cfg.save != "best" or not step or score <= run.best.get("score", -math.inf):
+        return False
+    run.best |= {"step": step, "score": score}
+    run.folder.best = step
+    return True
+
+
+def check_weights(run: Run, step: int) -> None:
+    """Raise RunFailed if a checkpoint would hold what is not finite, or as good as that."""
+    norms = torch._foreach_norm([p.detach() for p in run.policy.parameters() if p.requires_grad])  # pyright: ignore[reportPrivateImportUsage]
+    broken = not all(bool(torch.isfinite(norm)) for norm in norms)
+    (ranks,) = parallel.all_reduce_sum([broken], run.device)
+    if ranks:
+        raise RunFailed(f"stopped at step {step}: the weights have no finite norm; {LOWER}")
+
+
 def save(cfg: Config, run: Run, source: Source, step: int) -> None:
     """Checkpoint `step`: the model in Hugging Face form and the trainer's state."""
-    state = {"source": parallel.gather(source.state()), "counters": run.counters}
+    check_weights(run, step)
+    if cfg.save == "none":
+        return
+    state = {"source": parallel.gather(source.state()), "counters": run.counters, "best": run.best}
     write_model = functools.partial(
         save_model,
         run.policy,
@@ -331,6 +395,8 @@ def restore(run: Run, source: Source) -> None:
     sources = state["source"]  # one a rank; there may be more ranks now than before
     source.load(sources[run.rank] if run.rank < len(sources) else sources[0])
     run.counters |= state["counters"]
+    run.best |= state.get("best", {})
+    run.folder.best = run.best.get("step")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def add_cost(run: Run, cost: Mapping[str, float]) -> None:
@@ -388,21 +454,28 @@ def step_metrics(
     return values
 
 
-def describe_run(cfg: Config, run: Run, log: RunLogger) -> None:
-    """The first line of a run's output: what is trained, on what, where."""
-    sizes = {True: 0, False: 0}
-    for parameter in run.policy.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    frozen = f" beside {sizes[False]:,} frozen ones" if sizes[False] else ""
-    resumed = f" (resumed at step {run.resume_step})" if run.resume_step else ""
-    log.say(
-        f"{cfg.mode}: {sizes[True]:,} parameters{frozen} on {run.world} x {run.device.type}, "
-        f"{run.dataset.label}, {run.steps} steps -> {run.folder.path}{resumed}"
-    )
-    if cfg.lora_dropout and needs_old_logp(cfg):
+def settings_of(cfg: Config) -> dict[str, Any]:
+    """The options of a run as its config.json has them."""
+    return options.resolved(cfg, without=("name", "resume", "dry_run"))
+
+
+def say_new_rate(cfg: Config, run: Run, log: RunLogger) -> None:
+    """Say at which learning rate a run goes on whose options or steps are not what they were.
+
+    The schedule is a function of the step and of the number of steps alone, so that a run which is
+    resumed as it was goes on to the bit: other --steps stretch it, from here on.
+    """
+    step = run.resume_step
+    if not step or step >= run.steps or not log.before or "steps" not in log.before:
+        return
+    old = dataclasses.asdict(cfg) | log.before["options"]
+    shape = [old[name] for name in ("lr", "warmup", "schedule", "lr_floor")]
+    was = learning_rate(min(step, log.before["steps"] - 1), log.before["steps"], *shape)
+    now = learning_rate(step, run.steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
+    if now != was:
         log.say(
-            "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "
-            "with those of the rollout"
+            f"the learning rate goes on at {now:.3g}, not at {was:.3g}: the schedule is that of "
+            f"{run.steps:,} steps in all (before: {log.before['steps']:,})"
         )
 
 
@@ -415,11 +488,10 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
     if log.error:
         raise log.error
     if stopped_by:
-        elsewhere = "" if cfg.runs == "runs" else f" --runs {cfg.runs}"
-        log.say(
-            f"stopped by {stopped_by} after step {step}; "
-            f"continue with --name {path.name}{elsewhere} --resume"
-        )
+        goes_on = f"continue with {resume_command(cfg.runs, path.name)}"
+        if cfg.save == "none":
+            goes_on = "nothing is saved with --save none"
+        log.say(f"stopped by {stopped_by} after step {step}; {goes_on}")
     else:
         try:
             draw_curves(path)
@@ -428,6 +500,12 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
                 f"{path}/curves.png could not be written ({e.strerror}); the run itself is complete"
             ) from None
         log.say(summary(path, run.teacher_folder))
+        if run.best:
+            score = f"{run.best['score']:.4f} at step {run.best['step']}"
+            log.say(f"the best evaluation: {score}; {path}/checkpoints/step-{run.best['step']}")
+        skipped = run.counters["skipped_in_a_row"]
+        if skipped:
+            raise RunFailed(f"the last {skipped} steps had no finite gradient; {LOWER}")
     log.close()
 
 
@@ -437,31 +515,50 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
 def launch(cfg: Config) -> None:
     """One run, from its options to its last checkpoint."""
     plan = setup(cfg)
+    rank = plan.place.rank
     if cfg.show_batch:
-        if plan.place.rank == 0:
+        if rank == 0:
             batch = next(data_stream(cfg, plan.dataset, plan.place.rank, plan.place.world))
             show_batch(batch, plan.tokenizer, cfg.show_batch)
         return
-    number_of_steps(cfg, len(plan.dataset))
-    settings = options.resolved(cfg, without=("name", "resume"))
+    steps = number_of_steps(cfg, len(plan.dataset))
+    if cfg.dry_run:
+        path = Path(cfg.runs) / (cfg.name or f"{cfg.mode}-<time>")
+        if cfg.name and not cfg.resume and has_output(path):
+            raise UserError(f"run {path} exists; --resume would continue it")
+        if rank == 0:
+            say("\n".join(overview(cfg, plan, steps, path, None)))
+            show_first(cfg, plan)
+        return
     with open_run(
-        cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, settings, plan.place.rank
+        cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, settings_of(cfg), rank
     ) as (folder, resume_step):
+        if rank == 0:
+            say("\n".join(overview(cfg, plan, steps, folder.path, resume_step)))
         run = load_models(cfg, plan, folder, resume_step)
         source, loss_fn = build(cfg, run)
         if resume_step is not None:
             restore(run, source)
         with StopSignal() as stop:
-            train(cfg, run, source, loss_fn, stop)
+            try:
+                train(cfg, run, source, loss_fn, stop)
+            except KeyboardInterrupt:
+                if rank == 0:
+                    say(f"left at once; continue with {resume_command(cfg.runs, folder.path.name)}")
+                raise
 
 
 def main(argv: list[str]) -> int:
     """The command `train.py` with these arguments. Returns its exit code."""
 
     def run() -> None:
-        cfg = options.parse(Config, argv, conditions=False)  # to learn which run it is
-        stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
-        launch(options.parse(Config, argv, stored))
+        cfg, notes, stored = options.parse(Config, argv, conditions=False), [], {}
+        if cfg.resume and cfg.name:  # this first parse was to learn which run it is
+            stored = stored_config(cfg.runs, cfg.name, optional=cfg.resume == "auto")
+        cfg = options.parse(Config, argv, stored, notes=notes)
+        for note in notes if parallel.speaks() else ():
+            say(note)
+        launch(cfg)
 
     return as_command("train.py", run, "interrupted")
 

@@ -172,9 +172,13 @@ def read_divided(
             left_by = "validation and --train_examples leave"
         raise UserError(f"--data {source.name} has {has}; {left_by} none to train on")
     together = [example for examples in training for example in examples]
-    task = (validation or together)[0].task
+    first = (validation or together)[0]
+    task = first.task
     label = "+".join(path.stem.removesuffix(".jsonl") for path in paths)
-    if task not in ("", "number", "answer") and len(paths) == 1:
+    # A task names the file whose rows or whose path names it: other files may only look alike.
+    place = "/".join(paths[0].absolute().parts[-5:]).lower()
+    is_named = first.columns.get("task") == task or task in place
+    if len(paths) == 1 and task not in ("", "number", "answer") and is_named:
         label = task
     if len(sources) > 1:
         total = sum(source.weight for source in sources)

@@ -26,9 +26,9 @@ from model.checkpoint import (
     tokenizer_folder,
 )
 from model.lora import LoraConfig, adapt
-from model.presets import PRESETS
+from model.presets import PRESETS, RANDOM
 from model.transformer import ModelConfig, Transformer
-from run import RunFolder, run_of
+from run import RunFolder, newest_checkpoint, run_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,21 @@ def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
     """Find a model and read its shape and tokenizer.
 
     Args:
-        name: What the user gave for `option` ("--model", say), which errors name.
+        name: What the user gave for `option` ("--model", say), which errors name. A run's folder
+            stands for its newest checkpoint.
         read_tokenizer: False where another tokenizer is used in its place.
+
+    Raises:
+        UserError: There is no such model, or a preset is to be a teacher or a reference and does
+            not say `random:` before it.
     """
+    preset = name.removeprefix(RANDOM)
+    if option != "--model" and preset in PRESETS and preset == name:
+        raise UserError(
+            f"{option} {name} is a preset, a shape with random weights; name a folder or a hub id "
+            f"(as in Qwen/Qwen2.5-0.5B), or write {RANDOM}{name} if that is what you want"
+        )
+    name = preset if preset in PRESETS else newest_checkpoint(name, option)
     folder = locate(name, option)
     tokenizer = Tokenizer.load(tokenizer_folder(folder)) if folder and read_tokenizer else None
     return Checkpoint(name, folder, read_config(name, folder), tokenizer)

@@ -5,6 +5,8 @@ From the config.json of each checkpoint.
 
 from model.transformer import ModelConfig, RopeScaling
 
+RANDOM = "random:"  # before a preset, where random weights are what is wanted
+
 
 def _shape(
     *, hidden, layers, heads, mlp, kv_heads, vocab, head_dim=0, tied=True, **more

@@ -118,7 +118,7 @@ class Reward:
         sample = f"the sample {text[:60]!r} for {example.origin}"
         try:
             value = float(function(example, text))
-        except Exception as e:  # the user's code may raise anything
+        except (Exception, SystemExit) as e:  # the user's code may raise anything
             refuse(self.spec, f" raised {type(e).__name__}: {e} on {sample}")
         if not math.isfinite(value):
             refuse(self.spec, f" returned {value} on {sample}")
@@ -168,7 +168,7 @@ def load_function(path: str, name: str) -> Callable:
     sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         refuse(path, f" could not be loaded ({type(e).__name__}: {e})")
     function = getattr(module, name, None)
     if not callable(function):

@@ -143,7 +143,7 @@ def optional(name):
     named = {}
     for spec in dataclasses.fields(COMMANDS[name].options):
         if not spec.metadata["rules"].positional:
-            named[spec.name] = spec.type
+            named[spec.name] = bool if spec.name == "resume" else spec.type
     return named
 
 

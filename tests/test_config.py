@@ -236,12 +236,93 @@ def test_a_default_follows_other_options_and_is_overridden_by_what_is_given(tmp_
 def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
     seen = {}
     for f in dataclasses.fields(train.Config):
-        for other, own_defaults in f.metadata["rules"].default_when.items():
-            assert other in seen, f"{f.name} looks at {other}, which is declared later"
-            choices = typing.get_args(seen[other].type) or seen[other].metadata["rules"].choices
-            assert set(own_defaults) <= set(choices)
+        for key, own_defaults in f.metadata["rules"].default_when.items():
+            others = (key,) if isinstance(key, str) else key
+            assert set(others) <= seen.keys(), f"{f.name} looks at {key}, which is declared later"
+            if callable(own_defaults):
+                continue
+            for n, other in enumerate(others):
+                choices = typing.get_args(seen[other].type) or seen[other].metadata["rules"].choices
+                values = {v if isinstance(key, str) else v[n] for v in own_defaults}
+                assert values <= set(choices)
             assert all(type(value) is type(f.default) for value in own_defaults.values())
         seen[f.name] = f
+
+
+@pytest.mark.parametrize(
+    "argv,values",
+    [
+        ("--mode=kd", (5e-3, 0.3, 1000, 64, 250)),
+        ("--mode=grpo", (3e-4, 0.0, 200, 64, 50)),
+        ("--mode=kd --model=Qwen/Qwen2.5-0.5B", (2e-5, 0.0, 0, 512, 250)),
+        ("--mode=grpo --model=qwen2.5-0.5b", (1e-6, 0.0, 0, 512, 50)),
+        ("--mode=sft --model=folder", (2e-5, 0.0, 0, 512, 250)),
+        ("--mode=sft --model=toy", (5e-3, 0.3, 1000, 64, 250)),
+        ("--mode=sft --model=run", (5e-3, 0.3, 1000, 64, 250)),
+        ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 1000, 64, 250)),
+    ],
+)
+def test_a_pretrained_model_brings_defaults_of_its_own(argv, values, tmp_path, monkeypatch):
+    """Toy models are known by their vocabulary, as presets, as folders and in a run's folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder, vocab in (("folder", 151936), ("toy", 512), ("run/checkpoints/step-3", 512)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"vocab_size": vocab}))
+    cfg = options.parse(train.Config, argv.split())
+    names = ("lr", "weight_decay", "steps", "sample_tokens", "eval_every")
+    assert tuple(getattr(cfg, name) for name in names) == values
+
+
+def test_help_says_both_defaults(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(train.Config, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--lr FLOAT peak learning rate [default 0.005; 0.0003 with --mode grpo; 2e-05 with" in text
+    )
+    assert "2e-05 with --defaults pretrained; 1e-06 with --mode grpo --defaults pretrained]" in text
+
+
+def test_epochs_imply_the_steps_wherever_they_are_given(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("steps = 7\n")
+    cfg = options.parse(train.Config, [f"--config={file}", "--epochs=3"])
+    assert (cfg.steps, cfg.epochs) == (0, 3.0)
+    with pytest.raises(UserError, match="epochs is not read with steps=5"):
+        options.parse(train.Config, ["--epochs=3", "--steps=5"])
+    assert options.parse(train.Config, ["--epochs=3"], {"steps": 9}).steps == 0
+
+
+def test_what_a_file_says_in_vain_is_named_and_ignored_and_what_is_typed_is_refused(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "a.toml"
+    file.write_text('mode = "kd"\nkd_divergence = "jsd"\nkd_beta = 0.3\nepochs = 2\n')
+    argv, notes = [f"--config={file}", "--kd_divergence=reverse_kl", "--steps=3"], []
+    cfg = options.parse(train.Config, argv, notes=notes)
+    assert (cfg.kd_beta, cfg.epochs, cfg.steps) == (0.5, 1.0, 3) and len(notes) == 1
+    assert "kd_beta (read with --kd_divergence" in notes[0] and "epochs (read with" in notes[0]
+    with pytest.raises(UserError, match="kd_beta is not read"):
+        options.parse(train.Config, [*argv, "--kd_beta=0.1"], notes=notes)
+    file.write_text('mode = "sft"\nkd_beta = 0.3\n')
+    with pytest.raises(UserError, match="kd_beta is not read"):  # whatever is typed
+        options.parse(train.Config, [f"--config={file}", "--lr=1"], notes=notes)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "x")  # a trial of a sweep over coupled options
+    argv = ["--mode=kd", "--kd_divergence=reverse_kl", "--kd_beta=0.1"]
+    assert options.parse(train.Config, argv, notes=notes).kd_beta == 0.5 and "kd_beta" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    "argv,value",
+    [
+        ("--resume", True),
+        ("--resume=False", False),
+        ("--resume auto", "auto"),
+        ("--resume=auto", "auto"),
+    ],
+)
+def test_a_switch_with_one_more_value(argv, value):
+    assert options.parse(train.Config, [*argv.split(), "--lr=1"]).resume == value
 
 
 @pytest.mark.parametrize(

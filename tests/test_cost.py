@@ -29,8 +29,8 @@ SMALL = [
     "--name=r",
     "--runs=.",
 ]
-WEIGHED = ["--mode=kd", "--teacher=tiny-teacher"]
-WRITTEN = ["--mode=kd", "--teacher=tiny-teacher", "--sample_tokens=8"]
+WEIGHED = ["--mode=kd", "--teacher=random:tiny-teacher"]
+WRITTEN = ["--mode=kd", "--teacher=random:tiny-teacher", "--sample_tokens=8"]
 GRPO = [
     "--mode=grpo",
     "--model=tiny-teacher",
@@ -45,14 +45,14 @@ REUSED = [
     "--grpo_ppo_epochs=2",
     "--grpo_dynamic_sampling_rounds=1",
     "--grpo_kd_coef=0.5",
-    "--teacher=tiny-teacher",
+    "--teacher=random:tiny-teacher",
 ]
 
 # options, calls of `generate`, tokens that the teacher reads for each that is trained on, and those
 # that it generates for each that is sampled
 CASES = {
     "sft": (["--mode=sft"], 0, 0, 0),
-    "kd": (["--mode=kd", "--teacher=tiny-teacher", "--kd_ce=0.5"], 0, 1, 0),
+    "kd": (["--mode=kd", "--teacher=random:tiny-teacher", "--kd_ce=0.5"], 0, 1, 0),
     "kd over the student's top-k, weighed": (
         [*WEIGHED, "--kd_signal=student_topk", "--kd_topk=4", "--kd_weight_by=teacher_entropy"],
         0,

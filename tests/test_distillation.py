@@ -250,7 +250,7 @@ def test_random_numbers_belong_to_the_document():
 
 
 def run(tmp_path, name, *given):
-    common = ["--mode=kd", "--teacher=tiny-teacher", "--data=word_problems:12", "--steps=3"]
+    common = ["--mode=kd", "--teacher=random:tiny-teacher", "--data=word_problems:12", "--steps=3"]
     common += ["--batch_size=4", "--eval_examples=0", "--dtype=float32", f"--runs={tmp_path}"]
     assert train.main([*common, f"--name={name}", *given]) == 0
     return read_metrics(tmp_path / name)
@@ -267,7 +267,7 @@ def test_training_from_kept_draws_is_training_with_the_teacher(tmp_path, capsys)
             assert b[name] == c[name]
     assert (tmp_path / "c/ids.npy").stat().st_size == 128 + 4 * 5 * positions(tmp_path / "c")
     capsys.readouterr()
-    other = ["--mode=kd", "--teacher=tiny-teacher", "--data=word_problems:12", cache]
+    other = ["--mode=kd", "--teacher=random:tiny-teacher", "--data=word_problems:12", cache]
     other += ["--eval_examples=0", f"--runs={tmp_path}", "--name=refused"]
     for given, word in (
         (["--kd_signal=topk", "--kd_topk=5"], "--kd_signal or --kd_topk"),

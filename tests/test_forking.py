@@ -16,7 +16,7 @@ from tests.distributed_workers import main_of_a_copy, run
 SMALL = ["--steps=2", "--batch_size=4", "--eval_examples=2", "--eval_tokens=4", "--name=fork"]
 FOR_MODE = {
     "sft": [],
-    "kd": ["--teacher=tiny-teacher"],
+    "kd": ["--teacher=random:tiny-teacher"],
     "grpo": ["--model=tiny-teacher", "--grpo_samples=2", "--sample_tokens=4"],
 }
 # What of a run shows that the change took part in it.

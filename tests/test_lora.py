@@ -549,7 +549,7 @@ def test_dropout_is_off_where_log_probs_are_compared(kind, tmp_path, reward, mon
         if kind != "sampled signal"
         else [a for a in GRPO if not a.startswith(("--mode", "--grpo"))]
     )
-    args += ["--teacher=tiny-teacher"] if kind == "sampled signal" else []
+    args += ["--teacher=random:tiny-teacher"] if kind == "sampled signal" else []
     begun, begin = [], lora.Dropout.begin
     monkeypatch.setattr(
         lora.Dropout,
@@ -592,13 +592,13 @@ MODES = {
     "sft": ["--mode=sft", "--lora_dropout=0.1", "--micro_batch_tokens=120"],
     "kd": [
         "--mode=kd",
-        "--teacher=tiny-teacher",
+        "--teacher=random:tiny-teacher",
         "--lora_rslora",
         "--lora_targets=q_proj,down_proj",
     ],
     "on-policy kd": [
         "--mode=kd",
-        "--teacher=tiny-teacher",
+        "--teacher=random:tiny-teacher",
         "--kd_prefix=student",
         "--sample_tokens=5",
         "--activation_checkpointing",

@@ -56,7 +56,7 @@ def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, 
         "--name=r",
     ]
     argv += ["--sample_tokens=6"] if {"grpo_samples", "kd_prefix"} & recipe.keys() else []
-    argv += ["--teacher=tiny-teacher"] if recipe["mode"] == "kd" else []
+    argv += ["--teacher=random:tiny-teacher"] if recipe["mode"] == "kd" else []
     argv += ["--chat_template_kwargs="] if "chat_template_kwargs" in recipe else []  # the model's
     # --epochs is not read once --steps is given
     trimmed = tmp_path / "recipe.toml"

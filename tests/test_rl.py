@@ -244,7 +244,10 @@ def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
 
 def test_a_batch_without_spread_is_trained_on_where_something_else_teaches(start, tmp_path):
     (tmp_path / "mine.py").write_text("def f(example, completion):\n    return 1.0\n")
-    for more in (["--grpo_entropy_coef=0.01"], ["--grpo_kl_coef=0.1", "--reference=tiny-teacher"]):
+    for more in (
+        ["--grpo_entropy_coef=0.01"],
+        ["--grpo_kl_coef=0.1", "--reference=random:tiny-teacher"],
+    ):
         args = [
             *GRPO,
             f"--model={start}",
@@ -415,6 +418,7 @@ def test_a_divergence_joins_the_policy_gradient(start, tmp_path):
         ("raise KeyError('x')", "raised KeyError"),
         ("return float('nan')", "returned nan"),
         ("return 'many'", "raised ValueError"),
+        ("raise SystemExit(0)", "raised SystemExit"),
     ],
 )
 def test_a_reward_that_fails_is_one_line_that_names_the_sample(
@@ -450,7 +454,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--kd_temperature=2"], "not read with mode=grpo"),
         (["--weighting=sequence"], "not read with mode=grpo"),
         (
-            ["--teacher=tiny-teacher"],
+            ["--teacher=random:tiny-teacher"],
             "not read with grpo_kd_coef=0.0, only with --kd_signal full or topk or student_topk or "
             "draws or sampled, or",
         ),
@@ -469,7 +473,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
             "--kd_signal unlikely takes no --kd_mix",
         ),
         (
-            ["--mode=kd", "--kd_signal=unlikely", "--teacher=tiny-teacher"],
+            ["--mode=kd", "--kd_signal=unlikely", "--teacher=random:tiny-teacher"],
             "teacher is not read with",
         ),
         (["--reference=tiny"], "not read with grpo_kl_coef"),
@@ -492,7 +496,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (
             [
                 "--grpo_kd_coef=0.5",
-                "--teacher=tiny-teacher",
+                "--teacher=random:tiny-teacher",
                 "--kd_divergence=skew_forward_kl",
                 "--kd_beta=1",
             ],
@@ -501,7 +505,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (
             [
                 "--grpo_kd_coef=0.5",
-                "--teacher=tiny-teacher",
+                "--teacher=random:tiny-teacher",
                 "--kd_divergence=skew_reverse_kl",
                 "--kd_beta=1",
             ],

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import signal
 
 import pytest
@@ -227,6 +228,7 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
         checkpoint = folder.step_folder(recipe["steps"])
         checkpoint.mkdir(parents=True)
         save_model(teacher, checkpoint, toy_models.toy_tokenizer(), [0])
+        return ""
 
     monkeypatch.setattr(toy_models, "_train", train_teacher)
     monkeypatch.setattr(train, "train", loop)
@@ -237,7 +239,123 @@ def test_sigterm_after_the_teachers_run_is_not_swallowed(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+# --- each sitting of a run ------------------------------------------------------------------------
+
+
+def begun(*args):
+    return train.main([*SFT, "--warmup=0", *args])
+
+
+def test_each_sitting_is_kept_and_what_changed_is_said(tmp_path, capsys):
+    assert begun() == 0
+    capsys.readouterr()
+    assert train.main(["--name=r", "--resume", "--lr=1e-3", "--steps=4"]) == 0
+    said = capsys.readouterr().out
+    assert "other than in the sitting before: steps 2 -> 4, lr 0.005 -> 0.001" in said
+    # cosine with a floor of 0.1: the last of 2 steps was to have 5e-4; the third of 4 has 3.25e-4
+    assert "goes on at 0.000325, not at 0.0005: the schedule is that of 4 steps in all" in said
+    first, second = runs.read_lines(tmp_path / "runs/r/sittings.jsonl")
+    assert (first["step"], second["step"]) == (0, 2) and first["options"]["lr"] == 5e-3
+    assert first["weights"] == {"policy": "random"} and (first["steps"], second["steps"]) == (2, 4)
+    assert {"command", "git_commit", "time", "host", "ranks"} <= first.keys()
+    assert train.main(["--name=r", "--resume"]) == 0
+    assert "sitting before" not in capsys.readouterr().out
+
+
+def test_without_a_checkpoint_a_run_begins_again_and_keeps_its_lines(tmp_path, capsys):
+    argv = [arg for arg in SFT if not arg.startswith("--save_every")]
+    assert train.main([*argv, "--save=none"]) == 0 and not RunFolder("runs/r").steps()
+    before = (tmp_path / "runs/r/metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert train.main(["--name=r", "--resume", "--save=last"]) == 0
+    assert "no checkpoint to go on from: step 0 again" in capsys.readouterr().out
+    assert (tmp_path / "runs/r/metrics.before-1.jsonl").read_text() == before
+    assert [m["step"] for m in read_metrics("runs/r")] == [0, 1, 2, 2]
+    assert RunFolder("runs/r").steps() == [2]
+
+
+def test_resume_auto_begins_a_run_goes_on_with_it_and_is_done(tmp_path, capsys, monkeypatch):
+    assert refused(capsys, *SFT[:-1], "--resume=auto").endswith("needs the --name of a run\n")
+    argv = [*SFT, "--steps=4", "--save_every=2", "--resume", "auto"]
+    with monkeypatch.context() as m:
+        m.setattr(train, "due", lambda step, every, last: 1 / (step < 3) and step == 2)
+        with pytest.raises(ZeroDivisionError):
+            train.main(argv)
+    assert RunFolder("runs/r").steps() == [2]
+    assert train.main(argv) == 0 and "resumed at step 2" in capsys.readouterr().out
+    assert train.main(argv) == 0 and RunFolder("runs/r").steps() == [2, 4]
+
+
+def test_save_best_keeps_the_checkpoint_of_the_best_evaluation(capsys, monkeypatch):
+    scores = iter([0.9, 0.2, 0.7, 0.3, 0.1])  # at step 0 nothing is saved
+
+    def evaluated(self, model):
+        return {"eval/word_problems/accuracy": next(scores), "eval/word_problems/loss": 1.0}, []
+
+    monkeypatch.setattr("validation.Validation.run", evaluated)
+    assert begun("--steps=4", "--save=best", "--eval_every=1", "--max_checkpoints=1") == 0
+    assert RunFolder("runs/r").steps() == [2, 4]
+    assert "the best evaluation: 0.7000 at step 2; runs/r/checkpoints/step-2" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("evaluated", [0, 3])
+def test_a_broken_model_is_no_result(evaluated, capsys):
+    """Two of three steps have no finite gradient: fewer in a row than --max_skipped."""
+    assert begun("--lr=1e30", "--steps=3", f"--eval_examples={evaluated}", "--save_every=0") == 1
+    assert capsys.readouterr().err.endswith("; lower --lr or look at the data\n")
+    assert not RunFolder("runs/r").steps()
+    for line in open("runs/r/metrics.jsonl"):
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert "train/loss" not in read_metrics("runs/r")[-1]
+
+
+@pytest.mark.parametrize("broken_at,words", [(0, "begins from are broken"), (2, "lower --lr")])
+def test_a_validation_loss_that_is_not_finite_ends_the_run(broken_at, words, capsys, monkeypatch):
+    losses = iter([math.nan if step == broken_at else 1.0 for step in (0, 2)])
+
+    def evaluated(self, model):
+        return {"eval/word_problems/loss": next(losses)}, []
+
+    monkeypatch.setattr("validation.Validation.run", evaluated)
+    assert begun("--save_every=0") == 1
+    error = capsys.readouterr().err
+    assert f"stopped at step {broken_at}: the loss on the validation examples is nan" in error
+    assert words in error and not RunFolder("runs/r").steps()
+
+
+def test_the_last_steps_of_a_good_run_are_not_skipped_in_silence(capsys, monkeypatch):
+    verdicts = iter([(1.0, True), (1.0, False)])
+    monkeypatch.setattr(train, "clip_gradients", lambda *_: next(verdicts))
+    assert begun() == 1
+    assert "the last 1 steps had no finite gradient" in capsys.readouterr().err
+
+
 # --- what is read back ---------------------------------------------------------------------------
+
+
+def test_a_damaged_line_stays_and_takes_no_other_with_it(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "train/loss": 1.5}}\n'.encode() for step in range(1, 9)]
+    lines[3] = lines[3][:7] + b"\xff" + lines[3][8:]
+    path.write_bytes(b"".join(lines) + b'{"step": 9, "tra')
+    cut_back(path, 8)
+    assert path.read_bytes() == b"".join(lines) and "1 damaged lines" in capsys.readouterr().out
+    assert [m["step"] for m in read_metrics(tmp_path)] == [1, 2, 3, 5, 6, 7, 8]
+    for step, kept in ((6, 6), (4, 4), (3, 4)):  # what may be of a later step stays, too
+        cut_back(path, step)
+        assert path.read_bytes() == b"".join(lines[:kept])
+
+
+def test_time_left_counts_evaluations_and_checkpoints():
+    clock = runs.Clock()
+    clock.spent = {"step": [1.0, 3.0], "evaluation": [10.0]}
+    assert clock.left(step=5, evaluation=2, checkpoint=7) == 30.0
+    for every, last in ((3, 10), (5, 10), (0, 10), (20, 10)):
+        for step in range(1, last + 1):
+            due = [s for s in range(step, last + 1) if train.due(s, every, last)]
+            assert train.still_due(step, every, last) == len(due)
 
 
 def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):

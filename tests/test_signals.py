@@ -60,7 +60,7 @@ def sent_at(monkeypatch):
 
 
 def test_the_signals_are_those_of_terminals_and_schedulers():
-    assert NAMES == ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+    assert NAMES == ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,16 +72,46 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(name, sent_at,
     capsys.readouterr()
     assert train.main([*sft, "--name=cut"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert (
-        last
-        == f"stopped by {name} after step 3; continue with --name cut --runs elsewhere --resume"
-    )
+    command = "python train.py --runs elsewhere --name cut --resume"
+    assert last == f"stopped by {name} after step 3; continue with {command}"
     assert (
         RunFolder("elsewhere/cut").steps() == [3]
         and [signal.getsignal(s) for s in STOP_SIGNALS] == before
     )
-    assert train.main(last.partition("with ")[2].split()) == 0
+    assert train.main(command.split()[2:]) == 0
     assert timeless(tmp_path / "elsewhere/cut") == timeless(tmp_path / "elsewhere/whole") != []
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_the_run_goes_on(monkeypatch, capsys):
+    sft = ["--mode=sft", *QUICK, "--save_every=2"]
+    rate = train.learning_rate
+
+    def learning_rate(step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # no first Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(step, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "learning_rate", learning_rate)
+        assert train.main([*sft, "--name=r"]) == 130
+    said = capsys.readouterr()
+    assert said.out.endswith("left at once; continue with python train.py --name r --resume\n")
+    assert said.err == "train.py: interrupted\n" and RunFolder("runs/r").steps() == [2, 4]
+    assert train.main(["--name=r", "--resume"]) == 0 and RunFolder("runs/r").steps() == [4, 6]
+
+
+def test_a_signal_as_the_toy_teacher_ends_is_not_lost(monkeypatch, capsys, tmp_path):
+    """Its training is complete, and the command stops all the same."""
+
+    def train_teacher(recipe, folder, device):
+        folder.step_folder(recipe["steps"]).mkdir(parents=True)
+        return "SIGTERM"
+
+    monkeypatch.setattr(toy_models, "_train", train_teacher)
+    assert train.main(["--mode=kd", *QUICK, "--name=k"]) == 1
+    assert "stopped by SIGTERM, the toy teacher is ready" in capsys.readouterr().err
 
 
 def test_what_is_ignored_stays_so_as_under_nohup(sent_at):

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(change, tmp_path):
 def run(tmp_path, name, *given):
     argv = [
         "--mode=kd",
-        "--teacher=tiny-teacher",
+        "--teacher=random:tiny-teacher",
         "--kd_signal=topk",
         "--data=word_problems:20",
         "--steps=3",
@@ -193,7 +193,7 @@ def test_wrong_uses_are_one_line_before_weights_are_read(tmp_path, monkeypatch, 
     ):
         argv = [
             "--mode=kd",
-            "--teacher=tiny-teacher",
+            "--teacher=random:tiny-teacher",
             "--data=word_problems:20",
             "--eval_examples=0",
         ]

@@ -444,7 +444,12 @@ def test_growth_prefix_and_teachers_together(tmp_path, undrawn):
         rows.append(row | {"teacher": "ab"[number % 2], "teacher_prompt": f"Go. {question}"})
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = (f"--data={path}", "--tokenizer=", "--teacher=a=tiny-teacher,b=tiny", *SAMPLED)
+    given = (
+        f"--data={path}",
+        "--tokenizer=",
+        "--teacher=a=random:tiny-teacher,b=random:tiny",
+        *SAMPLED,
+    )
     lines = run(tmp_path, "r", *given, "--kd_prefix_tokens=2", "--sample_tokens_start=2")
     assert lines[0]["rollout/tokens"] <= 2 < lines[3]["rollout/tokens"] <= 6
 
@@ -454,7 +459,7 @@ def test_growth_prefix_and_teachers_together(tmp_path, undrawn):
 
 def test_a_cache_of_text_that_the_student_wrote_and_kept(tmp_path, undrawn):
     """Also where it did not stop: nothing is put behind such a text."""
-    run(tmp_path, "student", "--data=word_problems:8", "--teacher=tiny-teacher", steps=2)
+    run(tmp_path, "student", "--data=word_problems:8", "--teacher=random:tiny-teacher", steps=2)
     checkpoint, out = tmp_path / "student" / "checkpoints" / "step-2", tmp_path / "traces"
     wrote = [str(checkpoint), "--data=word_problems:6", "--max_tokens=8", "--temperature=1"]
     assert eval.traces.main([*wrote, "--keep=all", "--n=2", f"--out={out}"]) == 0
@@ -467,7 +472,7 @@ def test_a_cache_of_text_that_the_student_wrote_and_kept(tmp_path, undrawn):
         written = tokenizer.encode(row["messages"][-1]["content"])
         assert document.tokens[document.completion_start :].tolist() == written
     cached = ("--kd_signal=topk", "--kd_topk=8", f"--kd_cache={tmp_path / 'cache'}")
-    given = (f"--data={out / 'traces.jsonl'}", "--teacher=tiny-teacher", "--model=tiny")
+    given = (f"--data={out / 'traces.jsonl'}", "--teacher=random:tiny-teacher", "--model=tiny")
     filled = run(tmp_path, "filled", *given, *cached, steps=2)
     again = run(tmp_path, "again", *given, *cached, steps=2)
     live = run(tmp_path, "live", *given, *cached[:2], steps=2)

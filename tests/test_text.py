@@ -553,6 +553,22 @@ def drawn(data, seed, count):
     return [data.example(order(position)).messages[0]["content"] for position in range(count)]
 
 
+@pytest.mark.parametrize(
+    "name,more,label",
+    [
+        ("own/mine.jsonl", {}, "mine"),
+        ("GSM8K/main/train.jsonl", {}, "gsm8k"),
+        ("own/traces.jsonl", {"task": "gsm8k"}, "gsm8k"),
+    ],
+)
+def test_metrics_are_named_by_the_file_unless_it_is_a_public_one(tiny, tmp_path, name, more, label):
+    path = tmp_path / "a/b/c" / name  # no folder of pytest's among the last
+    path.parent.mkdir(parents=True)
+    rows = [{"question": f"{n} + 1?", "answer": f"Well.\n#### {n + 1}"} | more for n in range(4)]
+    data = dataset(tiny, str(write(path, rows)), eval_examples=1)
+    assert data.label == label and data.validation[0].task == "gsm8k"
+
+
 def test_files_are_mixed_by_their_weights(tiny, tmp_path):
     a, b = numbered(tmp_path, "a", 30), numbered(tmp_path, "b", 7)
     data = dataset(tiny, f"{a},{b}:0.25", eval_examples=0)

@@ -43,7 +43,8 @@ def test_a_run_by_kernel_is_the_one_without(options, tmp_path):
             f"--name={kernels}",
         ]
         assert (
-            train.main(argv + (["--teacher=tiny-teacher"] if "--mode=kd" in options else [])) == 0
+            train.main(argv + (["--teacher=random:tiny-teacher"] if "--mode=kd" in options else []))
+            == 0
         )
         lines = [
             json.loads(line)

@@ -1,0 +1,173 @@
+"""What a run says before it begins, and all that `--dry_run` does.
+
+Which models and where their weights are from, what is trained on, for how long, what it takes in
+memory and on the disk, and what is written.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from config import OWN_TOKENS, SELF, Config, needs_old_logp, teachers_of
+from data.batch import GlobalBatch
+from data.show import show_batch
+from model.load import Checkpoint
+from model.lora import parse_targets
+from model.transformer import Transformer
+from prepare import Plan
+
+LOOKED_AT = 64  # examples whose mean length is shown
+HELD_OUT = 0.25  # a larger part of the examples than this for validation is worth a word
+
+
+def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | None) -> list[str]:
+    """The lines of the start block.
+
+    Args:
+        steps: Of the whole run.
+        folder: Of the run.
+        resumed: The step that it goes on from, or None.
+    """
+    place = plan.place
+    goes_on = f" (resumed at step {resumed})" if resumed else ""
+    lines = [
+        f"{cfg.mode} on {place.world} x {place.device.type}, {plan.dataset.label}: {steps:,} steps "
+        f"-> {folder}{goes_on}",
+        *_models(cfg, plan, resumed),
+        *_data(cfg, plan),
+        _per_step(cfg, plan, steps),
+        f"optimizer  lr {cfg.lr:g} ({cfg.schedule}, warm-up {cfg.warmup}), weight decay "
+        f"{cfg.weight_decay:g}; what is not given has the defaults of {cfg.defaults} models "
+        "(--defaults)",
+        *_space(cfg, plan, folder),
+    ]
+    if cfg.lora_dropout and needs_old_logp(cfg):
+        lines.append(
+            "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "
+            "with those of the rollout"
+        )
+    return lines
+
+
+def _models(cfg: Config, plan: Plan, resumed: int | None) -> Iterator[str]:
+    is_toy = cfg.mode == "grpo" and cfg.model == "tiny"
+    size, adapters = _sizes(cfg, plan.student)
+    lora = f", {adapters:,} more in adapters that are trained" if adapters else ""
+    weights = _weights(plan.student, is_toy)
+    if resumed is not None:
+        weights = f"weights of step {resumed}; the run began with {weights}"
+    yield f"policy     {cfg.model}: {size:,} parameters{lora}, {weights}"
+    for name, teacher in zip(teachers_of(cfg).values(), plan.teachers, strict=False):
+        of = "the policy" if name in SELF else _weights(teacher, not name)
+        yield f"teacher    {name or 'tiny-teacher'}: {_sizes(cfg, teacher)[0]:,} parameters, {of}"
+    if plan.reference:
+        of = _weights(plan.reference, False) if cfg.reference else "the policy as it begins"
+        yield f"reference  {cfg.reference or cfg.model}: {of}"
+
+
+def _weights(checkpoint: Checkpoint, is_toy: bool) -> str:
+    """Where a model's weights are from, in words. is_toy: it is trained on first use."""
+    if is_toy:
+        return "weights of the toy task's own, which is trained on first use"
+    if checkpoint.folder:
+        return f"weights of {checkpoint.folder}"
+    return "RANDOM WEIGHTS (a preset is a shape; a folder or a hub id has weights)"
+
+
+def _sizes(cfg: Config, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Parameters of a model, and those of the adapters that --lora_rank would add."""
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config)
+    adapters = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] in parse_targets(
+            cfg.lora_targets
+        ):
+            adapters += cfg.lora_rank * (layer.in_features + layer.out_features)
+    return sum(p.numel() for p in model.parameters()), adapters
+
+
+def _data(cfg: Config, plan: Plan) -> Iterator[str]:
+    data = plan.dataset
+    trained, held = len(data), len(data.validation)
+    of = f" from {cfg.eval_data}" if cfg.eval_data else ""
+    counts = f"{trained:,} examples trained on" if trained else "endless"
+    counts += f", {held:,} for validation{of}, {data.dropped.total():,} dropped"
+    yield f"data       {cfg.data}: {counts}"
+    for source, size in zip(data.sources, data.sizes, strict=False):
+        yield f"           {source.path}: {size:,} trained on"
+    if data.sources and not cfg.eval_data and held > HELD_OUT * (held + trained):
+        yield (
+            f"           VALIDATION TAKES {held:,} OF {held + trained:,} EXAMPLES; fewer with "
+            "--eval_examples, none with --eval_data FILE"
+        )
+
+
+def _per_step(cfg: Config, plan: Plan, steps: int) -> str:
+    data, prompts, passes = plan.dataset, cfg.batch_size, 1
+    if cfg.mode == "grpo":
+        prompts, passes = cfg.batch_size // cfg.grpo_samples, cfg.grpo_ppo_epochs
+    number = min(len(data), LOOKED_AT) or LOOKED_AT
+    mean = sum(len(data.get(i)) for i in range(number)) / number
+    text = f"steps      {steps:,} of {cfg.batch_size:,} examples"
+    if cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data"):
+        text = f"steps      {steps:,} of {cfg.batch_size:,} samples, at most {cfg.sample_tokens:,} "
+        text += f"new tokens each, to {prompts:,} prompts"
+    text += f" (about {mean * prompts:,.0f} tokens)"
+    if len(data):
+        text += f": {steps / passes * prompts / len(data):.3g} epochs"
+    return text
+
+
+def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
+    """Memory for what is there all the time, and the most that checkpoints take on the disk."""
+    compute = plan.place.compute_dtype.itemsize
+    master = max(compute, 4)
+    size, adapters = _sizes(cfg, plan.student)
+    trained = adapters or size
+    frozen = size if adapters else 0
+    others = [t for t in plan.teachers if t is not plan.student] + [plan.reference] * bool(
+        cfg.reference and plan.reference
+    )
+    frozen += sum(_sizes(cfg, model)[0] for model in others if model)
+    memory = 4 * master * trained + compute * frozen
+    yield f"memory     {_bytes(memory)} for weights, gradients and AdamW, beside activations"
+    checkpoint = master * (size + 2 * trained + (adapters and trained))
+    count = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
+    disk = checkpoint * count.get(cfg.save, 0)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    short = "" if disk < free else "; THIS IS NOT ENOUGH"
+    yield (
+        f"disk       at most {_bytes(disk)}: checkpoints of {_bytes(checkpoint)} (--save "
+        f"{cfg.save}); {_bytes(free)} are free{short}"
+    )
+    yield (
+        f"writes     {folder}/: config.json, environment.json, sittings.jsonl, metrics.jsonl, "
+        "samples.jsonl, curves.png, checkpoints/"
+    )
+
+
+def _bytes(count: float) -> str:
+    """A number of bytes, as people read it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def show_first(cfg: Config, plan: Plan) -> None:
+    """Print the first example as the models see it, with what is trained on in brackets."""
+    document, example = plan.dataset.get(0), plan.dataset.example(0)
+    batch = GlobalBatch([document])
+    show_batch(batch, plan.tokenizer, 1)
+    if document.teacher_tokens is not None:
+        print("--- what the teacher sees of it")
+        show_batch(batch.for_teacher(document.teacher), plan.tokenizer, 1)
+    if plan.reward:
+        print(f"--- rewarded by {cfg.grpo_reward}; gold answer: {example.answer}")
+    elif cfg.kd_signal in OWN_TOKENS or cfg.kd_prefix == "student":
+        print("--- the student's own answers are trained on")

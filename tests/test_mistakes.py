@@ -1,0 +1,154 @@
+"""What people do wrong, and the one line that each gets: a table, from command lines to words.
+
+All are refused with exit code 2, before a weight is loaded, and leave nothing behind.
+"""
+
+import json
+import shutil
+
+import pytest
+
+import toy_models
+import train
+from model.checkpoint import build_model, save_model
+from model.presets import PRESETS
+
+ROWS = [{"question": f"How much is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(12)]
+TALK = [{"prompt": f"Say {n}."} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as a user has it: data, a model, a finished run and one without a checkpoint."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "mine.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (home / "talk.jsonl").write_text("\n".join(map(json.dumps, TALK)))
+    (home / "mine.csv").write_text("question,answer\n1,2\n")
+    (home / "empty.jsonl").write_text("")
+    (home / "r.py").write_text("def good(example, completion):\n    return 1.0\n")
+    (home / "bad.py").write_text("import sys\nsys.exit(0)\n")
+    (home / "c.yaml").write_text("lr: 1\n")
+    (home / "old.toml").write_text('mode = "sft"\nkd_beta = 0.5\n')
+    model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    (home / "model").mkdir()
+    save_model(model, home / "model", toy_models.toy_tokenizer(), [0])
+    run = home / "runs/done"
+    shutil.copytree(home / "model", run / "checkpoints/step-5")
+    stored = train.settings_of(train.Config(mode="sft"))
+    (run / "config.json").write_text(json.dumps(stored))
+    (run / "metrics.jsonl").write_text('{"step": 5}\n')
+    (home / "runs/empty/checkpoints").mkdir(parents=True)
+    return home
+
+
+MISTAKES = [
+    # names that other programs have
+    (
+        "--learning_rate=1e-4",
+        "--learning_rate is not an option, but of other programs; here it is --lr",
+    ),
+    ("--per_device_train_batch_size 4", "here it is --batch_size, of a whole step"),
+    ("--gradient_accumulation_steps=8", "micro-batches are cut by --micro_batch_tokens"),
+    ("--num_train_epochs=3", "here it is --epochs"),
+    ("--temperature 0.7", "--sample_temperature, or --kd_temperature"),
+    ("--beta=0.04", "--grpo_kl_coef, the weight of the KL to the reference, or --kd_beta"),
+    ("--model_name_or_path=x", "here it is --model"),
+    ("--max-new-tokens=9", "here it is --sample_tokens"),
+    ("--output_dir=o", "--runs, the folder of all runs, and --name"),
+    # slips of the fingers
+    ("-lr 1e-4", "-lr"),
+    ("lr=1e-4", "lr=1e-4"),
+    ("--lr=1e-5e", "--lr: '1e-5e' is not a number"),
+    ("--lr=0", "--lr must be above 0"),
+    ("--lr=nan", "--lr: nan is not a number that is finite"),
+    ("--mode=dpo", "sft, kd, grpo"),
+    ("--mode=KD", "kd"),
+    ("--device=gpu", "cuda"),
+    ("--dtype=fp16", "float32, bfloat16"),
+    ("--wandb=true", "off, offline, online"),
+    ("--save=newest", "every, best, last, none"),
+    ("--resume=maybe", "--resume: 'maybe' is not true or false or auto"),
+    ("--seed=-1", "--seed must be at least 0"),
+    ("--system_prompt", "--system_prompt: expected one argument"),
+    ("--kd_divergence=fkl", "forward_kl"),
+    ("--lora_rank=2 --lora_targets=query", "no layer 'query'"),
+    ("--drop_layers=99", "--drop_layers 99: tiny has the layers 0 to 1"),
+    # models
+    ("--mode=sft --model=Qwen2.5-0.5B", "--model Qwen2.5-0.5B: no such folder"),
+    ("--mode=sft --model=runs/empty", "--model runs/empty: this run has no checkpoint yet"),
+    ("--mode=sft --model=runs/nope", "--model runs/nope: no such folder"),
+    ("--teacher=qwen2.5-7b", "--teacher qwen2.5-7b is a preset, a shape with random weights"),
+    ("--mode=grpo --grpo_kl_coef=0.1 --reference=tiny", "or write random:tiny if that is what"),
+    ("--model=model --data=mine.jsonl --teacher=", "--teacher is needed"),
+    ("--mode=sft --teacher=model", "teacher is not read with mode=sft"),
+    ("--mode=sft --tokenizer=nowhere", "nowhere"),
+    # data
+    ("--mode=sft --data=mine.csv", "mine.csv: a data file ends in .jsonl, .json"),
+    ("--mode=sft --data=mine.json", "--data mine.json: no such file"),
+    ("--mode=sft --data=.", "which file of the folder?"),
+    ("--mode=sft --data=empty.jsonl", "empty.jsonl is empty"),
+    ("--mode=sft --data=mine.jsonl", "has 12 different questions; --eval_examples 400 leaves none"),
+    ("--mode=sft --data=mine.jsonl --eval_examples=2 --micro_batch_tokens=9", "raise it or set"),
+    ("--mode=grpo --data=talk.jsonl --eval_examples=2", "no answer that a grader knows"),
+    # what does not go together
+    ("--epochs=3 --steps=9", "epochs is not read with steps=9, only with --steps 0"),
+    ("--save=best --eval_examples=0", "--save best chooses by evaluations"),
+    ("--save=none --save_every=5", "save_every is not read with save=none"),
+    ("--mode=grpo --batch_size=10", "no whole groups of --grpo_samples 8"),
+    ("--mode=grpo --sample_top_p=0.9", "change who samples"),
+    ("--mode=grpo --grpo_reward=r.py", "r.py"),
+    ("--mode=grpo --grpo_reward=r.py:god", "has no function 'god'"),
+    ("--mode=grpo --grpo_reward=bad.py:f", "could not be loaded (SystemExit: 0)"),
+    ("--kd_prefix=student --kd_ce=0.5", "set --kd_ce 0, or --kd_prefix data or teacher"),
+    ("--config=c.yaml", "YAML is not read; write TOML"),
+    ("--config=old.toml", "kd_beta is not read with mode=sft"),
+    ("--config=nowhere.toml", "nowhere.toml is not there"),
+    # runs
+    ("--mode=sft --name=a/b", "--name a/b must be a plain folder name"),
+    ("--mode=sft --resume", "--resume needs the --name of a run"),
+    ("--resume=auto", "--resume needs the --name of a run"),
+    ("--name=nope --resume", "there is no run runs/nope"),
+    ("--name=empty --resume", "runs/empty has no config.json to go on with"),
+    ("--mode=sft --name=done", "run runs/done exists; continue it with --resume"),
+    ("--mode=sft --name=done --dry_run", "run runs/done exists; --resume would continue it"),
+    ("--name=done --resume --batch_size=64", "the run was begun with 32 and keeps it"),
+]
+
+
+@pytest.mark.parametrize("line,words", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_one_line(line, words, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr("prepare.toy_model", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setattr("model.load.build_model", lambda *_, **__: pytest.fail("weights were read"))
+    assert train.main(["--device=cpu", *line.split()]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error
+    assert sorted(p for p in place.rglob("*") if p.name != ".lock") == before
+
+
+DRY = [
+    ("--mode=sft --data=mine.jsonl --eval_examples=6", "VALIDATION TAKES 6 OF 12 EXAMPLES"),
+    ("--mode=sft --data=mine.jsonl --eval_examples=2", "mine.jsonl: 10 trained on"),
+    ("--mode=sft --data=mine.jsonl --eval_examples=2", "sft on 1 x cpu, mine: 1,000 steps"),
+    ("--mode=sft --model=qwen2.5-0.5b --data=mine.jsonl --eval_examples=2", "RANDOM WEIGHTS"),
+    ("--mode=sft --model=model --data=mine.jsonl --eval_examples=2", "weights of model"),
+    ("--mode=sft --model=runs/done --data=mine.jsonl --eval_examples=2", "checkpoints/step-5"),
+    ("--mode=kd --teacher=model", "teacher    model: 252,768 parameters, weights of model"),
+    ("--mode=grpo --data=mine.jsonl --eval_examples=2", "gold answer: "),
+    ("--mode=kd --kd_prefix=student", "the student's own answers are trained on"),
+]
+
+
+@pytest.mark.parametrize("line,words", DRY, ids=[f"{line} {words[:9]}" for line, words in DRY])
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(line, words, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("prepare.toy_model", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setattr("model.load.build_model", lambda *_, **__: pytest.fail("weights were read"))
+    before = sorted(place.rglob("*"))
+    tokenizer = ["--tokenizer=model"] if "qwen" in line else []
+    assert train.main(["--device=cpu", "--dry_run", *line.split(), *tokenizer]) == 0
+    out = capsys.readouterr().out
+    assert words in out and "--- example 1" in out and sorted(place.rglob("*")) == before
+    for name in ("policy ", "data ", "steps ", "optimizer ", "memory ", "disk ", "writes "):
+        assert f"\n{name}" in out
