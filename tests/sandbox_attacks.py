@@ -5,7 +5,7 @@
 
 SOUGHT = """
 import contextlib, ctypes, gc, glob, os, re, struct, sys, time
-END = time.monotonic() + 1.5
+END = time.monotonic() + 0.5
 def read(path, count=1 << 20):
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -108,7 +108,7 @@ LOOKS = {
         yield ctypes.string_at(start, stop - start)""",
     "memory that was freed": """
     for power in range(5, 21):
-        for _ in range(64):
+        for _ in range(16):
             yield ctypes.string_at(libc.malloc(1 << power), 1 << power)""",
     "memory of the parent": "yield from memory(os.getppid())",
     "memory of all": "for pid in pids(): yield from memory(pid)",

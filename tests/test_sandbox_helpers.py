@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,28 @@ def test_a_helper_killed_from_outside_is_replaced():
         assert pool._idle[0].pid != helper.pid
     finally:
         pool.close()
+
+
+def test_a_supervisor_killed_from_outside_is_replaced():
+    pool = Helpers()
+    pool._idle.append(Helper((mark := f"mark-{time.monotonic_ns()}",)))
+    first = pool._idle[0].pid
+    killer = threading.Thread(target=kill_child_of, args=(first,))
+    killer.start()
+    try:
+        assert pool.check("import time\ntime.sleep(1)", "", Limits()).passed
+        assert pool._idle[0].pid != first and processes_marked(mark) == set()
+    finally:
+        killer.join()
+        pool.close()
+
+
+def kill_child_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while not children.read_text():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.kill(int(children.read_text().split()[0]), 9)
 
 
 DAEMON = """

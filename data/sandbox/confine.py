@@ -269,12 +269,13 @@ SIOCSPGRP = 0x8902
 # it; a pair of datagram sockets could be used to send elsewhere. clone3 hides its flags from a
 # filter; the C library falls back on clone where clone3 does not exist.
 NEVER = compile_rules(
-    f"""socket 41 198, connect 42 203, bind 49 200, listen 50 201, execve 59 221, execveat 322 281,
-    ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440,
-    kcmp 312 272, move_pages 279 239, migrate_pages 256 238, pidfd_getfd 438 438, unshare 272 97,
-    setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51,
-    open_tree 428 428, open_tree_attr 467 467, move_mount 429 429, fsopen 430 430, fsmount 432 432, mount_setattr 442 442,
-    bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425,
+    f"""socket 41 198, connect 42 203, bind 49 200, listen 50 201, execve 59 221,
+    execveat 322 281, ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271,
+    process_madvise 440 440, kcmp 312 272, move_pages 279 239, migrate_pages 256 238,
+    pidfd_getfd 438 438, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39,
+    pivot_root 155 41, chroot 161 51, open_tree 428 428, open_tree_attr 467 467,
+    move_mount 429 429, fsopen 430 430, fsmount 432 432, mount_setattr 442 442, bpf 321 280,
+    perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425,
     io_uring_register 427 427, keyctl 250 219, add_key 248 217, request_key 249 218,
     init_module 175 105, finit_module 313 273, kexec_load 246 104, personality 135 92,
     modify_ldt 154 0, open_by_handle_at 304 265, name_to_handle_at 303 264, fanotify_init 300 262,
@@ -290,8 +291,8 @@ NO_FILES = compile_rules(
     rename 82 0, renameat 264 38, renameat2 316 276, mkdir 83 0, mkdirat 258 34, rmdir 84 0,
     link 86 0, linkat 265 37, symlink 88 0, symlinkat 266 36, mknod 133 0, mknodat 259 33"""
 )
-# No attribute of a file may change, where programs can see files of others. Old versions of Landlock
-# let a file be truncated.
+# No attribute of a file may change, where programs can see files of others. The first versions of
+# Landlock let a file be truncated.
 NO_ATTRIBUTES = compile_rules(
     """chmod 90 0, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 0, fchown 93 55,
     lchown 94 0, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,

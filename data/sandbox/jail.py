@@ -7,8 +7,9 @@ program runs in processes of its own, each the child of the one before:
 
 The server forks and reads nothing of programs and tests: all processes of a request are started
 before those are read, so that no solution has tests in its memory, of its own request or an earlier
-one. There is a supervisor for each request: it watches the time and cleans up. The tests' process is
-the first of its process namespace, where there is one, so the kernel ends all that came of it when it ends.
+one. There is a supervisor for each request: it watches the time and cleans up. The tests' process
+is the first of its process namespace, where there is one, so the kernel ends all that came of it
+when it ends.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -56,7 +57,7 @@ NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NE
 OWN_USERS = 1 << 30
 NOBODY = 65534
 MAX_FD = 1 << 16
-MAX_FILES = 4096  # of a scratch folder
+MAX_FILES = 256  # of a scratch folder on disk, where folders take milliseconds to delete
 MAX_PATH = 1000  # characters of a path in it, which the kernel limits
 LOOK_SECONDS = 0.05  # between its looks
 
@@ -108,7 +109,7 @@ def failure(*attempts: Callable[[], object]) -> str | None:
     return detail if reason == "sandbox" else None
 
 
-def import_all(names: list[str]) -> None:
+def import_all(names: Iterable[str]) -> None:
     """Import modules, except those that this Python was built without."""
     for name in names:
         with contextlib.suppress(ImportError):
@@ -127,8 +128,8 @@ class Isolation:
     """The layers that this system offers, found by trying them, and how they are put on.
 
     Args:
-        left_out: layers to do without, for the tests: namespaces, landlock, seccomp; "new landlock" leaves
-            what its first version has.
+        left_out: layers to do without, for the tests: namespaces, landlock, seccomp, or "new
+            landlock" for all that came after its first version.
     """
 
     def __init__(self, left_out: Collection[str]) -> None:
@@ -343,6 +344,9 @@ def remove(folder: str) -> None:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=inner)
                 continue
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.name, dir_fd=inner)
+                continue
             os.chmod(entry.name, 0o700, dir_fd=inner)  # else it can be neither entered nor moved
             waiting.append(os.urandom(16).hex())  # a name that no program could have taken
             os.rename(entry.name, waiting[-1], src_dir_fd=inner, dst_dir_fd=top)
@@ -369,9 +373,7 @@ def run_tests(isolation: Isolation, request: dict, incoming: int, _: int) -> tup
     return judge.grade(program, tests, judge.Solution(pid, asking, replies))
 
 
-def supervise(
-    isolation: Isolation, request: dict, requests: int, replies: int, server: int
-) -> bool:
+def supervise(isolation: Isolation, request: dict, requests: int, replies: int, server: int) -> str:
     """Start the tests' process, end it in time, clean up and reply, in the supervisor's process.
 
     The program and its tests are read when all its processes have been started: a process has in
@@ -385,7 +387,7 @@ def supervise(
     confine.prctl(confine.PR_SUBREAPER, 1)
     if isolation.namespaces:
         confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
-        options = f"mode=777,size={limits['disk']},nr_inodes={MAX_FILES}"
+        options = f"mode=777,size={limits['disk']},nr_inodes=4096"
         confine.mount_memory(scratch, options)
     incoming, outgoing = os.pipe()
     start = time.monotonic()
@@ -415,7 +417,7 @@ def supervise(
     elif verdict not in dict(ended):
         outcome = "timeout", f"ran longer than {limits['timeout']:g} s"
     judge.send(replies, json.dumps((*outcome, seconds)).encode())
-    return True
+    return "over"
 
 
 def main() -> None:
@@ -439,10 +441,11 @@ def main() -> None:
         request = json.loads(header) | {"scratch": isolation.make_scratch()}
         work = partial(supervise, isolation, request, requests, replies)
         result = wait(*fork(work, requests, replies))
-        if result is not True:  # the supervisor was killed or failed: what it left is cleaned up
+        if result != "over":  # the supervisor was killed or failed: what it left is cleaned up
             isolation.clean_up(request["scratch"])
             judge.send(replies, json.dumps((*result, 0.0)).encode())
-            return  # and this server, which may have seen why, is not used again
+            return  # this server may have seen a test in that result
+        judge.send(replies, json.dumps(result).encode())
 
 
 if __name__ == "__main__":
