@@ -219,6 +219,9 @@ TESTS = {
 }
 
 
+ERRORS = {"": errno.EPERM, "ENOSYS": errno.ENOSYS, "NOTHING": 0}
+
+
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     """One instruction; a jump skips `if_true` or `if_false` of the following ones."""
     return struct.pack("HBBI", code, if_true, if_false, value)
@@ -230,7 +233,8 @@ def compile_rules(table: str) -> bytes:
     Args:
         table: rows of `name x86_64 aarch64`, separated by commas: a system call and its number on
             each architecture, 0 where it does not exist. The call fails with EPERM; with ENOSYS
-            where that follows; where `argument test value` follows, only if that test holds.
+            where that follows, or does nothing and succeeds where NOTHING does; where `argument
+            test value` follows, only if that test holds.
 
     Returns:
         Instructions that expect the number of the call to be loaded, and leave it so.
@@ -242,9 +246,8 @@ def compile_rules(table: str) -> bytes:
         if not number:
             continue
         if len(condition) < 3:
-            error = errno.ENOSYS if condition == ["ENOSYS"] else errno.EPERM
             program += _instruction(JUMP_IF_EQUAL, number, 0, 1)
-            program += _instruction(RETURN, FAIL | error)
+            program += _instruction(RETURN, FAIL | ERRORS[" ".join(condition)])
             continue
         argument, test, value = condition
         jump, *skips = TESTS[test]
@@ -306,10 +309,12 @@ def only_itself(pid: int) -> bytes:
     """The rules for process `pid`: no signals to others, in any form, nor their limits.
 
     Landlock refuses signals too, but only in newer kernels; of limits and scheduling it knows
-    nothing, and these can end a process as well.
+    nothing, and these can end a process as well. All that it starts stays in its group of
+    processes, so that one signal ends them.
     """
     return compile_rules(
-        f"""tkill 200 130, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
+        f"""setsid 112 157 NOTHING, setpgid 109 154 NOTHING, tkill 200 130,
+        rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
         pidfd_send_signal 424 424, pidfd_open 434 434, process_mrelease 448 448,
         fcntl 72 25 1 is {F_SETOWN}, fcntl 72 25 1 is {F_SETOWN_EX}, ioctl 16 29 1 is {FIOSETOWN},
         ioctl 16 29 1 is {SIOCSPGRP}, setpriority 141 140, sched_setaffinity 203 122,

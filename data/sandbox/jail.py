@@ -410,6 +410,8 @@ def supervise(isolation: Isolation, request: dict, requests: int, replies: int, 
             excess = files_in_excess(scratch, limits["disk"])
     seconds = time.monotonic() - start
     os.kill(tests, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may not have a group of its own yet
+        os.killpg(tests, signal.SIGKILL)
     outcome = wait(tests, verdict, ("crashed", "the tests' process ended early"))
     isolation.clean_up(scratch)
     if excess:
