@@ -16,7 +16,7 @@ from data import sandbox
 from data.sandbox import Helper, Helpers, Limits, check, check_many
 from errors import RunFailed
 from tests.conftest import ROOT
-from tests.sandbox_tools import linux_only, processes_marked
+from tests.sandbox_tools import AS_ROOT, linux_only, open_python, processes_marked
 
 pytestmark = linux_only
 
@@ -144,3 +144,24 @@ def test_a_helper_that_does_not_start_is_one_line(tmp_path):
     python.chmod(0o755)
     with pytest.raises(RunFailed, match="did not start"):
         Helper(python=str(python))
+
+
+# It starts Python as a root that was left no rights, as some containers do.
+BARE_ROOT = """#!{python}
+import ctypes, os, sys
+for capability in range(64):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, to give its rights up")
+def test_a_root_without_rights(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(BARE_ROOT.format(python=open_python()))
+    python.chmod(0o755)
+    helper = Helper(python=str(python))
+    outcome = helper.check("x = 1", "", Limits())
+    lacks = " ".join(helper.missing)
+    helper.close()
+    assert outcome.passed and "no other user" in lacks

@@ -305,23 +305,23 @@ NO_ATTRIBUTES = compile_rules(
 )
 
 
-def only_itself(pid: int) -> bytes:
-    """The rules for process `pid`: no signals to others, in any form, nor their limits.
+# No signals to others, in any form, and none of their limits. Landlock refuses signals too, but
+# only in newer kernels; limits and scheduling, which can end a process as well, it does not know.
+# All that a program starts stays in its group of processes, so that one signal ends them.
+NO_SIGNALS = compile_rules(
+    f"""tkill 200 130, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
+    pidfd_send_signal 424 424, pidfd_open 434 434, process_mrelease 448 448,
+    fcntl 72 25 1 is {F_SETOWN}, fcntl 72 25 1 is {F_SETOWN_EX}, ioctl 16 29 1 is {FIOSETOWN},
+    ioctl 16 29 1 is {SIOCSPGRP}, setpriority 141 140, sched_setaffinity 203 122,
+    sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274, ioprio_set 251 30,
+    prlimit64 302 261 0 not 0, setsid 112 157 NOTHING, setpgid 109 154 NOTHING"""
+)
 
-    Landlock refuses signals too, but only in newer kernels; of limits and scheduling it knows
-    nothing, and these can end a process as well. All that it starts stays in its group of
-    processes, so that one signal ends them.
-    """
-    return compile_rules(
-        f"""setsid 112 157 NOTHING, setpgid 109 154 NOTHING, tkill 200 130,
-        rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
-        pidfd_send_signal 424 424, pidfd_open 434 434, process_mrelease 448 448,
-        fcntl 72 25 1 is {F_SETOWN}, fcntl 72 25 1 is {F_SETOWN_EX}, ioctl 16 29 1 is {FIOSETOWN},
-        ioctl 16 29 1 is {SIOCSPGRP}, setpriority 141 140, sched_setaffinity 203 122,
-        sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274,
-        ioprio_set 251 30, prlimit64 302 261 0 not 0, kill 62 129 0 not {pid},
-        tgkill 234 131 0 not {pid}"""
-    )
+
+def only_itself(pid: int) -> bytes:
+    """The rules for process `pid`: signals to itself and to nobody else."""
+    own = compile_rules(f"kill 62 129 0 not {pid}, tgkill 234 131 0 not {pid}")
+    return NO_SIGNALS + own
 
 
 def refuse(rules: bytes) -> None:

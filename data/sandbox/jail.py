@@ -137,6 +137,8 @@ class Isolation:
         self.user = OWN_USERS | os.getpid() if self.root else os.geteuid()
         if self.root and failure(self.become_user):  # a container with few users
             self.user = NOBODY
+            if failure(self.become_user):  # a root that was left no rights
+                self.root, self.user = False, 0
         folders = {os.path.abspath(path) for path in sys.path if os.path.isdir(path)}
         self.libraries = sorted(folders.union(filter(os.path.exists, LIBRARIES)))
         self.readable = self.libraries + list(filter(os.path.exists, DEVICES))
@@ -165,8 +167,9 @@ class Isolation:
         """Enter namespaces, with a file system that holds Python and nothing else."""
         # Inside a user namespace these have no name until they are mapped.
         uid, gid = os.geteuid(), os.getegid()
-        confine.call("unshare", NAMESPACES | confine.NEW_USER if uid else NAMESPACES)
-        if uid:
+        own_users = uid or not self.root
+        confine.call("unshare", NAMESPACES | confine.NEW_USER if own_users else NAMESPACES)
+        if own_users:
             confine.prctl(confine.PR_DUMPABLE, 1)  # else a former root does not own its /proc/self
             maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
             for name, text in maps.items():
@@ -195,6 +198,8 @@ class Isolation:
             yield "no Landlock"
         if not self.seccomp:
             yield "no filter of system calls"
+        if not self.root and self.user == 0:
+            yield "this root may become no other user: nor do programs, whose number has no limit"
         if self.namespaces:
             return
         yield (
