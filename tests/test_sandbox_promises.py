@@ -184,10 +184,10 @@ def test_heaps_of_files_and_folders(jail):
     on_disk = any("no namespaces" in lack for lack in jail.helper.missing)
     for name, program in {**HEAPS, "2,000 nested folders": nested}.items():
         start = time.monotonic()
-        outcome = jail.check("import os\n" + program, timeout=1.0)
+        outcome = jail.check("import os\n" + program, timeout=8.0 if on_disk else 0.5)
         assert outcome.reason in ("failed", "timeout") or program == nested, (name, outcome)
         assert outcome.reason == "failed" or not on_disk, (name, outcome)
-        assert time.monotonic() - start < 9, name
+        assert time.monotonic() - start < 20, name
         assert not glob.glob(f"/tmp/srlm-sandbox-{jail.helper.pid}-*"), name
 
 
