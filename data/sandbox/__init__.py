@@ -63,7 +63,7 @@ class Limits:
         memory: bytes of each process.
         tasks: threads and processes.
         children: whether it may start processes.
-        disk: bytes of each file, and of all together where the system has namespaces.
+        disk: bytes of each file, and of all together.
     """
 
     timeout: float = 5.0
