@@ -35,8 +35,12 @@ class Jail:
         if unprivileged and not AS_ROOT:
             pytest.skip("the tests are run by an unprivileged user: the other form is this one")
         self.mark = f"mark-{uuid.uuid4().hex}"
-        python = open_python() if unprivileged or without else sys.executable
-        self.helper = Helper((*without, self.mark), python, NOBODY if unprivileged else None)
+        self.arguments = (
+            (*without, self.mark),
+            open_python() if unprivileged or without else sys.executable,
+            NOBODY if unprivileged else None,
+        )
+        self.helper = Helper(*self.arguments)
 
     def check(self, program, tests="", **limits):
         return self.helper.check(program, tests, Limits(**limits))
@@ -80,6 +84,8 @@ def _forms():
     layers = {
         "": (),
         " without namespaces": ("namespaces",),
+        " without Landlock": ("landlock",),
+        " with an old Landlock": ("namespaces", "new landlock"),
         " with the filter alone": ("namespaces", "landlock"),
     }
     for name, without in layers.items():

@@ -282,7 +282,7 @@ os.mkdir("shut", 0)
 
 
 def test_a_scratch_folder_of_its_own(jail):
-    jail.needs("cannot write a scratch folder")
+    jail.needs("can open no file")
     on_disk = any("no namespaces" in lack for lack in jail.helper.missing)
     program = SCRATCH.format(chmod=not on_disk)
     assert jail.result(program) == []

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from data import sandbox
 from data.sandbox import Helper, Helpers, Limits, check, check_many
 from errors import RunFailed
 from tests.conftest import ROOT
-from tests.sandbox_tools import linux_only, processes_marked
+from tests.sandbox_tools import AS_ROOT, linux_only, open_python, processes_marked
 
 pytestmark = linux_only
 
@@ -45,6 +47,28 @@ def test_a_helper_killed_from_outside_is_replaced():
         assert pool._idle[0].pid != helper.pid
     finally:
         pool.close()
+
+
+def test_a_supervisor_killed_from_outside_is_replaced():
+    pool = Helpers()
+    pool._idle.append(Helper((mark := f"mark-{time.monotonic_ns()}",)))
+    first = pool._idle[0].pid
+    killer = threading.Thread(target=kill_child_of, args=(first,))
+    killer.start()
+    try:
+        assert pool.check("import time\ntime.sleep(1)", "", Limits()).passed
+        assert pool._idle[0].pid != first and processes_marked(mark) == set()
+    finally:
+        killer.join()
+        pool.close()
+
+
+def kill_child_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while not children.read_text():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.kill(int(children.read_text().split()[0]), 9)
 
 
 DAEMON = """
@@ -120,3 +144,24 @@ def test_a_helper_that_does_not_start_is_one_line(tmp_path):
     python.chmod(0o755)
     with pytest.raises(RunFailed, match="did not start"):
         Helper(python=str(python))
+
+
+# It starts Python as a root that was left no rights, as some containers do.
+BARE_ROOT = """#!{python}
+import ctypes, os, sys
+for capability in range(64):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, to give its rights up")
+def test_a_root_without_rights(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(BARE_ROOT.format(python=open_python()))
+    python.chmod(0o755)
+    helper = Helper(python=str(python))
+    outcome = helper.check("x = 1", "", Limits())
+    lacks = " ".join(helper.missing)
+    helper.close()
+    assert outcome.passed and "no other user" in lacks

@@ -346,5 +346,10 @@ def test_honest_programs_pass_with_tests_apart(jail):
     assert jail.check("def f(x): return x", sends_a_function).reason == "failed"
     assert jail.check("x = 1", "from solution import f").detail.startswith("ImportError")
     # The end of the process is not the exception that tests expect.
-    outcome = jail.check("import os\ndef f(): os._exit(0)", EXPECTS_AN_EXCEPTION)
-    assert outcome.reason == "crashed"
+    for expected in ("Exception", "BaseException"):
+        tests = EXPECTS_AN_EXCEPTION.replace("Exception", expected)
+        assert jail.check("import os\ndef f(): os._exit(0)", tests).reason == "crashed"
+    # Nor does an exception end a loop of the tests.
+    for error in ("StopIteration", "StopAsyncIteration", "GeneratorExit"):
+        tests = "from solution import f\nassert all(map(f, [1, 2]))"
+        assert not jail.check(f"def f(x): raise {error}", tests).passed

@@ -21,6 +21,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class Limits:
         memory: bytes of each process.
         tasks: threads and processes.
         children: whether it may start processes.
-        disk: bytes of each file, and of all together where the system has namespaces.
+        disk: bytes of each file, and of all together.
     """
 
     timeout: float = 5.0
@@ -148,20 +149,25 @@ class Helper:
         assert self._process.stdin and self._process.stdout
         self._requests = self._process.stdin
         self._replies = self._process.stdout
-        self.missing: list[str] = self._ask(None, START_SECONDS)
+        self.error = "it was killed"  # why it did not answer
+        self.missing: list[str] = self._ask([], START_SECONDS)
         if self.missing is None:
             raise RunFailed("the sandbox for generated code did not start")
 
     def check(self, program: str, tests: str, limits: Limits) -> Outcome | None:
-        """Run a program; None if this helper is gone."""
-        request = {"program": program, "tests": tests, "limits": asdict(limits)}
-        answer = self._ask(request, limits.timeout + GRACE_SECONDS)
+        """Run a program; None if this helper is gone or failed, which ends it."""
+        # The server reads the first message alone: what it has seen, every later program inherits.
+        header = {"limits": asdict(limits), "apart": bool(tests)}
+        answer = self._ask([header, [program, tests]], limits.timeout + GRACE_SECONDS)
         if answer is None:
             return None
-        if answer[0] == "sandbox":
-            raise RunFailed(f"the sandbox for generated code failed ({answer[1]})")
         reason, detail, seconds = answer
-        return Outcome(reason == "passed", reason, round(seconds, 4), detail)
+        # The supervisor has said this; the server says when that has ended, too.
+        if reason != "sandbox" and self._ask([], GRACE_SECONDS) == "over":
+            return Outcome(reason == "passed", reason, round(seconds, 4), detail)
+        self.error = detail
+        self.close()
+        return None
 
     def close(self) -> None:
         """End it, and with it all that runs in it."""
@@ -171,11 +177,11 @@ class Helper:
         self._requests.close()
         self._replies.close()
 
-    def _ask(self, request: dict[str, Any] | None, timeout: float) -> Any:
-        """Send a request and return the answer; end the helper and return None if none comes."""
+    def _ask(self, messages: list[Any], timeout: float) -> Any:
+        """Send messages and return the answer; end the helper and return None if none comes."""
         with contextlib.suppress(OSError):
-            if request:
-                send(self._requests.fileno(), json.dumps(request).encode())
+            for message in messages:
+                send(self._requests.fileno(), json.dumps(message).encode())
             poll = select.poll()
             poll.register(self._replies, select.POLLIN)
             if poll.poll(timeout * 1000):
@@ -195,14 +201,28 @@ class Helpers:
         self._warned = False
 
     def check(self, program: str, tests: str, limits: Limits) -> Outcome:
-        """Run a program; a helper that was killed from outside is replaced once."""
+        """Run a program. What ends its helper is tried once more, in a new one.
+
+        A program that ends two has crashed, as long as a trivial one comes to its end.
+
+        Raises:
+            RunFailed: a trivial program fails too.
+        """
+        start, error = time.monotonic(), ""
+        helper = self._take()
         for _ in range(2):
-            helper = self._take()
             outcome = helper.check(program, tests, limits)
             if outcome:
                 self._idle.append(helper)
                 return outcome
-        raise RunFailed("the sandbox for generated code was killed")
+            error, helper = helper.error, self._start()
+        trivial = helper.check("", "", Limits())
+        if not trivial or not trivial.passed:
+            helper.close()
+            raise RunFailed(f"the sandbox for generated code failed ({error})")
+        self._idle.append(helper)
+        seconds = round(time.monotonic() - start, 4)
+        return Outcome(False, "crashed", seconds, f"it ended the sandbox ({error})")
 
     def missing(self) -> list[str]:
         """Sentences: the protections that this system does not offer."""
@@ -221,6 +241,9 @@ class Helpers:
                 helper = self._idle.pop()
                 if helper.owner == os.getpid():
                     return helper
+        return self._start()
+
+    def _start(self) -> Helper:
         helper = Helper()
         if helper.missing and not self._warned:
             lacks = "; ".join(helper.missing)

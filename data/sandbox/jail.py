@@ -5,9 +5,11 @@ program runs in processes of its own, each the child of the one before:
 
     run ─ fork server ─ supervisor ─ tests ─ solution
 
-The server forks and never runs what it is sent. There is a supervisor for each request: it watches
-the time and cleans up. The tests' process is the first of its process namespace, where there is
-one, so the kernel ends all that came of it when it ends.
+The server forks and reads nothing of programs and tests: all processes of a request are started
+before those are read, so that no solution has tests in its memory, of its own request or an earlier
+one. There is a supervisor for each request: it watches the time and cleans up. The tests' process
+is the first of its process namespace, where there is one, so the kernel ends all that came of it
+when it ends.
 """
 
 import contextlib
@@ -15,13 +17,14 @@ import gc
 import json
 import math
 import os
+import random
 import select
-import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -38,6 +41,14 @@ abc array bisect cmath collections collections.abc contextlib copy dataclasses d
 fractions functools hashlib heapq inspect io itertools json math numbers operator queue random re
 statistics string struct textwrap threading time traceback types typing unicodedata
 """.split()
+# Imported besides where programs can open no file.
+MORE_MODULES = """
+_strptime ast base64 binascii calendar codecs csv ctypes difflib doctest encodings.ascii
+encodings.hex_codec encodings.idna encodings.latin_1 encodings.rot_13 encodings.unicode_escape
+encodings.utf_16 fnmatch gc glob gzip hmac html ipaddress keyword linecache locale logging lzma
+multiprocessing pathlib pickle platform pprint resource secrets select shlex shutil signal socket
+stringprep subprocess tempfile timeit tokenize unittest urllib.parse uuid weakref zlib zoneinfo
+""".split()
 LIBRARIES = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /etc/ld.so.cache".split()
 DEVICES = "/dev/null /dev/zero /dev/random /dev/urandom".split()
 NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NEW_UTS
@@ -46,6 +57,9 @@ NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NE
 OWN_USERS = 1 << 30
 NOBODY = 65534
 MAX_FD = 1 << 16
+MAX_FILES = 256  # of a scratch folder on disk, where folders take milliseconds to delete
+MAX_PATH = 1000  # characters of a path in it, which the kernel limits
+LOOK_SECONDS = 0.05  # between its looks
 
 
 def fork(work: Callable[[int], Any], *keep_open: int) -> tuple[int, int]:
@@ -95,6 +109,13 @@ def failure(*attempts: Callable[[], object]) -> str | None:
     return detail if reason == "sandbox" else None
 
 
+def import_all(names: Iterable[str]) -> None:
+    """Import modules, except those that this Python was built without."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+
+
 def process_statuses() -> Iterator[dict[str, str]]:
     """The fields of /proc/<pid>/status of every process that can be seen."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -107,7 +128,8 @@ class Isolation:
     """The layers that this system offers, found by trying them, and how they are put on.
 
     Args:
-        left_out: layers to do without, for the tests: namespaces, landlock, seccomp.
+        left_out: layers to do without, for the tests: namespaces, landlock, seccomp, or "new
+            landlock" for all that came after its first version.
     """
 
     def __init__(self, left_out: Collection[str]) -> None:
@@ -115,16 +137,22 @@ class Isolation:
         self.user = OWN_USERS | os.getpid() if self.root else os.geteuid()
         if self.root and failure(self.become_user):  # a container with few users
             self.user = NOBODY
+            if failure(self.become_user):  # a root that was left no rights
+                self.root, self.user = False, 0
         folders = {os.path.abspath(path) for path in sys.path if os.path.isdir(path)}
         self.libraries = sorted(folders.union(filter(os.path.exists, LIBRARIES)))
         self.readable = self.libraries + list(filter(os.path.exists, DEVICES))
         no_namespaces = self._why_no_namespaces(left_out)
         self.namespaces = not no_namespaces
+        if "new landlock" in left_out:
+            confine.NEWEST_LANDLOCK = 1
         self.landlock = "landlock" not in left_out and confine.landlock_version() > 0
         self.seccomp = "seccomp" not in left_out and not failure(
             confine.drop_capabilities, partial(confine.refuse, confine.NEVER)
         )
         self.missing = list(self._missing(no_namespaces))
+        if self.seccomp and not self.namespaces and not self.landlock:
+            import_all(MORE_MODULES)
         if self.namespaces:
             self.enter_namespaces()
         confine.prctl(confine.PR_DUMPABLE, 0)
@@ -139,8 +167,9 @@ class Isolation:
         """Enter namespaces, with a file system that holds Python and nothing else."""
         # Inside a user namespace these have no name until they are mapped.
         uid, gid = os.geteuid(), os.getegid()
-        confine.call("unshare", NAMESPACES | confine.NEW_USER if uid else NAMESPACES)
-        if uid:
+        own_users = uid or not self.root
+        confine.call("unshare", NAMESPACES | confine.NEW_USER if own_users else NAMESPACES)
+        if own_users:
             confine.prctl(confine.PR_DUMPABLE, 1)  # else a former root does not own its /proc/self
             maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
             for name, text in maps.items():
@@ -169,6 +198,8 @@ class Isolation:
             yield "no Landlock"
         if not self.seccomp:
             yield "no filter of system calls"
+        if not self.root and self.user == 0:
+            yield "this root may become no other user: nor do programs, whose number has no limit"
         if self.namespaces:
             return
         yield (
@@ -176,13 +207,12 @@ class Isolation:
             "and the disk for their scratch folder"
         )
         if not self.landlock:
-            yield "files that everyone may read can be read"
             if self.seccomp:
-                yield "programs cannot write a scratch folder"
+                yield "programs can open no file: they import what is loaded already"
             else:
                 yield "files are protected by their permissions alone"
-            if not self.root:
-                yield "the environment and memory of your user's processes can be read"
+                if not self.root:
+                    yield "the environment and memory of your user's processes can be read"
         if not self.seccomp:
             yield "the network, signals and file attributes are not protected"
             if not self.root:
@@ -220,12 +250,8 @@ class Isolation:
                     if int(status["PPid"]) == os.getpid():
                         os.kill(int(status["Pid"]), signal.SIGKILL)
                 os.waitpid(-1, 0)
-        for folder, names, _ in os.walk(scratch):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not os.path.islink(path):
-                    os.chmod(path, 0o700)  # so that the walk can enter a locked folder
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(scratch)
 
     def lock_tests(self, request: dict) -> None:
         """Lock in the tests' process, which calls this, and all that will come of it."""
@@ -263,11 +289,11 @@ class Isolation:
 
     def lock_solution(self, request: dict) -> None:
         """Lock in the solution's process more tightly, so that it cannot touch the tests'."""
-        rules = b""
+        rules = confine.only_itself(os.getpid())
         if not self.namespaces:
-            rules += confine.only_itself(os.getpid())
+            rules += confine.NO_ATTRIBUTES
         if not self.namespaces and not self.landlock:
-            rules += confine.NO_WRITING
+            rules += confine.NO_FILES
         if not request["limits"]["children"]:
             rules += confine.NO_CHILDREN
         self._restrict(request, rules)
@@ -283,60 +309,122 @@ class Isolation:
             confine.refuse(rules)
 
 
-def supervise(isolation: Isolation, request: dict, run: int, server: int) -> tuple[str, str, float]:
-    """Start the tests' process, end it in time and clean up, in the supervisor's process.
+def files_in_excess(folder: str, disk: int) -> str:
+    """Why a scratch folder, in which a program may be at work, holds too much; "" if it does not.
+
+    A folder that the program replaces by a link is followed: what is there counts as its own. One
+    that only it can fill and nobody list holds too much.
+    """
+    count = size = 0
+    waiting = [folder]
+    while waiting:
+        # What was listed may be gone by now. What is closed to its owner is empty.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            for entry in os.scandir(waiting.pop()):
+                count += 1
+                status = entry.stat(follow_symlinks=False)
+                size += status.st_blocks * 512
+                is_folder = stat.S_ISDIR(status.st_mode)
+                hides = is_folder and status.st_mode & 0o700 == 0o300
+                if count > MAX_FILES or len(entry.path) > MAX_PATH or hides:
+                    return f"more than {MAX_FILES} files, or folders that hide them"
+                if is_folder:
+                    waiting.append(entry.path)
+    return f"files of more than {disk} bytes" if size > disk else ""
+
+
+def remove(folder: str) -> None:
+    """Delete a folder in which no program is at work, whatever its rights and its depth.
+
+    The folders within are moved up one by one, so that no path and no recursion grows with them.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    os.chmod(folder, 0o700)
+    top = os.open(folder, flags)
+    waiting = ["."]
+    while waiting:
+        name = waiting.pop()
+        inner = os.open(name, flags, dir_fd=top)
+        for entry in list(os.scandir(inner)):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=inner)
+                continue
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.name, dir_fd=inner)
+                continue
+            os.chmod(entry.name, 0o700, dir_fd=inner)  # else it can be neither entered nor moved
+            waiting.append(os.urandom(16).hex())  # a name that no program could have taken
+            os.rename(entry.name, waiting[-1], src_dir_fd=inner, dst_dir_fd=top)
+        os.close(inner)
+        if name != ".":
+            os.rmdir(name, dir_fd=top)
+    os.close(top)
+    os.rmdir(folder)
+
+
+def run_tests(isolation: Isolation, request: dict, incoming: int, _: int) -> tuple[str, str]:
+    """Lock in the tests' process, start the solution's, then read both and grade."""
+    isolation.lock_tests(request)
+    # The solution's process keeps the two pipes on which it is asked, and no pipe of a verdict.
+    questions, asking = os.pipe()
+
+    def serve(replies):
+        isolation.lock_solution(request)
+        judge.serve(questions, replies, "solution" if request["apart"] else "__main__")
+
+    pid, replies = fork(serve, questions)
+    os.close(questions)
+    program, tests = json.loads(judge.receive(incoming) or b"")
+    return judge.grade(program, tests, judge.Solution(pid, asking, replies))
+
+
+def supervise(isolation: Isolation, request: dict, requests: int, replies: int, server: int) -> str:
+    """Start the tests' process, end it in time, clean up and reply, in the supervisor's process.
+
+    The program and its tests are read when all its processes have been started: a process has in
+    its memory whatever those had read that it comes from. For the same reason the reply, which may
+    quote a test, is sent from here.
 
     The supervisor is not killed with the run or the server, since it has to clean up then too.
-    Their pipes, `run` and `server`, hang up when they are gone.
-
-    Returns:
-        (reason, detail, seconds) of an `Outcome`.
+    Their pipes, `requests` and `server`, hang up when they are gone.
     """
-    limits = request["limits"]
+    limits, scratch = request["limits"], request["scratch"]
     confine.prctl(confine.PR_SUBREAPER, 1)
     if isolation.namespaces:
         confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
-        confine.mount_memory(request["scratch"], f"mode=777,size={limits['disk']},nr_inodes=4096")
-
-    def run_tests(_):
-        isolation.lock_tests(request)
-        return judge.grade(request["program"], request["tests"], start_solution)
-
-    def start_solution():
-        # The solution's process keeps the two pipes on which it is asked, and no pipe of a verdict.
-        incoming, requests = os.pipe()
-
-        def serve(replies):
-            isolation.lock_solution(request)
-            judge.serve(incoming, replies, "solution" if request["tests"] else "__main__")
-
-        pid, replies = fork(serve, incoming)
-        os.close(incoming)
-        return judge.Solution(pid, requests, replies)
-
+        options = f"mode=777,size={limits['disk']},nr_inodes=4096"
+        confine.mount_memory(scratch, options)
+    incoming, outgoing = os.pipe()
     start = time.monotonic()
-    tests, verdict = fork(run_tests)
+    tests, verdict = fork(partial(run_tests, isolation, request, incoming), incoming)
+    os.close(incoming)
+    with contextlib.suppress(BrokenPipeError):
+        judge.send(outgoing, judge.receive(requests) or b"")
     poll = select.poll()
     poll.register(verdict, select.POLLIN)
-    poll.register(run, 0)
+    poll.register(requests, 0)
     poll.register(server, 0)
-    in_time = verdict in dict(poll.poll(limits["timeout"] * 1000))
+    excess, ended = "", []
+    while not ended and not excess:
+        left = start + limits["timeout"] - time.monotonic()
+        wait_seconds = left if isolation.namespaces else min(left, LOOK_SECONDS)
+        ended = poll.poll(1000 * max(0.0, wait_seconds))
+        if left <= 0:
+            break
+        if not isolation.namespaces:
+            excess = files_in_excess(scratch, limits["disk"])
     seconds = time.monotonic() - start
     os.kill(tests, signal.SIGKILL)
-    reason, detail = wait(tests, verdict, ("crashed", "the tests' process ended early"))
-    isolation.clean_up(request["scratch"])
-    if not in_time:
-        return "timeout", f"ran longer than {limits['timeout']:g} s", seconds
-    return reason, detail, seconds
-
-
-def answer(isolation: Isolation, message: bytes, run: int) -> bytes:
-    """Run the program that a message of the run asks for; return the message with its outcome."""
-    request = json.loads(message) | {"scratch": isolation.make_scratch()}
-    outcome = wait(*fork(partial(supervise, isolation, request, run), run))
-    if len(outcome) < 3:  # the supervisor was killed or failed: cleaning up is left to the server
-        isolation.clean_up(request["scratch"])
-    return json.dumps(outcome).encode()
+    with contextlib.suppress(ProcessLookupError):  # it may not have a group of its own yet
+        os.killpg(tests, signal.SIGKILL)
+    outcome = wait(tests, verdict, ("crashed", "the tests' process ended early"))
+    isolation.clean_up(scratch)
+    if excess:
+        outcome = "failed", excess
+    elif verdict not in dict(ended):
+        outcome = "timeout", f"ran longer than {limits['timeout']:g} s"
+    judge.send(replies, json.dumps((*outcome, seconds)).encode())
+    return "over"
 
 
 def main() -> None:
@@ -345,8 +433,8 @@ def main() -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.umask(0o022)
-    for name in WARM_MODULES:
-        __import__(name)
+    import_all(WARM_MODULES)
+    random.seed(0)
     # If the machine runs out of memory, this is killed and not the run.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -356,8 +444,15 @@ def main() -> None:
     gc.disable()
     gc.freeze()
     judge.send(replies, json.dumps(isolation.missing).encode())
-    while (message := judge.receive(requests)) is not None:
-        judge.send(replies, answer(isolation, message, requests))
+    while (header := judge.receive(requests)) is not None:
+        request = json.loads(header) | {"scratch": isolation.make_scratch()}
+        work = partial(supervise, isolation, request, requests, replies)
+        result = wait(*fork(work, requests, replies))
+        if result != "over":  # the supervisor was killed or failed: what it left is cleaned up
+            isolation.clean_up(request["scratch"])
+            judge.send(replies, json.dumps((*result, 0.0)).encode())
+            return  # this server may have seen a test in that result
+        judge.send(replies, json.dumps(result).encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import gc
 import itertools
 import json
 import os
-import random
 import signal
 import struct
 import sys
@@ -267,7 +266,8 @@ class Solution(NamedTuple):
         name, text = (str(value)[:MAX_ERROR_CHARS] for value in values)
         error = getattr(builtins, name, None)
         if isinstance(error, type) and issubclass(error, Exception):
-            if not issubclass(error, UnicodeError):  # which a text alone cannot make
+            # A text alone cannot make the first; the others would end a loop of the tests.
+            if not issubclass(error, (UnicodeError, StopIteration, StopAsyncIteration)):
                 raise error(text.removeprefix(f"{name}: "))
         raise RuntimeError(text)
 
@@ -278,7 +278,7 @@ def _number_of(value: object):
     return value._number
 
 
-def grade(program: str, tests: str, start_solution: Callable[[], Solution]) -> tuple[str, str]:
+def grade(program: str, tests: str, solution: Solution) -> tuple[str, str]:
     """Grade a program, in the tests' process.
 
     Without tests the program is its own judge. That it came to its end is then its own word, if
@@ -287,8 +287,6 @@ def grade(program: str, tests: str, start_solution: Callable[[], Solution]) -> t
     Returns:
         (reason, detail) of an `Outcome`.
     """
-    random.seed(0)
-    solution = start_solution()
     token = os.urandom(16)
     try:
         if Remote(solution, RUN)(program, token) != token:
@@ -297,6 +295,7 @@ def grade(program: str, tests: str, start_solution: Callable[[], Solution]) -> t
             module: Any = Remote(solution, MODULE)
             sys.modules["solution"] = module
             exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"})
+            Remote(solution, RUN)("", token)  # it is still there, whatever the tests caught
         return "passed", ""
     except SolutionEnded:
         code = os.waitstatus_to_exitcode(os.waitpid(solution.pid, 0)[1])
