@@ -515,7 +515,7 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
         def examples(self):
             return [Example(messages, columns=self.columns)]
 
-    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    asked = dict.fromkeys(lineage.PROMPT_OPTIONS, "")
     assert record.training_record("clean.jsonl", Data(), asked, []).unknown == (
         f"the teacher that wrote {world.name}/clean.jsonl",
     )
@@ -536,7 +536,7 @@ def test_the_record_of_a_mixture_names_every_file(world):
             return [example("the web"), example("the web"), example({"teacher": "ab12"})]
 
     (world / "more.jsonl").write_text((world / "clean.jsonl").read_text() + "\n")
-    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    asked = dict.fromkeys(lineage.PROMPT_OPTIONS, "")
     found = record.training_record("clean.jsonl:2,more.jsonl", Data(), asked, [])
     names = [f"{world.name}/clean.jsonl", f"{world.name}/more.jsonl"]
     assert [(e["data"], e["examples"]) for e in found.data] == list(zip(names, (2, 1), strict=True))
