@@ -305,8 +305,11 @@ class Fields:
             is_number = type(value) in (int, float) and least <= value <= most
             fits, bounds = is_number and kind(value) == value, f" from {least:g} to {most:g}"
         else:
-            is_long = kind in (str, list) and isinstance(value, kind) and len(value) > most
-            fits, bounds = isinstance(value, kind) and not is_long, ""
+            fits, bounds = isinstance(value, kind), ""
+            if fits and kind in (str, list):
+                fits = len(value) <= most
+            if fits and kind is str:  # no half of a character, which no file can hold
+                fits = value.encode("utf-8", "ignore").decode() == value
         if not fits:
             raise UserError(
                 f"{self.where} has {name} {value!r:.60}, which is not {_KIND_NAMES[kind]}{bounds}"

@@ -64,6 +64,7 @@ class Tokenizer:
         try:
             self.json = json.loads(files["tokenizer.json"])
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            json.dumps(config, ensure_ascii=False).encode()  # no half of a character
             self.settings = Fields(config, "tokenizer_config.json").values
             self.backend = _build(files["tokenizer.json"].decode())
             self._variants = {(False, False): self.backend}
@@ -357,7 +358,8 @@ class Tokenizer:
         `<|im_end|>` for Qwen, base models too.
         """
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        ids = self.encode(self.render(messages).rpartition(PROBE)[2].lstrip())
+        rendered = self.render(messages).replace(ESCAPE, "")
+        ids = self.encode(rendered.rpartition(PROBE)[2].lstrip())
         is_added = bool(ids) and ids[0] in [token["id"] for token in self._added]
         return self.id_to_token[ids[0]] if is_added else self.eos
 
