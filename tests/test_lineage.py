@@ -16,6 +16,7 @@ import toy_models
 import train
 from data import record
 from data.tasks import Example
+from digests import SUMS
 from eval import __main__ as evaluation
 from eval import traces
 from model import lineage
@@ -314,6 +315,7 @@ def test_none_is_said_only_where_all_is_known(world, capsys):
 )
 def test_a_damaged_record_is_unknown(damage, said, capsys):
     folder = ran("r", "--data=clean.jsonl")
+    (folder / SUMS).unlink()  # where the files are known, they are refused: tests/test_damage.py
     record, hashes = folder / "trained_on.json", folder / "trained_on.bin"
     stated = json.loads(record.read_text())
     assert stated["unknown"] == [] and stated["hashes"] * 8 == len(hashes.read_bytes())
@@ -376,9 +378,9 @@ def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
     shutil.copytree(folder, world / "merged")
     for place in ("runs/lora", "merged", folder / "adapter"):
         assert "trained on 4 of" in evaluated(capsys, place)[0]
-    (
-        folder / "adapter" / "trained_on.json"
-    ).unlink()  # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    for name in ("trained_on.json", SUMS):
+        (folder / "adapter" / name).unlink()
     assert "trained on 3 of" in evaluated(capsys, folder / "adapter")[0]
     count, said = evaluated(capsys, folder / "adapter", "--allow_trained")
     assert count == 3 and "AT LEAST" in said
