@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import TextIO
 
 
@@ -90,3 +91,14 @@ def as_command(
         one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
         say(f"{name}: {one_line}", sys.stderr)
     return code
+
+
+def _uncaught(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while a command is still importing PyTorch is one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted before it began", sys.stderr)
+    else:
+        sys.__excepthook__(kind, e, trace)
+
+
+sys.excepthook = _uncaught  # so commands import this module before all others

@@ -5,6 +5,8 @@ stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the 
 the loop.
 """
 
+from errors import RunFailed, as_command  # isort: skip
+
 import dataclasses
 import functools
 import sys
@@ -19,7 +21,6 @@ from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
-from errors import RunFailed, as_command
 from kernels.attention import PackedAttention
 from kernels.cpu import keep_freed_memory
 from losses.grpo import VARIANTS, GRPOConfig, grpo_loss

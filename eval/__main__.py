@@ -8,6 +8,8 @@ tokens. Samples, tables and a picture go to --out; the same command goes on with
 interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--samples for --n).
 """
 
+from errors import UserError, as_command, system_error  # isort: skip
+
 import contextlib
 import dataclasses
 import functools
@@ -23,7 +25,6 @@ import torch
 
 import options
 from digests import with_sha256
-from errors import UserError, as_command, system_error
 from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
 from eval.prompts import PromptOptions

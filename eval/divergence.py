@@ -12,6 +12,8 @@ answers, and forward_kl summed over one of REFERENCE the other KL: these are the
 sampled. Texts are tokenized anew; one that ended gets its stop token back.
 """
 
+from errors import UserError, as_command  # isort: skip
+
 import dataclasses
 import hashlib
 import json
@@ -24,7 +26,6 @@ from data.batch import Document
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
-from errors import UserError, as_command
 from eval.summary import Samples, read_about
 from files import replace_file
 from model.load import Subject, find

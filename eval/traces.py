@@ -11,6 +11,8 @@ hashes), `traces.jsonl` (those that are kept, as messages with the gold answer a
 run on the traces knows it). The same command goes on with what was interrupted.
 """
 
+from errors import RunFailed, UserError, as_command  # isort: skip
+
 import dataclasses
 import json
 import sys
@@ -25,7 +27,6 @@ from data.dataset import Dataset
 from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
 from data.formatter import OPENED, Formatter
 from data.tasks import TASKS, Example, grade, grade_all
-from errors import RunFailed, UserError, as_command
 from eval.prompts import template_kwargs
 from eval.sampling import Request, SamplingOptions, generate_missing
 from eval.summary import Row, Rows, Samples

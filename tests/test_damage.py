@@ -13,17 +13,22 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import digests
 import train
+from data.chat_template import parse_template_kwargs
 from data.dataset import DataStream
+from data.formats import read_examples
 from data.teacher_cache import TeacherCache
 from errors import UserError, as_command, say
 from eval import summary
@@ -34,6 +39,7 @@ from model.load import find
 from model.state import read_state
 from rl.rollout import MixedSource, Rollouts
 from run import RunFolder
+from tests.conftest import ROOT
 from tests.evaluation import checkpoint, command
 from tests.test_teacher_cache import documents, filled
 
@@ -601,3 +607,36 @@ def test_drafts_are_of_a_process_and_those_of_the_dead_go(tmp_path):
         draft.write_text("")
     replace_file(path, "x")
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "b.json.draft"}
+
+
+def test_an_interrupt_before_a_command_begins_is_one_line():
+    code = "import errors; raise KeyboardInterrupt"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == "interrupted before it began\n"
+    assert result.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "argv", ["{", "{" * 3000, '{"a": 1, "a": 2}', '{"a": ' + "[" * 300 + "]" * 300]
+)
+def test_odd_arguments_of_a_template_are_one_line(argv):
+    with pytest.raises(UserError, match="--chat_template_kwargs: not valid JSON"):
+        parse_template_kwargs(argv)
+
+
+@pytest.mark.parametrize("place", ["made", "question"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([10**8] * 2, pyarrow.date32()),
+        pyarrow.array([1] * 2, pyarrow.timestamp("ns")),
+        pyarrow.array([1] * 2, pyarrow.timestamp("us", tz="Nowhere/City")),
+        pyarrow.array([b"\xff"] * 2).view(pyarrow.string()),
+    ],
+)
+def test_a_column_that_python_cannot_hold_is_named(column, place, tmp_path):
+    rows = {name: pyarrow.array(["a", "b"]) for name in ("question", "answer")}
+    pyarrow.parquet.write_table(pyarrow.table(rows | {place: column}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=f"d.parquet: column '{place}' .* cannot be read") as e:
+        read_examples(tmp_path / "d.parquet", "train")
+    assert "\n" not in str(e.value)
