@@ -142,8 +142,7 @@ def _row(line: bytes) -> Row | None:
             if zlib.crc32(written.encode("utf-8", "surrogatepass")) != int(found[1], 16):
                 return None
         row.pop("crc32", None)
-        numbers = row["problem"], row["sample"]
-        is_row = all(type(number) is int for number in numbers) and isinstance(row["text"], str)
+        is_row = type(row["problem"]) is int and type(row["sample"]) is int
         return row if is_row else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -156,8 +155,8 @@ def read_about(path: Path) -> Row:
     """
     stated = read_checked(path, "delete it with its samples, and they are made again")
     fields = Fields(stated, path)
-    for name in ("identity", "about", "generated"):
-        fields.get(name, dict)
+    fields.get("identity", dict, {})
+    fields.get("about", dict, {})
     generated = fields.part("generated")
     for name in generated.values:
         generated.get(name, float)
