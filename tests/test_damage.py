@@ -140,7 +140,9 @@ def look_at_evaluation(out):
         for key, row in kept.items():  # of a name of the checksum that was hit there is one more
             assert rows_before[key].items() <= row.items() and len(row) <= len(rows_before[key]) + 1
         report = summary.read_report(out / "summary.json")
-        return samples.read().keys(), summary.read_about(about), report
+        stated = summary.read_about(about)
+        parts = [stated[name] for name in ("identity", "about", "generated")]
+        return samples.read().keys(), parts, report
 
     return look
 
@@ -367,8 +369,9 @@ SOURCES = [DATA, ROLLOUTS, {"count": 2, "sources": [DATA, ROLLOUTS]}]
 
 def load_state(path):
     """Read a trainer's state as a run on resuming does, but for the models."""
-    config = SimpleNamespace(world=1, vocab_size=50)
-    rollouts = SimpleNamespace(config=config, teachers=[], pending=[])
+    config, shape = SimpleNamespace(world=1), SimpleNamespace(vocab_size=50)
+    generator = SimpleNamespace(config=shape)
+    rollouts = SimpleNamespace(config=config, generator=generator, teachers=[], pending=[])
     rollouts.load = partial(Rollouts.load, rollouts)
     data = SimpleNamespace()
     data.load = partial(DataStream.load, data)
