@@ -35,6 +35,7 @@ from eval import summary
 from files import draft_of, replace_file
 from locks import unused, use
 from model.checkpoint import read_adapter
+from model.hf import config_from_hf
 from model.load import find
 from model.state import read_state
 from rl.rollout import MixedSource, Rollouts
@@ -642,3 +643,14 @@ def test_a_column_that_python_cannot_hold_is_named(column, place, tmp_path):
     with pytest.raises(UserError, match=f"d.parquet: column '{place}' .* cannot be read") as e:
         read_examples(tmp_path / "d.parquet", "train")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "head_dim"]
+)
+def test_a_size_that_nothing_has_is_refused_before_it_is_tried(name, run):
+    settings = json.loads((run / "checkpoints/step-2/config.json").read_text())
+    assert config_from_hf(settings, "here")
+    for size in (0, -1, 10**12, 10**400, 1.5, True, "2", [2]):
+        with pytest.raises(UserError, match=f"here: config.json has {name} .*a whole number from"):
+            config_from_hf(settings | {name: size}, "here")

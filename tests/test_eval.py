@@ -255,6 +255,23 @@ def evaluate_beside(argv, barrier, codes):
     codes.put(evaluation.main(argv))
 
 
+def test_who_wants_the_same_samples_waits(tiny, tmp_path, run, monkeypatch):
+    argv = [tiny, *SAMPLED, "--out", tmp_path / "out"]
+    assert run(*argv)[0] == 0
+    (path,) = (tmp_path / "out").glob("*/*.jsonl")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("locks.time.sleep", interrupted)
+    for kept, word in ((path, "samples"), (tmp_path / "out" / "summary.json", "summary")):
+        held = summary.Samples(kept.parent, kept.stem)
+        with held.locked():
+            code, printed, _ = run(*argv)
+        assert code == 130 and "waiting for another evaluation" in printed, word
+
+
+@pytest.mark.slow
 def test_two_commands_in_one_folder_lose_nothing(tiny, tmp_path, run):
     """The same samples, more of them, and another task, at the same time."""
     out, context = tmp_path / "out", forks()
