@@ -1,8 +1,10 @@
 """What goes wrong, for the user to fix or not; and how a command says so."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import TextIO
 
 
@@ -17,6 +19,32 @@ class RunFailed(Exception):
     """
 
 
+# What the operating system says of a path that the user chose: another one, or other permissions,
+# help. Anything else (a full disk, a broken one) is no fault of the command.
+PATH_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+    errno.ENOLCK,
+)
+
+
+def system_error(error: OSError, what: object = "", more: str = "") -> UserError | RunFailed:
+    """What the operating system refused, as an error of ours.
+
+    what: The thing that it is about; empty: the file that the error names. more: Put behind it.
+    """
+    kind = UserError if error.errno in PATH_ERRORS else RunFailed
+    return kind(f"{what or error.filename or 'a file'}: {error.strerror or error}{more}")
+
+
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a line, to standard output unless a file is given.
 
@@ -24,8 +52,10 @@ def say(text: object, file: TextIO | None = None) -> None:
     there from then on is lost.
     """
     stream = file or sys.stdout
+    # names of files and texts in JSON may hold what no encoding has
+    shown = str(text).encode("utf-8", "backslashreplace").decode()
     try:
-        print(text, file=stream, flush=True)
+        print(shown, file=stream, flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # also what is still to be flushed when Python ends
@@ -40,18 +70,35 @@ def as_command(
 ) -> int:
     """Call run() as the body of the command `name`. Returns the exit code.
 
-    What the user can fix, and what failed, become one line on standard error. speaks: whether this
-    process says what all ranks have met; what failed may be its own, and is said by each.
+    What the user can fix, what failed, and what the operating system refused become one line on
+    standard error. speaks: whether this process says what all ranks have met; what failed or was
+    refused may be its own, and is said by each.
     """
+    is_own = False
     try:
         run()
         return 0
     except UserError as e:
         code, text = 2, e
     except RunFailed as e:
-        code, text = 1, e
+        code, text, is_own = 1, e, True
+    except OSError as e:
+        text, is_own = system_error(e), True
+        code = 2 if isinstance(text, UserError) else 1
     except KeyboardInterrupt:
         code, text = 130, interrupted
-    if speaks() or code == 1:
-        say(f"{name}: {text}", sys.stderr)
+    if is_own or speaks():
+        one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
+        say(f"{name}: {one_line}", sys.stderr)
     return code
+
+
+def _uncaught(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while a command is still importing PyTorch is one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted before it began", sys.stderr)
+    else:
+        sys.__excepthook__(kind, e, trace)
+
+
+sys.excepthook = _uncaught  # so commands import this module before all others

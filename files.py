@@ -3,14 +3,18 @@
 And writing files that appear whole or not at all.
 """
 
+import glob
 import json
 import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from errors import RunFailed, UserError
+from errors import UserError, system_error
 
 HEAD = 4096  # bytes at a file's beginning that tell what it is
+DEPTH = 200  # of lists and objects within each other: what walks through them has no room for more
+LARGEST = 1e30  # number in a file, where nothing else is said
 
 # What a file holds when it is not the file that it should be.
 LFS = "is a git-lfs pointer, not the file: run git lfs pull in that folder"
@@ -133,12 +137,15 @@ def _has_wide_letters(content: bytes) -> bool:
 def unreadable(path: Path) -> str | None:
     """Say why there is no file to be read at `path`, in words that follow its name, or None."""
     path = Path(path)
-    if path.is_symlink() and not path.exists():
-        return f"is a link to {os.readlink(path)}, which is not there"
-    if path.is_dir():
-        return "is a folder, not a file"
-    if not path.exists():
-        return "is not there"
+    try:
+        if path.is_symlink() and not path.exists():
+            return f"is a link to {os.readlink(path)}, which is not there"
+        if path.is_dir():
+            return "is a folder, not a file"
+        if not path.exists():
+            return "is not there"
+    except OSError as e:  # a name that is too long, a folder that may not be looked into
+        return f"cannot be looked at ({reason(e)})"
     return None
 
 
@@ -227,11 +234,33 @@ def parse_json(text: str | bytes, label: str, finite: bool = False) -> Any:
     """
     constant = _no_constant if finite else None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        if _is_deep(value, text):
+            raise RecursionError
     except RecursionError:
         raise UserError(f"{label}: not valid JSON (nested too deeply)") from None
     except ValueError as e:
         raise UserError(f"{label}: not valid JSON ({reason(e)})") from None
+    return value
+
+
+def _is_deep(value: Any, text: str | bytes) -> bool:
+    """Whether a text's value is more than DEPTH lists and objects deep."""
+    if isinstance(text, str):
+        brackets = text.count("[") + text.count("{")
+    else:
+        brackets = text.count(b"[") + text.count(b"{")
+    if brackets <= DEPTH:
+        return False
+    inner = [value]
+    for _ in range(DEPTH + 1):
+        outer, inner = inner, []
+        for part in outer:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+    return bool(inner)
 
 
 def _unique(pairs):
@@ -247,6 +276,61 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
+class Fields:
+    """The values of a JSON object, each asked for by its name, its kind and its bounds.
+
+    A null counts as a value that is not set. `where` begins every UserError.
+    """
+
+    def __init__(self, values: Any, where: object) -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{where} is not an object")
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.where = where
+
+    def refuse(self, text: str) -> NoReturn:
+        raise UserError(f"{self.where}: {text} is not supported")
+
+    def get(
+        self, name: str, kind: type, default: Any = None, least: float = 0, most: float = LARGEST
+    ) -> Any:
+        """The value as a `kind` of `_KIND_NAMES`, numbers and lengths not above `most`.
+
+        Raises UserError for one that is not, or is missing and has no default.
+        """
+        value: Any = self.values.get(name, default)
+        if value is None:
+            raise UserError(f"{self.where} has no {name!r}")
+        if kind in (int, float):
+            is_number = type(value) in (int, float) and least <= value <= most
+            fits, bounds = is_number and kind(value) == value, f" from {least:g} to {most:g}"
+        else:
+            fits, bounds = isinstance(value, kind), ""
+            if fits and kind in (str, list):
+                fits = len(value) <= most
+            if fits and kind is str:  # no half of a character, which no file can hold
+                fits = value.encode("utf-8", "ignore").decode() == value
+        if not fits:
+            raise UserError(
+                f"{self.where} has {name} {value!r:.60}, which is not {_KIND_NAMES[kind]}{bounds}"
+            )
+        return kind(value)
+
+    def part(self, name: str) -> "Fields":
+        """The object under a name, empty where there is none."""
+        return Fields(self.get(name, dict, {}), f"{self.where}: {name}")
+
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
 # --- writing ------------------------------------------------------------------------------
 
 
@@ -256,14 +340,35 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all. Raises RunFailed if the disk refuses."""
-    draft = path.with_name(path.name + ".draft")
+    """Write a file that appears whole or not at all.
+
+    Raises UserError or RunFailed (`errors.system_error`) if the system refuses.
+    """
+    draft = draft_of(path)
     try:
         draft.write_text(text, encoding="utf-8")
         flush(draft)
         draft.rename(path)
     except OSError as e:
-        raise RunFailed(f"{path} could not be written ({e.strerror})") from None
+        raise system_error(e, f"{path} could not be written") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def draft_of(path: Path) -> Path:
+    """Where this process writes what becomes `path` when it is complete.
+
+    What processes of this host left there as they died is removed.
+    """
+    host = socket.gethostname()
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(host)}-*.draft"):
+        try:
+            os.kill(int(left.stem.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (OSError, ValueError, OverflowError):
+            continue  # of another user, or not of ours
+    return path.with_name(f"{path.name}.{host}-{os.getpid()}.draft")
 
 
 def flush(path: Path) -> None:

@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from errors import UserError, say
 from files import reason
@@ -249,3 +249,46 @@ def waiting_for(path: Path, what: str) -> Iterator[None]:
             except OSError as e:
                 raise UserError(f"{path} cannot be made ({reason(e)})") from None
         yield
+
+
+# --- files in use ---------------------------------------------------------------------------------
+
+
+def use(path: Path) -> IO[bytes] | None:
+    """Open a file that is not to be removed until it is closed, or this process ends.
+
+    None if it is not there, or is being removed. Where the file system has no locks nothing keeps
+    it there.
+    """
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in HELD:
+                return None
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return None
+        stack.pop_all()
+    return file
+
+
+@contextlib.contextmanager
+def unused(path: Path) -> Iterator[bool]:
+    """Whether nobody has a file in `use`; nobody gets it while inside `with`."""
+    try:
+        file = open(path, "r+b")
+    except OSError:
+        yield True
+        return
+    with file:
+        is_free = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            is_free = e.errno not in HELD
+        yield is_free

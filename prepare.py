@@ -15,13 +15,13 @@ import torch
 from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
-from data.record import PROMPT_OPTIONS, training_record
+from data.record import training_record
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
 from model import parallel
 from model.flops import forward_flops
-from model.lineage import Lineage
+from model.lineage import PROMPT_OPTIONS, Lineage
 from model.load import (
     Checkpoint,
     describe,
@@ -249,6 +249,8 @@ def number_of_steps(cfg: Config, examples: int) -> int:
 def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | None) -> Run:
     """Read or make all weights; the folder gets the record of what the policy is trained on."""
     place, student, teachers = plan.place, plan.student, list(plan.teachers)
+    if resume_step is not None:
+        parallel.on_rank_0(place.rank, functools.partial(folder.check, resume_step))
     if cfg.mode == "grpo" and cfg.model == "tiny":
         path = toy_model("student", STUDENT, cfg.runs, cfg.device, place.rank)
         student = dataclasses.replace(student, folder=path)

@@ -28,16 +28,19 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from digests import SUMS, seal, verify
 from errors import RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
-from locks import Busy, lock
+from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
 from model.lineage import Lineage
+from model.state import check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
 
 Json = dict[str, Any]  # an object in a JSON file
 LOGS = ("metrics.jsonl", "samples.jsonl")
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # a checkpoint's folder
 
 
 class RunFolder:
@@ -54,8 +57,8 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
-        numbers = (path.name[5:] for path in self.checkpoints.glob("step-*"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        names = (path.name for path in self.checkpoints.glob("step-*"))
+        return sorted(int(name[5:]) for name in names if STEP.fullmatch(name))
 
     def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -100,6 +103,7 @@ class RunFolder:
                     tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
             save_tensors(tensors, draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
+            seal(draft)
             logs = [self.path / name for name in LOGS if (self.path / name).exists()]
             for file in (*logs, *draft.rglob("*")):
                 flush(file)
@@ -113,7 +117,30 @@ class RunFolder:
             ) from None
         for old in self.steps()[: -self.max_checkpoints]:
             if old != self.best:
-                shutil.rmtree(self.step_folder(old), ignore_errors=True)
+                self._remove(self.step_folder(old))
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a checkpoint that nobody reads; one that is read stays until the next save.
+
+        Renamed first: what a kill leaves of it does not count as a checkpoint.
+        """
+        with unused(folder / "config.json") as is_free:
+            if is_free:
+                left = self.checkpoints / f".draft-old-{folder.name}"
+                with suppress(OSError):
+                    folder.rename(left)
+                shutil.rmtree(left, ignore_errors=True)
+
+    def check(self, step: int) -> None:
+        """Raise UserError if a file of checkpoint `step` is not what was written."""
+        folder = self.step_folder(step)
+        try:
+            for sums in sorted(folder.rglob(SUMS)):
+                verify(sums.parent)
+        except UserError as e:
+            raise UserError(
+                f"--resume: {e}; without {folder} the run goes on from the checkpoint before"
+            ) from None
 
     def load(
         self,
@@ -128,18 +155,23 @@ class RunFolder:
             The state that was saved with it.
         """
         folder = self.step_folder(step) / "trainer"
+        state = read_state(folder / "state.json", step)
+        count, file = updates(state["counters"], step), folder / "optimizer.safetensors"
         parameters = dict(model.named_parameters())
-        with open_tensors(folder / "optimizer.safetensors") as tensors:
+        with open_tensors(file) as tensors:
+            check_tensors(tensors, file, model, count, average is not None)
             for key in tensors.keys():
                 part, _, name = key.partition(".")
                 parameter = parameters[name]
                 dtype = torch.float32 if part == "step" else parameter.dtype
-                value = tensors.get_tensor(key).to(parameter.device, dtype)
+                value = tensors.get_tensor(key)
+                check_values(value, file, key, count)
+                value = value.to(parameter.device, dtype)
                 if part != "average":
                     optimizer.state[parameter][part] = value
                 elif average:
                     average.get_parameter(name).copy_(value)
-        return read_json(folder / "state.json")
+        return state
 
 
 # --- the folder of a run -------------------------------------------------------------------------
@@ -221,8 +253,8 @@ def _claim(
 def has_output(path: Path) -> bool:
     """Return whether a folder holds more than what a run has before it trains."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
-    found -= {"config.json", "config.json.draft", "checkpoints"}
-    return not all(name.startswith(".lock") for name in found)
+    found -= {"config.json", "checkpoints"}
+    return not all(name.startswith((".lock", "config.json.")) for name in found)
 
 
 def stored_config(runs: str, name: str, optional: bool = False) -> Json:
@@ -248,7 +280,7 @@ def run_of(checkpoint: str | Path) -> Path | None:
     path = Path(checkpoint).resolve()
     if path.name == "adapter":
         path = path.parent
-    if path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name):
+    if path.parent.name == "checkpoints" and STEP.fullmatch(path.name):
         return path.parents[1]
     return None
 

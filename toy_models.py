@@ -24,7 +24,7 @@ from data.sandbox.confine import PR_PDEATHSIG, prctl
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny
 from errors import RunFailed, UserError, say
-from files import reason
+from files import read_json, reason
 from locks import waiting_for
 from model import parallel
 from run import RunFolder, StopSignal
@@ -158,11 +158,11 @@ def finished_run(runs: str, cfg: Config) -> Path | None:
     tokenizer = toy_tokenizer().files["tokenizer.json"]
     for path in sorted(Path(runs).glob("*/config.json")):
         try:
-            stored = _what_it_learns(json.loads(path.read_text()))
+            stored = _what_it_learns(read_json(path))
             checkpoint = RunFolder(path.parent).step_folder(cfg.steps)
             if stored == wanted and (checkpoint / "tokenizer.json").read_bytes() == tokenizer:
                 return checkpoint
-        except (OSError, ValueError, AttributeError):
+        except (OSError, UserError):
             continue  # the folder of another run, or one that is being written
     return None
 

@@ -5,6 +5,8 @@ stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the 
 the loop.
 """
 
+from errors import RunFailed, UserError, as_command, say  # isort: skip
+
 import dataclasses
 import functools
 import math
@@ -22,7 +24,6 @@ from curves import draw_curves, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
-from errors import RunFailed, UserError, as_command, say
 from kernels.attention import PackedAttention
 from kernels.cpu import keep_freed_memory
 from losses.grpo import VARIANTS, GRPOConfig, grpo_loss

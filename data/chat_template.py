@@ -12,7 +12,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from errors import UserError
-from files import reason
+from files import parse_json, reason
 
 JSON_CONSTANTS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
@@ -110,10 +110,7 @@ def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> 
     """
     text = text.strip()
     if text.startswith("{"):
-        try:
-            return json.loads(text)
-        except ValueError as e:
-            raise UserError(f"{option}: not valid JSON ({e})") from None
+        return parse_json(text, option)
     result = {}
     for item in text.split(",") if text else ():
         name, equals, value = (part.strip() for part in item.partition("="))

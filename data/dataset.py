@@ -5,6 +5,7 @@ of them; here they are measured and dealt out.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from data.split import SPLIT_SEED, Source, read_divided, task_of
 from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
+from files import Fields
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
@@ -105,7 +107,7 @@ class Dataset:
         if self.eval_data:
             raise UserError(f"--eval_data: {task} makes validation problems of its own")
         self.label, count = task, self.name.partition(":")[2]
-        if count and not (count.isdigit() and int(count)):
+        if count and not (re.fullmatch("[0-9]{1,9}", count) and int(count)):
             raise UserError(
                 f"--data {self.name}: write {task} for an endless supply or {task}:1000 for its "
                 "first 1,000 problems"
@@ -361,7 +363,8 @@ class DataStream(Iterator[GlobalBatch]):
         return {"consumed": self.consumed}
 
     def load(self, state: dict) -> None:
-        self.consumed, self.prefetched = state["consumed"], None
+        self.consumed = Fields(state, "the checkpoint's place in the data").get("consumed", int)
+        self.prefetched = None
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)

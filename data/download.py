@@ -5,6 +5,8 @@ commit, and kept only if its sha256 is the one below. The checksums are of files
 without a source of that kind are not offered.
 """
 
+from errors import RunFailed, UserError, as_command  # isort: skip
+
 import dataclasses
 import hashlib
 import http.client
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import options
 from data.formats import read_rows
-from errors import RunFailed, UserError, as_command
 from files import reason
 from options import REQUIRED, option
 

@@ -111,10 +111,20 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     read_head(path, "parquet")  # a pointer of git-lfs, a web page, another format
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as e:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a Parquet file to be read ({reason(e)})") from None
-    for number, row in enumerate(rows, 1):
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # a date far away, say
+            raise UserError(
+                f"{path}: column {name!r} ({column.type}) cannot be read ({reason(e)}); "
+                "drop it or make it a text"
+            ) from None
+    for number, values in enumerate(zip(*columns, strict=True), 1):
+        row = dict(zip(table.column_names, values, strict=True))
         yield f"{path}:row {number}", _without_nulls(row)
 
 

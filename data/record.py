@@ -14,9 +14,6 @@ from data.tasks import Example
 from errors import say
 from model import lineage
 
-# The options that say how a question is asked: an evaluation of the checkpoint asks likewise.
-PROMPT_OPTIONS = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs")
-
 
 def training_record(
     data: str,

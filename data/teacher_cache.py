@@ -4,15 +4,15 @@ The teacher then need not run again.
 
 A folder with `ids.npy` (int32) and `logp.npy` (fp16), read through memory maps: k ids per trained
 position, and k log-probs followed by that of all other ids together. `cache.json` says what they
-were made from; it is written last, and without it the cache is not complete. A position takes 6k +
-2 bytes. Of draws there are the ids alone, 4k bytes.
+were made from, and their SHA-256; it is written last, and without it the cache is not complete. A
+position takes 6k + 2 bytes. Of draws there are the ids alone, 4k bytes.
 
 Legend: R trained positions of all documents in their order, k ids, B = k + 1.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,10 +20,14 @@ import numpy as np
 from numpy.lib import format as npy
 
 from data.batch import Document
-from errors import UserError
+from digests import all_sha256
+from errors import RunFailed, UserError, system_error
+from files import draft_of, flush, read_json
+from locks import waiting_for
 
 FORM = 2  # of the files
 FP16_MIN = -65504
+FILES = ("ids.npy", "logp.npy", "cache.json")
 NAMES = {
     "documents": "data, template or tokenizer",
     "teacher": "weights of the teacher",
@@ -80,26 +84,37 @@ class TeacherCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise self._unwritable(e) from None
+            for name in FILES:
+                draft_of(self.folder / name)  # removes what others left as they died
 
     def _open(self) -> None:
         """Map the files. Raises UserError if they are something else or damaged."""
+        again = "delete the folder, and it is made again"
+        about = self.folder / "cache.json"
+        found = read_json(about, f"--kd_cache {about}")
+        for name, value in self.fingerprint.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"--kd_cache {self.folder} was made with other {NAMES.get(name, name)}; "
+                    "name another folder, or delete it to make it again"
+                )
         try:
-            found = json.loads((self.folder / "cache.json").read_text())
-            for name, value in self.fingerprint.items():
-                if found.get(name) != value:
-                    raise UserError(
-                        f"--kd_cache {self.folder} was made with other {NAMES.get(name, name)}; "
-                        "name another folder, or delete it to make it again"
-                    )
+            # one that was filled before digests were kept has none
+            if "sha256" in found and found["sha256"] != self._sha256():
+                raise ValueError("its files are not what was written")
             self.ids_Rk = np.load(self.folder / "ids.npy", mmap_mode="r")
             self.logp_RB = np.empty((self.positions, 0), np.float16)
             if self.draws_seed is None:
                 self.logp_RB = np.load(self.folder / "logp.npy", mmap_mode="r")
-        except (OSError, ValueError, AttributeError, EOFError) as e:
-            raise UserError(
-                f"--kd_cache {self.folder} cannot be read ({e}); "
-                "delete the folder, and it is made again"
-            ) from None
+            if len(self.ids_Rk) != self.positions or len(self.logp_RB) != self.positions:
+                raise ValueError("it has another number of positions")
+        except (OSError, ValueError, TypeError, SyntaxError, EOFError) as e:
+            raise UserError(f"--kd_cache {self.folder} cannot be read ({e}); {again}") from None
+
+    def _sha256(self) -> dict[str, str]:
+        """Of the two arrays, by the names of their files."""
+        found = all_sha256([self.folder / name for name in FILES[:2]])
+        return {path.name: digest for path, digest in found.items()}
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, log-probs) of a document's trained positions."""
@@ -107,10 +122,18 @@ class TeacherCache:
         return self.ids_Rk[rows], self.logp_RB[rows]
 
     def fill(self, topk: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write (ids_Rk, logp_RB) arrays of consecutive positions, and complete the cache."""
-        drafts = {}
-        for name in ("ids.npy", "logp.npy", "cache.json"):  # others may fill it, too
-            drafts[name] = self.folder / f"{name}.{os.getpid()}.draft"
+        """Write (ids_Rk, logp_RB) arrays of consecutive positions, and complete the cache.
+
+        Where another process fills it at the same time this one waits, and takes what is there.
+        """
+        with waiting_for(self.folder / ".lock", f"the cache {self.folder}"):
+            if not (self.folder / "cache.json").is_file():
+                self._fill(topk)
+            self.complete = True
+            self._open()
+
+    def _fill(self, topk):
+        drafts = {name: draft_of(self.folder / name) for name in FILES}
         try:
             with open(drafts["ids.npy"], "wb") as ids, open(drafts["logp.npy"], "wb") as logp:
                 self._write_header(ids, np.int32, self.k)
@@ -118,16 +141,22 @@ class TeacherCache:
                 for ids_Rk, logp_RB in topk:
                     ids.write(ids_Rk.astype(np.int32).tobytes())
                     logp.write(np.maximum(logp_RB, FP16_MIN).astype(np.float16).tobytes())
-            drafts["cache.json"].write_text(json.dumps(self.fingerprint, indent=1) + "\n")
+            found = all_sha256([drafts[name] for name in FILES[:2]])
+            digests = dict(zip(FILES, found.values(), strict=False))
+            about = self.fingerprint | {"sha256": digests}
+            drafts["cache.json"].write_text(json.dumps(about, indent=1) + "\n")
             for name, draft in drafts.items():
+                flush(draft)
                 draft.rename(self.folder / name)
         except OSError as e:
             raise self._unwritable(e) from None
-        self.complete = True
-        self._open()
+        finally:
+            for draft in drafts.values():
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
 
-    def _unwritable(self, e: OSError) -> UserError:
-        return UserError(f"--kd_cache {self.folder} cannot be written ({e.strerror or e})")
+    def _unwritable(self, e: OSError) -> UserError | RunFailed:
+        return system_error(e, f"--kd_cache {self.folder} cannot be written")
 
     def _write_header(self, file, dtype: type, width: int) -> None:
         """The head of a .npy file. Rows are appended: on a full disk a memory map would crash."""

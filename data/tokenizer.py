@@ -21,7 +21,7 @@ import tokenizers
 from data.chat_template import ChatTemplates, parse_template_kwargs
 from data.vocabulary import shared_vocabulary
 from errors import UserError
-from files import named, read_text, reason
+from files import Fields, named, read_text, reason
 
 __all__ = ["Tokenizer", "build_tiny", "parse_template_kwargs", "shared_vocabulary"]
 
@@ -63,7 +63,9 @@ class Tokenizer:
             )
         try:
             self.json = json.loads(files["tokenizer.json"])
-            self.settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            json.dumps(config, ensure_ascii=False).encode()  # no half of a character
+            self.settings = Fields(config, "tokenizer_config.json").values
             self.backend = _build(files["tokenizer.json"].decode())
             self._variants = {(False, False): self.backend}
         except Exception as e:  # the tokenizers library raises bare Exceptions
@@ -294,7 +296,10 @@ class Tokenizer:
             found = self.files["chat_template.jinja"].decode()
         if isinstance(found, str):
             found = [{"name": "default", "template": found}]
-        sources = {template["name"]: template["template"] for template in found}
+        sources = {}
+        for template in found if isinstance(found, list) else [found]:
+            parts = Fields(template, f"{self.source}: a chat_template of tokenizer_config.json")
+            sources[parts.get("name", str)] = parts.get("template", str)
         return ChatTemplates(sources, self.source)
 
     @property
@@ -353,7 +358,8 @@ class Tokenizer:
         `<|im_end|>` for Qwen, base models too.
         """
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        ids = self.encode(self.render(messages).rpartition(PROBE)[2].lstrip())
+        rendered = self.render(messages).replace(ESCAPE, "")
+        ids = self.encode(rendered.rpartition(PROBE)[2].lstrip())
         is_added = bool(ids) and ids[0] in [token["id"] for token in self._added]
         return self.id_to_token[ids[0]] if is_added else self.eos
 

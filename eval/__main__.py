@@ -8,6 +8,8 @@ tokens. Samples, tables and a picture go to --out; the same command goes on with
 interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--samples for --n).
 """
 
+from errors import UserError, as_command, system_error  # isort: skip
+
 import contextlib
 import dataclasses
 import functools
@@ -22,12 +24,13 @@ from pathlib import Path
 import torch
 
 import options
-from errors import RunFailed, UserError, as_command
+from digests import with_sha256
 from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
 from eval.prompts import PromptOptions
 from eval.sampling import Job, SamplingOptions, complete
 from files import replace_file
+from locks import waiting_for
 from model import parallel
 from model.load import Subject, find
 from options import REQUIRED, option
@@ -157,32 +160,45 @@ def _job(
 
 
 def report(args: EvalOptions, jobs: list[Job]) -> str:
-    """Write summary.md, summary.json and summary.png; returns the text for the terminal."""
+    """Write summary.md, summary.json and summary.png; returns the text for the terminal.
+
+    What earlier commands have summed up in the same --out stays in them.
+    """
     summaries = []
     for job in jobs:
         figures = summary.summarise(job.rows, args.k, job.samples.stated["generated"])
         summaries.append(summary.Summary(job.subject.label, job.name, figures))
-    comparisons = compare(args.compare, jobs) if args.compare else []
     training = contamination.notes([(job.subject.label, job.name, job.trained) for job in jobs])
-    conditions = [*conditions_of(args, jobs), *training]
-    shown = [tables.table(summaries)]
-    if comparisons:
-        shown.append(tables.comparison_table(comparisons))
-    kept = {
-        "conditions": conditions,
-        "training": training,
-        "summaries": [[s.checkpoint, s.task, s.figures.flat()] for s in summaries],
-        "comparisons": comparisons,
-        "trained_on": [[job.subject.label, job.name, *job.trained] for job in jobs],
-    }
+    ours = summary.Report(
+        conditions=[*conditions_of(args, jobs), *training],
+        training=training,
+        summaries=summaries,
+        comparisons=compare(args.compare, jobs) if args.compare else [],
+        trained_on=[[job.subject.label, job.name, *job.trained] for job in jobs],
+    )
     out = Path(args.out)
-    page = [*map(tables.markdown, shown), "\n".join(f"- {line}" for line in conditions)]
-    replace_file(out / "summary.md", "\n\n".join(page) + "\n")
-    replace_file(out / "summary.json", json.dumps(kept, indent=1) + "\n")
-    draw(summaries, out / "summary.png")
+    with waiting_for(out / ".summary.lock", f"another evaluation's summary in {out}"):
+        found = ours.beside(summary.read_report(out / "summary.json"))
+        shown = [tables.table(found.summaries)]
+        if found.comparisons:
+            shown.append(tables.comparison_table(found.comparisons))
+        conditions = [*found.all_conditions(), *_unfinished(jobs, found)]
+        page = [*map(tables.markdown, shown), "\n".join(f"- {line}" for line in conditions)]
+        replace_file(out / "summary.md", "\n\n".join(page) + "\n")
+        replace_file(
+            out / "summary.json", json.dumps(with_sha256(found.as_json()), indent=1) + "\n"
+        )
+        draw(found.summaries, out / "summary.png")
     said = [*map(tables.aligned, shown), *conditions]
     said.append(f"samples, summary.md, summary.json and summary.png are in {out}")
     return "\n\n".join(said)
+
+
+def _unfinished(jobs: list[Job], found: summary.Report) -> list[str]:
+    """A sentence on what lies beside the summary and is not in it."""
+    shown = {f"{s.checkpoint} on {s.task}" for s in found.summaries}
+    others = [name for name in jobs[0].samples.others() if name not in shown]
+    return [f"not in this summary, though beside it: {', '.join(others)}"] if others else []
 
 
 def conditions_of(args: EvalOptions, jobs: list[Job]) -> list[str]:
@@ -193,12 +209,7 @@ def conditions_of(args: EvalOptions, jobs: list[Job]) -> list[str]:
         "accuracy: the marked answer alone (strict), mean over all samples; intervals: 95 %, "
         "problems resampled"
     ]
-    lines = list(dict.fromkeys([*lines, *map(_asked, jobs)]))
-    shown = {f"{job.subject.label} on {job.name}" for job in jobs}
-    others = [name for name in jobs[0].samples.others() if name not in shown]
-    if others:
-        lines.append(f"not in this summary, though beside it: {', '.join(others)}")
-    return lines
+    return list(dict.fromkeys([*lines, *map(_asked, jobs)]))
 
 
 def _asked(job: Job) -> str:
@@ -242,6 +253,7 @@ def evaluate(args: EvalOptions) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     jobs = plan(args)
+    summary.read_report(Path(args.out) / "summary.json")  # a damaged one is refused before the work
     for subject, own_jobs in itertools.groupby(jobs, operator.attrgetter("subject")):
         # read by the first job that needs it; the model before is dropped here
         load_model = functools.cache(subject.model)
@@ -259,8 +271,7 @@ def run(argv: list[str]) -> None:
         with handled(interrupt) if is_alone else contextlib.nullcontext():
             evaluate(args)
     except OSError as e:  # a file that cannot be read
-        name, why = e.filename or "a file", e.strerror or e
-        raise RunFailed(f"{name}: {why}; the same command goes on") from None
+        raise system_error(e, more="; the same command goes on") from None
 
 
 def main(argv: list[str]) -> int:

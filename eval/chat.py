@@ -5,6 +5,8 @@ one. The checkpoint is a folder in Hugging Face form, a hub id, or the folder of
 checkpoint).
 """
 
+from errors import UserError, as_command  # isort: skip
+
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -14,7 +16,6 @@ from data.formatter import Formatter
 from data.messages import check_text
 from data.tasks import Example
 from data.tokenizer import Tokenizer
-from errors import UserError, as_command
 from eval.prompts import template_kwargs
 from model.generate import Engine, generate
 from model.load import Subject, find

@@ -12,6 +12,8 @@ answers, and forward_kl summed over one of REFERENCE the other KL: these are the
 sampled. Texts are tokenized anew; one that ended gets its stop token back.
 """
 
+from errors import UserError, as_command  # isort: skip
+
 import dataclasses
 import hashlib
 import json
@@ -24,9 +26,8 @@ from data.batch import Document
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
-from errors import UserError, as_command
-from eval.summary import Samples
-from files import read_json, replace_file
+from eval.summary import Samples, read_about
+from files import replace_file
 from model.load import Subject, find
 from options import REQUIRED, option
 from run import handled, interrupt
@@ -63,7 +64,7 @@ def answers(folder: str, author: Subject, limit: int) -> dict[str, list[Document
     """
     found = {}
     for results in sorted(Path(folder).glob("*/*.json")):
-        identity = read_json(results).get("identity", {})
+        identity = read_about(results)["identity"]
         if identity.get("checkpoint") == author.sha256:
             found[results.stem] = _task_answers(results, identity, author, limit)
     if not any(found.values()):

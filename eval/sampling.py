@@ -4,6 +4,7 @@ Every sample has a seed of its own, so that it does not depend on what else is g
 and goes to a file as soon as it is finished: a command that was killed generates only the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -106,7 +107,7 @@ def generate_missing(
     Raises:
         RunFailed: if the file cannot be written.
     """
-    args, kept, groups = request.args, request.samples.read(), []
+    args, kept, groups = request.args, request.samples.read(again=True), []
     size = args.group or len(problems) or 1
     for start in range(0, len(problems), size):
         block = problems[start : start + size]
@@ -228,7 +229,16 @@ class Job(Request):
 
 
 def complete(job: Job, load_model: Callable, rank: int, world: int) -> None:
-    """Generate what is missing of a job, grade it and set its rows, the same on all ranks."""
+    """Generate what is missing of a job, grade it and set its rows, the same on all ranks.
+
+    Another command that makes the same samples is waited for.
+    """
+    with contextlib.ExitStack() as held:
+        parallel.on_rank_0(rank, lambda: held.enter_context(job.samples.locked()))
+        _complete(job, load_model, rank, world)
+
+
+def _complete(job, load_model, rank, world):
     samples, problems = job.samples, range(len(job.prompts))
     wanted = [(p, s) for p in problems for s in range(job.args.n)]
     parallel.on_rank_0(rank, job.begin)
@@ -239,7 +249,7 @@ def complete(job: Job, load_model: Callable, rank: int, world: int) -> None:
         error = e
     parallel.raise_on_all(error)
     tokens, seconds = zip(*parallel.gather(cost), strict=True)
-    rows = samples.read()
+    rows = samples.read(again=True)
     ungraded = [key for key in wanted[rank::world] if "strict" not in rows[key]]
     examples = job.benchmark.examples
     graded = grade_all(grade_row, [(examples[key[0]], rows[key]) for key in ungraded])

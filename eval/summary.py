@@ -2,23 +2,32 @@
 
 `<out>/<checkpoint>/<task>.json` states prompt, template, test set and sampling, with hashes.
 `<task>.part-<rank>.jsonl` gets a line for every finished sample, so that a killed evaluation can go
-on. `<task>.jsonl` holds all of them in order, graded, at the end.
+on. `<task>.jsonl` holds all of them in order, graded, at the end. Lines and files have digests in
+them: what is damaged is made again or refused.
 """
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from digests import read_checked, with_sha256
 from errors import UserError
 from eval.stats import Paired, intervals, majority_at_k, paired, pass_at_k
-from files import read_json, replace_file
+from files import Fields, reason, replace_file
+from locks import waiting_for
 
 Key = tuple[int, int]  # (problem, sample)
 Row = dict[str, Any]
 Rows = dict[Key, Row]
+# The end of a line: the checksum of all before it.
+CHECKSUM = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
 
 
 class Samples:
@@ -39,23 +48,38 @@ class Samples:
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.task}.part-*.jsonl"))
 
-    def read(self) -> Rows:
-        """All rows that were kept so far, without lines that a kill cut off."""
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Have them alone inside `with`, after whoever has them now."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out: {self.folder} cannot be made ({e.strerror})") from None
+        with waiting_for(self.folder / f".{self.task}.lock", f"another evaluation of {self.path}"):
+            yield
+
+    def read(self, again: bool = False) -> Rows:
+        """All rows that were kept so far, without a line that a kill cut off.
+
+        again: leave out damaged lines, too: they are to be made again. Else they are a UserError.
+        """
         rows = {}
         for file in [*self.parts(), self.path]:
             if not file.exists():
                 continue
-            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-                try:
-                    row = json.loads(line)
+            for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+                row = _row(line)
+                if row:
                     rows[row["problem"], row["sample"]] = row
-                except (ValueError, KeyError, TypeError):
-                    continue
+                elif line and file == self.path and not again:
+                    raise UserError(
+                        f"{file}:{number} is damaged; the command that made it makes it again"
+                    )
         return rows
 
     def check(self, identity: dict) -> None:
         """Raise UserError if there are samples that were made under other conditions."""
-        stored = read_json(self.about)["identity"] if self.about.exists() else identity
+        stored = read_about(self.about)["identity"] if self.about.exists() else identity
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise UserError(
@@ -74,11 +98,7 @@ class Samples:
         self.check(identity)
         generated = {"tokens": 0, "seconds": 0.0}
         if self.about.exists():
-            generated = read_json(self.about)["generated"]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out: {self.folder} cannot be made ({e.strerror})") from None
+            generated = read_about(self.about)["generated"]
         self.stated = {"identity": identity, "about": about, "generated": generated}
         self._state()
 
@@ -100,12 +120,47 @@ class Samples:
             part.unlink()
 
     def _state(self) -> None:
-        replace_file(self.about, json.dumps(self.stated, indent=2, ensure_ascii=False) + "\n")
+        about = json.dumps(with_sha256(self.stated), indent=2, ensure_ascii=False)
+        replace_file(self.about, about + "\n")
 
 
 def json_line(row: Row) -> str:
-    """A row as a line of a .jsonl file."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """A row as a line of a .jsonl file, with its checksum."""
+    line = json.dumps(row | {"crc32": ""}, ensure_ascii=False)
+    checksum = zlib.crc32(line.encode("utf-8", "surrogatepass"))
+    return f'{line[:-2]}{checksum:08x}"}}\n'
+
+
+def _row(line: bytes) -> Row | None:
+    """The row of a line; None if it is no row, or not as it was written."""
+    try:
+        text = line.decode("utf-8", "surrogatepass")
+        row = json.loads(text)
+        found = CHECKSUM.search(text)
+        if found:
+            written = text[: found.start(1)] + '"}'
+            if zlib.crc32(written.encode("utf-8", "surrogatepass")) != int(found[1], 16):
+                return None
+        row.pop("crc32", None)
+        is_row = type(row["problem"]) is int and type(row["sample"]) is int
+        return row if is_row else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def read_about(path: Path) -> Row:
+    """What the .json file beside samples states: their identity, what about them, what they took.
+
+    Raises UserError.
+    """
+    stated = read_checked(path, "delete it with its samples, and they are made again")
+    fields = Fields(stated, path)
+    fields.get("identity", dict, {})
+    fields.get("about", dict, {})
+    generated = fields.part("generated")
+    for name in generated.values:
+        generated.get(name, float)
+    return stated
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -144,6 +199,13 @@ class Figures(NamedTuple):
             found |= value if name == "rates" else {name: value}
         return found
 
+    @classmethod
+    def of_flat(cls, found: dict) -> "Figures":
+        """The figures that `flat` gave, read back."""
+        own = {name: found[name] for name in cls._fields if name != "rates"}
+        rates = {name: Interval(*value) for name, value in found.items() if name not in own}
+        return cls(rates=rates, **own)
+
 
 class Summary(NamedTuple):
     """The figures of one checkpoint on one task."""
@@ -163,6 +225,82 @@ class Comparison(NamedTuple):
     other: str
     task: str
     paired: dict
+
+
+@dataclasses.dataclass
+class Report:
+    """What summary.json holds: the figures of the last command, and those that earlier ones left.
+
+    conditions: how the last command made its figures; training: those of them on trained questions.
+    earlier: of each earlier command what of it is still shown, as (checkpoint, task), and its
+    conditions.
+    """
+
+    conditions: list[str]
+    training: list[str]
+    summaries: list[Summary]
+    comparisons: list[Comparison]
+    trained_on: list[list]
+    earlier: list[tuple[list[tuple[str, str]], list[str]]] = dataclasses.field(default_factory=list)
+
+    def beside(self, old: "Report | None") -> "Report":
+        """This command's report with what an earlier one has and this has not."""
+        if old is None:
+            return self
+        own = {s[:2] for s in self.summaries}
+        commands, rest = [], {s[:2] for s in old.summaries} - own
+        for names, conditions in old.earlier:
+            kept = [name for name in names if name in rest]
+            rest -= set(kept)
+            commands += [(kept, conditions)] if kept else []
+        if rest:
+            commands.insert(0, (sorted(rest), old.conditions))
+        comparisons = []
+        for comparison in old.comparisons:
+            checkpoint, other, task, _ = comparison
+            if own.isdisjoint({(checkpoint, task), (other, task)}):
+                comparisons.append(comparison)
+        return Report(
+            conditions=self.conditions,
+            training=self.training,
+            summaries=self.summaries + [s for s in old.summaries if s[:2] not in own],
+            comparisons=self.comparisons + comparisons,
+            trained_on=self.trained_on + [t for t in old.trained_on if tuple(t[:2]) not in own],
+            earlier=commands,
+        )
+
+    def all_conditions(self) -> list[str]:
+        """Sentences on how all figures were made."""
+        lines = list(self.conditions)
+        for names, conditions in self.earlier:
+            of = ", ".join(f"{checkpoint} on {task}" for checkpoint, task in names)
+            lines += [f"by an earlier command, {of}: {line}" for line in conditions]
+        return lines
+
+    def as_json(self) -> dict:
+        flat = [[s.checkpoint, s.task, s.figures.flat()] for s in self.summaries]
+        return vars(self) | {"summaries": flat}
+
+
+def read_report(path: Path) -> Report | None:
+    """What summary.json holds; None if there is none. Raises UserError."""
+    if not path.exists():
+        return None
+    fix = "delete it; the samples are kept beside it"
+    found = read_checked(path, fix)
+    try:
+        return Report(
+            conditions=[str(line) for line in found["conditions"]],
+            training=[str(line) for line in found.get("training", ())],
+            summaries=[Summary(c, t, Figures.of_flat(f)) for c, t, f in found["summaries"]],
+            comparisons=[Comparison(*entry) for entry in found["comparisons"]],
+            trained_on=list(found.get("trained_on", ())),
+            earlier=[
+                ([(c, t) for c, t in names], lines) for names, lines in found.get("earlier", ())
+            ],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path} is no summary of an evaluation ({reason(e)}); {fix}") from None
 
 
 def summarise(rows: Rows, ks: Sequence[int], generated: dict) -> Figures:

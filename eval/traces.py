@@ -11,6 +11,8 @@ hashes), `traces.jsonl` (those that are kept, as messages with the gold answer a
 run on the traces knows it). The same command goes on with what was interrupted.
 """
 
+from errors import RunFailed, UserError, as_command  # isort: skip
+
 import dataclasses
 import json
 import sys
@@ -25,10 +27,9 @@ from data.dataset import Dataset
 from data.formats import GOLDS, QUESTIONS, RESPONSES, SYSTEM
 from data.formatter import OPENED, Formatter
 from data.tasks import TASKS, Example, grade, grade_all
-from errors import RunFailed, UserError, as_command
 from eval.prompts import template_kwargs
 from eval.sampling import Request, SamplingOptions, generate_missing
-from eval.summary import Row, Rows, Samples, json_line
+from eval.summary import Row, Rows, Samples
 from files import replace_file
 from model import lineage
 from model.flops import generation_flops
@@ -171,7 +172,8 @@ def collect(
                 "sample": sample,
             },
         }
-        lines.append(json_line(trace | other_columns(example, trace)))
+        line = json.dumps(trace | other_columns(example, trace), ensure_ascii=False)
+        lines.append(line + "\n")
     return lines
 
 
@@ -213,27 +215,32 @@ def other_columns(example: Example, trace: dict) -> dict:
 
 def run(args: TraceOptions) -> None:
     """Generate what is missing, grade it, and write the traces that are kept."""
-    subject, out = find(args.teacher), Path(args.out)
+    subject = find(args.teacher)
     kwargs = template_kwargs(args.chat_template_kwargs, subject.settings)
     examples, prompts = examples_of(args, subject, kwargs)
     identity = {"teacher": subject.sha256, "data": args.data, "questions": len(examples)}
     identity |= {name: getattr(args, name) for name in IDENTITY}
     if kwargs:
         identity["chat_template_kwargs"] = kwargs
-    samples = Samples(out, "samples")
-    samples.begin(identity, {"name": args.teacher, "environment": environment()})
     request = Request(
         subject=subject,
-        samples=samples,
+        samples=Samples(Path(args.out), "samples"),
         name=args.data,
         prompts=prompts,
         max_tokens=args.max_tokens,
         stop=(),
         args=args,
     )
-    problems = range(len(prompts))
+    with request.samples.locked():
+        request.samples.begin(identity, {"name": args.teacher, "environment": environment()})
+        _make(args, request, examples)
+
+
+def _make(args: TraceOptions, request: Request, examples: list[Example]) -> None:
+    subject, samples, prompts = request.subject, request.samples, request.prompts
+    out, problems = samples.folder, range(len(prompts))
     _, seconds = generate_missing(request, problems, subject.model)
-    found = samples.read()
+    found = samples.read(again=True)
     keys = [(p, s) for p in problems for s in range(args.n)]
     graded = grade_all(grade_row, [(examples[key[0]], found[key]) for key in keys])
     rows = dict(zip(keys, graded, strict=True))

@@ -33,6 +33,7 @@ Part = TypeVar("Part")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ADAPTER = "adapter_config.json"  # a folder with it is a PEFT adapter, loaded merged into its base
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MOST_IDS = 1 << 24  # of a vocabulary
 
 
 # --- where a checkpoint is ----------------------------------------------------------------
@@ -137,8 +138,8 @@ def stop_ids_of(folder: Path | None) -> list[int]:
     values = value if isinstance(value, list) else [value]
     ids = [stop_id for stop_id in values if stop_id is not None]
     for stop_id in ids:
-        if type(stop_id) is not int:
-            raise UserError(f"{path}: eos_token_id {stop_id!r} is not a token's id")
+        if type(stop_id) is not int or not 0 <= stop_id < MOST_IDS:
+            raise UserError(f"{path}: eos_token_id {stop_id!r:.60} is not a token's id")
     return ids
 
 

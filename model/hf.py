@@ -1,22 +1,14 @@
 """The config.json of Hugging Face checkpoints, from and to `ModelConfig`."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from files import Fields
 from model.transformer import ACTIVATIONS, ModelConfig, RopeScaling
 
 Json = dict[str, Any]
 
-_KINDS = {
-    int: "a whole number above 0",
-    float: "a number above 0",
-    bool: "true or false",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -39,39 +31,9 @@ _UNSUPPORTED = {
 }
 
 
-class _Settings:
-    """The values of a config.json; a null counts as a value that is not set.
-
-    Errors are UserErrors that begin with `source`.
-    """
-
-    def __init__(self, values: Json, source: Path | str) -> None:
-        self.values = {name: value for name, value in values.items() if value is not None}
-        self.source = source
-
-    def refuse(self, text: str) -> None:
-        raise UserError(f"{self.source}: {text} is not supported")
-
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """The value as a `kind` of `_KINDS`. Raises UserError for one that is not, or is missing
-        and has no default."""
-        value = self.values.get(name, default)
-        if value is None:
-            raise UserError(f"{self.source}: config.json has no {name!r}")
-        if kind in (int, float):
-            is_number = type(value) in (int, float) and 0 < value < math.inf
-            fits = is_number and kind(value) == value
-        else:
-            fits = isinstance(value, kind)
-        if not fits:
-            raise UserError(
-                f"{self.source}: config.json has {name} {value!r:.60}, which is not {_KINDS[kind]}"
-            )
-        return kind(value)
-
-    def part(self, name: str) -> "_Settings":
-        """The object under a name, empty where there is none."""
-        return _Settings(self.get(name, dict, {}), self.source)
+MOST = 1 << 24  # of any size: larger ones are damage, and shapes of models would not fit a number
+LAYERS = 1000  # at most; each takes time before weights are read
+POSITIVE = 1e-30  # what counts as above 0
 
 
 # --- reading ------------------------------------------------------------------------------
@@ -83,30 +45,30 @@ def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
     A null counts as a value that is not set. What would be computed wrongly is refused with a
     UserError, which begins with `source`.
     """
-    settings = _Settings(hf, source)
+    settings = Fields(hf, f"{source}: config.json")
     family = str(settings.values.get("model_type"))
     if family not in ARCHITECTURES:
         settings.refuse(f"model_type {family!r} ({', '.join(ARCHITECTURES)} are)")
     _refuse_other_kinds(settings, family)
     is_gemma = family == "gemma3_text"
-    hidden, heads = settings.get("hidden_size", int), settings.get("num_attention_heads", int)
-    kv_heads = settings.get("num_key_value_heads", int, heads)
+    hidden, heads = _size(settings, "hidden_size"), _size(settings, "num_attention_heads")
+    kv_heads = _size(settings, "num_key_value_heads", heads)
     usual_head_dim = {"qwen3": 128, "gemma3_text": 256}.get(family, hidden // heads)
-    head_dim = settings.get("head_dim", int, usual_head_dim)
+    head_dim = _size(settings, "head_dim", usual_head_dim)
     if heads % kv_heads:
         settings.refuse(
             f"num_key_value_heads {kv_heads}, which does not divide num_attention_heads {heads},"
         )
     if head_dim % 2:
         settings.refuse(f"head_dim {head_dim}, which is odd,")
-    if is_gemma and (scalar := settings.get("query_pre_attn_scalar", float, 256)) != head_dim:
+    if is_gemma and (scalar := _number(settings, "query_pre_attn_scalar", 256)) != head_dim:
         settings.refuse(f"query_pre_attn_scalar {scalar:g} with head_dim {head_dim}")
     activation = settings.get("hidden_act", str, "silu")
     if is_gemma:
         activation = settings.get("hidden_activation", str, "gelu_pytorch_tanh")
     if activation not in ACTIVATIONS:
         settings.refuse(f"hidden_act {activation!r}")
-    layers = settings.get("num_hidden_layers", int)
+    layers = settings.get("num_hidden_layers", int, least=1, most=LAYERS)
     theta, scaling = _rope(settings, FULL, 1e6 if is_gemma else 1e4)
     windows, window_theta = (), ModelConfig.window_rope_theta
     if is_gemma:
@@ -115,9 +77,9 @@ def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
         if window_scaling:
             settings.refuse(f"rope scaling of {WINDOWED}")
     return ModelConfig(
-        vocab_size=settings.get("vocab_size", int),
+        vocab_size=_size(settings, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=settings.get("intermediate_size", int),
+        intermediate_size=_size(settings, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -126,8 +88,8 @@ def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
         qkv_bias=family == "qwen2" or settings.get("attention_bias", bool, False),
         qk_norm=family == "qwen3" or is_gemma,
         rope_theta=theta,
-        rms_norm_eps=settings.get("rms_norm_eps", float, 1e-6),
-        max_position_embeddings=settings.get("max_position_embeddings", int, 32768),
+        rms_norm_eps=_number(settings, "rms_norm_eps", 1e-6),
+        max_position_embeddings=_size(settings, "max_position_embeddings", 32768, 1 << 40),
         rope_scaling=scaling,
         windows=windows,
         window_rope_theta=window_theta,
@@ -138,12 +100,20 @@ def config_from_hf(hf: Json, source: Path | str) -> ModelConfig:
     )
 
 
-def _refuse_other_kinds(settings: _Settings, family: str) -> None:
+def _size(settings: Fields, name: str, default: int | None = None, most: int = MOST) -> int:
+    return settings.get(name, int, default, least=1, most=most)
+
+
+def _number(settings: Fields, name: str, default: float | None = None) -> float:
+    return settings.get(name, float, default, least=POSITIVE)
+
+
+def _refuse_other_kinds(settings: Fields, family: str) -> None:
     """Raise UserError for what is no part of the family's models as they are built here."""
     if family != "gemma3_text":
         # 4096 is what `transformers` takes where the key is missing.
         has_window = settings.values.get("use_sliding_window")
-        if has_window and settings.get("sliding_window", float, 4096):
+        if has_window and _number(settings, "sliding_window", 4096):
             settings.refuse("sliding-window attention")
         layer_types = {str(kind) for kind in settings.get("layer_types", list, [])} - {FULL}
         if layer_types:
@@ -159,10 +129,10 @@ def _refuse_other_kinds(settings: _Settings, family: str) -> None:
             settings.refuse(f"{name} {value!r:.60}")
 
 
-def _windows(settings: _Settings, layers: int) -> tuple[int, ...]:
+def _windows(settings: Fields, layers: int) -> tuple[int, ...]:
     """Each layer's window, 0 where it sees all tokens, as the layers' types or a pattern say."""
-    window = settings.get("sliding_window", int, 4096)
-    pattern = settings.get("sliding_window_pattern", int, 6)
+    window = _size(settings, "sliding_window", 4096)
+    pattern = _size(settings, "sliding_window_pattern", 6)
     kinds = [WINDOWED if (layer + 1) % pattern else FULL for layer in range(layers)]
     kinds = settings.get("layer_types", list, kinds)
     if others := {str(kind) for kind in kinds} - {FULL, WINDOWED}:
@@ -172,7 +142,7 @@ def _windows(settings: _Settings, layers: int) -> tuple[int, ...]:
     return tuple(window if kind == WINDOWED else 0 for kind in kinds)
 
 
-def _rope(settings: _Settings, kind: str, usual: float) -> tuple[float, RopeScaling | None]:
+def _rope(settings: Fields, kind: str, usual: float) -> tuple[float, RopeScaling | None]:
     """The base of the rotary frequencies and their scaling, in layers of a kind.
 
     Version 4 of `transformers` has them in rope_theta (rope_local_base_freq for layers with a
@@ -182,7 +152,7 @@ def _rope(settings: _Settings, kind: str, usual: float) -> tuple[float, RopeScal
     by_kind = kind == WINDOWED
     is_gemma = settings.values["model_type"] == "gemma3_text"
     top_level = "rope_local_base_freq" if by_kind else "rope_theta"
-    usual = settings.get(top_level, float, usual)
+    usual = _number(settings, top_level, usual)
     factors = [settings.values.get("partial_rotary_factor", 1)]
     found = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -199,7 +169,7 @@ def _rope(settings: _Settings, kind: str, usual: float) -> tuple[float, RopeScal
             rope.values = flat | rope.values
         factors.append(rope.values.get("partial_rotary_factor", 1))
         if rope.values:
-            found.append((rope.get("rope_theta", float, usual), _scaling(rope)))
+            found.append((_number(rope, "rope_theta", usual), _scaling(rope)))
     for factor in factors:
         if factor != 1:
             settings.refuse(f"rope scaling with partial_rotary_factor {factor}")
@@ -209,25 +179,25 @@ def _rope(settings: _Settings, kind: str, usual: float) -> tuple[float, RopeScal
         if theta == other_theta:
             differ = f"scalings ({scaling}, {other_scaling})"
         raise UserError(
-            f"{settings.source}: rope_scaling and rope_parameters have different {differ}; "
+            f"{settings.where}: rope_scaling and rope_parameters have different {differ}; "
             "keep one of them"
         )
     return found[0] if found else (usual, None)
 
 
-def _scaling(rope: _Settings) -> RopeScaling | None:
+def _scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(rope.get("factor", float))
+        return RopeScaling(_number(rope, "factor"))
     if kind != "llama3":
         rope.refuse(f"rope scaling {kind!r}")
-    low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
     if low >= high:
         rope.refuse(f"low_freq_factor {low:g} with high_freq_factor {high:g}")
-    context = rope.get("original_max_position_embeddings", int)
-    return RopeScaling(rope.get("factor", float), context, low, high)
+    context = _size(rope, "original_max_position_embeddings", most=1 << 40)
+    return RopeScaling(_number(rope, "factor"), context, low, high)
 
 
 # --- writing ------------------------------------------------------------------------------

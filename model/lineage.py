@@ -14,7 +14,6 @@ files:
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_json
+from errors import UserError
+from files import Fields, read_json, write_json
 from model.checkpoint import ADAPTER, base_of
 
 RECORD, HASHES = "trained_on.json", "trained_on.bin"
+# The options that say how a question is asked: an evaluation of the checkpoint asks likewise.
+PROMPT_OPTIONS = ("template", "system_prompt", "prompt_suffix", "chat_template_kwargs")
 FORM = 2  # of the two files
 CHUNK = 20_000  # texts whose hashes are sorted together
 BLOCKS, BLOCK = 64, 4096  # blocks of a weight file, and their bytes, by which it is known again
@@ -259,7 +261,7 @@ def read(folder: Path, name: str) -> Lineage:
     if record:
         try:
             found, problem = _parse(record, folder)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, UserError):
             problem = f"{HASHES} is damaged"
     elif (folder / RECORD).exists():
         problem = f"{RECORD} is damaged"
@@ -272,16 +274,21 @@ def read(folder: Path, name: str) -> Lineage:
 
 def _parse(record: dict, folder: Path) -> tuple[Lineage, str]:
     """What a record says, and what is wrong with it."""
+    fields = Fields(record, folder / RECORD)
+    if fields.get("form", int) != FORM:
+        return Lineage(), f"{RECORD} is of another version"
+    data, prompt = fields.get("data", list), fields.get("prompt", dict)
+    ancestors, unknown = fields.get("ancestors", list), fields.get("unknown", list)
+    if not all(isinstance(entry, dict) for entry in data):
+        return Lineage(), f"{RECORD} is damaged"
     lineage = Lineage(
         np.fromfile(folder / HASHES, "<u8").astype(np.uint64, copy=False),
-        tuple(record["data"]),
-        tuple(record["ancestors"]),
-        tuple(record["unknown"]),
-        dict(record["prompt"]),
+        tuple(data),
+        tuple(map(str, ancestors)),
+        tuple(map(str, unknown)),
+        prompt,
     )
-    if record["form"] != FORM:
-        return Lineage(), f"{RECORD} is of another version"
-    if lineage.digest != record["sha256"]:
+    if lineage.digest != record.get("sha256"):
         return Lineage(), f"{HASHES} is damaged"
     if record.get("weights") not in (None, weights_mark(folder)):
         return lineage, f"its weights changed after {RECORD} was written"
@@ -340,10 +347,9 @@ def weights_mark(folder: Path) -> str | None:
 def _read_json(folder: Path) -> dict:
     """trained_on.json of a folder, {} if there is none or it is damaged."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / RECORD)
+    except UserError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -7,13 +7,15 @@ import dataclasses
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from data.tokenizer import Tokenizer, shared_vocabulary
+from digests import file_sha256, verify
 from errors import UserError
-from files import read_json
+from files import Fields, read_json
+from locks import use
 from model import lineage, parallel
 from model.checkpoint import (
     ADAPTER,
@@ -69,8 +71,22 @@ def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
         )
     name = preset if preset in PRESETS else newest_checkpoint(name, option)
     folder = locate(name, option)
+    if folder:
+        verified(folder)
     tokenizer = Tokenizer.load(tokenizer_folder(folder)) if folder and read_tokenizer else None
     return Checkpoint(name, folder, read_config(name, folder), tokenizer)
+
+
+def verified(folder: Path) -> dict[Path, str]:
+    """The SHA-256 of a checkpoint's files and its base's, where they are sealed (digests.py).
+
+    Rank 0 reads them. Raises UserError on all ranks for a file that is not what was written.
+    """
+
+    def read() -> dict[Path, str]:
+        return verify(base_of(folder)) | verify(folder)
+
+    return parallel.on_rank_0(parallel.rank(), read)
 
 
 def without_layers(checkpoint: Checkpoint, layers: str) -> Checkpoint:
@@ -184,6 +200,8 @@ class Subject:
 
     name: As the user wrote it.
     run: The folder of the run that trained it, or None.
+    sha256_of: Of files that were verified.
+    held: Keeps the run from removing the checkpoint.
     settings: That run's config.json; of a checkpoint that was taken out of its run's folder, what
         its record says of the training prompts; else {}.
     """
@@ -195,6 +213,8 @@ class Subject:
     stop_ids: list[int]
     run: Path | None
     settings: dict[str, Any]
+    sha256_of: dict[Path, str] = dataclasses.field(default_factory=dict)
+    held: IO[bytes] | None = None
 
     @property
     def vocab(self) -> int:
@@ -211,8 +231,8 @@ class Subject:
                 files.update(folder.glob("*.safetensors"))
                 files.update(folder.glob(ADAPTER))
             for path in sorted(files):
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                found = self.sha256_of.get(path) or file_sha256(path)
+                digest.update(bytes.fromhex(found))
         digest.update(repr(self.config).encode())
         return parallel.broadcast(digest.hexdigest())
 
@@ -239,21 +259,17 @@ def find(name: str, tokenizer: str = "") -> Subject:
             meant), or a hub id.
         tokenizer: A folder with another tokenizer.json.
     """
-    folder: Path | None = Path(name)
-    steps = RunFolder(folder).steps()
-    if steps:
-        folder = RunFolder(folder).step_folder(steps[-1])
-    folder = locate(str(folder), "checkpoint")
+    newest, held = _hold_newest(Path(name))
+    folder = locate(str(newest), "checkpoint")
     if folder is None:
         raise UserError(
             f"checkpoint {name}: a preset has random weights and no tokenizer; name a folder"
         )
+    sha256_of = verified(folder)
     loaded = Tokenizer.load(tokenizer or tokenizer_folder(folder))
-    run = run_of(folder)
+    run, settings = run_of(folder), Fields(lineage.prompt_of(folder), folder)
     if run and (run / "config.json").is_file():
-        settings = read_json(run / "config.json")
-    else:
-        settings = lineage.prompt_of(folder)
+        settings = Fields(read_json(run / "config.json"), run / "config.json")
     return Subject(
         name=str(name),
         folder=folder,
@@ -261,8 +277,30 @@ def find(name: str, tokenizer: str = "") -> Subject:
         tokenizer=loaded,
         stop_ids=stop_ids(loaded, folder),
         run=run,
-        settings=settings,
+        settings={n: settings.get(n, str) for n in lineage.PROMPT_OPTIONS if n in settings.values},
+        sha256_of=sha256_of,
+        held=held,
     )
+
+
+def _hold_newest(folder: Path) -> tuple[Path, IO[bytes] | None]:
+    """The newest checkpoint of a run's folder, which the run then does not remove.
+
+    Any other folder as it is. Rank 0 chooses.
+    """
+    held = None
+
+    def choose() -> Path:
+        nonlocal held
+        while steps := RunFolder(folder).steps():
+            newest = RunFolder(folder).step_folder(steps[-1])
+            held = use(newest / "config.json")
+            if held or newest.is_dir():  # else the run has removed it meanwhile
+                return newest
+        held = use(folder / "config.json") if run_of(folder) else None
+        return folder
+
+    return parallel.on_rank_0(parallel.rank(), choose), held
 
 
 def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from files import LARGEST, Fields
 from model.sampling import GOLDEN, mix
 from model.transformer import Linear, Transformer
 
@@ -263,6 +264,7 @@ def check_peft(settings: dict[str, Any], source: Path) -> None:
 
     Raises UserError, which begins with `source`.
     """
+    fields = Fields(settings, source)
     kind, bias = settings.get("peft_type"), settings.get("bias", "none")
     if kind != "LORA":
         raise UserError(f"{source}: peft_type {kind!r} is not supported; LORA is")
@@ -277,11 +279,11 @@ def check_peft(settings: dict[str, Any], source: Path) -> None:
         raise UserError(
             f"{source}: init_lora_weights {init!r} is not supported: it changes the base; {fix}"
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise UserError(
-            f"{source}: r {rank!r} and lora_alpha {alpha!r} must be numbers, r at least 1"
-        )
+    fields.get("r", int, least=1, most=1 << 24)
+    fields.get("lora_alpha", float, least=-LARGEST)
+    fields.get("lora_dropout", float, 0.0, most=1)
+    fields.get("use_rslora", bool, False)
+    fields.get("base_model_name_or_path", str, "", most=4096)
 
 
 def from_peft(

@@ -22,6 +22,7 @@ from data.batch import Document, GlobalBatch, Metrics
 from data.dataset import Dataset, DataStream
 from data.tasks import Example, grade_all
 from errors import RunFailed, UserError
+from files import Fields, reason
 from model import parallel
 from model.flops import forward_flops, generation_flops
 from model.generate import Completion, Engine, generate
@@ -169,13 +170,21 @@ class Rollouts(Iterator[GlobalBatch]):
         return counts | {"world": self.config.world, "pending": pending}
 
     def load(self, state: dict) -> None:
-        if state["pending"] and state["world"] != self.config.world:
+        fields = Fields(state, "the checkpoint's rollouts")
+        pending, world = fields.get("pending", list), fields.get("world", int)
+        if pending and world != self.config.world:
             raise UserError(
-                f"the checkpoint holds samples of {state['world']} ranks that were not trained on "
-                "yet: resume with as many"
+                f"the checkpoint holds samples of {world} ranks that were not trained on yet: "
+                "resume with as many"
             )
-        self.position, self.number = state["position"], state.get("number", 0)
-        self.pending = [GlobalBatch(list(map(_from_json, saved))) for saved in state["pending"]]
+        self.position, self.number = fields.get("position", int), fields.get("number", int, 0)
+        limits = self.generator.config.vocab_size, max(1, len(self.teachers))
+        try:
+            self.pending = [
+                GlobalBatch([_from_json(d, *limits) for d in saved]) for saved in pending
+            ]
+        except (TypeError, ValueError, KeyError, OverflowError) as e:
+            fields.refuse(f"a sample that was not trained on yet ({reason(e)})")
 
     def close(self) -> None:
         """Nothing runs in the background."""
@@ -382,8 +391,11 @@ class MixedSource(Iterator[GlobalBatch]):
         return {"count": self.count, "sources": [s.state() for s in self.sources]}
 
     def load(self, state: dict) -> None:
-        self.count = state["count"]
-        for source, saved in zip(self.sources, state["sources"], strict=True):
+        fields = Fields(state, "the checkpoint's sources")
+        self.count, sources = fields.get("count", int), fields.get("sources", list)
+        if len(sources) != len(self.sources):
+            fields.refuse(f"another number of them ({len(sources)})")
+        for source, saved in zip(self.sources, sources, strict=True):
             source.load(saved)
 
     def close(self) -> None:
@@ -423,11 +435,20 @@ def _to_json(document: Document) -> dict:
     return saved | {"normalizer_weight": document.normalizer_weight}
 
 
-def _from_json(saved: dict) -> Document:
-    fields = {name: torch.tensor(x, dtype=torch.float64) for name, x in saved["fields"].items()}
-    tokens, weights = np.array(saved["tokens"], np.int32), np.array(saved["weights"])
-    document = Document(tokens, weights, fields, saved["normalizer_weight"])
+def _from_json(saved: dict, vocab: int, teachers: int) -> Document:
+    """What `_to_json` wrote, or a TypeError, ValueError, KeyError or OverflowError."""
+    tokens, weights = np.array(saved["tokens"], np.int32), np.array(saved["weights"], np.float64)
+    fields = {n: torch.tensor(x, dtype=torch.float64) for n, x in dict(saved["fields"]).items()}
+    own = saved["normalizer_weight"]
+    document = Document(tokens, weights, fields, own if own is None else float(own))
+    seen = tokens
     if "teacher_tokens" in saved:
-        document.teacher_tokens = np.array(saved["teacher_tokens"], np.int32)
-    document.teacher = saved.get("teacher", 0)
+        document.teacher_tokens = seen = np.array(saved["teacher_tokens"], np.int32)
+    document.teacher = int(saved.get("teacher", 0))
+    if {weights.shape, *(tuple(x_T.shape) for x_T in fields.values())} != {(len(tokens),)}:
+        raise ValueError("fields of other lengths than its tokens")
+    if not (np.isfinite(weights).all() and 0 <= document.teacher < teachers):
+        raise ValueError("no finite weights, or another teacher")
+    if min(tokens.min(), seen.min()) < 0 or max(tokens.max(), seen.max()) >= vocab:
+        raise ValueError("an id that is no token")
     return document

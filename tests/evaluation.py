@@ -71,7 +71,9 @@ def rows(folder, task):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    """The rows, without their checksums, which differ where a rounded number does."""
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [{name: value for name, value in row.items() if name != "crc32"} for row in rows]
 
 
 def stated(out, task):

@@ -12,15 +12,15 @@ from tests.conftest import ROOT
 FILES = gates.source_files()
 PROJECT = {Path(name).parts[0].removesuffix(".py") for name in FILES} | {"tests", "bench"}
 
-# What a folder may import of the project, beside itself, errors and files.
+# What a folder may import of the project, beside itself and what may be imported anywhere.
 MAY = {
     "kernels": {"kernels"},
     "losses": {"losses", "kernels", "data.batch"},
     "model": {"model", "kernels", "locks", "data.tokenizer", "run"},
-    "data": {"data", "model.parallel", "model.lineage"},
+    "data": {"data", "model.parallel", "model.lineage", "locks"},
     "rl": {"rl", "data", "model", "kernels", "losses"},
 }
-ANYWHERE = {"errors", "files"}
+ANYWHERE = {"errors", "files", "digests"}
 # Commands in these folders read their options as every command does.
 COMMANDS = {"data/download.py"}
 # Models are built from their folders' tokenizers and run folders here and nowhere else in model/.

@@ -8,11 +8,12 @@ import torch
 
 import toy_models
 from data.tokenizer import Tokenizer, build_tiny
+from digests import with_sha256
 from eval import __main__ as evaluation
 from eval import divergence
 from kernels.attention import PackedAttention
 from model.checkpoint import build_model, read_config, save_model
-from tests.test_eval import checkpoint
+from tests.evaluation import checkpoint, read_lines
 
 ASKED = [
     "--tasks=word_problems",
@@ -53,7 +54,7 @@ def made(tmp_path_factory):
     for name in ("base", "near"):
         assert evaluation.main([str(home / name), *ASKED, f"--out={home}/evals-{name}"]) == 0
         (kept,) = (home / f"evals-{name}").glob("*/word_problems.jsonl")
-        rows = [json.loads(line) for line in kept.read_text().split("\n") if line]
+        rows = read_lines(kept)
         for row in rows[::2]:
             row |= (
                 {"text": f"{row['problem']} and #### 5", "stopped": True}
@@ -186,11 +187,14 @@ def test_wrong_inputs_are_one_line(wrong, said, made, tmp_path, capsys):
         more = ["--limit=0"]
     elif wrong == "few_shot":
         about = kept.with_suffix(".json")
-        about.write_text(about.read_text().replace('"kind": "chat"', '"kind": "few_shot"'))
+        stated = json.loads(about.read_text())
+        stated["identity"]["prompt"]["kind"] = "few_shot"
+        about.write_text(json.dumps(with_sha256(stated)))
     elif wrong == "unfinished":
         kept.rename(kept.with_suffix(".part-0.jsonl"))
     elif wrong == "question":
-        kept.write_text(kept.read_text().replace("How many", "How few"))
+        rows = [json.dumps(row).replace("How many", "How few") for row in read_lines(kept)]
+        kept.write_text("\n".join(rows))
     out = kept / "kl.json" if wrong == "out" else tmp_path / "kl.json"
     capsys.readouterr()
     assert (

@@ -10,9 +10,10 @@ from data.formats import read_examples
 from data.split import divide
 from data.tokenizer import Tokenizer
 from errors import UserError
+from eval import __main__ as evaluation
 from eval import benchmarks, sampling, summary
 from model.generate import generate
-from tests.distributed_workers import eval_main, spawned
+from tests.distributed_workers import eval_main, forks, spawned
 from tests.evaluation import (
     CODE,
     MATH,
@@ -182,22 +183,122 @@ def test_comparison_of_two_checkpoints(tiny, tmp_path, run, monkeypatch):
     assert "-66.7 [" in printed and "-66.7 [" in (out / "summary.md").read_text()
 
 
-def test_a_summary_names_what_is_beside_it_and_not_in_it(tiny, tmp_path, run):
+def test_a_summary_keeps_what_earlier_commands_summed_up(tiny, tmp_path, run):
     out, words = tmp_path / "out", "not in this summary"
-    argv = ["--greedy", "--limit=2", "--max_tokens=2", "--out", out]
-    assert run(tiny, "--tasks=word_problems_talk", *argv)[0] == 0
-    assert words not in (out / "summary.md").read_text()
-    code, printed, _ = run(tiny, "--tasks=word_problems", *argv)
-    assert code == 0
-    named = rf"{words}, though beside it: tiny-\w+ on word_problems_talk$"
+    argv = ["--limit=2", "--max_tokens=2", "--out", out]
+    assert run(tiny, "--tasks=word_problems_talk", "--greedy", *argv)[0] == 0
+    ((label, _, talk),) = summary_of(out)["summaries"]
+    code, printed, error = run(tiny, "--tasks=word_problems", "--seed=3", *argv)
+    assert code == 0, error
+    found = summary_of(out)
+    assert [s[:2] for s in found["summaries"]] == [
+        [label, "word_problems"],
+        [label, "word_problems_talk"],
+    ]
+    assert found["summaries"][1][2] == talk and len(found["trained_on"]) == 2
+    earlier = rf"by an earlier command, {label} on word_problems_talk: greedy, up to 2 new"
     for text in (printed, (out / "summary.md").read_text()):
-        assert re.search(named, text, re.M)
-    assert words not in run(tiny, "--tasks=word_problems,word_problems_talk", *argv)[1]
+        assert re.search(rf"{label}\W+word_problems_talk", text) and re.search(earlier, text)
+        assert re.search("temperature 0.6, top-p 0.95, seed 3", text) and words not in text
+    # evaluated again, it is not an earlier one any more
+    assert run(tiny, "--tasks=word_problems_talk", "--greedy", *argv)[0] == 0
+    (names, conditions), found = summary_of(out)["earlier"][0], summary_of(out)
+    assert names == [[label, "word_problems"]] and "seed 3" in conditions[0]
+    assert len(found["summaries"]) == 2 and len(found["earlier"]) == 1
+    (out / "summary.json").unlink()
+    code, printed, _ = run(tiny, "--tasks=word_problems", "--seed=3", *argv)
+    assert re.search(rf"{words}, though beside it: {label} on word_problems_talk$", printed, re.M)
+
+
+def test_comparisons_of_earlier_commands_stay_while_both_sides_do(tmp_path):
+    def report(names, comparisons):
+        return summary.Report(
+            ["how"], [], [summary.Summary(*n, None) for n in names], comparisons, []
+        )
+
+    old = report([("a", "t"), ("b", "t"), ("a", "u")], [])
+    old.comparisons = [
+        summary.Comparison(*three, {}) for three in (("a", "b", "t"), ("c", "a", "u"))
+    ]
+    found = report([("b", "t")], []).beside(old)
+    assert [c[:3] for c in found.comparisons] == [("c", "a", "u")]
+    assert found.earlier == [([("a", "t"), ("a", "u")], ["how"])]
+    assert found.beside(report([("d", "t")], [])).earlier[0][0] == [("d", "t")]
+
+
+def test_a_damaged_summary_is_refused_before_the_work(tiny, tmp_path, run):
+    out = tmp_path / "out"
+    argv = [tiny, "--tasks=word_problems", "--greedy", "--limit=2", "--max_tokens=2", "--out", out]
+    assert run(*argv)[0] == 0
+    path = out / "summary.json"
+    path.write_text(path.read_text().replace('"word_problems"', '"word_problemz"', 1))
+    (samples,) = out.glob("*/*.jsonl")
+    samples.unlink()
+    code, _, error = run(*argv)
+    assert code == 2 and "summary.json is damaged" in error and error.count("\n") == 1
+    assert not samples.exists()
+
+
+def test_a_damaged_sample_is_made_again_and_read_by_nobody_else(tiny, tmp_path, run):
+    argv = [tiny, *SAMPLED, "--group=1", "--out", tmp_path / "out"]
+    assert run(*argv)[0] == 0
+    (path,) = (tmp_path / "out").glob("*/*.jsonl")
+    whole = path.read_text()
+    path.write_text(whole.replace('"strict": false', '"strict": true ', 1))
+    with pytest.raises(UserError, match=r"jsonl:\d+ is damaged; the command that made it"):
+        summary.Samples(path.parent, path.stem).read()
+    assert run(*argv)[0] == 0 and path.read_text() == whole
+
+
+def evaluate_beside(argv, barrier, codes):
+    barrier.wait()
+    codes.put(evaluation.main(argv))
+
+
+def test_who_wants_the_same_samples_waits(tiny, tmp_path, run, monkeypatch):
+    argv = [tiny, *SAMPLED, "--out", tmp_path / "out"]
+    assert run(*argv)[0] == 0
+    (path,) = (tmp_path / "out").glob("*/*.jsonl")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("locks.time.sleep", interrupted)
+    for kept, word in ((path, "samples"), (tmp_path / "out" / "summary.json", "summary")):
+        held = summary.Samples(kept.parent, kept.stem)
+        with held.locked():
+            code, printed, _ = run(*argv)
+        assert code == 130 and "waiting for another evaluation" in printed, word
+
+
+@pytest.mark.slow
+def test_two_commands_in_one_folder_lose_nothing(tiny, tmp_path, run):
+    """The same samples, more of them, and another task, at the same time."""
+    out, context = tmp_path / "out", forks()
+    argv = [str(tiny), *SAMPLED, "--out", str(out)]
+    commands = [argv, argv, [*argv, "--n=4", "--k=1,4"], [*argv, "--tasks=word_problems_talk"]]
+    barrier, codes = context.Barrier(len(commands)), context.SimpleQueue()
+    processes = [
+        context.Process(target=evaluate_beside, args=(a, barrier, codes)) for a in commands
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [codes.get() for _ in processes] == [0] * 4
+    assert run(*argv, "--out", tmp_path / "one")[0] == 0
+    found = [row for row in rows(out, "word_problems") if row["sample"] < 3]
+    assert same(found, rows(tmp_path / "one", "word_problems"))
+    assert len(rows(out, "word_problems")) == 32 and len(rows(out, "word_problems_talk")) == 24
+    assert len(summary_of(out)["summaries"]) == 2
+    left = {p.name for p in out.rglob("*") if ".part-" in p.name or p.name.endswith(".draft")}
+    assert not left
 
 
 def test_samples_of_other_conditions_are_not_summed_up(tmp_path):
     """Another command began in the same folder while this one was generating."""
     ours, theirs = (summary.Samples(tmp_path / "c", "gsm8k") for _ in range(2))
+    ours.folder.mkdir()
     ours.begin({"temperature": 0.6}, {})
     (tmp_path / "c" / "gsm8k.json").unlink()
     theirs.begin({"temperature": 1.0}, {})

@@ -16,6 +16,7 @@ import toy_models
 import train
 from data import record
 from data.tasks import Example
+from digests import SUMS
 from eval import __main__ as evaluation
 from eval import traces
 from model import lineage
@@ -314,6 +315,7 @@ def test_none_is_said_only_where_all_is_known(world, capsys):
 )
 def test_a_damaged_record_is_unknown(damage, said, capsys):
     folder = ran("r", "--data=clean.jsonl")
+    (folder / SUMS).unlink()  # where the files are known, they are refused: tests/test_damage.py
     record, hashes = folder / "trained_on.json", folder / "trained_on.bin"
     stated = json.loads(record.read_text())
     assert stated["unknown"] == [] and stated["hashes"] * 8 == len(hashes.read_bytes())
@@ -376,9 +378,9 @@ def test_an_adapter_and_what_is_merged_from_it_know_their_base(world, capsys):
     shutil.copytree(folder, world / "merged")
     for place in ("runs/lora", "merged", folder / "adapter"):
         assert "trained on 4 of" in evaluated(capsys, place)[0]
-    (
-        folder / "adapter" / "trained_on.json"
-    ).unlink()  # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    # as PEFT would have saved it: nobody knows of the adapter, but of its base
+    for name in ("trained_on.json", SUMS):
+        (folder / "adapter" / name).unlink()
     assert "trained on 3 of" in evaluated(capsys, folder / "adapter")[0]
     count, said = evaluated(capsys, folder / "adapter", "--allow_trained")
     assert count == 3 and "AT LEAST" in said
@@ -515,7 +517,7 @@ def test_traces_without_their_record_have_an_unknown_teacher(world):
         def examples(self):
             return [Example(messages, columns=self.columns)]
 
-    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    asked = dict.fromkeys(lineage.PROMPT_OPTIONS, "")
     assert record.training_record("clean.jsonl", Data(), asked, []).unknown == (
         f"the teacher that wrote {world.name}/clean.jsonl",
     )
@@ -536,7 +538,7 @@ def test_the_record_of_a_mixture_names_every_file(world):
             return [example("the web"), example("the web"), example({"teacher": "ab12"})]
 
     (world / "more.jsonl").write_text((world / "clean.jsonl").read_text() + "\n")
-    asked = dict.fromkeys(record.PROMPT_OPTIONS, "")
+    asked = dict.fromkeys(lineage.PROMPT_OPTIONS, "")
     found = record.training_record("clean.jsonl:2,more.jsonl", Data(), asked, [])
     names = [f"{world.name}/clean.jsonl", f"{world.name}/more.jsonl"]
     assert [(e["data"], e["examples"]) for e in found.data] == list(zip(names, (2, 1), strict=True))

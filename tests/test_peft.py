@@ -176,8 +176,8 @@ FIRST, SEVENTH = (f"{lora.PREFIX}layers.{n}.self_attn.q_proj.lora_A.weight" for 
         ({"fan_in_fan_out": True}, {}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_16"}, {}, "pissa_niter_16"),
         ({"r": 8}, {}, "adapter_config.json says r 8"),
-        ({"r": None}, {}, "must be numbers"),
-        ({"lora_alpha": "x"}, {}, "must be numbers"),
+        ({"r": None}, {}, "has no 'r'"),
+        ({"lora_alpha": "x"}, {}, "lora_alpha 'x', which is not a number"),
         (
             {"base_model_name_or_path": "gone/away/x"},
             {},

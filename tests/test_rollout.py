@@ -112,7 +112,8 @@ def config_of(**changes):
 
 
 def make(kind=FakeRollouts, **changes):
-    return kind(Prompts(), None, config_of(**changes), reward=None)
+    policy = SimpleNamespace(config=SimpleNamespace(vocab_size=10_000))
+    return kind(Prompts(), policy, config_of(**changes), reward=None)
 
 
 def drawn(position):

@@ -1,6 +1,8 @@
 """Training from a cached top-k is training with the teacher; a wrong cache is refused."""
 
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,8 @@ import toy_models
 import train
 from data.batch import Batch, Document, GlobalBatch
 from data.teacher_cache import TeacherCache
-from errors import UserError
+from errors import RunFailed, UserError
+from files import draft_of
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
 from losses.kd import DIVERGENCES
 from tests import reference
@@ -211,3 +214,44 @@ def test_ranks_do_not_fill_it_together(tmp_path):
     teacher = SimpleNamespace(folder=None)
     with pytest.raises(UserError, match="is empty; fill it by one process first"):
         prepare.open_teacher_cache(cfg, plan, teacher)
+
+
+def test_nothing_is_left_of_a_filling_that_failed(tmp_path, monkeypatch):
+    docs = documents()
+    cache = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
+
+    def rows(error):
+        yield np.zeros((2, 3)), np.zeros((2, 4))
+        raise error
+
+    full = OSError(28, "No space left on device")
+    for error, raised in ((full, RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with pytest.raises(raised):
+            cache.fill(rows(error))
+        assert [p.name for p in (tmp_path / "c").iterdir()] == [".lock"]
+    with pytest.raises(UserError, match="cannot be written"):
+        cache.fill(rows(PermissionError(13, "Permission denied")))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    draft = draft_of(tmp_path / "c" / "ids.npy")
+    draft.with_name(draft.name.replace(f"-{os.getpid()}.", f"-{dead.pid}.")).write_text("")
+    TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [".lock"]
+
+
+def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
+    docs = documents()
+    second = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
+    first, _, _ = filled(tmp_path / "c", docs)
+    second.fill(iter(()))
+    assert second.complete and np.array_equal(second.ids_Rk, first.ids_Rk)
+
+
+def test_a_cache_filled_before_digests_were_kept_is_read(tmp_path):
+    docs = documents()
+    filled(tmp_path / "c", docs)
+    path = tmp_path / "c" / "cache.json"
+    about = json.loads(path.read_text())
+    assert set(about.pop("sha256")) == {"ids.npy", "logp.npy"}
+    path.write_text(json.dumps(about))
+    assert TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50).complete

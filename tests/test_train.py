@@ -324,6 +324,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_there_is_a_run(teacher
     tensors = load_file(broken / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, broken / "model.safetensors")
+    (broken / "SHA256SUMS").unlink()
     args = [
         "--mode=sft",
         "--device=cpu",

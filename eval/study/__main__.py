@@ -11,6 +11,8 @@ per processor. The same command goes on with what was interrupted and skips what
 --rehearse runs all of it in miniature: whether a file starts.
 """
 
+from errors import RunFailed, UserError, as_command, say  # isort: skip
+
 import contextlib
 import dataclasses
 import sys
@@ -18,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import options
-from errors import RunFailed, UserError, as_command, say
 from eval.study import plan as study_plan
 from eval.study import report as study_report
 from eval.study.jobs import Job

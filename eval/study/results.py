@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from digests import read_checked
 from eval.stats import paired
 from eval.study.schema import Arm, Claim
-from eval.summary import Samples, asked_differently, counts
+from eval.summary import Samples, asked_differently, counts, read_about
 from files import read_json
 from run import read_metrics
 
@@ -61,7 +62,7 @@ class Results:
             if outcome.failure:
                 self.failures[key] = outcome.failure
             elif outcome.evals and (outcome.evals / "summary.json").exists():
-                summary = read_json(outcome.evals / "summary.json")
+                summary = _summary(outcome.evals)
                 self.outcomes[key], self.summaries[key] = outcome, summary
                 self.figures[key] = {task: found for _, task, found in summary["summaries"]}
                 tasks |= self.figures[key]
@@ -144,9 +145,13 @@ class Results:
         return {name: statistics.mean(v.get(name, nan) for v in found) for name in names}
 
 
+def _summary(evals: Path) -> dict:
+    return read_checked(evals / "summary.json", "delete it, and evaluate again")
+
+
 def samples_of(evals: Path, task: str) -> Samples:
     """The samples of an evaluation of one checkpoint."""
-    checkpoint = read_json(evals / "summary.json")["summaries"][0][0]
+    checkpoint = _summary(evals)["summaries"][0][0]
     return Samples(evals / checkpoint, task)
 
 
@@ -163,7 +168,7 @@ def _array(counts_S, problems):
 @functools.cache
 def _conditions(evals, task):
     about = samples_of(evals, task).about
-    return read_json(about) if about.exists() else None
+    return read_about(about) if about.exists() else None
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
@@ -199,7 +204,7 @@ def _run_cost(run):
 
 def _traces_cost(folder):
     """The numbers of COSTS for what a teacher has generated."""
-    stated = read_json(folder / "samples.json")
+    stated = read_about(folder / "samples.json")
     made, ranks = stated["generated"], stated["about"].get("environment", {}).get("ranks", nan)
     tokens, flops, seconds = (made.get(name, nan) for name in ("tokens", "flops", "seconds"))
     return [0, 0, tokens, flops, seconds, seconds * ranks / 3600]

@@ -1,0 +1,93 @@
+"""What files were when they were written, so that no damage to them goes unseen.
+
+`SHA256SUMS` in a folder has the form of the command of that name: `sha256sum -c SHA256SUMS` checks
+it, too. A file of JSON that is replaced now and then has the digest of its values in itself.
+"""
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from files import read_json, read_text, unreadable
+
+SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
+OWN = "sha256"  # the name of a JSON object's digest in itself
+CHANGED = (
+    f"take another copy or checkpoint, or delete {SUMS} there if the files were changed on purpose"
+)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def all_sha256(paths: list[Path]) -> dict[Path, str]:
+    """The SHA-256 of each file; they are read side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(file_sha256, paths), strict=True))
+
+
+def seal(folder: Path) -> None:
+    """Write `SHA256SUMS` of its own files into a folder, and likewise into the folders in it."""
+    inside = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    found = all_sha256([path for path in inside if path.is_file()])
+    lines = [f"{digest}  {path.name}\n" for path, digest in found.items()]
+    if lines:
+        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in inside:
+        if path.is_dir():
+            seal(path)
+
+
+def verify(folder: Path) -> dict[Path, str]:
+    """The SHA-256 of each file that was sealed in this folder; folders in it are not looked at.
+
+    Empty for a folder without `SHA256SUMS`, of which nothing is known. Raises UserError for a file
+    that is missing or not what it was.
+    """
+    sums = folder / SUMS
+    if not sums.exists():
+        return {}
+    wanted = {}
+    for line in read_text(sums).removesuffix("\n").split("\n"):
+        entry = LINE.fullmatch(line)
+        if not entry:
+            raise UserError(f"{sums} is damaged: {line!r:.40} is no digest and name; {CHANGED}")
+        wanted[folder / entry[2]] = entry[1]
+    for path in wanted:
+        if wrong := unreadable(path):
+            raise UserError(f"{path} {wrong}, though {SUMS} names it; {CHANGED}")
+    found = all_sha256(list(wanted))
+    for path, digest in found.items():
+        if digest != wanted[path]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}; {CHANGED}")
+    return found
+
+
+def _own_sha256(values: dict[str, Any]) -> str:
+    others = {name: value for name, value in values.items() if name != OWN}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def with_sha256(values: dict[str, Any]) -> dict[str, Any]:
+    """An object for a JSON file, with its digest in it."""
+    as_read = json.loads(json.dumps(values))  # names that are numbers become texts
+    return as_read | {OWN: _own_sha256(as_read)}
+
+
+def read_checked(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file, without its digest, which is checked where there is one.
+
+    Raises UserError, which ends with `fix`.
+    """
+    values = read_json(path)
+    if values.pop(OWN, None) not in (None, _own_sha256(values)):
+        raise UserError(f"{path} is damaged: its values are not those of its digest; {fix}")
+    return values
