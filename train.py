@@ -311,17 +311,9 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
         stop_ids=run.stop_ids,
         sampling=sampling_of(cfg),
     )
-    write = functools.partial(
-        run.folder.save,
-        step,
-        run.policy,
-        run.optimizer,
-        write_model,
-        state,
-        run.trained_on,
-        run.average,
+    run.folder.save(
+        step, run.policy, run.optimizer, write_model, state, run.trained_on, run.average
     )
-    parallel.on_rank_0(run.rank, write)
 
 
 def restore(run: Run, source: Source) -> None:
