@@ -433,8 +433,8 @@ class Config:
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     shard: Literal["off", "on", "auto"] = option(
         "auto",
-        "split weights, gradients and optimizer states of the model over the ranks; auto: where they "
-        "take more than a third of a GPU",
+        "split weights, gradients and optimizer states of the model over the ranks; auto: where "
+        "they take more than a third of a GPU",
     )
     shard_frozen: Literal["off", "on", "auto"] = option(
         "auto",

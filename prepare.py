@@ -56,6 +56,13 @@ class Shards(NamedTuple):
     policy: bool
     frozen: bool
 
+    def meshes(self, device_type: str) -> tuple[Any, Any]:
+        """Of the policy and of the frozen models; None for what every rank holds whole."""
+        if not (self.policy or self.frozen):
+            return None, None
+        mesh = make_mesh(self.ranks, device_type)
+        return (mesh if self.policy else None), (mesh if self.frozen else None)
+
 
 @dataclasses.dataclass
 class Plan:
@@ -309,11 +316,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
             cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
         )
     device, dtype = place.device, place.compute_dtype
-    mesh = policy_mesh = None
-    if plan.shards.policy or plan.shards.frozen:
-        mesh = make_mesh(plan.shards.ranks, device.type)
-    if plan.shards.policy:
-        policy_mesh = mesh
+    policy_mesh, frozen_mesh = plan.shards.meshes(device.type)
     make_policy = functools.partial(
         load_policy, student, resumed, lora, device, dtype, cfg.seed, policy_mesh
     )
@@ -324,7 +327,6 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     def frozen(checkpoint: Checkpoint) -> Transformer:
         if checkpoint is student and lora and base:
             return base  # the policy as it starts is the base, which is there already
-        frozen_mesh = mesh if plan.shards.frozen else None
         return load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
 
     average, cost = None, {}

@@ -160,6 +160,7 @@ def gather(value: Any) -> list[Any]:
 
 
 _actions: list[Callable[[], object]] = []
+_resting: list[Callable[[], object]] = []
 _control: list[dist.ProcessGroup] = []  # of messages from CPU to CPU: no GPU waits for them
 
 
@@ -169,6 +170,11 @@ def register(action: Callable[[], object]) -> int:
         _control[:] = [dist.new_group(backend="gloo")]
     _actions.append(action)
     return len(_actions) - 1
+
+
+def when_resting(call: Callable[[], object]) -> None:
+    """Let `call` be called wherever all ranks have come to what they do anyway."""
+    _resting.append(call)
 
 
 def meet(number: int = -1) -> None:
@@ -182,8 +188,11 @@ def meet(number: int = -1) -> None:
         wish = torch.tensor(number)
         dist.all_reduce(wish, dist.ReduceOp.MAX, group=_control[0])
         if int(wish) == number:
-            return
+            break
         _actions[int(wish)]()
+    if number < 0:
+        for call in _resting:
+            call()
 
 
 def on_rank_0(rank: int, call: Callable[[], Any]) -> Any:
@@ -244,14 +253,13 @@ def sync_gradients(model: torch.nn.Module) -> None:
     """Sum the gradients over ranks: the losses were divided by a global normalizer already.
 
     A rank without micro-batches contributes zeros. A sharded model's are summed by every backward
-    pass; here it becomes shards again.
+    pass.
     """
     if not active():
         return
     is_sharded = hasattr(model, "reshard")
     if is_sharded:
         meet()  # while another rank still computes, this one takes part
-        model.reshard()  # pyright: ignore[reportCallIssue]
     bucket, size = [], 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -289,6 +297,7 @@ def close() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _actions.clear()
+    _resting.clear()
     _control.clear()
 
 

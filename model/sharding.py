@@ -39,8 +39,8 @@ def shard(model: Any, mesh: Any, device: torch.device | str) -> None:
     """Give a Transformer of the meta device memory on `device`: this rank's rows, not filled yet.
 
     What a block computes with is gathered in the compute dtype, as its layers cast it anyway, and
-    gradients are summed in the dtype of the weights. What is around the blocks stays whole from a
-    forward pass to the step's end: losses read the head outside `forward`.
+    gradients are summed in the dtype of the weights. What is around the blocks stays whole
+    from a forward pass until all ranks meet: losses read the head outside `forward`.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -57,6 +57,7 @@ def shard(model: Any, mesh: Any, device: torch.device | str) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.to_empty(device=device)
     Lockstep(model)
+    parallel.when_resting(model.reshard)
     for p in model.parameters():
         p.gathering = parallel.register(functools.partial(_full, p))
 
@@ -153,7 +154,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as e:
         first = next(iter(e.failures.values()))[0]
         raise RunFailed(f"{folder} could not be written ({reason(first)})") from None
@@ -177,4 +178,4 @@ def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
             raise UserError(
                 f"{folder}: rows of {name} are missing; copy the files of all ranks of the run"
             )
-    dcp.load(tensors, storage_reader=reader)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())

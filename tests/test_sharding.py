@@ -314,6 +314,7 @@ def file_main(rank, world, port, root, docs, results):
                 model, prompts, 6, [1], vocab=VOCAB, temperature=1.0, seeds=[1, 2][: len(prompts)]
             )
             told.append([completion.tokens for completion in texts])
+            parallel.barrier()
         for ranks in (0, world, 2):
             mesh = sharding.make_mesh(ranks, "cpu") if ranks else None
             for other, folder in folders.items():
