@@ -453,7 +453,8 @@ def main(argv: list[str]) -> int:
     def run() -> None:
         cfg = options.parse(Config, argv, conditions=False)  # to learn which run it is
         stored = stored_config(cfg.runs, cfg.name) if cfg.resume and cfg.name else {}
-        launch(options.parse(Config, argv, stored))
+        with parallel.telling():
+            launch(options.parse(Config, argv, stored))
 
     return as_command("train.py", run, "interrupted")
 

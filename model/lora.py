@@ -164,8 +164,8 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight of the plain layer that computes the same."""
-        parts = (whole(p) for p in (self.weight, self.lora_A.weight, self.lora_B.weight))
-        return merge(*parts, self.scale)
+        a, b = whole(self.lora_A.weight), whole(self.lora_B.weight)
+        return merge(whole(self.weight), a, b, self.scale)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,8 @@ import datetime
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,9 +19,11 @@ from errors import RunFailed, UserError, say
 from files import reason
 from kernels import backend
 from model.places import Place, place
+from model.watch import Watch
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
+OF_THE_GROUP = ("gloo", "NCCL", "c10d", "Connection")  # words of errors that another rank made
 
 
 def speaks() -> bool:
@@ -105,7 +108,7 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     try:
         limit = datetime.timedelta(seconds=MEETING)
         meeting = rendezvous("env://", here.rank, here.world, timeout=limit)
-        store, _, _ = next(iter(meeting))
+        store: Any = next(iter(meeting))[0]
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
         raise UserError(
             f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, "
@@ -113,10 +116,30 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
         ) from None
     finally:
         alarm.cancel()
+    if patience is None:
+        _watch[:] = [Watch(store.clone(), here.rank, here.world)]
+        _watch[0].start()
     waiting = None if patience is None else datetime.timedelta(seconds=patience)
     dist.init_process_group(
         engine, store=store, rank=here.rank, world_size=here.world, timeout=waiting
     )
+
+
+_watch: list[Watch] = []  # of a group that has no patience of its own
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tell the other ranks of an error inside `with`; a RunFailed says that one of them is gone."""
+    try:
+        yield
+    except Exception as e:
+        if not _watch:
+            raise
+        if isinstance(e, RuntimeError) and any(word in str(e) for word in OF_THE_GROUP):
+            raise RunFailed(f"{_watch[0].lost(reason(e))}; go on with --resume") from None
+        _watch[0].tell(f"rank {rank()}: {type(e).__name__}: {reason(e)}")
+        raise
 
 
 def active() -> bool:
@@ -161,7 +184,7 @@ def gather(value: Any) -> list[Any]:
 
 _actions: list[Callable[[], object]] = []
 _resting: list[Callable[[], object]] = []
-_control: list[dist.ProcessGroup] = []  # of messages from CPU to CPU: no GPU waits for them
+_control: list[Any] = []  # of messages from CPU to CPU: no GPU waits for them
 
 
 def register(action: Callable[[], object]) -> int:
@@ -294,6 +317,9 @@ def barrier() -> None:
 
 def close() -> None:
     """Leave the process group."""
+    for watch in _watch:
+        watch.stop()
+    _watch.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     _actions.clear()

@@ -150,13 +150,15 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
     Raises RunFailed on all of them if one could not write.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as e:
-        first = next(iter(e.failures.values()))[0]
+        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as e:
+        first: Any = next(iter(e.failures.values()))[0]
         raise RunFailed(f"{folder} could not be written ({reason(first)})") from None
 
 
@@ -165,9 +167,10 @@ def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
 
     place: Returns what a stored tensor is copied into; None: it is not wanted.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader, tensors = dcp.HuggingFaceStorageReader(str(folder)), {}
+    reader, tensors = HuggingFaceStorageReader(str(folder)), {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         tensor = place(name)
         if tensor is None:
@@ -178,4 +181,4 @@ def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
             raise UserError(
                 f"{folder}: rows of {name} are missing; copy the files of all ranks of the run"
             )
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())

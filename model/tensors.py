@@ -61,7 +61,7 @@ def stream_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for key, tensor in values:
             file.seek(8 + len(text) + header[key]["data_offsets"][0])
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager
