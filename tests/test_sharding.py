@@ -1,14 +1,21 @@
 """Sharded models: the gradients, updates, samples and files of one process (DESIGN invariant 7)."""
 
+import dataclasses
 import functools
+import signal
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from data.batch import Document
+import train
+from data.batch import Document, GlobalBatch
+from errors import UserError
 from losses.grpo import GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
@@ -21,6 +28,7 @@ from model.tensors import stream_tensors
 from model.transformer import ModelConfig
 from run import RunFolder
 from tests import distributed_workers as workers
+from tests.test_train import SMALL, timeless
 
 VOCAB = 40
 # 45 rows, 3 key-value heads: nothing divides by 4
@@ -354,8 +362,6 @@ def test_files_of_any_sharding_are_read_by_any_other(tmp_path):
 
 
 def test_a_missing_shard_is_one_line(tmp_path):
-    from errors import UserError
-
     shards = tmp_path / "trainer/optimizer"
     shards.mkdir(parents=True)
     tensors = {"a": torch.arange(6.0)}
@@ -374,3 +380,196 @@ def test_a_streamed_file_is_the_librarys_to_the_byte(tmp_path, dtype):
     save_file(tensors, tmp_path / "want", metadata={"format": "pt"})
     stream_tensors(shapes, dtype, tensors.items(), tmp_path / "got")
     assert (tmp_path / "got").read_bytes() == (tmp_path / "want").read_bytes()
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+RUN = [*SMALL, "--dtype=float64", "--model=tiny", "--eval_every=2"]
+SHARDED = ["--shard=on", "--shard_frozen=on"]
+KD = ["--mode=kd", "--teacher=tiny-teacher", *RUN]
+
+
+def stopping(step):
+    """train.main that is told to stop in this step."""
+
+    def main(argv):
+        steps = []
+
+        def clip(*args):
+            steps.append(args)
+            if len(steps) == step:
+                signal.raise_signal(signal.SIGTERM)
+            return before(*args)
+
+        before = train.clip_gradients
+        with mock.patch.object(train, "clip_gradients", clip):
+            return train.main(argv)
+
+    return main
+
+
+def stopped_after_2(argv):
+    return stopping(2)(argv)
+
+
+def finished(*argv, cwd, **more):
+    result = workers.run(*argv, cwd=cwd, timeout=300, **more)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def assert_same_run(got, want):
+    """Divergences of nearly equal models are differences of larger numbers: 1e-12 of a nat."""
+    assert len(got) == len(want)
+    for mine, other in zip(got, want, strict=True):
+        assert mine == pytest.approx(other, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_any_number_of_ranks(tmp_path):
+    finished(*KD, "--name=alone", cwd=tmp_path)
+    want = timeless(tmp_path / "runs/alone")
+    finished(*KD, *SHARDED, "--name=r", cwd=tmp_path, ranks=4, main=stopped_after_2)
+    go_on = ["--name=r", "--resume"]
+    finished(*KD, *go_on, *SHARDED, cwd=tmp_path, ranks=2, main=stopped_after_2)
+    assert RunFolder(tmp_path / "runs/r").steps() == [2, 4]
+    finished(*KD, *go_on, *SHARDED, "--shard_ranks=4", cwd=tmp_path, ranks=8)
+    assert_same_run(timeless(tmp_path / "runs/r"), want)
+    for name in ("whole", "cut"):  # on as many ranks it is the same to the bit
+        main = stopped_after_2 if name == "cut" else train.main
+        finished(*KD, *SHARDED, f"--name={name}", cwd=tmp_path, ranks=2, main=main)
+    finished(*KD, *SHARDED, "--name=cut", "--resume", cwd=tmp_path, ranks=2)
+    assert timeless(tmp_path / "runs/cut") == timeless(tmp_path / "runs/whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mode=sft", "--lora_rank=2", "--lora_dropout=0.2", "--activation_checkpointing"],
+        ["--mode=kd", "--teacher=self_average"],
+        ["--mode=kd", "--teacher=self", "--kd_prefix=student", "--lora_rank=2"],
+        [
+            "--mode=grpo",
+            "--model=runs/sft/checkpoints/step-6",
+            "--grpo_samples=2",
+            "--grpo_minibatches_per_rollout=2",
+            "--grpo_kl_coef=0.1",
+            "--sample_tokens=8",
+            "--grpo_reward=random",
+        ],
+    ],
+)
+def test_a_sharded_run_is_the_run_of_one_process(tmp_path, more):
+    if "--mode=grpo" in more:
+        finished("--mode=sft", *RUN, "--name=sft", cwd=tmp_path)
+    finished(*RUN, *more, "--name=alone", cwd=tmp_path)
+    want = timeless(tmp_path / "runs/alone")
+    for name, ranks, options in (("two", 2, []), ("four", 4, ["--shard_ranks=2"])):
+        finished(*RUN, *more, *SHARDED, *options, f"--name={name}", cwd=tmp_path, ranks=ranks)
+        assert_same_run(timeless(tmp_path / "runs" / name), want)
+
+
+# --- what it costs (docs/scaling.md) --------------------------------------------------------------
+
+EVEN = dataclasses.replace(
+    SHAPE, vocab_size=64, hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2
+)
+EVEN = dataclasses.replace(EVEN, head_dim=8)
+
+
+def count_bytes():
+    """Counters of what this rank receives from now on: weights, gradients, sums between groups."""
+    moved = Counter()
+
+    def counted(names, factor):
+        name = next(name for name in names if hasattr(dist, name))  # the first since torch 2.12
+        before = getattr(dist, name)
+
+        def call(*args, **more):
+            size = dist.get_world_size(more["group"])
+            tensors = [x for x in (*args, *more.values()) if isinstance(x, torch.Tensor)]
+            if tensors[0].is_floating_point():  # messages of the lockstep are integers
+                largest = max(x.nbytes for x in tensors)
+                moved[names[-1]] += factor * (size - 1) * largest // size
+            return before(*args, **more)
+
+        setattr(dist, name, call)
+
+    counted(("all_gather_single", "all_gather_into_tensor"), 1)
+    counted(("reduce_scatter_single", "reduce_scatter_tensor"), 1)
+    counted(("all_reduce",), 2)
+    return moved
+
+
+def held_bytes(tensors):
+    storages = [sharding.local(x).untyped_storage() for x in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def cost_main(rank, world, port, shape, ranks, micro_batches, results):
+    """Rank 0 puts the bytes that it receives in an update, and those that it holds after it."""
+    workers.setup(world, rank, port, 60)
+    mesh = sharding.make_mesh(ranks, "cpu") if ranks else None
+    model, frozen = load(shape, mesh, dtype=torch.float32), None
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+    if ranks:
+        named = Checkpoint("", None, shape, None)
+        frozen = load_frozen(named, torch.device("cpu"), torch.float32, 1, mesh)
+    told = {}
+    for name, teacher in {"student": None, "with a teacher": frozen}.items():
+        moved = count_bytes()
+        docs = [Document(np.arange(9, dtype=np.int32), np.ones(9))] * micro_batches
+        batch = GlobalBatch(docs if rank == 0 else docs[:1])  # another rank has one
+        train.forward_backward(
+            model, [teacher] if teacher else [], sft_loss, batch, 1.0, 9, torch.device("cpu")
+        )
+        parallel.sync_gradients(model)
+        told[name] = Counter(moved)
+    optimizer.step()
+    states = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    parameters = list(model.parameters())
+    told["held"] = {
+        "weights": held_bytes(parameters),
+        "gradients": held_bytes(p.grad for p in parameters),
+        "optimizer": held_bytes(states),
+    }
+    if rank == 0:
+        results.put(told)
+    parallel.barrier()
+    parallel.close()
+
+
+def expected_bytes(model, world, ranks, micro_batches):
+    """What docs/scaling.md says of an update in fp32."""
+    blocks = sum(p.nbytes for p in model.layers.parameters())
+    around = sum(p.nbytes for p in model.parameters()) - blocks
+    groups, share = world // ranks, (ranks - 1) / ranks
+    of_student = {
+        "all_gather_into_tensor": share * (2 * micro_batches * blocks + around),
+        "reduce_scatter_tensor": share * micro_batches * (blocks + around),
+        "all_reduce": 2 * (groups - 1) / groups * micro_batches * (blocks + around) / ranks,
+    }
+    of_teacher = share * (micro_batches * blocks + around)
+    return of_student, of_teacher
+
+
+@pytest.mark.parametrize("world, ranks", [(2, 2), (4, 2)])
+def test_bytes_are_those_of_the_formulas(world, ranks):
+    told = workers.spawned(cost_main, world, EVEN, ranks, 3)
+    of_student, of_teacher = expected_bytes(load(EVEN, dtype=torch.float32), world, ranks, 3)
+    got = told["student"]
+    assert {name: got[name] for name in of_student} == pytest.approx(of_student, rel=1e-3)
+    more = told["with a teacher"]["all_gather_into_tensor"] - got["all_gather_into_tensor"]
+    assert more == pytest.approx(of_teacher, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_memory_falls_as_the_number_of_ranks_rises():
+    large = dataclasses.replace(EVEN, hidden_size=512, intermediate_size=2048, vocab_size=8000)
+    large = dataclasses.replace(large, num_layers=6, head_dim=64, num_heads=8, num_kv_heads=4)
+    alone = workers.spawned(cost_main, 1, large, 0, 1)
+    for world in (2, 4):
+        told = workers.spawned(cost_main, world, large, world, 1)
+        for name, size in alone["held"].items():
+            assert told["held"][name] == pytest.approx(size / world, rel=0.1), (world, name)
