@@ -6,6 +6,7 @@ is one of all ranks (`Lockstep`), whatever each of them has to do.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -181,4 +182,6 @@ def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
             raise UserError(
                 f"{folder}: rows of {name} are missing; copy the files of all ranks of the run"
             )
-    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this is a single process
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
