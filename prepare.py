@@ -116,6 +116,8 @@ def setup(cfg: Config) -> Plan:
     """Check everything that can be checked before a weight is read. Raises UserError."""
     validate(cfg)
     place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
+    if len(set(parallel.gather(repr(cfg)))) > 1:
+        raise UserError("the ranks have different options; start all of them by the same command")
     student, teachers, reference = describe_checkpoints(cfg)
     tokenizer = choose_tokenizer(cfg, student, teachers)
     vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)

@@ -58,9 +58,22 @@ def shard(model: Any, mesh: Any, device: torch.device | str) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.to_empty(device=device)
     Lockstep(model)
-    parallel.when_resting(model.reshard)
+    parallel.when_resting(functools.partial(_rest, model))
     for p in model.parameters():
         p.gathering = parallel.register(functools.partial(_full, p))
+
+
+def _rest(model: Any) -> None:
+    """Keep nothing whole, and forget the order of passes that no backward pass will ask for.
+
+    FSDP itself forgets it in the backward pass, which frozen models never have.
+    """
+    model.reshard()
+    for module in (model, *model.layers):
+        state = module._get_fsdp_state()
+        getattr(state._comm_ctx, "post_forward_order", []).clear()
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            group._post_forward_indices.clear()
 
 
 def max_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
