@@ -564,6 +564,21 @@ class Config:
     )
 
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    shard: Literal["off", "on", "auto"] = option(
+        "auto",
+        "split weights, gradients and optimizer states of the model over the ranks; auto: where "
+        "they take more than a third of a GPU",
+    )
+    shard_frozen: Literal["off", "on", "auto"] = option(
+        "auto",
+        "split teachers and reference over the ranks; auto: as --shard, all of them together",
+    )
+    shard_ranks: int = option(
+        0,
+        "neighbouring ranks that share a model, each group of them with a replica; 0: those of a "
+        "machine",
+        minimum=0,
+    )
     kernels: str = option(
         "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )

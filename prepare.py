@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,7 @@ from model.load import (
 from model.lora import LoraConfig, parse_targets
 from model.optim import average_of, build_optimizer
 from model.presets import RANDOM
+from model.sharding import make_mesh
 from model.transformer import Transformer
 from rl.logprobs import teacher_topk
 from rl.reward import Reward, parse_reward
@@ -47,6 +48,21 @@ COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
 
 # Steps that changed nothing: the gradient was not finite (now, in a row), or 0 everywhere.
 STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
+
+
+class Shards(NamedTuple):
+    """Which models are split over the ranks, and how many neighbouring ranks share one."""
+
+    ranks: int
+    policy: bool
+    frozen: bool
+
+    def meshes(self, device_type: str) -> tuple[Any, Any]:
+        """Of the policy and of the frozen models; None for what every rank holds whole."""
+        if not (self.policy or self.frozen):
+            return None, None
+        mesh = make_mesh(self.ranks, device_type)
+        return (mesh if self.policy else None), (mesh if self.frozen else None)
 
 
 @dataclasses.dataclass
@@ -61,6 +77,7 @@ class Plan:
     vocab_size: int  # head rows that take part in the loss
     dataset: Dataset
     reward: Reward | None
+    shards: Shards
 
 
 @dataclasses.dataclass
@@ -102,6 +119,8 @@ def setup(cfg: Config) -> Plan:
     """Check everything that can be checked before a weight is read. Raises UserError."""
     validate(cfg)
     place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
+    if len(set(parallel.gather(repr(cfg)))) > 1:
+        raise UserError("the ranks have different options; start all of them by the same command")
     student, teachers, reference = describe_checkpoints(cfg)
     tokenizer = choose_tokenizer(cfg, student, teachers)
     vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
@@ -126,7 +145,36 @@ def setup(cfg: Config) -> Plan:
         vocab_size=vocab_size,
         dataset=dataset,
         reward=reward,
+        shards=choose_shards(cfg, place, student, [*teachers, reference]),
     )
+
+
+def choose_shards(
+    cfg: Config, place: parallel.Device, student: Checkpoint, frozen: list[Checkpoint | None]
+) -> Shards:
+    """What --shard and its kin come to. Raises UserError."""
+    options = {"shard": cfg.shard, "shard_frozen": cfg.shard_frozen}
+    if place.world == 1:
+        for name, value in options.items():
+            if value == "on":
+                raise UserError(f"--{name} on: this is one process; start several with torchrun")
+        return Shards(1, False, False)
+    itemsize = place.compute_dtype.itemsize
+    # fp32 weights, gradients and two moments; adapters are small beside their frozen base
+    policy_bytes = student.parameters * (itemsize if cfg.lora_rank else 16)
+    others = {c for c in frozen if c and not (c is student and cfg.lora_rank)}
+    needs = {"shard": policy_bytes, "shard_frozen": sum(c.parameters for c in others) * itemsize}
+    room = math.inf
+    if place.device.type == "cuda":
+        room = torch.cuda.get_device_properties(place.device).total_memory / 3
+    chosen = [v == "on" or (v == "auto" and needs[name] > room) for name, v in options.items()]
+    local = parallel.place().local_world
+    ranks = cfg.shard_ranks or (local if local > 1 else place.world)
+    if any(chosen) and (ranks == 1 or place.world % ranks):
+        raise UserError(
+            f"--shard_ranks {ranks}: {place.world} ranks are no groups of {ranks}; choose a divisor"
+        )
+    return Shards(ranks, *chosen)
 
 
 def has_teacher(cfg: Config) -> bool:
@@ -275,18 +323,22 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
             cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
         )
     device, dtype = place.device, place.compute_dtype
-    policy, base = load_policy(student, resumed, lora, device, dtype, cfg.seed)
+    policy_mesh, frozen_mesh = plan.shards.meshes(device.type)
+    make_policy = functools.partial(
+        load_policy, student, resumed, lora, device, dtype, cfg.seed, policy_mesh
+    )
+    policy, base = make_policy()
     policy.activation_checkpointing = cfg.activation_checkpointing
 
     @functools.cache
     def frozen(checkpoint: Checkpoint) -> Transformer:
-        if checkpoint is student and lora:
+        if checkpoint is student and lora and base:
             return base  # the policy as it starts is the base, which is there already
-        return load_frozen(checkpoint, device, dtype, cfg.seed)
+        return load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
 
     average, cost = None, {}
     if cfg.teacher == AVERAGE and teachers:
-        average = average_of(policy)
+        average = make_policy()[0].requires_grad_(False) if policy_mesh else average_of(policy)
         teacher_models = [average]
     elif cache:
         teacher_models, cost = [], use_teacher_cache(cfg, plan, teachers[0], cache)

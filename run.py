@@ -35,6 +35,7 @@ from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
 from model.lineage import Lineage
+from model.sharding import fill, is_sharded, load_shards, save_shards
 from model.state import check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
 
@@ -75,6 +76,9 @@ class RunFolder:
     ) -> None:
         """Write checkpoint `step`, then remove all but the newest `max_checkpoints`.
 
+        Called on all ranks. Rank 0 writes; the optimizer's state of a sharded model is written by
+        all, each its shards.
+
         Args:
             write_model: Writes the model, as others load it, into a folder.
             state: What `load` returns, as JSON.
@@ -85,39 +89,50 @@ class RunFolder:
             RunFailed: The files could not be written.
         """
         final, draft = self.step_folder(step), self.checkpoints / f".draft-{step}"
-        if final.exists():
-            return
-        try:
+        tensors = _trainer_tensors(model, optimizer, average)
+
+        def write() -> bool:
+            if final.exists():
+                return False
             for left_over in self.checkpoints.glob(".draft-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-            (draft / "trainer").mkdir(parents=True)
+            (draft / "trainer" / "optimizer").mkdir(parents=True)
             write_model(draft)
             if lineage:
                 lineage.save(draft)
-            tensors = {}
-            for name, parameter in model.named_parameters():
-                parts = dict(optimizer.state.get(parameter, {}))
-                if average and parameter.requires_grad:
-                    parts["average"] = average.get_parameter(name)
-                for part, value in parts.items():
-                    tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
-            save_tensors(tensors, draft / "trainer" / "optimizer.safetensors")
+            if not is_sharded(model):
+                (draft / "trainer" / "optimizer").rmdir()
+                held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_tensors(held, draft / "trainer" / "optimizer.safetensors")
             write_json(draft / "trainer" / "state.json", state)
+            return True
+
+        def finish() -> None:
             seal(draft)
             logs = [self.path / name for name in LOGS if (self.path / name).exists()]
             for file in (*logs, *draft.rglob("*")):
                 flush(file)
             draft.rename(final)
             flush(self.checkpoints)
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(draft, ignore_errors=True)
-            last = f"; the last complete one is step {self.steps()[-1]}" if self.steps() else ""
-            raise RunFailed(
-                f"checkpoint {final} could not be written ({reason(e)}){last}"
-            ) from None
-        for old in self.steps()[: -self.max_checkpoints]:
-            if old != self.best:
-                self._remove(self.step_folder(old))
+            for old in self.steps()[: -self.max_checkpoints]:
+                if old != self.best:
+                    self._remove(self.step_folder(old))
+
+        def reported(call: Callable[[], Any]) -> Any:
+            try:
+                return call()
+            except (OSError, SafetensorError) as e:
+                shutil.rmtree(draft, ignore_errors=True)
+                last = f"; the last complete one is step {self.steps()[-1]}" if self.steps() else ""
+                raise RunFailed(
+                    f"checkpoint {final} could not be written ({reason(e)}){last}"
+                ) from None
+
+        rank = parallel.rank()
+        if parallel.on_rank_0(rank, functools.partial(reported, write)):
+            if is_sharded(model):
+                save_shards(tensors, draft / "trainer" / "optimizer")
+            parallel.on_rank_0(rank, functools.partial(reported, finish))
 
     def _remove(self, folder: Path) -> None:
         """Remove a checkpoint that nobody reads; one that is read stays until the next save.
@@ -151,6 +166,8 @@ class RunFolder:
     ) -> Json:
         """Restore the optimizer and the average of a model with the weights of checkpoint `step`.
 
+        Either may be in shards now and not then, or in other ones.
+
         Returns:
             The state that was saved with it.
         """
@@ -158,20 +175,44 @@ class RunFolder:
         state = read_state(folder / "state.json", step)
         count, file = updates(state["counters"], step), folder / "optimizer.safetensors"
         parameters = dict(model.named_parameters())
-        with open_tensors(file) as tensors:
-            check_tensors(tensors, file, model, count, average is not None)
-            for key in tensors.keys():
-                part, _, name = key.partition(".")
-                parameter = parameters[name]
-                dtype = torch.float32 if part == "step" else parameter.dtype
-                value = tensors.get_tensor(key)
-                check_values(value, file, key, count)
-                value = value.to(parameter.device, dtype)
-                if part != "average":
-                    optimizer.state[parameter][part] = value
-                elif average:
-                    average.get_parameter(name).copy_(value)
+
+        def place(key: str) -> torch.Tensor | None:
+            """What a stored tensor is copied into."""
+            part, _, name = key.partition(".")
+            if part == "average":
+                return average.get_parameter(name) if average else None
+            parameter = parameters[name]
+            value = torch.zeros_like(parameter)
+            if part == "step":
+                value = torch.zeros((), device=parameter.device)
+            optimizer.state[parameter][part] = value
+            return value
+
+        if (folder / "optimizer").is_dir():
+            load_shards(folder / "optimizer", place)
+        else:
+            with open_tensors(file) as tensors:
+                check_tensors(tensors, file, model, count, average is not None)
+                for key in tensors.keys():
+                    value = tensors.get_tensor(key)
+                    check_values(value, file, key, count)
+                    found = place(key)
+                    if found is not None:
+                        fill(found, value)
         return state
+
+
+def _trainer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Transformer | None
+) -> dict[str, torch.Tensor]:
+    """{"part.parameter": what the optimizer keeps of it, or its moving average}."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        parts = dict(optimizer.state.get(parameter, {}))
+        if average and parameter.requires_grad:
+            parts["average"] = average.get_parameter(name)
+        tensors |= {f"{part}.{name}": value for part, value in parts.items()}
+    return tensors
 
 
 # --- the folder of a run -------------------------------------------------------------------------

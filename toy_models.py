@@ -26,7 +26,7 @@ from data.tokenizer import Tokenizer, build_tiny
 from errors import RunFailed, UserError, say
 from files import read_json, reason
 from locks import waiting_for
-from model import parallel
+from model import parallel, places
 from run import RunFolder, StopSignal
 
 ROOT = Path(__file__).resolve().parent
@@ -123,7 +123,7 @@ def _train(recipe: Mapping[str, Any], folder: RunFolder, device: str) -> str:
     command += [f"--runs={folder.path.parent}", f"--name={folder.path.name}", f"--device={device}"]
     if (folder.path / "config.json").exists():
         command.append("--resume")
-    environment = {k: v for k, v in os.environ.items() if k not in parallel.VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in places.VARIABLES}
     with StopSignal() as stop:
         # In a session of its own: Ctrl-C reaches it through this process alone, once.
         child = subprocess.Popen(

@@ -376,17 +376,9 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
         stop_ids=run.stop_ids,
         sampling=sampling_of(cfg),
     )
-    write = functools.partial(
-        run.folder.save,
-        step,
-        run.policy,
-        run.optimizer,
-        write_model,
-        state,
-        run.trained_on,
-        run.average,
+    run.folder.save(
+        step, run.policy, run.optimizer, write_model, state, run.trained_on, run.average
     )
-    parallel.on_rank_0(run.rank, write)
 
 
 def restore(run: Run, source: Source) -> None:
@@ -559,7 +551,8 @@ def main(argv: list[str]) -> int:
         cfg = options.parse(Config, argv, stored, notes=notes)
         for note in notes if parallel.speaks() else ():
             say(note)
-        launch(cfg)
+        with parallel.telling():
+            launch(cfg)
 
     return as_command("train.py", run, "interrupted")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errors import UserError, say
 from files import named, read_json, write_json
-from model import lora, parallel
+from model import lora, parallel, sharding
 from model.hf import config_from_hf, config_to_hf
 from model.presets import PRESETS
 from model.tensors import (
@@ -26,6 +26,7 @@ from model.tensors import (
     read_tensor,
     save_tensors,
     stored_tensors,
+    stream_tensors,
 )
 from model.transformer import ModelConfig, Transformer
 
@@ -181,14 +182,32 @@ def build_model(
     weight_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
     dropped: Collection[int] = (),
+    mesh: Any = None,
 ) -> Transformer:
     """A Transformer on `device`: the folder's weights, or random ones from `seed` (folder None).
 
-    dropped: layers of the folder that the model has not.
+    dropped: layers of the folder that the model has not. mesh: of the ranks that share it.
     """
+    model = empty_model(config, weight_dtype, compute_dtype)
+    if mesh:
+        sharding.shard(model, mesh, device)
+    else:
+        model = model.to_empty(device=device)
+    return fill_model(model, folder, seed, dropped)
+
+
+def empty_model(
+    config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype | None
+) -> Transformer:
+    """A Transformer that has no memory yet."""
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype)
-    model = model.to(weight_dtype).to_empty(device=device)
+        return Transformer(config, compute_dtype).to(dtype)
+
+
+def fill_model(
+    model: Transformer, folder: Path | None, seed: int, dropped: Collection[int]
+) -> Transformer:
+    """Give a model the weights of a folder, or random ones. Returns it."""
     return model.init_weights(seed) if folder is None else load_weights(model, folder, dropped)
 
 
@@ -214,7 +233,7 @@ def load_weights(model: Transformer, folder: Path, dropped: Collection[int] = ()
         if pair := pairs.get(name.removesuffix(".weight")):
             _check_pair(name, pair, tensor, folder)
             tensor = lora.merge(tensor, *pair, scale)
-        wanted[name].copy_(tensor)
+        sharding.fill(wanted[name], tensor)
     return model
 
 
@@ -292,8 +311,8 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
     for name, pair in pairs.items():
         layer = layers[name]
         _check_pair(name, pair, layer.weight, folder)
-        layer.lora_A.weight.copy_(pair[0])
-        layer.lora_B.weight.copy_(pair[1])
+        sharding.fill(layer.lora_A.weight, pair[0])
+        sharding.fill(layer.lora_B.weight, pair[1])
     return model
 
 
@@ -327,15 +346,18 @@ def save_model(
             who load it sample so by default. None: it was not, and the default is greedy.
     """
     folder = Path(folder)
-    tensors = {}
-    for name, p in lora.merged_parameters(model):
-        key = name if name.startswith("lm_head") else f"model.{name}"
-        tensors[key] = p.detach().cpu().contiguous()
-    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    keys = {}
+    for name, _ in model.named_parameters():
+        if ".lora_" not in name:
+            keys[name] = name if name.startswith("lm_head") else f"model.{name}"
+    shapes = {key: list(model.get_parameter(name).shape) for name, key in keys.items()}
+    dtype = lora.merged_dtype(model)
     if lora.adapters(model):
         save_adapter(model, folder / "adapter")
-    save_tensors(tensors, folder / SINGLE, metadata={"format": "pt"})
-    write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype))
+    values = ((keys[name], p) for name, p in lora.merged_parameters(model))
+    stream_tensors(shapes, dtype, values, folder / SINGLE)
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype_name))
     generation_config = {
         "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0],
         "pad_token_id": stop_ids[-1],

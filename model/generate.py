@@ -36,6 +36,7 @@ from model.kv_cache import (
 )
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
+from model.sharding import is_sharded
 from model.transformer import Fused, Transformer
 
 Decode = Callable[[list[int]], str]
@@ -220,7 +221,8 @@ class Engine:
         is_cuda = source.head_VD.is_cuda
         is_trained = any(p.requires_grad for p in source.parameters())
         is_cast = any(p.dtype != dtype for p in source.parameters())
-        if not adapters(source) and not is_cast and not (is_cuda and is_trained):
+        is_held = not adapters(source) and not is_sharded(source)
+        if is_held and not is_cast and not (is_cuda and is_trained):
             if is_cuda:
                 fuse_products(source)
             return source

@@ -21,14 +21,17 @@ from model.checkpoint import (
     ADAPTER,
     base_of,
     build_model,
+    empty_model,
+    fill_model,
     load_adapter,
     locate,
     read_config,
     stop_ids_of,
     tokenizer_folder,
 )
-from model.lora import LoraConfig, adapt
+from model.lora import LoraConfig, adapt, adapters
 from model.presets import PRESETS, RANDOM
+from model.sharding import shard
 from model.transformer import ModelConfig, Transformer
 from run import RunFolder, newest_checkpoint, run_of
 
@@ -49,6 +52,12 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Tokenizer | None
     dropped: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        model = empty_model(self.config, torch.float32, None)
+        return sum(p.numel() for p in model.parameters())
 
 
 def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
@@ -136,8 +145,9 @@ def load_policy(
     device: torch.device,
     compute_dtype: torch.dtype,
     seed: int,
-) -> tuple[Any, Transformer]:
-    """The model that is trained, and the base under its adapters (itself without LoRA).
+    mesh: Any = None,
+) -> tuple[Any, Transformer | None]:
+    """The model that is trained, and the base under its adapters (itself without LoRA, or None).
 
     Master weights are fp32 (fp64 in an fp64 run); what LoRA freezes is held in the compute dtype.
 
@@ -145,10 +155,15 @@ def load_policy(
         resumed: The checkpoint of this run that is continued, or None.
         lora: Train adapters of this kind; None: train the model itself.
         seed: Of the weights of a preset, and of new adapters.
+        mesh: Of the ranks that share it, or None. The base of adapters is then in no model of its
+            own.
     """
     master = torch.float64 if compute_dtype == torch.float64 else torch.float32
     # A resumed adapter goes back onto the base as it was: what was merged is not unmerged.
     is_new = resumed is None or lora is not None
+    if lora and mesh:
+        policy = _sharded_with_adapters(checkpoint, lora, device, compute_dtype, seed, mesh)
+        return (load_adapter(policy, resumed / "adapter") if resumed else policy), None
     base = build_model(
         checkpoint.config,
         checkpoint.folder if is_new else resumed,
@@ -157,6 +172,7 @@ def load_policy(
         weight_dtype=compute_dtype if lora else master,
         compute_dtype=compute_dtype,
         dropped=checkpoint.dropped if is_new else (),
+        mesh=mesh,
     )
     if lora is None:
         return base, base
@@ -166,8 +182,31 @@ def load_policy(
     return policy, base
 
 
+def _sharded_with_adapters(
+    checkpoint: Checkpoint,
+    lora: LoraConfig,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    seed: int,
+    mesh: Any,
+) -> Any:
+    """A model with new adapters, in shards."""
+    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    base = empty_model(checkpoint.config, compute_dtype, compute_dtype)
+    policy = adapt(base, lora, seed, master)
+    shard(policy, mesh, device)
+    for name, p in policy.named_parameters():
+        if ".lora_" not in name:  # what is filled in there is the policy's
+            layer, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(layer), leaf, p)
+    fill_model(base, checkpoint.folder, seed, checkpoint.dropped)
+    for layer in adapters(policy).values():
+        layer.init_weights(seed)
+    return policy
+
+
 def load_frozen(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int, mesh: Any = None
 ) -> Transformer:
     """A model that is only read, its weights in `dtype`: a teacher or a reference."""
     model = build_model(
@@ -177,6 +216,7 @@ def load_frozen(
         seed=seed,
         weight_dtype=dtype,
         dropped=checkpoint.dropped,
+        mesh=mesh,
     )
     return model.requires_grad_(False)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from errors import UserError
 from files import LARGEST, Fields
 from model.sampling import GOLDEN, mix
+from model.sharding import fill, whole
 from model.transformer import Linear, Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -158,13 +159,14 @@ class LoraLinear(Linear):
         """
         generator = torch.Generator().manual_seed(_seed(seed, self.name))
         uniform = torch.rand(self.lora_A.weight.shape, generator=generator) * 2 - 1
-        self.lora_A.weight.copy_(uniform * self.in_features**-0.5)
+        fill(self.lora_A.weight, uniform * self.in_features**-0.5)
         self.lora_B.weight.zero_()
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight of the plain layer that computes the same."""
-        return merge(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
+        a, b = whole(self.lora_A.weight), whole(self.lora_B.weight)
+        return merge(whole(self.weight), a, b, self.scale)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -209,14 +211,20 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if layer := layers.get(name.removesuffix(".weight")):
             yield name, layer.merged()
         elif ".lora_" not in name:
-            yield name, p
+            yield name, whole(p)
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`plain_parameters`, all of them in the dtype of the adapters, if there are any."""
-    dtype = next((layer.lora_A.weight.dtype for layer in adapters(model).values()), None)
+    """`plain_parameters`, all of them in one dtype."""
+    dtype = merged_dtype(model)
     for name, p in plain_parameters(model):
-        yield name, p.to(dtype or p.dtype)
+        yield name, p.to(dtype)
+
+
+def merged_dtype(model: nn.Module) -> torch.dtype:
+    """That of the adapters, or of a model without any."""
+    weights = [layer.lora_A.weight for layer in adapters(model).values()]
+    return next(iter(weights or model.parameters())).dtype
 
 
 # --- PEFT's format ------------------------------------------------------------------------
@@ -254,7 +262,7 @@ def to_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {}
     for name, layer in adapters(model).items():
         for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part).weight
+            weight = whole(getattr(layer, part).weight)
             tensors[f"{PREFIX}{name}.{part}.weight"] = weight.detach().cpu().contiguous()
     return settings, tensors
 

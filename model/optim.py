@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.sharding import local, norm_over_shards
+
 
 def build_optimizer(
     model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -41,7 +43,7 @@ def update_average(average: nn.Module, policy: nn.Module, decay: float) -> None:
     """average = decay · average + (1 − decay) · policy, in place, for all that is trained."""
     for old, new in zip(average.parameters(), policy.parameters(), strict=True):
         if new.requires_grad:
-            old.lerp_(new, 1 - decay)
+            local(old).lerp_(local(new), 1 - decay)
 
 
 def learning_rate(
@@ -73,11 +75,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[float, bool]:
     Returns:
         The norm before clipping, and whether it is finite.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if not grads:
         return 0.0, True
     norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.linalg.vector_norm(norms.double())
+    norm = norm_over_shards(model, torch.linalg.vector_norm(norms.double()))
     finite = bool(torch.isfinite(norm))
     if finite and max_norm and norm > max_norm:
         scale = (max_norm / norm).to(grads[0].dtype)

@@ -1,4 +1,4 @@
-"""Replicas: the process group, sums over ranks, one gradient sync.
+"""The process group: sums over ranks, one gradient sync, work that ranks do together.
 
 Without torchrun, in one process, all of it does nothing.
 """
@@ -7,7 +7,8 @@ import datetime
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,133 +18,12 @@ from torch.distributed.rendezvous import rendezvous
 from errors import RunFailed, UserError, say
 from files import reason
 from kernels import backend
+from model.places import Place, place
+from model.watch import Watch
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
-
-
-VARIABLES = (
-    "WORLD_SIZE",
-    "RANK",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # as torchrun sets them
-
-
-ALONE = "this is one process of its own; torchrun starts several"
-
-
-class Place(NamedTuple):
-    """Where this process stands among those that were started together.
-
-    note: What was overlooked in the environment, or "".
-    """
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    note: str
-
-
-def place() -> Place:
-    """This process's place, by the variables that torchrun sets; they are read nowhere else.
-
-    Platforms set some of them without starting anything: a WORLD_SIZE above 1 without a RANK, with
-    an address to meet at or without, is one process, and so is a RANK above 0 without a WORLD_SIZE.
-    But not where a launcher says that it started several tasks (`LAUNCHERS`): each of them would do
-    the whole work for itself. Raises UserError then, and where the variables contradict each other.
-    """
-    world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
-    local_rank, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
-    size, number = world or 1, rank or 0
-    if (size > 1 and rank is None) or (world is None and rank is not None):
-        _refuse_several_tasks(world, rank)
-    if size > 1 and rank is None:
-        missing = ", ".join(_not_set("RANK", "MASTER_ADDR", "MASTER_PORT"))
-        note = f"WORLD_SIZE={size}, but {missing} not set: {ALONE}"
-        return Place(0, 1, 0, local_world or 1, note)
-    if world is None and number > 0:
-        note = f"RANK={number}, but WORLD_SIZE not set: {ALONE}"
-        return Place(0, 1, 0, local_world or 1, note)
-    if number >= size:
-        raise UserError(
-            f"RANK={number} with WORLD_SIZE={size} in the environment: ranks are 0 to {size - 1}; "
-            "unset both, or use torchrun"
-        )
-    if size == 1:
-        return Place(0, 1, local_rank or 0, local_world or 1, "")
-    missing = " and ".join(_not_set("MASTER_ADDR", "MASTER_PORT"))
-    if missing:
-        raise UserError(
-            f"RANK={number} and WORLD_SIZE={size} in the environment, but not {missing}: "
-            "unset the two, or use torchrun"
-        )
-    if not 0 < (_variable("MASTER_PORT", 1) or 0) < 1 << 16:
-        raise UserError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment is no port; "
-            "unset it, or use torchrun"
-        )
-    if local_rank is None:  # srun and mpirun name the rank only
-        local_rank = number % max(1, torch.cuda.device_count())
-    return Place(number, size, local_rank, local_world or 1, "")
-
-
-def _not_set(*names: str) -> list[str]:
-    return [name for name in names if not os.environ.get(name)]
-
-
-class Launcher(NamedTuple):
-    """A program that starts processes, by the variables that it sets in each of them."""
-
-    name: str
-    tasks: str
-    rank: str
-    local_rank: str
-
-
-LAUNCHERS = (
-    Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    Launcher(
-        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
-    ),
-    Launcher("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    Launcher("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
-)
-
-
-def _refuse_several_tasks(world: int | None, rank: int | None) -> None:
-    """Raise UserError if WORLD_SIZE or RANK is missing in one of several tasks of a launcher."""
-    for launcher in LAUNCHERS:
-        tasks = os.environ.get(launcher.tasks, "").strip()
-        several = tasks.isascii() and tasks.isdigit() and int(tasks) > 1
-        if not (several and os.environ.get(launcher.rank)):
-            continue
-        if rank is None:
-            found = f"WORLD_SIZE={world}, but RANK not set"
-            export = f"RANK=${launcher.rank} LOCAL_RANK=${launcher.local_rank}"
-        else:
-            found = f"RANK={rank}, but WORLD_SIZE not set"
-            export = f"WORLD_SIZE=${launcher.tasks}"
-        raise UserError(
-            f"{found}, in one of {tasks} tasks of {launcher.name}: start with torchrun, or export "
-            f"{export} in each task (or unset it, for tasks that are processes of their own)"
-        )
-
-
-def _variable(name: str, least: int) -> int | None:
-    """A whole number of the environment, at least `least`; None where it is not set, or empty."""
-    text = os.environ.get(name, "").strip()
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise UserError(
-            f"{name}={text} in the environment is not a whole number of at least {least}; "
-            "unset it, or use torchrun"
-        )
-    return int(text)
+OF_THE_GROUP = ("gloo", "NCCL", "c10d", "Connection")  # words of errors that another rank made
 
 
 def speaks() -> bool:
@@ -228,7 +108,7 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     try:
         limit = datetime.timedelta(seconds=MEETING)
         meeting = rendezvous("env://", here.rank, here.world, timeout=limit)
-        store, _, _ = next(iter(meeting))
+        store: Any = next(iter(meeting))[0]
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
         raise UserError(
             f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, "
@@ -236,10 +116,30 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
         ) from None
     finally:
         alarm.cancel()
+    if patience is None:
+        _watch[:] = [Watch(store.clone(), here.rank, here.world)]
+        _watch[0].start()
     waiting = None if patience is None else datetime.timedelta(seconds=patience)
     dist.init_process_group(
         engine, store=store, rank=here.rank, world_size=here.world, timeout=waiting
     )
+
+
+_watch: list[Watch] = []  # of a group that has no patience of its own
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tell the other ranks of an error inside `with`; a RunFailed says that one of them is gone."""
+    try:
+        yield
+    except Exception as e:
+        if not _watch:
+            raise
+        if isinstance(e, RuntimeError) and any(word in str(e) for word in OF_THE_GROUP):
+            raise RunFailed(f"{_watch[0].lost(reason(e))}; go on with --resume") from None
+        _watch[0].tell(f"rank {rank()}: {type(e).__name__}: {reason(e)}")
+        raise
 
 
 def active() -> bool:
@@ -256,6 +156,7 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") 
     """Element-wise sum of a list of numbers over ranks, in fp64."""
     if not active():
         return [float(v) for v in values]
+    meet()
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
@@ -265,6 +166,7 @@ def broadcast(value: Any) -> Any:
     """Rank 0's value on every rank. It is pickled: it comes from our own process group."""
     if not active():
         return value
+    meet()
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
@@ -274,9 +176,46 @@ def gather(value: Any) -> list[Any]:
     """Every rank's value, by rank."""
     if not active():
         return [value]
+    meet()
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+_actions: list[Callable[[], object]] = []
+_resting: list[Callable[[], object]] = []
+_control: list[Any] = []  # of messages from CPU to CPU: no GPU waits for them
+
+
+def register(action: Callable[[], object]) -> int:
+    """The number of what all ranks must do when one does it. Called on all ranks, in one order."""
+    if not _actions:
+        _control[:] = [dist.new_group(backend="gloo")]
+    _actions.append(action)
+    return len(_actions) - 1
+
+
+def when_resting(call: Callable[[], object]) -> None:
+    """Let `call` be called wherever all ranks have come to what they do anyway."""
+    _resting.append(call)
+
+
+def meet(number: int = -1) -> None:
+    """Return when it is time for the action `number`, or (-1) for what all ranks do anyway.
+
+    Until then this rank takes part in the actions of others. Where ranks wish for several, the
+    highest number is next: those who asked for it do it, the others take part. So a rank with fewer
+    passes of a sharded model to compute, or none of its tensors to write, is waited for by nobody.
+    """
+    while _actions:
+        wish = torch.tensor(number)
+        dist.all_reduce(wish, dist.ReduceOp.MAX, group=_control[0])
+        if int(wish) == number:
+            break
+        _actions[int(wish)]()
+    if number < 0:
+        for call in _resting:
+            call()
 
 
 def on_rank_0(rank: int, call: Callable[[], Any]) -> Any:
@@ -336,16 +275,22 @@ def reduce_metrics(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float
 def sync_gradients(model: torch.nn.Module) -> None:
     """Sum the gradients over ranks: the losses were divided by a global normalizer already.
 
-    A rank without micro-batches contributes zeros.
+    A rank without micro-batches contributes zeros. A sharded model's are summed by every backward
+    pass.
     """
     if not active():
         return
+    is_sharded = hasattr(model, "reshard")
+    if is_sharded:
+        meet()  # while another rank still computes, this one takes part
     bucket, size = [], 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if is_sharded:
+            continue
         bucket.append(parameter.grad)
         size += parameter.grad.numel()
         if size >= BUCKET_ELEMENTS:
@@ -366,13 +311,20 @@ def _reduce(grads: list[torch.Tensor]) -> None:
 def barrier() -> None:
     """Wait for all ranks."""
     if active():
+        meet()
         dist.barrier()
 
 
 def close() -> None:
     """Leave the process group."""
+    for watch in _watch:
+        watch.stop()
+    _watch.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _actions.clear()
+    _resting.clear()
+    _control.clear()
 
 
 def leave(code: int) -> NoReturn:

@@ -4,11 +4,14 @@ Only safetensors: nothing is ever unpickled.
 """
 
 import contextlib
+import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +35,33 @@ def save_tensors(
     mode = path.stat().st_mode & 0o777
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
+
+
+def stream_tensors(
+    shapes: dict[str, list[int]],
+    dtype: torch.dtype,
+    values: Iterable[tuple[str, Tensor]],
+    path: Path,
+) -> None:
+    """Write what `save_tensors` would, one tensor after another: no more of them are held.
+
+    Args:
+        shapes: By key. All tensors are of one dtype.
+        values: (key, tensor) of each, in any order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    kind = FLOATS[[torch.float64, torch.float32, torch.bfloat16, torch.float16].index(dtype)]
+    end = 0
+    for key in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[key]) * dtype.itemsize
+        header[key] = {"dtype": kind, "shape": shapes[key], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, tensor in values:
+            file.seek(8 + len(text) + header[key]["data_offsets"][0])
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.sharding import fill
+
 # (layer index, q_THE, k_TKE, v_TKE, window) -> o_THE. Decides which tokens see each other:
 # `kernels.attention.PackedAttention` in training, a KV cache in generation.
 # One with an attribute `rotates` that is true gets queries and keys that are not rotated, and the
@@ -342,7 +344,7 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = std / (2 * self.config.num_layers) ** 0.5 if residual else std
-                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+                fill(p, torch.randn(p.shape, generator=generator) * scale)
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1 - self.config.norm_offset)
         return self

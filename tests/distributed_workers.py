@@ -23,7 +23,15 @@ from tests.conftest import ROOT
 def forks():
     """Processes that are forks of one that has imported this module and what optimizers import."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.pyplot"])
+    context.set_forkserver_preload(
+        [
+            __name__,
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.distributed.checkpoint",
+            "matplotlib.pyplot",
+        ]
+    )
     return context
 
 
@@ -129,7 +137,13 @@ def gradient(model, teacher, loss_fn, documents, micro_batch_tokens):
         for name, (total, count) in parallel.reduce_metrics(sums).items()
         if count
     }
-    return metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    grads = [full(p.grad).flatten() for p in model.parameters() if p.requires_grad]
+    return metrics, torch.cat(grads)
+
+
+def full(tensor):
+    """A tensor that may be in shards, on all ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def rank_main(rank, world, port, build, jobs, results):

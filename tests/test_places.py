@@ -9,7 +9,7 @@ import pytest
 import train
 from data import sandbox
 from errors import UserError
-from model import parallel
+from model import parallel, places
 from run import environment
 from tests.distributed_workers import free_port, run
 
@@ -18,8 +18,8 @@ MEET = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    of_launchers = [name for launcher in parallel.LAUNCHERS for name in launcher[1:]]
-    for name in (*parallel.VARIABLES, *of_launchers):
+    of_launchers = [name for launcher in places.LAUNCHERS for name in launcher[1:]]
+    for name in (*places.VARIABLES, *of_launchers):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -6,9 +6,12 @@ import signal
 from unittest import mock
 
 import pytest
+import torch
 
+import prepare
 import toy_models
 import train
+from config import Config
 from errors import RunFailed, UserError
 from eval.__main__ import main as evaluate
 from model import parallel
@@ -168,3 +171,38 @@ def test_a_signal_while_the_toy_teacher_trains_ends_no_rank_alone(monkeypatch):
     handlers = [toy_models.toy_model("teacher", {}, "runs", "cpu", rank) for rank in (0, 1)]
     assert handlers[0] == before and isinstance(handlers[1], StopSignal)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sharding_that_cannot_work_is_one_line():
+    """Before any weight is read; what four ranks would do, in one process."""
+    student = mock.Mock(parameters=3 * 10**9)
+    teacher = mock.Mock(parameters=32 * 10**9)
+
+    def chosen(world, device="cpu", **options):
+        place = parallel.Device(torch.device(device), torch.bfloat16, 0, world)
+        cfg = Config(**options)
+        return tuple(prepare.choose_shards(cfg, place, student, [teacher, None]))
+
+    assert chosen(1) == (1, False, False)
+    assert chosen(4) == (4, False, False) and chosen(4, shard_ranks=3) == (3, False, False)
+    assert chosen(4, shard="on") == (4, True, False)
+    assert chosen(4, shard="on", shard_frozen="on", shard_ranks=2) == (2, True, True)
+    memory = mock.Mock(total_memory=80 * 10**9)
+    with mock.patch("torch.cuda.get_device_properties", return_value=memory):
+        assert chosen(4, "cuda") == (4, True, True)
+        assert chosen(4, "cuda", lora_rank=8) == (4, False, True)
+        assert chosen(4, "cuda", shard="off", shard_frozen="off") == (4, False, False)
+    for options, words in (
+        ({"world": 1, "shard": "on"}, "--shard on: this is one process"),
+        ({"world": 1, "shard_frozen": "on"}, "--shard_frozen on: this is one process"),
+        ({"world": 4, "shard": "on", "shard_ranks": 3}, "4 ranks are no groups of 3"),
+        ({"world": 4, "shard": "on", "shard_ranks": 1}, "4 ranks are no groups of 1"),
+        ({"world": 4, "shard": "on", "shard_ranks": 8}, "4 ranks are no groups of 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            chosen(**options)
+    with (
+        mock.patch.object(parallel, "gather", lambda value: [value, "other"]),
+        pytest.raises(UserError, match="different options"),
+    ):
+        prepare.setup(Config(device="cpu"))

@@ -1,0 +1,81 @@
+"""Ranks that notice that another one is gone, and end with the first cause.
+
+A process group notices at the next sum, if at all: a machine that is cut off is waited for during
+minutes. So each rank says every second, in a thread, that it is there, and listens to the next one.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from errors import say
+
+PERIOD = 1.0
+SILENCE = 90.0  # seconds without a sign of life after which a rank is given up
+GRACE = 10.0  # seconds in which a rank may end by itself once another one has
+DONE = "done"
+
+
+class Watch(threading.Thread):
+    """Says that this rank is there, and ends it GRACE seconds after the first cause to end."""
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world = store, rank, world
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        next_rank = (self.rank + 1) % self.world
+        heard, since = "", time.monotonic()
+        count = 0
+        while not self.stopped.wait(PERIOD):
+            count += 1
+            try:
+                self.store.set(f"alive/{self.rank}", str(count))
+                found = self._read(f"alive/{next_rank}")
+                if found != heard or found == DONE:
+                    heard, since = found, time.monotonic()
+                elif time.monotonic() - since > SILENCE:
+                    self.tell(f"rank {next_rank} gave no sign of life for {SILENCE:.0f} s")
+                cause = self._read("cause")
+            except RuntimeError:  # which torch's DistError is
+                cause = "rank 0, through which ranks meet, is gone"
+            if cause:
+                if not self.stopped.wait(GRACE):
+                    say(f"rank {self.rank} ends: {cause}", sys.stderr)
+                    os._exit(1)
+                return
+
+    def _read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def tell(self, cause: str) -> str:
+        """Let the others know why this rank ends. Returns the first cause that any rank knew."""
+        try:
+            return self.store.compare_set("cause", "", cause).decode()
+        except RuntimeError:
+            return cause
+
+    def lost(self, error: str) -> str:
+        """Who is gone, or what the first one to end said, after an error of the group."""
+        try:
+            before = self._alive()
+            time.sleep(4 * PERIOD)
+            after = self._alive()
+        except RuntimeError:
+            return "rank 0, through which ranks meet, is gone"
+        gone = [str(r) for r in range(self.world) if before[r] == after[r] != DONE]
+        return self.tell(f"rank {' and '.join(gone)} is gone" if gone else error)
+
+    def _alive(self) -> list[str]:
+        return [self._read(f"alive/{r}") for r in range(self.world)]
+
+    def stop(self) -> None:
+        """Called as this rank leaves the group in good order."""
+        self.stopped.set()
+        try:
+            self.store.set(f"alive/{self.rank}", DONE)
+        except RuntimeError:
+            return

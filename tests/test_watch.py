@@ -1,0 +1,126 @@
+"""A rank that is gone ends the others, in a stated time, with the first cause in one line."""
+
+import os
+import signal
+import time
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+import train
+from model import parallel, watch
+from tests.distributed_workers import run
+from tests.test_train import SMALL
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What ranks said as they were ended, in 1/50 of the time."""
+    told = []
+
+    def end(code):
+        told.append(code)
+
+    monkeypatch.setattr(watch, "PERIOD", 0.02)
+    monkeypatch.setattr(watch, "SILENCE", 0.4)
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(watch, "say", lambda text, file: told.append(text))
+    return told
+
+
+def ranks(count):
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    made = [watch.Watch(store, rank, count) for rank in range(count)]
+    for each in made:
+        each.start()
+    return made
+
+
+def test_a_silent_rank_ends_all_with_one_cause(ended):
+    others = ranks(3)
+    others[2].stopped.set()  # it says nothing any more
+    for each in others:
+        each.join(timeout=5)
+    cause = "rank 2 gave no sign of life for 0 s"
+    assert sorted(ended, key=str) == [1, 1, f"rank 0 ends: {cause}", f"rank 1 ends: {cause}"]
+
+
+def test_who_is_gone_is_named_and_the_first_cause_stays(ended):
+    a, b, c = ranks(3)
+    time.sleep(0.1)
+    assert not ended
+    b.stopped.set()
+    time.sleep(0.05)
+    assert a.lost("Connection closed") == "rank 1 is gone"
+    assert c.tell("rank 2: ValueError: late") == "rank 1 is gone"
+    for each in (a, c):
+        each.stop()
+        each.join(timeout=5)
+    assert not ended, "they ended by themselves"
+
+
+def test_ranks_that_end_in_good_order_end_nobody(ended):
+    a, b = ranks(2)
+    time.sleep(0.1)
+    b.stop()
+    time.sleep(1)
+    assert a.is_alive() and not ended
+    a.stop()
+
+
+def test_an_error_of_one_rank_reaches_the_others():
+    told = mock.Mock(spec=watch.Watch)
+    told.lost.return_value = "rank 3 is gone"
+    with mock.patch.object(parallel, "_watch", [told]):
+        with pytest.raises(KeyError), parallel.telling():
+            raise KeyError("k")
+        assert "KeyError" in told.tell.call_args.args[0]
+        with pytest.raises(train.RunFailed, match="rank 3 is gone; go on"), parallel.telling():
+            raise RuntimeError("[pair.cc] Connection closed by peer gloo")
+
+
+def failing(how):
+    """train.main on two ranks, of which the second one ends at its third step."""
+
+    def main(argv):
+        steps = []
+
+        def clip(*args):
+            steps.append(args)
+            if len(steps) == 3 and parallel.rank() == 1:
+                how()
+            return before(*args)
+
+        before = train.clip_gradients
+        with mock.patch.object(train, "clip_gradients", clip):
+            return train.main(argv)
+
+    return main
+
+
+def killed(argv):
+    return failing(lambda: os.kill(os.getpid(), signal.SIGKILL))(argv)
+
+
+def raising(argv):
+    def fail():
+        raise ValueError("odd")
+
+    return failing(fail)(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "main, cause", [(killed, "rank 1 is gone"), (raising, "rank 1: ValueError: odd")]
+)
+@pytest.mark.parametrize("more", [[], ["--shard=on"]])
+def test_the_other_rank_says_why_it_ends(tmp_path, main, cause, more):
+    argv = ["--mode=sft", "--model=tiny", *SMALL, "--eval_examples=0", "--name=r", *more]
+    started = time.monotonic()
+    result = run(*argv, cwd=tmp_path, ranks=2, main=main)
+    assert result.returncode != 0 and time.monotonic() - started < 90
+    own = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert own == [f"train.py: {cause}; go on with --resume"]
+    assert (tmp_path / "runs/r/checkpoints/step-2/model.safetensors").exists()
