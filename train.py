@@ -33,6 +33,7 @@ from model import parallel
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
+from model.sharding import local
 from model.transformer import Transformer
 from overview import overview, show_first
 from prepare import COSTS, Run, load_models, number_of_steps, setup
@@ -356,7 +357,9 @@ def note_evaluation(cfg: Config, run: Run, step: int, metrics: Mapping[str, floa
 
 def check_weights(run: Run, step: int) -> None:
     """Raise RunFailed if a checkpoint would hold what is not finite, or as good as that."""
-    norms = torch._foreach_norm([p.detach() for p in run.policy.parameters() if p.requires_grad])  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(
+        [local(p.detach()) for p in run.policy.parameters() if p.requires_grad]
+    )  # pyright: ignore[reportPrivateImportUsage]
     broken = not all(bool(torch.isfinite(norm)) for norm in norms)
     (ranks,) = parallel.all_reduce_sum([broken], run.device)
     if ranks:

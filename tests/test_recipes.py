@@ -15,6 +15,7 @@ import eval.traces
 import options
 import train
 from config import validate
+from eval.study.schema import read_file
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -70,7 +71,10 @@ def test_every_recipe_starts_with_a_tiny_body_in_place_of_the_checkpoints(path, 
 
 @pytest.fixture(params=STUDIES, ids=lambda p: p.stem)
 def study(request):
-    return tomllib.loads(request.param.read_text()) | {
+    tables = tomllib.loads(request.param.read_text())
+    return tables | {
+        "run": read_file(request.param, []).runs,
+        "like": {run.get("like") for run in tables.get("run", {}).values()},
         "file": request.param.name,
         "text": request.param.read_text(),
     }
@@ -100,6 +104,7 @@ def test_studies_are_complete(study):
         "run",
         "arm",
         "claim",
+        "like",
         "file",
         "text",
     }
@@ -120,9 +125,10 @@ def test_studies_are_complete(study):
         assert set(arm) <= {"model", "chain", "eval", "paper"} and set(arm["chain"]) <= set(runs)
         args = eval.__main__.parse([arm["model"], *arguments(study["eval"] | arm.get("eval", {}))])
         assert arm.get("paper", "collapsed") == "collapsed" or set(arm["paper"]) <= set(args.tasks)
-    assert set(runs) == {name for arm in arms.values() for name in arm["chain"]} and len(
-        set(map(str, arms.values()))
-    ) == len(arms)
+    in_chains = {name for arm in arms.values() for name in arm["chain"]}
+    models = [name for model in study.get("model", {}).values() for name in model["chain"]]
+    assert in_chains.union(models) <= set(runs) <= in_chains.union(models, study["like"])
+    assert len(set(map(str, arms.values()))) == len(arms)
     for claim in study.get("claim", []):
         better, worse = (arms[claim[side]]["paper"] for side in ("better", "worse"))
         assert set(claim) == {"text", "better", "worse", "task"}

@@ -328,7 +328,7 @@ def write(path, model, optimizer, average=None):
     folder = RunFolder(path)
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     write_model = functools.partial(save_model, model, tokenizer=NoTokenizer(), stop_ids=[1])
-    folder.save(1, model, optimizer, write_model, {"counters": 7}, average=average)
+    folder.save(1, model, optimizer, write_model, STATE, average=average)
     return folder
 
 
@@ -340,6 +340,10 @@ def trained(mesh, lora_config, docs):
     optimizer.step()
     average = load(SHAPE, mesh, lora_config).requires_grad_(False)
     return model, optimizer, average
+
+
+# as a run after one step has it
+STATE = {"counters": {"tokens": 7}, "source": [{"consumed": 1}]}
 
 
 def full_state(model, optimizer, average):
@@ -383,7 +387,7 @@ def file_main(rank, world, port, root, docs, configs, results):
                 )
                 optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
                 average = load(SHAPE, mesh, lora_config).requires_grad_(False)
-                assert folder.load(1, model, optimizer, average) == {"counters": 7}
+                assert folder.load(1, model, optimizer, average) == STATE
                 for name, value in full_state(model, optimizer, average).items():
                     assert torch.equal(value, states[other][name]), (ranks, other, name)
     if rank == 0:

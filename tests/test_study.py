@@ -213,9 +213,9 @@ def test_an_evaluations_name_depends_on_what_its_options_file_holds(tmp_path):
 
 def with_data(data, text=FILE):
     """The file with other data for [run.again]."""
-    before, table, after = text.partition('[run.again]\nmode = "sft"\ndata = ')
-    assert after.startswith('"word_problems:8"')
-    return before + table + after.replace("word_problems:8", data, 1)
+    table = '[run.again]\nlike = "sft"\n'
+    assert table in text
+    return text.replace(table, f'{table}data = "{data}"\n')
 
 
 def test_traces_are_named_where_they_are_trained_on(tmp_path):

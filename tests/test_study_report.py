@@ -507,12 +507,13 @@ def test_models_as_they_are(tmp_path):
     report_of(tmp_path, outcomes, "Larger models", arms=arms, claims=[claim])
     page = (tmp_path / "report.md").read_text()
     assert (
-        "| arm | chain | seeds | gsm8k | paper gsm8k | gain gsm8k | paper olympiad | student"
+        "| seeds | gsm8k | paper gsm8k | gain gsm8k | pass@10 gsm8k | paper olympiad | student"
         in page
         and "/somewhere" not in page
     )
     assert (
-        "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 6.2 | 0 |" in page
+        "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 60.0 [50.0, 70.0] | 6.2 | 0 |"
+        in page
         and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
     )
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
