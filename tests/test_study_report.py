@@ -514,7 +514,7 @@ def test_models_as_they_are(tmp_path):
     assert (
         "| a | big-1.5b | 1 of 1 | 50.0 [40.0, 60.0] | 62.5 | - | 60.0 [50.0, 70.0] | 6.2 | 0 |"
         in page
-        and "| b | hub/b | 1 of 1 | 50.0 [nan, nan] | - | - | - | 0 |" in page
+        and "| 50.0 [nan, nan] | - | - | 60.0 [50.0, 70.0] | - | 0 |" in page
     )
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert (
