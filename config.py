@@ -372,7 +372,11 @@ class Config:
         64, "number of teacher probabilities per token", minimum=1, read_when=TOPK
     )
     kd_draws: int = option(
-        64, "number of ids drawn from the teacher per token", minimum=1, read_when=DRAWS
+        64,
+        "number of ids drawn from the teacher per token",
+        minimum=1,
+        maximum=65535,
+        read_when=DRAWS,
     )
     kd_cache: str = option(
         "",

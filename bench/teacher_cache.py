@@ -1,4 +1,4 @@
-"""What a kept top-k, or draws of the same bytes, cost: how far the gradient is from the full one.
+"""What a kept top-k, or kept draws, cost: how far the gradient is from the full one.
 
     python -m bench.teacher_cache runs/kd-…/checkpoints/step-500 \\
         runs/teacher-…/checkpoints/step-700 --data word_problems:200
@@ -6,9 +6,9 @@
 Student and teacher checkpoints of one tokenizer; forward KL at temperature 1 over the trained
 positions of the data. The error is that of the gradient at the student's hidden rows and at its
 head, where the tokens are summed (‖kept − full‖ / ‖full‖), fp32; the lists are rounded as
-data/teacher_cache.py keeps them. Of draws there are as many as have the bytes of the top-k: what
-one cache of them is off by on average (bias and noise), and the mean gradient of REPEATS caches,
-of which the bias would remain.
+data/teacher_cache.py keeps them. Of draws, which take 6 bytes for each different id: what one cache
+of them is off by on average (bias and noise), and the mean gradient of REPEATS caches, of which
+the bias would remain.
 """
 
 import argparse
@@ -105,9 +105,10 @@ def off_by_draws(
 
 
 def compare(
-    student: Rows, teacher: Rows, batch: Batch, ks: Sequence[int], vocab: int
+    student: Rows, teacher: Rows, batch: Batch, ks: Sequence[int], draws: Sequence[int], vocab: int
 ) -> list[dict]:
-    """Two rows per k: what is kept, and how far its gradient is from the full vocabulary's."""
+    """A row per k and number of draws: what is kept, and how far its gradient is from the full
+    vocabulary's."""
     weight_N = torch.ones(len(student.hidden_ND))
     teacher = Rows(teacher.hidden_ND, teacher.head_VD[:vocab])
     loss, full = linear_kl(*student, *teacher, weight_N, "forward_kl", vocab=vocab)
@@ -132,10 +133,11 @@ def compare(
             "mean of caches, head, %": off[1],
             "gradient off, %": off[0],
         }
-        n = (6 * k + 2) // 4
-        draws = dict.fromkeys(row, 0.0) | {"kept": f"{n}-draws", "bytes": 4 * n}
-        draws |= off_by_draws(student, teacher, batch, n, want)
-        found += [row, draws]
+        found.append(row)
+    for n in draws:
+        off = off_by_draws(student, teacher, batch, n, want)
+        row = dict.fromkeys(found[0], 0.0) | off
+        found.append(row | {"kept": f"{n}-draws", "bytes": 6 * off["distinct"]})
     return found
 
 
@@ -146,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("student", type=Path)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--data", default="word_problems:200")
-    parser.add_argument("--k", default="1,8,32,128")
+    parser.add_argument("--k", default="1,2,4,8,32,128")
+    parser.add_argument("--draws", default="2,12,64,256,1024,4096")
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.load(args.teacher)
     vocab = tokenizer.size
@@ -155,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     student, teacher = loss_rows(args.student, batch), loss_rows(args.teacher, batch)
     for leaf in student:
         leaf.requires_grad_()
-    ks = [int(k) for k in args.k.split(",")]
-    print(table(compare(student, teacher, batch, ks, vocab)))
+    ks, draws = ([int(n) for n in given.split(",")] for given in (args.k, args.draws))
+    print(table(compare(student, teacher, batch, ks, draws, vocab)))
     return 0
 
 

@@ -5,9 +5,11 @@ The teacher then need not run again.
 A folder with `ids.npy` (int32) and `logp.npy` (fp16), read through memory maps: k ids per trained
 position, and k log-probs followed by that of all other ids together. `cache.json` says what they
 were made from, and their SHA-256; it is written last, and without it the cache is not complete. A
-position takes 6k + 2 bytes. Of draws there are the ids alone, 4k bytes.
+position takes 6k + 2 bytes. Of draws there are the different ids of each position, one position
+after the other, and `counts.npy` (uint16), how often each was drawn: 6 bytes for a different id, of
+which there are few however many draws (arXiv 2503.16870).
 
-Legend: R trained positions of all documents in their order, k ids, B = k + 1.
+Legend: R trained positions of all documents in their order, k ids, B = k + 1, M different ids.
 """
 
 import contextlib
@@ -25,9 +27,8 @@ from errors import RunFailed, UserError, system_error
 from files import draft_of, flush, read_json
 from locks import waiting_for
 
-FORM = 2  # of the files
+FORM = 3  # of the files
 FP16_MIN = -65504
-FILES = ("ids.npy", "logp.npy", "cache.json")
 NAMES = {
     "documents": "data, template or tokenizer",
     "teacher": "weights of the teacher",
@@ -63,6 +64,8 @@ class TeacherCache:
         draws_seed: int | None = None,
     ) -> None:
         self.folder, self.k, self.draws_seed = Path(folder), k, draws_seed
+        arrays = ("ids.npy", "logp.npy" if draws_seed is None else "counts.npy")
+        self.arrays, self.files = arrays, (*arrays, "cache.json")
         self.ends = np.cumsum([0] + [int(np.count_nonzero(d.weights)) for d in documents])
         self.positions = int(self.ends[-1])
         self.fingerprint = dict(
@@ -84,7 +87,7 @@ class TeacherCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise self._unwritable(e) from None
-            for name in FILES:
+            for name in self.files:
                 draft_of(self.folder / name)  # removes what others left as they died
 
     def _open(self) -> None:
@@ -102,24 +105,32 @@ class TeacherCache:
             # one that was filled before digests were kept has none
             if "sha256" in found and found["sha256"] != self._sha256():
                 raise ValueError("its files are not what was written")
-            self.ids_Rk = np.load(self.folder / "ids.npy", mmap_mode="r")
-            self.logp_RB = np.empty((self.positions, 0), np.float16)
-            if self.draws_seed is None:
-                self.logp_RB = np.load(self.folder / "logp.npy", mmap_mode="r")
-            if len(self.ids_Rk) != self.positions or len(self.logp_RB) != self.positions:
+            # of the top-k [R, k] and [R, B], of draws [M] and [M]
+            self.ids, self.beside = [
+                np.load(self.folder / name, mmap_mode="r") for name in self.arrays
+            ]
+            self.starts, rows = self.ends, len(self.beside)  # of the documents' rows in both
+            if self.draws_seed is not None:
+                drawn_M = np.cumsum(self.beside, dtype=np.int64)
+                self.starts = np.searchsorted(drawn_M, self.ends * self.k, side="right")
+                rows = int(self.beside.sum(dtype=np.int64)) // self.k
+            if len(self.ids) != len(self.beside) or rows != self.positions:
                 raise ValueError("it has another number of positions")
         except (OSError, ValueError, TypeError, SyntaxError, EOFError) as e:
             raise UserError(f"--kd_cache {self.folder} cannot be read ({e}); {again}") from None
 
     def _sha256(self) -> dict[str, str]:
         """Of the two arrays, by the names of their files."""
-        found = all_sha256([self.folder / name for name in FILES[:2]])
+        found = all_sha256([self.folder / name for name in self.arrays])
         return {path.name: digest for path, digest in found.items()}
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, log-probs) of a document's trained positions."""
-        rows = slice(self.ends[index], self.ends[index + 1])
-        return self.ids_Rk[rows], self.logp_RB[rows]
+        rows = slice(self.starts[index], self.starts[index + 1])
+        if self.draws_seed is None:
+            return self.ids[rows], self.beside[rows]
+        ids_Rk = np.repeat(self.ids[rows], self.beside[rows]).reshape(-1, self.k)
+        return ids_Rk, np.empty((len(ids_Rk), 0), np.float16)
 
     def fill(self, topk: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Write (ids_Rk, logp_RB) arrays of consecutive positions, and complete the cache.
@@ -133,16 +144,25 @@ class TeacherCache:
             self._open()
 
     def _fill(self, topk):
-        drafts = {name: draft_of(self.folder / name) for name in FILES}
+        drafts = {name: draft_of(self.folder / name) for name in self.files}
         try:
-            with open(drafts["ids.npy"], "wb") as ids, open(drafts["logp.npy"], "wb") as logp:
-                self._write_header(ids, np.int32, self.k)
-                self._write_header(logp, np.float16, self.k + 1 if self.draws_seed is None else 0)
+            with (
+                open(drafts[self.arrays[0]], "wb") as ids,
+                open(drafts[self.arrays[1]], "wb") as beside,
+            ):
+                self._write_heads(ids, beside, 0)
+                rows = 0
                 for ids_Rk, logp_RB in topk:
-                    ids.write(ids_Rk.astype(np.int32).tobytes())
-                    logp.write(np.maximum(logp_RB, FP16_MIN).astype(np.float16).tobytes())
-            found = all_sha256([drafts[name] for name in FILES[:2]])
-            digests = dict(zip(FILES, found.values(), strict=False))
+                    if self.draws_seed is None:
+                        kept, others = ids_Rk, np.maximum(logp_RB, FP16_MIN).astype(np.float16)
+                    else:
+                        kept, others = different(ids_Rk)
+                    ids.write(kept.astype(np.int32).tobytes())
+                    beside.write(others.tobytes())
+                    rows += len(kept)
+                self._write_heads(ids, beside, rows)
+            found = all_sha256([drafts[name] for name in self.arrays])
+            digests = dict(zip(self.arrays, found.values(), strict=True))
             about = self.fingerprint | {"sha256": digests}
             drafts["cache.json"].write_text(json.dumps(about, indent=1) + "\n")
             for name, draft in drafts.items():
@@ -158,10 +178,29 @@ class TeacherCache:
     def _unwritable(self, e: OSError) -> UserError | RunFailed:
         return system_error(e, f"--kd_cache {self.folder} cannot be written")
 
-    def _write_header(self, file, dtype: type, width: int) -> None:
-        """The head of a .npy file. Rows are appended: on a full disk a memory map would crash."""
-        descr, shape = npy.dtype_to_descr(np.dtype(dtype)), (self.positions, width)
-        npy.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=shape))
+    def _write_heads(self, ids, beside, rows: int) -> None:
+        """The heads of both .npy files. Rows are appended: on a full disk a memory map would crash.
+
+        A head has room for any number of rows, so it may be written again.
+        """
+        if self.draws_seed is None:
+            heads = (ids, np.int32, (rows, self.k)), (beside, np.float16, (rows, self.k + 1))
+        else:
+            heads = (ids, np.int32, (rows,)), (beside, np.uint16, (rows,))
+        for file, dtype, shape in heads:
+            file.seek(0)
+            descr = npy.dtype_to_descr(np.dtype(dtype))
+            npy.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=shape))
+
+
+def different(ids_Rk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ids [M] of each row, one row after the other, and how often each comes."""
+    sorted_Rk = np.sort(ids_Rk, 1)
+    new_Rk = np.ones(sorted_Rk.shape, bool)
+    new_Rk[:, 1:] = sorted_Rk[:, 1:] != sorted_Rk[:, :-1]
+    places_M = np.flatnonzero(new_Rk)
+    counts_M = np.diff(places_M, append=sorted_Rk.size)
+    return sorted_Rk[new_Rk], counts_M.astype(np.uint16)
 
 
 def _digest(documents: Sequence[Document]) -> str:

@@ -124,7 +124,7 @@ def look_at_run(folder):
 def look_at_cache(folder, docs):
     def look():
         cache = TeacherCache(folder, docs, "teacher", 3, 1.0, 50)
-        return cache.complete, cache.ids_Rk.tobytes(), cache.logp_RB.tobytes()
+        return cache.complete, cache.ids.tobytes(), cache.beside.tobytes()
 
     return look
 

@@ -265,7 +265,9 @@ def test_training_from_kept_draws_is_training_with_the_teacher(tmp_path, capsys)
         for name in ("train/teacher_ce", "train/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
             assert b[name] == c[name]
-    assert (tmp_path / "c/ids.npy").stat().st_size == 128 + 4 * 5 * positions(tmp_path / "c")
+    counts = np.load(tmp_path / "c/counts.npy")
+    assert counts.sum() == 5 * positions(tmp_path / "c") and len(counts) <= counts.sum()
+    assert (tmp_path / "c/ids.npy").stat().st_size == 128 + 4 * len(counts)
     capsys.readouterr()
     other = ["--mode=kd", "--teacher=random:tiny-teacher", "--data=word_problems:12", cache]
     other += ["--eval_examples=0", f"--runs={tmp_path}", "--name=refused"]
@@ -276,6 +278,25 @@ def test_training_from_kept_draws_is_training_with_the_teacher(tmp_path, capsys)
         assert train.main([*other, *given]) == 2
         error = capsys.readouterr().err
         assert f"was made with other {word}" in error and error.count("\n") == 1
+
+
+def test_kept_draws_are_what_was_drawn(tmp_path):
+    """In documents of any size, some without a trained position, filled in uneven pieces."""
+    random = np.random.default_rng(0)
+    sizes = [0, 3, 1, 0, 700, 5, 0]
+    documents = [Document(np.arange(n + 2), (np.arange(n + 2) > 1) * 1.0) for n in sizes]
+    for k, vocab in ((1, 9), (7, 3), (300, 40_000)):
+        ids_Rk = random.integers(vocab, size=(sum(sizes), k))
+        folder = tmp_path / str(k)
+        open_cache = functools.partial(TeacherCache, folder, documents, "teacher", k, 1.0, vocab)
+        pieces = np.split(ids_Rk, [0, 1, 4, 10, 500])
+        open_cache(draws_seed=0).fill((piece, np.empty((len(piece), 0))) for piece in pieces)
+        cache = open_cache(draws_seed=0)
+        assert cache.complete and len(cache.ids) == sum(len(set(row)) for row in ids_Rk.tolist())
+        rows = np.split(np.sort(ids_Rk, 1), np.cumsum(sizes)[:-1])
+        for index, want in enumerate(rows):
+            got, logp = cache[index]
+            assert np.array_equal(got, want) and logp.shape == (len(want), 0)
 
 
 def positions(folder):

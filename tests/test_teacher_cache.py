@@ -244,7 +244,7 @@ def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
     second = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     first, _, _ = filled(tmp_path / "c", docs)
     second.fill(iter(()))
-    assert second.complete and np.array_equal(second.ids_Rk, first.ids_Rk)
+    assert second.complete and np.array_equal(second.ids, first.ids)
 
 
 def test_a_cache_filled_before_digests_were_kept_is_read(tmp_path):
