@@ -644,6 +644,8 @@ def teachers_of(cfg: Config) -> dict[str, str]:
 def validate(cfg: Config) -> None:
     """Refuse options that do not work together, before anything is read. Raises UserError."""
     parse_targets(cfg.lora_targets)
+    if "/" in cfg.name or cfg.name.startswith("."):
+        raise UserError(f"--name {cfg.name} must be a plain folder name")
     if cfg.resume and not cfg.name:
         raise UserError("--resume needs the --name of a run")
     if cfg.save == "best" and not cfg.eval_examples:

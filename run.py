@@ -235,8 +235,6 @@ def open_run(
     Yields:
         The folder, and the step to continue from (None: the beginning).
     """
-    if name and ("/" in name or name.startswith(".")):
-        raise UserError(f"--name {name} must be a plain folder name")
     stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
 

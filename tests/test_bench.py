@@ -99,6 +99,7 @@ def test_decode_runs_through(tmp_path, capsys):
     assert record["engine"][0]["way"] == "srlm" and record["engine"][0]["tokens_per_s"] > 0
 
 
+@pytest.mark.slow  # tests/triton_interpreter has every kernel
 def test_head_runs_on_a_bare_cpu(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     last = command("head", "--dry", "--only-check").splitlines()[-1]

@@ -399,7 +399,7 @@ def stored_by(*args):
         ("dr_grpo", ("mean", 0.2, 0.2)),
         ("gspo", ("std", 3e-4, 4e-4)),
         ("cispo", ("std", 1.0, 0.2)),
-        ("dppo", ("std", 0.15, 0.15)),
+        ("dppo", ("mean", 0.15, 0.15)),
     ],
 )
 def test_a_variant_brings_its_settings_over_a_config_that_holds_anothers(old, new, brings, reuse):

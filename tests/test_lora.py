@@ -696,6 +696,7 @@ def test_the_adapter_of_a_run_and_its_merged_weights_are_one_model(tmp_path, mon
     for (name, p), (_, q) in zip(merged.named_parameters(), got.named_parameters(), strict=True):
         assert torch.equal(p, q), name
     before = subject.sha256
+    (folder / "adapter/SHA256SUMS").unlink()  # changed on purpose
     (folder / "adapter/adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
     assert find(str(folder / "adapter")).sha256 != before
     (folder / "adapter/adapter_config.json").write_text(json.dumps(settings))
@@ -742,4 +743,4 @@ def test_a_run_keeps_its_adapters(tmp_path, monkeypatch, capsys):
         assert "the run was begun with" in capsys.readouterr().err
     (tmp_path / "runs/r/checkpoints/step-1/adapter/adapter_model.safetensors").unlink()
     assert train.main(["--name=r", "--resume", "--steps=2"]) == 2
-    assert "has no adapter_model.safetensors" in capsys.readouterr().err
+    assert "adapter_model.safetensors is not there" in capsys.readouterr().err

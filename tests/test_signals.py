@@ -126,6 +126,7 @@ def test_what_is_ignored_stays_so_as_under_nohup(sent_at):
         signal.signal(signal.SIGHUP, old)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_toy_teacher_trains(monkeypatch, capfd):
     """It is passed on to the process that trains the teacher; the same command goes on with it."""
     for name, value in {"steps": 200, "batch_size": 2, "eval_examples": 0}.items():

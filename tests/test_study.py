@@ -546,16 +546,14 @@ def all_arms(path):
     return ""
 
 
-@pytest.mark.parametrize(
-    "arms",
-    [few_arms, pytest.param(all_arms, marks=pytest.mark.slow)],
-    ids=["every run", "every arm"],
-)
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+# Every run of paper, comparison and beyond, which have all kinds of runs; every arm of all is slow.
+REHEARSED = [pytest.param(p, few_arms) for p in FILES if p.stem not in ("grid", "mini")]
+REHEARSED += [pytest.param(p, all_arms, marks=pytest.mark.slow) for p in FILES]
+
+
+@pytest.mark.parametrize("path,arms", REHEARSED)
 def test_every_study_starts(path, arms, tmp_path, here, capsys):
     """Two steps of every run, with a tiny body in place of the checkpoints."""
-    if path.stem == "grid" and arms is few_arms:
-        pytest.skip("its runs differ from those of beyond.toml in sizes; all its arms are slow")
     arms = arms(path)
     assert (
         study.main([str(path), "--rehearse", f"--arms={arms}", f"--out={tmp_path / 'o'}"]) == 0

@@ -156,7 +156,7 @@ def test_sampled_and_cached_signals_read_the_teachers_prompt():
 def test_documents_keep_their_teacher():
     docs = documents()
     for d, again in zip(
-        docs, [_from_json(json.loads(json.dumps(_to_json(d)))) for d in docs], strict=True
+        docs, [_from_json(json.loads(json.dumps(_to_json(d))), 50, 9) for d in docs], strict=True
     ):
         assert again.teacher == d.teacher
         assert np.array_equal(again.for_teacher().tokens, d.for_teacher().tokens)

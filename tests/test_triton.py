@@ -62,7 +62,7 @@ def test_by_the_interpreter(name, select, at_least):
 
 
 # One test for all that is asked of a group of kernels, since workers compile it anew.
-@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name,at_least", [("head", 28), ("attention", 18)])
 def test_compiled_kernels(name, at_least, capability):
     """They keep to registers and shared memory, and use the tensor cores."""
