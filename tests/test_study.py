@@ -547,8 +547,14 @@ def all_arms(path):
 
 
 # Every run of paper, comparison and beyond, which have all kinds of runs; every arm of all is slow.
-REHEARSED = [pytest.param(p, few_arms) for p in FILES if p.stem not in ("grid", "mini")]
-REHEARSED += [pytest.param(p, all_arms, marks=pytest.mark.slow) for p in FILES]
+REHEARSED = [
+    pytest.param(p, few_arms, id=f"{p.stem}-every run")
+    for p in FILES
+    if p.stem not in ("grid", "mini")
+]
+REHEARSED += [
+    pytest.param(p, all_arms, marks=pytest.mark.slow, id=f"{p.stem}-every arm") for p in FILES
+]
 
 
 @pytest.mark.parametrize("path,arms", REHEARSED)
