@@ -38,7 +38,7 @@ from files import draft_of, replace_file
 from locks import unused, use
 from model.checkpoint import read_adapter
 from model.hf import config_from_hf
-from model.load import find
+from model.load import find, verified
 from model.state import read_state
 from rl.rollout import MixedSource, Rollouts
 from run import RunFolder
@@ -511,6 +511,20 @@ def test_the_digests_are_those_of_sha256sum(own):
         assert names == {p.name for p in digests.verify(folder)} != set()
         command = ["sha256sum", "--strict", "-c", digests.SUMS]
         assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+
+
+def test_a_checkpoint_is_read_once_for_its_digests(own, monkeypatch):
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return file_sha256(path)
+
+    file_sha256 = digests.file_sha256
+    monkeypatch.setattr(digests, "file_sha256", counted)
+    folder = own / "checkpoints/step-2"
+    assert verified(folder) == digests.verify(folder)
+    assert len(read) == 2 * len(set(read))  # once by each of the two
 
 
 # --- a run's checkpoints while others read them ---------------------------------------------------
