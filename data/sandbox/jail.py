@@ -282,6 +282,7 @@ class Isolation:
             NICE=0,
         )
         os.chdir(request["scratch"])
+        tempfile.tempdir = request["scratch"]  # the server has asked for the system's
         confine.drop_capabilities()
         self._restrict(request, confine.NEVER)
 
