@@ -204,3 +204,25 @@ def test_programs_in_a_container_with_few_users_share_no_limit(tmp_path):
     python.chmod(0o755)
     done = subprocess.run([python, "-c", MANY], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+REPLACED = """
+import os
+scratch = os.getcwd()
+os.chdir("/")
+os.rmdir(scratch)
+os.symlink({victim!r}, scratch)
+"""
+
+
+def test_cleaning_up_changes_nothing_where_a_link_leads(tmp_path):
+    """A program can replace its folder where no layer protects the one that it is in."""
+    victim = tmp_path / "victim"
+    victim.mkdir(0o755)
+    helper = Helper(("namespaces", "landlock", "seccomp"), open_python())
+    outcome = helper.check(REPLACED.format(victim=str(victim)), "", Limits())
+    helper.close()
+    (link,) = map(Path, glob.glob(f"{tempfile.gettempdir()}/srlm-sandbox-{helper.pid}-*"))
+    assert outcome.passed and link.is_symlink()
+    link.unlink()
+    assert victim.stat().st_mode & 0o777 == 0o755

@@ -350,8 +350,11 @@ def remove(folder: str) -> None:
     The folders within are moved up one by one, so that no path and no recursion grows with them.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    os.chmod(folder, 0o700)
-    top = os.open(folder, flags)
+    # A program may have put a link in its place, where nothing but permissions protects files.
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    os.chmod(f"/proc/self/fd/{place}", 0o700)
+    top = os.open(f"/proc/self/fd/{place}", flags & ~os.O_NOFOLLOW)
+    os.close(place)
     waiting = ["."]
     while waiting:
         name = waiting.pop()
