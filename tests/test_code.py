@@ -341,8 +341,9 @@ def test_several_are_graded_at_once_where_that_helps(task, together, monkeypatch
         tasks.grade_all(grade_one, [(tasks.Example((), task=task), 1)])
 
 
-def test_ranks_share_the_processors(monkeypatch):
+def test_ranks_share_the_processors(tmp_path, monkeypatch):
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sandbox, "PROCESSOR_QUOTA", tmp_path / "none")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert at_once() == cores
     for ranks, share in ((1, cores), (cores, 1), (4 * cores, 1)):
