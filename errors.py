@@ -52,8 +52,9 @@ def say(text: object, file: TextIO | None = None) -> None:
     there from then on is lost.
     """
     stream = file or sys.stdout
-    # names of files and texts in JSON may hold what no encoding has
-    shown = str(text).encode("utf-8", "backslashreplace").decode()
+    # names of files and texts in JSON may hold what no encoding has, or this one not
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = str(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(shown, file=stream, flush=True)
     except OSError:

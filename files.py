@@ -360,15 +360,28 @@ def draft_of(path: Path) -> Path:
 
     What processes of this host left there as they died is removed.
     """
-    host = socket.gethostname()
-    for left in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(host)}-*.draft"):
+    host = this_host().replace("?", "+")  # not every file system has it in names
+    start = f"{path.name}.{host}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*.draft"):
         try:
-            os.kill(int(left.stem.rpartition("-")[2]), 0)
+            os.kill(int(left.stem.removeprefix(start)), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
         except (OSError, ValueError, OverflowError):
-            continue  # of another user, or not of ours
-    return path.with_name(f"{path.name}.{host}-{os.getpid()}.draft")
+            continue  # of another user, or of a host whose name only begins like this one's
+    return path.with_name(f"{start}{os.getpid()}.draft")
+
+
+OUTERMOST = 0xEFFFFFFC  # Linux's first namespace of process ids
+
+
+def this_host() -> str:
+    """The name of this host; in a container its process ids are its own, and that is said too."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = OUTERMOST
+    return socket.gethostname() + ("" if namespace == OUTERMOST else f"?pidns-{namespace:x}")
 
 
 def flush(path: Path) -> None:

@@ -14,14 +14,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from errors import UserError, say
-from files import reason
+from files import reason, this_host
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
 SAY = 30.0  # seconds between two lines that say so
@@ -129,7 +128,7 @@ def _record() -> str:
     It is the form of the filelock package (4.3).
     """
     start = _start(os.getpid())
-    lines = [str(os.getpid()), _host(), *([] if start is None else [str(start)])]
+    lines = [str(os.getpid()), this_host(), *([] if start is None else [str(start)])]
     return "".join(line + "\n" for line in lines)
 
 
@@ -154,7 +153,7 @@ def _described(path: Path) -> str:
     holder = _holder(path)
     if holder is None:
         return f"another process (if there is none, delete {path})"
-    if holder.host == _host():
+    if holder.host == this_host():
         return f"another process, {holder.pid}"
     return f"process {holder.pid} on {holder.host} (if it is gone, delete {path})"
 
@@ -164,7 +163,7 @@ def _is_dead(holder: Holder) -> bool:
 
     Its process is of this host, and there is none, or another one that began later.
     """
-    if holder.host != _host():
+    if holder.host != this_host():
         return False
     try:
         os.kill(holder.pid, 0)
@@ -174,18 +173,6 @@ def _is_dead(holder: Holder) -> bool:
         pass  # of another user
     now = _start(holder.pid)
     return None not in (now, holder.start) and now != holder.start
-
-
-def _host() -> str:
-    """The name of this host; in a container its process ids are its own, and that is said too."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = OUTERMOST
-    return socket.gethostname() + ("" if namespace == OUTERMOST else f"?pidns-{namespace:x}")
-
-
-OUTERMOST = 0xEFFFFFFC  # Linux's first namespace of process ids
 
 
 def _start(pid: int) -> int | None:

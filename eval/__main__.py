@@ -8,7 +8,7 @@ tokens. Samples, tables and a picture go to --out; the same command goes on with
 interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--samples for --n).
 """
 
-from errors import UserError, as_command, system_error  # isort: skip
+from errors import UserError, as_command, say, system_error  # isort: skip
 
 import contextlib
 import dataclasses
@@ -259,7 +259,7 @@ def evaluate(args: EvalOptions) -> None:
         load_model = functools.cache(subject.model)
         for job in own_jobs:
             complete(job, load_model, rank, world)
-    parallel.on_rank_0(rank, lambda: print(report(args, jobs), flush=True))
+    parallel.on_rank_0(rank, lambda: say(report(args, jobs)))
 
 
 def run(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from data.dataset import SPLIT_SEED
 from data.formats import SUFFIXES, read_examples, read_rows, to_example
 from data.grade import marked_answer, parse_number
+from data.messages import check_all_text, errors_at
 from data.tasks import TASKS, Example
 from errors import UserError
 
@@ -157,6 +158,8 @@ def _math_set(name: str, path: Path) -> Iterator[Example]:
     for origin, row in read_rows(path):
         try:
             question, solution, answer = read(row, origin)
+            if not isinstance(question, str):
+                raise TypeError("its question is no text")
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(
                 f"{origin}: not a row of {name} ({type(e).__name__}: {e}); "
@@ -166,6 +169,8 @@ def _math_set(name: str, path: Path) -> Iterator[Example]:
             raise UserError(
                 f"{origin}: {name} has no gold answer here; put the set's own file there"
             )
+        with errors_at(origin):
+            check_all_text([question, solution, answer])
         messages = (
             {"role": "user", "content": question},
             {"role": "assistant", "content": solution},

@@ -12,7 +12,7 @@ answers, and forward_kl summed over one of REFERENCE the other KL: these are the
 sampled. Texts are tokenized anew; one that ended gets its stop token back.
 """
 
-from errors import UserError, as_command  # isort: skip
+from errors import UserError, as_command, say  # isort: skip
 
 import dataclasses
 import hashlib
@@ -144,12 +144,12 @@ def run(args: DivergenceOptions) -> None:
                 sums[f"{kl}_per_answer"] = sums[kl][0], len(batch)
         means[name] = {measure: total / count for measure, (total, count) in sums.items()}
     replace_file(out, json.dumps(means, indent=1) + "\n")
-    print(f"{'':24}{'on own':>14}{'on reference':>14}")
+    say(f"{'':24}{'on own':>14}{'on reference':>14}")
     for measure in means["on_own"] | means["on_reference"]:
         line = f"{measure:24}"
         for values in means.values():
             line += f"{values[measure]:14.5f}" if measure in values else f"{'-':>14}"
-        print(line)
+        say(line)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from data.grade import grade_by_math_verify, vote
 from data.tasks import Example, grade, grade_all
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, say
 from eval.benchmarks import CODE, Benchmark
 from eval.contamination import Trained
 from eval.summary import Key, Row, Rows, Samples, json_line
@@ -177,10 +177,9 @@ class _Writer:
         self.tokens += len(completion.tokens)
         if self.is_loud and time.monotonic() - self.reported > PROGRESS_SECONDS:
             self.reported = time.monotonic()
-            print(
+            say(
                 f"{request.name}: {self.done:,} of this rank's {self.total:,} samples, "
-                f"{self.tokens:,} tokens",
-                flush=True,
+                f"{self.tokens:,} tokens"
             )
 
     def flush(self) -> None:

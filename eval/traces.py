@@ -11,7 +11,7 @@ hashes), `traces.jsonl` (those that are kept, as messages with the gold answer a
 run on the traces knows it). The same command goes on with what was interrupted.
 """
 
-from errors import RunFailed, UserError, as_command  # isort: skip
+from errors import RunFailed, UserError, as_command, say  # isort: skip
 
 import dataclasses
 import json
@@ -258,7 +258,7 @@ def _make(args: TraceOptions, request: Request, examples: list[Example]) -> None
         ) from None
     replace_file(out / "traces.jsonl", "".join(lines))
     stopped, right = (sum(row[name] for row in graded) for name in ("stopped", "right"))
-    print(
+    say(
         f"{len(examples):,} questions × {args.n}: {stopped:,} of {len(rows):,} came to an end, "
         f"{right:,} are right; {len(lines):,} different ones are kept in {out}/traces.jsonl"
     )

@@ -100,7 +100,8 @@ def draw_kernel(
         place, _, _ = _invert(e.to(tl.float64), share)
     logit = tl.sum(tl.where(tl.arange(0, TILE) == place, logits, 0.0), 0)
     logp = (logit - most).to(tl.float64) * (inv_t * LN2) - tl.log(total)
-    tl.store(id_ptr + row, (tile * TILE + place).to(tl.int64))
+    # of logits that are no numbers none is the largest: what is drawn is an id all the same
+    tl.store(id_ptr + row, tl.minimum(tile * TILE + place, vocab - 1).to(tl.int64))
     tl.store(
         logp_ptr + row, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float32)
     )

@@ -93,7 +93,10 @@ def verified(folder: Path) -> dict[Path, str]:
     """
 
     def read() -> dict[Path, str]:
-        return verify(base_of(folder)) | verify(folder)
+        found = {}
+        for part in {base_of(folder): None, folder: None}:  # most often the same, read once
+            found |= verify(part)
+        return found
 
     return parallel.on_rank_0(parallel.rank(), read)
 

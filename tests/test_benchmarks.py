@@ -188,3 +188,12 @@ def test_a_gold_that_is_no_number_is_refused_by_its_row(tmp_path, written):
     (tmp_path / "svamp" / "test.jsonl").write_text(json.dumps(svamp_row(written)))
     with pytest.raises(UserError, match="test.jsonl:1: not a row of svamp"):
         benchmarks.load("svamp", tmp_path)
+
+
+@pytest.mark.parametrize("question,words", [(5, "not a row of"), ("a\ud800", "half a character")])
+def test_a_question_that_no_tokenizer_takes_is_refused_by_its_row(tmp_path, question, words):
+    path = tmp_path / "math500" / "test.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"problem": question, "answer": "1"}))
+    with pytest.raises(UserError, match=f"test.jsonl:1: .*{words}"):
+        benchmarks.load("math500", tmp_path)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from data import tasks
+from data import sandbox, tasks
 from data.dataset import Dataset
 from data.formats import read_examples, read_rows, to_example
 from data.grade import Verdict
@@ -341,13 +341,23 @@ def test_several_are_graded_at_once_where_that_helps(task, together, monkeypatch
         tasks.grade_all(grade_one, [(tasks.Example((), task=task), 1)])
 
 
-def test_ranks_share_the_processors(monkeypatch):
+def test_ranks_share_the_processors(tmp_path, monkeypatch):
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sandbox, "PROCESSOR_QUOTA", tmp_path / "none")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert at_once() == cores
     for ranks, share in ((1, cores), (cores, 1), (4 * cores, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert at_once() == share
+
+
+@pytest.mark.parametrize("quota,share", [("max 100000", 8), ("250000 100000", 2), ("9 100000", 1)])
+def test_a_container_has_the_time_of_fewer_processors(quota, share, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(sandbox, "PROCESSOR_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert at_once() == share
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import digests
+import files
 import train
 from data.chat_template import parse_template_kwargs
 from data.dataset import DataStream
@@ -36,7 +38,7 @@ from files import draft_of, replace_file
 from locks import unused, use
 from model.checkpoint import read_adapter
 from model.hf import config_from_hf
-from model.load import find
+from model.load import find, verified
 from model.state import read_state
 from rl.rollout import MixedSource, Rollouts
 from run import RunFolder
@@ -511,6 +513,20 @@ def test_the_digests_are_those_of_sha256sum(own):
         assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
+def test_a_checkpoint_is_read_once_for_its_digests(own, monkeypatch):
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return file_sha256(path)
+
+    file_sha256 = digests.file_sha256
+    monkeypatch.setattr(digests, "file_sha256", counted)
+    folder = own / "checkpoints/step-2"
+    assert verified(folder) == digests.verify(folder)
+    assert len(read) == 2 * len(set(read))  # once by each of the two
+
+
 # --- a run's checkpoints while others read them ---------------------------------------------------
 
 
@@ -606,10 +622,26 @@ def test_drafts_are_of_a_process_and_those_of_the_dead_go(tmp_path):
     dead.wait()
     other = draft_of(path)
     left = other.with_name(other.name.replace(f"-{os.getpid()}.", f"-{dead.pid}."))
-    for draft in (left, tmp_path / "b.json.draft"):
+    # a host whose name begins like this one's has processes of its own
+    foreign = left.with_name(left.name.replace(f"-{dead.pid}.", f"-2-{dead.pid}."))
+    for draft in (left, foreign, tmp_path / "b.json.draft"):
         draft.write_text("")
     replace_file(path, "x")
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "b.json.draft"}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, foreign.name, "b.json.draft"}
+
+
+def test_a_container_leaves_the_drafts_of_others_alone(tmp_path, monkeypatch):
+    """Its process ids are its own, though it may have the name of its host."""
+    path = tmp_path / "a.json"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    monkeypatch.setattr(files, "OUTERMOST", 0)  # so this is a container
+    inside = draft_of(path)
+    theirs = path.with_name(f"{path.name}.{socket.gethostname()}-{dead.pid}.draft")
+    theirs.write_text("")
+    assert draft_of(path) == inside and theirs.exists()
+    monkeypatch.setattr(files, "OUTERMOST", os.stat("/proc/self/ns/pid").st_ino)
+    assert draft_of(path) != inside and not theirs.exists()
 
 
 def test_an_interrupt_before_a_command_begins_is_one_line():

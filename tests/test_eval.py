@@ -1,8 +1,10 @@
 """`python -m eval`: samples against `transformers`, what a kill leaves, reports, refusals."""
 
 import json
+import os
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -224,6 +226,23 @@ def test_comparisons_of_earlier_commands_stay_while_both_sides_do(tmp_path):
     assert [c[:3] for c in found.comparisons] == [("c", "a", "u")]
     assert found.earlier == [([("a", "t"), ("a", "u")], ["how"])]
     assert found.beside(report([("d", "t")], [])).earlier[0][0] == [("d", "t")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_pipe_that_nobody_reads_ends_no_evaluation(encoding, tiny, tmp_path, run, monkeypatch):
+    """Nor does a terminal that has no such letters, which is read here."""
+    monkeypatch.setattr(sampling, "PROGRESS_SECONDS", -1.0)
+    read, write = os.pipe()
+    if encoding == "utf-8":
+        os.close(read)
+    argv = [tiny, "--tasks=word_problems", "--greedy", "--limit=1", "--max_tokens=2"]
+    with monkeypatch.context() as m, open(write, "w", encoding=encoding) as stream:
+        m.setattr(sys, "stdout", stream)
+        assert evaluation.main([*map(str, argv), f"--out={tmp_path / 'out'}", "--system=é"]) == 0
+    assert summary_of(tmp_path / "out")["summaries"]
+    if encoding == "ascii":
+        assert b"system '\\xe9'" in os.read(read, 1 << 16)
+        os.close(read)
 
 
 def test_a_damaged_summary_is_refused_before_the_work(tiny, tmp_path, run):

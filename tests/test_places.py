@@ -52,8 +52,9 @@ def nothing_set(monkeypatch):
         (dict(WORLD_SIZE="16", RANK="9", LOCAL_RANK="", **MEET), (9, 16, 0, 1)),
     ],
 )
-def test_places_that_are_clear(variables, want, monkeypatch, capsys):
+def test_places_that_are_clear(variables, want, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(sandbox, "PROCESSOR_QUOTA", tmp_path / "none")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (

@@ -274,6 +274,7 @@ os.makedirs("c/d/e")
 os.symlink("/", "c/f")
 os.rename("a", "g")
 assert open("g").read() == "b" and tempfile.mkdtemp(dir=".")
+assert os.path.samefile(os.path.dirname(tempfile.mkdtemp()), ".")
 os.makedirs("locked/within")
 if {chmod}:
     os.chmod("locked/within", 0)

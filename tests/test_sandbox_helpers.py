@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -146,22 +147,82 @@ def test_a_helper_that_does_not_start_is_one_line(tmp_path):
         Helper(python=str(python))
 
 
-# It starts Python as a root that was left no rights, as some containers do.
+# It starts Python as a root that was left some rights or none, as some containers do.
 BARE_ROOT = """#!{python}
 import ctypes, os, sys
-for capability in range(64):
+for capability in set(range(64)) - {left}:
     ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 """
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="needs root, to give its rights up")
-def test_a_root_without_rights(tmp_path):
+@pytest.mark.parametrize("left", [set(), {6, 7}, {0, 6, 7}], ids=["none", "users", "chown"])
+def test_a_root_without_rights(left, tmp_path):
     python = tmp_path / "python"
-    python.write_text(BARE_ROOT.format(python=open_python()))
+    python.write_text(BARE_ROOT.format(python=open_python(), left=left))
     python.chmod(0o755)
     helper = Helper(python=str(python))
     outcome = helper.check("x = 1", "", Limits())
     lacks = " ".join(helper.missing)
     helper.close()
     assert outcome.passed and "no other user" in lacks
+    assert not glob.glob(f"{tempfile.gettempdir()}/srlm-sandbox-{helper.pid}-*")
+
+
+# It starts Python as the root of a user namespace with 65536 users, as rootless containers do.
+FEW_USERS = """#!{python}
+import ctypes, os, sys
+ready, say_ready = os.pipe()
+pid = os.fork()
+if not pid:
+    os.read(ready, 1)
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{{os.getppid()}}/{{name}}", "w") as file:
+            file.write("0 0 65536")
+    os._exit(0)
+ctypes.CDLL(None).unshare(1 << 28)
+os.write(say_ready, b"x")
+os.waitpid(pid, 0)
+os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+"""
+
+
+MANY = """
+from data.sandbox import HELPERS, check_many
+outcomes = check_many(["import time; time.sleep(1)"] * 10, workers=10)
+HELPERS.close()
+print([outcome for outcome in outcomes if not outcome.passed])
+"""
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, to map its users")
+def test_programs_in_a_container_with_few_users_share_no_limit(tmp_path):
+    """Each has two processes, and the limit of the user as whom they run is 17."""
+    python = tmp_path / "python"
+    python.write_text(FEW_USERS.format(python=sys.executable))
+    python.chmod(0o755)
+    done = subprocess.run([python, "-c", MANY], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+REPLACED = """
+import os
+scratch = os.getcwd()
+os.chdir("/")
+os.rmdir(scratch)
+os.symlink({victim!r}, scratch)
+"""
+
+
+def test_cleaning_up_changes_nothing_where_a_link_leads(tmp_path):
+    """A program can replace its folder where no layer protects the one that it is in."""
+    victim = tmp_path / "victim"
+    victim.mkdir(0o755)
+    helper = Helper(("namespaces", "landlock", "seccomp"), open_python())
+    outcome = helper.check(REPLACED.format(victim=str(victim)), "", Limits())
+    helper.close()
+    (link,) = map(Path, glob.glob(f"{tempfile.gettempdir()}/srlm-sandbox-{helper.pid}-*"))
+    assert outcome.passed and link.is_symlink()
+    link.unlink()
+    assert victim.stat().st_mode & 0o777 == 0o755

@@ -35,6 +35,7 @@ from model.parallel import place
 
 START_SECONDS = 60.0  # for a helper to start on a busy machine
 GRACE_SECONDS = 20.0  # beyond a program's own time, for the helper to clean up
+PROCESSOR_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, where it has one
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,15 @@ def check(program: str, tests: str = "", **limits: Any) -> Outcome:
 def at_once() -> int:
     """How many programs this process should run at a time.
 
-    It is this process's part of the processors, where torchrun started others beside it.
+    It is this process's part of the processors, where torchrun started others beside it. A
+    container may be given the time of fewer than it sees: more programs would only wait for each
+    other, and right ones run out of time.
     """
-    return max(1, len(os.sched_getaffinity(0)) // place().local_world)
+    processors = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        microseconds, period = map(int, PROCESSOR_QUOTA.read_text().split())
+        processors = min(processors, microseconds // period)
+    return max(1, processors // place().local_world)
 
 
 def check_many(

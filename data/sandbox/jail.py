@@ -55,7 +55,10 @@ NAMESPACES = confine.NEW_MOUNTS | confine.NEW_NET | confine.NEW_IPC | confine.NE
 # As root each server's programs run as a user of its own, from this number on: limits are counted
 # per user, and no file belongs to them.
 OWN_USERS = 1 << 30
-NOBODY = 65534
+FEW_USERS = 1 << 15  # the same in a container that has 65536 users
+# What a root needs for that (capabilities(7)): to give files away and to delete them whatever their
+# permissions, to signal other users' processes, and to become another user.
+ROOTS_RIGHTS = 0b11101011
 MAX_FD = 1 << 16
 MAX_FILES = 256  # of a scratch folder on disk, where folders take milliseconds to delete
 MAX_PATH = 1000  # characters of a path in it, which the kernel limits
@@ -124,6 +127,13 @@ def process_statuses() -> Iterator[dict[str, str]]:
             yield dict(line.split(":", 1) for line in file)
 
 
+def has_roots_rights() -> bool:
+    """Whether this process may do what only root may, which a container may forbid its root."""
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return int(status["CapEff"], 16) & ROOTS_RIGHTS == ROOTS_RIGHTS
+
+
 class Isolation:
     """The layers that this system offers, found by trying them, and how they are put on.
 
@@ -133,11 +143,11 @@ class Isolation:
     """
 
     def __init__(self, left_out: Collection[str]) -> None:
-        self.root = os.geteuid() == 0
+        self.root = os.geteuid() == 0 and has_roots_rights()
         self.user = OWN_USERS | os.getpid() if self.root else os.geteuid()
-        if self.root and failure(self.become_user):  # a container with few users
-            self.user = NOBODY
-            if failure(self.become_user):  # a root that was left no rights
+        if self.root and failure(self.become_user):
+            self.user = FEW_USERS | os.getpid() % FEW_USERS
+            if failure(self.become_user):  # a container with a single user, say
                 self.root, self.user = False, 0
         folders = {os.path.abspath(path) for path in sys.path if os.path.isdir(path)}
         self.libraries = sorted(folders.union(filter(os.path.exists, LIBRARIES)))
@@ -272,6 +282,7 @@ class Isolation:
             NICE=0,
         )
         os.chdir(request["scratch"])
+        tempfile.tempdir = request["scratch"]  # the server has asked for the system's
         confine.drop_capabilities()
         self._restrict(request, confine.NEVER)
 
@@ -339,8 +350,11 @@ def remove(folder: str) -> None:
     The folders within are moved up one by one, so that no path and no recursion grows with them.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    os.chmod(folder, 0o700)
-    top = os.open(folder, flags)
+    # A program may have put a link in its place, where nothing but permissions protects files.
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    os.chmod(f"/proc/self/fd/{place}", 0o700)
+    top = os.open(f"/proc/self/fd/{place}", flags & ~os.O_NOFOLLOW)
+    os.close(place)
     waiting = ["."]
     while waiting:
         name = waiting.pop()

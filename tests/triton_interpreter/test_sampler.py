@@ -66,6 +66,15 @@ def test_the_same_number_draws_the_same_id(temperature, vocab, width):
     assert (logp - want_logp).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_draws_an_id_of_the_vocabulary(temperature, number):
+    hidden, head, u = rows_and_head(vocab=37)
+    hidden[3] = number
+    ids, logp = triton_sampler.draw(hidden, head[:37], temperature, u)
+    assert 0 <= ids.min() and ids.max() < 37 and logp.isnan().nonzero().flatten().tolist() == [3]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_every_id_has_its_probability(temperature):
     """The borders between ids, all of them: so the distribution is exact, but for rounding."""
