@@ -423,6 +423,10 @@ def test_files_of_any_sharding_are_read_by_any_other(tmp_path):
     shards[2].unlink()
     with pytest.raises(UserError, match="rows of .* are missing; copy the files of all ranks"):
         run.load(1, model, optimizer)
+    for file in shards[:2] + shards[3:]:
+        file.unlink()
+    with pytest.raises(UserError, match="optimizer: tensor step.* is missing; take another"):
+        run.load(1, model, optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
