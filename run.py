@@ -35,7 +35,7 @@ from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
 from model.lineage import Lineage
-from model.sharding import fill, is_sharded, load_shards, save_shards
+from model.sharding import fill, is_sharded, load_shards, local, save_shards
 from model.state import check_names, check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
 
@@ -193,7 +193,14 @@ class RunFolder:
         if (folder / "optimizer").is_dir():
             shards = folder / "optimizer"
             about = {"file": shards, "model": model, "updates": count, "averaged": bool(average)}
-            load_shards(shards, functools.partial(check_names, **about), place)
+            read, error = load_shards(shards, functools.partial(check_names, **about), place), None
+            try:
+                for key, value in read.items():
+                    if local(value).numel():
+                        check_values(local(value), shards, key, count)
+            except UserError as e:  # of this rank's rows
+                error = e
+            parallel.raise_on_all(error)
         else:
             with open_tensors(file) as tensors:
                 check_tensors(tensors, file, model, count, average is not None)

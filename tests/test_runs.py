@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import signal
+from unittest import mock
 
 import pytest
 
@@ -262,7 +263,7 @@ def test_each_sitting_is_kept_and_what_changed_is_said(tmp_path, capsys):
     assert "sitting before" not in capsys.readouterr().out
 
 
-def test_a_run_that_went_further_than_it_is_to_go_is_refused(tmp_path, capsys):
+def test_a_run_that_went_further_than_it_is_to_go_is_refused(tmp_path, capsys, monkeypatch):
     assert begun() == 0
     before = (tmp_path / "runs/r/config.json").read_text()
     for more in ([], ["--dry_run"]):
@@ -272,6 +273,10 @@ def test_a_run_that_went_further_than_it_is_to_go_is_refused(tmp_path, capsys):
     assert train.main(["--name=r", "--resume", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "(resumed at step 2)" in said and "weights of step 2" in said
+    shown = mock.Mock()  # not `print`: `--dry_run | head -1` is no error
+    monkeypatch.setattr("data.show.say", shown)
+    assert train.main(["--name=r", "--resume", "--dry_run"]) == 0 and shown.called
+    assert "--- example" not in capsys.readouterr().out
 
 
 def test_without_a_checkpoint_a_run_begins_again_and_keeps_its_lines(tmp_path, capsys):
