@@ -13,6 +13,7 @@ import torch
 from config import OWN_TOKENS, SELF, Config, needs_old_logp, teachers_of
 from data.batch import GlobalBatch
 from data.show import show_batch
+from errors import say
 from model.load import Checkpoint
 from model.lora import parse_targets
 from model.transformer import Transformer
@@ -165,9 +166,9 @@ def show_first(cfg: Config, plan: Plan) -> None:
     batch = GlobalBatch([document])
     show_batch(batch, plan.tokenizer, 1)
     if document.teacher_tokens is not None:
-        print("--- what the teacher sees of it")
+        say("--- what the teacher sees of it")
         show_batch(batch.for_teacher(document.teacher), plan.tokenizer, 1)
     if plan.reward:
-        print(f"--- rewarded by {cfg.grpo_reward}; gold answer: {example.answer}")
+        say(f"--- rewarded by {cfg.grpo_reward}; gold answer: {example.answer}")
     elif cfg.kd_signal in OWN_TOKENS or cfg.kd_prefix == "student":
-        print("--- the student's own answers are trained on")
+        say("--- the student's own answers are trained on")

@@ -157,7 +157,10 @@ def choose_shards(
     if place.world == 1:
         for name, value in options.items():
             if value == "on":
-                raise UserError(f"--{name} on: this is one process; start several with torchrun")
+                raise UserError(
+                    f"--{name} on: this is one process; start several with torchrun, or set "
+                    f"--{name} auto"
+                )
         return Shards(1, False, False)
     itemsize = place.compute_dtype.itemsize
     # fp32 weights, gradients and two moments; adapters are small beside their frozen base

@@ -35,8 +35,8 @@ from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
 from model.lineage import Lineage
-from model.sharding import fill, is_sharded, load_shards, save_shards
-from model.state import check_tensors, check_values, read_state, updates
+from model.sharding import fill, is_sharded, load_shards, local, save_shards
+from model.state import check_names, check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
 
 Json = dict[str, Any]  # an object in a JSON file
@@ -180,8 +180,10 @@ class RunFolder:
             """What a stored tensor is copied into."""
             part, _, name = key.partition(".")
             if part == "average":
-                return average.get_parameter(name) if average else None
-            parameter = parameters[name]
+                return average.get_parameter(name) if average and name in parameters else None
+            parameter = parameters.get(name)
+            if parameter is None:
+                return None  # check_names says so
             value = torch.zeros_like(parameter)
             if part == "step":
                 value = torch.zeros((), device=parameter.device)
@@ -189,7 +191,16 @@ class RunFolder:
             return value
 
         if (folder / "optimizer").is_dir():
-            load_shards(folder / "optimizer", place)
+            shards = folder / "optimizer"
+            about = {"file": shards, "model": model, "updates": count, "averaged": bool(average)}
+            read, error = load_shards(shards, functools.partial(check_names, **about), place), None
+            try:
+                for key, value in read.items():
+                    if local(value).numel():
+                        check_values(local(value), shards, key, count)
+            except UserError as e:  # of this rank's rows
+                error = e
+            parallel.raise_on_all(error)
         else:
             with open_tensors(file) as tensors:
                 check_tensors(tensors, file, model, count, average is not None)

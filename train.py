@@ -40,7 +40,16 @@ from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
-from run import Clock, RunLogger, StopSignal, has_output, open_run, resume_command, stored_config
+from run import (
+    Clock,
+    RunFolder,
+    RunLogger,
+    StopSignal,
+    has_output,
+    open_run,
+    resume_command,
+    stored_config,
+)
 from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
@@ -357,9 +366,8 @@ def note_evaluation(cfg: Config, run: Run, step: int, metrics: Mapping[str, floa
 
 def check_weights(run: Run, step: int) -> None:
     """Raise RunFailed if a checkpoint would hold what is not finite, or as good as that."""
-    norms = torch._foreach_norm(
-        [local(p.detach()) for p in run.policy.parameters() if p.requires_grad]
-    )  # pyright: ignore[reportPrivateImportUsage]
+    trained = [local(p.detach()) for p in run.policy.parameters() if p.requires_grad]
+    norms = torch._foreach_norm(trained)  # pyright: ignore[reportPrivateImportUsage]
     broken = not all(bool(torch.isfinite(norm)) for norm in norms)
     (ranks,) = parallel.all_reduce_sum([broken], run.device)
     if ranks:
@@ -508,6 +516,15 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
 # --- the command ----------------------------------------------------------------------------------
 
 
+def refuse_fewer(steps: int, resume_step: int | None, path: Path) -> None:
+    """Raise UserError if a run has gone further than it is to go."""
+    if resume_step and resume_step > steps:
+        raise UserError(
+            f"run {path} is at step {resume_step} already, and was told to end at step {steps}; "
+            "raise --steps (or --epochs), or begin a new run with the checkpoint as --model"
+        )
+
+
 def launch(cfg: Config) -> None:
     """One run, from its options to its last checkpoint."""
     plan = setup(cfg)
@@ -522,13 +539,17 @@ def launch(cfg: Config) -> None:
         path = Path(cfg.runs) / (cfg.name or f"{cfg.mode}-<time>")
         if cfg.name and not cfg.resume and has_output(path):
             raise UserError(f"run {path} exists; --resume would continue it")
+        done = RunFolder(path).steps() if cfg.resume else []
+        resume_step = done[-1] if done else None
+        refuse_fewer(steps, resume_step, path)
         if rank == 0:
-            say("\n".join(overview(cfg, plan, steps, path, None)))
+            say("\n".join(overview(cfg, plan, steps, path, resume_step)))
             show_first(cfg, plan)
         return
     with open_run(
         cfg.runs, cfg.name, cfg.mode, cfg.resume, cfg.max_checkpoints, settings_of(cfg), rank
     ) as (folder, resume_step):
+        refuse_fewer(steps, resume_step, folder.path)
         if rank == 0:
             say("\n".join(overview(cfg, plan, steps, folder.path, resume_step)))
         run = load_models(cfg, plan, folder, resume_step)

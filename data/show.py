@@ -4,6 +4,7 @@ import sys
 
 from data.batch import GlobalBatch
 from data.tokenizer import Tokenizer
+from errors import say
 
 
 def show_batch(batch: GlobalBatch, tokenizer: Tokenizer, count: int) -> None:
@@ -13,11 +14,11 @@ def show_batch(batch: GlobalBatch, tokenizer: Tokenizer, count: int) -> None:
         begin, end = "\033[32m⟦", "⟧\033[0m"
     for n, d in enumerate(batch.documents[:count], 1):
         tokens, trained = d.tokens.tolist(), d.weights != 0
-        print(f"--- example {n}: {len(d)} tokens, {trained.sum()} trained on")
-        start = 0
+        say(f"--- example {n}: {len(d)} tokens, {trained.sum()} trained on")
+        start, parts = 0, []
         for stop in range(1, len(d) + 1):
             if stop == len(d) or trained[stop] != trained[start]:
                 text = tokenizer.decode(tokens[start:stop], before=tokens[:start])
-                print(begin + text + end if trained[start] else text, end="")
+                parts.append(begin + text + end if trained[start] else text)
                 start = stop
-        print()
+        say("".join(parts))

@@ -7,7 +7,7 @@ is one of all ranks (`Lockstep`), whatever each of them has to do.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from errors import RunFailed, UserError
 from files import reason
 from kernels.attention import PackedAttention
 from model import parallel
+from model.tensors import open_tensors
 
 
 def make_mesh(ranks: int, device_type: str) -> Any:
@@ -176,16 +177,26 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         raise RunFailed(f"{folder} could not be written ({reason(first)})") from None
 
 
-def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
+def load_shards(
+    folder: Path, check: Callable[[Collection[str]], object], place: Callable[[str], Tensor | None]
+) -> dict[str, Tensor]:
     """Read such files, whatever number of ranks wrote them. Raises UserError.
 
+    Returns the tensors that were read, as `place` gave them.
+
+    check: Raises UserError if these are not the names of the tensors.
     place: Returns what a stored tensor is copied into; None: it is not wanted.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader, tensors = HuggingFaceStorageReader(str(folder)), {}
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_tensors(file):  # says what is wrong with it
+            pass
+    found = reader.read_metadata().state_dict_metadata
+    for name, stored in found.items():
         tensor = place(name)
         if tensor is None:
             continue
@@ -195,6 +206,12 @@ def load_shards(folder: Path, place: Callable[[str], Tensor | None]) -> None:
             raise UserError(
                 f"{folder}: rows of {name} are missing; copy the files of all ranks of the run"
             )
+    check(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that this is a single process
-        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        try:
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except CheckpointException as e:
+            first: Any = next(iter(e.failures.values()))[0]
+            raise UserError(f"{folder} could not be read ({reason(first)})") from None
+    return tensors

@@ -5,7 +5,7 @@ training goes on from any number without a word.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +63,32 @@ def check_tensors(
         updates: How many there were: without any there are no moments.
         averaged: Whether the file must have a moving average of the weights; else it may.
     """
-    wanted = {}
-    for name, parameter in model.named_parameters():
-        for part in (*MOMENTS, "average") if parameter.requires_grad else ():
-            needed = averaged if part == "average" else updates > 0
-            shape = [] if part == "step" else list(parameter.shape)
-            wanted[f"{part}.{name}"] = needed, shape
-    found = set(tensors.keys())
-    for key in sorted(found - wanted.keys()):
-        raise UserError(f"{file}: unexpected tensor {key}; the model has no such parameter")
-    for key, (needed, shape) in wanted.items():
-        if key not in found:
-            if needed:
-                raise UserError(f"{file}: tensor {key} is missing; {OTHER}")
-            continue
+    shapes = check_names(set(tensors.keys()), file, model, updates, averaged)
+    for key, shape in shapes.items():
         part = tensors.get_slice(key)
         if part.get_shape() != shape or part.get_dtype() not in ("F32", "F64"):
             raise UserError(
                 f"{file}: {key} is {part.get_dtype()} of shape {part.get_shape()}, "
                 f"the model's is {shape}; {OTHER}"
             )
+
+
+def check_names(
+    found: Collection[str], file: Path, model: nn.Module, updates: int, averaged: bool
+) -> dict[str, list[int]]:
+    """The shape that each of these tensors of an optimizer must have. Raises UserError likewise."""
+    shapes, missing = {}, []
+    for name, parameter in model.named_parameters():
+        for part in (*MOMENTS, "average") if parameter.requires_grad else ():
+            key, needed = f"{part}.{name}", averaged if part == "average" else updates > 0
+            shapes[key] = [] if part == "step" else list(parameter.shape)
+            if needed and key not in found:
+                missing.append(key)
+    for key in sorted(set(found) - shapes.keys()):
+        raise UserError(f"{file}: unexpected tensor {key}; the model has no such parameter")
+    for key in missing:
+        raise UserError(f"{file}: tensor {key} is missing; {OTHER}")
+    return {key: shape for key, shape in shapes.items() if key in found}
 
 
 OTHER = "take another checkpoint, or begin a new run with this one as --model"

@@ -178,7 +178,7 @@ class Rollouts(Iterator[GlobalBatch]):
                 "resume with as many"
             )
         self.position, self.number = fields.get("position", int), fields.get("number", int, 0)
-        limits = self.generator.config.vocab_size, max(1, len(self.teachers))
+        limits = self.generator.config.vocab_size, max(1, len(self.dataset.teachers))
         try:
             self.pending = [
                 GlobalBatch([_from_json(d, *limits) for d in saved]) for saved in pending

@@ -374,7 +374,8 @@ def load_state(path):
     """Read a trainer's state as a run on resuming does, but for the models."""
     config, shape = SimpleNamespace(world=1), SimpleNamespace(vocab_size=50)
     generator = SimpleNamespace(config=shape)
-    rollouts = SimpleNamespace(config=config, generator=generator, teachers=[], pending=[])
+    dataset = SimpleNamespace(teachers=())
+    rollouts = SimpleNamespace(config=config, generator=generator, dataset=dataset, pending=[])
     rollouts.load = partial(Rollouts.load, rollouts)
     data = SimpleNamespace()
     data.load = partial(DataStream.load, data)
@@ -388,6 +389,23 @@ def load_state(path):
         rollouts.load(saved)
     for batch in rollouts.pending:
         list(batch.split(100))
+
+
+def test_samples_of_each_of_several_teachers_are_read(tmp_path):
+    """In grpo the rollouts' own `teachers` are none: the loss asks them."""
+    second = SAMPLE | {"teacher": 1}
+    fields = {"world": 1, "position": 1, "pending": [[second]]}
+    rollouts = SimpleNamespace(
+        config=SimpleNamespace(world=1),
+        generator=SimpleNamespace(config=SimpleNamespace(vocab_size=50)),
+        dataset=SimpleNamespace(teachers=["a", "b"]),
+        teachers=(),
+    )
+    Rollouts.load(rollouts, fields)
+    assert rollouts.pending[0].documents[0].teacher == 1
+    rollouts.dataset.teachers = ["a"]
+    with pytest.raises(UserError, match="another teacher"):
+        Rollouts.load(rollouts, fields)
 
 
 def fuzz_states(tmp_path, capfd, count):

@@ -29,6 +29,8 @@ CONSTANT = functools.partial(constant_length, length=8)
 class Prompts:
     """An endless data set: the example at a position, and its prompt."""
 
+    teachers = ()
+
     def __init__(self):
         self.formatter = SimpleNamespace(prompt=prompt_of)
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import signal
+from unittest import mock
 
 import pytest
 
@@ -260,6 +261,22 @@ def test_each_sitting_is_kept_and_what_changed_is_said(tmp_path, capsys):
     assert {"command", "git_commit", "time", "host", "ranks"} <= first.keys()
     assert train.main(["--name=r", "--resume"]) == 0
     assert "sitting before" not in capsys.readouterr().out
+
+
+def test_a_run_that_went_further_than_it_is_to_go_is_refused(tmp_path, capsys, monkeypatch):
+    assert begun() == 0
+    before = (tmp_path / "runs/r/config.json").read_text()
+    for more in ([], ["--dry_run"]):
+        error = refused(capsys, "--name=r", "--resume", "--steps=1", *more)
+        assert "runs/r is at step 2 already, and was told to end at step 1; raise" in error
+    assert (tmp_path / "runs/r/config.json").read_text() == before
+    assert train.main(["--name=r", "--resume", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "(resumed at step 2)" in said and "weights of step 2" in said
+    shown = mock.Mock()  # not `print`: `--dry_run | head -1` is no error
+    monkeypatch.setattr("data.show.say", shown)
+    assert train.main(["--name=r", "--resume", "--dry_run"]) == 0 and shown.called
+    assert "--- example" not in capsys.readouterr().out
 
 
 def test_without_a_checkpoint_a_run_begins_again_and_keeps_its_lines(tmp_path, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
@@ -420,8 +421,24 @@ def test_files_of_any_sharding_are_read_by_any_other(tmp_path):
     run.load(1, model, optimizer)
     shards = sorted((run.step_folder(1) / "trainer/optimizer").glob("*.safetensors"))
     assert len(shards) == 4
+    good = shards[1].read_bytes()
+    with safe_open(shards[1], "pt") as tensors:
+        spoiled = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        about = tensors.metadata()
+    key = next(key for key in spoiled if key.startswith("exp_avg_sq."))
+    save_file(spoiled | {key: spoiled[key] - 1e9}, shards[1], about)
+    with pytest.raises(UserError, match=f"{key} holds numbers that no training leaves"):
+        run.load(1, model, optimizer)
+    shards[1].write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match="damaged or unreadable safetensors file"):
+        run.load(1, model, optimizer)
+    shards[1].write_bytes(good)
     shards[2].unlink()
     with pytest.raises(UserError, match="rows of .* are missing; copy the files of all ranks"):
+        run.load(1, model, optimizer)
+    for file in shards[:2] + shards[3:]:
+        file.unlink()
+    with pytest.raises(UserError, match="optimizer: tensor step.* is missing; take another"):
         run.load(1, model, optimizer)
 
 
