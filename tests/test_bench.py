@@ -290,7 +290,12 @@ def test_what_the_kernels_keep_is_what_the_other_restatement_keeps():
 
 def test_teacher_cache(checkpoints, capsys):
     folders = [str(checkpoints / name) for name in ("tiny", "tiny-teacher")]
-    assert teacher_cache.main([*folders, "--data", "word_problems:4", "--k", "1,8"]) == 0
+    assert (
+        teacher_cache.main(
+            [*folders, "--data", "word_problems:4", "--k", "1,8", "--draws", "2,12,200"]
+        )
+        == 0
+    )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     topk, draws = [
         [float(line[-1]) for line in lines if kind in line[0]] for kind in ("top", "draws")

@@ -179,7 +179,7 @@ def shares(docs, world):
     }
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks(world):
     jobs = [
         ((weighting, name), share, 20)

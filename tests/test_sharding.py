@@ -403,6 +403,7 @@ def test_adapters_of_any_sharding_are_read_by_any_other(tmp_path):
     assert told[0] == told[1] == told[2], "samples"
 
 
+@pytest.mark.slow
 def test_files_of_any_sharding_are_read_by_any_other(tmp_path):
     told = workers.spawned(file_main, 4, tmp_path, documents(), [None])
     assert told[0] == told[1] == told[2], "samples"

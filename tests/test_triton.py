@@ -41,7 +41,7 @@ def run(*command: str, **environment: str) -> str:
 # none is lost without notice. Workers of pytest-xdist take a group each.
 INTERPRETED = [
     ("attention", "not decode and not presets", 27),
-    ("attention", "presets and not decode", 5),
+    pytest.param("attention", "presets and not decode", 5, marks=pytest.mark.slow),
     ("attention", "decode", 17),
     ("head", "divergence_equals or topk", 40),
     ("head", "not divergence_equals and not topk", 50),
@@ -62,7 +62,8 @@ def test_by_the_interpreter(name, select, at_least):
 
 
 # One test for all that is asked of a group of kernels, since workers compile it anew.
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("name,at_least", [("head", 28), ("attention", 18)])
 def test_compiled_kernels(name, at_least, capability):
     """They keep to registers and shared memory, and use the tensor cores."""

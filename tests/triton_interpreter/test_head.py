@@ -266,7 +266,7 @@ def test_without_gradients_no_logits_are_kept(monkeypatch):
     assert out["logp"].max() <= 0
 
 
-@pytest.mark.parametrize("k", [1, 3, 20, 37])
+@pytest.mark.parametrize("k", [1, 20, 37])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_topk_list_with_its_tail(name, k):
     hidden, head, th, tw, target, weight = pair()
