@@ -546,11 +546,9 @@ def all_arms(path):
     return ""
 
 
-# Every run of two; every arm of all is slow.
+# Every run of one; every arm of all is slow.
 REHEARSED = [
-    pytest.param(p, few_arms, id=f"{p.stem}-every run")
-    for p in FILES
-    if p.stem in ("paper", "comparison")
+    pytest.param(p, few_arms, id=f"{p.stem}-every run") for p in FILES if p.stem == "comparison"
 ]
 REHEARSED += [
     pytest.param(p, all_arms, marks=pytest.mark.slow, id=f"{p.stem}-every arm") for p in FILES
