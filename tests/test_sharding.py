@@ -456,7 +456,7 @@ def test_a_streamed_file_is_the_librarys_to_the_byte(tmp_path, dtype):
 
 RUN = [*SMALL, "--dtype=float64", "--model=tiny", "--eval_every=2"]
 SHARDED = ["--shard=on", "--shard_frozen=on"]
-KD = ["--mode=kd", "--teacher=tiny-teacher", *RUN]
+KD = ["--mode=kd", "--teacher=random:tiny-teacher", *RUN]
 
 
 def stopping(step):
