@@ -272,6 +272,8 @@ class Engine:
 
     def rest(self) -> None:
         """Called after generation: training gets the memory of a large cache."""
+        if self._decoder:
+            self._decoder.sampler.rest()
         if self._decoder and self._decoder.cache.nbytes > KEPT_BYTES:
             self._decoder = None
 

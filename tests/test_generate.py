@@ -415,6 +415,31 @@ def test_the_head_product_in_slices(rows):
     )
 
 
+def test_a_transposed_copy_of_the_head_draws_the_same_and_is_given_back(monkeypatch):
+    monkeypatch.setattr(sampling, "uses_onednn", lambda out: True)
+    head = torch.randn(sampling.LARGE_HEAD + 1101, 8, dtype=torch.float64)
+    hidden, u = torch.randn(40, 8, dtype=torch.float64), torch.rand(40, dtype=torch.float64)
+    sampler = Sampler(head, len(head), 40, temperature=1.0)
+
+    def check(rows, is_copied):
+        ids, logps = sampler(hidden[:rows], u[:rows])
+        exact = torch.log_softmax(hidden[:rows] @ head.T, 1)
+        upto = exact.exp().cumsum(1).gather(1, ids[:, None])[:, 0]
+        assert ((upto - u[:rows]).gt(-1e-9) & (upto - logps.exp() - u[:rows]).lt(1e-9)).all()
+        assert torch.allclose(logps, exact.gather(1, ids[:, None])[:, 0], atol=1e-10)
+        assert (sampler.head_DV is not None) == is_copied
+
+    check(sampling.FEW, False)
+    check(40, True)
+    head.mul_(-1)  # an optimizer's step
+    sampler.refresh()
+    check(40, True)
+    sampler.rest()
+    check(sampling.FEW, False)
+    monkeypatch.setattr(sampling, "TRANSPOSED_BYTES", head.nbytes - 1)
+    check(40, False)
+
+
 def test_argmax_takes_the_first_and_the_sampler_its_rows_in_pieces(monkeypatch):
     x = torch.randint(5, (50, 3 * sampling.BLOCK)).float()
     assert torch.equal(sampling.argmax(x), x.argmax(1))
