@@ -134,6 +134,7 @@ class Products:
         new = size.rows * size.new_tokens
         self.chunk = default_chunk_rows(size.vocab, new, torch.device("cpu"))
         self.head = torch.randn(config.vocab_size, config.hidden_size)
+        self.transposed = self.head.t().contiguous()  # the faster one for few rows
         self.logits = torch.empty(max(self.chunk, size.rows), config.vocab_size)
 
     def rollout(self) -> None:
@@ -141,7 +142,7 @@ class Products:
         x = torch.zeros(self.size.rows, self.head.shape[1])
         for _ in range(self.size.new_tokens):
             body_products(self.config, self.size.rows, 1)
-            product(x, self.head.t(), self.logits[: self.size.rows])
+            product(x, self.transposed, self.logits[: self.size.rows])
 
     def update(self) -> None:
         n = self.size.rows * self.size.new_tokens

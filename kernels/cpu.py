@@ -2,7 +2,7 @@
 
 PyTorch's CPU build has two: MKL, its default, and oneDNN. For the shapes of a vocabulary head
 oneDNN is the faster one on a CPU with AVX-512: 1.1 to 1.8 times, most where the leading dimension
-is odd (151,665) or the rows are few (bench/products.py). PyTorch takes it when
+is odd (151,665) or the rows are few (LOG.md). PyTorch takes it when
 `torch.backends.mkldnn.matmul.fp32_precision` allows bf16: a permission that oneDNN uses on CPUs
 with AMX alone, where it would round the operands. So it is given only where there is no AMX and a
 measurement finds nothing rounded.
