@@ -583,6 +583,11 @@ class Config:
         "machine",
         minimum=0,
     )
+    shard_rollouts: Literal["off", "on", "auto"] = option(
+        "auto",
+        "generate with models in shards as they are, all ranks in lockstep, without a whole copy; "
+        "auto: where that copy takes more than a third of a GPU",
+    )
     kernels: str = option(
         "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )

@@ -51,11 +51,20 @@ STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
 
 
 class Shards(NamedTuple):
-    """Which models are split over the ranks, and how many neighbouring ranks share one."""
+    """Which models are split over the ranks, and how many neighbouring ranks share one.
+
+    largest_copy: Bytes of a whole copy that is gathered to generate with; a model that takes more
+    generates in shards.
+    """
 
     ranks: int
     policy: bool
     frozen: bool
+    largest_copy: float = math.inf
+
+    def in_shards(self, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+        """Whether a model, if it is split, generates as it is."""
+        return checkpoint.parameters * dtype.itemsize > self.largest_copy
 
     def meshes(self, device_type: str) -> tuple[Any, Any]:
         """Of the policy and of the frozen models; None for what every rank holds whole."""
@@ -122,15 +131,18 @@ def setup(cfg: Config) -> Plan:
     if len(set(parallel.gather(repr(cfg)))) > 1:
         raise UserError("the ranks have different options; start all of them by the same command")
     student, teachers, reference = describe_checkpoints(cfg)
-    tokenizer = choose_tokenizer(cfg, student, teachers)
-    vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
-    if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
-        raise UserError(
-            f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
-            "it must share the policy's vocabulary"
-        )
-    reward = load_reward(cfg)
-    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+    with parallel.as_one():
+        tokenizer = choose_tokenizer(cfg, student, teachers)
+        vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
+        if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
+            raise UserError(
+                f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
+                "it must share the policy's vocabulary"
+            )
+        reward = load_reward(cfg)
+        dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+    if place.world > 1 and len(set(parallel.gather(dataset.digest()))) > 1:
+        raise UserError(f"--data {cfg.data}: ranks read different examples; copy the files anew")
     if cfg.kd_cache and not len(dataset):
         raise UserError(
             f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
@@ -177,7 +189,8 @@ def choose_shards(
         raise UserError(
             f"--shard_ranks {ranks}: {place.world} ranks are no groups of {ranks}; choose a divisor"
         )
-    return Shards(ranks, *chosen)
+    largest_copy = {"on": 0, "off": math.inf, "auto": room}[cfg.shard_rollouts]
+    return Shards(ranks, *chosen, largest_copy)
 
 
 def has_teacher(cfg: Config) -> bool:
@@ -332,12 +345,15 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     )
     policy, base = make_policy()
     policy.activation_checkpointing = cfg.activation_checkpointing
+    policy.decodes_in_shards = plan.shards.in_shards(student, dtype)
 
     @functools.cache
     def frozen(checkpoint: Checkpoint) -> Transformer:
         if checkpoint is student and lora and base:
             return base  # the policy as it starts is the base, which is there already
-        return load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
+        model = load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
+        model.decodes_in_shards = plan.shards.in_shards(checkpoint, dtype)
+        return model
 
     average, cost = None, {}
     if cfg.teacher == AVERAGE and teachers:

@@ -33,7 +33,7 @@ from model import parallel
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
-from model.sharding import local
+from model.sharding import is_sharded, local
 from model.transformer import Transformer
 from overview import overview, show_first
 from prepare import COSTS, Run, load_models, number_of_steps, setup
@@ -238,6 +238,8 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
     about = {"weights": run.weights, "steps": run.steps}
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
+    if is_sharded(run.policy) and run.policy.decodes_in_shards:
+        log.note = "generates in shards"
     validation = Validation(
         run.dataset,
         run.stop_ids,
@@ -578,7 +580,7 @@ def main(argv: list[str]) -> int:
         with parallel.telling():
             launch(cfg)
 
-    return as_command("train.py", run, "interrupted")
+    return as_command("train.py", run, "interrupted", parallel.is_first_to_say)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Without torchrun, in one process, all of it does nothing.
 """
 
 import datetime
+import hashlib
 import os
 import sys
 import threading
@@ -34,6 +35,26 @@ def speaks() -> bool:
         return place().rank == 0
     except UserError:
         return True
+
+
+def is_first_to_say(line: str, is_own: bool) -> bool:
+    """Whether no other rank has said this line: an error that all of them meet is said once.
+
+    Ranks that have not met yet meet at torchrun's store, if there is one. Else rank 0 speaks, and
+    who may be alone with its error (is_own).
+    """
+    try:
+        if _store:
+            store = _store[0]
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and place().world > 1:
+            limit = datetime.timedelta(seconds=10)
+            meeting: Any = rendezvous("env://", place().rank, place().world, timeout=limit)
+            store = next(meeting)[0]
+        else:
+            return is_own or speaks()
+        return store.add("said/" + hashlib.sha256(line.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, ValueError, UserError):  # the store is gone with rank 0, who has spoken
+        return is_own
 
 
 def init(device_type: str, patience: float | None = None) -> tuple[int, int, int]:
@@ -116,6 +137,7 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
         ) from None
     finally:
         alarm.cancel()
+    _store[:] = [store.clone()]  # a connection of its own: errors are said while others wait
     if patience is None:
         _watch[:] = [Watch(store.clone(), here.rank, here.world)]
         _watch[0].start()
@@ -126,6 +148,7 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
 
 
 _watch: list[Watch] = []  # of a group that has no patience of its own
+_store: list[Any] = []  # of the group
 
 
 @contextmanager
@@ -260,6 +283,17 @@ def raise_on_all(error: Exception | None) -> None:
             raise found
 
 
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Raise what one rank raises inside `with` on every rank; none waits for it in there."""
+    error = None
+    try:
+        yield
+    except (UserError, RunFailed) as e:
+        error = e
+    raise_on_all(error)
+
+
 def reduce_metrics(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
     """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
@@ -320,6 +354,7 @@ def close() -> None:
     for watch in _watch:
         watch.stop()
     _watch.clear()
+    _store.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     _actions.clear()
