@@ -36,7 +36,7 @@ from model.kv_cache import (
 )
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
-from model.sharding import InShards, is_sharded
+from model.sharding import InShards, generates_in_shards, is_sharded
 from model.transformer import Fused, Transformer
 
 Decode = Callable[[list[int]], str]
@@ -219,7 +219,7 @@ class Engine:
     def model(self) -> Any:
         source = self.source
         dtype = source.compute_dtype or source.head_VD.dtype
-        if source.decodes_in_shards and is_sharded(source):
+        if generates_in_shards(source):
             return InShards(source, dtype)
         is_cuda = source.head_VD.is_cuda
         is_trained = any(p.requires_grad for p in source.parameters())

@@ -6,14 +6,17 @@ Without torchrun, in one process, all of it does nothing.
 import datetime
 import hashlib
 import os
+import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from errors import RunFailed, UserError, say
@@ -129,7 +132,8 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     try:
         limit = datetime.timedelta(seconds=MEETING)
         meeting = rendezvous("env://", here.rank, here.world, timeout=limit)
-        store: Any = next(iter(meeting))[0]
+        shared: Any = next(iter(meeting))[0]
+        start = _name_of_start(shared, here)
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
         raise UserError(
             f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, "
@@ -137,14 +141,41 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
         ) from None
     finally:
         alarm.cancel()
-    _store[:] = [store.clone()]  # a connection of its own: errors are said while others wait
+    # connections of their own: errors are said, and signs of life given, while others wait
+    store, second, third = (PrefixStore(start, s) for s in (shared, shared.clone(), shared.clone()))
+    _store[:] = [second]
     if patience is None:
-        _watch[:] = [Watch(store.clone(), here.rank, here.world)]
+        _watch[:] = [Watch(third, here.rank, here.world)]
         _watch[0].start()
     waiting = None if patience is None else datetime.timedelta(seconds=patience)
     dist.init_process_group(
         engine, store=store, rank=here.rank, world_size=here.world, timeout=waiting
     )
+
+
+def _name_of_start(store: Any, here: Place) -> str:
+    """A name that all ranks of this start know, and no earlier start had.
+
+    torchrun's store outlives its restarts: the addresses and the last words of ranks that are gone
+    would be taken for those of this start. Rank 0 answers whoever asks, under the asker's own name,
+    until all who are there have said that they heard.
+    """
+    own, until = secrets.token_hex(8), time.monotonic() + MEETING
+    if here.rank:
+        store.set(f"asks/{here.rank}", own)
+        name = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"heard/{name}/{here.rank}", "")
+        return name
+    missing = list(range(1, here.world))
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"ranks {missing} did not come")
+        for rank in missing:
+            if store.check([f"asks/{rank}"]):
+                store.set("answer/" + store.get(f"asks/{rank}").decode(), own)
+        time.sleep(0.02)
+        missing = [rank for rank in missing if not store.check([f"heard/{own}/{rank}"])]
+    return own
 
 
 _watch: list[Watch] = []  # of a group that has no patience of its own

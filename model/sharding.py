@@ -129,6 +129,11 @@ class InShards:
         return self.model(*arguments)
 
 
+def generates_in_shards(model: Any) -> bool:
+    """Whether generation reads a model as it is, since no GPU is to hold a copy of it."""
+    return is_sharded(model) and model.decodes_in_shards
+
+
 # --- tensors, whole and in shards -----------------------------------------------------------------
 
 

@@ -1,0 +1,176 @@
+"""The formulas of memory.py beside what is counted on a CPU, and what they refuse."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import memory
+import train
+from config import Config
+from data.batch import Document, GlobalBatch
+from errors import UserError
+from losses.kd import KDConfig, kd_loss
+from losses.sft import sft_loss
+from model import lora, parallel
+from model.load import Checkpoint, load_frozen, load_policy
+from model.transformer import ModelConfig
+from overview import _bytes
+from tests.test_train import sft
+
+SHAPE = ModelConfig(
+    vocab_size=4000,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
+WIDE = dataclasses.replace(SHAPE, hidden_size=256, intermediate_size=1024, vocab_size=1500)
+TEACHER = dataclasses.replace(SHAPE, hidden_size=192, num_layers=2)
+
+
+def named(shape):
+    return Checkpoint("", None, shape, None)
+
+
+def place(dtype=torch.float32, device="cpu", world=1):
+    return parallel.Device(torch.device(device), dtype, 0, world)
+
+
+def allocated_peak(call):
+    """The most bytes of CPU memory that tensors held at a time during call(), above the start."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    now = most = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+CASES = {
+    "sft": ({}, SHAPE, 1024),
+    "sft, wide": ({}, WIDE, 512),
+    "sft, recomputed": ({"activation_checkpointing": True}, SHAPE, 1024),
+    "sft, adapters": ({"lora_rank": 8}, WIDE, 512),
+    "kd": ({"mode": "kd"}, SHAPE, 1024),
+    "kd, a small batch": ({"mode": "kd"}, WIDE, 128),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_takes_what_the_formulas_say(case):
+    options, shape, tokens = CASES[case]
+    cfg = Config(**({"mode": "sft"} | options))
+    adapters = lora.LoraConfig(8, 32.0) if cfg.lora_rank else None
+    device = torch.device("cpu")
+    policy, _ = load_policy(named(shape), None, adapters, device, torch.float32, 0)
+    policy.activation_checkpointing = cfg.activation_checkpointing
+    frozen, loss = [], sft_loss
+    if cfg.mode == "kd":
+        frozen = [load_frozen(named(TEACHER), device, torch.float32, 1)]
+        kd = KDConfig("forward_kl", vocab=1500)
+        loss = functools.partial(kd_loss, cfg=kd)
+    rng = np.random.default_rng(0)
+    docs = [
+        Document(rng.integers(0, 1500, 64).astype(np.int32), np.ones(64))
+        for _ in range(2 * tokens // 64)
+    ]
+
+    def step(documents):
+        batch = GlobalBatch(documents)
+        train.forward_backward(policy, frozen, loss, batch, 1.0, tokens, device)
+
+    step(docs[:1])  # what is made once
+    policy.zero_grad()
+    counted = allocated_peak(lambda: step(docs))
+    vocab = 1500 if frozen else shape.vocab_size
+    job = memory.Job(named(shape), [named(TEACHER)] * len(frozen), None, place(), vocab)
+    parts = memory.needs(cfg, job, memory.Shards(1, False, False), tokens)
+    there = ("weights", "teacher", "AdamW", "copy for generation")  # before the step
+    said = memory.peak(parts, False) - sum(parts.get(name, 0) for name in there)
+    print(f"{case}: counted {counted / 1e6:.1f} MB, said {said / 1e6:.1f} MB, {said / counted:.2f}")
+    assert 0.95 < said / counted < 1.3
+
+
+def run_of(cfg, world=1, shape=SHAPE, gb=0.0, **options):
+    """(options, job, shards) of a run on GPUs of so many GB, in bf16."""
+    cfg = dataclasses.replace(cfg, memory_gb=gb, **options)
+    at = place(torch.bfloat16, world=world)
+    frozen = [named(TEACHER)] if cfg.mode == "kd" else []
+    job = memory.Job(named(shape), frozen, None, at, shape.vocab_size, 64, 512, 900)
+    return cfg, job, memory.choose_shards(cfg, at, job.student, frozen)
+
+
+LARGE = ModelConfig(
+    vocab_size=151936,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    "gb, world, options, words",
+    [
+        (0.02, 1, {}, "take a smaller model"),
+        (2, 1, {"micro_batch_tokens": 1 << 16}, "set --micro_batch_tokens [0-9]+$"),
+        (80, 8, {"shape": LARGE, "shard": "off"}, "set --.*--shard on$"),
+        (80, 1, {"shape": LARGE}, "set --.*--lora_rank 16$"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, words):
+    cfg, job, shards = run_of(Config(mode="sft"), world, gb=gb, **options)
+    with pytest.raises(UserError, match=words) as e:
+        memory.check(cfg, job, shards, gb * 1e9, _bytes)
+    assert f"GPU of {_bytes(gb * 1e9)}" in str(e.value)
+    said = str(e.value).partition("; set ")[2].split()
+    mended = {}
+    for name, value in zip(said[::2], said[1::2], strict=True):
+        field = Config.__dataclass_fields__[name[2:]]
+        mended[name[2:]] = value if name.startswith("--shard") else type(field.default)(eval(value))
+    if mended:  # with them it fits
+        options = {name: v for name, v in options.items() if name == "shape"} | mended
+        cfg, job, shards = run_of(Config(mode="sft"), world, gb=gb, **options)
+        memory.check(cfg, job, shards, gb * 1e9, _bytes)
+
+
+def test_micro_batches_are_as_large_as_fit():
+    found = []
+    for gb in (0.6, 1, 2):
+        cfg, job, shards = run_of(Config(mode="kd", micro_batch_tokens=0), gb=gb)
+        tokens = memory.fitting_tokens(cfg, job, shards)
+        assert memory.predicted(cfg, job, shards, tokens) <= gb * 1e9
+        over = memory.predicted(cfg, job, shards, tokens + tokens // 4)
+        assert over > gb * 1e9 or tokens == memory.MOST_TOKENS
+        found.append(tokens)
+    assert found == sorted(set(found)), found
+    cfg, job, shards = run_of(Config(mode="kd", micro_batch_tokens=0))
+    assert memory.fitting_tokens(cfg, job, shards) == 8192, "a CPU's memory is not known"
+
+
+def test_shards_divide_what_they_split():
+    whole, split = (
+        memory.needs(*run_of(Config(mode="kd", shard=on, shard_frozen=on), 4), 4096)
+        for on in ("off", "on")
+    )
+    for name in ("weights", "gradients", "AdamW"):
+        assert split[name] == whole[name] / 4
+
+
+def test_a_run_says_what_it_takes_and_refuses_what_does_not_fit(tmp_path):
+    result = sft("--model=tiny", "--dry_run", "--micro_batch_tokens=auto", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "memory     about " in result.stdout and "KV cache" in result.stdout
+    result = sft("--model=qwen2.5-7b", "--memory_gb=80", "--shard_ranks=0", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "GB on a GPU of 80 GB; set --lora_rank 16" in result.stderr, result.stderr
