@@ -8,6 +8,7 @@ Shapes: T packed tokens, D hidden, V vocabulary, I intermediate, E head dimensio
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from model.transformer import ModelConfig, Transformer
 
 LOOKED_AT = 64  # problems of an endless task
 OF_CUDA = 1.2e9  # its context, cuBLAS's workspaces, what NCCL keeps
+SURE = 0.9  # of what the formulas say is needed for certain
 FRAGMENTS = 1.05  # of the allocator's memory, what is free in pieces that are too small
 LEAST_TOKENS, MOST_TOKENS = 512, 1 << 16  # what "auto" chooses between
 
@@ -107,7 +109,8 @@ class Size(NamedTuple):
     adapters: int
 
 
-def size_of(config: ModelConfig, rank: int = 0, targets: Sequence[str] = ()) -> Size:
+@functools.cache
+def size_of(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -> Size:
     with torch.device("meta"):
         model = Transformer(config)
     adapters = 0
@@ -242,7 +245,6 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
     return parts
 
 
-GENERATION = ("KV cache",)
 STEP = ("gradients", "activations", "head", "whole while it computes")
 IN_TURN = ("logits", "a block at work")  # never at the same time
 
@@ -250,12 +252,14 @@ IN_TURN = ("logits", "a block at work")  # never at the same time
 def peak(parts: dict[str, float], on_cuda: bool) -> float:
     """The most at a time: the larger of a training step and of generation.
 
-    Of the cache one row's worth counts: where the whole does not fit, fewer rows run at a time.
+    On a GPU generation takes what is there: with a smaller cache fewer rows run at a time.
     """
-    passing = (*STEP, *IN_TURN, *GENERATION)
+    passing = (*STEP, *IN_TURN, "KV cache")
     standing = sum(size for name, size in parts.items() if name not in passing)
     step = sum(parts.get(name, 0) for name in STEP) + max(parts[name] for name in IN_TURN)
-    return (standing + step) * FRAGMENTS + OF_CUDA if on_cuda else standing + step
+    if on_cuda:
+        return (standing + step) * FRAGMENTS + OF_CUDA
+    return standing + max(step, parts["KV cache"])
 
 
 def fitting_tokens(cfg: Config, job: Job, shards: Shards) -> int:
@@ -285,7 +289,7 @@ def check(
 ) -> None:
     """Refuse a run that needs more than there is. Raises UserError, with what would mend it."""
     need = predicted(cfg, job, shards, cfg.micro_batch_tokens)
-    if need <= room:
+    if SURE * need <= room:
         return
     smaller = max(job.longest, LEAST_TOKENS)  # no document is cut
     changes: list[dict[str, Any]] = [
@@ -315,4 +319,4 @@ def check(
 
 
 def _short(need: float, room: float, shown: Callable[[float], str]) -> str:
-    return f"this run needs about {shown(need)} on a GPU of {shown(room)}"
+    return f"this run needs about {shown(need)} on a GPU of {shown(room)} (or say --memory_gb)"

@@ -3,20 +3,24 @@
 Without torchrun, in one process, all of it does nothing.
 """
 
+import contextlib
 import datetime
+import fcntl
+import functools
 import hashlib
 import os
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from errors import RunFailed, UserError, say
@@ -107,7 +111,11 @@ def choose_device(device: str, dtype: str, kernels: str) -> Device:
                 f"LOCAL_RANK={local_rank} in the environment, but there are "
                 f"{torch.cuda.device_count()} GPUs to be seen; start fewer processes"
             )
-        chosen = torch.device("cuda", local_rank)
+        number = local_rank
+        if world == 1:
+            gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            number = first_free(tuple(str(gpu.uuid) for gpu in gpus))
+        chosen = torch.device("cuda", number)
         torch.cuda.set_device(chosen)
     try:
         backend.use(kernels)
@@ -118,6 +126,23 @@ def choose_device(device: str, dtype: str, kernels: str) -> Device:
     return Device(chosen, getattr(torch, dtype), rank, world)
 
 
+@functools.cache
+def first_free(gpus: tuple[str, ...]) -> int:
+    """The number of the first GPU that no other run of this user has; 0 if all are taken.
+
+    So the agents of a sweep, and runs that are started side by side, have a GPU each. It is this
+    process's until it ends.
+    """
+    for number, gpu in enumerate(gpus):
+        path = Path(tempfile.gettempdir()) / f"srlm-{os.getuid()}-gpu-{gpu}.lock"
+        with contextlib.suppress(OSError):
+            _claimed.append(open(path, "a"))
+            fcntl.flock(_claimed[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+    return 0
+
+
+_claimed: list[Any] = []  # open files
 _said: set[str] = set()  # notes are printed once per process
 
 
@@ -142,7 +167,8 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     finally:
         alarm.cancel()
     # connections of their own: errors are said, and signs of life given, while others wait
-    store, second, third = (PrefixStore(start, s) for s in (shared, shared.clone(), shared.clone()))
+    prefixed: Any = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    store, second, third = (prefixed(start, s) for s in (shared, shared.clone(), shared.clone()))
     _store[:] = [second]
     if patience is None:
         _watch[:] = [Watch(third, here.rank, here.world)]

@@ -15,6 +15,7 @@ from errors import UserError
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import lora, parallel
+from model.kv_cache import KVCache
 from model.load import Checkpoint, load_frozen, load_policy
 from model.transformer import ModelConfig
 from overview import _bytes
@@ -54,9 +55,9 @@ def allocated_peak(call):
 
 
 CASES = {
-    "sft": ({}, SHAPE, 1024),
+    "sft": ({}, SHAPE, 768),
     "sft, wide": ({}, WIDE, 512),
-    "sft, recomputed": ({"activation_checkpointing": True}, SHAPE, 1024),
+    "sft, recomputed": ({"activation_checkpointing": True}, SHAPE, 512),
     "sft, adapters": ({"lora_rank": 8}, WIDE, 512),
     "kd": ({"mode": "kd"}, SHAPE, 1024),
     "kd, a small batch": ({"mode": "kd"}, WIDE, 128),
@@ -98,11 +99,11 @@ def test_a_step_takes_what_the_formulas_say(case):
     assert 0.95 < said / counted < 1.3
 
 
-def run_of(cfg, world=1, shape=SHAPE, gb=0.0, **options):
+def run_of(cfg, world=1, shape=SHAPE, gb=0.0, teacher=TEACHER, **options):
     """(options, job, shards) of a run on GPUs of so many GB, in bf16."""
     cfg = dataclasses.replace(cfg, memory_gb=gb, **options)
     at = place(torch.bfloat16, world=world)
-    frozen = [named(TEACHER)] if cfg.mode == "kd" else []
+    frozen = [named(teacher)] if cfg.mode == "kd" else []
     job = memory.Job(named(shape), frozen, None, at, shape.vocab_size, 64, 512, 900)
     return cfg, job, memory.choose_shards(cfg, at, job.student, frozen)
 
@@ -119,13 +120,17 @@ LARGE = ModelConfig(
 )
 
 
+KEPT = ("shape", "teacher", "mode")
+
+
 @pytest.mark.parametrize(
     "gb, world, options, words",
     [
         (0.02, 1, {}, "take a smaller model"),
-        (2, 1, {"micro_batch_tokens": 1 << 16}, "set --micro_batch_tokens [0-9]+$"),
+        (1, 1, {"micro_batch_tokens": 1 << 16}, "set --micro_batch_tokens [0-9]+$"),
         (80, 8, {"shape": LARGE, "shard": "off"}, "set --.*--shard on$"),
         (80, 1, {"shape": LARGE}, "set --.*--lora_rank 16$"),
+        (12, 8, {"teacher": LARGE, "mode": "kd", "shard_frozen": "off"}, "set --shard_frozen on$"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, words):
@@ -139,9 +144,14 @@ def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, 
         field = Config.__dataclass_fields__[name[2:]]
         mended[name[2:]] = value if name.startswith("--shard") else type(field.default)(eval(value))
     if mended:  # with them it fits
-        options = {name: v for name, v in options.items() if name == "shape"} | mended
+        options = {name: v for name, v in options.items() if name in KEPT} | mended
         cfg, job, shards = run_of(Config(mode="sft"), world, gb=gb, **options)
         memory.check(cfg, job, shards, gb * 1e9, _bytes)
+
+
+def test_a_cache_is_as_large_as_the_formula_says():
+    policy, _ = load_policy(named(SHAPE), None, None, torch.device("cpu"), torch.float32, 0)
+    assert KVCache(policy, 5, 512, 512).nbytes == memory.kept_slots(SHAPE, 5, 400, 4)
 
 
 def test_micro_batches_are_as_large_as_fit():
@@ -173,4 +183,6 @@ def test_a_run_says_what_it_takes_and_refuses_what_does_not_fit(tmp_path):
     assert "memory     about " in result.stdout and "KV cache" in result.stdout
     result = sft("--model=qwen2.5-7b", "--memory_gb=80", "--shard_ranks=0", cwd=tmp_path)
     assert result.returncode == 2
-    assert "GB on a GPU of 80 GB; set --lora_rank 16" in result.stderr, result.stderr
+    assert "GB on a GPU of 80 GB (or say --memory_gb); set --lora_rank 16" in result.stderr, (
+        result.stderr
+    )
