@@ -19,7 +19,7 @@ from model.kv_cache import KVCache
 from model.load import Checkpoint, load_frozen, load_policy
 from model.transformer import ModelConfig
 from overview import _bytes
-from tests.test_train import sft
+from tests.test_train import SMALL
 
 SHAPE = ModelConfig(
     vocab_size=4000,
@@ -177,12 +177,12 @@ def test_shards_divide_what_they_split():
         assert split[name] == whole[name] / 4
 
 
-def test_a_run_says_what_it_takes_and_refuses_what_does_not_fit(tmp_path):
-    result = sft("--model=tiny", "--dry_run", "--micro_batch_tokens=auto", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "memory     about " in result.stdout and "KV cache" in result.stdout
-    result = sft("--model=qwen2.5-7b", "--memory_gb=80", "--shard_ranks=0", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "GB on a GPU of 80 GB (or say --memory_gb); set --lora_rank 16" in result.stderr, (
-        result.stderr
-    )
+def test_a_run_says_what_it_takes_and_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--mode=sft", *SMALL, "--device=cpu", "--dry_run"]
+    assert train.main([*argv, "--model=tiny", "--micro_batch_tokens=auto"]) == 0
+    said = capsys.readouterr().out
+    assert "memory     about " in said and "KV cache" in said
+    assert train.main([*argv, "--model=qwen2.5-7b", "--memory_gb=80"]) == 2
+    said = capsys.readouterr().err
+    assert "GB on a GPU of 80 GB (or say --memory_gb); set --lora_rank 16" in said, said
