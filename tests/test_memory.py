@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def allocated_peak(call):
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     now = most = 0
-    for event in profile.kineto_results.events():
+    results: Any = profile.kineto_results
+    for event in results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
