@@ -242,7 +242,11 @@ class Config:
         32, "examples (samples) per global step", minimum=1, default_when=in_grpo(128), fixed=True
     )
     micro_batch_tokens: int = option(
-        8192, "maximum tokens of a forward pass, and of an example", minimum=1, fixed=if_dropping
+        8192,
+        "maximum tokens of a forward pass, and of an example; auto: as many as fit",
+        minimum=1,
+        also=("auto",),
+        fixed=if_dropping,
     )
     weighting: str = option(
         "token",
@@ -583,6 +587,14 @@ class Config:
         "machine",
         minimum=0,
     )
+    shard_rollouts: Literal["off", "on", "auto"] = option(
+        "auto",
+        "generate with models in shards as they are, all ranks in lockstep, without a whole copy; "
+        "auto: where that copy takes more than a third of a GPU",
+    )
+    memory_gb: float = option(
+        0.0, "memory of a GPU that a run may plan with, in GB; 0: all that it has", minimum=0
+    )
     kernels: str = option(
         "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )
@@ -648,6 +660,8 @@ def validate(cfg: Config) -> None:
         raise UserError(f"--name {cfg.name} must be a plain folder name")
     if cfg.resume and not cfg.name:
         raise UserError("--resume needs the --name of a run")
+    if not cfg.micro_batch_tokens and cfg.max_length_policy == "drop":
+        raise UserError("--micro_batch_tokens auto would choose what is dropped; give a number")
     if cfg.save == "best" and not cfg.eval_examples:
         raise UserError("--save best chooses by evaluations; set --eval_examples above 0")
     if cfg.device == "cuda" and not torch.cuda.is_available():

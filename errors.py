@@ -67,13 +67,13 @@ def as_command(
     name: str,
     run: Callable[[], None],
     interrupted: str = "interrupted; the same command goes on",
-    speaks: Callable[[], bool] = lambda: True,
+    speaks: Callable[[str, bool], bool] = lambda line, is_own: True,
 ) -> int:
     """Call run() as the body of the command `name`. Returns the exit code.
 
     What the user can fix, what failed, and what the operating system refused become one line on
-    standard error. speaks: whether this process says what all ranks have met; what failed or was
-    refused may be its own, and is said by each.
+    standard error. speaks: whether this process says a line that other ranks may have met, too;
+    is_own: what failed or was refused is perhaps this one's alone.
     """
     is_own = False
     try:
@@ -88,8 +88,8 @@ def as_command(
         code = 2 if isinstance(text, UserError) else 1
     except KeyboardInterrupt:
         code, text = 130, interrupted
-    if is_own or speaks():
-        one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
+    one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
+    if speaks(one_line, is_own):
         say(f"{name}: {one_line}", sys.stderr)
     return code
 

@@ -352,6 +352,8 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
     try:
         if kind is bool:
             value = text if text in _rules(spec).also else SWITCH[text.lower()]
+        elif text in _rules(spec).also:
+            value = kind(0)  # what is to be found out
         elif kind is str:
             if not isinstance(value, str):
                 raise ValueError

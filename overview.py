@@ -4,6 +4,7 @@ Which models and where their weights are from, what is trained on, for how long,
 memory and on the disk, and what is written.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,9 @@ from config import OWN_TOKENS, SELF, Config, needs_old_logp, teachers_of
 from data.batch import GlobalBatch
 from data.show import show_batch
 from errors import say
+from memory import check, device_bytes, needs, peak, room_of, size_of
 from model.load import Checkpoint
 from model.lora import parse_targets
-from model.transformer import Transformer
 from prepare import Plan
 
 LOOKED_AT = 64  # examples whose mean length is shown
@@ -79,15 +80,8 @@ def _weights(checkpoint: Checkpoint, is_toy: bool) -> str:
 
 def _sizes(cfg: Config, checkpoint: Checkpoint) -> tuple[int, int]:
     """Parameters of a model, and those of the adapters that --lora_rank would add."""
-    with torch.device("meta"):
-        model = Transformer(checkpoint.config)
-    adapters = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] in parse_targets(
-            cfg.lora_targets
-        ):
-            adapters += cfg.lora_rank * (layer.in_features + layer.out_features)
-    return sum(p.numel() for p in model.parameters()), adapters
+    size = size_of(checkpoint.config, cfg.lora_rank, parse_targets(cfg.lora_targets))
+    return size.blocks + size.around, size.adapters
 
 
 def _data(cfg: Config, plan: Plan) -> Iterator[str]:
@@ -123,18 +117,21 @@ def _per_step(cfg: Config, plan: Plan, steps: int) -> str:
 
 
 def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
-    """Memory for what is there all the time, and the most that checkpoints take on the disk."""
-    compute = plan.place.compute_dtype.itemsize
-    master = max(compute, 4)
+    """What a rank's memory holds, and the most that checkpoints take on the disk."""
+    parts = needs(cfg, plan.job, plan.shards, cfg.micro_batch_tokens)
+    device = plan.place.device
+    most = peak(parts, device.type == "cuda")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    there = device_bytes(cfg, device)
+    has = f" of {_bytes(there)}" if there < math.inf else ""
+    sharded = ""
+    if plan.shards.policy or plan.shards.frozen:
+        sharded = f"; models in shards of {plan.shards.ranks} ranks"
+    yield f"memory     about {_bytes(most)}{has} on each {name}{sharded}"
+    yield "           " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
     size, adapters = _sizes(cfg, plan.student)
     trained = adapters or size
-    frozen = size if adapters else 0
-    others = [t for t in plan.teachers if t is not plan.student] + [plan.reference] * bool(
-        cfg.reference and plan.reference
-    )
-    frozen += sum(_sizes(cfg, model)[0] for model in others if model)
-    memory = 4 * master * trained + compute * frozen
-    yield f"memory     {_bytes(memory)} for weights, gradients and AdamW, beside activations"
+    master = max(plan.place.compute_dtype.itemsize, 4)
     checkpoint = master * (size + 2 * trained + (adapters and trained))
     count = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
     disk = checkpoint * count.get(cfg.save, 0)
@@ -149,6 +146,11 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
         f"writes     {folder}/: config.json, environment.json, sittings.jsonl, metrics.jsonl, "
         "samples.jsonl, curves.png, checkpoints/"
     )
+
+
+def check_memory(cfg: Config, plan: Plan) -> None:
+    """Refuse a run that does not fit, before a weight is read. Raises UserError."""
+    check(cfg, plan.job, plan.shards, room_of(cfg, plan.job), _bytes)
 
 
 def _bytes(count: float) -> str:

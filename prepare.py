@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from data.record import training_record
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
+from memory import Job, Shards, choose_shards, fitting_tokens
 from model import parallel
 from model.flops import forward_flops
 from model.lineage import PROMPT_OPTIONS, Lineage
@@ -36,7 +37,6 @@ from model.load import (
 from model.lora import LoraConfig, parse_targets
 from model.optim import average_of, build_optimizer
 from model.presets import RANDOM
-from model.sharding import make_mesh
 from model.transformer import Transformer
 from rl.logprobs import teacher_topk
 from rl.reward import Reward, parse_reward
@@ -48,21 +48,6 @@ COSTS = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
 
 # Steps that changed nothing: the gradient was not finite (now, in a row), or 0 everywhere.
 STEP_COUNTERS = ("skipped", "skipped_in_a_row", "no_gradient")
-
-
-class Shards(NamedTuple):
-    """Which models are split over the ranks, and how many neighbouring ranks share one."""
-
-    ranks: int
-    policy: bool
-    frozen: bool
-
-    def meshes(self, device_type: str) -> tuple[Any, Any]:
-        """Of the policy and of the frozen models; None for what every rank holds whole."""
-        if not (self.policy or self.frozen):
-            return None, None
-        mesh = make_mesh(self.ranks, device_type)
-        return (mesh if self.policy else None), (mesh if self.frozen else None)
 
 
 @dataclasses.dataclass
@@ -78,6 +63,8 @@ class Plan:
     dataset: Dataset
     reward: Reward | None
     shards: Shards
+    job: Job
+    cfg: Config  # with the micro-batches that "auto" stands for
 
 
 @dataclasses.dataclass
@@ -122,15 +109,23 @@ def setup(cfg: Config) -> Plan:
     if len(set(parallel.gather(repr(cfg)))) > 1:
         raise UserError("the ranks have different options; start all of them by the same command")
     student, teachers, reference = describe_checkpoints(cfg)
-    tokenizer = choose_tokenizer(cfg, student, teachers)
-    vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
-    if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
-        raise UserError(
-            f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
-            "it must share the policy's vocabulary"
-        )
-    reward = load_reward(cfg)
-    dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+    with parallel.as_one():
+        tokenizer = choose_tokenizer(cfg, student, teachers)
+        vocab_size = loss_vocab_size(cfg, tokenizer, student, teachers)
+        if reference and shared_vocab_size(tokenizer, student.config, reference) < vocab_size:
+            raise UserError(
+                f"--reference {cfg.reference} knows fewer of the tokenizer's {vocab_size:,} ids; "
+                "it must share the policy's vocabulary"
+            )
+        reward = load_reward(cfg)
+        shards = choose_shards(cfg, place, student, [*teachers, reference])
+    job = Job(student, teachers, reference, place, vocab_size)
+    if not cfg.micro_batch_tokens:
+        cfg = dataclasses.replace(cfg, micro_batch_tokens=fitting_tokens(cfg, job, shards))
+    with parallel.as_one():
+        dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+    if place.world > 1 and len(set(parallel.gather(dataset.digest()))) > 1:
+        raise UserError(f"--data {cfg.data}: ranks read different examples; copy the files anew")
     if cfg.kd_cache and not len(dataset):
         raise UserError(
             f"--kd_cache keeps what a teacher says of all the data, and {cfg.data} is endless; "
@@ -145,39 +140,10 @@ def setup(cfg: Config) -> Plan:
         vocab_size=vocab_size,
         dataset=dataset,
         reward=reward,
-        shards=choose_shards(cfg, place, student, [*teachers, reference]),
+        shards=shards,
+        job=job.with_data(cfg, dataset),
+        cfg=cfg,
     )
-
-
-def choose_shards(
-    cfg: Config, place: parallel.Device, student: Checkpoint, frozen: list[Checkpoint | None]
-) -> Shards:
-    """What --shard and its kin come to. Raises UserError."""
-    options = {"shard": cfg.shard, "shard_frozen": cfg.shard_frozen}
-    if place.world == 1:
-        for name, value in options.items():
-            if value == "on":
-                raise UserError(
-                    f"--{name} on: this is one process; start several with torchrun, or set "
-                    f"--{name} auto"
-                )
-        return Shards(1, False, False)
-    itemsize = place.compute_dtype.itemsize
-    # fp32 weights, gradients and two moments; adapters are small beside their frozen base
-    policy_bytes = student.parameters * (itemsize if cfg.lora_rank else 16)
-    others = {c for c in frozen if c and not (c is student and cfg.lora_rank)}
-    needs = {"shard": policy_bytes, "shard_frozen": sum(c.parameters for c in others) * itemsize}
-    room = math.inf
-    if place.device.type == "cuda":
-        room = torch.cuda.get_device_properties(place.device).total_memory / 3
-    chosen = [v == "on" or (v == "auto" and needs[name] > room) for name, v in options.items()]
-    local = parallel.place().local_world
-    ranks = cfg.shard_ranks or (local if local > 1 else place.world)
-    if any(chosen) and (ranks == 1 or place.world % ranks):
-        raise UserError(
-            f"--shard_ranks {ranks}: {place.world} ranks are no groups of {ranks}; choose a divisor"
-        )
-    return Shards(ranks, *chosen)
 
 
 def has_teacher(cfg: Config) -> bool:
@@ -332,12 +298,15 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
     )
     policy, base = make_policy()
     policy.activation_checkpointing = cfg.activation_checkpointing
+    policy.decodes_in_shards = plan.shards.in_shards(student, dtype)
 
     @functools.cache
     def frozen(checkpoint: Checkpoint) -> Transformer:
         if checkpoint is student and lora and base:
             return base  # the policy as it starts is the base, which is there already
-        return load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
+        model = load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
+        model.decodes_in_shards = plan.shards.in_shards(checkpoint, dtype)
+        return model
 
     average, cost = None, {}
     if cfg.teacher == AVERAGE and teachers:

@@ -131,7 +131,7 @@ class RunFolder:
         rank = parallel.rank()
         if parallel.on_rank_0(rank, functools.partial(reported, write)):
             if is_sharded(model):
-                save_shards(tensors, draft / "trainer" / "optimizer")
+                reported(functools.partial(save_shards, tensors, draft / "trainer" / "optimizer"))
             parallel.on_rank_0(rank, functools.partial(reported, finish))
 
     def _remove(self, folder: Path) -> None:
@@ -438,6 +438,7 @@ class RunLogger:
         self.wandb: Any = None
         self.error: RunFailed | None = None
         self.said = time.monotonic()  # when a line was printed last
+        self.note = ""  # in every progress line
         begin = functools.partial(self._open, config, resume_step, about)
         self.before: Json | None = parallel.on_rank_0(rank, begin)
 
@@ -529,6 +530,8 @@ class RunLogger:
         ]
         if "rollout/reward" in values:
             parts.append(f"reward {values['rollout/reward']:.3f}")
+        if self.note:
+            parts.append(self.note)
         parts.append(f"lr {values['train/lr']:.1e}")
         parts.append(f"{values['train/tokens_per_second']:,.0f} tok/s")
         if "train/mfu" in values:

@@ -33,9 +33,9 @@ from model import parallel
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
-from model.sharding import local
+from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
-from overview import overview, show_first
+from overview import check_memory, overview, show_first
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
@@ -238,6 +238,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
     about = {"weights": run.weights, "steps": run.steps}
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
+    log.note = "generates in shards" if generates_in_shards(run.policy) else ""
     validation = Validation(
         run.dataset,
         run.stop_ids,
@@ -528,7 +529,8 @@ def refuse_fewer(steps: int, resume_step: int | None, path: Path) -> None:
 def launch(cfg: Config) -> None:
     """One run, from its options to its last checkpoint."""
     plan = setup(cfg)
-    rank = plan.place.rank
+    cfg, rank = plan.cfg, plan.place.rank
+    check_memory(cfg, plan)
     if cfg.show_batch:
         if rank == 0:
             batch = next(data_stream(cfg, plan.dataset, plan.place.rank, plan.place.world))
@@ -578,7 +580,7 @@ def main(argv: list[str]) -> int:
         with parallel.telling():
             launch(cfg)
 
-    return as_command("train.py", run, "interrupted")
+    return as_command("train.py", run, "interrupted", parallel.is_first_to_say)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ of them; here they are measured and dealt out.
 """
 
 import dataclasses
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,6 +194,15 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self._training)
+
+    def digest(self) -> str:
+        """A hash of the ids of all documents, the validation's, too; of the first problem where
+        the task is endless."""
+        training = map(self.get, range(len(self) or 1))
+        digest = hashlib.sha256()
+        for document in (*training, *self._validation_documents):
+            digest.update(document.tokens.tobytes() + b"/" + document.weights.tobytes())
+        return digest.hexdigest()
 
     def get(self, index: int) -> Document:
         document = self._pair(index)[1]

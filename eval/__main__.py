@@ -276,7 +276,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    return as_command("eval", lambda: run(argv), speaks=parallel.speaks)
+    return as_command("eval", lambda: run(argv), speaks=parallel.is_first_to_say)
 
 
 if __name__ == "__main__":

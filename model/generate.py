@@ -36,7 +36,7 @@ from model.kv_cache import (
 )
 from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
-from model.sharding import is_sharded
+from model.sharding import InShards, generates_in_shards, is_sharded
 from model.transformer import Fused, Transformer
 
 Decode = Callable[[list[int]], str]
@@ -207,7 +207,8 @@ class Engine:
     """Generates with one model, and keeps its means from one call of `generate` to the next.
 
     `model` is what is read: a copy in the compute dtype, with the adapters merged into the weights
-    and the layers of one input joined; or the model itself, where it is that already.
+    and the layers of one input joined; or the model itself, where it is that already; or its shards
+    (`sharding.InShards`), where it says that no GPU has room for the copy.
     """
 
     def __init__(self, source: Transformer) -> None:
@@ -215,9 +216,11 @@ class Engine:
         self._decoder: _Decoder | None = None
 
     @functools.cached_property
-    def model(self) -> Transformer:
+    def model(self) -> Any:
         source = self.source
         dtype = source.compute_dtype or source.head_VD.dtype
+        if generates_in_shards(source):
+            return InShards(source, dtype)
         is_cuda = source.head_VD.is_cuda
         is_trained = any(p.requires_grad for p in source.parameters())
         is_cast = any(p.dtype != dtype for p in source.parameters())
@@ -240,6 +243,9 @@ class Engine:
     def refresh(self) -> None:
         """Take over the weights as they are now, in place: recorded steps hold their addresses."""
         if "model" not in self.__dict__ or self.model is self.source:
+            return
+        if isinstance(self.model, InShards):
+            self.model.refresh()
             return
         copies = dict(self.model.named_parameters())
         for name, p in plain_parameters(self.source):
@@ -323,9 +329,7 @@ class _Decoder:
     and replayed.
     """
 
-    def __init__(
-        self, model: Transformer, sampler: Sampler, cache: KVCache, settings: tuple
-    ) -> None:
+    def __init__(self, model: Any, sampler: Sampler, cache: KVCache, settings: tuple) -> None:
         self.model, self.sampler, self.cache, self.settings = model, sampler, cache, settings
         head_VD, self.size = model.head_VD, cache.rows
         # Of each row: its newest token, the key of its random numbers, the token's position, and
@@ -333,7 +337,7 @@ class _Decoder:
         self.host_4B = torch.zeros(4, self.size, dtype=torch.long, pin_memory=head_VD.is_cuda)
         self.state_4B = self.host_4B.to(head_VD.device, copy=True)
         self.hidden_BD = head_VD.new_zeros(self.size, head_VD.shape[1])
-        self.uses_graphs = uses_graphs(cache)
+        self.uses_graphs = uses_graphs(cache) and not isinstance(model, InShards)
         self.steps = STEPS if self.uses_graphs and not sampler.synchronizes else 1
         self.step_S1 = torch.arange(self.steps, device=head_VD.device).unsqueeze(1)
         # Ids (exact in fp64) and log-probs: one transfer.

@@ -6,6 +6,7 @@ a key-value head, E head dimension.
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.attention import PackedAttention
 from kernels.decode_attention import decode_attention, rotate_and_store
-from model.transformer import Rope, Transformer
+from model.transformer import Rope
 
 CAPACITY = 256  # a cache has at most a multiple of this many slots: calls of `generate` are alike
 
@@ -26,7 +27,7 @@ class KVCache:
     The slots of a head lie side by side, which is the faster layout on a CPU.
     """
 
-    def __init__(self, model: Transformer, rows: int, slots: int, max_slots: int) -> None:
+    def __init__(self, model: Any, rows: int, slots: int, max_slots: int) -> None:
         config, weight = model.config, model.head_VD
         shape = [2, rows, config.num_kv_heads, slots, config.head_dim]
         if weight.is_cuda:

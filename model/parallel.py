@@ -3,12 +3,20 @@
 Without torchrun, in one process, all of it does nothing.
 """
 
+import contextlib
 import datetime
+import fcntl
+import functools
+import hashlib
 import os
+import secrets
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -34,6 +42,26 @@ def speaks() -> bool:
         return place().rank == 0
     except UserError:
         return True
+
+
+def is_first_to_say(line: str, is_own: bool) -> bool:
+    """Whether no other rank has said this line: an error that all of them meet is said once.
+
+    Ranks that have not met yet meet at torchrun's store, if there is one. Else rank 0 speaks, and
+    who may be alone with its error (is_own).
+    """
+    try:
+        if _store:
+            store = _store[0]
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and place().world > 1:
+            limit = datetime.timedelta(seconds=10)
+            meeting: Any = rendezvous("env://", place().rank, place().world, timeout=limit)
+            store = next(meeting)[0]
+        else:
+            return is_own or speaks()
+        return store.add("said/" + hashlib.sha256(line.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, ValueError, UserError):  # the store is gone with rank 0, who has spoken
+        return is_own
 
 
 def init(device_type: str, patience: float | None = None) -> tuple[int, int, int]:
@@ -83,7 +111,11 @@ def choose_device(device: str, dtype: str, kernels: str) -> Device:
                 f"LOCAL_RANK={local_rank} in the environment, but there are "
                 f"{torch.cuda.device_count()} GPUs to be seen; start fewer processes"
             )
-        chosen = torch.device("cuda", local_rank)
+        number = local_rank
+        if world == 1:
+            gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            number = first_free(tuple(str(gpu.uuid) for gpu in gpus))
+        chosen = torch.device("cuda", number)
         torch.cuda.set_device(chosen)
     try:
         backend.use(kernels)
@@ -94,6 +126,23 @@ def choose_device(device: str, dtype: str, kernels: str) -> Device:
     return Device(chosen, getattr(torch, dtype), rank, world)
 
 
+@functools.cache
+def first_free(gpus: tuple[str, ...]) -> int:
+    """The number of the first GPU that no other run of this user has; 0 if all are taken.
+
+    So the agents of a sweep, and runs that are started side by side, have a GPU each. It is this
+    process's until it ends.
+    """
+    for number, gpu in enumerate(gpus):
+        path = Path(tempfile.gettempdir()) / f"srlm-{os.getuid()}-gpu-{gpu}.lock"
+        with contextlib.suppress(OSError):
+            _claimed.append(open(path, "a"))
+            fcntl.flock(_claimed[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+    return 0
+
+
+_claimed: list[Any] = []  # open files
 _said: set[str] = set()  # notes are printed once per process
 
 
@@ -108,7 +157,8 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     try:
         limit = datetime.timedelta(seconds=MEETING)
         meeting = rendezvous("env://", here.rank, here.world, timeout=limit)
-        store: Any = next(iter(meeting))[0]
+        shared: Any = next(iter(meeting))[0]
+        start = _name_of_start(shared, here)
     except (RuntimeError, ValueError, OSError) as e:  # torch's DistError is a RuntimeError
         raise UserError(
             f"{waits}, in vain ({reason(e)}); unset WORLD_SIZE to run as one process, "
@@ -116,8 +166,12 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
         ) from None
     finally:
         alarm.cancel()
+    # connections of their own: errors are said, and signs of life given, while others wait
+    prefixed: Any = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    store, second, third = (prefixed(start, s) for s in (shared, shared.clone(), shared.clone()))
+    _store[:] = [second]
     if patience is None:
-        _watch[:] = [Watch(store.clone(), here.rank, here.world)]
+        _watch[:] = [Watch(third, here.rank, here.world)]
         _watch[0].start()
     waiting = None if patience is None else datetime.timedelta(seconds=patience)
     dist.init_process_group(
@@ -125,7 +179,33 @@ def _join(here: Place, engine: str, patience: float | None) -> None:
     )
 
 
+def _name_of_start(store: Any, here: Place) -> str:
+    """A name that all ranks of this start know, and no earlier start had.
+
+    torchrun's store outlives its restarts: the addresses and the last words of ranks that are gone
+    would be taken for those of this start. Rank 0 answers whoever asks, under the asker's own name,
+    until all who are there have said that they heard.
+    """
+    own, until = secrets.token_hex(8), time.monotonic() + MEETING
+    if here.rank:
+        store.set(f"asks/{here.rank}", own)
+        name = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"heard/{name}/{here.rank}", "")
+        return name
+    missing = list(range(1, here.world))
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"ranks {missing} did not come")
+        for rank in missing:
+            if store.check([f"asks/{rank}"]):
+                store.set("answer/" + store.get(f"asks/{rank}").decode(), own)
+        time.sleep(0.02)
+        missing = [rank for rank in missing if not store.check([f"heard/{own}/{rank}"])]
+    return own
+
+
 _watch: list[Watch] = []  # of a group that has no patience of its own
+_store: list[Any] = []  # of the group
 
 
 @contextmanager
@@ -260,6 +340,17 @@ def raise_on_all(error: Exception | None) -> None:
             raise found
 
 
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Raise what one rank raises inside `with` on every rank; none waits for it in there."""
+    error = None
+    try:
+        yield
+    except (UserError, RunFailed) as e:
+        error = e
+    raise_on_all(error)
+
+
 def reduce_metrics(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
     """Sum the ranks' (sum, count) pairs; a rank without micro-batches has none."""
     pairs = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
@@ -320,6 +411,7 @@ def close() -> None:
     for watch in _watch:
         watch.stop()
     _watch.clear()
+    _store.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     _actions.clear()

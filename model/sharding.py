@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import RunFailed, UserError
+from errors import UserError
 from files import reason
 from kernels.attention import PackedAttention
 from model import parallel
@@ -58,23 +58,9 @@ def shard(model: Any, mesh: Any, device: torch.device | str) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.to_empty(device=device)
-    Lockstep(model)
-    parallel.when_resting(functools.partial(_rest, model))
+    parallel.when_resting(Lockstep(model).rest)
     for p in model.parameters():
         p.gathering = parallel.register(functools.partial(_full, p))
-
-
-def _rest(model: Any) -> None:
-    """Keep nothing whole, and forget the order of passes that no backward pass will ask for.
-
-    FSDP itself forgets it in the backward pass, which frozen models never have.
-    """
-    model.reshard()
-    for module in (model, *model.layers):
-        state = module._get_fsdp_state()
-        getattr(state._comm_ctx, "post_forward_order", []).clear()
-        for group in getattr(state, "_fsdp_param_groups", ()):
-            group._post_forward_indices.clear()
 
 
 def max_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -90,11 +76,12 @@ class Lockstep:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.takes_part = model, False
+        self.model, self.takes_part, self.is_at_rest = model, False, True
         self.numbers = [parallel.register(functools.partial(self.take_part, g)) for g in (0, 1)]
         model.register_forward_pre_hook(self.before, prepend=True)
 
     def before(self, *_: Any) -> None:
+        self.is_at_rest = False
         if not self.takes_part:
             trained = any(p.requires_grad for p in self.model.parameters())
             parallel.meet(self.numbers[trained and torch.is_grad_enabled()])
@@ -108,6 +95,43 @@ class Lockstep:
             if with_gradient:
                 ((hidden_TD.sum() + model.head_VD.sum()) * 0).backward()
         self.takes_part = False
+
+    def rest(self) -> None:
+        """Keep nothing whole, and forget the order of passes that no backward pass will ask for.
+
+        FSDP itself forgets it in the backward pass, which frozen models never have.
+        """
+        if self.is_at_rest:
+            return
+        if hasattr(self.model, "reset_iter_state"):
+            self.model.reset_iter_state()
+        else:  # torch 2.11: the order grows by an entry a block and pass
+            self.model.reshard()
+        self.is_at_rest = True
+
+
+class InShards:
+    """A sharded model as generation reads it: no more of it is whole than in training.
+
+    Each of its steps is one of all ranks: those that have finished, or had no prompts, compute a
+    token for nothing (`Lockstep`). Its head alone is copied, in the compute dtype.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.model, self.config = model, model.config
+        self.head_VD = whole(model.head_VD).to(dtype)
+
+    def refresh(self) -> None:
+        """Take over the head as it is now, in place."""
+        self.head_VD.copy_(whole(self.model.head_VD))
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.model(*arguments)
+
+
+def generates_in_shards(model: Any) -> bool:
+    """Whether generation reads a model as it is, since no GPU is to hold a copy of it."""
+    return is_sharded(model) and model.decodes_in_shards
 
 
 # --- tensors, whole and in shards -----------------------------------------------------------------
@@ -163,7 +187,7 @@ def norm_over_shards(model: nn.Module, norm: Tensor) -> Tensor:
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write tensors, each rank its shards, in safetensors files. Called on all ranks.
 
-    Raises RunFailed on all of them if one could not write.
+    Raises OSError on all of them if one could not write.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -174,7 +198,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as e:
         first: Any = next(iter(e.failures.values()))[0]
-        raise RunFailed(f"{folder} could not be written ({reason(first)})") from None
+        raise OSError(reason(first)) from None
 
 
 def load_shards(

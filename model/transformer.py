@@ -295,6 +295,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = False
+        self.decodes_in_shards = False  # generation gathers no copy of a model in shards
         # nn.Embedding's own initialiser would import the compiler here: a second
         empty_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)

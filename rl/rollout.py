@@ -21,7 +21,7 @@ import torch
 from data.batch import Document, GlobalBatch, Metrics
 from data.dataset import Dataset, DataStream
 from data.tasks import Example, grade_all
-from errors import RunFailed, UserError
+from errors import UserError
 from files import Fields, reason
 from model import parallel
 from model.flops import forward_flops, generation_flops
@@ -71,13 +71,9 @@ class Rollouts(Iterator[GlobalBatch]):
         """This rank's samples of the next prompts, rewarded. An error is raised on all ranks."""
         positions = range(self.position, self.position + prompts)
         self.position = positions.stop
-        samples, error = [], None
-        try:
+        with parallel.as_one():
             samples = self.sample(positions[self.config.rank :: self.config.world])
             self.add_rewards(samples)
-        except (UserError, RunFailed) as e:
-            error = e
-        parallel.raise_on_all(error)
         return samples
 
     def sample(self, positions: Sequence[int]) -> list[Sample]:

@@ -616,7 +616,7 @@ def test_a_refusal_of_the_system_is_one_line(number, code, capsys):
     def run():
         raise OSError(number, os.strerror(number), "some\nfile")
 
-    assert as_command("x", run, speaks=lambda: False) == code
+    assert as_command("x", run, speaks=lambda line, is_own: is_own) == code
     assert capsys.readouterr().err == f"x: some file: {os.strerror(number)}\n"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import tempfile
 import time
 
 import pytest
@@ -182,6 +183,18 @@ def test_contradictions_are_one_line(variables, words, monkeypatch):
     with pytest.raises(UserError, match=words) as e:
         parallel.init("cpu")
     assert "\n" not in str(e.value) and parallel.speaks()
+
+
+def test_runs_side_by_side_have_a_gpu_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(parallel, "_claimed", [])
+    names = tuple(f"{tmp_path.name}-{i}" for i in range(3))
+    first_free = parallel.first_free.__wrapped__
+    assert [first_free(names) for _ in range(5)] == [0, 1, 2, 0, 0], "each call is another run"
+    for file in parallel._claimed:
+        file.close()  # as their end does
+    assert first_free(names[1:]) == 0 and first_free(names) == 0 and first_free(names) == 2
+    assert parallel.first_free(names) == parallel.first_free(names), "a process keeps its own"
 
 
 def test_no_combination_hangs_or_ends_in_a_traceback(monkeypatch):

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import re
 import signal
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -133,22 +135,66 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks(tmp_path):
         (evaluate, [*asked, "--out", str(tmp_path / "file" / "out")], 0, contextlib.nullcontext)
     )
     *told, full, no_folder = spawned(failing_main, 2, jobs)
-    assert full == [(1, "eval: a part: No space left; the same command goes on\n")] * 2
-    assert (
-        no_folder[0][0] == no_folder[1][0] == 2
-        and "file/out" in no_folder[0][1]
-        and "gloo" not in no_folder[1][1]
+    assert_said_once(full, 1, "^eval: a part: No space left; the same command goes on$")
+    assert_said_once(no_folder, 2, "file/out")
+    for (name, (_, _, code, words)), found in zip(cases.items(), told, strict=True):
+        if isinstance(code, int):
+            assert_said_once(found, code, f"^train.py: .*{words}")
+        else:  # rank 0 ends in its traceback
+            assert [code for code, _ in found] == [code, 1], name
+            (line,) = errors_in(found[1][1])
+            assert re.search(words, line), line
+
+
+def errors_in(said):
+    """The lines of a command's errors, without a bar that shows progress."""
+    return [line for line in said.splitlines() if re.match("(train.py|eval): ", line)]
+
+
+def assert_said_once(told, code, words):
+    """Every rank has the exit code, and one of them the line."""
+    assert [found for found, _ in told] == [code] * len(told), told
+    (line,) = errors_in("".join(said for _, said in told))
+    assert "gloo" not in line and re.search(words, line), line
+
+
+def disagreeing(argv):
+    return train.main([*argv, f"--lr={1 + parallel.rank()}"])
+
+
+def without_a_shard(argv):
+    if parallel.rank() == 1:
+        for folder in Path(argv[-1]).rglob("trainer/optimizer"):
+            sorted(folder.glob("*.safetensors"))[1].unlink()
+        for sums in Path(argv[-1]).rglob("SHA256SUMS"):
+            sums.unlink()
+    parallel.barrier()
+    return train.main([*argv[:-1], "--resume"])
+
+
+def test_what_cannot_work_is_said_once_and_ends_all_ranks(tmp_path):
+    other_data = functools.partial(mock.patch, "data.dataset.SPLIT_SEED", 7)
+    full = patched(
+        "torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", FULL
     )
-    for name, (_, _, code, words) in cases.items():
-        (code_0, said_0), (code_1, said_1) = dict(zip(cases, told, strict=True))[name]
-        assert code_0 == code, (name, said_0)
-        assert code_1 == (code if isinstance(code, int) else 1), (name, said_1)
-        assert (
-            said_1.count("\n") == 1 and said_1.startswith("train.py: ") and "gloo" not in said_1
-        ), name
-        assert isinstance(code, str) or said_0 == said_1
-        with pytest.raises(UserError, match=words):
-            raise UserError(said_1)
+    sharded = [*SFT, "--shard=on", f"--runs={tmp_path}", "--name=s"]
+    plain = contextlib.nullcontext
+    cases = [
+        (train.main, [*SFT, "--lr=much"], 0, plain, 2, "^train.py: --lr: 'much' is not a number"),
+        (train.main, [*SFT, "--shard=on", "--shard_ranks=3"], 0, plain, 2, "no groups of 3"),
+        (disagreeing, SFT, 0, plain, 2, "the ranks have different options"),
+        (train.main, SFT, 1, other_data, 2, "ranks read different examples"),
+        (train.main, SFT, 1, patched("prepare.load_dataset", UserError("no file")), 2, "no file"),
+        (train.main, sharded, 1, full, 1, "step-1.*could not be written .*No space left"),
+        (train.main, [*sharded, "--resume"], 0, plain, 0, ""),
+        (without_a_shard, [*sharded, str(tmp_path)], 0, plain, 2, "rows of .* are missing"),
+    ]
+    told = spawned(failing_main, 2, [case[:4] for case in cases])
+    for (*_, code, words), found in zip(cases, told, strict=True):
+        if code:
+            assert_said_once(found, code, words)
+        else:
+            assert found == [(0, "")] * 2
 
 
 def test_alone_there_is_nobody_to_tell():
@@ -181,7 +227,7 @@ def test_sharding_that_cannot_work_is_one_line():
     def chosen(world, device="cpu", **options):
         place = parallel.Device(torch.device(device), torch.bfloat16, 0, world)
         cfg = Config(**options)
-        return tuple(prepare.choose_shards(cfg, place, student, [teacher, None]))
+        return tuple(prepare.choose_shards(cfg, place, student, [teacher, None]))[:3]
 
     assert chosen(1) == (1, False, False)
     assert chosen(4) == (4, False, False) and chosen(4, shard_ranks=3) == (3, False, False)

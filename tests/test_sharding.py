@@ -23,7 +23,7 @@ from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import lora, parallel, sharding
 from model.checkpoint import save_model
-from model.generate import generate
+from model.generate import Engine, generate
 from model.load import Checkpoint, load_frozen, load_policy
 from model.optim import build_optimizer, clip_gradients
 from model.tensors import stream_tensors
@@ -397,6 +397,50 @@ def file_main(rank, world, port, root, docs, configs, results):
     parallel.close()
 
 
+def lockstep_main(rank, world, port, jobs, results):
+    """Rank 0 puts, for each job, what all ranks generate with gathered weights and in shards."""
+    workers.setup(world, rank, port, 60)
+    told = []
+    for ranks, lora_config in jobs:
+        model, said = load(SHAPE, sharding.make_mesh(ranks, "cpu"), lora_config), []
+        prompts = [[[3, 4, 5], [6], [7, 8]], [], [[9] * 4], [[2, 3]]][rank]
+        engines = []
+        for decodes_in_shards in (False, True):
+            model.decodes_in_shards = decodes_in_shards
+            engines.append(Engine(model))
+            assert isinstance(engines[-1].model, sharding.InShards) == decodes_in_shards
+        for limit in (9, 1 + 3 * rank):  # the second time after an update, and for other lengths
+            for engine in engines:
+                texts = generate(
+                    engine,
+                    prompts,
+                    limit,
+                    [1],
+                    vocab=VOCAB,
+                    temperature=1.0,
+                    seeds=list(range(len(prompts))),
+                    batch_size=2,
+                )
+                said.append(parallel.gather([(c.tokens, c.logp) for c in texts]))
+            updates(model, None, sft_loss, documents()[rank::world], 1)
+        told.append(said)
+    if rank == 0:
+        results.put(told)
+    parallel.barrier()
+    parallel.close()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_samples_in_lockstep_are_those_of_gathered_weights(world):
+    jobs = [(world, None), (2, LORA)]
+    for said in workers.spawned(lockstep_main, world, jobs):
+        assert said[0] != said[2], "an update changes what is sampled"
+        for gathered, in_shards in (said[:2], said[2:]):
+            assert sum(map(len, gathered)) == (3 if world == 2 else 5)
+            for mine, others in zip(sum(gathered, []), sum(in_shards, []), strict=True):
+                assert mine[0] == others[0] and mine[1] == pytest.approx(others[1], abs=1e-10)
+
+
 @pytest.mark.slow
 def test_adapters_of_any_sharding_are_read_by_any_other(tmp_path):
     told = workers.spawned(file_main, 4, tmp_path, documents(), [LORA])
@@ -535,8 +579,12 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path, more):
         finished("--mode=sft", *RUN, "--name=sft", cwd=tmp_path)
     finished(*RUN, *more, "--name=alone", cwd=tmp_path)
     want = timeless(tmp_path / "runs/alone")
-    for name, ranks, options in (("two", 2, []), ("four", 4, ["--shard_ranks=2"])):
-        finished(*RUN, *more, *SHARDED, *options, f"--name={name}", cwd=tmp_path, ranks=ranks)
+    in_step = ["--shard_ranks=2", "--shard_rollouts=on"]
+    for name, ranks, options in (("two", 2, []), ("four", 4, in_step)):
+        told = finished(
+            *RUN, *more, *SHARDED, *options, f"--name={name}", cwd=tmp_path, ranks=ranks
+        )
+        assert ("generates in shards" in told.stdout) == (options == in_step)
         assert_same_run(timeless(tmp_path / "runs" / name), want)
 
 

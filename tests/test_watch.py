@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from unittest import mock
 
@@ -79,6 +80,25 @@ def test_an_error_of_one_rank_reaches_the_others():
         assert "KeyError" in told.tell.call_args.args[0]
         with pytest.raises(train.RunFailed, match="rank 3 is gone; go on"), parallel.telling():
             raise RuntimeError("[pair.cc] Connection closed by peer gloo")
+
+
+def test_a_start_after_another_one_has_a_name_of_its_own():
+    """torchrun's store outlives its restarts."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    store.set("asks/1", "of a rank that is gone")
+    names = []
+
+    def start(rank):
+        names.append(parallel._name_of_start(store, parallel.Place(rank, 3, rank, 3, "")))
+
+    for _ in range(2):
+        threads = [threading.Thread(target=start, args=(rank,), daemon=True) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert len(names) == 6 and len(set(names[:3])) == len(set(names[3:])) == 1
+    assert names[0] != names[3]
 
 
 def failing(how):

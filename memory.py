@@ -1,0 +1,322 @@
+"""What a run takes in a GPU's memory, by formulas: before any weight is read.
+
+`needs` lists the parts, `check` refuses what cannot fit and names the option that would mend it,
+`fitting_tokens` is `--micro_batch_tokens auto`. The formulas are upper bounds of what
+`tests/test_memory.py` counts.
+
+Shapes: T packed tokens, D hidden, V vocabulary, I intermediate, E head dimension.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from config import AVERAGE, Config
+from data.dataset import Dataset
+from errors import UserError
+from kernels import backend
+from kernels.chunk import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from model import parallel
+from model.kv_cache import CAPACITY
+from model.load import Checkpoint
+from model.lora import parse_targets
+from model.sharding import make_mesh
+from model.transformer import ModelConfig, Transformer
+
+LOOKED_AT = 64  # problems of an endless task
+OF_CUDA = 1.2e9  # its context, cuBLAS's workspaces, what NCCL keeps
+SURE = 0.9  # of what the formulas say is needed for certain
+FRAGMENTS = 1.05  # of the allocator's memory, what is free in pieces that are too small
+LEAST_TOKENS, MOST_TOKENS = 512, 1 << 16  # what "auto" chooses between
+
+
+class Shards(NamedTuple):
+    """Which models are split over the ranks, and how many neighbouring ranks share one.
+
+    largest_copy: Bytes of a whole copy that is gathered to generate with; a model that takes more
+    generates in shards.
+    """
+
+    ranks: int
+    policy: bool
+    frozen: bool
+    largest_copy: float = math.inf
+
+    def in_shards(self, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+        """Whether a model, if it is split, generates as it is."""
+        return checkpoint.parameters * dtype.itemsize > self.largest_copy
+
+    def meshes(self, device_type: str) -> tuple[Any, Any]:
+        """Of the policy and of the frozen models; None for what every rank holds whole."""
+        if not (self.policy or self.frozen):
+            return None, None
+        mesh = make_mesh(self.ranks, device_type)
+        return (mesh if self.policy else None), (mesh if self.frozen else None)
+
+
+def device_bytes(cfg: Config, device: torch.device) -> float:
+    """The memory of a GPU, or what --memory_gb says; infinite on a CPU."""
+    if cfg.memory_gb:
+        return cfg.memory_gb * 1e9
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return math.inf
+
+
+def choose_shards(
+    cfg: Config, place: parallel.Device, student: Checkpoint, frozen: Sequence[Checkpoint | None]
+) -> Shards:
+    """What --shard and its kin come to. Raises UserError."""
+    options = {"shard": cfg.shard, "shard_frozen": cfg.shard_frozen}
+    if place.world == 1:
+        for name, value in options.items():
+            if value == "on":
+                raise UserError(
+                    f"--{name} on: this is one process; start several with torchrun, or set "
+                    f"--{name} auto"
+                )
+        return Shards(1, False, False)
+    itemsize = place.compute_dtype.itemsize
+    # fp32 weights, gradients and two moments; adapters are small beside their frozen base
+    policy_bytes = student.parameters * (itemsize if cfg.lora_rank else 16)
+    others = {c for c in frozen if c and not (c is student and cfg.lora_rank)}
+    needs = {"shard": policy_bytes, "shard_frozen": sum(c.parameters for c in others) * itemsize}
+    room = device_bytes(cfg, place.device) / 3
+    chosen = [v == "on" or (v == "auto" and needs[name] > room) for name, v in options.items()]
+    local = parallel.place().local_world
+    ranks = cfg.shard_ranks or (local if local > 1 else place.world)
+    if any(chosen) and (ranks == 1 or place.world % ranks):
+        raise UserError(
+            f"--shard_ranks {ranks}: {place.world} ranks are no groups of {ranks}; choose a divisor"
+        )
+    largest_copy = {"on": 0, "off": math.inf, "auto": room}[cfg.shard_rollouts]
+    return Shards(ranks, chosen[0], chosen[1], largest_copy)
+
+
+# --- one model ------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Parameters of a model: of all blocks, of one, around them, of the adapters on them."""
+
+    blocks: int
+    block: int
+    around: int
+    adapters: int
+
+
+@functools.cache
+def size_of(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -> Size:
+    with torch.device("meta"):
+        model = Transformer(config)
+    adapters = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] in targets:
+            adapters += rank * (layer.in_features + layer.out_features)
+    blocks = sum(p.numel() for p in model.layers.parameters())
+    around = sum(p.numel() for p in model.parameters()) - blocks
+    return Size(blocks, blocks // config.num_layers, around, adapters)
+
+
+def saved_per_token(config: ModelConfig, itemsize: int, cuda: bool) -> int:
+    """Bytes that a block keeps of each token for its backward pass.
+
+    A norm keeps its input in fp32, the normalised and the scaled one; attention its queries, keys,
+    values and output (on a CPU they are copied into blocks first); the MLP its gate before and
+    after the activation, up, and their product.
+    """
+    wide = max(itemsize, 4)
+    norm = wide + 2 * itemsize
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    norms = (4 if config.sandwich_norms else 2) * norm * config.hidden_size
+    if not cuda:
+        heads += (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    if config.qk_norm:
+        norms += norm * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return norms + itemsize * (heads + 4 * config.intermediate_size) + 4 * config.num_heads
+
+
+def kept_slots(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int:
+    """Bytes of a key-value cache with so many slots a row, in whole CAPACITY."""
+    vectors = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return vectors * rows * -(-slots // CAPACITY) * CAPACITY * itemsize
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `needs` reads of a run beside its options: models, place, and what is generated.
+
+    rows, slots: Of the largest key-value cache, per rank. longest: Tokens of the longest document
+    with what is generated. seen: The most tokens that a rank has for one micro-batch.
+    """
+
+    student: Checkpoint
+    teachers: Sequence[Checkpoint]
+    reference: Checkpoint | None
+    place: parallel.Device
+    vocab: int
+    rows: int = 1
+    slots: int = CAPACITY
+    longest: int = LEAST_TOKENS
+    seen: float = math.inf
+
+    def with_data(self, cfg: Config, dataset: Dataset) -> "Job":
+        """This job with the lengths of its data; of an endless task those of its first problems."""
+        number, world = len(dataset) or LOOKED_AT, self.place.world
+        documents = [dataset.get(i) for i in range(number)] + dataset.validation_documents()
+        longest = max(max(len(d), len(d.for_teacher())) for d in documents)
+        samples = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
+        prompt = longest if cfg.mode == "grpo" else max(d.completion_start for d in documents)
+        rows = min(256, -(-len(dataset.validation) // world)) if cfg.eval_examples else 0
+        slots = prompt + cfg.eval_tokens if rows else 0
+        share = -(-cfg.batch_size // world)
+        if samples:
+            longest += cfg.sample_tokens
+            rows, slots = max(rows, min(cfg.sample_batch, share)), max(slots, longest)
+        return dataclasses.replace(
+            self, rows=rows, slots=slots, longest=longest, seen=share * longest
+        )
+
+
+def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
+    """Bytes of each part on a GPU, for micro-batches of `tokens`."""
+    place, config = job.place, job.student.config
+    cuda, tokens = place.device.type == "cuda", int(min(tokens, job.seen))
+    c = place.compute_dtype.itemsize
+    m = max(c, 4)
+    size = size_of(config, cfg.lora_rank, parse_targets(cfg.lora_targets))
+    base = size.blocks + size.around
+    trained = size.adapters or base
+    split = shards.ranks if shards.policy else 1
+    parts = {
+        "weights": ((c * base if size.adapters else 0) + m * trained) / split,
+        "gradients": m * trained / split,
+        "AdamW": 2 * m * trained / split,
+    }
+    if shards.policy:
+        around = 0 if size.adapters else m * size.around
+        parts["whole while it computes"] = m * size.around + around + 3 * c * size.block
+    copied = shards.policy or size.adapters or c < m or cuda
+    if copied and not (shards.policy and shards.in_shards(job.student, place.compute_dtype)):
+        shared = size.around if size.adapters and not shards.policy else 0
+        parts["copy for generation"] = c * (base - shared)
+    frozen, others = shards.ranks if shards.frozen else 1, []
+    for teacher in job.teachers if cfg.teacher != AVERAGE else ():
+        others.append(teacher)
+    if cfg.teacher == AVERAGE and job.teachers:
+        parts["moving average"] = m * trained / split
+    if job.reference:
+        others.append(job.reference)
+    for model in {id(o): o for o in others}.values():
+        if model is job.student and size.adapters and not shards.policy:
+            continue  # the base itself
+        own = size_of(model.config)
+        name = "reference" if model is job.reference else "teacher"
+        held = c * (own.blocks + own.around) / frozen
+        if frozen > 1:
+            held += c * (own.around + 2 * own.block)
+        parts[name] = parts.get(name, 0) + held
+
+    saved = tokens * saved_per_token(config, c, cuda)
+    carried = tokens * config.hidden_size * c
+    cast = 0 if m == c or size.adapters or shards.policy else c * size.block
+    kept = carried if cfg.activation_checkpointing else saved + cast
+    parts["activations"] = config.num_layers * kept + 3 * carried
+    at_work = tokens * c * 4 * config.intermediate_size
+    parts["a block at work"] = at_work + cfg.activation_checkpointing * (saved + cast)
+    hidden = config.hidden_size + sum(teacher.config.hidden_size for teacher in job.teachers)
+    gradient = 0 if size.adapters else m * job.vocab * config.hidden_size
+    cast_head = 0 if c == m else c * job.vocab * config.hidden_size
+    parts["head"] = gradient + cast_head + m * tokens * hidden
+    logits = min(tokens * job.vocab, CHUNK_ELEMENTS["cuda" if cuda else "cpu"])
+    block = logits if cuda else min(logits, BLOCK_ELEMENTS)
+    models = 1 + bool(job.teachers)
+    parts["logits"] = m * models * logits + (c < m) * c * logits
+    if not backend.triton_serves(place.device):
+        parts["logits"] += m * block * (6 if job.teachers else 1)
+    parts["KV cache"] = kept_slots(config, job.rows, job.slots, c)
+    return parts
+
+
+STEP = ("gradients", "activations", "head", "whole while it computes")
+IN_TURN = ("logits", "a block at work")  # never at the same time
+
+
+def peak(parts: dict[str, float], on_cuda: bool) -> float:
+    """The most at a time: the larger of a training step and of generation.
+
+    On a GPU generation takes what is there: with a smaller cache fewer rows run at a time.
+    """
+    passing = (*STEP, *IN_TURN, "KV cache")
+    standing = sum(size for name, size in parts.items() if name not in passing)
+    step = sum(parts.get(name, 0) for name in STEP) + max(parts[name] for name in IN_TURN)
+    if on_cuda:
+        return (standing + step) * FRAGMENTS + OF_CUDA
+    return standing + max(step, parts["KV cache"])
+
+
+def fitting_tokens(cfg: Config, job: Job, shards: Shards) -> int:
+    """The largest micro-batch that fits; the default on a device whose memory is not known."""
+    room, tokens = room_of(cfg, job), LEAST_TOKENS
+    if room == math.inf:
+        return 8192
+    while tokens < MOST_TOKENS and predicted(cfg, job, shards, 2 * tokens) <= room:
+        tokens *= 2
+    step = tokens // 8
+    while tokens < MOST_TOKENS and predicted(cfg, job, shards, tokens + step) <= room:
+        tokens += step
+    return tokens
+
+
+def predicted(cfg: Config, job: Job, shards: Shards, tokens: int) -> float:
+    return peak(needs(cfg, job, shards, tokens), job.place.device.type == "cuda")
+
+
+def room_of(cfg: Config, job: Job) -> float:
+    """The memory of the smallest of the ranks' GPUs."""
+    return min(parallel.gather(device_bytes(cfg, job.place.device)))
+
+
+def check(
+    cfg: Config, job: Job, shards: Shards, room: float, shown: Callable[[float], str]
+) -> None:
+    """Refuse a run that needs more than there is. Raises UserError, with what would mend it."""
+    need = predicted(cfg, job, shards, cfg.micro_batch_tokens)
+    if SURE * need <= room:
+        return
+    smaller = max(job.longest, LEAST_TOKENS)  # no document is cut
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_tokens": smaller},
+        {"activation_checkpointing": True},
+        {"shard_frozen": "on"},
+        {"shard": "on"},
+        {"lora_rank": 16},
+    ]
+    every: dict[str, Any] = {}
+    for change in changes:
+        ((name, value),) = change.items()
+        if name.startswith("shard") and job.place.world == 1:
+            continue
+        for tried in (change, every | change):
+            other = dataclasses.replace(cfg, **tried)
+            frozen = [*job.teachers, job.reference]
+            split = choose_shards(other, job.place, job.student, frozen)
+            if predicted(other, job, split, other.micro_batch_tokens) <= room:
+                if name == "micro_batch_tokens":
+                    value = fitting_tokens(other, job, split)
+                    tried = tried | {name: max(value, smaller)}
+                words = " ".join(f"--{n} {v}" for n, v in tried.items())
+                raise UserError(f"{_short(need, room, shown)}; set {words}")
+        every |= change
+    raise UserError(f"{_short(need, room, shown)}; take a smaller model, or more GPUs")
+
+
+def _short(need: float, room: float, shown: Callable[[float], str]) -> str:
+    return f"this run needs about {shown(need)} on a GPU of {shown(room)} (or say --memory_gb)"
