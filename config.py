@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import torch
 
+import plugins
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
 from kernels.backend import CHOICES
-from losses.grpo import KL_ESTIMATORS, VARIANTS
+from losses.grpo import KL_ESTIMATORS, VARIANTS, clipped_variants
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
 from model.presets import PRESETS, RANDOM
@@ -37,7 +38,7 @@ SELF = ("self", AVERAGE)
 WITH_REFERENCE: Condition = {"grpo_kl_coef": ABOVE_0}
 GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
 OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantages of samples
-CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
+CLIPPED: Condition = {"grpo_variant": clipped_variants}
 TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
 DRAWS: Condition = {"kd_signal": ("draws",)}
 SAVED: Condition = {"save": ("every", "best")}
@@ -183,6 +184,12 @@ class Config:
     )
     dry_run: bool = option(
         False, "say what the run would do, with its first prompt as the model sees it, and stop"
+    )
+    plugin: str = option(
+        "",
+        "Python files with commas between them, run first: what they add to the tables of losses, "
+        "advantages, rewards and tasks can be chosen (docs/forking.md)",
+        load=plugins.load,
     )
     seed: int = option(
         0, "random seed of data, samples and weights", minimum=0, below=2**63, fixed=True
@@ -429,8 +436,8 @@ class Config:
     )
     grpo_reward: str = option(
         "accuracy",
-        f"parts with weights ({', '.join(PARTS)}), as in "
-        "accuracy,format:0.5; or path/to/file.py:function",
+        "parts with weights, as in accuracy,format:0.5,path/to/file.py:function:0.1",
+        named=PARTS,
     )
     grpo_advantage: str = option(
         "std",
