@@ -129,9 +129,9 @@ def parse(
         stored: What a resumed run has stored, between the defaults and `--config`.
         conditions: Refuse an option that is given and not read beside the others.
         notes: Gets a sentence on options that are ignored; None: they are refused. These are
-            options of a `--config` file that are not read because of the command line, and in a
-            trial of a wandb sweep, which draws coupled options one by one, those of the command
-            line, too.
+            options of a `--config` file that are not read because of a later one or of the command
+            line, and in a trial of a wandb sweep, which draws coupled options one by one, those of
+            the command line, too.
 
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
@@ -150,8 +150,9 @@ def parse(
     config = cls(**with_defaults(cls, values))
     may_ignore, ignored = set(), {}
     if notes is not None:
-        files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:-1]])))
-        may_ignore = {n for layer in layers[:-1] for n in layer if not _unmet(files, n)}
+        for number, layer in enumerate(layers[:-1], 1):
+            files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:number]])))
+            may_ignore |= {name for name in layer if not _unmet(files, name)}
         if os.environ.get("WANDB_SWEEP_ID"):
             may_ignore |= layers[-1].keys()
         else:

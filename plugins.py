@@ -41,6 +41,7 @@ class Table(dict[str, T], Generic[T]):
         self, what: str, form: str | type, entries: dict[str, T], named: tuple[str, ...] = ()
     ):
         super().__init__(entries)
+        self.added: set[str] = set()  # names of the user's own
         self.what, self.form, self.named = what, form, named
 
     def __setitem__(self, name: str, value: T) -> None:
@@ -53,6 +54,7 @@ class Table(dict[str, T], Generic[T]):
                 raise UserError(f"the {self.what} {name!r} must be a {self.form.__name__}")
         else:
             check_call(value, f"the {self.what} {name!r}", self.form, self.named)
+        self.added.add(name)
         super().__setitem__(name, value)
 
 
@@ -105,11 +107,14 @@ def load_module(file: str, label: str) -> ModuleType:
     try:
         exec(compile(text, str(key), "exec"), vars(module))
     except (Exception, SystemExit) as e:
-        line = e.lineno if isinstance(e, SyntaxError) else None
+        line, said = None, f"{type(e).__name__}: {e}"
+        if isinstance(e, SyntaxError):
+            line, said = e.lineno, f"SyntaxError: {e.msg}"
+        elif isinstance(e, UserError):
+            said = str(e)
         for frame in traceback.extract_tb(e.__traceback__):
             if frame.filename == str(key):
                 line = frame.lineno
-        said = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         raise UserError(f"{label} {file}{f':{line}' if line else ''}: {said}") from None
     LOADED[key] = digest, module
     return module
@@ -120,10 +125,15 @@ def files_in(value: str) -> list[str]:
     return [file.strip() for file in FILES.findall(value)]
 
 
+def digest_of(file: str) -> str:
+    """The first digits of the SHA-256 of what ran of a file."""
+    return LOADED[Path(file).resolve()][0][:12]
+
+
 def digests(*values: str) -> str:
-    """The files of these options and the first digits of the SHA-256 of what ran of each."""
+    """The files that these options name, each with its digest."""
     names = [file for value in values for file in files_in(value)]
-    return ", ".join(f"{name} {LOADED[Path(name).resolve()][0][:12]}" for name in names)
+    return ", ".join(f"{name} {digest_of(name)}" for name in names)
 
 
 def function_of(file: str, name: str, label: str) -> Callable:

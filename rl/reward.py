@@ -148,14 +148,14 @@ class Reward:
         return sum(values[name] for name in names)
 
     def _value(self, part: Part, example: Example, text: str, seen: dict) -> float:
-        sample = f"the sample {text[:60]!r} for {example.origin}"
         try:
             value = float(part.function(example, text, **{n: seen[n] for n in part.takes}))
+            if math.isfinite(value):
+                return value
+            problem = f"returned {value}"
         except (Exception, SystemExit) as e:  # the user's code may raise anything
-            refuse(self.spec, f" raised {type(e).__name__}: {e} on {sample}")
-        if not math.isfinite(value):
-            refuse(self.spec, f" returned {value} on {sample}")
-        return value
+            problem = f"raised {type(e).__name__}: {e}"
+        refuse(self.spec, f" {problem} on the sample {text[:60]!r} for {example.origin}")
 
 
 def parse_reward(

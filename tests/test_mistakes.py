@@ -98,7 +98,7 @@ MISTAKES = [
     ("--mode=grpo --sample_top_p=0.9", "change who samples"),
     ("--mode=grpo --grpo_reward=r.py", "r.py"),
     ("--mode=grpo --grpo_reward=r.py:god", "has no function 'god'"),
-    ("--mode=grpo --grpo_reward=bad.py:f", "could not be loaded (SystemExit: 0)"),
+    ("--mode=grpo --grpo_reward=bad.py:f", "--grpo_reward bad.py:2: SystemExit: 0"),
     ("--kd_prefix=student --kd_ce=0.5", "set --kd_ce 0, or --kd_prefix data or teacher"),
     ("--config=c.yaml", "YAML is not read; write TOML"),
     ("--config=old.toml", "kd_beta is not read with mode=sft"),
