@@ -258,6 +258,7 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config", action="append", metavar="FILE", help="a TOML or JSON file of options"
         )
+        self.cls = cls
         group, sections = self, getattr(cls, "sections", {})
         for spec in fields(cls):
             rules, shape = _rules(spec), _shape(spec)
@@ -280,6 +281,11 @@ class _Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str):
+        _, found, words = message.partition("unrecognized arguments: ")
+        if found:
+            name = words.lstrip("-").split()[0].partition("=")[0].rpartition(".")[2]
+            spec = _find(self.cls, name.replace("-", "_"), words)
+            raise UserError(f"{words}: an option begins with two dashes, as in --{spec.name}")
         raise UserError(message)
 
 
@@ -337,8 +343,9 @@ def _find(cls: Cls, name: str, source: str) -> Field:
     for spec in known.values():
         if name and name in (spec.name, _rules(spec).alias):
             return spec
-    near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
-    hint = getattr(cls, "hints", {}).get(name)
+    last = name.rpartition(".")[2]  # as in actor_rollout_ref.actor.optim.lr
+    near = _nearest(last, [*known, "config"], "; did you mean {}?", "; see --help")
+    hint = getattr(cls, "hints", {}).get(last)
     if hint:
         near = f", but of other programs; here it is {hint}"
     raise UserError(f"{source} is not an option{near}")
