@@ -116,6 +116,11 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     return field(default=default, kw_only=True, metadata=metadata)
 
 
+def turned_round(hints: dict[str, str]) -> dict[str, str]:
+    """The `hints` of a class from {what to write here: names of other programs}."""
+    return {name: hint for hint, names in hints.items() for name in names.split()}
+
+
 def parse(
     cls: type[T],
     argv: Words,

@@ -49,42 +49,35 @@ class Table(dict[str, T], Generic[T]):
             raise UserError(f"there is a {self.what} {name!r} already; choose another name")
         if not isinstance(name, str) or not name.isidentifier():
             raise UserError(f"{name!r} is no name for a {self.what}; write letters, digits and _")
-        if isinstance(self.form, type):
-            if not isinstance(value, self.form):
-                raise UserError(f"the {self.what} {name!r} must be a {self.form.__name__}")
-        else:
+        if isinstance(self.form, str):
             check_call(value, f"the {self.what} {name!r}", self.form, self.named)
+        elif not isinstance(value, self.form):
+            raise UserError(f"the {self.what} {name!r} must be a {self.form.__name__}")
         self.added.add(name)
         super().__setitem__(name, value)
 
 
 def check_call(function: object, what: str, form: str, named: tuple[str, ...] = ()) -> list[str]:
-    """Whether a function can be called with the parameters of `form`, "student, teacher" say.
+    """Which of the names in `named` a function takes beside the parameters of `form`.
 
-    Returns:
-        Those of the names in `named` that the function takes, too.
-
-    Raises:
-        UserError: it cannot.
+    Raises UserError where it cannot be called with these.
     """
     more = "; by name also " + ", ".join(named) if named else ""
     try:
         if not callable(function):
             raise TypeError("it cannot be called")
         signature = inspect.signature(function)
-        parameters = signature.parameters
-        takes = [n for n in named if n in parameters]
+        takes = [name for name in named if name in signature.parameters]
         signature.bind(*form.split(", "), **dict.fromkeys(takes))
     except (TypeError, ValueError) as e:
         raise UserError(f"{what} must be a function of ({form}{more}): {e}") from None
     return takes
 
 
-def load(files: str, label: str = "--plugin") -> None:
-    """Run each of the files, with commas between them, that did not run yet. Raises UserError."""
-    for file in files.split(","):
-        if file.strip():
-            load_module(file.strip(), label)
+def load(files: str) -> None:
+    """Run each of the files of a --plugin that did not run yet. Raises UserError."""
+    for file in filter(None, map(str.strip, files.split(","))):
+        load_module(file, "--plugin")
 
 
 def load_module(file: str, label: str) -> ModuleType:
@@ -108,7 +101,7 @@ def load_module(file: str, label: str) -> ModuleType:
         exec(compile(text, str(key), "exec"), vars(module))
     except (Exception, SystemExit) as e:
         line, said = None, f"{type(e).__name__}: {e}"
-        if isinstance(e, SyntaxError):
+        if isinstance(e, SyntaxError) and e.filename == str(key):
             line, said = e.lineno, f"SyntaxError: {e.msg}"
         elif isinstance(e, UserError):
             said = str(e)

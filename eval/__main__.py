@@ -35,7 +35,7 @@ from files import replace_file
 from locks import waiting_for
 from model import parallel
 from model.load import Subject, find
-from options import REQUIRED, option
+from options import REQUIRED, option, turned_round
 from plugins import digest_of, files_in
 from run import handled, interrupt
 
@@ -52,23 +52,19 @@ class EvalOptions(PromptOptions, SamplingOptions):
         "checkpoints": "what is evaluated",
         "data": "files",
     }
-    hints = {
-        "model": "the checkpoint, without a name before it",
-        "model_name_or_path": "the checkpoint, without a name before it",
-        "pretrained": "the checkpoint, without a name before it",
-        "max_new_tokens": "--max_tokens",
-        "max_completion_length": "--max_tokens",
-        "max_gen_toks": "--max_tokens",
-        "num_samples": "--n",
-        "num_generations": "--n",
-        "num_fewshot": "--prompt few_shot",
-        "output_dir": "--out",
-        "output_path": "--out",
-        "dataset": "--tasks, which takes a file, too",
-        "do_sample": "--temperature, or --greedy",
-        "system_prompt": "--system",
-        "prompt_suffix": "--instruction",
-    }
+    hints = turned_round(
+        {
+            "the checkpoint, without a name before it": "model model_name_or_path pretrained",
+            "--max_tokens": "max_new_tokens max_completion_length max_gen_toks",
+            "--n": "num_samples num_generations",
+            "--prompt few_shot": "num_fewshot",
+            "--out": "output_dir output_path",
+            "--tasks, which takes a file, too": "dataset",
+            "--temperature, or --greedy": "do_sample",
+            "--system": "system_prompt",
+            "--instruction": "prompt_suffix",
+        }
+    )
     checkpoints: tuple[str, ...] = option(
         REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
@@ -178,7 +174,7 @@ def _job(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     if benchmarks.is_own(benchmark):
-        identity["plugin"] = [digest_of(file) for file in files_in(args.plugin)]
+        identity["plugin"] = list(map(digest_of, files_in(args.plugin)))
     samples = summary.Samples(Path(args.out) / subject.label, benchmark.name)
     samples.check(identity)
     return Job(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.dataset import SPLIT_SEED
 from data.formats import SUFFIXES, read_examples, read_rows, to_example
@@ -90,24 +90,18 @@ def _plain(number: Any) -> str:
     return str(value) if value.denominator == 1 else text
 
 
-class Reader(NamedTuple):
-    """How a test set is read: the task of data/tasks.py that grades, and what a row says."""
-
-    task: str
-    read: Callable[[Any, str], tuple[str, str, str | None]]
-
-
-READERS: Table[Reader] = Table(
+# name -> (the task of data/tasks.py that grades, what reads a row)
+READERS: Table[tuple[str, Callable]] = Table(
     "test set",
-    Reader,
+    tuple,
     {
-        "gsm8k": Reader("gsm8k", _gsm8k),
-        "svamp": Reader("gsm8k", _svamp),
-        "math500": Reader("math", _math),
-        "amc23": Reader("math", _math),
-        "aime24": Reader("math", _math),
-        "minerva_math": Reader("math", _minerva),
-        "olympiadbench": Reader("math", _olympiad),
+        "gsm8k": ("gsm8k", _gsm8k),
+        "svamp": ("gsm8k", _svamp),
+        "math500": ("math", _math),
+        "amc23": ("math", _math),
+        "aime24": ("math", _math),
+        "minerva_math": ("math", _minerva),
+        "olympiadbench": ("math", _olympiad),
     },
 )
 
@@ -132,10 +126,9 @@ def label(name: str) -> str:
     """
     if not is_file(name):
         return name
-    path = Path(name)
-    stem = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".jsonl")
-    stem = stem.removesuffix(".parquet")
-    return path.name if stem in names() else stem
+    file = Path(name).name
+    stem = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", file)
+    return file if stem in names() else stem
 
 
 def is_own(benchmark: "Benchmark") -> bool:

@@ -188,6 +188,7 @@ MISTAKES = [
     ("x = (\n", "bad.py:1: SyntaxError: '(' was never closed"),
     ("\nimport nothing_like_it\n", "bad.py:2: ModuleNotFoundError: No module named"),
     ("\n\nraise SystemExit(0)\n", "bad.py:3: SystemExit: 0"),
+    ("\nimport broken\n", "bad.py:2: SyntaxError: invalid syntax (broken.py, line 1)"),
     ("def f():\n    return 1 / 0\nf()\n", "bad.py:2: ZeroDivisionError"),
     ("from losses.kd import DIVERGENCES as D\nD['jsd'] = max\n", "bad.py:2: there is a divergence"),
     ("from losses.kd import DIVERGENCES as D\nD['a b'] = max\n", "'a b' is no name"),
@@ -209,6 +210,7 @@ MISTAKES = [
 @pytest.mark.parametrize("text,words", MISTAKES, ids=[words for _, words in MISTAKES])
 @pytest.mark.parametrize("main", [train.main, evaluation.main])
 def test_a_faulty_plugin_is_one_line(home, text, words, main):
+    (home / "broken.py").write_text("1 +\n")
     more = [] if main is train.main else ["model", "--tasks=gsm8k"]
     (home / "bad.py").write_bytes(text if isinstance(text, bytes) else text.encode())
     code, said = run("--plugin=bad.py", *more, main=main)
