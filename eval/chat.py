@@ -5,7 +5,7 @@ one. The checkpoint is a folder in Hugging Face form, a hub id, or the folder of
 checkpoint).
 """
 
-from errors import UserError, as_command, say  # isort: skip
+from errors import UserError, as_command  # isort: skip
 
 import dataclasses
 import sys
@@ -129,8 +129,6 @@ def answer(
 def talk(args: ChatOptions) -> None:
     """Answer line by line until the input ends."""
     subject = find(args.checkpoint)
-    if str(subject.folder) != args.checkpoint:
-        say(f"{args.checkpoint}: {subject.folder}", sys.stderr)
     formatter, engine = formatter_of(subject, args), Engine(subject.model())
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
