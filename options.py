@@ -60,8 +60,8 @@ class Rules(NamedTuple):
     named: words that a value is made of, for --help.
     files: a value that ends in one of these names a file, and is none of the choices.
     load: a function that is called with the value, from wherever it is given, before any other
-    option is looked at: choices may come from it. It may be given several times, which is one value
-    with commas.
+    option is looked at: choices may come from it. It returns whether they may have changed. The
+    option may be given several times, which is one value with commas.
     above, minimum, maximum, below: bounds of a number; `above` and `below` themselves are excluded.
     read_when: a run reads the option only if this condition holds, or one of a list of conditions;
     an option in a condition must itself be read. Without it the class's `read_when_prefix`
@@ -83,7 +83,7 @@ class Rules(NamedTuple):
     choices: Collection[str] | Callable[[], Collection[str]] = ()
     named: Collection[str] = ()
     files: tuple[str, ...] = ()
-    load: Callable[[str], None] | None = None
+    load: Callable[[str], bool] | None = None
     above: float = -math.inf
     minimum: float = -math.inf
     maximum: float = math.inf
@@ -146,8 +146,7 @@ def parse(
     for spec in fields(cls):
         load = _rules(spec).load
         value = (stored | peek(cls, argv, spec.name)).get(spec.name) if load else None
-        if load and value:
-            load(value)
+        if load and value and load(value):
             _parser.cache_clear()  # its help shows the choices
     layers = read_layers(cls, argv)
     stored = {k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in stored.items()}

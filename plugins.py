@@ -74,10 +74,12 @@ def check_call(function: object, what: str, form: str, named: tuple[str, ...] = 
     return takes
 
 
-def load(files: str) -> None:
-    """Run each of the files of a --plugin that did not run yet. Raises UserError."""
+def load(files: str) -> bool:
+    """Run the files of a --plugin that did not run yet. Returns whether any did."""
+    before = dict(LOADED)
     for file in filter(None, map(str.strip, files.split(","))):
         load_module(file, "--plugin")
+    return before != LOADED
 
 
 def load_module(file: str, label: str) -> ModuleType:
