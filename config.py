@@ -16,15 +16,16 @@ from typing import Any, Literal
 
 import torch
 
+import plugins
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
 from kernels.backend import CHOICES
-from losses.grpo import KL_ESTIMATORS, VARIANTS
+from losses.grpo import KL_ESTIMATORS, VARIANTS, clipped_variants
 from losses.kd import DIVERGENCES, WITH_BETA
 from model.lora import parse_targets
 from model.presets import PRESETS, RANDOM
-from options import ABOVE_0, Condition, Values, option
+from options import ABOVE_0, Condition, Values, option, turned_round
 from rl.advantage import ADVANTAGES
 from rl.reward import PARTS
 from run import newest_checkpoint
@@ -37,7 +38,7 @@ SELF = ("self", AVERAGE)
 WITH_REFERENCE: Condition = {"grpo_kl_coef": ABOVE_0}
 GENERATED: Condition = {"kd_prefix": ("student", "teacher")}
 OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantages of samples
-CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
+CLIPPED: Condition = {"grpo_variant": clipped_variants}
 TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
 DRAWS: Condition = {"kd_signal": ("draws",)}
 SAVED: Condition = {"save": ("every", "best")}
@@ -71,50 +72,72 @@ def whose_defaults(model: str) -> str:
     return "toy" if is_toy else "pretrained"
 
 
-# What people type who know other programs.
-HINTS = {
-    "learning_rate": "--lr",
-    "per_device_train_batch_size": "--batch_size, of a whole step, all devices together",
-    "train_batch_size": "--batch_size, of a whole step, all devices together",
-    "gradient_accumulation_steps": "--batch_size, of a whole step, and micro-batches are cut by "
-    "--micro_batch_tokens",
-    "num_train_epochs": "--epochs",
-    "num_epochs": "--epochs",
-    "max_steps": "--steps",
-    "warmup_steps": "--warmup",
-    "warmup_ratio": "--warmup, in steps",
-    "lr_scheduler_type": "--schedule",
-    "temperature": "--sample_temperature, or --kd_temperature for that of the divergence",
-    "top_p": "--sample_top_p",
-    "top_k": "--sample_top_k, or --kd_topk for the teacher's",
-    "beta": "--grpo_kl_coef, the weight of the KL to the reference, or --kd_beta, of a mixture",
-    "epsilon": "--grpo_clip_low and --grpo_clip_high",
-    "loss_type": "--grpo_variant",
-    "num_generations": "--grpo_samples",
-    "num_iterations": "--grpo_ppo_epochs",
-    "reward_funcs": "--grpo_reward",
-    "lmbda": "--kd_mix",
-    "max_completion_length": "--sample_tokens",
-    "max_new_tokens": "--sample_tokens",
-    "max_length": "--micro_batch_tokens",
-    "max_seq_length": "--micro_batch_tokens",
-    "model_name_or_path": "--model",
-    "teacher_model_name_or_path": "--teacher",
-    "dataset_name": "--data",
-    "train_file": "--data",
-    "output_dir": "--runs, the folder of all runs, and --name",
-    "logging_steps": "--log_every",
-    "eval_steps": "--eval_every",
-    "save_steps": "--save_every",
-    "save_total_limit": "--max_checkpoints",
-    "save_strategy": "--save",
-    "resume_from_checkpoint": "--resume, with --name",
-    "bf16": "--dtype bfloat16",
-    "fp16": "--dtype bfloat16",
-    "gradient_checkpointing": "--activation_checkpointing",
-    "report_to": "--wandb",
-    "lora_r": "--lora_rank",
-}
+# What to write in place of names that people know from other programs.
+HINTS = turned_round(
+    {
+        "--lr": "learning_rate",
+        "--lr_floor": "min_lr_ratio final_lr_frac",
+        "--schedule": "lr_scheduler_type",
+        "--warmup": "warmup_steps",
+        "--warmup, in steps": "warmup_ratio",
+        "--beta1": "adam_beta1",
+        "--beta2": "adam_beta2",
+        "--eps": "adam_epsilon",
+        "--max_grad_norm": "grad_clip",
+        "--batch_size, of a whole step, all devices together": "per_device_train_batch_size "
+        "train_batch_size per_device_batch_size device_batch_size",
+        "--batch_size, of a whole step, and micro-batches are cut by "
+        "--micro_batch_tokens": "gradient_accumulation_steps",
+        "--batch_size, in examples": "total_batch_size",
+        "--micro_batch_tokens": "max_length max_seq_length max_seq_len max_prompt_length",
+        "--epochs": "num_train_epochs num_epochs total_epochs",
+        "--steps": "max_steps total_training_steps",
+        "--model": "model_name_or_path path",
+        "--teacher": "teacher_model_name_or_path",
+        "--data": "dataset_name train_file train_files",
+        "--eval_data": "val_files validation_file eval_dataset",
+        "--seed": "data_seed seed_data",
+        "--sample_temperature, or --kd_temperature for that of the divergence": "temperature",
+        "--sample_top_p": "top_p",
+        "--sample_top_k, or --kd_topk for the teacher's": "top_k",
+        "--sample_tokens": "max_completion_length max_new_tokens max_response_length",
+        "--kd_divergence": "divergence",
+        "--kd_mix": "lmbda",
+        "--kd_ce, the part of the cross-entropy, or --lora_alpha": "alpha",
+        "--grpo_kl_coef, the weight of the KL to the reference, or --kd_beta, of a mixture": "beta",
+        "--grpo_kl_coef": "kl_coef kl_loss_coef",
+        "--grpo_variant": "loss_type",
+        "--grpo_samples": "num_generations n",
+        "--grpo_ppo_epochs": "ppo_epochs",
+        "--grpo_ppo_epochs, or --steps, the number of optimizer steps": "num_iterations",
+        "--grpo_clip_low and --grpo_clip_high": "epsilon clip_ratio",
+        "--grpo_clip_high": "epsilon_high",
+        "--grpo_entropy_coef": "entropy_coeff",
+        "--grpo_advantage std or mean": "scale_rewards",
+        "--grpo_mask_truncated": "mask_truncated_completions",
+        "--grpo_reward": "reward_funcs",
+        "--grpo_reward, as in accuracy,format:0.5": "reward_weights",
+        "--lora_rank": "lora_r",
+        "--lora_rank above 0": "use_peft",
+        "--lora_targets": "lora_target_modules",
+        "--runs, the folder of all runs, and --name": "output_dir",
+        "--name": "run_name experiment_name",
+        "--resume, with --name": "resume_from_checkpoint",
+        "--log_every": "logging_steps",
+        "--eval_every": "eval_steps eval_strategy test_freq",
+        "--save": "save_strategy",
+        "--save_every": "save_steps save_freq",
+        "--max_checkpoints": "save_total_limit",
+        "--dtype": "torch_dtype",
+        "--dtype bfloat16": "bf16 fp16",
+        "--activation_checkpointing": "gradient_checkpointing",
+        "--shard on, with torchrun": "deepspeed fsdp",
+        "--wandb": "report_to",
+        "--wandb_project": "project_name",
+        "nothing: samples are generated in the same process": "use_vllm",
+        "nothing: weights are not quantised; --lora_rank saves memory": "load_in_4bit",
+    }
+)
 
 
 def if_rollout_is_reused(stored: Values) -> bool:
@@ -183,6 +206,12 @@ class Config:
     )
     dry_run: bool = option(
         False, "say what the run would do, with its first prompt as the model sees it, and stop"
+    )
+    plugin: str = option(
+        "",
+        "Python files with commas between them, run first: what they add to the tables of losses, "
+        "advantages, rewards and tasks can be chosen (docs/forking.md)",
+        load=plugins.load,
     )
     seed: int = option(
         0, "random seed of data, samples and weights", minimum=0, below=2**63, fixed=True
@@ -433,8 +462,8 @@ class Config:
     )
     grpo_reward: str = option(
         "accuracy",
-        f"parts with weights ({', '.join(PARTS)}), as in "
-        "accuracy,format:0.5; or path/to/file.py:function",
+        "parts with weights, as in accuracy,format:0.5,path/to/file.py:function:0.1",
+        named=PARTS,
     )
     grpo_advantage: str = option(
         "std",

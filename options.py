@@ -47,7 +47,8 @@ ABOVE_0 = ("above 0",)  # in a condition: a number that switches something on
 
 Words = Sequence[str]
 Values = dict[str, Any]  # {name of an option: its value}
-Condition = dict[str, tuple]  # {other option: values, one of which it must have}; all must hold
+# {other option: values, one of which it must have, or a function that returns them}; all must hold
+Condition = dict[str, Any]
 
 
 class Rules(NamedTuple):
@@ -55,7 +56,12 @@ class Rules(NamedTuple):
 
     alias: a second name.
     also: words that a switch may have for its value, beside those for true and false.
-    choices: allowed values, where the type is not a Literal.
+    choices: allowed values, where the type is not a Literal, or a function that returns them.
+    named: words that a value is made of, for --help.
+    files: a value that ends in one of these names a file, and is none of the choices.
+    load: a function that is called with the value, from wherever it is given, before any other
+    option is looked at: choices may come from it. It returns whether they may have changed. The
+    option may be given several times, which is one value with commas.
     above, minimum, maximum, below: bounds of a number; `above` and `below` themselves are excluded.
     read_when: a run reads the option only if this condition holds, or one of a list of conditions;
     an option in a condition must itself be read. Without it the class's `read_when_prefix`
@@ -74,7 +80,10 @@ class Rules(NamedTuple):
     positional: bool = False
     alias: str = ""
     also: Collection[str] = ()
-    choices: Collection[str] = ()
+    choices: Collection[str] | Callable[[], Collection[str]] = ()
+    named: Collection[str] = ()
+    files: tuple[str, ...] = ()
+    load: Callable[[str], bool] | None = None
     above: float = -math.inf
     minimum: float = -math.inf
     maximum: float = math.inf
@@ -107,6 +116,11 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     return field(default=default, kw_only=True, metadata=metadata)
 
 
+def turned_round(hints: dict[str, str]) -> dict[str, str]:
+    """The `hints` of a class from {what to write here: names of other programs}."""
+    return {name: hint for hint, names in hints.items() for name in names.split()}
+
+
 def parse(
     cls: type[T],
     argv: Words,
@@ -120,24 +134,29 @@ def parse(
         stored: What a resumed run has stored, between the defaults and `--config`.
         conditions: Refuse an option that is given and not read beside the others.
         notes: Gets a sentence on options that are ignored; None: they are refused. These are
-            options of a `--config` file that are not read because of the command line, and in a
-            trial of a wandb sweep, which draws coupled options one by one, those of the command
-            line, too.
+            options of a `--config` file that are not read because of a later one or of the command
+            line, and in a trial of a wandb sweep, which draws coupled options one by one, those of
+            the command line, too.
 
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
     """
     known = cls.__dataclass_fields__
+    stored = stored or {}
+    for spec in fields(cls):
+        load = _rules(spec).load
+        value = (stored | peek(cls, argv, spec.name)).get(spec.name) if load else None
+        if load and value and load(value):
+            _parser.cache_clear()  # its help shows the choices
     layers = read_layers(cls, argv)
-    stored = {
-        k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in (stored or {}).items()
-    }
+    stored = {k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in stored.items()}
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
     may_ignore, ignored = set(), {}
     if notes is not None:
-        files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:-1]])))
-        may_ignore = {n for layer in layers[:-1] for n in layer if not _unmet(files, n)}
+        for number, layer in enumerate(layers[:-1], 1):
+            files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:number]])))
+            may_ignore |= {name for name in layer if not _unmet(files, name)}
         if os.environ.get("WANDB_SWEEP_ID"):
             may_ignore |= layers[-1].keys()
         else:
@@ -167,9 +186,24 @@ def parse(
     return config
 
 
-def read_layers(cls: Cls, argv: Words) -> list[Values]:
-    """Return what each `--config` file sets, then what the command line sets; later ones win."""
-    given = vars(_parser(cls).parse_args(_normalize(cls, argv)))
+def peek(cls: Cls, argv: Words, *names: str) -> Values:
+    """Return what a command line says of some options, before the others are looked at.
+
+    An option that is not given is not there. Raises UserError.
+    """
+    found = {}
+    for layer in read_layers(cls, argv, names):
+        found |= layer
+    return found
+
+
+def read_layers(cls: Cls, argv: Words, names: tuple[str, ...] = ()) -> list[Values]:
+    """Return what each `--config` file sets, then what the command line sets; later ones win.
+
+    names: of these options alone; empty: of all.
+    """
+    parser, words = _parser(cls, names), _normalize(cls, argv)
+    given = vars(parser.parse_known_args(words)[0] if names else parser.parse_args(words))
     sources = [(f"{file}: ", read_file(file)) for file in given.pop("config", [])]
     layers = []
     for prefix, values in [*sources, ("--", given)]:
@@ -177,6 +211,10 @@ def read_layers(cls: Cls, argv: Words) -> list[Values]:
         for name, value in values.items():
             source = prefix + name
             spec = _find(cls, name, source)
+            if names and spec.name not in names:
+                continue
+            if _rules(spec).load and isinstance(value, list):
+                value = ",".join(value)
             if _rules(spec).positional:
                 source = name.upper()
             layer[spec.name] = _convert(spec, value, source)
@@ -205,9 +243,12 @@ def resolved(config: Options, without: Words = ()) -> Values:
 
 # --- the command line ----------------------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
-    """Sorts the words of a command line by option; `_convert` reads the values."""
+    """Sorts the words of a command line by option; `_convert` reads the values.
 
-    def __init__(self, cls: Cls):
+    names: of these options alone, and without --help; empty: of all.
+    """
+
+    def __init__(self, cls: Cls, names: tuple[str, ...]):
         super().__init__(
             usage=argparse.SUPPRESS,
             description=sys.modules[cls.__module__].__doc__,
@@ -215,13 +256,18 @@ class _Parser(argparse.ArgumentParser):
                 argparse.RawDescriptionHelpFormatter, width=100, max_help_position=38
             ),
             argument_default=argparse.SUPPRESS,
+            add_help=not names,
+            allow_abbrev=False,
         )
         self.add_argument(
             "--config", action="append", metavar="FILE", help="a TOML or JSON file of options"
         )
+        self.cls = cls
         group, sections = self, getattr(cls, "sections", {})
         for spec in fields(cls):
             rules, shape = _rules(spec), _shape(spec)
+            if names and spec.name not in names:
+                continue
             if spec.name in sections:
                 group = self.add_argument_group(sections[spec.name])
             help = _help(cls, spec)
@@ -231,6 +277,7 @@ class _Parser(argparse.ArgumentParser):
                 continue
             group.add_argument(
                 f"--{spec.name}",
+                action="append" if rules.load else "store",
                 metavar=shape.kind.__name__.upper(),
                 nargs=shape.size or None,
                 required=spec.default is REQUIRED,
@@ -238,18 +285,24 @@ class _Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str):
+        _, found, words = message.partition("unrecognized arguments: ")
+        if found:
+            name = words.lstrip("-").split()[0].partition("=")[0].rpartition(".")[2]
+            spec = _find(self.cls, name.replace("-", "_"), words)
+            raise UserError(f"{words}: an option begins with two dashes, as in --{spec.name}")
         raise UserError(message)
 
 
 @functools.cache
-def _parser(cls: Cls) -> _Parser:
+def _parser(cls: Cls, names: tuple[str, ...]) -> _Parser:
     """The parser of a class. A study parses hundreds of runs, and making one takes longer."""
-    return _Parser(cls)
+    return _Parser(cls, names)
 
 
 def _help(cls: Cls, spec: Field) -> str:
     """Return an option's help with its choices, its defaults and when it is read."""
-    rules, choices, facts = _rules(spec), _shape(spec).choices, []
+    rules, facts = _rules(spec), []
+    choices = _shape(spec).choices or rules.named
     if spec.default not in (REQUIRED, "", None, ()):
         facts.append(f"default {spec.default}")
     for key, defaults in rules.default_when.items():
@@ -294,8 +347,9 @@ def _find(cls: Cls, name: str, source: str) -> Field:
     for spec in known.values():
         if name and name in (spec.name, _rules(spec).alias):
             return spec
-    near = _nearest(name, [*known, "config"], "; did you mean {}?", "; see --help")
-    hint = getattr(cls, "hints", {}).get(name)
+    last = name.rpartition(".")[2]  # as in actor_rollout_ref.actor.optim.lr
+    near = _nearest(last, [*known, "config"], "; did you mean {}?", "; see --help")
+    hint = getattr(cls, "hints", {}).get(last)
     if hint:
         near = f", but of other programs; here it is {hint}"
     raise UserError(f"{source} is not an option{near}")
@@ -330,6 +384,8 @@ def _rules(spec: Field) -> Rules:
 def _shape(spec: Field) -> _Shape:
     declared: Any = spec.type
     items, choices = get_args(declared), _rules(spec).choices
+    if callable(choices):
+        choices = choices()
     if get_origin(declared) is tuple:
         return _Shape(items[0], choices, 0 if ... in items else len(items))
     if get_origin(declared) is Literal:
@@ -368,7 +424,8 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
     except (ValueError, KeyError, OverflowError):
         words = " or ".join((KINDS[kind], *_rules(spec).also))
         raise UserError(f"{source}: {value!r} is not {words}") from None
-    if choices and value not in choices:
+    is_file = kind is str and _rules(spec).files and value.endswith(_rules(spec).files)
+    if choices and value not in choices and not is_file:
         every = ", ".join(choices)
         hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
         near = _nearest(str(value), choices, hint, f"choose from {every}")
@@ -443,11 +500,16 @@ def _unmet(config: Options, name: str) -> str:
         unmet = ""
         for other, wanted in condition.items():
             value = getattr(config, other)
-            holds = value > 0 if wanted == ABOVE_0 else value in wanted
+            holds = value > 0 if wanted == ABOVE_0 else value in _values(wanted)
             unmet = unmet or _unmet(config, other) or ("" if holds else other)
         if not unmet:
             break
     return unmet
+
+
+def _values(wanted: Collection | Callable[[], Collection]) -> Collection:
+    """The values that a condition wants of an option."""
+    return wanted() if callable(wanted) else wanted
 
 
 def _needs(config: Options, name: str) -> str:
@@ -468,7 +530,9 @@ def _describe(conditions: list[Condition]) -> str:
     """Return conditions in words, as in --mode kd, or with --grpo_kd_coef above 0."""
     parts = []
     for condition in conditions:
-        items = [f"--{name} {' or '.join(map(str, values))}" for name, values in condition.items()]
+        items = []
+        for name, wanted in condition.items():
+            items.append(f"--{name} {' or '.join(map(str, _values(wanted)))}")
         parts.append(" and ".join(items))
     return ", or with ".join(parts)
 

@@ -18,6 +18,7 @@ from errors import say
 from memory import check, device_bytes, needs, peak, room_of, size_of
 from model.load import Checkpoint
 from model.lora import parse_targets
+from plugins import digests
 from prepare import Plan
 
 LOOKED_AT = 64  # examples whose mean length is shown
@@ -45,6 +46,9 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
         "(--defaults)",
         *_space(cfg, plan, folder),
     ]
+    own = digests(cfg.plugin, cfg.grpo_reward)
+    if own:
+        lines.append(f"plugins    {own} (SHA-256)")
     if cfg.lora_dropout and needs_old_logp(cfg):
         lines.append(
             "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "

@@ -634,7 +634,7 @@ def read_metrics(run: str | Path) -> list[Json]:
     return read_lines(Path(run) / "metrics.jsonl")
 
 
-ELSEWHERE = ("git_commit", "device", "ranks", "host")  # what of an environment is worth a word
+ELSEWHERE = ("git_commit", "device", "ranks", "host", "plugins")  # what is worth a word, too
 
 
 def _changes(old: Json, new: Json) -> list[str]:

@@ -36,6 +36,7 @@ from model.optim import clip_gradients, learning_rate, update_average
 from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
 from overview import check_memory, overview, show_first
+from plugins import digests
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
@@ -236,6 +237,7 @@ def forward_backward(
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
     about = {"weights": run.weights, "steps": run.steps}
+    about["plugins"] = digests(cfg.plugin, cfg.grpo_reward) or None
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
     log.note = "generates in shards" if generates_in_shards(run.policy) else ""
@@ -571,9 +573,11 @@ def main(argv: list[str]) -> int:
     """The command `train.py` with these arguments. Returns its exit code."""
 
     def run() -> None:
-        cfg, notes, stored = options.parse(Config, argv, conditions=False), [], {}
-        if cfg.resume and cfg.name:  # this first parse was to learn which run it is
-            stored = stored_config(cfg.runs, cfg.name, optional=cfg.resume == "auto")
+        notes, stored = [], {}
+        found = options.peek(Config, argv, "name", "runs", "resume")
+        if found.get("resume") and found.get("name"):  # else `validate` says what is wrong
+            runs = found.get("runs", Config.runs)
+            stored = stored_config(runs, found["name"], optional=found["resume"] == "auto")
         cfg = options.parse(Config, argv, stored, notes=notes)
         for note in notes if parallel.speaks() else ():
             say(note)

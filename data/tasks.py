@@ -11,6 +11,7 @@ from data.grade import Verdict, grade_math, grade_number
 from data.grading.code import grade_code
 from data.sandbox import at_once
 from data.toy import LONG, TALK, is_validation, running_text, word_problem
+from plugins import Table
 
 FEW_WORDS = 8  # of a user who asks about what the system said
 
@@ -106,20 +107,24 @@ class Task:
         raise ValueError(f"task {name} makes no problem for the split {split!r}")
 
 
-TASKS = {
-    "word_problems": Task(word_problem, grade_number),
-    "word_problems_talk": Task(functools.partial(word_problem, style=TALK), grade_number),
-    "word_problems_long": Task(functools.partial(word_problem, style=LONG), grade_number),
-    "word_problems_text": Task(running_text, grade_number),
-    "gsm8k": Task(None, grade_number),
-    "math": Task(None, grade_math),
-    "number": Task(
-        None, grade_number
-    ),  # this and the next: of any file, by the look of its answers
-    "answer": Task(None, grade_math),
-    "humaneval": Task(None, grade_code, waits=True),
-    "mbpp": Task(None, grade_code, waits=True),
-}
+TASKS: Table[Task] = Table(
+    "task",
+    Task,
+    {
+        "word_problems": Task(word_problem, grade_number),
+        "word_problems_talk": Task(functools.partial(word_problem, style=TALK), grade_number),
+        "word_problems_long": Task(functools.partial(word_problem, style=LONG), grade_number),
+        "word_problems_text": Task(running_text, grade_number),
+        "gsm8k": Task(None, grade_number),
+        "math": Task(None, grade_math),
+        "number": Task(
+            None, grade_number
+        ),  # this and the next: of any file, by the look of its answers
+        "answer": Task(None, grade_math),
+        "humaneval": Task(None, grade_code, waits=True),
+        "mbpp": Task(None, grade_code, waits=True),
+    },
+)
 
 
 def grade(example: Example, text: str) -> Verdict:

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 
 import options
+from data.formats import SUFFIXES
+from data.tasks import TASKS
 from digests import with_sha256
 from eval import benchmarks, contamination, prompts, summary, tables
 from eval.plots import draw
@@ -33,7 +35,8 @@ from files import replace_file
 from locks import waiting_for
 from model import parallel
 from model.load import Subject, find
-from options import REQUIRED, option
+from options import REQUIRED, option, turned_round
+from plugins import digest_of, files_in
 from run import handled, interrupt
 
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank waits for one whose answers are longer
@@ -49,11 +52,33 @@ class EvalOptions(PromptOptions, SamplingOptions):
         "checkpoints": "what is evaluated",
         "data": "files",
     }
+    hints = turned_round(
+        {
+            "the checkpoint, without a name before it": "model model_name_or_path pretrained",
+            "--max_tokens": "max_new_tokens max_completion_length max_gen_toks",
+            "--n": "num_samples num_generations",
+            "--prompt few_shot": "num_fewshot",
+            "--out": "output_dir output_path",
+            "--tasks, which takes a file, too": "dataset",
+            "--temperature, or --greedy": "do_sample",
+            "--system": "system_prompt",
+            "--instruction": "prompt_suffix",
+        }
+    )
     checkpoints: tuple[str, ...] = option(
         REQUIRED, "a folder in Hugging Face form, a run's folder, or a hub id", positional=True
     )
     tasks: tuple[str, ...] = option(
-        REQUIRED, "with commas between them", choices=benchmarks.names()
+        REQUIRED,
+        "with commas between them; also a file of your own, with rows as train.py takes them",
+        choices=benchmarks.names,
+        files=SUFFIXES,
+    )
+    grader: str = option(
+        "",
+        "the task that grades the rows of a file of your own; empty: their column `task`, else by "
+        "the look of their answers",
+        choices=TASKS,
     )
     k: tuple[int, ...] = option(
         (), "pass@k and majority@k for these k, with commas between them; n unless given", minimum=1
@@ -81,6 +106,14 @@ def parse(argv: Sequence[str]) -> EvalOptions:
     args = options.parse(EvalOptions, argv)
     if not args.tasks:
         raise UserError(f"--tasks names none; there are {', '.join(benchmarks.names())}")
+    if args.grader and not any(map(benchmarks.is_file, args.tasks)):
+        raise UserError("--grader is for files of your own, and --tasks names none; leave it out")
+    labels = [benchmarks.label(task) for task in dict.fromkeys(args.tasks)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(
+                f"--tasks: two of the files would be {label} in the results; rename one"
+            )
     ks = sorted({*args.k} or {args.n})
     if ks[-1] > args.n:
         raise UserError(f"--k {ks[-1]} needs as many samples per problem; --n is {args.n}")
@@ -107,7 +140,7 @@ def plan(args: EvalOptions) -> list[Job]:
     """Every job of the command; all that can be wrong is found before a weight is read."""
     names = dict.fromkeys([*args.checkpoints, *filter(None, [args.compare])])
     subjects = [find(name, args.tokenizer) for name in names]
-    sets = [benchmarks.load(task, args.data, args.limit) for task in args.tasks]
+    sets = [benchmarks.load(task, args.data, args.limit, args.grader) for task in args.tasks]
     jobs = []
     for subject in subjects:
         seen = contamination.seen(subject, sets, args.allow_trained)
@@ -140,6 +173,8 @@ def _job(
         "vocabulary": subject.vocab,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
+    if benchmarks.is_own(benchmark):
+        identity["plugin"] = list(map(digest_of, files_in(args.plugin)))
     samples = summary.Samples(Path(args.out) / subject.label, benchmark.name)
     samples.check(identity)
     return Job(

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from data.grade import marked_answer, parse_number
 from data.messages import check_all_text, errors_at
 from data.tasks import TASKS, Example
 from errors import UserError
+from plugins import Table
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROGRAM = "\nAnswer with the whole program in one ```python block."
 TOY_PROBLEMS = 400  # of a toy task, unless --limit asks for another number
 HASHED = 20  # problems of a toy task that its sha256 is made of, whatever the limit
 CODE = ("humaneval", "mbpp")  # read and graded by data/grading/code.py
+MARKED = {"gsm8k", "math", "number", "answer"}  # tasks that look for a marked answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +91,19 @@ def _plain(number: Any) -> str:
 
 
 # name -> (the task of data/tasks.py that grades, what reads a row)
-READERS = {
-    "gsm8k": ("gsm8k", _gsm8k),
-    "svamp": ("gsm8k", _svamp),
-    "math500": ("math", _math),
-    "amc23": ("math", _math),
-    "aime24": ("math", _math),
-    "minerva_math": ("math", _minerva),
-    "olympiadbench": ("math", _olympiad),
-}
+READERS: Table[tuple[str, Callable]] = Table(
+    "test set",
+    tuple,
+    {
+        "gsm8k": ("gsm8k", _gsm8k),
+        "svamp": ("gsm8k", _svamp),
+        "math500": ("math", _math),
+        "amc23": ("math", _math),
+        "aime24": ("math", _math),
+        "minerva_math": ("math", _minerva),
+        "olympiadbench": ("math", _olympiad),
+    },
+)
 
 
 # --- test sets ------------------------------------------------------------------------------------
@@ -108,22 +114,48 @@ def is_toy(name: str) -> bool:
     return name in TASKS and TASKS[name].make is not None
 
 
+def is_file(name: str) -> bool:
+    """Whether a test set is a file of the user's own."""
+    return name not in names() and name.endswith(SUFFIXES)
+
+
+def label(name: str) -> str:
+    """The name of a test set in results: of a file the one before its ending, unless it is taken.
+
+    As in `mine` for path/to/mine.jsonl.
+    """
+    if not is_file(name):
+        return name
+    file = Path(name).name
+    stem = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", file)
+    return file if stem in names() else stem
+
+
+def is_own(benchmark: "Benchmark") -> bool:
+    """Whether a plugin reads a test set, or grades it."""
+    tasks = {example.task for example in benchmark.examples}
+    return benchmark.name in READERS.added or not tasks.isdisjoint(TASKS.added)
+
+
 def names() -> list[str]:
     """Every task that can be evaluated: test sets, and validation problems of the toy tasks."""
     return [*READERS, *CODE, *filter(is_toy, TASKS)]
 
 
-def load(name: str, folder: str | Path, limit: int = 0) -> Benchmark:
-    """The complete test set of this name, from its file below `folder`.
+def load(name: str, folder: str | Path, limit: int = 0, grader: str = "") -> Benchmark:
+    """The complete test set of this name, from its file below `folder`, or of this file.
 
     Args:
         limit: How many problems a toy task makes, which has no end; else not read.
+        grader: The task that grades the rows of a file of the user's own; empty: what they say.
 
     Raises:
         UserError: where the file is missing or holds something else.
     """
     if is_toy(name):
         return _toy(name, limit or TOY_PROBLEMS)
+    if is_file(name):
+        return _own(Path(name), grader)
     path = find(name, folder)
     examples = tuple(_code(name, path) if name in CODE else _math_set(name, path))
     if not examples:
@@ -150,6 +182,30 @@ def _toy(name: str, count: int) -> Benchmark:
         shots=tuple((example.question, example.messages[-1]["content"]) for example in worked),
         file="embedded",
         sha256=hashlib.sha256(hashed.encode()).hexdigest(),
+    )
+
+
+def _own(path: Path, grader: str) -> Benchmark:
+    """The rows of a file as training data, graded by their own task or by `grader`."""
+    examples = []
+    for example in read_examples(path, "test"):
+        task = grader or example.task
+        if example.answer is None or task not in TASKS:
+            raise UserError(
+                f"{example.origin}: no answer that a grader knows; give it a column 'answer'"
+            )
+        examples.append(dataclasses.replace(example, task=task))
+    if not examples:
+        raise UserError(f"{path} has no row")
+    tasks = {example.task for example in examples}
+    instruction = BOXED if tasks <= MARKED else ""
+    return Benchmark(
+        name=label(str(path)),
+        examples=tuple(examples),
+        instruction=PROGRAM if tasks <= {*CODE} else instruction,
+        shots=(),
+        file=str(path),
+        sha256=hashlib.sha256(path.read_bytes() + grader.encode()).hexdigest(),
     )
 
 

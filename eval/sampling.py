@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+import plugins
 from data.grade import grade_by_math_verify, vote
 from data.tasks import Example, grade, grade_all
 from errors import RunFailed, UserError, say
@@ -61,6 +62,11 @@ class SamplingOptions:
         minimum=0,
     )
     compile: bool = option(False, "torch.compile the transformer's blocks")
+    plugin: str = option(
+        "",
+        "Python files with commas between them, run first: tasks that they add can be named",
+        load=plugins.load,
+    )
 
 
 @dataclasses.dataclass

@@ -36,6 +36,7 @@ from model.flops import generation_flops
 from model.load import Subject, find
 from model.transformer import Transformer
 from options import REQUIRED, option
+from plugins import digest_of, files_in
 from run import environment, handled, interrupt
 
 # Columns that say in a form of their own what a trace's messages and answer say.
@@ -222,6 +223,8 @@ def run(args: TraceOptions) -> None:
     identity |= {name: getattr(args, name) for name in IDENTITY}
     if kwargs:
         identity["chat_template_kwargs"] = kwargs
+    if args.plugin:
+        identity["plugin"] = list(map(digest_of, files_in(args.plugin)))
     request = Request(
         subject=subject,
         samples=Samples(Path(args.out), "samples"),

@@ -7,8 +7,8 @@ s), whose terms are of second order in d. In fp32 they keep six digits where Σ 
 p_s) keeps three (teacher and student close, 151,665 ids). The work is bound by memory: formulas
 overwrite what they are given.
 
-`DIVERGENCES` are the same as differentiable functions of log-probs; a fork adds its own there. The
-kernels of kernels/triton_head.py have the formulas once more, tested against these.
+`DIVERGENCES` are the same as differentiable functions of log-probs; a plugin adds its own there.
+The kernels of kernels/triton_head.py have the formulas once more, tested against these.
 
 Legend: n rows, V vocabulary.
 """
@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from plugins import Table
 
 
 class Pair(NamedTuple):
@@ -138,7 +140,8 @@ FORMULAS: dict[str, Callable[[Pair, float], tuple[Tensor, Tensor]]] = {
         total_variation,
     )
 }
-WITH_BETA = ("mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+# those that read beta
+WITH_BETA = ["mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 
 # Where a divergence is another one: the mixed KLs of one part, the skewed ones without skew, and at
 # both ends, as is usual in the literature, the rescaled limits of the JSD.
@@ -177,4 +180,8 @@ def _divergence(name: str, student_logp: Tensor, teacher_logp: Tensor, beta: flo
     return _Differentiable.apply(student_logp, teacher_logp, formula, beta)
 
 
-DIVERGENCES: dict[str, Divergence] = {name: partial(_divergence, name) for name in FORMULAS}
+DIVERGENCES: Table[Divergence] = Table(
+    "divergence",
+    "student_logp, teacher_logp, beta",
+    {name: partial(_divergence, name) for name in FORMULAS},
+)

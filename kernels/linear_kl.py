@@ -37,7 +37,7 @@ def linear_kl(  # noqa: PLR0913 (one argument per symbol of the formula)
     """Σ_n weight_n · scale · D(teacher_n, student_n), plus a log-prob loss of the same logits.
 
     Args:
-        divergence: a name in DIVERGENCES; one that a fork added is differentiated block by block.
+        divergence: a name in DIVERGENCES; one that a plugin added is differentiated block by block.
             Both distributions are softmaxes of logits / temperature, in nats.
         scale: multiplies the divergence; T² goes here.
         clip: the largest divergence of a row, before scale; 0: none. See `DivergenceTerm`.

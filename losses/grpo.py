@@ -36,6 +36,7 @@ from data.batch import Batch, Metrics
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
 from losses.sft import weighted
+from plugins import Table
 
 
 def clipped_ratio(ratio: Tensor, clipped: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
@@ -91,17 +92,26 @@ class Variant(NamedTuple):
         return self.sequence_ratio or self.geometric_mean
 
 
-VARIANTS = {
-    "grpo": Variant(clipped_ratio, "sequence"),
-    "token": Variant(clipped_ratio, "token"),
-    "dr_grpo": Variant(clipped_ratio, "constant"),
-    "gspo": Variant(clipped_ratio, "sequence", sequence_ratio=True),
-    "cispo": Variant(clipped_weight, "token"),
-    "sapo": Variant(soft_gate, "sequence", clip=None),
-    "gmpo": Variant(clipped_ratio, "sequence", geometric_mean=True, clip=clip_log_ratio),
-    "dppo": Variant(clipped_ratio, "constant", clip=clip_probability),
-    "mis": Variant(masked_weight, "sequence", sequence_ratio=True),
-}
+VARIANTS: Table[Variant] = Table(
+    "variant",
+    Variant,
+    {
+        "grpo": Variant(clipped_ratio, "sequence"),
+        "token": Variant(clipped_ratio, "token"),
+        "dr_grpo": Variant(clipped_ratio, "constant"),
+        "gspo": Variant(clipped_ratio, "sequence", sequence_ratio=True),
+        "cispo": Variant(clipped_weight, "token"),
+        "sapo": Variant(soft_gate, "sequence", clip=None),
+        "gmpo": Variant(clipped_ratio, "sequence", geometric_mean=True, clip=clip_log_ratio),
+        "dppo": Variant(clipped_ratio, "constant", clip=clip_probability),
+        "mis": Variant(masked_weight, "sequence", sequence_ratio=True),
+    },
+)
+
+
+def clipped_variants() -> list[str]:
+    """The names of those that read the clip bounds."""
+    return [name for name, variant in VARIANTS.items() if variant.clip]
 
 
 # Estimators of KL(policy ‖ reference) from d = log p − log p_ref of a sampled token (Schulman 2020,

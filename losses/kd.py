@@ -1,8 +1,8 @@
 """Knowledge distillation: a divergence from the teacher, mixed with cross-entropy.
 
 `DIVERGENCES` are the definitions, (student_logp_NV, teacher_logp_NV, beta) -> value_N in plain
-torch. A fork adds its own under a new name; its gradient is taken chunk by chunk, as it is
-written.
+torch. A plugin adds its own under a new name; its gradient is taken chunk by chunk, as it is
+written. If it reads beta, its name belongs into `WITH_BETA`, too.
 """
 
 import math

@@ -1,8 +1,10 @@
 """How much better a sample is than the other samples of its prompt. G: samples of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from plugins import Table
 
 EPSILON = 1e-4  # added to the standard deviation of a group's rewards
 
@@ -34,12 +36,17 @@ def maximum_likelihood(rewards_G: np.ndarray) -> np.ndarray:
     return unscaled(rewards_G) / mean if mean > 0 else np.zeros_like(rewards_G)
 
 
-ADVANTAGES = {
-    "std": standardised,
-    "mean": unscaled,
-    "leave_one_out": leave_one_out,
-    "maxrl": maximum_likelihood,
-}
+# advantage(rewards_G) -> advantages_G
+ADVANTAGES: Table[Callable[[np.ndarray], np.ndarray]] = Table(
+    "advantage",
+    "rewards_G",
+    {
+        "std": standardised,
+        "mean": unscaled,
+        "leave_one_out": leave_one_out,
+        "maxrl": maximum_likelihood,
+    },
+)
 
 
 def group_advantages(rewards_G: Sequence[float], kind: str) -> np.ndarray:
@@ -49,7 +56,7 @@ def group_advantages(rewards_G: Sequence[float], kind: str) -> np.ndarray:
 
     Args:
         rewards_G: [G] rewards of the samples.
-        kind: A name in ADVANTAGES. A fork adds its own function of the rewards there.
+        kind: A name in ADVANTAGES. A plugin adds its own function of the rewards there.
     """
     if not has_reward_spread(rewards_G):
         return np.zeros(len(rewards_G))

@@ -1,36 +1,67 @@
-"""What a sample earns: named parts with weights, or a Python function of yours; less for length."""
+"""What a sample earns: named parts with weights, some of them yours; less for length."""
 
 import dataclasses
-import importlib.util
 import math
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from data.grade import Verdict, format_reward
 from data.tasks import TASKS, Example, grade
 from errors import UserError
+from plugins import Table, check_call, function_of
 
 VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
-PARTS = (*VERDICTS, "format", "random")
 PENALTIES = ("length_penalty", "truncation_penalty")  # what length costs
+# What a part may take by name, beside the example and the completion (`Reward.__call__`).
+SEEN = ("tokens", "stopped", "verdict", "opened", "coin")
+FORM = "example, completion"
+FILE = re.compile(r"(.+\.py)(?::([^:]*))?(?::([^:]*))?")  # mine.py:function:0.5
 
 
-def part_values(text: str, verdict: Verdict, coin: bool) -> dict[str, float]:
-    """The value of every part; a fork adds one here, and its name to PARTS.
+def accuracy(example: Example, text: str, verdict: Verdict) -> float:
+    return float(verdict.strict)
 
-    text: the completion, behind the tag with which its prompt may have opened it. The signed parts
-    are the study's (arXiv 2506.13404, section 3): +1 or −1.
-    coin: the sample's own toss: a reward that says nothing, as a control (arXiv 2506.10947).
-    """
-    return {
-        "accuracy": float(verdict.strict),
-        "lenient": float(verdict.lenient),
-        "signed_accuracy": 1.0 if verdict.strict else -1.0,
-        "format": format_reward(text),
-        "random": float(coin),
-    }
+
+def lenient(example: Example, text: str, verdict: Verdict) -> float:
+    return float(verdict.lenient)
+
+
+def signed_accuracy(example: Example, text: str, verdict: Verdict) -> float:
+    """+1 or −1, as in the study (arXiv 2506.13404, section 3)."""
+    return 1.0 if verdict.strict else -1.0
+
+
+def form(example: Example, text: str, opened: str) -> float:
+    return format_reward(opened + text)
+
+
+def toss(example: Example, text: str, coin: bool) -> float:
+    """A reward that says nothing, as a control (arXiv 2506.10947)."""
+    return float(coin)
+
+
+# part(example, completion, what it takes of SEEN) -> float
+PARTS: Table[Callable[..., float]] = Table(
+    "part of the reward",
+    FORM,
+    {
+        "accuracy": accuracy,
+        "lenient": lenient,
+        "signed_accuracy": signed_accuracy,
+        "format": form,
+        "random": toss,
+    },
+    SEEN,
+)
+
+
+class Part(NamedTuple):
+    """A part of a reward: its weight, its function, and what of SEEN that takes."""
+
+    weight: float
+    function: Callable[..., float]
+    takes: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +69,7 @@ class Reward:
     """The reward of a sample. Built by `parse_reward`.
 
     Args:
-        parts: Weights by name of a part; empty where there is a function.
-        function: The user's `reward(example, completion) -> float`, or None.
+        parts: By name.
         spec: The text of --grpo_reward.
         limit: The most tokens that a sample can have.
         length_penalty: Over so many last tokens before the limit a sample loses linearly up to 1
@@ -47,24 +77,28 @@ class Reward:
         truncation_penalty: What a sample that did not stop loses.
     """
 
-    parts: dict[str, float]
-    function: Callable | None
+    parts: dict[str, Part]
     spec: str
     limit: int
     length_penalty: int = 0
     truncation_penalty: float = 0.0
 
+    def takes(self, name: str) -> bool:
+        """Whether a part that counts takes this of SEEN."""
+        return any(name in part.takes for part in self.parts.values() if part.weight)
+
     @property
     def reads_gold(self) -> bool:
         """Whether it looks at gold answers: without them it would be the same for every sample."""
-        return any(self.parts.get(name) for name in VERDICTS)
+        return self.takes("verdict")
 
     @property
     def may_be_negative(self) -> bool:
         """Whether a part or a penalty can take it below 0; of a function nobody knows."""
-        below = [name for name, weight in self.parts.items() if weight < 0]
+        below = [part for part in self.parts.values() if part.weight < 0]
         signed = self.parts.get("signed_accuracy")
-        return bool(below or signed or self.length_penalty or self.truncation_penalty)
+        is_signed = signed is not None and signed.weight != 0
+        return bool(below or is_signed or self.length_penalty or self.truncation_penalty)
 
     def __call__(
         self,
@@ -82,7 +116,7 @@ class Reward:
             tokens: Its length in tokens.
             stopped: Whether it ended by itself.
             opened: The tag with which the generation prompt has begun it (`<think>`), else empty.
-            coin: A toss that belongs to the sample alone, for the part `random`.
+            coin: A toss that belongs to the sample alone.
 
         Returns:
             (reward, {part: what it adds to the reward}, verdict).
@@ -90,11 +124,10 @@ class Reward:
         verdict = Verdict(False, False, False)
         if example.answer is not None and example.task in TASKS:
             verdict = grade(example, text)
-        if self.function:
-            values = {"function": self._call(self.function, example, text)}
-        else:
-            every = part_values(opened + text, verdict, coin)
-            values = {name: weight * every[name] for name, weight in self.parts.items()}
+        seen = dict(zip(SEEN, (tokens, stopped, verdict, opened, coin), strict=True))
+        values = {}
+        for name, part in self.parts.items():
+            values[name] = part.weight * self._value(part, example, text, seen)
         if self.length_penalty:
             excess = max(0, tokens - (self.limit - self.length_penalty))
             values["length_penalty"] = -min(1.0, excess / self.length_penalty)
@@ -106,74 +139,57 @@ class Reward:
         """What a sample's {part: value} says of its correctness, for dynamic sampling.
 
         That is the sum of the parts that are verdicts on the answer. Where the reward has none (or
-        gives them no weight): what the user's function returned, or the sum of all parts. Never a
-        penalty for length: samples that are all right differ by it, and teach nothing of right and
-        wrong (DAPO, arXiv 2503.14476, eq. 11).
+        gives them no weight): the sum of all parts. Never a penalty for length: samples that are
+        all right differ by it, and teach nothing of right and wrong (DAPO, arXiv 2503.14476,
+        eq. 11).
         """
-        verdicts = [name for name in VERDICTS if self.parts.get(name)]
+        verdicts = [name for name in VERDICTS if name in self.parts and self.parts[name].weight]
         names = verdicts or [name for name in values if name not in PENALTIES]
         return sum(values[name] for name in names)
 
-    def _call(self, function: Callable, example: Example, text: str) -> float:
-        sample = f"the sample {text[:60]!r} for {example.origin}"
+    def _value(self, part: Part, example: Example, text: str, seen: dict) -> float:
         try:
-            value = float(function(example, text))
+            value = float(part.function(example, text, **{n: seen[n] for n in part.takes}))
+            if math.isfinite(value):
+                return value
+            problem = f"returned {value}"
         except (Exception, SystemExit) as e:  # the user's code may raise anything
-            refuse(self.spec, f" raised {type(e).__name__}: {e} on {sample}")
-        if not math.isfinite(value):
-            refuse(self.spec, f" returned {value} on {sample}")
-        return value
+            problem = f"raised {type(e).__name__}: {e}"
+        refuse(self.spec, f" {problem} on the sample {text[:60]!r} for {example.origin}")
 
 
 def parse_reward(
     spec: str, limit: int, length_penalty: int = 0, truncation_penalty: float = 0.0
 ) -> Reward:
-    """The Reward of `accuracy,format:0.5`, or of `path/to/file.py:function`.
+    """The Reward of `accuracy,format:0.5`, or with `path/to/file.py:function:0.5` as a part.
 
-    Such a function is `reward(example, completion) -> float`. Raises UserError.
+    A part of the user's own is such a function, or one that a plugin put into `PARTS`. Raises
+    UserError.
     """
-    path, _, name = spec.rpartition(":")
-    if path.endswith(".py"):
-        return Reward(
-            {}, load_function(path, name), spec, limit, length_penalty, truncation_penalty
-        )
     parts = {}
     for item in spec.split(","):
-        part, _, text = item.strip().partition(":")
+        name, _, text = item.strip().partition(":")
+        file = FILE.fullmatch(item.strip())
+        function = PARTS.get(name)
+        if file:
+            path, name, text = file[1], file[2] or "", file[3]
+            function = function_of(path, name, "--grpo_reward")
         try:
             weight = float(text or 1)
         except ValueError:
             refuse(spec, f": {text!r} is not a number")
-        if part not in PARTS:
+        if function is None:
             known = f"{', '.join(PARTS)}, or write path/to/file.py:function"
             refuse(spec, f": no {item.strip()!r}; choose from {known}")
         if not math.isfinite(weight):
             refuse(spec, f": {text} is not a number that is finite")
-        if part in parts:
-            refuse(spec, f": {part} is there twice; give it one weight")
-        parts[part] = weight
-    if not any(parts.values()):
+        if name in parts:
+            refuse(spec, f": {name} is there twice; give it one weight")
+        what = f"--grpo_reward {spec}: {name}"
+        parts[name] = Part(weight, function, check_call(function, what, FORM, SEEN))
+    if not any(part.weight for part in parts.values()):
         refuse(spec, ": every weight is 0, so nothing is rewarded; give a part another weight")
-    return Reward(parts, None, spec, limit, length_penalty, truncation_penalty)
-
-
-def load_function(path: str, name: str) -> Callable:
-    """The function `name` of a Python file. Raises UserError."""
-    if not Path(path).is_file():
-        refuse(path, ": no such file")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        refuse(path, f" could not be loaded ({type(e).__name__}: {e})")
-    function = getattr(module, name, None)
-    if not callable(function):
-        refuse(path, f" has no function {name!r}")
-    return function
+    return Reward(parts, spec, limit, length_penalty, truncation_penalty)
 
 
 def refuse(spec: str, problem: str) -> NoReturn:

@@ -251,8 +251,8 @@ class GRPORollouts(Rollouts):
         sample.text = formatter.tokenizer.decode(
             sample.completion, skip_special=True, before=sample.prompt
         )
-        # No other part looks at the tag with which the prompt may have opened the completion.
-        opened = formatter.opened(example) if "format" in self.reward.parts else ""
+        # Few parts look at the tag with which the prompt may have opened the completion.
+        opened = formatter.opened(example) if self.reward.takes("opened") else ""
         toss = random.Random(f"{self.config.seed}/{sample.position}/{sample.number}")
         sample.reward, sample.reward_parts, sample.verdict = self.reward(
             example,

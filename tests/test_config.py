@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import pytest
@@ -10,6 +11,7 @@ import options
 import train
 from config import validate
 from errors import UserError
+from eval.__main__ import EvalOptions
 from options import option
 
 
@@ -283,6 +285,14 @@ def test_help_says_both_defaults(capsys):
     assert "2e-05 with --defaults pretrained; 1e-06 with --mode grpo --defaults pretrained]" in text
 
 
+@pytest.mark.parametrize("cls", [train.Config, EvalOptions])
+def test_hints_name_options_that_are_there_and_no_option_is_a_hint(cls):
+    for name, hint in cls.hints.items():
+        assert name not in cls.__dataclass_fields__, name
+        for word in re.findall(r"--(\w+)", hint):
+            assert word in cls.__dataclass_fields__, hint
+
+
 def test_epochs_imply_the_steps_wherever_they_are_given(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text("steps = 7\n")
@@ -304,6 +314,11 @@ def test_what_a_file_says_in_vain_is_named_and_ignored_and_what_is_typed_is_refu
     assert "kd_beta (read with --kd_divergence" in notes[0] and "epochs (read with" in notes[0]
     with pytest.raises(UserError, match="kd_beta is not read"):
         options.parse(train.Config, [*argv, "--kd_beta=0.1"], notes=notes)
+    later = tmp_path / "b.toml"
+    later.write_text('kd_divergence = "reverse_kl"\nsteps = 3\n')
+    again, notes = [f"--config={file}", f"--config={later}", "--lr=1"], []
+    cfg = options.parse(train.Config, again, notes=notes)
+    assert (cfg.kd_beta, cfg.steps) == (0.5, 3) and "kd_beta" in notes[0] and "epochs" in notes[0]
     file.write_text('mode = "sft"\nkd_beta = 0.3\n')
     with pytest.raises(UserError, match="kd_beta is not read"):  # whatever is typed
         options.parse(train.Config, [f"--config={file}", "--lr=1"], notes=notes)

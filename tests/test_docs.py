@@ -19,6 +19,7 @@ from eval import __main__ as evaluation
 from eval import chat, divergence, traces
 from eval.study import __main__ as study
 from eval.study import plan
+from tests import options_table
 from tests.conftest import ROOT
 
 # What forking.md asks for exists only in its copies of the project: tests/test_forking.py runs it.
@@ -86,6 +87,11 @@ def test_every_command_exists_and_its_options_are_right(line, monkeypatch):
         check_module(words[2], words[3:], monkeypatch)
     else:
         assert words[:2] == ["wandb", "sweep"] and (ROOT / words[2]).is_file()
+
+
+def test_the_table_of_options_is_that_of_the_code():
+    """Else: python -m tests.options_table > docs/options.md"""
+    assert (ROOT / "docs/options.md").read_text() == options_table.table()
 
 
 def test_the_commands_of_every_page_are_found():

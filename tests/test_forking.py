@@ -1,6 +1,5 @@
-"""The exercises of docs/forking.md: each is applied to a copy of the project and run."""
+"""The exercises of docs/forking.md: each is written beside the project, or into a copy, and run."""
 
-import json
 import re
 import shlex
 import shutil
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+import train
 from tests import gates
 from tests.conftest import ROOT
 from tests.distributed_workers import main_of_a_copy, run
@@ -23,31 +23,34 @@ FOR_MODE = {
 SIGNS = {
     "A divergence": '"train/renyi"',
     "A part of the reward": '"rollout/reward_brief"',
-    "An extra metric": '"train/probability"',
+    "A task with problems of its own": '"eval/doubles/accuracy"',
+    "A fork: an extra metric": '"train/probability"',
 }
 
 
 class Exercise(NamedTuple):
     name: str
+    kind: str  # "python", a file of its own, or "diff"
     path: str
-    diff: list[str]
+    lines: list[str]
     command: list[str]
 
 
 def exercises() -> list[Exercise]:
     text = (ROOT / "docs/forking.md").read_text()
-    pattern = r"^## ([^\n]+)\n.*?```diff (\S+)\n(.*?)```.*?```sh\n(.*?)```"
+    pattern = r"^## ([^\n]+)\n.*?```(python|diff) (\S+)\n(.*?)```.*?```sh\n(.*?)```"
     found = re.findall(pattern, text, re.S | re.M)
-    return [Exercise(n, p, diff.splitlines(), shlex.split(sh)) for n, p, diff, sh in found]
+    return [Exercise(n, k, p, body.splitlines(), shlex.split(sh)) for n, k, p, body, sh in found]
 
 
 EXERCISES = exercises()
 
 
-def test_there_are_seven_of_at_most_ten_lines():
+def test_there_are_seven_of_at_most_ten_lines_and_one_is_a_fork():
     assert len(EXERCISES) == 7
+    assert [exercise.kind for exercise in EXERCISES] == ["python"] * 6 + ["diff"]
     for exercise in EXERCISES:
-        added = [line for line in exercise.diff if line.startswith("+") and line.strip() != "+"]
+        added = [line for line in exercise.lines if line.strip(" +") and line[0] != "-"]
         assert len(added) <= 10, exercise.name
 
 
@@ -65,28 +68,27 @@ def apply(diff: list[str], path: Path) -> None:
     path.write_text(text)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A copy of the project's code."""
-    copy = tmp_path_factory.mktemp("project")
+def copy_project(copy: Path) -> None:
+    """Copy the project's code."""
     for name in gates.source_files():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy / name)
-    return copy
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.name)
-def test_an_exercise_runs(exercise, project, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(project, copy)
-    apply(exercise.diff, copy / exercise.path)
-    riddles = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(200)]
-    (copy / "riddles.jsonl").write_text("\n".join(map(json.dumps, riddles)))
+def test_an_exercise_runs(exercise, tmp_path):
+    main = train.main
+    if exercise.kind == "diff":
+        main = main_of_a_copy
+        copy_project(tmp_path)
+        apply(exercise.lines, tmp_path / exercise.path)
+    else:
+        (tmp_path / exercise.path).write_text("\n".join(exercise.lines))
     mode = exercise.command[exercise.command.index("--mode") + 1]
     assert exercise.command[:2] == ["python", "train.py"]
     argv = [*exercise.command[2:], *SMALL, *FOR_MODE[mode]]
-    result = run(*argv, cwd=copy, main=main_of_a_copy)
+    result = run(*argv, cwd=tmp_path, main=main)
     assert result.returncode == 0, result.stderr
-    folder = copy / "runs/fork"
+    folder = tmp_path / "runs/fork"
     assert (folder / "checkpoints/step-2/model.safetensors").is_file()
     assert SIGNS.get(exercise.name, "") in (folder / "metrics.jsonl").read_text()

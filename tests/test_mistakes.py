@@ -28,6 +28,7 @@ def place(tmp_path_factory):
     (home / "r.py").write_text("def good(example, completion):\n    return 1.0\n")
     (home / "bad.py").write_text("import sys\nsys.exit(0)\n")
     (home / "c.yaml").write_text("lr: 1\n")
+    (home / "trl.toml").write_text("learning_rate = 1e-5\n")
     (home / "old.toml").write_text('mode = "sft"\nkd_beta = 0.5\n')
     model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
     (home / "model").mkdir()
@@ -55,9 +56,23 @@ MISTAKES = [
     ("--model_name_or_path=x", "here it is --model"),
     ("--max-new-tokens=9", "here it is --sample_tokens"),
     ("--output_dir=o", "--runs, the folder of all runs, and --name"),
+    ("--max_steps=9", "here it is --steps"),
+    ("--num_generations=8", "here it is --grpo_samples"),
+    ("--max_completion_length=9", "here it is --sample_tokens"),
+    ("--warmup_ratio=0.1", "here it is --warmup, in steps"),
+    ("--lr_scheduler_type=cosine", "here it is --schedule"),
+    ("--bf16", "here it is --dtype bfloat16"),
+    ("--report_to=wandb", "here it is --wandb"),
+    ("--seed_data=1", "here it is --seed"),
+    ("--device_batch_size=1", "here it is --batch_size"),
+    ("--config=trl.toml", "trl.toml: learning_rate is not an option, but of other programs"),
     # slips of the fingers
-    ("-lr 1e-4", "-lr"),
-    ("lr=1e-4", "lr=1e-4"),
+    ("-lr 1e-4", "-lr 1e-4: an option begins with two dashes, as in --lr"),
+    ("lr=1e-4", "lr=1e-4: an option begins with two dashes, as in --lr"),
+    ("data.train_files=x", "data.train_files=x is not an option, but of other programs; here it"),
+    ("actor_rollout_ref.rollout.n=8", "here it is --grpo_samples"),
+    ("--actor_rollout_ref.actor.optim.lr=1", "did you mean lr?"),
+    ("mine.jsonl", "mine.jsonl is not an option; see --help"),
     ("--lr=1e-5e", "--lr: '1e-5e' is not a number"),
     ("--lr=0", "--lr must be above 0"),
     ("--lr=nan", "--lr: nan is not a number that is finite"),
@@ -98,7 +113,7 @@ MISTAKES = [
     ("--mode=grpo --sample_top_p=0.9", "change who samples"),
     ("--mode=grpo --grpo_reward=r.py", "r.py"),
     ("--mode=grpo --grpo_reward=r.py:god", "has no function 'god'"),
-    ("--mode=grpo --grpo_reward=bad.py:f", "could not be loaded (SystemExit: 0)"),
+    ("--mode=grpo --grpo_reward=bad.py:f", "--grpo_reward bad.py:2: SystemExit: 0"),
     ("--kd_prefix=student --kd_ce=0.5", "set --kd_ce 0, or --kd_prefix data or teacher"),
     ("--config=c.yaml", "YAML is not read; write TOML"),
     ("--config=old.toml", "kd_beta is not read with mode=sft"),

@@ -82,7 +82,7 @@ def test_grpo_logs_what_was_sampled_and_rewarded(start, reward, tmp_path):
         json.loads(line) for line in (tmp_path / "runs/r/samples.jsonl").read_text().splitlines()
     ]
     sampled = [s for s in samples if "reward" in s]
-    assert len(sampled) == 6 * 8 and all(s["parts"] == {"function": s["reward"]} for s in sampled)
+    assert len(sampled) == 6 * 8 and all(s["parts"] == {"letters": s["reward"]} for s in sampled)
     assert all(
         s["reward"] == pytest.approx(s["text"].count("e") + 0.01 * len(s["text"])) for s in sampled
     )
@@ -450,7 +450,7 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--grpo_samples=3"], "no whole groups"),
         (["--grpo_samples=1"], "at least 2"),
         (["--grpo_reward=accurcy"], "choose from accuracy"),
-        (["--grpo_reward=nofile.py:f"], "no such file"),
+        (["--grpo_reward=nofile.py:f"], "--grpo_reward nofile.py is not there"),
         (["--kd_temperature=2"], "not read with mode=grpo"),
         (["--weighting=sequence"], "not read with mode=grpo"),
         (

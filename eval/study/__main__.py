@@ -48,6 +48,9 @@ class StudyOptions:
     rehearse: bool = option(
         False, "a tiny model instead of every checkpoint, a toy task instead of all data, two steps"
     )
+    plugin: str = option(
+        "", "Python files with commas between them, for all runs, traces and evaluations"
+    )
     report: bool = option(False, "run nothing, write the report of what is there")
 
 
@@ -76,7 +79,7 @@ def outcome(out: Path, jobs: ArmJobs) -> Outcome:
 
 def run(args: StudyOptions) -> None:
     """Run a study, or write the report of what is there of it."""
-    study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse)
+    study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse, args.plugin)
     name = study.title + ("-rehearsal" if args.rehearse else "")
     out = Path(args.out or f"studies/{name}").resolve()
 

@@ -13,13 +13,15 @@ from typing import Any
 
 from data.teacher_cache import weights_digest
 from errors import UserError
+from eval.benchmarks import is_file, label
 from files import read_json, replace_file
-from run import RunFolder
+from run import RunFolder, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERRING = ("model", "teacher", "reference", "data")  # options that "@NAME" may be given for
 # options whose value may be a local path
-PATHS = (*REFERRING, "checkpoint", "config", "grpo_reward")
+PATHS = (*REFERRING, "checkpoint", "config")
+LISTS = ("grpo_reward", "plugin")  # those that may name several, with commas
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +107,12 @@ def _identity(key: str, value: Any) -> Any:
     if isinstance(value, Job):
         return value.name
     if key in PATHS:
-        return fingerprint(str(value))
+        return fingerprint(newest_checkpoint(str(value), f"--{key}"))
+    if key in LISTS:
+        return ",".join(map(fingerprint, str(value).split(",")))
+    if key == "tasks":
+        named = [(label(task), task) for task in str(value).split(",")]
+        return ",".join(f"{n} {fingerprint(t)}" if is_file(t) else n for n, t in named)
     return float(value) if type(value) is int else value
 
 
@@ -113,11 +120,11 @@ def _identity(key: str, value: Any) -> Any:
 def fingerprint(value: str) -> str:
     """The digest of a local file or of a checkpoint's weights; any other value as it is.
 
-    value: also a Python file with the name of a function, as in rewards.py:mine.
+    value: also a Python file with what is taken of it, as in rewards.py:mine.
     """
     path, function = value, ""
     if ".py:" in value:
-        path, _, function = value.rpartition(":")
+        path, _, function = value.partition(":")
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() + function
     return weights_digest(path) if any(Path(path).glob("*.safetensors")) else value

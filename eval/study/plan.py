@@ -13,9 +13,10 @@ import eval.__main__
 import eval.traces
 from data.tasks import TASKS
 from errors import UserError
-from eval.benchmarks import find
+from eval.benchmarks import find, is_file
 from eval.study.jobs import REFERRING, Job, flags
 from eval.study.schema import Arm, Claim, StudyFile, read_file
+from files import read_head
 from model.presets import PRESETS
 
 
@@ -62,21 +63,27 @@ class Study:
                 args = _evaluation(job.options)
                 wanted.update((task, args.data) for task in args.tasks)
         for task, folder in sorted(wanted):
-            if not (task in TASKS and TASKS[task].make):  # a toy task needs no file
+            if is_file(task):
+                read_head(Path(task))
+            elif not (task in TASKS and TASKS[task].make):  # a toy task needs no file
                 find(task, folder)
 
 
 def read(
-    path: str | Path, seeds: Sequence[int] = (), arms: Sequence[str] = (), rehearsal: bool = False
+    path: str | Path,
+    seeds: Sequence[int] = (),
+    arms: Sequence[str] = (),
+    rehearsal: bool = False,
+    plugin: str = "",
 ) -> Study:
     """The study of a TOML file, every option in it checked.
 
-    seeds, arms: instead of all that the file has, unless empty (seeds may be others).
+    seeds, arms, plugin: instead of all that the file has, unless empty (seeds may be others).
     rehearsal: the same study in miniature (StudyFile.shorten).
     Raises UserError, which names the file and the table.
     """
     try:
-        file = read_file(Path(path), list(seeds))
+        file = read_file(Path(path), list(seeds), plugin)
         chosen = list(arms or file.arms)
         if not chosen:
             raise UserError("there is no [arm.NAME]")

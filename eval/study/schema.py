@@ -11,9 +11,11 @@ from typing import Any
 import options
 from config import SELF, Config, validate
 from errors import UserError
+from eval.benchmarks import label
 from eval.study.jobs import flags
 from files import read_text, reason
 from model.presets import PRESETS
+from plugins import files_in
 
 TABLES = dict.fromkeys(("study", "eval", "common", "model", "traces", "run", "arm"), dict)
 TABLES |= {"claim": list}
@@ -24,10 +26,11 @@ REHEARSAL = Path(__file__).with_name("rehearsal.toml")
 
 @dataclasses.dataclass
 class Settings:
-    """[study]. gpus: of one run."""
+    """[study]. gpus: of one run. plugin: of all runs, traces and evaluations."""
 
     seeds: list
     gpus: int = 1
+    plugin: str = ""
 
 
 @dataclasses.dataclass
@@ -86,6 +89,10 @@ class StudyFile:
         self.models = _tables(Model, "model", tables)
         self.arms = _tables(Arm, "arm", tables)
         self.claims = [_table(Claim, "[claim]", claim) for claim in tables["claim"]]
+        if self.settings.plugin:
+            files = [str(Path(file).resolve()) for file in self.settings.plugin.split(",")]
+            for given in (self.common, self.eval, *self.traces.values()):
+                given["plugin"] = ",".join(files)
         seeds = self.settings.seeds
         numbers = all(type(seed) is int and seed >= 0 for seed in seeds)
         if not seeds or not numbers or len(set(seeds)) < len(seeds):
@@ -128,7 +135,7 @@ class StudyFile:
         for name, arm in self.arms.items():
             tasks.update(arm.paper if isinstance(arm.paper, dict) else ())
             if name in chosen:
-                tasks.update(str(self.evaluation(arm).get("tasks")).split(","))
+                tasks.update(map(label, str(self.evaluation(arm).get("tasks")).split(",")))
         for claim in self.claims:
             if claim.task not in tasks:
                 words = "neither a task of [eval] nor of an arm's paper"
@@ -146,7 +153,7 @@ class StudyFile:
             new = own | short["run_options"]
             for key, value in own.items():
                 # models and traces of the study, and functions of the user's own, are tried out
-                if str(value).startswith("@") or ".py:" in str(value) or value in SELF:
+                if str(value).startswith("@") or files_in(str(value)) or value in SELF:
                     new[key] = value
             read = _readable(new)
             self.runs[name] = {key: value for key, value in new.items() if key in read}
@@ -162,14 +169,15 @@ class StudyFile:
         self.settings.seeds = self.settings.seeds[:1]
 
 
-def read_file(path: Path, seeds: list) -> StudyFile:
-    """A study's file. seeds: instead of the file's, unless empty. Raises UserError."""
+def read_file(path: Path, seeds: list, plugin: str = "") -> StudyFile:
+    """A study's file. seeds, plugin: instead of the file's, unless empty. Raises UserError."""
     try:
         tables = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise UserError(f"not valid TOML ({reason(e)})") from None
-    if seeds and isinstance(tables.setdefault("study", {}), dict):
-        tables["study"]["seeds"] = seeds
+    for name, value in (("seeds", seeds), ("plugin", plugin)):
+        if value and isinstance(tables.setdefault("study", {}), dict):
+            tables["study"][name] = value
     return StudyFile(tables)
 
 
