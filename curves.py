@@ -3,6 +3,7 @@
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +208,29 @@ def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float 
 
 def teacher_run(run: str | Path) -> Path | None:
     """The run that made a run's teacher, as its last sitting names it, if it is still there."""
-    sittings = read_lines(Path(run) / "sittings.jsonl")
-    teacher = sittings[-1].get("weights", {}).get("teacher", "") if sittings else ""
-    found = run_of(teacher) if teacher else None
+    sittings, options = read_lines(Path(run) / "sittings.jsonl"), options_of(run)
+    weights = sittings[-1].get("weights", {}) if sittings else {}
+    found = run_of(weights.get("teacher") or options.get("teacher") or ".")
     places = [found, Path(run).resolve().parent / found.name] if found else []
     return next((place for place in places if place and place.is_dir()), None)
 
 
-def draw_teacher(ax: Any, run: str | Path, name: str) -> None:
-    """A line where a run's teacher was at last, if its run has measured the same."""
-    teacher = teacher_run(run)
-    values = series(read_metrics(teacher), name)[1] if teacher else []
-    if values:
-        percent = name.endswith("/accuracy")
-        height = 100 * values[-1] if percent else values[-1]
-        ax.axhline(height, color="#555555", ls="--", lw=1, zorder=1)
-        text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
-        ax.annotate(text, (0.01, height), xycoords=("axes fraction", "data"), fontsize=7, va="top")
+def options_of(run: str | Path) -> dict[str, Any]:
+    """What a run's config.json says; {} if there is none."""
+    path = Path(run) / "config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
+    """A line where each of the runs' teachers was at last, if its own run has measured the same."""
+    for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
+        for value in series(read_metrics(teacher), name)[1][-1:]:
+            percent = name.endswith("/accuracy")
+            height = 100 * value if percent else value
+            ax.axhline(height, color="#555555", ls="--", lw=1, zorder=1)
+            text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
+            where = ("axes fraction", "data")
+            ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va="top")
 
 
 def draw_curves(run: str | Path) -> None:
@@ -242,10 +249,10 @@ def draw_curves(run: str | Path) -> None:
         is_eval = name.startswith("eval/")
         draw_metric(ax, metrics, name, color=COLORS[is_eval])
         if is_eval:
-            draw_teacher(ax, run, name)
+            draw_teachers(ax, [run], name)
         ax.grid(alpha=0.3)
     _, window = centred_mean(series(metrics, "train/loss")[1])
-    options = read_json(run / "config.json") if (run / "config.json").exists() else {}
+    options = options_of(run)
     said = [
         f"{name} {options[name]}" for name in ("mode", "model", "data", "seed") if name in options
     ]

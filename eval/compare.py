@@ -29,7 +29,7 @@ from curves import (
     MARKERS,
     STYLES,
     draw_metric,
-    draw_teacher,
+    draw_teachers,
     label_ends,
     run_cost,
     save_picture,
@@ -377,9 +377,8 @@ def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
             if any(name in line for line in run.metrics):
                 x, y = lines[-1].get_data()
                 ends.append((x[-1], y[-1], run.label, color))
-    for run in runs:
-        if name.startswith("eval/"):
-            draw_teacher(ax, run.path, name)
+    if name.startswith("eval/"):
+        draw_teachers(ax, [run.path for run in runs], name)
     ax.grid(alpha=0.3)
     if against == "step":
         label_ends(ax, ends)
