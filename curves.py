@@ -104,9 +104,20 @@ SHOWN = {
 }
 # Colours that also the colour-blind tell apart (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-STYLES, MARKERS = ("-", "--", ":", "-."), "os^Dv*"
+STYLES = ("-", "--", ":", "-.")
+MARKERS, SYMBOLS = "os^Dv*", "●■▲◆▼★"
 AXES = {"step": "step", "tokens": "tokens trained on", "seconds": "seconds of training"}
 Z = 1.959964  # standard errors on either side of a 95 % interval
+
+
+def style(method: int, line: int, mark: int | None = None) -> dict[str, str]:
+    """Colour and mark of a method, and the kind of line of a seed or a start."""
+    mark = method if mark is None else mark
+    return {
+        "color": COLORS[method % len(COLORS)],
+        "ls": STYLES[line % len(STYLES)],
+        "marker": MARKERS[mark % len(MARKERS)],
+    }
 
 
 def shown_names(metrics: Metrics) -> list[str]:

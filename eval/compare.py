@@ -21,22 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import curves
 import options
 from config import Config
-from curves import (
-    AXES,
-    COLORS,
-    MARKERS,
-    STYLES,
-    draw_metric,
-    draw_teachers,
-    label_ends,
-    run_cost,
-    save_picture,
-    series,
-    shown_names,
-    wilson,
-)
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
 from eval.tables import Table, aligned, comparison_table, cost_cells, markdown, table
@@ -217,7 +204,9 @@ def differing(runs: list[Run]) -> Table:
             value = run.options.get(name, NOT_READ)
             is_default = name in default and value == default[name]
             is_chosen |= value != NOT_READ and not is_default
-            cells.append(f"{value}{' (default)' * is_default}")
+            before = run_of(value) if isinstance(value, str) and value else None
+            shown = f"{before.name}/{Path(value).name}" if before else value
+            cells.append(f"{shown}{' (default)' * is_default}")
         values = {str(run.options.get(name, NOT_READ)) for run in runs}
         if len(values) > 1 and (is_chosen or NOT_READ not in values):
             rows.append([name, *cells])
@@ -238,19 +227,17 @@ def reached(runs: list[Run]) -> Table:
     """What each run reached on its held-out problems, and what that took."""
     rows = [["run", "state", "accuracy", "best (step)", "loss", "parameters", *cost_cells({})]]
     for run in runs:
-        names = {name: series(run.metrics, name) for name in shown_names(run.metrics)}
+        names = {name: curves.series(run.metrics, name) for name in curves.shown_names(run.metrics)}
         accuracy = [found for name, found in names.items() if name.endswith("/accuracy")][:1]
         loss = [f"{v[-1]:.4g}" for n, (_, v) in names.items() if re.fullmatch("eval/[^/]+/loss", n)]
         cells = ["-", "-"]
         for steps, values in accuracy:
-            problems = [
-                v for line in run.metrics for n, v in line.items() if n.endswith("/problems")
-            ]
-            low, high = wilson(values[-1], problems[-1]) if problems else (math.nan, math.nan)
+            asked = [v for m in run.metrics for n, v in m.items() if n.endswith("/problems")]
+            bounds = curves.wilson(values[-1], asked[-1]) if asked else (math.nan, math.nan)
             best = max(values)
-            cells = [_percent([values[-1], low, high])]
+            cells = [_percent([values[-1], *bounds])]
             cells.append(f"{100 * best:.1f} ({steps[values.index(best)]:,})")
-        spent = cost_cells(run_cost(run.path)).values()
+        spent = cost_cells(curves.run_cost(run.path)).values()
         rows.append([run.label, run.state, *cells, *(loss[:1] or ["-"]), parameters(run), *spent])
     return rows
 
@@ -347,7 +334,7 @@ def draw(runs: list[Run], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    names = dict.fromkeys(name for run in runs for name in shown_names(run.metrics))
+    names = dict.fromkeys(name for run in runs for name in curves.shown_names(run.metrics))
     shown = []
     for name in names:
         having = [run for run in runs if any(name in line for line in run.metrics)]
@@ -356,32 +343,31 @@ def draw(runs: list[Run], path: Path) -> None:
             shown.append(name)  # losses of two modes are not the same thing
     shown = shown or list(names)[:1]
     figure = Figure(figsize=(16.5, 3.6 * len(shown) + 0.4), layout="constrained")
-    axes = figure.subplots(len(shown), len(AXES), squeeze=False)
+    axes = figure.subplots(len(shown), len(curves.AXES), squeeze=False)
     for name, row in zip(shown, axes, strict=True):
-        for ax, against in zip(row, AXES, strict=True):
+        for ax, against in zip(row, curves.AXES, strict=True):
             _draw_runs(ax, runs, name, against)
     figure.suptitle(
         f"{', '.join(run.label for run in runs)} (bands: 95 % over problems)", fontsize=9
     )
-    save_picture(figure, path)
+    curves.save_picture(figure, path)
 
 
 def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
     ends = []
     for i, own in enumerate(arms_of(runs).values()):
         for j, run in enumerate(own):
-            color = COLORS[i % len(COLORS)]
-            style = {"color": color, "ls": STYLES[j % len(STYLES)], "marker": MARKERS[i % 6]}
-            draw_metric(ax, run.metrics, name, against, **style)
+            style = curves.style(i, j)
+            curves.draw_metric(ax, run.metrics, name, against, **style)
             lines = ax.get_lines()
             if any(name in line for line in run.metrics):
                 x, y = lines[-1].get_data()
-                ends.append((x[-1], y[-1], run.label, color))
+                ends.append((x[-1], y[-1], run.label, style["color"]))
     if name.startswith("eval/"):
-        draw_teachers(ax, [run.path for run in runs], name)
+        curves.draw_teachers(ax, [run.path for run in runs], name)
     ax.grid(alpha=0.3)
     if against == "step":
-        label_ends(ax, ends)
+        curves.label_ends(ax, ends)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -12,17 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from curves import (
-    COLORS,
-    MARKERS,
-    STYLES,
-    draw_teachers,
-    eval_names,
-    label_ends,
-    progress,
-    save_picture,
-    wilson,
-)
+import curves
 from errors import RunFailed
 from eval.stats import over_seeds
 from eval.study.results import Outcome, Results
@@ -41,7 +31,7 @@ def curve(outcome: Outcome) -> list[list[float]]:
     points, before = [], 0.0
     for run in outcome.runs:
         metrics = read_metrics(run)
-        tokens = progress(metrics)["tokens"]
+        tokens = curves.progress(metrics)["tokens"]
         for row, so_far in zip(metrics, tokens, strict=True):
             for name, value in row.items():
                 if re.fullmatch("eval/.*/accuracy", name):
@@ -58,11 +48,11 @@ def mean_curve(results: Results, arm: dict) -> np.ndarray | None:
 
     The bounds are those of the seeds from three on, else of the problems.
     """
-    curves = [curve(results.outcomes[arm["arm"], seed]) for seed in arm["seeds"]]
-    if not arm["chain"] or not curves or not all(curves):
+    every = [curve(results.outcomes[arm["arm"], seed]) for seed in arm["seeds"]]
+    if not arm["chain"] or not every or not all(every):
         return None
-    shared = min(map(len, curves))  # evaluations that all seeds have
-    points_SC4 = np.array([points[:shared] for points in curves])
+    shared = min(map(len, every))  # evaluations that all seeds have
+    points_SC4 = np.array([points[:shared] for points in every])
     x, y, ends, problems = points_SC4.mean(0).T
     low, high = y.copy(), y.copy()
     for i, values in enumerate(points_SC4[:, :, 1].T):
@@ -70,7 +60,7 @@ def mean_curve(results: Results, arm: dict) -> np.ndarray | None:
             reach = over_seeds(values.tolist())[1]
             low[i], high[i] = max(0.0, y[i] - reach), min(100.0, y[i] + reach)
         elif problems[i]:
-            low[i], high[i] = (100 * bound for bound in wilson(y[i] / 100, problems[i]))
+            low[i], high[i] = (100 * bound for bound in curves.wilson(y[i] / 100, problems[i]))
     return np.array([x, y, low, high, ends])
 
 
@@ -88,30 +78,34 @@ def _style(arm: dict, arms: list[dict], shown: list[str]) -> dict[str, Any]:
     """How an arm is drawn in a panel of these methods."""
     starts = list(dict.fromkeys(other["model"] for other in arms))
     start = starts.index(arm["model"])
-    style = {"color": GREY, "ls": STYLES[start % len(STYLES)], "marker": MARKERS[start % 6]}
+    style = {
+        "color": GREY,
+        "ls": curves.STYLES[start % len(curves.STYLES)],
+        "marker": curves.MARKERS[start % 6],
+    }
     style |= {"lw": 0.7, "ms": 3}
     if method(arm) in shown:
         place = shown.index(method(arm))
         # what coincides is seen at the edges of what was drawn later, and thinner
-        style |= {"color": COLORS[place % len(COLORS)], "lw": 3.2 - 0.4 * place}
+        style |= {"color": curves.COLORS[place % len(curves.COLORS)], "lw": 3.2 - 0.4 * place}
         style |= {"ms": 6, "zorder": 3}
     return style
 
 
 def draw_curves(results: Results, arms: list[dict]) -> "Draw":
     """A function that draws the learning curves of all arms, some methods' in colour."""
-    curves = [mean_curve(results, arm) for arm in arms]
+    found = [mean_curve(results, arm) for arm in arms]
     runs = [run for outcome in results.outcomes.values() for run in outcome.runs]
-    every = {name for run in runs for name in eval_names(read_metrics(run))}
+    every = {name for run in runs for name in curves.eval_names(read_metrics(run))}
     names = [name for name in sorted(every) if name.endswith("/accuracy")]
-    return partial(_draw_curves, arms, curves, runs, names)
+    return partial(_draw_curves, arms, found, runs, names)
 
 
-def _draw_curves(arms, curves, runs, names, ax, shown):
+def _draw_curves(arms, means, runs, names, ax, shown):
     ends = []
     ax.set(xlabel="student tokens along the chain (marks: a run ends)", ylim=(-2, 100))
     ax.set_ylabel("validation accuracy, %")
-    for arm, found in zip(arms, curves, strict=True):
+    for arm, found in zip(arms, means, strict=True):
         if found is None:
             continue
         style, (x, y, low, high, is_end) = _style(arm, arms, shown), found
@@ -120,8 +114,8 @@ def _draw_curves(arms, curves, runs, names, ax, shown):
             ax.fill_between(x, low, high, color=style["color"], alpha=0.07, lw=0)
             ends.append((x[-1], y[-1], f"{arm['arm']} {y[-1]:.0f}", style["color"]))
     for name in names:
-        draw_teachers(ax, runs, name)
-    label_ends(ax, ends, 0.05)
+        curves.draw_teachers(ax, runs, name)
+    curves.label_ends(ax, ends, 0.05)
 
 
 def draw_costs(arms: list[dict], task: str, ax: Any, shown: list[str]) -> None:
@@ -147,7 +141,7 @@ def draw_costs(arms: list[dict], task: str, ax: Any, shown: list[str]) -> None:
             else:
                 ax.errorbar(flops, mean, reach, capsize=3, elinewidth=1.2, **style)
                 ends.append((flops, mean, f"{arm['arm']} {mean:.0f}", style["color"]))
-    label_ends(ax, ends, 0.05)
+    curves.label_ends(ax, ends, 0.05)
 
 
 Draw = Callable[[Any, list[str]], None]
@@ -175,7 +169,7 @@ def save_panels(path: Path, title: str, rows: list[tuple[Draw, list[list[str]]]]
         ax.xaxis.set_major_formatter(EngFormatter())
     figure.suptitle(title, fontsize=10)
     try:
-        save_picture(figure, path)
+        curves.save_picture(figure, path)
     except OSError as e:
         raise RunFailed(f"{path} could not be written ({e.strerror})") from None
 
@@ -187,13 +181,13 @@ def draw(results: Results, report: dict, out: Path) -> None:
         evaluated = [task for task, found in arm["accuracy"].items() if found["figure"]]
         tasks |= dict.fromkeys(evaluated[:1])
     starts = dict.fromkeys(arm["model"] for arm in arms)
-    marked = [f"{STYLES[i % 4]} {start}" for i, start in enumerate(starts)]
+    marked = [f"{curves.STYLES[i % 4]} {start}" for i, start in enumerate(starts)]
     title = (
         f"{report['title']}: learning curves, mean over seeds; from {', '.join(marked)}; {BANDS}"
     )
     shown = panels(arms)
     save_panels(out / "curves.png", title, [(draw_curves(results, arms), shown)])
     title = f"{report['title']}: accuracy against cost; marks: "
-    title += ", ".join(f"{MARKERS[i % 6]} from {start}" for i, start in enumerate(starts))
+    title += ", ".join(f"{curves.SYMBOLS[i % 6]} from {start}" for i, start in enumerate(starts))
     rows = [(partial(draw_costs, arms, task), shown) for task in tasks or [""]]
     save_panels(out / "cost.png", title, rows)

@@ -81,7 +81,9 @@ def sentences(report: dict) -> list[str]:
     if known and best["cost"]["flops"] > 0:
         cheapest = min(known, key=lambda name: known[name])
         ratio = known[cheapest] / best["cost"]["flops"]
-        line += f" The cheapest that is not told apart, {cheapest}, takes {ratio:.2g} of its FLOPs."
+        line += (
+            f" The cheapest that is not told apart, {cheapest}, takes {ratio:.2g} times its FLOPs."
+        )
     lines.append(line)
     gains = [
         f"{arm} {points(arms[arm]['gain'][task]['figure'], '+')} over {start}"
@@ -100,21 +102,22 @@ def _names(arms: list[str]) -> str:
 def _next(report: dict, following: dict, arms: list[str]) -> str:
     """What would make the margin over the following arm more certain."""
     have, each = list(report["seeds"]), following["each"]
-    line = "**Next**: "
     wanted = 3
     if len(each) < 2:
-        line += "one seed in common says nothing of seeds; three would"
+        line = "one seed in common says nothing of how seeds differ, so three of them"
     elif statistics.pstdev(each) == 0:
-        return f"{line}the seeds agree exactly; more problems are what narrows the intervals."
+        return "**Next**: the seeds agree exactly, and more problems narrow the intervals."
     else:
         wanted = more_seeds(len(each))
-        line += f"half the interval over seeds takes {wanted} seeds (now {len(each)})"
+        line = f"{wanted} seeds (now {len(each)}) for half the interval over seeds"
     new = (seed for seed in range(wanted + max(have) + 1) if seed not in have)
     seeds = have + [next(new) for _ in range(wanted - len(have))]
     shown = ",".join(map(str, seeds)) if len(seeds) <= NAMED else f"{seeds[0]},…,{seeds[-1]}"
-    line += f", half of that over problems {4 * following['problems']:,} problems (now "
-    line += f"{following['problems']:,}): the study's command with "
-    return line + f"`--arms {','.join(arms[:NAMED])} --seeds {shown}`."
+    return (
+        f"**Next**: {line}, as in `--arms {','.join(arms[:NAMED])} --seeds {shown}`; half the "
+        f"interval over problems takes {4 * following['problems']:,} of them (now "
+        f"{following['problems']:,})."
+    )
 
 
 def where(results: Results, out: Path) -> list[dict[str, str]]:
