@@ -78,18 +78,11 @@ def _style(arm: dict, arms: list[dict], shown: list[str]) -> dict[str, Any]:
     """How an arm is drawn in a panel of these methods."""
     starts = list(dict.fromkeys(other["model"] for other in arms))
     start = starts.index(arm["model"])
-    style = {
-        "color": GREY,
-        "ls": curves.STYLES[start % len(curves.STYLES)],
-        "marker": curves.MARKERS[start % 6],
-    }
-    style |= {"lw": 0.7, "ms": 3}
-    if method(arm) in shown:
-        place = shown.index(method(arm))
-        # what coincides is seen at the edges of what was drawn later, and thinner
-        style |= {"color": curves.COLORS[place % len(curves.COLORS)], "lw": 3.2 - 0.4 * place}
-        style |= {"ms": 6, "zorder": 3}
-    return style
+    if method(arm) not in shown:
+        return curves.style(0, start, start) | {"color": GREY, "lw": 0.7, "ms": 3}
+    place = shown.index(method(arm))
+    # what coincides is seen at the edges of what was drawn later, and thinner
+    return curves.style(place, start, start) | {"lw": 3.2 - 0.4 * place, "ms": 6, "zorder": 3}
 
 
 def draw_curves(results: Results, arms: list[dict]) -> "Draw":
