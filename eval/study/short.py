@@ -53,10 +53,9 @@ def sentences(report: dict) -> list[str]:
     task, against = short["task"], short["against"]
     arms = {arm["arm"]: arm for arm in report["arms"]}
     best = arms[short["arm"]]
-    tried = f"{len(best['seeds'])} seed{'s' * (len(best['seeds']) > 1)}"
     lines = [
         f"**Highest on {task}**: {best['arm']}, {points(best['accuracy'][task]['figure'])} % "
-        f"({tried}), of {len(against) + 1} arms. The highest of several flatters itself."
+        f"({_seeds(best['seeds'])}), of {len(against) + 1} arms. The highest of several flatters itself."
     ]
     compared = [other for other in against if other["figure"]]
     if not compared:
@@ -64,12 +63,13 @@ def sentences(report: dict) -> list[str]:
     following, near = compared[0], [o["arm"] for o in compared if o["figure"][1] <= 0]
     lines.append(
         f"**By how much**: {points(following['figure'], '+')} points over the next one, "
-        f"{following['arm']} (paired on {following['problems']:,} problems, p "
+        f"{following['arm']} (paired on {following['problems']:,} problems and "
+        f"{_seeds(following['each'])}, p "
         f"{following['p']:.2g} by sign flips over problems; asked "
         f"{asked(following['asked_differently'])})."
     )
     lines.append(
-        f"**Not told apart from it** (the paired 95 % interval holds 0; of {len(compared)} "
+        f"**Not shown to be below it** (by the paired 95 % interval; of {len(compared)} "
         f"comparisons, not corrected for their number): {_names(near)}."
     )
     cost = ", ".join(
@@ -81,9 +81,7 @@ def sentences(report: dict) -> list[str]:
     if known and best["cost"]["flops"] > 0:
         cheapest = min(known, key=lambda name: known[name])
         ratio = known[cheapest] / best["cost"]["flops"]
-        line += (
-            f" The cheapest that is not told apart, {cheapest}, takes {ratio:.2g} times its FLOPs."
-        )
+        line += f" The cheapest of those, {cheapest}, takes {ratio:.2g} times its FLOPs."
     lines.append(line)
     gains = [
         f"{arm} {points(arms[arm]['gain'][task]['figure'], '+')} over {start}"
@@ -92,6 +90,10 @@ def sentences(report: dict) -> list[str]:
     if gains:
         lines.append(f"**The best from each start**, in points: {'; '.join(gains)}.")
     return [*lines, _next(report, following, [best["arm"], *(near or [following["arm"]])])]
+
+
+def _seeds(found: list) -> str:
+    return f"{len(found)} seed" + "s" * (len(found) != 1)
 
 
 def _names(arms: list[str]) -> str:
