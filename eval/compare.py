@@ -17,6 +17,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from eval.stats import Counts, difference, over_seeds
 from eval.tables import Table, aligned, comparison_table, cost_cells, markdown, table
 from files import LARGEST, Fields, read_json, replace_file
 from locks import is_held
+from model.lineage import PROMPT_OPTIONS
 from model.load import Checkpoint, read_config
 from options import REQUIRED, option
 from run import RunFolder, handled, interrupt, read_lines, run_of
@@ -96,12 +98,12 @@ def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
     sittings = read_lines(path / "sittings.jsonl")
     given, about = all_options(path), path / "environment.json"
     environment = read_json(about) if about.exists() else {}
-    environment |= environment.pop("packages", None) or {}
+    environment = environment | Fields(environment, about).part("packages").values
     steps = sittings[-1].get("steps") if sittings else given.get("steps")
     step = metrics[-1]["step"]
     state = "finished" if steps == step else f"stopped at {step:,} of {steps or '?'}"
     if is_held(path / ".lock"):
-        state = f"at {step:,} of {steps or '?'}"
+        state = f"running, at {step:,} of {steps or '?'}"
     run = Run(path, label, given, environment, metrics, state, arm_of(path))
     for result in [*_held_out(run), *_evaluations(run, evals)]:
         if result.key not in run.results or result.step > run.results[result.key].step:
@@ -148,44 +150,39 @@ def arm_of(path: Path) -> str:
 def _held_out(run: Run) -> list[Result]:
     """What the run answered last to the problems that it holds out."""
     steps = {line["step"] for line in run.metrics if any(n.startswith("eval/") for n in line)}
-    step, verdicts = max(steps, default=0), {}
+    step, seen, counted = max(steps, default=0), Counter(), {}
     for line in read_lines(run.path / "samples.jsonl"):
         if line.get("step") == step and "reward" not in line and "correct" in line:
-            key = (str(line.get("question")), len(verdicts))
-            verdicts[key] = (1, int(bool(line["correct"])))
-    counted, seen = {}, {}
-    for (question, _), verdict in verdicts.items():  # a question that comes twice counts twice
-        seen[question] = seen.get(question, 0) + 1
-        counted[question, seen[question]] = verdict
-    asked = {n: run.options.get(n) for n in ("system_prompt", "prompt_suffix", "eval_tokens")}
+            question = str(line.get("question"))
+            seen[question] += 1  # one that comes twice counts twice
+            counted[question, seen[question]] = (1, int(bool(line["correct"])))
+    asked = {n: run.options.get(n) for n in (*PROMPT_OPTIONS, "eval_tokens")}
     return [Result(HELD_OUT, asked, step, counted)] if counted else []
 
 
 def _evaluations(run: Run, evals: Sequence[str]) -> list[Result]:
     """What `python -m eval` has of the run's checkpoints, found by the name of its folders."""
-    places = [*map(Path, evals), *run.path.glob("eval*"), *(run.path / "../../evals").glob("*")]
+    own = run.path.resolve()
+    places = [*map(Path, evals), *own.glob("eval*"), *(own.parent.parent / "evals").glob("*")]
     found = []
-    for place in places:
-        for about in sorted(place.glob(f"{glob.escape(run.path.resolve().name)}-step-*/*.json")):
-            step = re.fullmatch(r".*-step-(\d+)-[0-9a-f]{6}", about.parent.name)
-            samples = summary.Samples(about.parent, about.stem)
-            if not step or not samples.path.exists() or samples.parts():
-                continue  # another run's, or still under way
-            stated = summary.read_about(about)
-            named = Path(str(stated["about"].get("name")))
-            if named.exists() and run.path.resolve() not in (
-                named.resolve(),
-                *named.resolve().parents,
-            ):
-                continue  # of a run with the same name elsewhere
-            rows = samples.read()
+    for about in (a for p in places for a in p.glob(f"{glob.escape(own.name)}-step-*/*.json")):
+        step = re.fullmatch(r".*-step-(\d+)-[0-9a-f]{6}", about.parent.name)
+        samples = summary.Samples(about.parent, about.stem)
+        if not step or not samples.path.exists() or samples.parts():
+            continue  # another run's, or still under way
+        stated = summary.read_about(about)
+        named = Path(str(stated["about"].get("name"))).resolve()
+        if named.exists() and own not in (named, *named.parents):
+            continue  # of a run with the same name elsewhere
+        rows = samples.read()
+        try:
             count = len(rows) // len({problem for problem, _ in rows})
             figures = summary.summarise(rows, [count], stated["generated"])
             conditions = summary.conditions(stated)
-            conditions["test set"] = stated["identity"].get("test set")
-            found.append(
-                Result(about.stem, conditions, int(step[1]), summary.counts(rows), figures)
-            )
+        except (KeyError, TypeError, ZeroDivisionError):
+            raise UserError(f"{samples.path} has no graded samples; evaluate again") from None
+        conditions["test set"] = stated["identity"].get("test set")
+        found.append(Result(about.stem, conditions, int(step[1]), summary.counts(rows), figures))
     return found
 
 
@@ -212,7 +209,7 @@ def differing(runs: list[Run]) -> Table:
             rows.append([name, *cells])
     for name in dict.fromkeys(name for run in runs for name in run.environment):
         cells = [str(run.environment.get(name, "unknown")) for run in runs]
-        if name not in ("command", "time") and len(set(cells)) > 1:
+        if name not in ("command", "time", "packages") and len(set(cells)) > 1:
             rows.append([name, *(cell[:12] if name == "git_commit" else cell for cell in cells)])
     return rows
 
@@ -269,7 +266,7 @@ def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
 
 def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
     """The accuracy of each arm with several seeds, on each task, mean over seeds."""
-    rows = [["arm", "task", "seeds", "accuracy, over seeds"]]
+    rows = [["arm", "task", "runs", "accuracy, over seeds"]]
     for arm, own in arms.items():
         for key, task in keys.items():
             found = [run.results[key].counts for run in own if key in run.results]
@@ -286,17 +283,23 @@ def tests(arms: dict[str, list[Run]], keys: dict[str, str]) -> list[summary.Comp
     found = []
     for key, task in keys.items():
         for (one, ours), (other, theirs) in itertools.combinations(arms.items(), 2):
-            sides = []
-            for side in (theirs, ours):
-                having = [run for run in side if key in run.results]
-                sides.append(
-                    {run.options.get("seed", 0): run.results[key].counts for run in having}
-                )
+            sides = [_by_seed(side, key) for side in (theirs, ours)]
             paired = difference(*sides)
             if paired:
                 _, low, high = paired["figure"]
                 paired |= {"low": low, "high": high, "asked_differently": {}}
                 found.append(summary.Comparison(other, one, task, paired))
+    return found
+
+
+def _by_seed(arm: list[Run], key: str) -> dict[Any, Counts]:
+    """{(seed, a number for runs of one seed): what the arm's runs answered}."""
+    found, seen = {}, Counter()
+    for run in arm:
+        if key in run.results:
+            seed = run.options.get("seed", 0)
+            found[seed, seen[seed]] = run.results[key].counts
+            seen[seed] += 1
     return found
 
 

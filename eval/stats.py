@@ -161,7 +161,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return mean, student_t(1 - ALPHA / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
-def difference(ours: Mapping[int, Counts], theirs: Mapping[int, Counts]) -> dict[str, Any] | None:
+def difference(ours: Mapping[Any, Counts], theirs: Mapping[Any, Counts]) -> dict[str, Any] | None:
     """The accuracy of one arm less that of another, both {seed: Counts}; None without problems.
 
     Compared are the problems that all of them have, seed by seed where both have the same seeds.

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +155,7 @@ def test_a_run_under_way_and_one_that_was_killed(tmp_path):
     assert compare.read_run(killed, "k", []).state == "stopped at 4 of 100"
     with lock(killed / ".lock"):
         assert is_held(killed / ".lock")
-        assert compare.read_run(killed, "k", []).state == "at 4 of 100"
+        assert compare.read_run(killed, "k", []).state == "running, at 4 of 100"
     assert not is_held(killed / ".lock") and not is_held(tmp_path / "nothing")
 
 
@@ -202,7 +204,9 @@ def test_the_difference_of_arms_by_brute_force():
     theirs[1].pop(7)  # not asked: compared are the other seven
     found = difference(ours, theirs)
     assert found is not None
-    each = [np.mean([(ours[s][p][1] - theirs[s][p][1]) / 40 for p in range(7)]) for s in ours]
+    each = [
+        float(np.mean([(ours[s][p][1] - theirs[s][p][1]) / 40 for p in range(7)])) for s in ours
+    ]
     assert found["each"] == pytest.approx(each) and found["problems"] == 7
     assert found["figure"][0] == pytest.approx(np.mean(each))
     flips = [sum(ours[s][p][1] - theirs[s][p][1] for s in ours) for p in range(7)]
@@ -239,7 +243,7 @@ def test_wilson_against_scipy():
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def axis():
+def axis() -> Any:
     return Figure().subplots()
 
 
@@ -308,19 +312,18 @@ def test_labels_do_not_lie_on_each_other():
 def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):
     arm = {"arm": "x", "chain": ["sft"], "model": "base", "seeds": [0, 1, 2]}
 
-    class Results:
-        outcomes = {
-            ("x", seed): Outcome(runs=[run(tmp_path / f"r{seed}", right=range(2 + 3 * seed))])
-            for seed in range(3)
-        }
-
-    found = mean_curve(Results, arm)
+    outcomes = {
+        ("x", seed): Outcome(runs=[run(tmp_path / f"r{seed}", right=range(2 + 3 * seed))])
+        for seed in range(3)
+    }
+    results: Any = SimpleNamespace(outcomes=outcomes)
+    found = mean_curve(results, arm)
     assert found is not None
     x, y, low, high, ends = found
     assert x.tolist() == [0, 400] and y == pytest.approx([0, 50]) and ends.tolist() == [0, 1]
     reach = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem([20, 50, 80])
     assert (low[1], high[1]) == pytest.approx((max(0, 50 - reach), min(100, 50 + reach)))
-    one = mean_curve(Results, arm | {"seeds": [1]})
+    one = mean_curve(results, arm | {"seeds": [1]})
     bounds = scipy.stats.binomtest(5, 10).proportion_ci(method="wilson")
     assert one is not None and one[2:4, 1] == pytest.approx([100 * b for b in bounds])
     arms = [arm | {"chain": [f"m{i // 2}"]} for i in range(20)] + [arm | {"chain": []}]

@@ -55,7 +55,8 @@ def sentences(report: dict) -> list[str]:
     best = arms[short["arm"]]
     lines = [
         f"**Highest on {task}**: {best['arm']}, {points(best['accuracy'][task]['figure'])} % "
-        f"({_seeds(best['seeds'])}), of {len(against) + 1} arms. The highest of several flatters itself."
+        f"({_seeds(best['seeds'])}), of {len(against) + 1} arms. "
+        "The highest of several flatters itself."
     ]
     compared = [other for other in against if other["figure"]]
     if not compared:
