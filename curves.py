@@ -166,6 +166,8 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
     An evaluation has a mark for each time, and an accuracy the interval that its number of problems
     gives; what every step measures is a thin line behind its mean. style: color, ls, marker, label.
     """
+    from matplotlib.ticker import EngFormatter
+
     rows = [i for i, line in enumerate(metrics) if name in line]
     if not rows:
         return
@@ -188,6 +190,8 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
         ax.set_yscale("log")
     ax.set(title=name, ylabel="\n".join(textwrap.wrap(axis_of(name), 34)))
     ax.set_xlabel(AXES[against])
+    if against == "tokens":
+        ax.xaxis.set_major_formatter(EngFormatter())
 
 
 def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075) -> None:

@@ -116,8 +116,9 @@ def _next(report: dict, following: dict, arms: list[str]) -> str:
     new = (seed for seed in range(wanted + max(have) + 1) if seed not in have)
     seeds = have + [next(new) for _ in range(wanted - len(have))]
     shown = ",".join(map(str, seeds)) if len(seeds) <= NAMED else f"{seeds[0]},…,{seeds[-1]}"
+    only = f"--arms {','.join(arms)} " if len(arms) <= NAMED else ""
     return (
-        f"**Next**: {line}, as in `--arms {','.join(arms[:NAMED])} --seeds {shown}`; half the "
+        f"**Next**: {line}, as in `{only}--seeds {shown}`; half the "
         f"interval over problems takes {4 * following['problems']:,} of them (now "
         f"{following['problems']:,})."
     )
