@@ -218,6 +218,10 @@ def test_the_difference_of_arms_by_brute_force():
     mean = found["figure"][0]
     assert found["figure"][2] - mean == pytest.approx(math.hypot(high - mean, reach))
     assert mean - found["figure"][1] == pytest.approx(math.hypot(mean - low, reach))
+    # a seed that one side lacks does not count
+    alone, more = {0: theirs[0]}, {0: ours[0], 5: ours[1]}
+    assert difference(more, alone) == difference({0: ours[0]}, alone)
+    assert difference(alone, more) == difference(alone, {0: ours[0]})
     # other seeds on either side: pooled, and nothing is said of seeds
     apart = difference({0: ours[0]}, {1: ours[1]})
     assert apart is not None and apart["each"] == [] and apart["over_seeds"] is None

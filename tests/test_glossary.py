@@ -1,4 +1,4 @@
-"""The glossary of docs/training.md has every metric that a run of any mode writes, and no other."""
+"""The glossary of docs/metrics.md has every metric that a run of any mode writes, and no other."""
 
 import re
 
@@ -33,9 +33,8 @@ PLACEHOLDERS = {
 
 def glossary():
     """{a name as the glossary writes it: its pattern}."""
-    page = (ROOT / "docs" / "training.md").read_text().partition("## Glossary")[2]
     found = {}
-    for line in page.partition("\n## ")[0].splitlines():
+    for line in (ROOT / "docs" / "metrics.md").read_text().splitlines():
         for name in re.findall("`([^`]+)`", line.split("|")[1] if "|" in line else ""):
             pattern = re.escape(name)
             for placeholder, meaning in PLACEHOLDERS.items():
