@@ -111,6 +111,14 @@ def test_runs_are_compared_by_options_figures_and_problems(tmp_path, capsys):
     assert f"{out}: comparison.md, comparison.png" in said
 
 
+def test_options_that_one_mode_alone_reads_are_listed_where_they_were_chosen(tmp_path):
+    sft, grpo = run(tmp_path / "a"), run(tmp_path / "b", mode="grpo", grpo_samples=4)
+    rows = compare.differing([compare.read_run(sft, "a", []), compare.read_run(grpo, "b", [])])
+    assert ["mode", "sft", "grpo"] in rows and ["grpo_samples", "not read", "4"] in rows
+    assert ["batch_size", "32 (default)", "128 (default)"] in rows  # read by both
+    assert "grpo_clip_low" not in [row[0] for row in rows]
+
+
 def test_what_was_asked_otherwise_is_not_compared(tmp_path, capsys):
     a, b = run(tmp_path / "a"), run(tmp_path / "b", lr=0.1, system_prompt="Think.")
     evaluation(tmp_path / "evals", a, range(5))
