@@ -1,11 +1,16 @@
 """What a run shows at its end: a table of what was measured, and the curves."""
 
+import math
+import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from run import read_metrics, run_of
+from files import draft_of, read_json
+from run import read_lines, read_metrics, run_of
 
 STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  # if a run has them
 FRACTIONS = ("/accuracy", "/lenient", "/stopped", "/top1", "/overlap", "_mass", "/half_gradient")
@@ -17,6 +22,23 @@ def series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric was measured, and its values."""
     lines = [line for line in metrics if name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
+
+
+def run_cost(run: str | Path) -> dict[str, float]:
+    """What a run took, by COSTS; nan for what it did not measure."""
+    last, seconds = {}, []
+    for line in read_metrics(run):
+        last |= line
+        seconds.append(line.get("train/seconds", 0))
+    total = sum(seconds) if "train/seconds" in last else math.nan
+    about = Path(run) / "environment.json"
+    ranks = read_json(about).get("ranks", math.nan) if about.exists() else math.nan
+    names = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
+    values = [last.get(f"train/{name}", math.nan) for name in names]
+    return dict(zip(COSTS, [*values, total, total * ranks / 3600], strict=True))
 
 
 def eval_names(metrics: Metrics) -> list[str]:
@@ -65,39 +87,200 @@ def _format(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name.endswith(FRACTIONS) else f"{value:.4f}"
 
 
+# --- pictures -------------------------------------------------------------------------------------
+
+# What is drawn, in this order: how a metric is called, and what its axis says, with the unit.
+SHOWN = {
+    r"eval/.+/accuracy": "answered right, % of held-out problems",
+    r"eval/[^/]+/loss": "cross-entropy on held-out text, nats per token",
+    r"train/loss": "training loss per token",
+    r"rollout/reward": "reward of a sample, mean",
+    r"rollout/spread": "prompts whose samples earn differently, share",
+    r"rollout/tokens": "length of a sample, tokens",
+    r"train/entropy": "entropy of the policy, nats per token",
+    r"train/ref_kl": "KL from the reference, nats per token",
+    r"eval/.+/on_student/reverse_kl": "KL(student, teacher) on the student's text, nats per token",
+    r"eval/.+/on_teacher/forward_kl": "KL(teacher, student) on the teacher's text, nats per token",
+}
+# Colours that also the colour-blind tell apart (Okabe and Ito).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+MARKERS, SYMBOLS = "os^Dv*", "●■▲◆▼★"
+AXES = {"step": "step", "tokens": "tokens trained on", "seconds": "seconds of training"}
+Z = 1.959964  # standard errors on either side of a 95 % interval
+
+
+def style(method: int, line: int, mark: int | None = None) -> dict[str, str]:
+    """Colour and mark of a method, and the kind of line of a seed or a start."""
+    mark = method if mark is None else mark
+    return {
+        "color": COLORS[method % len(COLORS)],
+        "ls": STYLES[line % len(STYLES)],
+        "marker": MARKERS[mark % len(MARKERS)],
+    }
+
+
+def shown_names(metrics: Metrics) -> list[str]:
+    """The metrics of a run that are drawn, in the order of SHOWN."""
+    names = sorted({name for line in metrics for name in line})
+    return [name for pattern in SHOWN for name in names if re.fullmatch(pattern, name)]
+
+
+def axis_of(name: str) -> str:
+    return next(axis for pattern, axis in SHOWN.items() if re.fullmatch(pattern, name))
+
+
+def centred_mean(values: list[float]) -> tuple[np.ndarray, int]:
+    """The mean of the values around each one, and of how many at most.
+
+    Near the ends it is of fewer, as many on either side: what rises evenly is not shifted.
+    """
+    count = len(values)
+    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(count)
+    reach = np.minimum(count // 80 + 1, np.minimum(at, count - 1 - at))
+    means = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    return means, 2 * (count // 80 + 1) + 1
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` yes-or-no outcomes (Wilson 1927)."""
+    centre, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
+    reach = Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def progress(metrics: Metrics) -> dict[str, list[float]]:
+    """How far a run was at each line: its step, the tokens trained on, the seconds of training."""
+    found = {name: [] for name in AXES}
+    tokens = seconds = 0.0
+    for line in metrics:
+        tokens, seconds = line.get("train/tokens", tokens), seconds + line.get("train/seconds", 0)
+        for name, value in zip(found, (line["step"], tokens, seconds), strict=True):
+            found[name].append(value)
+    return found
+
+
+def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **style: Any) -> None:
+    """Draw a metric of a run against a name of `progress`, and what the axis means.
+
+    An evaluation has a mark for each time, and an accuracy the interval that its number of problems
+    gives; what every step measures is a thin line behind its mean. style: color, ls, marker, label.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    rows = [i for i, line in enumerate(metrics) if name in line]
+    if not rows:
+        return
+    found = progress(metrics)[against]
+    x, y = [found[i] for i in rows], [metrics[i][name] for i in rows]
+    marker = style.pop("marker", "o")
+    if name.startswith("eval/"):
+        if name.endswith("/accuracy"):
+            problems = [metrics[i].get(f"{name[: -len('accuracy')]}problems", 0) for i in rows]
+            bounds = [wilson(v, n) if n else (v, v) for v, n in zip(y, problems, strict=True)]
+            low, high = (100 * np.array(side) for side in zip(*bounds, strict=True))
+            y = 100 * np.array(y)
+            ax.fill_between(x, low, high, color=style.get("color"), alpha=0.12, lw=0)
+            ax.set_ylim(0, 100)
+        ax.plot(x, y, marker=marker, ms=4, lw=1.6, **style)
+    else:
+        ax.plot(x, y, lw=0.6, alpha=0.35, color=style.get("color"))
+        ax.plot(x, centred_mean(y)[0], lw=1.6, **style)
+    if name.endswith(("/loss", "_kl")) and max(y) > 10 * min(y) > 0:
+        ax.set_yscale("log")
+    ax.set(title=name, ylabel="\n".join(textwrap.wrap(axis_of(name), 34)))
+    ax.set_xlabel(AXES[against])
+    if against == "tokens":
+        ax.xaxis.set_major_formatter(EngFormatter())
+
+
+def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075) -> None:
+    """Write beside each curve's end (x, y, text, colour) what it is, no text over another.
+
+    least: the distance of two texts, as a part of the axis, whose limits are final.
+    """
+    to_axes = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: to_axes.transform(end[:2])[1])
+    heights = [float(to_axes.transform(end[:2])[1]) for end in ends]
+    for i in range(1, len(ends)):
+        heights[i] = max(heights[i], heights[i - 1] + least)
+    limit = 1.0
+    for i in reversed(range(len(ends))):
+        heights[i] = limit = min(heights[i], limit)
+        limit -= least
+    for (x, y, text, color), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            text,
+            (x, y),
+            (1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5},
+        )
+
+
+def teacher_run(run: str | Path) -> Path | None:
+    """The run that made a run's teacher, as its last sitting names it, if it is still there."""
+    sittings, options = read_lines(Path(run) / "sittings.jsonl"), options_of(run)
+    weights = sittings[-1].get("weights", {}) if sittings else {}
+    found = run_of(weights.get("teacher") or options.get("teacher") or ".")
+    places = [found, Path(run).resolve().parent / found.name] if found else []
+    return next((place for place in places if place and place.is_dir()), None)
+
+
+def options_of(run: str | Path) -> dict[str, Any]:
+    """What a run's config.json says; {} if there is none."""
+    path = Path(run) / "config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
+    """A line where each of the runs' teachers was at last, if its own run has measured the same."""
+    for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
+        for value in series(read_metrics(teacher), name)[1][-1:]:
+            percent = name.endswith("/accuracy")
+            height = 100 * value if percent else value
+            ax.axhline(height, color="#555555", ls="--", lw=1, zorder=1)
+            text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
+            where = ("axes fraction", "data")
+            ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va="top")
+
+
 def draw_curves(run: str | Path) -> None:
-    """Draw curves.png: what every step measured, with a moving average, then the evaluations."""
-    import matplotlib
+    """Draw curves.png: what every step measured, with its mean, and the evaluations."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    metrics = read_metrics(run)
-    names = [name for name in STEPWISE if name == "train/loss" or series(metrics, name)[0]]
-    names += [name for name in eval_names(metrics) if name.endswith(("/accuracy", "/loss"))]
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    size = (4.5 * columns, 3.2 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    run, metrics = Path(run), read_metrics(run)
+    names = shown_names(metrics)
+    columns = 4 if len(names) > 6 else min(3, max(1, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(names) :]:
         ax.axis("off")
     for ax, name in zip(axes.flat, names, strict=False):
-        steps, values = series(metrics, name)
-        if name in STEPWISE and values:
-            ax.plot(steps, values, color="#b9cbe6", linewidth=0.8)
-            window = max(1, len(values) // 40) + 1
-            counts = np.minimum(np.arange(len(values)) + 1, window)
-            sums = np.convolve(values, np.ones(window))[: len(values)]
-            ax.plot(steps, sums / counts, color="#2b5c9e")
-            if name == "train/loss" and min(values) > 0:
-                ax.set_yscale("log")
-        else:
-            ax.plot(steps, values, "o-", color="#c4572e")
-        if name.endswith("accuracy"):
-            ax.set_ylim(0, 1)
-        ax.set(title=name, xlabel="step")
+        is_eval = name.startswith("eval/")
+        draw_metric(ax, metrics, name, color=COLORS[is_eval])
+        if is_eval:
+            draw_teachers(ax, [run], name)
         ax.grid(alpha=0.3)
-    figure.suptitle(Path(run).name, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(Path(run) / "curves.png", dpi=120)
-    plt.close(figure)
+    _, window = centred_mean(series(metrics, "train/loss")[1])
+    options = options_of(run)
+    said = [
+        f"{name} {options[name]}" for name in ("mode", "model", "data", "seed") if name in options
+    ]
+    notes = f"thin: each step; thick: mean of {window} steps around it; bands: 95 % over problems"
+    figure.suptitle(f"{run.name}: {', '.join(said)}\n{notes}", fontsize=9)
+    save_picture(figure, run / "curves.png")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a picture that appears whole or not at all. Raises OSError."""
+    draft = draft_of(path)
+    try:
+        figure.savefig(draft, dpi=120, format="png", bbox_inches="tight")
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -238,6 +238,12 @@ def waiting_for(path: Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process has the lock `path`, as its files say; nothing is locked or written."""
+    holders = [_holder(file) for file in (path, soft_path(path))]
+    return any(holder and not _is_dead(holder) for holder in holders)
+
+
 # --- files in use ---------------------------------------------------------------------------------
 
 

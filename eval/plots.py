@@ -2,59 +2,54 @@
 
 from pathlib import Path
 
+from curves import COLORS, MARKERS, SYMBOLS, save_picture
 from errors import RunFailed
 from eval.summary import Summary
 
 
 def draw(summaries: list[Summary], path: Path) -> None:
-    """Draw accuracy and, lighter, pass@k with their intervals, by task and checkpoint.
+    """Draw a panel for each task with a line for each checkpoint: accuracy, pass@k, intervals.
 
     Raises:
         RunFailed: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(summary.task for summary in summaries))
     names = list(dict.fromkeys(summary.checkpoint for summary in summaries))
-    figure, ax = plt.subplots(figsize=(4.5 + 1.3 * len(tasks) * max(1, len(names) / 2), 3.8))
-    labelled = set()  # every series stands once in the legend
+    rates = [rate for s in summaries for rate in s.figures.rates if "majority" not in rate]
+    shown = list(dict.fromkeys(rates))
+    figure = Figure(figsize=(2.5 + 3.2 * len(tasks), 1.5 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for name, task, figures in summaries:
-        i = names.index(name)
-        x = tasks.index(task) + 0.7 * ((i + 0.5) / len(names) - 0.5)
-        shown = ["accuracy", *(rate for rate in figures.rates if rate.startswith("pass@"))]
-        for j, rate in enumerate(shown):
-            mean, low, high = figures.rates[rate]
-            label = f"{name} {rate}" if j else name
+        ax = axes[tasks.index(task)]
+        for j, rate in enumerate(rate for rate in shown if rate in figures.rates):
+            mean, low, high = (100 * value for value in figures.rates[rate])
+            place = shown.index(rate)
+            height = names.index(name) + 0.16 * (place - (len(shown) - 1) / 2)
             ax.errorbar(
-                x + 0.04 * j,
-                100 * mean,
-                [[100 * max(0, mean - low)], [100 * max(0, high - mean)]],
-                label=None if label in labelled else label,
+                mean,
+                height,
+                xerr=[[max(0, mean - low)], [max(0, high - mean)]],
                 linestyle="",
-                color=f"C{i}",
-                alpha=0.45 if j else 1.0,
-                marker="^" if j else "o",
-                capsize=3,
+                color=COLORS[place % len(COLORS)],
+                marker=MARKERS[place % 6],
+                markersize=5,
+                capsize=2,
             )
-            labelled.add(label)
-    ax.set(
-        xticks=range(len(tasks)),
-        xticklabels=tasks,
-        xlim=(-0.6, len(tasks) - 0.4),
-        ylim=(0, 100),
-        ylabel="% of problems (95 % interval)",
-    )
-    ax.grid(axis="y", alpha=0.3)
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the points
-    figure.tight_layout()
+            if not j:
+                ax.annotate(
+                    f"{mean:.1f}", (mean, height), (0, 4), textcoords="offset points", fontsize=7
+                )
+    for ax, task in zip(axes, tasks, strict=True):
+        ax.set(title=task, xlim=(0, 100), xlabel="% of problems", ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(alpha=0.3)
+    marks = [f"{SYMBOLS[i % 6]} {rate}" for i, rate in enumerate(shown)]
+    figure.suptitle(f"{', '.join(marks)}; bars: 95 %, problems resampled", fontsize=9)
     try:
-        figure.savefig(path, dpi=120)
+        save_picture(figure, path)
     except OSError as e:
         raise RunFailed(
             f"{path} could not be written ({e.strerror}); the samples and tables are complete"
         ) from None
-    finally:
-        plt.close(figure)

@@ -6,9 +6,10 @@ problem.
 """
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import TypedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy.special import ndtr, stdtrit  # what scipy.stats uses, which takes seconds to import
@@ -144,3 +145,56 @@ def paired(a_P: Sequence[Sequence[int]], b_P: Sequence[Sequence[int]]) -> Paired
         "better": int((difference_P > 0).sum()),
         "worse": int((difference_P < 0).sum()),
     }
+
+
+Counts = Mapping[Any, tuple[int, int]]  # {problem: (samples, right samples)}
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t.
+
+    The width is 0 where seeds say nothing, because there is one or all agree.
+    """
+    n, mean = len(values), statistics.mean(values or [0.0])
+    if n < 2:
+        return mean, 0.0
+    return mean, student_t(1 - ALPHA / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def difference(ours: Mapping[Any, Counts], theirs: Mapping[Any, Counts]) -> dict[str, Any] | None:
+    """The accuracy of one arm less that of another, both {seed: Counts}; None without problems.
+
+    Compared are the problems that all of them have, seed by seed where both have the same seeds.
+
+    Returns:
+        What `paired` says of the seeds pooled; "each": the difference of every seed; "figure": it
+        [mean, low, high], the bounds being those over problems and those over seeds together: their
+        half-widths squared and added.
+    """
+    shared = [seed for seed in ours if seed in theirs]
+    ours_S = [ours[seed] for seed in shared or ours]
+    theirs_S = [theirs[seed] for seed in shared or theirs]
+    problems = set.intersection(*map(set, ours_S + theirs_S)) if ours_S and theirs_S else set()
+    if not problems:
+        return None
+    ours_SP2, theirs_SP2 = _array(ours_S, problems), _array(theirs_S, problems)
+    found = paired(theirs_SP2.sum(0).tolist(), ours_SP2.sum(0).tolist())
+    each = []
+    if shared:
+        accuracy_SP = ours_SP2[..., 1] / ours_SP2[..., 0]
+        each = (accuracy_SP - theirs_SP2[..., 1] / theirs_SP2[..., 0]).mean(1).tolist()
+    mean, low, high = found["difference"], found["low"], found["high"]
+    _, reach = over_seeds(each)
+    below, above = math.hypot(mean - low, reach), math.hypot(high - mean, reach)
+    return {
+        **found,
+        "figure": [mean, max(-1.0, mean - below), min(1.0, mean + above)],
+        "each": each,
+        "over_problems": [low, high],
+        "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None,
+    }
+
+
+def _array(counts_S, problems):
+    """Samples and right samples of each problem, for each seed."""
+    return np.array([[found[p] for p in sorted(problems)] for found in counts_S])

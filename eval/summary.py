@@ -383,14 +383,15 @@ def asked_differently(ours: dict | None, theirs: dict | None) -> dict[str, tuple
     """
     if not ours or not theirs:
         return {"conditions not known": ("-" if ours else None, "-" if theirs else None)}
-    here, there = _conditions(ours), _conditions(theirs)
+    here, there = conditions(ours), conditions(theirs)
     differing = {name: (here[name], there[name]) for name in here if here[name] != there[name]}
     if differing.keys() & {"prompt", *PROMPT_CONDITIONS}:
         differing.pop("template", None)  # the first prompt differs by what is named already
     return differing
 
 
-def _conditions(stated: dict) -> dict:
+def conditions(stated: dict) -> dict:
+    """What an evaluation depends on besides its model, its test set and the seed."""
     identity, prompt = stated["identity"], stated["identity"]["prompt"]
     return {
         "prompt": prompt.get("kind"),

@@ -2,6 +2,7 @@
 
 import math
 
+from curves import COSTS
 from eval.summary import Comparison, Interval, Summary
 
 Table = list[list[str]]
@@ -54,6 +55,22 @@ def markdown(rows: Table) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
+
+
+def cell(value: float | str | None, form: str) -> str:
+    """A number; "-" where it is not known; a text as it is."""
+    if value is None or value != value:
+        return "-"
+    return value if isinstance(value, str) else f"{value:{form}}"
+
+
+def cost_cells(cost: dict[str, float]) -> dict[str, str]:
+    """{heading: cell} of each of COSTS."""
+    found = {}
+    for name in COSTS:
+        form = ".3g" if name in ("flops", "device_hours") else ",.0f"
+        found[name.replace("_", " ").replace("flops", "FLOPs")] = cell(cost.get(name), form)
+    return found
 
 
 def _interval(value: Interval | None) -> str:

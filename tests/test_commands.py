@@ -12,7 +12,7 @@ import train
 from data import download
 from errors import UserError
 from eval import __main__ as evaluation
-from eval import chat, divergence, traces
+from eval import chat, compare, divergence, traces
 from options import REQUIRED, option
 
 
@@ -111,6 +111,7 @@ COMMANDS = {
     "eval": Command(evaluation.main, evaluation.EvalOptions, "run --tasks=gsm8k"),
     "eval.traces": Command(traces.main, traces.TraceOptions, "run --data=x --out=y"),
     "eval.chat": Command(chat.main, chat.ChatOptions, "run"),
+    "eval.compare": Command(compare.main, compare.CompareOptions, "runs/a runs/b"),
     "eval.divergence": Command(
         divergence.main, divergence.DivergenceOptions, "a b --evals x y --out=z"
     ),
@@ -163,7 +164,7 @@ def test_both_spellings_of_an_option_without_its_value_are_refused(name, refusal
 def test_bad_numbers_are_refused(name, refusal):
     kinds = {int: "a whole number", float: "a number", tuple[int, ...]: "a whole number"}
     numbers = {key: kind for key, kind in optional(name).items() if kind in kinds}
-    assert numbers or name == "data.download"
+    assert numbers or name in ("data.download", "eval.compare")
     for key, kind in numbers.items():
         assert f"--{key}: 'many' is not {kinds[kind]}" in refusal(f"--{key}=many")
 

@@ -16,7 +16,7 @@ import train
 from config import validate
 from data import download
 from eval import __main__ as evaluation
-from eval import chat, divergence, traces
+from eval import chat, compare, divergence, traces
 from eval.study import __main__ as study
 from eval.study import plan
 from tests import options_table
@@ -29,6 +29,7 @@ PARSERS = {
     "eval": evaluation.parse,
     "eval.traces": traces.parse,
     "eval.chat": chat.parse,
+    "eval.compare": compare.parse,
     "eval.divergence": divergence.parse,
     "eval.study": study.parse,
     "data.download": download.parse,

@@ -449,6 +449,51 @@ def test_costs_that_nobody_measured_are_not_0(tmp_path):
     assert math.isnan(found["device_hours"]) and math.isnan(found["flops"])
 
 
+def test_the_report_begins_with_what_it_says_and_ends_with_where_it_is(study):
+    out, _, said, report = study
+    page = (out / "report.md").read_text()
+    short = page.partition("## In short")[2].partition("## All arms")[0].strip().splitlines()
+    # kd_grpo has one seed, in which grpo is 8 of 40 problems above it
+    assert report["short"]["arm"] == "kd_grpo"
+    assert short[0].startswith(
+        "- **Highest on word_problems**: kd_grpo, 75.0 [65.0, 85.0] % (1 seed)"
+    )
+    assert (
+        "-20.0 [" in short[1]
+        and "the next one, grpo (paired on 40 problems and 1 seed," in short[1]
+    )
+    assert f"p {2 / 2**8:.2g} by sign flips over problems; asked alike" in short[1]
+    assert short[2].endswith("of 3 comparisons, not corrected for their number): grpo.")
+    assert "2,000 student tokens" in short[3] and "FLOPs" not in short[3]  # not measured
+    assert "kd_grpo +25.0 [" in short[4] and "over @instruct" not in short[4]
+    assert "`--arms kd_grpo,grpo --seeds 0,1,2`" in short[5] and "takes 160 of them" in short[5]
+    assert short[0].removeprefix("- ")[:40] in said
+    rows = {(row["arm"], row["seed"]): row for row in report["where"]}
+    assert rows["grpo", "1"]["evaluation"] == "evals/grpo-1"
+    assert rows["grpo", "1"]["command"].startswith(
+        "`train.py --config runs/grpo-grpo-1/config.json"
+    )
+    assert rows["instruct", "0"]["command"] == "none: the model as it is"
+    assert page.index("## Where everything is") > page.index("## Accuracy against cost")
+
+
+def test_in_short_with_seeds_that_agree_and_with_one_arm(tmp_path):
+    outcomes = {}
+    for arm, right in (("sft", (20, 24, 28)), ("grpo", (10, 15, 20))):
+        for seed, number in enumerate(right):
+            outcomes[arm, seed] = Outcome(evals=evaluation(tmp_path / f"{arm}{seed}", number))
+    arms = {arm: ARMS[arm] for arm in ("sft", "grpo")}
+    report_of(tmp_path, outcomes, seeds=(0, 1, 2), arms=arms)
+    short = (tmp_path / "report.md").read_text().partition("## In short")[2].splitlines()
+    (line,) = [line for line in short if "**Next**" in line]
+    # t(2) / sqrt(3) = 2.484; half of it is 1.242: t(4) / sqrt(5) = 1.2417
+    assert "5 seeds (now 3)" in line and "`--arms sft,grpo --seeds 0,1,2,3,4`" in line
+    one = {("sft", 0): outcomes["sft", 0]}
+    report_of(tmp_path, one, arms={"sft": ARMS["sft"]})
+    page = (tmp_path / "report.md").read_text()
+    assert "**Highest on word_problems**: sft, 50.0" in page and "**Next**" not in page
+
+
 def test_equal_outcomes_have_equal_reports(study, tmp_path):
     out, outcomes, _, _ = study
     before = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from eval.study.plan import Study
 from eval.study.plots import draw
 from eval.study.results import Outcomes, Results, collect, samples_of
+from eval.study.short import in_short, sentences, where
 from eval.study.tables import claims_table, footnotes, kl_table, listed, main_table
 from eval.tables import aligned, markdown
 from files import replace_file
@@ -39,6 +40,9 @@ start) on the arm's own text: how far what it writes is from what the start woul
 arm) on the start's text: how unlikely the old behaviour has become, which is forgetting. Top-1: %
 of tokens where both have the same most likely one. Entropy: how undecided each is; an arm far
 below its start has lost variety."""
+
+WHERE_NOTES = """Paths from this folder on; a chain has a line for each of its runs. The command,
+with `python` and the project's path before train.py, makes the run again, elsewhere."""
 
 
 def fenced(text: str) -> str:
@@ -88,6 +92,9 @@ def page(report: dict, failed: list[str]) -> str:
     """report.md. failed: a line for each arm and seed that failed."""
     moved = kl_table(report["arms"])
     parts = [f"# {report['title']}"]
+    if report["short"]:
+        parts += ["## In short", "\n".join(f"- {line}" for line in sentences(report))]
+        parts.append("## All arms")
     parts += [f"- {line}" for line in report["conditions"] + report["training"]]
     parts += [markdown(listed(main_table(report))), *footnotes(report), *failed]
     if failed:
@@ -104,6 +111,8 @@ def page(report: dict, failed: list[str]) -> str:
     ]
     if moved:
         parts += ["## How far the arms moved", markdown(listed(moved)), KL_NOTES]
+    if report["where"]:
+        parts += ["## Where everything is", markdown(listed(report["where"])), WHERE_NOTES]
     parts.append("What the arms write: [samples.md](samples.md)")
     return "\n\n".join(parts) + "\n"
 
@@ -119,7 +128,7 @@ def summary(report: dict, failed: list[str]) -> list[str]:
     if report["claims"]:
         columns = ["claim", "ours: difference", "seeds of that sign", "paper", "asked", "verdict"]
         parts.append(aligned(listed(claims_table(report["claims"]), columns)))
-    training = [textwrap.fill(line, 150) for line in report["training"]]
+    training = [textwrap.fill(line, 150) for line in report["training"] + sentences(report)]
     return [*parts, *footnotes(report), *training, *failed]
 
 
@@ -135,6 +144,7 @@ def write(out: Path, study: Study, outcomes: Outcomes) -> str:
         results.failures[key] = " ".join(words)
     failed = [f"{arm}, seed {s} FAILED: {text}" for (arm, s), text in results.failures.items()]
     report = collect(results, study.title, study.claims)
+    report |= {"short": in_short(results, report), "where": where(results, out)}
     draw(results, report, out)
     replace_file(out / "samples.md", samples_page(results))
     # JSON has no NaN, which is the interval of a single problem: null there

@@ -8,23 +8,19 @@ A figure is [mean, low, high] with the bounds of a 95 % interval. Accuracies are
 import dataclasses
 import functools
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
+from curves import COSTS, run_cost
 from digests import read_checked
-from eval.stats import paired
+from eval.stats import difference, over_seeds
 from eval.study.schema import Arm, Claim
 from eval.summary import Samples, asked_differently, counts, read_about
 from files import read_json
-from run import read_metrics
 
-COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
+NOTHING = dict.fromkeys(("figure", "over_problems", "over_seeds")) | {"each": []}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,31 +107,13 @@ class Results:
         Compared are the problems that all of them have.
         """
         seeds = [seed for seed in ours if seed in theirs]
-        ours_S = [_counts(ours[seed], task) for seed in seeds]
-        theirs_S = [_counts(theirs[seed], task) for seed in seeds]
-        problems = set.intersection(*map(set, ours_S + theirs_S)) if seeds else set()
-        if not problems:
-            nothing = dict.fromkeys(("figure", "over_problems", "over_seeds"))
-            return nothing | {"each": [], "asked_differently": {}}
-        ours_SP2, theirs_SP2 = _array(ours_S, problems), _array(theirs_S, problems)
-        pooled = paired(theirs_SP2.sum(0).tolist(), ours_SP2.sum(0).tolist())
-        accuracy_SP = ours_SP2[..., 1] / ours_SP2[..., 0]
-        each = (accuracy_SP - theirs_SP2[..., 1] / theirs_SP2[..., 0]).mean(1).tolist()
-        mean, low, high = pooled["difference"], pooled["low"], pooled["high"]
-        _, reach = over_seeds(each)
-        below, above = math.hypot(mean - low, reach), math.hypot(high - mean, reach)
+        counts_of = [{seed: _counts(side[seed], task) for seed in seeds} for side in (ours, theirs)]
         asked = {}
         for seed in seeds:
             conditions = _conditions(ours[seed], task), _conditions(theirs[seed], task)
             asked = asked_differently(*conditions) | asked
-        return {
-            "figure": [mean, max(-1.0, mean - below), min(1.0, mean + above)],
-            "each": each,
-            "problems": len(problems),
-            "asked_differently": asked,
-            "over_problems": [low, high],
-            "over_seeds": [max(-1.0, mean - reach), min(1.0, mean + reach)] if reach else None,
-        }
+        found = difference(*counts_of) or NOTHING
+        return found | {"asked_differently": asked if found["each"] else {}}
 
     def mean(self, arm: str, measure: Callable[[Outcome], dict[str, float]]) -> dict[str, float]:
         """{name: mean over the seeds that are done}; nan where one of them does not know it."""
@@ -160,46 +138,17 @@ def _counts(evals, task):
     return counts(samples_of(evals, task).read())
 
 
-def _array(counts_S, problems):
-    """Samples and right samples of each problem, for each seed."""
-    return np.array([[found[p] for p in sorted(problems)] for found in counts_S])
-
-
 @functools.cache
 def _conditions(evals, task):
     about = samples_of(evals, task).about
     return read_about(about) if about.exists() else None
 
 
-def over_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t.
-
-    The width is 0 where seeds say nothing, because there is one or all agree.
-    """
-    n, mean = len(values), statistics.mean(values or [0.0])
-    if n < 2:
-        return mean, 0.0
-    return mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-
-
 def cost(outcome: Outcome) -> dict[str, float]:
     """What the chain of one seed took, by COSTS; nan for what one of its parts did not measure."""
-    parts = [[0] * len(COSTS), *map(_run_cost, outcome.runs)]
+    parts = [[0] * len(COSTS), *(list(run_cost(run).values()) for run in outcome.runs)]
     parts += map(_traces_cost, dict.fromkeys(outcome.traces))
     return {name: sum(values) for name, *values in zip(COSTS, *parts, strict=True)}
-
-
-def _run_cost(run):
-    """The numbers of COSTS for a run."""
-    last, seconds = {}, []
-    for row in read_metrics(run):
-        last |= row
-        seconds.append(row.get("train/seconds", 0))
-    total = sum(seconds) if "train/seconds" in last else nan
-    about = run / "environment.json"
-    ranks = read_json(about).get("ranks", nan) if about.exists() else nan
-    names = ("tokens", "sampled_tokens", "teacher_tokens", "flops")
-    return [*(last.get(f"train/{name}", nan) for name in names), total, total * ranks / 3600]
 
 
 def _traces_cost(folder):

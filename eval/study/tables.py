@@ -1,7 +1,6 @@
 """The tables of a study's report, as rows of strings with the heading first."""
 
-from eval.study.results import COSTS
-from eval.tables import asked
+from eval.tables import asked, cell, cost_cells
 
 MARK = " †"  # behind a gain whose two sides were asked differently
 
@@ -14,13 +13,6 @@ def points(figure: list[float] | None, sign: str = "") -> str:
     return " ".join([*mean, f"[{low}, {high}]"])
 
 
-def _cell(value, form):
-    """A number; "-" where it is not known; a text as it is."""
-    if value is None or value != value:
-        return "-"
-    return value if isinstance(value, str) else f"{value:{form}}"
-
-
 def main_table(report: dict) -> list[dict[str, str]]:
     """{heading: cell} of each arm."""
     rows = []
@@ -30,7 +22,7 @@ def main_table(report: dict) -> list[dict[str, str]]:
             "chain": " → ".join([arm["model"], *arm["chain"]]),
             "seeds": f"{len(arm['seeds'])} of {len(report['seeds'])}",
         }
-        papers = {f"paper {c}": _cell(arm["paper"].get(c), ".1f") for c in report["columns"]}
+        papers = {f"paper {c}": cell(arm["paper"].get(c), ".1f") for c in report["columns"]}
         for task in report["tasks"]:
             gain = arm["gain"][task]
             mark = MARK if gain["asked_differently"] else ""
@@ -40,12 +32,7 @@ def main_table(report: dict) -> list[dict[str, str]]:
             row[f"gain {task}"] = points(gain["figure"], "+") + mark
             for name, found in arm["pass_at_k"][task].items():
                 row[f"{name} {task}"] = points(found["figure"])
-        row |= papers
-        for name in COSTS:
-            form = ".3g" if name in ("flops", "device_hours") else ",.0f"
-            heading = name.replace("_", " ").replace("flops", "FLOPs")
-            row[heading] = _cell(arm["cost"].get(name), form)
-        rows.append(row)
+        rows.append(row | papers | cost_cells(arm["cost"]))
     return rows
 
 
@@ -78,7 +65,7 @@ def claims_table(claims: list[dict]) -> list[dict[str, str]]:
                 "over problems": points(ours["over_problems"], "+"),
                 "over seeds": points(ours["over_seeds"], "+"),
                 "seeds of that sign": f"{len(same)} of {len(each)}" if each else "-",
-                "paper": _cell(paper, "+.1f") + on,
+                "paper": cell(paper, "+.1f") + on,
                 "asked": asked(ours["asked_differently"]) if each else "-",
                 "verdict": verdict,
             }
@@ -103,7 +90,7 @@ def kl_table(arms: list[dict]) -> list[dict[str, str]]:
             columns |= {"entropy": "entropy", "start's entropy": "teacher_entropy"}
             for heading, measure in columns.items():
                 form = ".1%" if measure == "top1" else ".4f"
-                value = _cell(arm["kl"].get(f"{side}/{measure}"), form)
+                value = cell(arm["kl"].get(f"{side}/{measure}"), form)
                 row[f"{heading}, {text}"] = value.removesuffix("%")
         if arm["kl"]:
             rows.append(row)

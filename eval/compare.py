@@ -1,0 +1,424 @@
+"""Compare runs: the options that differ, what each reached and cost, paired tests, curves.
+
+    python -m eval.compare runs/a runs/b runs/c [--evals evals] [--out comparison]
+
+Runs may be finished, under way or killed, and of any modes. Those that differ in the seed alone
+are one arm: its figures are means over seeds. Arms are tested against each other on the problems
+that both were asked in the same way: those of `python -m eval`, found by the run's name in --evals,
+in the run's folder, or beside a study's runs; and the held-out ones of training.
+"""
+
+from errors import UserError, as_command, say  # isort: skip
+
+import dataclasses
+import glob
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import curves
+import options
+from config import Config
+from eval import summary
+from eval.stats import Counts, difference, over_seeds
+from eval.tables import Table, aligned, comparison_table, cost_cells, markdown, table
+from files import LARGEST, Fields, read_json, replace_file
+from locks import is_held
+from model.lineage import PROMPT_OPTIONS
+from model.load import Checkpoint, read_config
+from options import REQUIRED, option
+from run import RunFolder, handled, interrupt, read_lines, run_of
+
+# Options that say where a run is and not what it is.
+PLACES = ("runs", "name", "resume", "dry_run")
+HELD_OUT, NOT_READ = "held-out problems", "not read"
+NOTES = """Brackets: 95 %; of held-out and test problems over problems (of a single run the seed is
+not in it), of several seeds by Student's t over seeds. best: the highest of several evaluations,
+which flatters it. p: exact, of sign flips by problem, not corrected for the number of tests.
+"(default)": what it is where nobody sets it. Options that some of the runs do not read, and the
+others have at the default, are left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Every option of the command."""
+
+    runs: tuple[str, ...] = option(REQUIRED, "folders of runs", positional=True)
+    evals: tuple[str, ...] = option(
+        ("evals",), "folders of evaluations, --out of `python -m eval`, with commas between them"
+    )
+    out: str = option("comparison", "the folder for comparison.md and comparison.png")
+
+
+class Result(NamedTuple):
+    """What a run answered on a task: how it was asked, and the verdicts of each problem.
+
+    figures: of `python -m eval`; None of held-out problems. step: of the checkpoint.
+    """
+
+    task: str
+    conditions: dict[str, Any]
+    step: int
+    counts: Counts
+    figures: summary.Figures | None = None
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.task, self.conditions], sort_keys=True)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as its folder tells. arm: what it has in common with its like of other seeds."""
+
+    path: Path
+    label: str
+    options: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    state: str
+    arm: str
+    results: dict[str, Result] = dataclasses.field(default_factory=dict)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
+    """A run of which something was measured. Raises UserError for another folder, or damage."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no run: it has no config.json; name a folder, as in runs/NAME")
+    metrics = _read_metrics(path / "metrics.jsonl")
+    sittings = read_lines(path / "sittings.jsonl")
+    given, about = all_options(path), path / "environment.json"
+    environment = read_json(about) if about.exists() else {}
+    environment = environment | Fields(environment, about).part("packages").values
+    steps = sittings[-1].get("steps") if sittings else given.get("steps")
+    step = metrics[-1]["step"]
+    state = "finished" if steps == step else f"stopped at {step:,} of {steps or '?'}"
+    if is_held(path / ".lock"):
+        state = f"running, at {step:,} of {steps or '?'}"
+    run = Run(path, label, given, environment, metrics, state, arm_of(path))
+    for result in [*_held_out(run), *_evaluations(run, evals)]:
+        if result.key not in run.results or result.step > run.results[result.key].step:
+            run.results[result.key] = result
+    return run
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    found = read_lines(path)
+    if not found:
+        words = "has no line that can be read" if path.exists() else "is not there"
+        raise UserError(f"{path} {words}: nothing of this run was measured yet")
+    for number, line in enumerate(found, 1):
+        fields = Fields(line, f"{path}, entry {number},")
+        fields.get("step", int)
+        for name in line:
+            fields.get(name, float, least=-LARGEST)
+    return found
+
+
+def all_options(path: Path) -> dict[str, Any]:
+    """The options that a run reads, also those that came after it was begun."""
+    stored = read_json(path / "config.json")
+    known = {n: v for n, v in stored.items() if n in Config.__dataclass_fields__}
+    fields = Fields(known, path / "config.json")
+    for name, value in known.items():
+        if isinstance(value, list | dict):
+            fields.refuse(f"{name} {value!r:.60}")
+    fields.get("seed", int)
+    cfg = Config(**options.with_defaults(Config, known))
+    return options.resolved(cfg, PLACES) | {n: v for n, v in stored.items() if n not in PLACES}
+
+
+def arm_of(path: Path) -> str:
+    """What a run has in common with those that differ in the seed alone, or began from such."""
+    found = all_options(path) | {"seed": 0}
+    for name, value in found.items():
+        before = run_of(value) if isinstance(value, str) and value else None
+        if before and (before / "config.json").is_file():
+            found[name] = arm_of(before)
+    return json.dumps(found, sort_keys=True)
+
+
+def _held_out(run: Run) -> list[Result]:
+    """What the run answered last to the problems that it holds out."""
+    steps = {line["step"] for line in run.metrics if any(n.startswith("eval/") for n in line)}
+    step, seen, counted = max(steps, default=0), Counter(), {}
+    for line in read_lines(run.path / "samples.jsonl"):
+        if line.get("step") == step and "reward" not in line and "correct" in line:
+            question = str(line.get("question"))
+            seen[question] += 1  # one that comes twice counts twice
+            counted[question, seen[question]] = (1, int(bool(line["correct"])))
+    asked = {n: run.options.get(n) for n in (*PROMPT_OPTIONS, "eval_tokens")}
+    return [Result(HELD_OUT, asked, step, counted)] if counted else []
+
+
+def _evaluations(run: Run, evals: Sequence[str]) -> list[Result]:
+    """What `python -m eval` has of the run's checkpoints, found by the name of its folders."""
+    own = run.path.resolve()
+    places = [*map(Path, evals), *own.glob("eval*"), *(own.parent.parent / "evals").glob("*")]
+    found = []
+    for about in (a for p in places for a in p.glob(f"{glob.escape(own.name)}-step-*/*.json")):
+        step = re.fullmatch(r".*-step-(\d+)-[0-9a-f]{6}", about.parent.name)
+        samples = summary.Samples(about.parent, about.stem)
+        if not step or not samples.path.exists() or samples.parts():
+            continue  # another run's, or still under way
+        stated = summary.read_about(about)
+        named = Path(str(stated["about"].get("name"))).resolve()
+        if named.exists() and own not in (named, *named.parents):
+            continue  # of a run with the same name elsewhere
+        rows = samples.read()
+        try:
+            count = len(rows) // len({problem for problem, _ in rows})
+            figures = summary.summarise(rows, [count], stated["generated"])
+            conditions = summary.conditions(stated)
+        except (KeyError, TypeError, ZeroDivisionError):
+            raise UserError(f"{samples.path} has no graded samples; evaluate again") from None
+        conditions["test set"] = stated["identity"].get("test set")
+        found.append(Result(about.stem, conditions, int(step[1]), summary.counts(rows), figures))
+    return found
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def differing(runs: list[Run]) -> Table:
+    """A row for each option, then for each fact of the environment, that is not the same in all.
+
+    Not for those that some runs do not read and the others have at the default.
+    """
+    rows, defaults = [["option", *(run.label for run in runs)]], [_defaults(run) for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in run.options):
+        cells, is_chosen = [], False
+        for run, default in zip(runs, defaults, strict=True):
+            value = run.options.get(name, NOT_READ)
+            is_default = name in default and value == default[name]
+            is_chosen |= value != NOT_READ and not is_default
+            before = run_of(value) if isinstance(value, str) and value else None
+            shown = f"{before.name}/{Path(value).name}" if before else value
+            cells.append(f"{shown}{' (default)' * is_default}")
+        values = {str(run.options.get(name, NOT_READ)) for run in runs}
+        if len(values) > 1 and (is_chosen or NOT_READ not in values):
+            rows.append([name, *cells])
+    for name in dict.fromkeys(name for run in runs for name in run.environment):
+        cells = [str(run.environment.get(name, "unknown")) for run in runs]
+        if name not in ("command", "time", "packages") and len(set(cells)) > 1:
+            rows.append([name, *(cell[:12] if name == "git_commit" else cell for cell in cells)])
+    return rows
+
+
+def _defaults(run: Run) -> dict[str, Any]:
+    given = {n: run.options[n] for n in ("mode", "model", "defaults") if n in run.options}
+    found = options.with_defaults(Config, given)
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def reached(runs: list[Run]) -> Table:
+    """What each run reached on its held-out problems, and what that took."""
+    rows = [["run", "state", "accuracy", "best (step)", "loss", "parameters", *cost_cells({})]]
+    for run in runs:
+        names = {name: curves.series(run.metrics, name) for name in curves.shown_names(run.metrics)}
+        accuracy = [found for name, found in names.items() if name.endswith("/accuracy")][:1]
+        loss = [f"{v[-1]:.4g}" for n, (_, v) in names.items() if re.fullmatch("eval/[^/]+/loss", n)]
+        cells = ["-", "-"]
+        for steps, values in accuracy:
+            asked = [v for m in run.metrics for n, v in m.items() if n.endswith("/problems")]
+            bounds = curves.wilson(values[-1], asked[-1]) if asked else (math.nan, math.nan)
+            best = max(values)
+            cells = [_percent([values[-1], *bounds])]
+            cells.append(f"{100 * best:.1f} ({steps[values.index(best)]:,})")
+        spent = cost_cells(curves.run_cost(run.path)).values()
+        rows.append([run.label, run.state, *cells, *(loss[:1] or ["-"]), parameters(run), *spent])
+    return rows
+
+
+def parameters(run: Run) -> str:
+    """How many parameters a run's newest checkpoint has, if there is one."""
+    folder = RunFolder(run.path)
+    steps = folder.steps()
+    if not steps:
+        return "-"
+    newest = folder.step_folder(steps[-1])
+    return f"{Checkpoint(str(newest), newest, read_config(str(newest), newest), None).parameters:,}"
+
+
+def _percent(figure: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in figure)
+    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
+    """{label: its runs}: the runs that differ in the seed alone, under the first one's label."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    return {
+        own[0].label + f" and {len(own) - 1} more" * (len(own) > 1): own for own in arms.values()
+    }
+
+
+def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
+    """The accuracy of each arm with several seeds, on each task, mean over seeds."""
+    rows = [["arm", "task", "runs", "accuracy, over seeds"]]
+    for arm, own in arms.items():
+        for key, task in keys.items():
+            found = [run.results[key].counts for run in own if key in run.results]
+            means = [sum(right / n for n, right in c.values()) / len(c) for c in found]
+            mean, reach = over_seeds(means)
+            if len(means) > 1:
+                bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
+                rows.append([arm, task, str(len(means)), _percent([mean, *bounds])])
+    return rows
+
+
+def tests(arms: dict[str, list[Run]], keys: dict[str, str]) -> list[summary.Comparison]:
+    """Every two arms on every task that both were asked in the same way, paired by problem."""
+    found = []
+    for key, task in keys.items():
+        for (one, ours), (other, theirs) in itertools.combinations(arms.items(), 2):
+            sides = [_by_seed(side, key) for side in (theirs, ours)]
+            paired = difference(*sides)
+            if paired:
+                _, low, high = paired["figure"]
+                paired |= {"low": low, "high": high, "asked_differently": {}}
+                found.append(summary.Comparison(other, one, task, paired))
+    return found
+
+
+def _by_seed(arm: list[Run], key: str) -> dict[Any, Counts]:
+    """{(seed, a number for runs of one seed): what the arm's runs answered}."""
+    found, seen = {}, Counter()
+    for run in arm:
+        if key in run.results:
+            seed = run.options.get("seed", 0)
+            found[seed, seen[seed]] = run.results[key].counts
+            seen[seed] += 1
+    return found
+
+
+def tasks_of(runs: list[Run]) -> dict[str, str]:
+    """{key of a result: the task's name}, with how it was asked where that is not one way only."""
+    results = {key: result for run in runs for key, result in run.results.items()}
+    names = {}
+    for key, result in results.items():
+        alike = [other.conditions for other in results.values() if other.task == result.task]
+        differing = [n for n, v in result.conditions.items() if any(c.get(n) != v for c in alike)]
+        said = ", ".join(f"{name} {result.conditions[name]!s:.20}" for name in differing)
+        names[key] = f"{result.task} ({said})" if said else result.task
+    return names
+
+
+def evaluated(runs: list[Run], keys: dict[str, str]) -> list[summary.Summary]:
+    found = []
+    for key, task in keys.items():
+        for run in runs:
+            result = run.results.get(key)
+            if result and result.figures:
+                found.append(
+                    summary.Summary(f"{run.label}, step {result.step}", task, result.figures)
+                )
+    return found
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw what all runs have measured, against steps, tokens and seconds.
+
+    Colour and mark: the arm; the kind of line: which of its runs.
+    """
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(name for run in runs for name in curves.shown_names(run.metrics))
+    shown = []
+    for name in names:
+        having = [run for run in runs if any(name in line for line in run.metrics)]
+        modes = {run.options.get("mode") for run in having}
+        if len(having) > 1 and (name != "train/loss" or len(modes) == 1):
+            shown.append(name)  # losses of two modes are not the same thing
+    shown = shown or list(names)[:1]
+    figure = Figure(figsize=(16.5, 3.6 * len(shown) + 0.4), layout="constrained")
+    axes = figure.subplots(len(shown), len(curves.AXES), squeeze=False)
+    for name, row in zip(shown, axes, strict=True):
+        for ax, against in zip(row, curves.AXES, strict=True):
+            _draw_runs(ax, runs, name, against)
+    figure.suptitle(
+        f"{', '.join(run.label for run in runs)} (bands: 95 % over problems)", fontsize=9
+    )
+    curves.save_picture(figure, path)
+
+
+def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
+    ends = []
+    for i, own in enumerate(arms_of(runs).values()):
+        for j, run in enumerate(own):
+            style = curves.style(i, j)
+            curves.draw_metric(ax, run.metrics, name, against, **style)
+            lines = ax.get_lines()
+            if any(name in line for line in run.metrics):
+                x, y = lines[-1].get_data()
+                ends.append((x[-1], y[-1], run.label, style["color"]))
+    if name.startswith("eval/"):
+        curves.draw_teachers(ax, [run.path for run in runs], name)
+    ax.grid(alpha=0.3)
+    if against == "step":
+        curves.label_ends(ax, ends)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def compare(args: CompareOptions) -> None:
+    """Read, test, write and say. Raises UserError before anything is written."""
+    if len(args.runs) < 2:
+        raise UserError("name two runs or more, as in runs/a runs/b")
+    names = [Path(name).resolve().name for name in args.runs]
+    runs = []
+    for given, name in zip(args.runs, names, strict=True):
+        label = name if names.count(name) == 1 else given
+        runs.append(read_run(Path(given), label, args.evals))
+    arms, keys = arms_of(runs), tasks_of(runs)
+    compared, found = tests(arms, keys), evaluated(runs, keys)
+    parts: list[tuple[str, Table]] = [
+        ("What differs", differing(runs)),
+        ("What each reached on its held-out problems, and at what cost", reached(runs)),
+    ]
+    if found:
+        parts.append(("Evaluations", table(found)))
+    if len(arms) < len(runs):
+        parts.append(("Arms of several seeds", over_arms(arms, keys)))
+    if compared:
+        parts.append(("Paired by problem", comparison_table(compared)))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pages = [f"## {title}\n\n{markdown(rows)}" for title, rows in parts]
+    picture = "![curves](comparison.png)"
+    replace_file(out / "comparison.md", "\n\n".join(["# Runs", *pages, NOTES, picture]) + "\n")
+    draw(runs, out / "comparison.png")
+    shown = [f"{title}\n{aligned(rows)}" for title, rows in parts]
+    if not compared:
+        shown.append("no two arms were asked the same problems: nothing to test")
+    say("\n\n".join([*shown, NOTES, f"{out}: comparison.md, comparison.png"]))
+
+
+def parse(argv: Sequence[str]) -> CompareOptions:
+    """Return the options of a command line. Raises UserError."""
+    return options.parse(CompareOptions, argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    with handled(interrupt):
+        return as_command("eval.compare", lambda: compare(parse(argv)), "interrupted")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
