@@ -318,7 +318,7 @@ def test_rewards_that_read_no_gold_answer_need_none(start, tmp_path):
     assert code == 0, said
 
 
-def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
+def test_a_reward_that_fails_on_one_rank_ends_all_and_is_said_once(start, tmp_path):
     (tmp_path / "bad.py").write_text(
         "import os\n"
         "def f(e, c):\n"
@@ -335,7 +335,7 @@ def test_a_reward_that_fails_on_one_rank_is_said_by_all(start, tmp_path):
         cwd=tmp_path,
         ranks=2,
     )
-    assert code and said.count("train.py: --grpo_reward") == 2 and "gloo" not in said
+    assert code and said.count("train.py: --grpo_reward") == 1 and "gloo" not in said
 
 
 def test_two_ranks_sample_and_learn_the_same(start, reward, tmp_path):
