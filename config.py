@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+import tracking
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
@@ -40,6 +41,7 @@ OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantag
 CLIPPED: Condition = {"grpo_variant": tuple(name for name, v in VARIANTS.items() if v.clip)}
 TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
 DRAWS: Condition = {"kd_signal": ("draws",)}
+TRACKED: Condition = {"wandb": ("offline", "online")}
 SAVED: Condition = {"save": ("every", "best")}
 DISTRIBUTION: Condition = {"kd_signal": ("full", "topk", "student_topk")}
 
@@ -588,9 +590,11 @@ class Config:
     )
     compile: bool = option(False, "torch.compile the transformer's blocks")
     wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases")
-    wandb_project: str = option(
-        "srlm", "project in Weights & Biases", read_when={"wandb": ("offline", "online")}
+    wandb_project: str = option("srlm", "project in Weights & Biases", read_when=TRACKED)
+    wandb_group: str = option(
+        "", "group of the run there, as of one arm's seeds", read_when=TRACKED
     )
+    wandb_tags: str = option("", "tags of the run there, as in gsm8k,first", read_when=TRACKED)
 
 
 def sampling_of(cfg: Config) -> dict[str, Any] | None:
@@ -644,6 +648,7 @@ def teachers_of(cfg: Config) -> dict[str, str]:
 def validate(cfg: Config) -> None:
     """Refuse options that do not work together, before anything is read. Raises UserError."""
     parse_targets(cfg.lora_targets)
+    tracking.check(cfg.wandb)
     if "/" in cfg.name or cfg.name.startswith("."):
         raise UserError(f"--name {cfg.name} must be a plain folder name")
     if cfg.resume and not cfg.name:

@@ -20,7 +20,7 @@ import torch
 
 import options
 from config import OWN_TOKENS, Config, listed_ids, needs_old_logp, sampling_of
-from curves import draw_curves, summary
+from curves import draw_curves, result_rows, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
@@ -50,6 +50,7 @@ from run import (
     resume_command,
     stored_config,
 )
+from tracking import report_failure
 from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
@@ -235,7 +236,7 @@ def forward_backward(
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
-    about = {"weights": run.weights, "steps": run.steps}
+    about = {"weights": run.weights, "steps": run.steps} | sizes_of(run.policy)
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
     validation = Validation(
@@ -403,6 +404,13 @@ def restore(run: Run, source: Source) -> None:
     run.folder.best = run.best.get("step")  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def sizes_of(policy: Transformer) -> dict[str, int]:
+    """How many parameters a policy has, and how many of them are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return {"parameters": sum(size for size, _ in sizes), "trained_parameters": trained}
+
+
 def add_cost(run: Run, cost: Mapping[str, float]) -> None:
     """Add to what this step has cost this rank."""
     for name, amount in cost.items():
@@ -491,6 +499,7 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
     path = run.folder.path
     if log.error:
         raise log.error
+    rows = []
     if stopped_by:
         goes_on = f"continue with {resume_command(cfg.runs, path.name)}"
         if cfg.save == "none":
@@ -503,14 +512,15 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
             raise RunFailed(
                 f"{path}/curves.png could not be written ({e.strerror}); the run itself is complete"
             ) from None
-        log.say(summary(path, run.teacher_folder))
+        rows = result_rows(path, run.teacher_folder)
+        log.say(summary(path, rows))
         if run.best:
             score = f"{run.best['score']:.4f} at step {run.best['step']}"
             log.say(f"the best evaluation: {score}; {path}/checkpoints/step-{run.best['step']}")
         skipped = run.counters["skipped_in_a_row"]
         if skipped:
             raise RunFailed(f"the last {skipped} steps had no finite gradient; {LOWER}")
-    log.close()
+    log.close(rows)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -578,7 +588,15 @@ def main(argv: list[str]) -> int:
         with parallel.telling():
             launch(cfg)
 
-    return as_command("train.py", run, "interrupted")
+    def tracked() -> None:
+        try:
+            run()
+        except Exception as e:
+            if parallel.speaks():
+                report_failure(" ".join(str(e).split()) or type(e).__name__)
+            raise
+
+    return as_command("train.py", tracked, "interrupted")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import prepare
 import run as runs
 import toy_models
 import train
-from curves import summary
+from curves import result_rows, summary
 from errors import RunFailed, UserError
 from files import replace_file
 from model.checkpoint import build_model, save_model
@@ -396,9 +396,12 @@ def test_the_summary_reads_a_teachers_metrics_only_beside_its_checkpoint(tmp_pat
     (tmp_path / "models/Qwen").mkdir(parents=True)
     (tmp_path / "linked").symlink_to("t/checkpoints/step-5")
     for folder in ("myteacher", "models/Qwen", ".", "t/checkpoints", str(tmp_path / "models/Qwen")):
-        assert "99.0%" not in summary("student", folder) and run_of(folder) is None
+        assert (
+            "99.0%" not in summary("student", result_rows("student", folder))
+            and run_of(folder) is None
+        )
     for folder in ("t/checkpoints/step-5", "linked", str(tmp_path / "t/checkpoints/step-5")):
-        assert "75.0%" in summary("student", folder)
+        assert "75.0%" in summary("student", result_rows("student", folder))
     assert len(read_metrics("student")) == 1
 
 
