@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import signal

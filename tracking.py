@@ -108,13 +108,14 @@ class Tracker:
     def _log_tables(self, step: int, tables: Mapping[str, Sequence[dict]]) -> None:
         import wandb
 
-        for name, samples in tables.items():
+        for title, samples in tables.items():
             if samples:
-                columns = list(dict.fromkeys(key for sample in samples for key in sample))
+                names = dict.fromkeys(key for sample in samples for key in sample)
+                columns: list[Any] = ["step", *names]
                 rows = []
                 for sample in samples[:SHOWN]:
-                    rows.append([step, *(_cell(sample.get(column)) for column in columns)])
-                self.run.log({name: wandb.Table(["step", *columns], rows)}, step=step)
+                    rows.append([step, *(_cell(sample.get(name)) for name in names)])
+                self.run.log({title: wandb.Table(columns, rows)}, step=step)
 
     def finish(self, table: Sequence[Sequence[str]] = (), failure: str = "") -> None:
         """End the run: with its last table and its curves, or with the reason why it failed."""
@@ -126,7 +127,7 @@ class Tracker:
         import wandb
 
         if table:
-            columns = ["metric", *table[0][1:]]
+            columns: list[Any] = ["metric", *table[0][1:]]
             last = {"results": wandb.Table(columns, [list(row) for row in table[1:]])}
             self.run.log(last | {"curves": wandb.Image(str(self.folder / "curves.png"))})
         if failure:

@@ -422,7 +422,7 @@ def test_what_was_not_measured_is_no_number_in_the_summary(tmp_path):
     (tmp_path / "r" / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    text = summary(tmp_path / "r")
+    text = summary(tmp_path / "r", result_rows(tmp_path / "r"))
     row = next(line for line in text.splitlines() if line.startswith("eval/w/accuracy"))
     assert (
         row.split() == ["eval/w/accuracy", "-", "50.0%", "-"]
