@@ -536,7 +536,8 @@ class Config:
     )
     eval_examples: int = option(
         400,
-        "number of validation examples; 0: no evaluation",
+        "number of validation examples; of files the default is a tenth of the rows where that is "
+        "less; 0: no evaluation",
         minimum=0,
         default_when=for_pretrained(200, 200),
         fixed=if_carved,
@@ -587,6 +588,11 @@ class Config:
     )
     kernels: str = option(
         "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
+    )
+    threads: int = option(
+        0,
+        "threads of a process on a CPU; 0: one for a small model, else PyTorch's choice",
+        minimum=0,
     )
     compile: bool = option(False, "torch.compile the transformer's blocks")
     wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases")

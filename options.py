@@ -15,11 +15,12 @@ A command declares its options, one `option` per field, and parses its arguments
 
 `checkpoints` takes one word or more, `--tasks gsm8k,math500` a list with commas, `--evals A B` two
 words. Both spellings of a name (`--top_p`, `--top-p`), both ways of giving a value (`--lr 1e-5`,
-`--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted, and
-where no operand is asked for `lr=1e-5`, too; `--lr=None` leaves an option out. So wandb's `${args}`,
-`${args_no_hyphens}` and `${args_no_boolean_flags}` work. Names are never abbreviated. Whatever is
-wrong is a UserError of one line. `--help` prints the docstring of the module in which the dataclass
-is defined and a line or two per option, and ends the command (SystemExit, as in argparse).
+`--lr=1e-5`; also `lr=1e-5` in a command without positional words) and all ways of writing a switch
+(`--compile`, `--compile=False`) are accepted; `--lr=None` leaves an option out. So wandb's
+`${args}`, `${args_no_hyphens}` and `${args_no_boolean_flags}` all work. Names are never
+abbreviated. Whatever is wrong is a UserError of one line. `--help` prints the docstring of the
+module in which the dataclass is defined and a line or two per option, and ends the command
+(SystemExit, as in argparse).
 
 Precedence: defaults < defaults that follow another option's value (`default_when`) < what a resumed
 run has stored < `--config file.toml` < command line.

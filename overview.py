@@ -44,6 +44,8 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
         "(--defaults)",
         *_space(cfg, plan, folder),
     ]
+    if place.device.type == "cpu":
+        lines.append(f"threads    {plan.threads}")
     if cfg.lora_dropout and needs_old_logp(cfg):
         lines.append(
             "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "

@@ -51,6 +51,7 @@ class Dataset:
         max_tokens: Of a document.
         vocab: Ids from here on are refused.
         eval_data: The file of the validation examples; empty: they are set apart from the data.
+        at_most_a_tenth: Whether a file keeps no more than a tenth of its rows for them.
         max_length_policy: What happens to a document that is too long: "error" or "drop".
         bad_rows: What happens to a row that says nothing or lacks the answer that is needed.
         new_tokens: Room that each prompt has to leave for what a model generates; 0: for nothing.
@@ -69,6 +70,7 @@ class Dataset:
     vocab: int
     eval_examples: int = 0
     eval_data: str = ""
+    at_most_a_tenth: bool = False
     train_examples: int = 0
     max_length_policy: str = "error"
     bad_rows: str = "error"
@@ -131,6 +133,7 @@ class Dataset:
             train_examples=self.train_examples,
             notes=self.notes,
             teachers=len(self.teachers),
+            at_most_a_tenth=self.at_most_a_tenth,
         )
         self.sources, self.label = division.sources, division.label
         self.validation = division.validation

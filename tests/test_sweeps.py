@@ -60,7 +60,11 @@ def test_no_trial_is_lost(path, tmp_path, monkeypatch, capsys):
     for trial in range(TRIALS):
         values = drawn(sweep["parameters"], rng)
         mode = values.get("mode", "kd")
-        short = SHORT | {"runs": str(tmp_path), "name": f"trial-{trial}", "chat_template_kwargs": ""}
+        short = SHORT | {
+            "runs": str(tmp_path),
+            "name": f"trial-{trial}",
+            "chat_template_kwargs": "",
+        }
         short |= {"kd": {"teacher": "random:tiny-teacher", "model": "tiny"}}.get(mode, {})
         short |= {"grpo": {"model": "tiny-teacher", "sample_tokens": 6}}.get(mode, {})
         short["batch_size"] = 16
