@@ -16,7 +16,7 @@ from data.show import show_batch
 from errors import say
 from model.load import Checkpoint
 from model.lora import parse_targets
-from model.transformer import Transformer
+from model.transformer import ModelConfig, Transformer
 from prepare import Plan
 
 LOOKED_AT = 64  # examples whose mean length is shown
@@ -56,7 +56,7 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
 
 def _models(cfg: Config, plan: Plan, resumed: int | None) -> Iterator[str]:
     is_toy = cfg.mode == "grpo" and cfg.model == "tiny"
-    size, adapters = _sizes(cfg, plan.student)
+    size, adapters = sizes(cfg, plan.student.config)
     lora = f", {adapters:,} more in adapters that are trained" if adapters else ""
     weights = _weights(plan.student, is_toy)
     if resumed is not None:
@@ -64,7 +64,8 @@ def _models(cfg: Config, plan: Plan, resumed: int | None) -> Iterator[str]:
     yield f"policy     {cfg.model}: {size:,} parameters{lora}, {weights}"
     for name, teacher in zip(teachers_of(cfg).values(), plan.teachers, strict=False):
         of = "the policy" if name in SELF else _weights(teacher, not name)
-        yield f"teacher    {name or 'tiny-teacher'}: {_sizes(cfg, teacher)[0]:,} parameters, {of}"
+        size, _ = sizes(cfg, teacher.config)
+        yield f"teacher    {name or 'tiny-teacher'}: {size:,} parameters, {of}"
     if plan.reference:
         of = _weights(plan.reference, False) if cfg.reference else "the policy as it begins"
         yield f"reference  {cfg.reference or cfg.model}: {of}"
@@ -79,10 +80,10 @@ def _weights(checkpoint: Checkpoint, is_toy: bool) -> str:
     return "RANDOM WEIGHTS (a preset is a shape; a folder or a hub id has weights)"
 
 
-def _sizes(cfg: Config, checkpoint: Checkpoint) -> tuple[int, int]:
+def sizes(cfg: Config, config: ModelConfig) -> tuple[int, int]:
     """Parameters of a model, and those of the adapters that --lora_rank would add."""
     with torch.device("meta"):
-        model = Transformer(checkpoint.config)
+        model = Transformer(config)
     adapters = 0
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] in parse_targets(
@@ -128,24 +129,23 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     """Memory for what is there all the time, and the most that checkpoints take on the disk."""
     compute = plan.place.compute_dtype.itemsize
     master = max(compute, 4)
-    size, adapters = _sizes(cfg, plan.student)
+    size, adapters = sizes(cfg, plan.student.config)
     trained = adapters or size
     frozen = size if adapters else 0
     others = [t for t in plan.teachers if t is not plan.student] + [plan.reference] * bool(
         cfg.reference and plan.reference
     )
-    frozen += sum(_sizes(cfg, model)[0] for model in others if model)
+    frozen += sum(sizes(cfg, model.config)[0] for model in others if model)
     memory = 4 * master * trained + compute * frozen
-    yield f"memory     {_bytes(memory)} for weights, gradients and AdamW, beside activations"
+    yield f"memory     {bytes_of(memory)} for weights, gradients and AdamW, beside activations"
     checkpoint = master * (size + 2 * trained + (adapters and trained))
-    count = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
-    disk = checkpoint * count.get(cfg.save, 0)
+    disk = checkpoint * checkpoints_at_once(cfg)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     short = "" if disk < free else "; THIS IS NOT ENOUGH"
     yield (
-        f"disk       at most {_bytes(disk)}: checkpoints of {_bytes(checkpoint)} (--save "
-        f"{cfg.save}); {_bytes(free)} are free{short}"
+        f"disk       at most {bytes_of(disk)}: checkpoints of {bytes_of(checkpoint)} (--save "
+        f"{cfg.save}); {bytes_of(free)} are free{short}"
     )
     yield (
         f"writes     {folder}/: config.json, environment.json, sittings.jsonl, metrics.jsonl, "
@@ -153,7 +153,13 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     )
 
 
-def _bytes(count: float) -> str:
+def checkpoints_at_once(cfg: Config) -> int:
+    """How many checkpoints of a run there are at most, while the newest one is written."""
+    kept = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
+    return kept.get(cfg.save, 0)
+
+
+def bytes_of(count: float) -> str:
     """A number of bytes, as people read it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:

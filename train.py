@@ -30,6 +30,7 @@ from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
+from model.card import CARD, model_card
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
@@ -47,6 +48,7 @@ from run import (
     StopSignal,
     has_output,
     open_run,
+    read_metrics,
     resume_command,
     stored_config,
 )
@@ -381,13 +383,15 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
     if cfg.save == "none":
         return
     state = {"source": parallel.gather(source.state()), "counters": run.counters, "best": run.best}
-    write_model = functools.partial(
-        save_model,
-        run.policy,
-        tokenizer=run.tokenizer,
-        stop_ids=run.stop_ids,
-        sampling=sampling_of(cfg),
-    )
+
+    def write_model(folder: Path) -> None:
+        save_model(run.policy, folder, run.tokenizer, run.stop_ids, sampling_of(cfg))
+        measured = {}
+        for line in read_metrics(run.folder.path):
+            measured = line if line["step"] == step else measured
+        card = model_card(step, settings_of(cfg), run.weights, measured, sys.argv)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
     run.folder.save(
         step, run.policy, run.optimizer, write_model, state, run.trained_on, run.average
     )

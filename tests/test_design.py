@@ -22,7 +22,7 @@ MAY = {
 }
 ANYWHERE = {"errors", "files", "digests"}
 # Commands in these folders read their options as every command does.
-COMMANDS = {"data/download.py"}
+COMMANDS = {"data/download.py", "model/export.py"}
 # Models are built from their folders' tokenizers and run folders here and nowhere else in model/.
 LOADING = "model/load.py"
 
