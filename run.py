@@ -37,6 +37,7 @@ from model.lineage import Lineage
 from model.sharding import fill, is_sharded, load_shards, local, save_shards
 from model.state import check_names, check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
+from progress import duration
 from tracking import Tracker
 
 Json = dict[str, Any]  # an object in a JSON file
@@ -554,13 +555,6 @@ class Clock:
             measured = self.spent.get(what, [0.0])
             seconds += count * sum(measured) / len(measured)
         return seconds
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as 0m32s, 59m59s or 2h00m00s, rounded first: 59.7 seconds are a minute."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
 def cut_back(path: Path, step: int | None) -> None:

@@ -38,6 +38,7 @@ from model.sharding import local
 from model.transformer import Transformer
 from overview import overview, show_first
 from prepare import COSTS, Run, load_models, number_of_steps, setup
+from progress import Progress
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
@@ -223,6 +224,7 @@ def forward_backward(
         This rank's metrics as (sum, count).
     """
     sums: Metrics = {}
+    progress = Progress("a step", len(batch.documents), "examples", parallel.speaks())
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
@@ -233,6 +235,7 @@ def forward_backward(
         for name, (total, count) in metrics.items():
             old_total, old_count = sums.get(name, (0, 0))
             sums[name] = (old_total + total.double(), old_count + count.double())
+        progress.add(len(micro.documents))
     return sums
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.batch import Document, GlobalBatch
 from data.formats import read_examples, to_example
 from data.formatter import Formatter
@@ -23,6 +21,7 @@ from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from files import Fields
+from progress import Progress
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
@@ -91,9 +90,12 @@ class Dataset:
         self._training: Tokenised = []
         self.sizes: list[int] = []
         for examples in training:
-            chunks, pairs = range(0, len(examples), CHUNK), []
-            for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
-                pairs += self._tokenise(examples[start : start + CHUNK])
+            progress = Progress("tokenising", len(examples), "examples", self.progress)
+            pairs = []
+            for start in range(0, len(examples), CHUNK):
+                chunk = examples[start : start + CHUNK]
+                pairs += self._tokenise(chunk)
+                progress.add(len(chunk))
             if examples and not pairs:
                 raise UserError(f"--data {self.name}: no example is left to train on")
             self._training += pairs

@@ -18,7 +18,8 @@ from errors import RunFailed, UserError, say
 from eval.study.jobs import ROOT, Job
 from eval.study.plan import Study
 from files import replace_file
-from run import RunFolder, StopSignal, duration
+from progress import duration
+from run import RunFolder, StopSignal
 
 PROGRESS = 30.0  # seconds between two lines on what is running
 REPORT = 600.0  # seconds between two reports of what is done so far
