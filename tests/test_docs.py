@@ -4,6 +4,7 @@ They name files that are not here, so they are parsed and checked, and not run.
 """
 
 import argparse
+import functools
 import re
 import runpy
 import shlex
@@ -19,6 +20,7 @@ from eval import __main__ as evaluation
 from eval import chat, divergence, traces
 from eval.study import __main__ as study
 from eval.study import plan
+from model.export import ExportOptions
 from tests.conftest import ROOT
 
 # What forking.md asks for exists only in its copies of the project: tests/test_forking.py runs it.
@@ -31,6 +33,7 @@ PARSERS = {
     "eval.divergence": divergence.parse,
     "eval.study": study.parse,
     "data.download": download.parse,
+    "model.export": functools.partial(options.parse, ExportOptions),
 }
 
 
