@@ -34,13 +34,19 @@ LEAST_PRODUCT = 8 << 20
 SMALL_MODEL = 2_000_000
 
 
+@functools.cache
+def default_threads() -> int:
+    """PyTorch's choice: how many threads there were when this was first asked."""
+    return torch.get_num_threads()
+
+
 def choose_threads(parameters: int, given: int = 0) -> str:
     """Set the threads of a CPU's operations. Returns how many there are, in words.
 
     parameters: of the largest model. given: as many as the user asks for; 0: one for a small model,
     unless the environment says how many, else PyTorch's choice.
     """
-    why = "--threads"
+    why, default = "--threads", default_threads()
     if given:
         torch.set_num_threads(given)
     elif "OMP_NUM_THREADS" in os.environ:
@@ -49,6 +55,7 @@ def choose_threads(parameters: int, given: int = 0) -> str:
         torch.set_num_threads(1)
         why = "for a model this small one is faster than several; --threads sets another number"
     else:
+        torch.set_num_threads(default)
         why = "PyTorch's choice; --threads sets another number"
     return f"{torch.get_num_threads()} ({why})"
 

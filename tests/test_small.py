@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from kernels.cpu import SMALL_MODEL, choose_threads
+from kernels.cpu import SMALL_MODEL, choose_threads, default_threads
 
 
 @pytest.fixture
@@ -14,8 +14,15 @@ def threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    default_threads.cache_clear()
     yield
     torch.set_num_threads(before)
+    default_threads.cache_clear()
+
+
+def test_a_larger_model_after_a_small_one_has_all_threads(threads):
+    said = [choose_threads(size)[0] for size in (10, SMALL_MODEL, 10, SMALL_MODEL)]
+    assert said == ["1", "2", "1", "2"] and torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
