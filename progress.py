@@ -20,8 +20,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """How far something has come.
 
-    what: in words. total: how much there is to do. unit: of it. speaks: whether this process says
-    so: of several that do the same, or parts of it, one.
+    what: in words. total: how much there is to do; 0: nobody knows. unit: of it. speaks: whether
+    this process says so: of several that do the same, or parts of it, one.
     """
 
     def __init__(self, what: str, total: float, unit: str, speaks: bool = True) -> None:
@@ -37,11 +37,12 @@ class Progress:
         if not self.speaks or now - self.said < EVERY:
             return
         self.said = now
-        parts = [f"{self.what}: {self.done:,.0f} of {self.total:,.0f} {self.unit}"]
+        total = f" of {self.total:,.0f}" if self.total else ""
+        parts = [f"{self.what}: {self.done:,.0f}{total} {self.unit}"]
         seconds = now - self.began
         if self.tokens:
             parts.append(f"{self.tokens:,.0f} tokens, {self.tokens / seconds:,.0f} tok/s")
-        if self.done:
+        if self.done and total:
             left = seconds * max(0.0, self.total - self.done) / self.done
             parts.append(f"about {duration(left)} left")
         say(", ".join(parts))

@@ -45,6 +45,13 @@ def test_tokens_are_counted_before_anything_is_finished(clock, capsys):
     assert capsys.readouterr().out == expected
 
 
+def test_a_total_that_nobody_knows(clock, capsys):
+    at = Progress("reading a.jsonl", 0, "rows")
+    clock[0] += 20
+    at.add(4000)
+    assert capsys.readouterr().out == "reading a.jsonl: 4,000 rows\n"
+
+
 def test_what_is_short_or_another_ranks_is_silent(clock, capsys):
     assert list(watched("a", iter("xyz"), "letters")) == ["x", "y", "z"]
     silent = Progress("a", 10, "letters", speaks=False)
@@ -74,7 +81,13 @@ def always(argv):
         ),
         (
             ["--mode=kd", "--teacher={teacher}", "--kd_signal=topk", "--kd_cache=c"],
-            ["tokenising: ", "the cache c: ", "record of the data: ", "grading: "],
+            [
+                "reading mine.jsonl: 1 rows",
+                "tokenising: ",
+                "the cache c: ",
+                "record of the data: ",
+                "grading: ",
+            ],
         ),
         (["--mode=kd", "--teacher={teacher}"], ["teacher and student: "]),
     ],

@@ -317,6 +317,18 @@ def test_save_best_keeps_the_checkpoint_of_the_best_evaluation(capsys, monkeypat
     )
 
 
+@pytest.mark.parametrize("kept,steps", [("last", [4]), ("none", [])])
+def test_save_last_and_none_keep_no_more(kept, steps, capsys, monkeypatch):
+    saved = []
+    save = RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda *a: saved.append(a[1]) or save(*a))
+    argv = [word for word in SFT if not word.startswith("--save_every")]
+    assert train.main([*argv, "--steps=4", f"--save={kept}"]) == 0
+    assert saved == steps == RunFolder("runs/r").steps()
+    disk = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("disk "))
+    assert disk.startswith("disk       at most 0 bytes") == (kept == "none")
+
+
 @pytest.mark.parametrize("evaluated", [0, 3])
 def test_a_broken_model_is_no_result(evaluated, capsys):
     """Two of three steps have no finite gradient: fewer in a row than --max_skipped."""
