@@ -10,6 +10,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 import options
 import toy_models
 import train
+from config import validate
 from eval.__main__ import EvalOptions
 from run import read_metrics
 from tests.conftest import ROOT
@@ -48,6 +49,30 @@ def drawn(parameters, rng):
 
 def written(values):
     return create_sweep_command_args({"args": {name: {"value": v} for name, v in values.items()}})
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_trial_is_read_as_it_was_drawn(path, monkeypatch):
+    """What it does not read is noted, and all else has the value that was drawn."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.chdir(ROOT)
+    sweep, rng = yaml.safe_load(path.read_text()), random.Random(path.stem)
+    assert sweep["program"] == "train.py" and "${args}" in sweep["command"]
+    assert f"wandb sweep sweeps/{path.name}" in path.read_text()
+    fixed = [part for part in sweep["command"] if part.startswith("--")]
+    for trial in range(TRIALS):
+        values, notes = drawn(sweep["parameters"], rng), []
+        argv = [*fixed, *written(values)[FORMS[trial % len(FORMS)]]]
+        cfg = options.parse(train.Config, argv, notes=notes)
+        validate(cfg)
+        read, noted = options.resolved(cfg), "".join(notes)
+        given = options.read_layers(train.Config, argv)[-1]
+        left_out = [name for name, value in values.items() if value in (None, False)]
+        assert {*values} - {*left_out} <= {*given} <= {*values}
+        for name, value in given.items():
+            assert value == values[name]
+            assert (f"{name} (read with" in noted) == (name not in read), name
+            assert read.get(name, value) == value, name
 
 
 @pytest.mark.slow
