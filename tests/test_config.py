@@ -41,7 +41,7 @@ def parse(*argv, base=None):
         (["--lr", "1e-5"], "lr", 1e-5),
         (["--lr=1e-5"], "lr", 1e-5),
         (["lr=1e-5"], "lr", 1e-5),  # as wandb's ${args_no_hyphens} is written
-        (["--lr=None", "--compile", "None"], "lr", 5e-3),
+        (["--lr=None", "--compile", "None"], "lr", 1e-3),
         (["--kd_temperature=2"], "kd_temperature", 2.0),
         (["--kd-temperature", "2"], "kd_temperature", 2.0),
         (["--compile"], "compile", True),
