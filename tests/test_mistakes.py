@@ -57,7 +57,7 @@ MISTAKES = [
     ("--output_dir=o", "--runs, the folder of all runs, and --name"),
     # slips of the fingers
     ("-lr 1e-4", "-lr"),
-    ("lr=1e-4", "lr=1e-4"),
+    ("lrr=1e-4", "lrr=1e-4"),
     ("--lr=1e-5e", "--lr: '1e-5e' is not a number"),
     ("--lr=0", "--lr must be above 0"),
     ("--lr=nan", "--lr: nan is not a number that is finite"),
@@ -87,7 +87,10 @@ MISTAKES = [
     ("--mode=sft --data=mine.json", "--data mine.json: no such file"),
     ("--mode=sft --data=.", "which file of the folder?"),
     ("--mode=sft --data=empty.jsonl", "empty.jsonl is empty"),
-    ("--mode=sft --data=mine.jsonl", "has 12 different questions; --eval_examples 400 leaves none"),
+    (
+        "--mode=sft --data=mine.jsonl --eval_examples=99",
+        "has 12 different questions; --eval_examples 99",
+    ),
     ("--mode=sft --data=mine.jsonl --eval_examples=2 --micro_batch_tokens=9", "raise it or set"),
     ("--mode=grpo --data=talk.jsonl --eval_examples=2", "no answer that a grader knows"),
     # what does not go together
