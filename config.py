@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 import plugins
+import tracking
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
@@ -41,6 +42,7 @@ OWN_TOKENS = ("sampled", "unlikely")  # signals of --kd_signal that are advantag
 CLIPPED: Condition = {"grpo_variant": clipped_variants}
 TOPK: Condition = {"kd_signal": ("topk", "student_topk")}
 DRAWS: Condition = {"kd_signal": ("draws",)}
+TRACKED: Condition = {"wandb": ("offline", "online")}
 SAVED: Condition = {"save": ("every", "best")}
 DISTRIBUTION: Condition = {"kd_signal": ("full", "topk", "student_topk")}
 
@@ -567,7 +569,8 @@ class Config:
     )
     eval_examples: int = option(
         400,
-        "number of validation examples; 0: no evaluation",
+        "number of validation examples; of files the default is a tenth of the rows where that is "
+        "less; 0: no evaluation",
         minimum=0,
         default_when=for_pretrained(200, 200),
         fixed=if_carved,
@@ -627,11 +630,18 @@ class Config:
     kernels: str = option(
         "auto", "backend of fused operations; auto: Triton on a GPU, else PyTorch", choices=CHOICES
     )
+    threads: int = option(
+        0,
+        "threads of a process on a CPU; 0: one for a small model, else PyTorch's choice",
+        minimum=0,
+    )
     compile: bool = option(False, "torch.compile the transformer's blocks")
     wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases")
-    wandb_project: str = option(
-        "srlm", "project in Weights & Biases", read_when={"wandb": ("offline", "online")}
+    wandb_project: str = option("srlm", "project in Weights & Biases", read_when=TRACKED)
+    wandb_group: str = option(
+        "", "group of the run there, as of one arm's seeds", read_when=TRACKED
     )
+    wandb_tags: str = option("", "tags of the run there, as in gsm8k,first", read_when=TRACKED)
 
 
 def sampling_of(cfg: Config) -> dict[str, Any] | None:
@@ -685,6 +695,7 @@ def teachers_of(cfg: Config) -> dict[str, str]:
 def validate(cfg: Config) -> None:
     """Refuse options that do not work together, before anything is read. Raises UserError."""
     parse_targets(cfg.lora_targets)
+    tracking.check(cfg.wandb)
     if "/" in cfg.name or cfg.name.startswith("."):
         raise UserError(f"--name {cfg.name} must be a plain folder name")
     if cfg.resume and not cfg.name:

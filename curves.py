@@ -45,7 +45,7 @@ def eval_names(metrics: Metrics) -> list[str]:
     return sorted({name for line in metrics for name in line if name.startswith("eval/")})
 
 
-def summary(run: str | Path, teacher_folder: str | Path | None = None) -> str:
+def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> list[list[str]]:
     """Return the table at the end of a run: metrics before and after, beside the teacher's.
 
     teacher_folder: the teacher's checkpoint; what its run measured last is shown, if it is known.
@@ -65,7 +65,12 @@ def summary(run: str | Path, teacher_folder: str | Path | None = None) -> str:
         if values:
             last = values[-20:]
             rows.append([name, f"{values[0]:.4f}", f"{sum(last) / len(last):.4f}", "-"])
-    lines = [""]
+    return rows
+
+
+def summary(run: str | Path, rows: list[list[str]]) -> str:
+    """Return the text at the end of a run: its `result_rows`, and what it took."""
+    metrics, lines = read_metrics(run), [""]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

@@ -5,6 +5,7 @@ it, too. A file of JSON that is replaced now and then has the digest of its valu
 """
 
 import hashlib
+import itertools
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from typing import Any
 
 from errors import UserError
 from files import read_json, read_text, unreadable
+from progress import Progress
 
 SUMS = "SHA256SUMS"
+BLOCK = 1 << 20  # bytes that are read at once
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 OWN = "sha256"  # the name of a JSON object's digest in itself
 CHANGED = (
@@ -22,16 +25,25 @@ CHANGED = (
 )
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
     """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), bytearray(BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            if progress:
+                progress.add(count / 1e6)
+    return digest.hexdigest()
 
 
 def all_sha256(paths: list[Path]) -> dict[Path, str]:
     """The SHA-256 of each file; they are read side by side."""
+    total = sum(path.stat().st_size for path in paths) / 1e6
+    where = paths[0].parent if paths else ""
+    progress = Progress(f"digests of {where}", total, "MB")
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(file_sha256, paths), strict=True))
+        found = pool.map(file_sha256, paths, itertools.repeat(progress))
+        return dict(zip(paths, found, strict=True))
 
 
 def seal(folder: Path) -> None:

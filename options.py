@@ -15,10 +15,12 @@ A command declares its options, one `option` per field, and parses its arguments
 
 `checkpoints` takes one word or more, `--tasks gsm8k,math500` a list with commas, `--evals A B` two
 words. Both spellings of a name (`--top_p`, `--top-p`), both ways of giving a value (`--lr 1e-5`,
-`--lr=1e-5`) and all ways of writing a switch (`--compile`, `--compile=False`) are accepted, so
-wandb's `${args}` and `${args_no_boolean_flags}` both work. Names are never abbreviated. Whatever is
-wrong is a UserError of one line. `--help` prints the docstring of the module in which the dataclass
-is defined and a line or two per option, and ends the command (SystemExit, as in argparse).
+`--lr=1e-5`; also `lr=1e-5` in a command without positional words) and all ways of writing a switch
+(`--compile`, `--compile=False`) are accepted; `--lr=None` leaves an option out. So wandb's
+`${args}`, `${args_no_hyphens}` and `${args_no_boolean_flags}` all work. Names are never
+abbreviated. Whatever is wrong is a UserError of one line. `--help` prints the docstring of the
+module in which the dataclass is defined and a line or two per option, and ends the command
+(SystemExit, as in argparse).
 
 Precedence: defaults < defaults that follow another option's value (`default_when`) < what a resumed
 run has stored < `--config file.toml` < command line.
@@ -325,17 +327,22 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
     abbreviated.
     """
     words, normal = list(argv), []
+    has_operands = any(_rules(spec).positional for spec in fields(cls))
     while words:
         word = words.pop(0)
+        if not has_operands and word.partition("=")[0] in cls.__dataclass_fields__:
+            word = f"--{word}"
         name, equals, value = word[2:].partition("=")
         if word.startswith("--") and name not in ("help", "config"):
             spec = _find(cls, name.replace("-", "_"), f"--{name}")
             shape = _shape(spec)
             if not equals and shape.kind is bool and shape.size is None:
-                has_value = words and words[0].lower() in (*SWITCH, *_rules(spec).also)
+                has_value = words and words[0].lower() in (*SWITCH, *_rules(spec).also, "none")
                 equals, value = "=", words.pop(0) if has_value else "true"
             elif not equals and words and not shape.size:
                 equals, value = "=", words.pop(0)
+            if value == "None":
+                continue
             word = f"--{spec.name}{equals}{value}"
         normal.append(word)
     return normal
@@ -398,7 +405,10 @@ def _convert(spec: Field, value: Any, source: str) -> Any:
     if _shape(spec).size is None:
         return _convert_one(spec, value, source)
     if not isinstance(value, list):
-        value = str(value).split(",")
+        text = str(value)
+        value = text.split(",")
+        if text.startswith("[") and text.endswith("]"):  # as Python writes a list, and wandb
+            value = [part.strip(" '\"") for part in text[1:-1].split(",")]
     return tuple(_convert_one(spec, part.strip(), source) for part in value if part.strip())
 
 

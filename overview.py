@@ -18,6 +18,7 @@ from errors import say
 from memory import check, device_bytes, needs, peak, room_of, size_of
 from model.load import Checkpoint
 from model.lora import parse_targets
+from model.transformer import ModelConfig
 from plugins import digests
 from prepare import Plan
 
@@ -49,6 +50,8 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
     own = digests(cfg.plugin, cfg.grpo_reward)
     if own:
         lines.append(f"plugins    {own} (SHA-256)")
+    if place.device.type == "cpu":
+        lines.append(f"threads    {plan.threads}")
     if cfg.lora_dropout and needs_old_logp(cfg):
         lines.append(
             "--lora_dropout is not applied in this run: log-probs under a mask cannot be compared "
@@ -59,7 +62,7 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
 
 def _models(cfg: Config, plan: Plan, resumed: int | None) -> Iterator[str]:
     is_toy = cfg.mode == "grpo" and cfg.model == "tiny"
-    size, adapters = _sizes(cfg, plan.student)
+    size, adapters = sizes(cfg, plan.student.config)
     lora = f", {adapters:,} more in adapters that are trained" if adapters else ""
     weights = _weights(plan.student, is_toy)
     if resumed is not None:
@@ -67,7 +70,8 @@ def _models(cfg: Config, plan: Plan, resumed: int | None) -> Iterator[str]:
     yield f"policy     {cfg.model}: {size:,} parameters{lora}, {weights}"
     for name, teacher in zip(teachers_of(cfg).values(), plan.teachers, strict=False):
         of = "the policy" if name in SELF else _weights(teacher, not name)
-        yield f"teacher    {name or 'tiny-teacher'}: {_sizes(cfg, teacher)[0]:,} parameters, {of}"
+        size, _ = sizes(cfg, teacher.config)
+        yield f"teacher    {name or 'tiny-teacher'}: {size:,} parameters, {of}"
     if plan.reference:
         of = _weights(plan.reference, False) if cfg.reference else "the policy as it begins"
         yield f"reference  {cfg.reference or cfg.model}: {of}"
@@ -82,9 +86,9 @@ def _weights(checkpoint: Checkpoint, is_toy: bool) -> str:
     return "RANDOM WEIGHTS (a preset is a shape; a folder or a hub id has weights)"
 
 
-def _sizes(cfg: Config, checkpoint: Checkpoint) -> tuple[int, int]:
+def sizes(cfg: Config, config: ModelConfig) -> tuple[int, int]:
     """Parameters of a model, and those of the adapters that --lora_rank would add."""
-    size = size_of(checkpoint.config, cfg.lora_rank, parse_targets(cfg.lora_targets))
+    size = size_of(config, cfg.lora_rank, parse_targets(cfg.lora_targets))
     return size.blocks + size.around, size.adapters
 
 
@@ -127,24 +131,23 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     most = peak(parts, device.type == "cuda")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     there = device_bytes(cfg, device)
-    has = f" of {_bytes(there)}" if there < math.inf else ""
+    has = f" of {bytes_of(there)}" if there < math.inf else ""
     sharded = ""
     if plan.shards.policy or plan.shards.frozen:
         sharded = f"; models in shards of {plan.shards.ranks} ranks"
-    yield f"memory     about {_bytes(most)}{has} on each {name}{sharded}"
-    yield "           " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    size, adapters = _sizes(cfg, plan.student)
+    yield f"memory     about {bytes_of(most)}{has} on each {name}{sharded}"
+    yield "           " + ", ".join(f"{name} {bytes_of(size)}" for name, size in parts.items())
+    size, adapters = sizes(cfg, plan.student.config)
     trained = adapters or size
     master = max(plan.place.compute_dtype.itemsize, 4)
     checkpoint = master * (size + 2 * trained + (adapters and trained))
-    count = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
-    disk = checkpoint * count.get(cfg.save, 0)
+    disk = checkpoint * checkpoints_at_once(cfg)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     short = "" if disk < free else "; THIS IS NOT ENOUGH"
     yield (
-        f"disk       at most {_bytes(disk)}: checkpoints of {_bytes(checkpoint)} (--save "
-        f"{cfg.save}); {_bytes(free)} are free{short}"
+        f"disk       at most {bytes_of(disk)}: checkpoints of {bytes_of(checkpoint)} (--save "
+        f"{cfg.save}); {bytes_of(free)} are free{short}"
     )
     yield (
         f"writes     {folder}/: config.json, environment.json, sittings.jsonl, metrics.jsonl, "
@@ -154,10 +157,16 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
 
 def check_memory(cfg: Config, plan: Plan) -> None:
     """Refuse a run that does not fit, before a weight is read. Raises UserError."""
-    check(cfg, plan.job, plan.shards, room_of(cfg, plan.job), _bytes)
+    check(cfg, plan.job, plan.shards, room_of(cfg, plan.job), bytes_of)
 
 
-def _bytes(count: float) -> str:
+def checkpoints_at_once(cfg: Config) -> int:
+    """How many checkpoints of a run there are at most, while the newest one is written."""
+    kept = {"every": cfg.max_checkpoints + 1, "best": cfg.max_checkpoints + 2, "last": 1}
+    return kept.get(cfg.save, 0)
+
+
+def bytes_of(count: float) -> str:
     """A number of bytes, as people read it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:

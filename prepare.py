@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import options
 from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
@@ -19,6 +20,7 @@ from data.record import training_record
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
+from kernels.cpu import choose_threads
 from memory import Job, Shards, choose_shards, fitting_tokens
 from model import parallel
 from model.flops import forward_flops
@@ -65,6 +67,7 @@ class Plan:
     shards: Shards
     job: Job
     cfg: Config  # with the micro-batches that "auto" stands for
+    threads: str  # how many, in words
 
 
 @dataclasses.dataclass
@@ -143,6 +146,7 @@ def setup(cfg: Config) -> Plan:
         shards=shards,
         job=job.with_data(cfg, dataset),
         cfg=cfg,
+        threads=choose_threads(max(c.parameters for c in (student, *teachers)), cfg.threads),
     )
 
 
@@ -197,6 +201,7 @@ def load_dataset(
     """The data, every example measured; what the user should know of it is printed."""
     on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
+    by_default = options.with_defaults(Config, {"mode": cfg.mode, "defaults": cfg.defaults})
     dataset = Dataset(
         cfg.data,
         Formatter(
@@ -212,6 +217,7 @@ def load_dataset(
         vocab=vocab_size,
         eval_examples=cfg.eval_examples,
         eval_data=cfg.eval_data,
+        at_most_a_tenth=cfg.eval_examples == by_default["eval_examples"],
         train_examples=cfg.train_examples,
         max_length_policy=cfg.max_length_policy,
         bad_rows=cfg.bad_rows,

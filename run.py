@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -38,6 +37,8 @@ from model.lineage import Lineage
 from model.sharding import fill, is_sharded, load_shards, local, save_shards
 from model.state import check_names, check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
+from progress import duration
+from tracking import Tracker
 
 Json = dict[str, Any]  # an object in a JSON file
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -145,6 +146,11 @@ class RunFolder:
                 with suppress(OSError):
                     folder.rename(left)
                 shutil.rmtree(left, ignore_errors=True)
+
+    def drop_trainer(self) -> None:
+        """Remove the optimizer's states of a run that is complete: two thirds of its bytes."""
+        for folder in self.checkpoints.glob("step-*/trainer"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, step: int) -> None:
         """Raise UserError if a file of checkpoint `step` is not what was written."""
@@ -435,7 +441,7 @@ class RunLogger:
 
     def __init__(self, folder: Path, config: Json, resume_step: int | None, rank: int, about: Json):
         self.folder, self.rank = folder, rank
-        self.wandb: Any = None
+        self.tracker: Tracker | None = None
         self.error: RunFailed | None = None
         self.said = time.monotonic()  # when a line was printed last
         self.note = ""  # in every progress line
@@ -449,8 +455,8 @@ class RunLogger:
         before = self._record_sitting({"step": resume_step or 0, "options": config} | about | now)
         for name, value in (("config.json", config), ("environment.json", now)):
             replace_file(self.folder / name, json.dumps(value, indent=2) + "\n")
-        if config["wandb"] != "off":
-            self._start_wandb(config)
+        lines = read_metrics(self.folder)
+        self.tracker = Tracker(self.folder, config, about | {"environment": now}, lines)
         return before
 
     def _record_sitting(self, sitting: Json) -> Json | None:
@@ -468,41 +474,21 @@ class RunLogger:
                 self.say(f"other than in the sitting before: {', '.join(changes)}")
         return before
 
-    def _start_wandb(self, config: Json) -> None:
-        import wandb
-
-        id_file = self.folder / "wandb_id"
-        run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        if id_file.exists():
-            run_id = id_file.read_text()
-        replace_file(id_file, run_id)
-        try:
-            self.wandb = wandb.init(
-                project=config["wandb_project"],
-                name=self.folder.name,
-                id=run_id,
-                resume="allow",
-                mode=config["wandb"],
-                dir=str(self.folder),
-                config=config,
-            )
-        except Exception as e:  # not logged in, no network: wandb raises many kinds
-            raise RunFailed(
-                f"wandb did not start ({str(e).splitlines()[0]}); use --wandb offline or off"
-            ) from None
-
     def metrics(self, step: int, values: Json) -> None:
         if self.rank:
             return
         numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._append("metrics.jsonl", json.dumps({"step": step} | numbers) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        if self.tracker:
+            self.tracker.metrics(step, values)
 
-    def samples(self, step: int, samples: Sequence[Json]) -> None:
+    def samples(self, step: int, samples: Sequence[Json], evaluated: bool = False) -> None:
+        """Log samples of a rollout, or the answers of an evaluation, after `step`."""
         lines = [json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples]
         if lines and not self.rank:
             self._append("samples.jsonl", "".join(lines))
+        if self.tracker:
+            self.tracker.samples(step, samples, evaluated)
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -517,7 +503,7 @@ class RunLogger:
     ) -> None:
         """Log an evaluation after `step` of `steps`."""
         self.metrics(step, metrics)
-        self.samples(step, samples)
+        self.samples(step, samples, evaluated=True)
         shown = [f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2]
         self.say("  ".join([f"step {step}/{steps}", *shown]))
 
@@ -547,9 +533,10 @@ class RunLogger:
         if not self.rank:
             say(text)
 
-    def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
+    def close(self, table: Sequence[Sequence[str]] = ()) -> None:
+        """The run is over. table: of what it came to, if it is complete."""
+        if self.tracker:
+            self.tracker.finish(table)
 
 
 class Clock:
@@ -571,13 +558,6 @@ class Clock:
             measured = self.spent.get(what, [0.0])
             seconds += count * sum(measured) / len(measured)
         return seconds
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as 0m32s, 59m59s or 2h00m00s, rounded first: 59.7 seconds are a minute."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
 def cut_back(path: Path, step: int | None) -> None:

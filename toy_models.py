@@ -49,7 +49,7 @@ SOURCES = ("data/toy.py", "data/tasks.py", "data/tokenizer.py", "model/transform
 
 # Options that change nothing of what a run learns.
 NEUTRAL = ("name", "runs", "resume", "device", "kernels", "save", "max_checkpoints", "log_every")
-NEUTRAL += ("wandb", "dry_run")
+NEUTRAL += ("wandb", "wandb_project", "wandb_group", "wandb_tags", "dry_run", "threads")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch
 
 import options
 from config import OWN_TOKENS, Config, listed_ids, needs_old_logp, sampling_of
-from curves import draw_curves, summary
+from curves import draw_curves, result_rows, summary
 from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
@@ -30,6 +30,7 @@ from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
 from model import parallel
+from model.card import CARD, model_card
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
 from model.optim import clip_gradients, learning_rate, update_average
@@ -38,6 +39,7 @@ from model.transformer import Transformer
 from overview import check_memory, overview, show_first
 from plugins import digests
 from prepare import COSTS, Run, load_models, number_of_steps, setup
+from progress import Progress
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
@@ -48,9 +50,11 @@ from run import (
     StopSignal,
     has_output,
     open_run,
+    read_metrics,
     resume_command,
     stored_config,
 )
+from tracking import report_failure
 from validation import Validation
 
 # --- the mode: a source plus a loss --------------------------------------------------------------
@@ -221,6 +225,7 @@ def forward_backward(
         This rank's metrics as (sum, count).
     """
     sums: Metrics = {}
+    progress = Progress("a step", len(batch.documents), "examples", parallel.speaks())
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
@@ -231,12 +236,13 @@ def forward_backward(
         for name, (total, count) in metrics.items():
             old_total, old_count = sums.get(name, (0, 0))
             sums[name] = (old_total + total.double(), old_count + count.double())
+        progress.add(len(micro.documents))
     return sums
 
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
-    about = {"weights": run.weights, "steps": run.steps}
+    about = {"weights": run.weights, "steps": run.steps} | sizes_of(run.policy)
     about["plugins"] = digests(cfg.plugin, cfg.grpo_reward) or None
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
@@ -383,13 +389,15 @@ def save(cfg: Config, run: Run, source: Source, step: int) -> None:
     if cfg.save == "none":
         return
     state = {"source": parallel.gather(source.state()), "counters": run.counters, "best": run.best}
-    write_model = functools.partial(
-        save_model,
-        run.policy,
-        tokenizer=run.tokenizer,
-        stop_ids=run.stop_ids,
-        sampling=sampling_of(cfg),
-    )
+
+    def write_model(folder: Path) -> None:
+        save_model(run.policy, folder, run.tokenizer, run.stop_ids, sampling_of(cfg))
+        measured = {}
+        for line in read_metrics(run.folder.path):
+            measured = line if line["step"] == step else measured
+        card = model_card(step, settings_of(cfg), run.weights, measured, sys.argv)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
     run.folder.save(
         step, run.policy, run.optimizer, write_model, state, run.trained_on, run.average
     )
@@ -404,6 +412,13 @@ def restore(run: Run, source: Source) -> None:
     run.counters |= state["counters"]
     run.best |= state.get("best", {})
     run.folder.best = run.best.get("step")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sizes_of(policy: Transformer) -> dict[str, int]:
+    """How many parameters a policy has, and how many of them are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return {"parameters": sum(size for size, _ in sizes), "trained_parameters": trained}
 
 
 def add_cost(run: Run, cost: Mapping[str, float]) -> None:
@@ -494,6 +509,7 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
     path = run.folder.path
     if log.error:
         raise log.error
+    rows = []
     if stopped_by:
         goes_on = f"continue with {resume_command(cfg.runs, path.name)}"
         if cfg.save == "none":
@@ -506,14 +522,15 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
             raise RunFailed(
                 f"{path}/curves.png could not be written ({e.strerror}); the run itself is complete"
             ) from None
-        log.say(summary(path, run.teacher_folder))
+        rows = result_rows(path, run.teacher_folder)
+        log.say(summary(path, rows))
         if run.best:
             score = f"{run.best['score']:.4f} at step {run.best['step']}"
             log.say(f"the best evaluation: {score}; {path}/checkpoints/step-{run.best['step']}")
         skipped = run.counters["skipped_in_a_row"]
         if skipped:
             raise RunFailed(f"the last {skipped} steps had no finite gradient; {LOWER}")
-    log.close()
+    log.close(rows)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -584,7 +601,15 @@ def main(argv: list[str]) -> int:
         with parallel.telling():
             launch(cfg)
 
-    return as_command("train.py", run, "interrupted", parallel.is_first_to_say)
+    def tracked() -> None:
+        try:
+            run()
+        except Exception as e:
+            if parallel.speaks():
+                report_failure(" ".join(str(e).split()) or type(e).__name__)
+            raise
+
+    return as_command("train.py", tracked, "interrupted", parallel.is_first_to_say)
 
 
 if __name__ == "__main__":

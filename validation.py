@@ -18,6 +18,7 @@ from losses.sft import sft_loss
 from model import parallel
 from model.generate import Completion, generate
 from model.transformer import Transformer
+from progress import Progress
 from rl.logprobs import last_states
 from rl.sample import sample_line
 
@@ -70,14 +71,19 @@ class Validation:
     def loss(self, model: Transformer) -> Metrics:
         documents = self.dataset.validation_documents()[self.rank :: self.world]
         total = count = 0.0
+        progress = Progress("validation loss", len(documents), "examples", self.rank == 0)
         for micro in GlobalBatch(documents).split(self.micro_batch_tokens):
             moved = micro.to(model.head_VD.device)
             loss_sum, _ = sft_loss(last_states(model, moved), model.head_VD, None, moved)
             total, count = total + float(loss_sum), count + micro.normalizer
+            progress.add(len(micro.documents))
         return {"loss": (total, count)}
 
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
-        return generate(model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab)
+        progress = Progress("validation", len(prompts), "answers", self.rank == 0)
+        return generate(
+            model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab, progress=progress
+        )
 
     def grade(
         self, examples: list[Example], prompts: list, answers: list[Completion]
@@ -126,6 +132,7 @@ def compare(
     """
     device = model.head_VD.device
     sums: Metrics = {}
+    progress = Progress("teacher and student", len(documents), "answers", parallel.speaks())
     for micro in GlobalBatch(documents).split(max([micro_batch_tokens, *map(len, documents)])):
         positions = [np.arange(np.count_nonzero(d.weights)) for d in micro.documents]
         bucket_N = np.searchsorted(POSITIONS, np.concatenate(positions), side="right") - 1
@@ -154,6 +161,7 @@ def compare(
             lengths = [len(p) for p in positions if len(p)]
             halves = [half_share(own_n) for own_n in torch.cat(gradients).split(lengths)]
             _add(sums, {"half_gradient": torch.tensor(halves, dtype=torch.float64)})
+        progress.add(len(micro.documents))
     return sums
 
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.batch import Document, GlobalBatch
 from data.formats import read_examples, to_example
 from data.formatter import Formatter
@@ -24,6 +22,7 @@ from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from files import Fields
+from progress import Progress
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
@@ -52,6 +51,7 @@ class Dataset:
         max_tokens: Of a document.
         vocab: Ids from here on are refused.
         eval_data: The file of the validation examples; empty: they are set apart from the data.
+        at_most_a_tenth: Whether a file keeps no more than a tenth of its rows for them.
         max_length_policy: What happens to a document that is too long: "error" or "drop".
         bad_rows: What happens to a row that says nothing or lacks the answer that is needed.
         new_tokens: Room that each prompt has to leave for what a model generates; 0: for nothing.
@@ -70,6 +70,7 @@ class Dataset:
     vocab: int
     eval_examples: int = 0
     eval_data: str = ""
+    at_most_a_tenth: bool = False
     train_examples: int = 0
     max_length_policy: str = "error"
     bad_rows: str = "error"
@@ -90,9 +91,12 @@ class Dataset:
         self._training: Tokenised = []
         self.sizes: list[int] = []
         for examples in training:
-            chunks, pairs = range(0, len(examples), CHUNK), []
-            for start in tqdm(chunks, "tokenising", disable=not self.progress, delay=2):
-                pairs += self._tokenise(examples[start : start + CHUNK])
+            progress = Progress("tokenising", len(examples), "examples", self.progress)
+            pairs = []
+            for start in range(0, len(examples), CHUNK):
+                chunk = examples[start : start + CHUNK]
+                pairs += self._tokenise(chunk)
+                progress.add(len(chunk))
             if examples and not pairs:
                 raise UserError(f"--data {self.name}: no example is left to train on")
             self._training += pairs
@@ -132,6 +136,7 @@ class Dataset:
             train_examples=self.train_examples,
             notes=self.notes,
             teachers=len(self.teachers),
+            at_most_a_tenth=self.at_most_a_tenth,
         )
         self.sources, self.label = division.sources, division.label
         self.validation = division.validation

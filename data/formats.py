@@ -40,6 +40,8 @@ from data.messages import (
 from data.tasks import Example
 from errors import UserError
 from files import HEAD, explain, parse_json, read_bytes, read_head, reason
+from model import parallel
+from progress import Progress
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
 
@@ -194,7 +196,9 @@ def read_examples(
     """
     rule = "(HumanEval: test; MBPP: ids 601 to 974 train, 11 to 510 test)"
     examples, left_out = [], 0
+    progress = Progress(f"reading {path}", 0, "rows", parallel.speaks())
     for origin, row in read_rows(path):
+        progress.add(1)
         if isinstance(row, dict) and split_of(row) not in (None, split):
             left_out += 1
             continue

@@ -12,7 +12,8 @@ from data.dataset import Dataset
 from data.split import find_sources, task_of
 from data.tasks import Example
 from errors import say
-from model import lineage
+from model import lineage, parallel
+from progress import watched
 
 
 def training_record(
@@ -81,7 +82,7 @@ def prompt_texts(prompt_options: Mapping[str, str], examples: Sequence[Example])
     """All texts of the prompts: worked examples may stand in any of them."""
     yield prompt_options["system_prompt"]
     yield prompt_options["prompt_suffix"]
-    for example in examples:
+    for example in watched("record of the data", examples, "examples", parallel.speaks()):
         for message in example.messages:
             if message["role"] != "assistant":
                 yield message["content"] or ""

@@ -13,6 +13,7 @@ from data.formats import SUFFIXES, unread_columns
 from data.tasks import TASKS, Example
 from errors import UserError
 
+HELD_OUT = 10  # by default at most one row of so many is kept for validation
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
 
 
@@ -141,6 +142,7 @@ def read_divided(
     train_examples: int,
     notes: list[str],
     teachers: int = 0,
+    at_most_a_tenth: bool = False,
 ) -> Division:
     """Read what `--data` and `--eval_data` name.
 
@@ -148,6 +150,7 @@ def read_divided(
         read: (path, "train" or "test") -> the examples of a file.
         notes: Gets sentences on what is not used.
         teachers: How many there are, who read columns of their own.
+        at_most_a_tenth: Whether `eval_examples` is no more than one of HELD_OUT rows of the data.
 
     Raises:
         UserError: for a file of which nothing is left to train on.
@@ -160,6 +163,8 @@ def read_divided(
         held_out = read(paths[0], "test")
         if not held_out:
             raise UserError(f"--eval_data {eval_data} has no examples")
+    elif at_most_a_tenth:
+        eval_examples = min(eval_examples, -(-sum(map(len, found)) // HELD_OUT))
     validation, training = divide(found, eval_examples, train_examples, notes, held_out)
     for source, examples, kept in zip(sources, found, training, strict=True):
         if kept:

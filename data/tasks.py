@@ -11,7 +11,9 @@ from data.grade import Verdict, grade_math, grade_number
 from data.grading.code import grade_code
 from data.sandbox import at_once
 from data.toy import LONG, TALK, is_validation, running_text, word_problem
+from model import parallel
 from plugins import Table
+from progress import watched
 
 FEW_WORDS = 8  # of a user who asks about what the system said
 
@@ -145,6 +147,6 @@ def grade_all(grade_one: Callable, items: Sequence[tuple]) -> list:
                 calls.append(pool.submit(grade_one, *item).result)
             else:
                 calls.append(functools.partial(grade_one, *item))
-        return [call() for call in calls]
+        return [call() for call in watched("grading", calls, "answers", parallel.speaks())]
     finally:
         pool.shutdown(cancel_futures=True)

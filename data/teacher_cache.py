@@ -26,6 +26,7 @@ from digests import all_sha256
 from errors import RunFailed, UserError, system_error
 from files import draft_of, flush, read_json
 from locks import waiting_for
+from progress import Progress
 
 FORM = 3  # of the files
 FP16_MIN = -65504
@@ -152,6 +153,7 @@ class TeacherCache:
             ):
                 self._write_heads(ids, beside, 0)
                 rows = 0
+                progress = Progress(f"the cache {self.folder}", self.positions, "positions")
                 for ids_Rk, logp_RB in topk:
                     if self.draws_seed is None:
                         kept, others = ids_Rk, np.maximum(logp_RB, FP16_MIN).astype(np.float16)
@@ -160,6 +162,7 @@ class TeacherCache:
                     ids.write(kept.astype(np.int32).tobytes())
                     beside.write(others.tobytes())
                     rows += len(kept)
+                    progress.add(len(ids_Rk))
                 self._write_heads(ids, beside, rows)
             found = all_sha256([drafts[name] for name in self.arrays])
             digests = dict(zip(self.arrays, found.values(), strict=True))

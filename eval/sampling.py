@@ -15,7 +15,7 @@ from typing import TextIO
 import plugins
 from data.grade import grade_by_math_verify, vote
 from data.tasks import Example, grade, grade_all
-from errors import RunFailed, UserError, say
+from errors import RunFailed, UserError
 from eval.benchmarks import CODE, Benchmark
 from eval.contamination import Trained
 from eval.summary import Key, Row, Rows, Samples, json_line
@@ -23,9 +23,8 @@ from model import parallel
 from model.generate import Completion, Engine, generate
 from model.load import Subject
 from options import option
+from progress import Progress
 from run import environment
-
-PROGRESS_SECONDS = 10.0  # between two lines on the terminal
 
 # --- generating -----------------------------------------------------------------------------------
 
@@ -130,7 +129,9 @@ def generate_missing(
         with open(request.samples.part(rank), "a", encoding="utf-8") as file:
             # a line that a kill cut off stays apart from what follows
             file.write("\n" if file.tell() else "")
-            writer = _Writer(request, file, sum(map(len, groups)), rank == 0)
+            total = sum(map(len, groups))
+            progress = Progress(request.name, total, "samples of this rank", rank == 0)
+            writer = _Writer(request, file)
             for keys in groups:
                 generate(
                     engine,
@@ -145,6 +146,7 @@ def generate_missing(
                     decode=request.subject.tokenizer.decode,
                     batch_size=args.batch_size,
                     on_done=functools.partial(writer.add, keys),
+                    progress=progress,
                 )
                 writer.flush()
     except OSError as e:
@@ -156,16 +158,12 @@ def generate_missing(
 
 @dataclasses.dataclass
 class _Writer:
-    """Appends finished samples to a file and reports progress."""
+    """Appends finished samples to a file."""
 
     request: Request
     file: TextIO
-    total: int
-    is_loud: bool
-    done: int = 0
     tokens: int = 0
     pending: list = dataclasses.field(default_factory=list)
-    reported: float = dataclasses.field(default_factory=time.monotonic)
 
     def add(self, keys: list[Key], i: int, completion: Completion) -> None:
         """Take the completion of keys[i]."""
@@ -179,14 +177,7 @@ class _Writer:
         self.pending.append(json_line({"problem": problem, "sample": sample} | row))
         if not request.args.group:
             self.flush()
-        self.done += 1
         self.tokens += len(completion.tokens)
-        if self.is_loud and time.monotonic() - self.reported > PROGRESS_SECONDS:
-            self.reported = time.monotonic()
-            say(
-                f"{request.name}: {self.done:,} of this rank's {self.total:,} samples, "
-                f"{self.tokens:,} tokens"
-            )
 
     def flush(self) -> None:
         self.file.write("".join(self.pending))

@@ -11,6 +11,7 @@ measurement finds nothing rounded.
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,37 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 # Below so many multiplications MKL is the faster: a call of oneDNN costs 20 microseconds more.
 LEAST_PRODUCT = 8 << 20
+
+
+# Models with fewer parameters are computed by one thread: a product is over before a second one has
+# begun its part, and on a busy machine each waits, spinning, for the other (LOG.md).
+SMALL_MODEL = 2_000_000
+
+
+@functools.cache
+def default_threads() -> int:
+    """PyTorch's choice: how many threads there were when this was first asked."""
+    return torch.get_num_threads()
+
+
+def choose_threads(parameters: int, given: int = 0) -> str:
+    """Set the threads of a CPU's operations. Returns how many there are, in words.
+
+    parameters: of the largest model. given: as many as the user asks for; 0: one for a small model,
+    unless the environment says how many, else PyTorch's choice.
+    """
+    why, default = "--threads", default_threads()
+    if given:
+        torch.set_num_threads(given)
+    elif "OMP_NUM_THREADS" in os.environ:
+        why = "OMP_NUM_THREADS"
+    elif parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
+        why = "for a model this small one is faster than several; --threads sets another number"
+    else:
+        torch.set_num_threads(default)
+        why = "PyTorch's choice; --threads sets another number"
+    return f"{torch.get_num_threads()} ({why})"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Only safetensors and JSON: nothing is ever unpickled.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from model.tensors import (
     stream_tensors,
 )
 from model.transformer import ModelConfig, Transformer
+from progress import Progress
 
 Part = TypeVar("Part")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -227,13 +229,17 @@ def load_weights(model: Transformer, folder: Path, dropped: Collection[int] = ()
         if f"{layer}.weight" not in wanted:
             raise UserError(f"{folder}: the adapter has a layer {layer} that its base has not")
     stored = _without_layers(stored_tensors(base_of(folder)), dropped)
-    for name, (file, key, _) in _fit(stored, model, folder).items():
+    found = _fit(stored, model, folder)
+    numbers = sum(math.prod(tensor.shape) for tensor in found.values())
+    progress = Progress(f"reading {folder}", numbers / 1e6, "million weights", parallel.speaks())
+    for name, (file, key, shape) in found.items():
         with open_tensors(file) as tensors:
             tensor = read_tensor(tensors, file, key)
         if pair := pairs.get(name.removesuffix(".weight")):
             _check_pair(name, pair, tensor, folder)
             tensor = lora.merge(tensor, *pair, scale)
         sharding.fill(wanted[name], tensor)
+        progress.add(math.prod(shape) / 1e6)
     return model
 
 

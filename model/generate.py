@@ -38,6 +38,7 @@ from model.lora import adapters, plain_parameters
 from model.sampling import Sampler, random_keys, uniform
 from model.sharding import InShards, generates_in_shards, is_sharded
 from model.transformer import Fused, Transformer
+from progress import Progress
 
 Decode = Callable[[list[int]], str]
 
@@ -87,6 +88,7 @@ def generate(  # noqa: PLR0913  every option is a keyword, which all callers nam
     batch_size: int = 256,
     on_token: Callable[[int, int, float], object] | None = None,
     on_done: Callable[[int, Completion], object] | None = None,
+    progress: Progress | None = None,
 ) -> list[Completion]:
     """Continue every prompt.
 
@@ -108,6 +110,7 @@ def generate(  # noqa: PLR0913  every option is a keyword, which all callers nam
         on_token: called with (index of the prompt, id, log-prob) for every new token; from the
             first again for a prompt that had to wait because memory ended.
         on_done: called with (index of the prompt, its Completion) as soon as it is finished.
+        progress: of the prompts; it is told how many are finished, and the new tokens.
 
     Returns:
         One Completion per prompt. Its log-probs are those of softmax(logits / temperature) over
@@ -155,6 +158,8 @@ def generate(  # noqa: PLR0913  every option is a keyword, which all callers nam
                     stopped_B[row] |= _has_stop_string(batch.new_tokens(row), stop_strings, decode)
             ended_B |= stopped_B | (batch.count_B[: batch.n_rows] == max_new_tokens)
         finished = np.flatnonzero(ended_B)
+        if progress:
+            progress.add(len(finished), token_SB.size)
         for row in finished.tolist():
             index = int(batch.prompt_B[row])
             logp = batch.logp[row, : batch.count_B[row]].tolist()

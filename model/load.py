@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer, shared_vocabulary
 from digests import file_sha256, verify
 from errors import UserError
 from files import Fields, read_json
+from kernels.cpu import choose_threads
 from locks import use
 from model import lineage, parallel
 from model.checkpoint import (
@@ -290,6 +291,9 @@ class Subject:
         device, dtype = "cpu", torch.float32
         if torch.cuda.is_available():
             device, dtype = "cuda", torch.bfloat16
+        else:
+            empty = empty_model(self.config, dtype, None)
+            choose_threads(sum(p.numel() for p in empty.parameters()))
         model = build_model(self.config, self.folder, device=device, seed=0, weight_dtype=dtype)
         return model.eval().requires_grad_(False)
 

@@ -27,6 +27,7 @@ from model import parallel
 from model.flops import forward_flops, generation_flops
 from model.generate import Completion, Engine, generate
 from model.transformer import Transformer
+from progress import Progress
 from rl.advantage import against_the_unlikely, group_advantages, has_reward_spread, kl_advantages
 from rl.logprobs import add_logprobs, add_teacher_logprobs, add_tis_weights, kl_penalty
 from rl.reward import Reward
@@ -117,6 +118,7 @@ class Rollouts(Iterator[GlobalBatch]):
             top_p=config.top_p,
             seeds=seeds,
             batch_size=config.generation_batch,
+            progress=Progress("rollout", len(prompts), "samples", config.rank == 0),
         )
         new_tokens = [len(c.tokens) for c in completions]
         self.cost["sampled_tokens"] += sum(new_tokens)

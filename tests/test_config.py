@@ -42,6 +42,8 @@ def parse(*argv, base=None):
     [
         (["--lr", "1e-5"], "lr", 1e-5),
         (["--lr=1e-5"], "lr", 1e-5),
+        (["lr=1e-5"], "lr", 1e-5),  # as wandb's ${args_no_hyphens} is written
+        (["--lr=None", "--compile", "None"], "lr", 1e-3),
         (["--kd_temperature=2"], "kd_temperature", 2.0),
         (["--kd-temperature", "2"], "kd_temperature", 2.0),
         (["--compile"], "compile", True),
@@ -69,7 +71,7 @@ def test_spellings(argv, name, value):
         (["--compile=maybe"], ["compile", "maybe"]),
         (["--mode=kdd"], ["mode", "kdd", "did you mean kd"]),
         (["--lr"], ["lr", "expected one argument"]),
-        (["lr=1"], ["lr=1"]),
+        (["lrr=1"], ["lrr=1"]),
         (["--mode=sft", "--kd_temperature=2"], ["kd_temperature", "mode=sft"]),
         (
             ["--kd_divergence=forward_kl", "--kd_beta=0.1"],

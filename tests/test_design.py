@@ -20,9 +20,9 @@ MAY = {
     "data": {"data", "model.parallel", "model.lineage", "locks"},
     "rl": {"rl", "data", "model", "kernels", "losses"},
 }
-ANYWHERE = {"errors", "files", "digests", "plugins"}
+ANYWHERE = {"errors", "files", "digests", "plugins", "progress"}
 # Commands in these folders read their options as every command does.
-COMMANDS = {"data/download.py"}
+COMMANDS = {"data/download.py", "model/export.py"}
 # Models are built from their folders' tokenizers and run folders here and nowhere else in model/.
 LOADING = "model/load.py"
 

@@ -4,6 +4,7 @@ They name files that are not here, so they are parsed and checked, and not run.
 """
 
 import argparse
+import functools
 import re
 import runpy
 import shlex
@@ -19,6 +20,7 @@ from eval import __main__ as evaluation
 from eval import chat, compare, divergence, traces
 from eval.study import __main__ as study
 from eval.study import plan
+from model.export import ExportOptions
 from tests import options_table
 from tests.conftest import ROOT
 
@@ -33,6 +35,7 @@ PARSERS = {
     "eval.divergence": divergence.parse,
     "eval.study": study.parse,
     "data.download": download.parse,
+    "model.export": functools.partial(options.parse, ExportOptions),
 }
 
 

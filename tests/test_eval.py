@@ -231,7 +231,7 @@ def test_comparisons_of_earlier_commands_stay_while_both_sides_do(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_pipe_that_nobody_reads_ends_no_evaluation(encoding, tiny, tmp_path, run, monkeypatch):
     """Nor does a terminal that has no such letters, which is read here."""
-    monkeypatch.setattr(sampling, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr("progress.EVERY", -1.0)
     read, write = os.pipe()
     if encoding == "utf-8":
         os.close(read)

@@ -68,7 +68,7 @@ MISTAKES = [
     ("--config=trl.toml", "trl.toml: learning_rate is not an option, but of other programs"),
     # slips of the fingers
     ("-lr 1e-4", "-lr 1e-4: an option begins with two dashes, as in --lr"),
-    ("lr=1e-4", "lr=1e-4: an option begins with two dashes, as in --lr"),
+    ("lrr=1e-4", "lrr=1e-4"),
     ("data.train_files=x", "data.train_files=x is not an option, but of other programs; here it"),
     ("actor_rollout_ref.rollout.n=8", "here it is --grpo_samples"),
     ("--actor_rollout_ref.actor.optim.lr=1", "did you mean lr?"),
@@ -102,7 +102,10 @@ MISTAKES = [
     ("--mode=sft --data=mine.json", "--data mine.json: no such file"),
     ("--mode=sft --data=.", "which file of the folder?"),
     ("--mode=sft --data=empty.jsonl", "empty.jsonl is empty"),
-    ("--mode=sft --data=mine.jsonl", "has 12 different questions; --eval_examples 400 leaves none"),
+    (
+        "--mode=sft --data=mine.jsonl --eval_examples=99",
+        "has 12 different questions; --eval_examples 99",
+    ),
     ("--mode=sft --data=mine.jsonl --eval_examples=2 --micro_batch_tokens=9", "raise it or set"),
     ("--mode=grpo --data=talk.jsonl --eval_examples=2", "no answer that a grader knows"),
     # what does not go together

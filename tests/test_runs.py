@@ -13,7 +13,7 @@ import prepare
 import run as runs
 import toy_models
 import train
-from curves import summary
+from curves import result_rows, summary
 from errors import RunFailed, UserError
 from files import replace_file
 from model.checkpoint import build_model, save_model
@@ -317,6 +317,18 @@ def test_save_best_keeps_the_checkpoint_of_the_best_evaluation(capsys, monkeypat
     )
 
 
+@pytest.mark.parametrize("kept,steps", [("last", [4]), ("none", [])])
+def test_save_last_and_none_keep_no_more(kept, steps, capsys, monkeypatch):
+    saved = []
+    save = RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda *a: saved.append(a[1]) or save(*a))
+    argv = [word for word in SFT if not word.startswith("--save_every")]
+    assert train.main([*argv, "--steps=4", f"--save={kept}"]) == 0
+    assert saved == steps == RunFolder("runs/r").steps()
+    disk = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("disk "))
+    assert disk.startswith("disk       at most 0 bytes") == (kept == "none")
+
+
 @pytest.mark.parametrize("evaluated", [0, 3])
 def test_a_broken_model_is_no_result(evaluated, capsys):
     """Two of three steps have no finite gradient: fewer in a row than --max_skipped."""
@@ -396,9 +408,12 @@ def test_the_summary_reads_a_teachers_metrics_only_beside_its_checkpoint(tmp_pat
     (tmp_path / "models/Qwen").mkdir(parents=True)
     (tmp_path / "linked").symlink_to("t/checkpoints/step-5")
     for folder in ("myteacher", "models/Qwen", ".", "t/checkpoints", str(tmp_path / "models/Qwen")):
-        assert "99.0%" not in summary("student", folder) and run_of(folder) is None
+        assert (
+            "99.0%" not in summary("student", result_rows("student", folder))
+            and run_of(folder) is None
+        )
     for folder in ("t/checkpoints/step-5", "linked", str(tmp_path / "t/checkpoints/step-5")):
-        assert "75.0%" in summary("student", folder)
+        assert "75.0%" in summary("student", result_rows("student", folder))
     assert len(read_metrics("student")) == 1
 
 
@@ -419,7 +434,7 @@ def test_what_was_not_measured_is_no_number_in_the_summary(tmp_path):
     (tmp_path / "r" / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    text = summary(tmp_path / "r")
+    text = summary(tmp_path / "r", result_rows(tmp_path / "r"))
     row = next(line for line in text.splitlines() if line.startswith("eval/w/accuracy"))
     assert (
         row.split() == ["eval/w/accuracy", "-", "50.0%", "-"]

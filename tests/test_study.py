@@ -320,12 +320,16 @@ def numbers(out):
     return timeless(json.loads((out / "report.json").read_text()))
 
 
-def test_a_study_goes_on(tmp_path, here, capsys):
+def test_a_study_goes_on(tmp_path, here, capsys, monkeypatch):
     file, out = write(tmp_path), tmp_path / "out"
-    assert study.main([file, f"--out={out}", "--arms=sft"]) == 0
+    with monkeypatch.context() as killed:  # before it dropped the optimizer's states
+        killed.setattr("run.RunFolder.drop_trainer", lambda self: None)
+        assert study.main([file, f"--out={out}", "--arms=sft"]) == 0
+    assert len(list(out.glob("runs/*/checkpoints/*/trainer"))) == 2
     assert kinds(here) == ["eval", "eval", "kl", "train", "train"]
     assert study.main([file, f"--out={out}"]) == 0
     assert kinds(here) == ["eval"] * 4 + ["kl"] * 3 + ["train"] * 4
+    assert len(list(out.glob("runs/*/checkpoints/*/trainer"))) == 2  # of the runs before
     before = numbers(out)
     assert study.main([file, f"--out={out}"]) == 0 and len(here) == 11 and numbers(out) == before
     assert (

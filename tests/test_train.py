@@ -380,16 +380,6 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     assert again.returncode == 0 and "resumed at step 2" in again.stdout
 
 
-def test_wandb_offline_gets_the_metrics(tmp_path):
-    pytest.importorskip("wandb")
-    result = sft("--steps=2", "--wandb=offline", "--name=w", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    folder = tmp_path / "runs" / "w"
-    assert (
-        list((folder / "wandb").glob("offline-run-*/*.wandb")) and (folder / "wandb_id").read_text()
-    )
-
-
 def test_nothing_optional_is_imported_unasked():
     """triton is hidden, as on a machine without it: PyTorch's own compiler loads it where it is."""
     optional = ("wandb", "matplotlib", "pyarrow", "transformers", "huggingface_hub")

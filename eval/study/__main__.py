@@ -22,6 +22,7 @@ from pathlib import Path
 import options
 from eval.study import plan as study_plan
 from eval.study import report as study_report
+from eval.study.disk import disk_line
 from eval.study.jobs import Job
 from eval.study.plan import ArmJobs
 from eval.study.results import Outcome
@@ -103,6 +104,7 @@ def run(args: StudyOptions) -> None:
             raise UserError(f"{out} is in use by {e}; {words}") from None
         except OSError as e:
             raise UserError(f"--out {out} cannot be made ({reason(e)})") from None
+        say(disk_line(study, out, len(free)))
         failed = run_jobs(study, out, free, report)
         say(report())
     if failed:

@@ -18,7 +18,8 @@ from errors import RunFailed, UserError, say
 from eval.study.jobs import ROOT, Job
 from eval.study.plan import Study
 from files import replace_file
-from run import StopSignal, duration
+from progress import duration
+from run import RunFolder, StopSignal
 
 PROGRESS = 30.0  # seconds between two lines on what is running
 REPORT = 600.0  # seconds between two reports of what is done so far
@@ -185,6 +186,7 @@ def run_jobs(
                 ended += 1
                 if code == 0 and is_complete(out, job):
                     replace_file(out / "done" / job.name, "")
+                    RunFolder(out / "runs" / job.name).drop_trainer()
                     order.done(job)
                     tell(f"{job.label}: {time.monotonic() - process.began:.0f} s")
                 else:

@@ -1,0 +1,159 @@
+"""Trials of the sweeps, drawn at random, started as wandb starts them."""
+
+import math
+import random
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+import options
+import toy_models
+import train
+from config import validate
+from eval.__main__ import EvalOptions
+from run import read_metrics
+from tests.conftest import ROOT
+from tests.distributed_workers import start
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+FORMS = ("args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags")
+TRIALS = 20
+# what makes a trial short, in place of what the sweep's own command names
+SHORT = {
+    "data": "word_problems:64",
+    "steps": 2,
+    "eval_examples": 2,
+    "eval_tokens": 4,
+    "micro_batch_tokens": 2048,
+    "wandb": "off",
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+def drawn(parameters, rng):
+    """One trial's values, as wandb's random search draws them."""
+    values = {}
+    for name, spec in parameters.items():
+        if "value" in spec:
+            values[name] = spec["value"]
+        elif "values" in spec:
+            values[name] = rng.choice(spec["values"])
+        elif spec["distribution"] == "log_uniform_values":
+            values[name] = math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"])))
+        else:
+            values[name] = rng.uniform(spec["min"], spec["max"])
+    return values
+
+
+def written(values):
+    return create_sweep_command_args({"args": {name: {"value": v} for name, v in values.items()}})
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_trial_is_read_as_it_was_drawn(path, monkeypatch):
+    """What it does not read is noted, and all else has the value that was drawn."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.chdir(ROOT)
+    sweep, rng = yaml.safe_load(path.read_text()), random.Random(path.stem)
+    assert sweep["program"] == "train.py" and "${args}" in sweep["command"]
+    assert f"wandb sweep sweeps/{path.name}" in path.read_text()
+    fixed = [part for part in sweep["command"] if part.startswith("--")]
+    for trial in range(TRIALS):
+        values, notes = drawn(sweep["parameters"], rng), []
+        argv = [*fixed, *written(values)[FORMS[trial % len(FORMS)]]]
+        cfg = options.parse(train.Config, argv, notes=notes)
+        validate(cfg)
+        read, noted = options.resolved(cfg), "".join(notes)
+        given = options.read_layers(train.Config, argv)[-1]
+        left_out = [name for name, value in values.items() if value in (None, False)]
+        assert {*values} - {*left_out} <= {*given} <= {*values}
+        for name, value in given.items():
+            assert value == values[name]
+            assert (f"{name} (read with" in noted) == (name not in read), name
+            assert read.get(name, value) == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_no_trial_is_lost(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    sweep, rng = yaml.safe_load(path.read_text()), random.Random(path.stem)
+    fixed = [part for part in sweep["command"] if part.startswith("--")]
+    fixed = [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed]
+    for trial in range(TRIALS):
+        values = drawn(sweep["parameters"], rng)
+        mode = values.get("mode", "kd")
+        short = SHORT | {
+            "runs": str(tmp_path),
+            "name": f"trial-{trial}",
+            "chat_template_kwargs": "",
+        }
+        short |= {"kd": {"teacher": "random:tiny-teacher", "model": "tiny"}}.get(mode, {})
+        short |= {"grpo": {"model": "tiny-teacher", "sample_tokens": 6}}.get(mode, {})
+        short["batch_size"] = 16
+        argv = [*fixed, *written(values | short)[FORMS[trial % len(FORMS)]]]
+        assert train.main(argv) == 0, (argv, capsys.readouterr().err)
+        assert read_metrics(tmp_path / f"trial-{trial}")[-1]["step"] == 2
+
+
+def first_use(argv):
+    toy_models.TEACHER["steps"] = 4
+    return train.main(argv)
+
+
+@pytest.mark.slow
+def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_path):
+    """Their runs have names of their own; one trains the teacher while the other waits."""
+    agents = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        values = {"mode": "kd", "seed": number, "log_every": 1, "runs": str(tmp_path / "runs")}
+        environment = {
+            "WANDB_SWEEP_ID": "sweep",
+            "WANDB_RUN_ID": f"trial{number}",
+            "WANDB_MODE": "offline",
+            "CUDA_VISIBLE_DEVICES": str(number),
+        }
+        argv = written(SHORT | values | {"wandb": "offline"})["args"]
+        cwd = tmp_path / str(number)
+        agents.append(start(*argv, cwd=cwd, main=first_use, **environment))
+    for agent in agents:
+        agent.join(300)
+    assert [agent.exitcode for agent in agents] == [0, 0], [
+        (tmp_path / str(number) / "stderr").read_text() for number in range(2)
+    ]
+    said = [(tmp_path / str(number) / "stdout").read_text() for number in range(2)]
+    assert sum("training the toy teacher first" in text for text in said) == 1
+    runs = sorted(path.parent for path in (tmp_path / "runs").glob("kd-*/metrics.jsonl"))
+    assert len(runs) == 2 and len(list((tmp_path / "runs").glob("teacher-*/metrics.jsonl"))) == 1
+    assert {(run / "wandb_id").read_text() for run in runs} == {"trial0", "trial1"}
+    assert all(read_metrics(run)[-1]["step"] == 2 for run in runs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_in_which_wandb_writes_a_trial_is_read(form):
+    values = {
+        "mode": "grpo",
+        "lr": 1.5e-05,
+        "grpo_reward": "accuracy,format:0.5",
+        "grpo_clip_high": None,
+        "grpo_mask_truncated": True,
+        "lora_rslora": None,
+        "lora_rank": 4,
+        "compile": False,
+        "teacher": None,
+    }
+    cfg = options.parse(train.Config, written(values)[form])
+    for name, value in values.items():
+        expected = getattr(options.parse(train.Config, ["--mode=grpo"]), name)
+        assert getattr(cfg, name) == (expected if value is None else value), name
+
+
+def test_lists_are_read_as_wandb_writes_them():
+    for form in ("args", "args_no_equals"):
+        argv = written({"tasks": ["gsm8k", "math500"], "n": 4, "k": [1, 4]})[form]
+        args = options.parse(EvalOptions, ["a model", *argv])
+        assert (args.tasks, args.n, args.k) == (("gsm8k", "math500"), 4, (1, 4))
+        assert args.checkpoints == ("a model",)
