@@ -432,6 +432,9 @@ class Config:
         f"parts with weights ({', '.join(PARTS)}), as in "
         "accuracy,format:0.5; or path/to/file.py:function",
     )
+    grpo_reward_seconds: float = option(
+        300.0, "longest that a function of --grpo_reward may take for a sample; 0: any", minimum=0
+    )
     grpo_advantage: str = option(
         "std",
         "how the rewards of a prompt's samples become advantages; maxrl: (r - mean) / mean",

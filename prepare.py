@@ -268,7 +268,11 @@ def load_reward(cfg: Config) -> Reward | None:
     if cfg.mode != "grpo":
         return None
     reward = parse_reward(
-        cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
+        cfg.grpo_reward,
+        cfg.sample_tokens,
+        cfg.grpo_length_penalty,
+        cfg.grpo_truncation_penalty,
+        cfg.grpo_reward_seconds,
     )
     if cfg.grpo_advantage == "maxrl" and reward.may_be_negative:
         raise UserError(

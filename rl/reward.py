@@ -11,6 +11,7 @@ from typing import NoReturn
 from data.grade import Verdict, format_reward
 from data.tasks import TASKS, Example, grade
 from errors import UserError
+from limits import OverTime, within
 
 VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
 PARTS = (*VERDICTS, "format", "random")
@@ -45,6 +46,7 @@ class Reward:
         length_penalty: Over so many last tokens before the limit a sample loses linearly up to 1
             (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
         truncation_penalty: What a sample that did not stop loses.
+        seconds: The longest that the function may take for a sample; 0: any time.
     """
 
     parts: dict[str, float]
@@ -53,6 +55,7 @@ class Reward:
     limit: int
     length_penalty: int = 0
     truncation_penalty: float = 0.0
+    seconds: float = 0.0
 
     @property
     def reads_gold(self) -> bool:
@@ -74,6 +77,7 @@ class Reward:
         stopped: bool,
         opened: str = "",
         coin: bool = False,
+        verdict: Verdict | None = None,
     ) -> tuple[float, dict[str, float], Verdict]:
         """Grade a completion.
 
@@ -83,13 +87,12 @@ class Reward:
             stopped: Whether it ended by itself.
             opened: The tag with which the generation prompt has begun it (`<think>`), else empty.
             coin: A toss that belongs to the sample alone, for the part `random`.
+            verdict: What `judge` says of the completion, if it was asked before.
 
         Returns:
             (reward, {part: what it adds to the reward}, verdict).
         """
-        verdict = Verdict(False, False, False)
-        if example.answer is not None and example.task in TASKS:
-            verdict = grade(example, text)
+        verdict = verdict or self.judge(example, text)
         if self.function:
             values = {"function": self._call(self.function, example, text)}
         else:
@@ -101,6 +104,12 @@ class Reward:
         if self.truncation_penalty and not stopped:
             values["truncation_penalty"] = -self.truncation_penalty
         return sum(values.values()), values, verdict
+
+    def judge(self, example: Example, text: str) -> Verdict:
+        """Whether a completion is right; other threads may ask."""
+        if example.answer is not None and example.task in TASKS:
+            return grade(example, text)
+        return Verdict(False, False, False)
 
     def correctness(self, values: dict[str, float]) -> float:
         """What a sample's {part: value} says of its correctness, for dynamic sampling.
@@ -117,7 +126,11 @@ class Reward:
     def _call(self, function: Callable, example: Example, text: str) -> float:
         sample = f"the sample {text[:60]!r} for {example.origin}"
         try:
-            value = float(function(example, text))
+            with within(self.seconds):
+                value = float(function(example, text))
+        except OverTime:
+            took = f" took longer than --grpo_reward_seconds {self.seconds:g}"
+            refuse(self.spec, f"{took} on {sample}")
         except (Exception, SystemExit) as e:  # the user's code may raise anything
             refuse(self.spec, f" raised {type(e).__name__}: {e} on {sample}")
         if not math.isfinite(value):
@@ -126,7 +139,11 @@ class Reward:
 
 
 def parse_reward(
-    spec: str, limit: int, length_penalty: int = 0, truncation_penalty: float = 0.0
+    spec: str,
+    limit: int,
+    length_penalty: int = 0,
+    truncation_penalty: float = 0.0,
+    seconds: float = 0.0,
 ) -> Reward:
     """The Reward of `accuracy,format:0.5`, or of `path/to/file.py:function`.
 
@@ -134,9 +151,8 @@ def parse_reward(
     """
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
-        return Reward(
-            {}, load_function(path, name), spec, limit, length_penalty, truncation_penalty
-        )
+        function = load_function(path, name, seconds)
+        return Reward({}, function, spec, limit, length_penalty, truncation_penalty, seconds)
     parts = {}
     for item in spec.split(","):
         part, _, text = item.strip().partition(":")
@@ -157,8 +173,8 @@ def parse_reward(
     return Reward(parts, None, spec, limit, length_penalty, truncation_penalty)
 
 
-def load_function(path: str, name: str) -> Callable:
-    """The function `name` of a Python file. Raises UserError."""
+def load_function(path: str, name: str, seconds: float = 0.0) -> Callable:
+    """The function `name` of a Python file, which may take so long to load. Raises UserError."""
     if not Path(path).is_file():
         refuse(path, ": no such file")
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
@@ -167,7 +183,10 @@ def load_function(path: str, name: str) -> Callable:
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
     try:
-        spec.loader.exec_module(module)
+        with within(seconds):
+            spec.loader.exec_module(module)
+    except OverTime:
+        refuse(path, f" could not be loaded within --grpo_reward_seconds {seconds:g}")
     except (Exception, SystemExit) as e:
         refuse(path, f" could not be loaded ({type(e).__name__}: {e})")
     function = getattr(module, name, None)
