@@ -634,7 +634,12 @@ def teachers_of(cfg: Config) -> dict[str, str]:
     teachers = {}
     for part in cfg.teacher.split(","):
         name, _, model = part.partition("=")
-        if not name or not model or name in teachers or model in SELF:
+        if model in SELF:
+            raise UserError(
+                f"--teacher {cfg.teacher}: {model} teaches alone; name a folder for {name!r}, or "
+                f"--teacher {model}"
+            )
+        if not name or not model or name in teachers:
             raise UserError(
                 f"--teacher {cfg.teacher}: write several as math=folder,code=folder, each with a "
                 "name of its own"

@@ -344,6 +344,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         return load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
 
     average, cost = None, {}
+    is_new = not resume_step or bool(cache and not cache.complete)  # else it was counted already
     if cfg.teacher == AVERAGE and teachers:
         average = make_policy()[0].requires_grad_(False) if policy_mesh else average_of(policy)
         teacher_models = [average]
@@ -380,7 +381,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         ),
         trained_on=trained_on,
         weights=weights_of(cfg, plan, student, teachers),
-        cost=cost if not resume_step and place.rank == 0 else {},
+        cost=cost if is_new and place.rank == 0 else {},
     )
 
 

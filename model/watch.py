@@ -2,9 +2,11 @@
 
 A process group notices at the next sum, if at all: a machine that is cut off is waited for during
 minutes. So each rank says every second, in a thread, that it is there, and listens to the next one.
+It also looks after torchrun, which may be killed: nobody could end its ranks any more.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.world = store, rank, world
         self.stopped = threading.Event()
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
         next_rank = (self.rank + 1) % self.world
@@ -32,6 +35,10 @@ class Watch(threading.Thread):
         count = 0
         while not self.stopped.wait(PERIOD):
             count += 1
+            if self.launcher not in (None, os.getppid()):
+                say(f"rank {self.rank}: torchrun is gone; stopping as by SIGTERM", sys.stderr)
+                self.launcher = None
+                os.kill(os.getpid(), signal.SIGTERM)
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 found = self._read(f"alive/{next_rank}")

@@ -1,6 +1,7 @@
 """What is foreign has a limit of time and memory: templates, answers, rewards, servers, lines."""
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import toy_models
 from data import chat_template, download, formats
 from data.chat_template import ChatTemplates
 from data.formatter import Formatter
+from data.grading import values
 from data.grading.questions import ask
 from data.tasks import Example, grade_all
 from data.tokenizer import Tokenizer
@@ -72,9 +74,14 @@ DEAR = {
 }
 
 
-def test_dear_answers_have_a_budget_that_no_clock_decides():
+@pytest.mark.parametrize(
+    "names", [["powers", "signs"], pytest.param([*DEAR], marks=pytest.mark.slow)]
+)
+def test_dear_answers_have_a_budget_that_no_clock_decides(names, monkeypatch):
+    monkeypatch.setattr(values, "_left", [math.inf])
     began = time.process_time()
-    for name, text in DEAR.items():
+    for name in names:
+        text = DEAR[name]
         replies = [ask("compare", text, f"{text}+0.1") for _ in range(1 + (name == "powers"))]
         assert set(map(tuple, replies)) < {(True, False), (False, False)}, name
         ask("key", text)
