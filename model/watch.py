@@ -76,6 +76,12 @@ class Watch(threading.Thread):
         gone = [str(r) for r in range(self.world) if before[r] == after[r] != DONE]
         return self.tell(f"rank {' and '.join(gone)} is gone" if gone else error)
 
+    def linger(self) -> None:
+        """Keep the store, which is rank 0's, until the others have left or had time to read why."""
+        end = time.monotonic() + GRACE / 2
+        while self.rank == 0 and time.monotonic() < end and {*self._alive()[1:]} != {DONE}:
+            time.sleep(PERIOD / 2)
+
     def _alive(self) -> list[str]:
         return [self._read(f"alive/{r}") for r in range(self.world)]
 

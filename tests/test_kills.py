@@ -1,0 +1,133 @@
+"""Signals at random moments, in every mode, evaluation and traces: what goes on ends as if nothing
+had been, and leaves nothing else behind.
+
+SRLM_KILLS=100 sends as many to each.
+"""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from eval import __main__ as evaluate
+from eval import traces
+from tests.distributed_workers import run, start
+from tests.test_train import timeless
+
+KILLS = int(os.environ.get("SRLM_KILLS", "12"))
+SMALL = "--steps=6 --batch_size=4 --eval_examples=2 --eval_tokens=4 --eval_every=3 --save_every=2"
+SMALL += " --warmup=2 --data=word_problems:20 --model=tiny --name=r"
+MODES = {
+    "sft": "--mode=sft",
+    "kd": "--mode=kd --teacher=random:tiny",
+    "cache": "--mode=kd --teacher=random:tiny --kd_signal=topk --kd_topk=8 --kd_cache=cache",
+    "on policy": "--mode=kd --teacher=random:tiny --kd_prefix=student --sample_tokens=8",
+    "grpo": "--mode=grpo --grpo_samples=2 --sample_tokens=8 --grpo_reward=random",
+}
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "INT twice")
+
+
+def without_device(main, argv):
+    return main([word for word in argv if word != "--device=cpu"])
+
+
+def commands(home):
+    """{name: (main, argv)} of what is killed; `home` has a checkpoint for those that need one."""
+    found = {name: (train.main, [*SMALL.split(), *mode.split()]) for name, mode in MODES.items()}
+    checkpoint = str(home / "runs/r/checkpoints/step-6")
+    asked = ["--tasks=word_problems", "--limit=12", "--n=2", "--max_tokens=8", "--out=out"]
+    found["evaluation"] = (partial(without_device, evaluate.main), [checkpoint, *asked])
+    asked = ["--data=word_problems:12", "--n=2", "--max_tokens=8", "--out=out"]
+    found["traces"] = (partial(without_device, traces.main), [checkpoint, *asked])
+    return found
+
+
+def begun(main, argv):
+    """A run goes on; evaluations and traces do so by themselves."""
+    return [*argv, "--resume=auto"] if main is train.main else argv
+
+
+def contents(folder):
+    """What is left, without what a clock says: {file: what is in it}."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or name in ("stdout", "stderr") or ".before-" in name:
+            continue
+        found[name] = None
+        if path.name == "metrics.jsonl":
+            found[name] = timeless(path.parent)
+        elif path.suffix == ".safetensors":
+            found[name] = {k: v.numpy().tobytes() for k, v in load_file(path).items()}
+        elif path.suffix in (".npy", ".jsonl") and path.name != "sittings.jsonl":
+            found[name] = path.read_bytes()
+    return found
+
+
+def marked(mark):
+    """Processes that were started with this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    done = run(*SMALL.split(), "--mode=sft", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODES, "evaluation", "traces"])
+def test_signals_at_random_moments(name, home, tmp_path, capsys):
+    main, argv = commands(home)[name]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    began = time.monotonic()
+    done = run(*begun(main, argv), cwd=whole, main=main, timeout=300)
+    assert done.returncode == 0, done.stderr
+    span = time.monotonic() - began
+    rng, sent, mark = random.Random(name), dict.fromkeys(SIGNALS, 0), f"srlm-kills-{os.getpid()}"
+    for number in range(KILLS):
+        kind = SIGNALS[number % len(SIGNALS)]
+        process = start(*begun(main, argv), cwd=killed, main=main, SRLM_MARK=mark)
+        process.join(rng.uniform(0, span))
+        if process.exitcode is None:
+            assert process.pid
+            sent[kind] += 1
+            os.kill(process.pid, getattr(signal, f"SIG{kind[:4].split()[0]}"))
+            if kind == "INT twice":
+                process.join(rng.uniform(0, 0.5))
+                if process.exitcode is None:
+                    os.kill(process.pid, signal.SIGINT)
+            process.join(120)
+        assert process.exitcode in (0, 1, 130, -9, -2, -15), (name, kind, process.exitcode)
+        if process.exitcode == 0 and kind not in ("TERM", "INT"):
+            span /= 2  # it was done before: sooner, and from the beginning
+    done = run(*begun(main, argv), cwd=killed, main=main, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with capsys.disabled():
+        print(f"\n{name}: {sent}")
+    expected, found = contents(whole), contents(killed)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert [path for path in found if found[path] != expected[path]] == []
+    said = (killed / "stderr").read_text()
+    assert "Traceback" not in said, said
+    end = time.monotonic() + 10
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not marked(mark)
