@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from errors import say
@@ -17,6 +18,7 @@ from errors import say
 PERIOD = 1.0
 SILENCE = 90.0  # seconds without a sign of life after which a rank is given up
 GRACE = 10.0  # seconds in which a rank may end by itself once another one has
+STOPPING = 600.0  # the same for a rank that is to save its checkpoint first
 DONE = "done"
 
 
@@ -37,8 +39,8 @@ class Watch(threading.Thread):
             count += 1
             if self.launcher not in (None, os.getppid()):
                 say(f"rank {self.rank}: torchrun is gone; stopping as by SIGTERM", sys.stderr)
-                self.launcher = None
                 os.kill(os.getpid(), signal.SIGTERM)
+                return self._end("torchrun is gone", STOPPING)  # and with it, perhaps, the store
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 found = self._read(f"alive/{next_rank}")
@@ -50,10 +52,13 @@ class Watch(threading.Thread):
             except RuntimeError:  # which torch's DistError is
                 cause = "rank 0, through which ranks meet, is gone"
             if cause:
-                if not self.stopped.wait(GRACE):
-                    say(f"rank {self.rank} ends: {cause}", sys.stderr)
-                    os._exit(1)
-                return
+                return self._end(cause, GRACE)
+
+    def _end(self, cause: str, grace: float) -> None:
+        """End this process, unless it has left the group by itself within the grace."""
+        if not self.stopped.wait(grace):
+            say(f"rank {self.rank} ends: {cause}", sys.stderr)
+            os._exit(1)
 
     def _read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
@@ -79,8 +84,9 @@ class Watch(threading.Thread):
     def linger(self) -> None:
         """Keep the store, which is rank 0's, until the others have left or had time to read why."""
         end = time.monotonic() + GRACE / 2
-        while self.rank == 0 and time.monotonic() < end and {*self._alive()[1:]} != {DONE}:
-            time.sleep(PERIOD / 2)
+        with suppress(RuntimeError):  # it was torchrun's, which is gone
+            while self.rank == 0 and time.monotonic() < end and {*self._alive()[1:]} != {DONE}:
+                time.sleep(PERIOD / 2)
 
     def _alive(self) -> list[str]:
         return [self._read(f"alive/{r}") for r in range(self.world)]

@@ -102,7 +102,7 @@ def test_graders_of_mathematics_work_side_by_side(monkeypatch):
         meeting.wait()
         return worker.ask("render", "{{ x }}", {"x": example.answer})[0]
 
-    items = [(Example(MESSAGES, str(i), "math"),) for i in range(3)]
+    items = [(Example(tuple(MESSAGES), str(i), "math"),) for i in range(3)]
     assert grade_all(grade, items) == ["0", "1", "2"]
     pids = worker.pids()
     assert 1 <= len(pids) <= 3
