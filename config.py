@@ -467,6 +467,9 @@ class Config:
         "parts with weights, as in accuracy,format:0.5,path/to/file.py:function:0.1",
         named=PARTS,
     )
+    grpo_reward_seconds: float = option(
+        300.0, "longest that a function of --grpo_reward may take for a sample; 0: any", minimum=0
+    )
     grpo_advantage: str = option(
         "std",
         "how the rewards of a prompt's samples become advantages; maxrl: (r - mean) / mean",
@@ -682,7 +685,12 @@ def teachers_of(cfg: Config) -> dict[str, str]:
     teachers = {}
     for part in cfg.teacher.split(","):
         name, _, model = part.partition("=")
-        if not name or not model or name in teachers or model in SELF:
+        if model in SELF:
+            raise UserError(
+                f"--teacher {cfg.teacher}: {model} teaches alone; name a folder for {name!r}, or "
+                f"--teacher {model}"
+            )
+        if not name or not model or name in teachers:
             raise UserError(
                 f"--teacher {cfg.teacher}: write several as math=folder,code=folder, each with a "
                 "name of its own"

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from errors import UserError, say
 from files import reason, this_host
@@ -41,25 +41,30 @@ def soft_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` inside `with`.
+    """Hold the lock file `path` inside `with`; it is removed behind that.
 
-    Raises Busy if another process has it, OSError if it cannot be made.
+    On a file system without locks it stays, empty. Raises Busy if another process has it, OSError
+    if it cannot be made.
     """
-    with open(path, "a+", encoding="utf-8") as file:  # not "w": the file may say who holds it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            has_flock = True
-        except OSError as e:
-            if e.errno in HELD:
-                raise Busy("another process") from None
-            has_flock = False
-        with _flock_holder(file, path) if has_flock else _soft_holder(path):
-            yield
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:  # not "w": it may say who holds it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                has_flock = True
+            except OSError as e:
+                if e.errno in HELD:
+                    raise Busy("another process") from None
+                has_flock = False
+            with _flock_holder(file, path) if has_flock else _soft_holder(path):
+                if not has_flock or _is_at(file, path):
+                    yield
+                    return
+        # its last holder has removed the file that was opened here: once more with a new one
 
 
 @contextlib.contextmanager
 def _flock_holder(file, path):
-    """Inside `with`, the lock file of which this process has the flock says so."""
+    """Inside `with`, the lock file of which this process has the flock says so; then it goes."""
     try:
         with contextlib.suppress(OSError):  # a full disk keeps no lock away
             file.truncate(0)
@@ -72,6 +77,8 @@ def _flock_holder(file, path):
     finally:
         with contextlib.suppress(OSError):
             file.truncate(0)
+            if _is_at(file, path):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -109,6 +116,14 @@ def _write_or_unlink(file, record):
     except BaseException:  # a full disk, an interrupt: nobody could tell whose an empty one is
         Path(file.name).unlink(missing_ok=True)
         raise
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # --- who holds a lock -------------------------------------------------------------------------
@@ -264,7 +279,7 @@ def use(path: Path) -> IO[bytes] | None:
         except OSError as e:
             if e.errno in HELD:
                 return None
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if not _is_at(file, path):
             return None
         stack.pop_all()
     return file

@@ -429,6 +429,8 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
                 raise UserError(f"{source}: {value} is not a number that is finite")
             if kind is int and number != int(number):
                 raise ValueError
+            if kind is int and abs(number) > sys.maxsize:
+                raise UserError(f"{source}: {text:.20}... is too large")
             value = kind(number)
             _check_bounds(_rules(spec), value, source)
     except (ValueError, KeyError, OverflowError):

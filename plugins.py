@@ -21,8 +21,10 @@ from typing import Generic, TypeVar
 
 from errors import UserError
 from files import read_text
+from limits import OverTime, within
 
 T = TypeVar("T")
+LOADING = 300.0  # seconds that a file may take
 FILES = re.compile(r"[^,:]+\.py(?=[,:]|$)")
 LOADED: dict[Path, tuple[str, ModuleType]] = {}  # file -> (digest of its text, module)
 
@@ -100,7 +102,10 @@ def load_module(file: str, label: str) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     sys.path.append(str(key.parent))  # it may import its neighbours
     try:
-        exec(compile(text, str(key), "exec"), vars(module))
+        with within(LOADING):
+            exec(compile(text, str(key), "exec"), vars(module))
+    except OverTime:
+        raise UserError(f"{label} {file}: it took more than {LOADING:g} s to load") from None
     except (Exception, SystemExit) as e:
         line, said = None, f"{type(e).__name__}: {e}"
         if isinstance(e, SyntaxError) and e.filename == str(key):

@@ -240,7 +240,11 @@ def load_reward(cfg: Config) -> Reward | None:
     if cfg.mode != "grpo":
         return None
     reward = parse_reward(
-        cfg.grpo_reward, cfg.sample_tokens, cfg.grpo_length_penalty, cfg.grpo_truncation_penalty
+        cfg.grpo_reward,
+        cfg.sample_tokens,
+        cfg.grpo_length_penalty,
+        cfg.grpo_truncation_penalty,
+        cfg.grpo_reward_seconds,
     )
     if cfg.grpo_advantage == "maxrl" and reward.may_be_negative:
         raise UserError(
@@ -315,6 +319,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         return model
 
     average, cost = None, {}
+    is_new = not resume_step or bool(cache and not cache.complete)  # else it was counted already
     if cfg.teacher == AVERAGE and teachers:
         average = make_policy()[0].requires_grad_(False) if policy_mesh else average_of(policy)
         teacher_models = [average]
@@ -351,7 +356,7 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         ),
         trained_on=trained_on,
         weights=weights_of(cfg, plan, student, teachers),
-        cost=cost if not resume_step and place.rank == 0 else {},
+        cost=cost if is_new and place.rank == 0 else {},
     )
 
 

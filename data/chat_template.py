@@ -1,20 +1,17 @@
-"""A checkpoint's chat templates, in the environment that `transformers` gives them."""
+"""A checkpoint's chat templates, rendered in a process of their own."""
 
 import functools
 import json
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError, meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from data.worker import Worker
 from errors import UserError
 from files import parse_json, reason
 
 JSON_CONSTANTS = {"true": "true", "false": "false", "null": "null", "none": "null"}
+LIMIT = 5.0  # seconds for a text that takes 50 microseconds
+WORKER = Worker("data.template_process", LIMIT)
 
 
 class ChatTemplates:
@@ -29,23 +26,7 @@ class ChatTemplates:
     @functools.cached_property
     def arguments(self) -> frozenset[str]:
         """The names that the templates read and do not set themselves."""
-        names = set()
-        for name, source in self.sources.items():
-            environment = self._compiled[name].environment
-            names |= meta.find_undeclared_variables(environment.parse(source))
-        return frozenset(names)
-
-    @functools.cached_property
-    def _compiled(self) -> dict[str, Template]:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        try:
-            return {name: environment.from_string(text) for name, text in self.sources.items()}
-        except Exception as e:  # jinja2 raises RecursionError and others beside its own errors
-            raise UserError(f"{self.label}: the chat template is not valid ({reason(e)})") from None
+        return frozenset(self._ask("arguments", list(self.sources.values())))
 
     def render(
         self,
@@ -67,40 +48,28 @@ class ChatTemplates:
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise UserError(f"{self.label} has no chat template; use --template plain")
-        template = self._compiled[name]
         shown = []
         for message in messages:
             if reasoning := message.get("reasoning_content"):  # templates have three names for it
                 message = message | {"reasoning": reasoning, "thinking": reasoning}
             shown.append(message)
-        defaults = {"tools": tools or None, "documents": None}
+        given = {"tools": tools or None, "documents": None} | variables
+        given |= {"messages": shown, "add_generation_prompt": generate}
+        return self._ask("render", self.sources[name], given)
+
+    def _ask(self, *question: Any) -> Any:
+        """The reply of the process that knows templates. Raises UserError."""
         try:
-            return template.render(
-                **defaults | variables, messages=shown, add_generation_prompt=generate
-            )
-        except Exception as e:  # a template is a program of somebody else's
-            raise UserError(
-                f"{self.label}: the chat template refuses these messages ({reason(e)})"
-            ) from None
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's text; here its text alone."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+            reply, wrong = WORKER.ask(*question)
+        except TimeoutError:
+            wrong = f"did not end within {LIMIT:g} s"
+        except ConnectionError:
+            wrong = "takes too much memory"
+        except (TypeError, ValueError, RecursionError) as e:
+            wrong = f"cannot be given these messages ({reason(e)})"
+        if wrong:
+            raise UserError(f"{self.label}: the chat template {wrong}")
+        return reply
 
 
 def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> dict[str, Any]:

@@ -33,6 +33,7 @@ MATH500 = (
 )
 HUMANEVAL = f"{GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data"
 MBPP = f"{GITHUB}/mrigankpawagi/PropertyEval/b2be813dcff867cc350c61b8d3ea57ec088ce1ac"
+SILENCE = 60.0  # seconds without a byte after which a server is given up
 QWEN = f"{GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
 
 # name -> [(file below the folder, address, sha256 of the file or, with "rows:", of its rows)]
@@ -128,7 +129,7 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
         draft = path.with_name("draft-" + path.name)  # keeps the suffix by which it is read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url) as answer:
+            with urllib.request.urlopen(url, timeout=SILENCE) as answer:
                 draft.write_bytes(answer.read())
             found = digest_of(draft, kind)
             if found != expected:

@@ -45,6 +45,8 @@ from progress import Progress
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")  # the last: .jsonl.gz, .json.gz
 
+LONGEST_LINE = 64 << 20  # bytes; as Python's objects they may take fifty times as many
+
 # --- the columns that are known ------------------------------------------------------------------
 
 QUESTIONS = ("question", "problem", "prompt", "query")
@@ -176,6 +178,11 @@ def _holds_rows(value: object) -> bool:
 
 def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(content.split(b"\n"), 1):
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{path}:{number}: a line of {len(line):,} bytes, more than {LONGEST_LINE:,}; "
+                "a row has a line of its own"
+            )
         if line.strip():
             yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
 

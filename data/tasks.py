@@ -118,11 +118,11 @@ TASKS: Table[Task] = Table(
         "word_problems_long": Task(functools.partial(word_problem, style=LONG), grade_number),
         "word_problems_text": Task(running_text, grade_number),
         "gsm8k": Task(None, grade_number),
-        "math": Task(None, grade_math),
+        "math": Task(None, grade_math, waits=True),
         "number": Task(
             None, grade_number
         ),  # this and the next: of any file, by the look of its answers
-        "answer": Task(None, grade_math),
+        "answer": Task(None, grade_math, waits=True),
         "humaneval": Task(None, grade_code, waits=True),
         "mbpp": Task(None, grade_code, waits=True),
     },

@@ -26,6 +26,7 @@ from digests import all_sha256
 from errors import RunFailed, UserError, system_error
 from files import draft_of, flush, read_json
 from locks import waiting_for
+from model import parallel
 from progress import Progress
 
 FORM = 3  # of the files
@@ -80,7 +81,8 @@ class TeacherCache:
         )
         if draws_seed is not None:
             self.fingerprint |= dict(k=None, draws=k, seed=draws_seed)
-        self.complete = (self.folder / "cache.json").is_file()
+        is_there = (self.folder / "cache.json").is_file
+        self.complete = parallel.on_rank_0(parallel.rank(), is_there)
         if self.complete:
             self._open()
         else:
@@ -91,9 +93,8 @@ class TeacherCache:
             for name in self.files:
                 draft_of(self.folder / name)  # removes what others left as they died
 
-    def _open(self) -> None:
-        """Map the files. Raises UserError if they are something else or damaged."""
-        again = "delete the folder, and it is made again"
+    def _check(self) -> None:
+        """Raise UserError if the files are something else or damaged."""
         about = self.folder / "cache.json"
         found = read_json(about, f"--kd_cache {about}")
         for name, value in self.fingerprint.items():
@@ -106,6 +107,17 @@ class TeacherCache:
             # one that was filled before digests were kept has none
             if "sha256" in found and found["sha256"] != self._sha256():
                 raise ValueError("its files are not what was written")
+        except (OSError, ValueError) as e:
+            raise self._unreadable(e) from None
+
+    def _unreadable(self, e: Exception) -> UserError:
+        again = "delete the folder, and it is made again"
+        return UserError(f"--kd_cache {self.folder} cannot be read ({e}); {again}")
+
+    def _open(self) -> None:
+        """Map the files, which rank 0 has checked. Raises UserError."""
+        parallel.on_rank_0(parallel.rank(), self._check)
+        try:
             # of the top-k [R, k] and [R, B], of draws [M] and [M]
             self.ids, self.beside = [
                 np.load(self.folder / name, mmap_mode="r") for name in self.arrays
@@ -118,7 +130,7 @@ class TeacherCache:
             if len(self.ids) != len(self.beside) or rows != self.positions:
                 raise ValueError("it has another number of positions")
         except (OSError, ValueError, TypeError, SyntaxError, EOFError) as e:
-            raise UserError(f"--kd_cache {self.folder} cannot be read ({e}); {again}") from None
+            raise self._unreadable(e) from None
 
     def _sha256(self) -> dict[str, str]:
         """Of the two arrays, by the names of their files."""

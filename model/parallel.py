@@ -216,9 +216,13 @@ def telling() -> Iterator[None]:
     except Exception as e:
         if not _watch:
             raise
+        watch = _watch[0]
         if isinstance(e, RuntimeError) and any(word in str(e) for word in OF_THE_GROUP):
-            raise RunFailed(f"{_watch[0].lost(reason(e))}; go on with --resume") from None
-        _watch[0].tell(f"rank {rank()}: {type(e).__name__}: {reason(e)}")
+            cause = watch.lost(reason(e))
+            watch.linger()
+            raise RunFailed(f"{cause}; go on with --resume") from None
+        watch.tell(f"rank {rank()}: {type(e).__name__}: {reason(e)}")
+        watch.linger()
         raise
 
 

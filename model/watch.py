@@ -2,12 +2,15 @@
 
 A process group notices at the next sum, if at all: a machine that is cut off is waited for during
 minutes. So each rank says every second, in a thread, that it is there, and listens to the next one.
+It also looks after torchrun, which may be killed: nobody could end its ranks any more.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from errors import say
@@ -15,6 +18,7 @@ from errors import say
 PERIOD = 1.0
 SILENCE = 90.0  # seconds without a sign of life after which a rank is given up
 GRACE = 10.0  # seconds in which a rank may end by itself once another one has
+STOPPING = 600.0  # the same for a rank that is to save its checkpoint first
 DONE = "done"
 
 
@@ -25,6 +29,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.world = store, rank, world
         self.stopped = threading.Event()
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
         next_rank = (self.rank + 1) % self.world
@@ -32,6 +37,10 @@ class Watch(threading.Thread):
         count = 0
         while not self.stopped.wait(PERIOD):
             count += 1
+            if self.launcher not in (None, os.getppid()):
+                say(f"rank {self.rank}: torchrun is gone; stopping as by SIGTERM", sys.stderr)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return self._end("torchrun is gone", STOPPING)  # and with it, perhaps, the store
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 found = self._read(f"alive/{next_rank}")
@@ -43,10 +52,13 @@ class Watch(threading.Thread):
             except RuntimeError:  # which torch's DistError is
                 cause = "rank 0, through which ranks meet, is gone"
             if cause:
-                if not self.stopped.wait(GRACE):
-                    say(f"rank {self.rank} ends: {cause}", sys.stderr)
-                    os._exit(1)
-                return
+                return self._end(cause, GRACE)
+
+    def _end(self, cause: str, grace: float) -> None:
+        """End this process, unless it has left the group by itself within the grace."""
+        if not self.stopped.wait(grace):
+            say(f"rank {self.rank} ends: {cause}", sys.stderr)
+            os._exit(1)
 
     def _read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
@@ -68,6 +80,13 @@ class Watch(threading.Thread):
             return "rank 0, through which ranks meet, is gone"
         gone = [str(r) for r in range(self.world) if before[r] == after[r] != DONE]
         return self.tell(f"rank {' and '.join(gone)} is gone" if gone else error)
+
+    def linger(self) -> None:
+        """Keep the store, which is rank 0's, until the others have left or had time to read why."""
+        end = time.monotonic() + GRACE / 2
+        with suppress(RuntimeError):  # it was torchrun's, which is gone
+            while self.rank == 0 and time.monotonic() < end and {*self._alive()[1:]} != {DONE}:
+                time.sleep(PERIOD / 2)
 
     def _alive(self) -> list[str]:
         return [self._read(f"alive/{r}") for r in range(self.world)]

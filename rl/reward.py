@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 from data.grade import Verdict, format_reward
 from data.tasks import TASKS, Example, grade
 from errors import UserError
+from limits import OverTime, within
 from plugins import Table, check_call, function_of
 
 VERDICTS = ("accuracy", "lenient", "signed_accuracy")  # the parts that say what is right
@@ -57,11 +58,16 @@ PARTS: Table[Callable[..., float]] = Table(
 
 
 class Part(NamedTuple):
-    """A part of a reward: its weight, its function, and what of SEEN that takes."""
+    """A part of a reward: its weight, its function, what of SEEN that takes; whose it is."""
 
     weight: float
     function: Callable[..., float]
     takes: Sequence[str]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its function is the user's."""
+        return self.function.__module__ != __name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Reward:
         length_penalty: Over so many last tokens before the limit a sample loses linearly up to 1
             (DAPO, arXiv 2503.14476, eq. 13); 0: nothing.
         truncation_penalty: What a sample that did not stop loses.
+        seconds: The longest that the function may take for a sample; 0: any time.
     """
 
     parts: dict[str, Part]
@@ -82,6 +89,7 @@ class Reward:
     limit: int
     length_penalty: int = 0
     truncation_penalty: float = 0.0
+    seconds: float = 0.0
 
     def takes(self, name: str) -> bool:
         """Whether a part that counts takes this of SEEN."""
@@ -108,6 +116,7 @@ class Reward:
         stopped: bool,
         opened: str = "",
         coin: bool = False,
+        verdict: Verdict | None = None,
     ) -> tuple[float, dict[str, float], Verdict]:
         """Grade a completion.
 
@@ -117,13 +126,12 @@ class Reward:
             stopped: Whether it ended by itself.
             opened: The tag with which the generation prompt has begun it (`<think>`), else empty.
             coin: A toss that belongs to the sample alone.
+            verdict: What `judge` says of the completion, if it was asked before.
 
         Returns:
             (reward, {part: what it adds to the reward}, verdict).
         """
-        verdict = Verdict(False, False, False)
-        if example.answer is not None and example.task in TASKS:
-            verdict = grade(example, text)
+        verdict = verdict or self.judge(example, text)
         seen = dict(zip(SEEN, (tokens, stopped, verdict, opened, coin), strict=True))
         values = {}
         for name, part in self.parts.items():
@@ -134,6 +142,12 @@ class Reward:
         if self.truncation_penalty and not stopped:
             values["truncation_penalty"] = -self.truncation_penalty
         return sum(values.values()), values, verdict
+
+    def judge(self, example: Example, text: str) -> Verdict:
+        """Whether a completion is right; other threads may ask."""
+        if example.answer is not None and example.task in TASKS:
+            return grade(example, text)
+        return Verdict(False, False, False)
 
     def correctness(self, values: dict[str, float]) -> float:
         """What a sample's {part: value} says of its correctness, for dynamic sampling.
@@ -149,17 +163,24 @@ class Reward:
 
     def _value(self, part: Part, example: Example, text: str, seen: dict) -> float:
         try:
-            value = float(part.function(example, text, **{n: seen[n] for n in part.takes}))
+            with within(self.seconds if part.is_own else 0):
+                value = float(part.function(example, text, **{n: seen[n] for n in part.takes}))
             if math.isfinite(value):
                 return value
             problem = f"returned {value}"
+        except OverTime:
+            problem = f"took longer than --grpo_reward_seconds {self.seconds:g}"
         except (Exception, SystemExit) as e:  # the user's code may raise anything
             problem = f"raised {type(e).__name__}: {e}"
         refuse(self.spec, f" {problem} on the sample {text[:60]!r} for {example.origin}")
 
 
 def parse_reward(
-    spec: str, limit: int, length_penalty: int = 0, truncation_penalty: float = 0.0
+    spec: str,
+    limit: int,
+    length_penalty: int = 0,
+    truncation_penalty: float = 0.0,
+    seconds: float = 0.0,
 ) -> Reward:
     """The Reward of `accuracy,format:0.5`, or with `path/to/file.py:function:0.5` as a part.
 
@@ -189,7 +210,7 @@ def parse_reward(
         parts[name] = Part(weight, function, check_call(function, what, FORM, SEEN))
     if not any(part.weight for part in parts.values()):
         refuse(spec, ": every weight is 0, so nothing is rewarded; give a part another weight")
-    return Reward(parts, spec, limit, length_penalty, truncation_penalty)
+    return Reward(parts, spec, limit, length_penalty, truncation_penalty, seconds)
 
 
 def refuse(spec: str, problem: str) -> NoReturn:

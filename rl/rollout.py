@@ -245,16 +245,21 @@ class GRPORollouts(Rollouts):
         return batches
 
     def add_rewards(self, samples: list[Sample]) -> None:
-        grade_all(self.grade, [(s.example, s) for s in samples])
+        grade_all(self.judge, [(s.example, s) for s in samples])
+        for sample in samples:  # a function of the user's is called in this thread
+            self.grade(sample.example, sample)
 
-    def grade(self, example: Example, sample: Sample) -> None:
-        """Set a sample's text, reward and verdict."""
-        formatter = self.dataset.formatter
-        sample.text = formatter.tokenizer.decode(
+    def judge(self, example: Example, sample: Sample) -> None:
+        """Set a sample's text and verdict; several threads at a time may do so."""
+        sample.text = self.dataset.formatter.tokenizer.decode(
             sample.completion, skip_special=True, before=sample.prompt
         )
+        sample.verdict = self.reward.judge(example, sample.text)
+
+    def grade(self, example: Example, sample: Sample) -> None:
+        """Set a sample's reward."""
         # Few parts look at the tag with which the prompt may have opened the completion.
-        opened = formatter.opened(example) if self.reward.takes("opened") else ""
+        opened = self.dataset.formatter.opened(example) if self.reward.takes("opened") else ""
         toss = random.Random(f"{self.config.seed}/{sample.position}/{sample.number}")
         sample.reward, sample.reward_parts, sample.verdict = self.reward(
             example,
@@ -263,6 +268,7 @@ class GRPORollouts(Rollouts):
             sample.stopped,
             opened,
             coin=toss.random() < 0.5,
+            verdict=sample.verdict,
         )
         sample.correctness = self.reward.correctness(sample.reward_parts)
 

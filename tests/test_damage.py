@@ -216,7 +216,7 @@ def mutated(value, rng):
         if not isinstance(parent, dict | list):
             continue
         change = rng.randrange(8)
-        if change == 0:
+        if change == 0 and last in (parent if isinstance(parent, dict) else range(len(parent))):
             parent.pop(last)
         elif change == 1 and isinstance(parent, dict):
             parent[rng.choice(["x", "\ud800", "n" * 400, ""])] = copy.deepcopy(rng.choice(VALUES))

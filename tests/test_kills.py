@@ -1,162 +1,133 @@
-"""Ranks and whole nodes that are killed under torchrun's agents: the run goes on as if undisturbed.
+"""Signals at random moments, in every mode, evaluation and traces: what goes on ends as if nothing
+had been, and leaves nothing else behind.
 
-The agents are those of torchrun (`elastic_launch`); their ranks are forks of a process that has
-imported everything, so that a restart takes seconds.
+SRLM_KILLS=100 sends as many to each.
 """
 
 import os
 import random
 import signal
-import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from safetensors.torch import load_file
 
 import train
-from model import parallel
-from tests import distributed_workers as workers
-from tests.test_train import SMALL, timeless
+from eval import __main__ as evaluate
+from eval import traces
+from tests.distributed_workers import run, start
+from tests.test_train import timeless
 
-RUN = [*SMALL, "--steps=16", "--save_every=2", "--eval_every=8", "--batch_size=8", "--name=r"]
+KILLS = int(os.environ.get("SRLM_KILLS", "12"))
+SMALL = "--steps=6 --batch_size=4 --eval_examples=2 --eval_tokens=4 --eval_every=3 --save_every=2"
+SMALL += " --warmup=2 --data=word_problems:20 --model=tiny --name=r"
 MODES = {
-    "sft": ["--mode=sft", "--model=tiny"],
-    "kd": ["--mode=kd", "--model=tiny", "--teacher=random:tiny-teacher", "--kd_prefix=student"],
-    "grpo": ["--mode=grpo", "--model=tiny-gemma3", "--grpo_samples=2", "--grpo_reward=random"],
+    "sft": "--mode=sft",
+    "kd": "--mode=kd --teacher=random:tiny",
+    "cache": "--mode=kd --teacher=random:tiny --kd_signal=topk --kd_topk=8 --kd_cache=cache",
+    "on policy": "--mode=kd --teacher=random:tiny --kd_prefix=student --sample_tokens=8",
+    "grpo": "--mode=grpo --grpo_samples=2 --sample_tokens=8 --grpo_reward=random",
 }
-MODES["kd"] += ["--sample_tokens=8"]
-MODES["grpo"] += ["--sample_tokens=8", "--grpo_minibatches_per_rollout=2"]
-SHARDED = ["--shard=on", "--shard_frozen=on", "--shard_ranks=2"]
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "INT twice")
 
 
-def rank_main(argv, cwd):
-    os.chdir(cwd)
-    (cwd / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    code = train.main(["--device=cpu", *argv])
-    parallel.close()
-    if code:
-        sys.exit(code)
+def without_device(main, argv):
+    return main([word for word in argv if word != "--device=cpu"])
 
 
-def agent_main(argv, cwd, nodes, ranks, port):
-    """One node: torchrun's agent with its ranks, as often restarted as it takes."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(cwd / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=ranks,
-        run_id="r",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}",
-        max_restarts=100,
-        start_method="fork",
-        monitor_interval=0.1,
-    )
-    elastic_launch(config, rank_main)(argv, cwd)
-
-
-def start(*arguments):
-    process = workers.forks().Process(target=agent_main, args=arguments)
-    process.start()
-    return process
-
-
-def pids(cwd, ranks):
-    """Of the ranks that are there."""
-    found = []
-    for rank in ranks:
-        file = cwd / f"pid-{rank}"
-        pid = int(file.read_text() or 0) if file.exists() else 0
-        if pid and os.path.exists(f"/proc/{pid}"):
-            found.append(pid)
+def commands(home):
+    """{name: (main, argv)} of what is killed; `home` has a checkpoint for those that need one."""
+    found = {name: (train.main, [*SMALL.split(), *mode.split()]) for name, mode in MODES.items()}
+    checkpoint = str(home / "runs/r/checkpoints/step-6")
+    asked = ["--tasks=word_problems", "--limit=12", "--n=2", "--max_tokens=8", "--out=out"]
+    found["evaluation"] = (partial(without_device, evaluate.main), [checkpoint, *asked])
+    asked = ["--data=word_problems:12", "--n=2", "--max_tokens=8", "--out=out"]
+    found["traces"] = (partial(without_device, traces.main), [checkpoint, *asked])
     return found
 
 
-def kill(number):
-    try:
-        os.kill(number, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def begun(main, argv):
+    """A run goes on; evaluations and traces do so by themselves."""
+    return [*argv, "--resume=auto"] if main is train.main else argv
 
 
-def undisturbed(argv, cwd):
-    cwd.mkdir()
-    began = time.monotonic()
-    result = workers.run(*RUN, *argv, cwd=cwd, ranks=4, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return time.monotonic() - began
+def contents(folder):
+    """What is left, without what a clock says: {file: what is in it}."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or name in ("stdout", "stderr") or ".before-" in name:
+            continue
+        found[name] = None
+        if path.name == "metrics.jsonl":
+            found[name] = timeless(path.parent)
+        elif path.suffix == ".safetensors":
+            found[name] = {k: v.numpy().tobytes() for k, v in load_file(path).items()}
+        elif path.suffix in (".npy", ".jsonl") and path.name != "sittings.jsonl":
+            found[name] = path.read_bytes()
+    return found
 
 
-def assert_same(got, want):
-    assert timeless(got) == timeless(want)
-    for name in ("samples.jsonl", "checkpoints/step-16/model.safetensors"):
-        assert (got / name).read_bytes() == (want / name).read_bytes(), name
+def marked(mark):
+    """Processes that were started with this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_killed_rank_changes_nothing(tmp_path, mode, more, kills=5):
-    argv = [*MODES[mode], *more]
-    seconds = undisturbed(argv, tmp_path / "whole")
-    rng, cwd, done = random.Random(f"{mode}{more}"), tmp_path / "killed", 0
-    cwd.mkdir()
-    began = time.monotonic()
-    port = workers.free_port()
-    agent = start([*RUN, *argv, "--resume=auto"], cwd, 1, 4, port)
-    while agent.is_alive():
-        time.sleep(0.05)
-        there = pids(cwd, range(4))
-        if done < kills and len(there) == 4:
-            time.sleep(rng.uniform(0, 0.35 * seconds))
-            kill(rng.choice(there))
-            done += 1
-            for file in cwd.glob("pid-*"):
-                file.unlink()
-        assert time.monotonic() - began < 900, (cwd / "stderr").read_text()
-    agent.join()
-    took = time.monotonic() - began
-    print(f"{mode} {more[:1]}: {done} kills, {took:.0f} s; undisturbed {seconds:.0f} s")
-    assert agent.exitcode == 0, (cwd / "stderr").read_text()
-    assert_same(cwd / "runs/r", tmp_path / "whole/runs/r")
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    done = run(*SMALL.split(), "--mode=sft", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["kd", "grpo"])
-def test_a_killed_node_changes_nothing(tmp_path, mode, kills=5):
-    """Two agents on loopback; the killed one is started again, as a scheduler does."""
-    argv = [*MODES[mode], *(SHARDED if mode == "kd" else [])]
-    seconds = undisturbed(argv, tmp_path / "whole")
-    rng, cwd, done = random.Random(mode), tmp_path / "killed", 0
-    cwd.mkdir()
+@pytest.mark.parametrize("name", [*MODES, "evaluation", "traces"])
+def test_signals_at_random_moments(name, home, tmp_path, capsys):
+    main, argv = commands(home)[name]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
     began = time.monotonic()
-    arguments = ([*RUN, *argv, "--resume=auto"], cwd, 2, 2, workers.free_port())
-    agents = [start(*arguments), start(*arguments)]
-    while any(agent.exitcode != 0 for agent in agents):
-        time.sleep(0.05)
-        for node, agent in enumerate(agents):
-            if not agent.is_alive() and agent.exitcode:
-                agents[node] = start(*arguments)
-        if done < kills and len(pids(cwd, range(4))) == 4:
-            time.sleep(rng.uniform(0, 0.35 * seconds))
-            node = rng.randrange(2)
-            own = [pid for pid in pids(cwd, range(4)) if parent(pid) == agents[node].pid]
-            for number in (agents[node].pid, *own):
-                kill(number)
-            agents[node].join()
-            done += 1
-            for file in cwd.glob("pid-*"):
-                file.unlink()
-        assert time.monotonic() - began < 1200, (cwd / "stderr").read_text()
-    took = time.monotonic() - began
-    print(f"{mode}: {done} nodes killed, {took:.0f} s; undisturbed {seconds:.0f} s")
-    assert_same(cwd / "runs/r", tmp_path / "whole/runs/r")
-
-
-def parent(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+    done = run(*begun(main, argv), cwd=whole, main=main, timeout=300)
+    assert done.returncode == 0, done.stderr
+    span = time.monotonic() - began
+    rng, sent, mark = random.Random(name), dict.fromkeys(SIGNALS, 0), f"srlm-kills-{os.getpid()}"
+    for number in range(KILLS):
+        kind = SIGNALS[number % len(SIGNALS)]
+        process = start(*begun(main, argv), cwd=killed, main=main, SRLM_MARK=mark)
+        process.join(rng.uniform(0, span))
+        if process.exitcode is None:
+            assert process.pid
+            sent[kind] += 1
+            os.kill(process.pid, getattr(signal, f"SIG{kind[:4].split()[0]}"))
+            if kind == "INT twice":
+                process.join(rng.uniform(0, 0.5))
+                if process.exitcode is None:
+                    os.kill(process.pid, signal.SIGINT)
+            process.join(120)
+        assert process.exitcode in (0, 1, 130, -9, -2, -15), (name, kind, process.exitcode)
+        if process.exitcode == 0 and kind not in ("TERM", "INT"):
+            span /= 2  # it was done before: sooner, and from the beginning
+    done = run(*begun(main, argv), cwd=killed, main=main, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with capsys.disabled():
+        print(f"\n{name}: {sent}")
+    expected, found = contents(whole), contents(killed)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert [path for path in found if found[path] != expected[path]] == []
+    said = (killed / "stderr").read_text()
+    assert "Traceback" not in said, said
+    end = time.monotonic() + 10
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not marked(mark)

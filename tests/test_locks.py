@@ -148,7 +148,8 @@ def test_whoever_removes_the_dead_does_it_alone(flock, tmp_path, monkeypatch, ho
     os.utime(takeover, (time.time() - 61,) * 2)  # it died in the middle of it
     with locks.lock(path):
         pass
-    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
+    left = [] if flock else ["a.lock"]  # without locks nobody knows that nobody opened it
+    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == left
 
 
 @pytest.mark.parametrize("flock", [True, False])
@@ -225,7 +226,7 @@ def test_a_soft_lock_is_none_against_a_holder_by_flock_that_lives(tmp_path, monk
         with pytest.raises(locks.Busy), locks.lock(path):  # who fails to get it leaves what it says
             pass
         assert path.read_text().startswith(f"{os.getpid()}\n")
-    assert path.read_text() == ""
+    assert not path.exists()
 
 
 CONTEND = """
@@ -263,7 +264,7 @@ def test_of_processes_with_and_without_flock_never_two_are_in(tmp_path):
     assert all(text.strip().isdigit() for text in said), said
     by_kind = [int(said[0]) + int(said[2]), int(said[1]) + int(said[3])]
     assert min(by_kind) > 0, said
-    assert sorted(p.name for p in tmp_path.glob("a.lock*")) == ["a.lock"]
+    assert {p.name for p in tmp_path.glob("a.lock*")} <= {"a.lock"}
 
 
 RACE = """

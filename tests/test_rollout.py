@@ -332,13 +332,13 @@ def teaches(spec, given, **more):
                 for i, (_, _, tokens, stopped) in enumerate(given)
             ]
 
-        def grade(self, example, sample):
+        def judge(self, example, sample):
             text, verdict = given[sample.completion[0]][:2]
             decode = SimpleNamespace(decode=lambda ids, **_: text)
             self.dataset.formatter.tokenizer = decode
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("rl.reward.grade", lambda example, text: verdict)
-                super().grade(example, sample)
+                super().judge(example, sample)
 
     data = Prompts()
     data.example = lambda position: example

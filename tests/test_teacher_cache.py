@@ -228,7 +228,7 @@ def test_nothing_is_left_of_a_filling_that_failed(tmp_path, monkeypatch):
     for error, raised in ((full, RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)):
         with pytest.raises(raised):
             cache.fill(rows(error))
-        assert [p.name for p in (tmp_path / "c").iterdir()] == [".lock"]
+        assert [p.name for p in (tmp_path / "c").iterdir()] == []
     with pytest.raises(UserError, match="cannot be written"):
         cache.fill(rows(PermissionError(13, "Permission denied")))
     dead = subprocess.Popen(["true"])
@@ -236,7 +236,7 @@ def test_nothing_is_left_of_a_filling_that_failed(tmp_path, monkeypatch):
     draft = draft_of(tmp_path / "c" / "ids.npy")
     draft.with_name(draft.name.replace(f"-{os.getpid()}.", f"-{dead.pid}.")).write_text("")
     TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == [".lock"]
+    assert [p.name for p in (tmp_path / "c").iterdir()] == []
 
 
 def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):

@@ -274,8 +274,13 @@ def test_teachers_are_named(tmp_path):
     folder = tmp_path / "lr=1"
     folder.mkdir()
     assert list(teachers_of(parsed(f"--teacher={folder}"))) == [str(folder)]
-    for wrong in ("--teacher=a=x,b", "--teacher=a=x,a=y", "--teacher=a=x,b=self"):
-        with pytest.raises(UserError, match="write several as"):
+    for wrong, words in {
+        "--teacher=a=x,b": "write several as",
+        "--teacher=a=x,a=y": "write several as",
+        "--teacher=a=x,b=self": "self teaches alone; name a folder for 'b'",
+        "--teacher=math=self": "self teaches alone; name a folder for 'math'",
+    }.items():
+        with pytest.raises(UserError, match=words):
             validate(parsed(wrong))
     topk = ("--kd_signal=topk", "--kd_cache=c")
     for wrong in (

@@ -74,7 +74,6 @@ def teacher(tmp_path_factory):
 def test_what_a_run_leaves_behind(teacher):
     folder, result = teacher
     files = {
-        ".lock",
         "config.json",
         "environment.json",
         "sittings.jsonl",

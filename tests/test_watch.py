@@ -71,6 +71,37 @@ def test_ranks_that_end_in_good_order_end_nobody(ended):
     a.stop()
 
 
+def test_rank_0_keeps_the_store_until_the_others_have_left(ended, monkeypatch):
+    monkeypatch.setattr(watch, "GRACE", 20.0)
+    a, b = ranks(2)
+    time.sleep(0.1)
+    waiting = threading.Thread(target=a.linger)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    b.linger()  # it has no store to keep
+    b.stop()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    a.stop()
+
+
+def test_ranks_stop_when_torchrun_was_killed(ended, monkeypatch):
+    sent, store = [], dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(watch.os, "kill", lambda pid, number: sent.append((pid, number)))
+    for run_id in (None, "x"):
+        with monkeypatch.context() as patch:
+            if run_id:
+                patch.setenv("TORCHELASTIC_RUN_ID", run_id)
+            a = watch.Watch(store, 0, 1)
+            patch.setattr(watch.os, "getppid", lambda: 1)
+            a.start()
+            time.sleep(0.3)
+            a.stop()
+            a.join()
+        assert sent == ([(os.getpid(), signal.SIGTERM)] if run_id else [])  # once
+
+
 def test_an_error_of_one_rank_reaches_the_others():
     told = mock.Mock(spec=watch.Watch)
     told.lost.return_value = "rank 3 is gone"

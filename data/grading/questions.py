@@ -1,14 +1,12 @@
 """The process that MathWorker asks: our own comparison of answers, their keys for votes, and what
 math-verify alone says of a whole text."""
 
-import contextlib
-import json
-import signal
-import sys
 from typing import Any
 
 from data.grading.forms import key, parse, same
 from data.grading.trees import NotUnderstood
+from data.grading.values import TooMuch, begin
+from data.worker import serve
 
 try:
     import math_verify
@@ -22,6 +20,7 @@ NO_LIMIT: Any = None  # math-verify's time limit is a signal; MathWorker ends wh
 def ask(question: str, *texts: str) -> object:
     """Returns the reply to a question of MathWorker: [understood, equal] or a key; None where there
     is none."""
+    begin()
     questions = {"compare": _compare, "math_verify": _math_verify, "key": _key}
     try:
         return questions[question](*texts)
@@ -32,6 +31,8 @@ def ask(question: str, *texts: str) -> object:
 def _compare(answer: str, gold: str) -> list[bool]:
     try:
         return [True, same(parse(gold), parse(answer))]
+    except TooMuch:
+        return [False, False]
     except (NotUnderstood, RecursionError):
         return [ask("key", answer) is not None, False]
 
@@ -50,28 +51,12 @@ def _math_verify(text: str, gold: str) -> list[bool] | None:
     return [bool(found), bool(found and math_verify.verify(golds, found, timeout_seconds=NO_LIMIT))]
 
 
-def serve() -> None:
-    """Answers a line of JSON, [limit in seconds, question, texts], with another until the pipe
-    closes, which is when the run ends, however it ends. The first line says whether math-verify is
-    there."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing else may print between the replies
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has it
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    # The first question compiles patterns.
+def ready() -> bool:
+    """Compiles the patterns of the first questions; returns whether math-verify is there."""
     ask("compare", "x", "x+1")
     ask("math_verify", "$x$", "x+1")
-    print(json.dumps(math_verify is not None), file=replies, flush=True)
-    for line in sys.stdin:
-        limit, question, *texts = json.loads(line)
-        # The system ends a process that outlives the run in the midst of a question, whatever
-        # Python is doing.
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)
-        reply = ask(question, *texts)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies, flush=True)
+    return math_verify is not None
 
 
 if __name__ == "__main__":
-    serve()
+    serve(ask, MEMORY_LIMIT, ready)

@@ -1,0 +1,162 @@
+"""Ranks and whole nodes that are killed under torchrun's agents: the run goes on as if undisturbed.
+
+The agents are those of torchrun (`elastic_launch`); their ranks are forks of a process that has
+imported everything, so that a restart takes seconds.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import train
+from model import parallel
+from tests import distributed_workers as workers
+from tests.test_train import SMALL, timeless
+
+RUN = [*SMALL, "--steps=16", "--save_every=2", "--eval_every=8", "--batch_size=8", "--name=r"]
+MODES = {
+    "sft": ["--mode=sft", "--model=tiny"],
+    "kd": ["--mode=kd", "--model=tiny", "--teacher=random:tiny-teacher", "--kd_prefix=student"],
+    "grpo": ["--mode=grpo", "--model=tiny-gemma3", "--grpo_samples=2", "--grpo_reward=random"],
+}
+MODES["kd"] += ["--sample_tokens=8"]
+MODES["grpo"] += ["--sample_tokens=8", "--grpo_minibatches_per_rollout=2"]
+SHARDED = ["--shard=on", "--shard_frozen=on", "--shard_ranks=2"]
+
+
+def rank_main(argv, cwd):
+    os.chdir(cwd)
+    (cwd / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    code = train.main(["--device=cpu", *argv])
+    parallel.close()
+    if code:
+        sys.exit(code)
+
+
+def agent_main(argv, cwd, nodes, ranks, port):
+    """One node: torchrun's agent with its ranks, as often restarted as it takes."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(cwd / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=ranks,
+        run_id="r",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        max_restarts=100,
+        start_method="fork",
+        monitor_interval=0.1,
+    )
+    elastic_launch(config, rank_main)(argv, cwd)
+
+
+def start(*arguments):
+    process = workers.forks().Process(target=agent_main, args=arguments)
+    process.start()
+    return process
+
+
+def pids(cwd, ranks):
+    """Of the ranks that are there."""
+    found = []
+    for rank in ranks:
+        file = cwd / f"pid-{rank}"
+        pid = int(file.read_text() or 0) if file.exists() else 0
+        if pid and os.path.exists(f"/proc/{pid}"):
+            found.append(pid)
+    return found
+
+
+def kill(number):
+    try:
+        os.kill(number, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def undisturbed(argv, cwd):
+    cwd.mkdir()
+    began = time.monotonic()
+    result = workers.run(*RUN, *argv, cwd=cwd, ranks=4, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return time.monotonic() - began
+
+
+def assert_same(got, want):
+    assert timeless(got) == timeless(want)
+    for name in ("samples.jsonl", "checkpoints/step-16/model.safetensors"):
+        assert (got / name).read_bytes() == (want / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_killed_rank_changes_nothing(tmp_path, mode, more, kills=5):
+    argv = [*MODES[mode], *more]
+    seconds = undisturbed(argv, tmp_path / "whole")
+    rng, cwd, done = random.Random(f"{mode}{more}"), tmp_path / "killed", 0
+    cwd.mkdir()
+    began = time.monotonic()
+    port = workers.free_port()
+    agent = start([*RUN, *argv, "--resume=auto"], cwd, 1, 4, port)
+    while agent.is_alive():
+        time.sleep(0.05)
+        there = pids(cwd, range(4))
+        if done < kills and len(there) == 4:
+            time.sleep(rng.uniform(0, 0.35 * seconds))
+            kill(rng.choice(there))
+            done += 1
+            for file in cwd.glob("pid-*"):
+                file.unlink()
+        assert time.monotonic() - began < 900, (cwd / "stderr").read_text()
+    agent.join()
+    took = time.monotonic() - began
+    print(f"{mode} {more[:1]}: {done} kills, {took:.0f} s; undisturbed {seconds:.0f} s")
+    assert agent.exitcode == 0, (cwd / "stderr").read_text()
+    assert_same(cwd / "runs/r", tmp_path / "whole/runs/r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["kd", "grpo"])
+def test_a_killed_node_changes_nothing(tmp_path, mode, kills=5):
+    """Two agents on loopback; the killed one is started again, as a scheduler does."""
+    argv = [*MODES[mode], *(SHARDED if mode == "kd" else [])]
+    seconds = undisturbed(argv, tmp_path / "whole")
+    rng, cwd, done = random.Random(mode), tmp_path / "killed", 0
+    cwd.mkdir()
+    began = time.monotonic()
+    arguments = ([*RUN, *argv, "--resume=auto"], cwd, 2, 2, workers.free_port())
+    agents = [start(*arguments), start(*arguments)]
+    while any(agent.exitcode != 0 for agent in agents):
+        time.sleep(0.05)
+        for node, agent in enumerate(agents):
+            if not agent.is_alive() and agent.exitcode:
+                agents[node] = start(*arguments)
+        if done < kills and len(pids(cwd, range(4))) == 4:
+            time.sleep(rng.uniform(0, 0.35 * seconds))
+            node = rng.randrange(2)
+            own = [pid for pid in pids(cwd, range(4)) if parent(pid) == agents[node].pid]
+            for number in (agents[node].pid, *own):
+                kill(number)
+            agents[node].join()
+            done += 1
+            for file in cwd.glob("pid-*"):
+                file.unlink()
+        assert time.monotonic() - began < 1200, (cwd / "stderr").read_text()
+    took = time.monotonic() - began
+    print(f"{mode}: {done} nodes killed, {took:.0f} s; undisturbed {seconds:.0f} s")
+    assert_same(cwd / "runs/r", tmp_path / "whole/runs/r")
+
+
+def parent(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
