@@ -89,6 +89,8 @@ def test_every_command_exists_and_its_options_are_right(line, monkeypatch):
             validate(options.parse(train.Config, argv))
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:], monkeypatch)
+    elif words[0] == ".":
+        assert words[1] == ".venv/bin/activate"
     else:
         assert words[:2] == ["wandb", "sweep"] and (ROOT / words[2]).is_file()
 
