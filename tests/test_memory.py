@@ -19,7 +19,7 @@ from model import lora, parallel
 from model.kv_cache import KVCache
 from model.load import Checkpoint, load_frozen, load_policy
 from model.transformer import ModelConfig
-from overview import _bytes
+from overview import bytes_of
 from tests.test_train import SMALL
 
 SHAPE = ModelConfig(
@@ -138,8 +138,8 @@ KEPT = ("shape", "teacher", "mode")
 def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, words):
     cfg, job, shards = run_of(Config(mode="sft"), world, gb=gb, **options)
     with pytest.raises(UserError, match=words) as e:
-        memory.check(cfg, job, shards, gb * 1e9, _bytes)
-    assert f"GPU of {_bytes(gb * 1e9)}" in str(e.value)
+        memory.check(cfg, job, shards, gb * 1e9, bytes_of)
+    assert f"GPU of {bytes_of(gb * 1e9)}" in str(e.value)
     said = str(e.value).partition("; set ")[2].split()
     mended = {}
     for name, value in zip(said[::2], said[1::2], strict=True):
@@ -148,7 +148,7 @@ def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, 
     if mended:  # with them it fits
         options = {name: v for name, v in options.items() if name in KEPT} | mended
         cfg, job, shards = run_of(Config(mode="sft"), world, gb=gb, **options)
-        memory.check(cfg, job, shards, gb * 1e9, _bytes)
+        memory.check(cfg, job, shards, gb * 1e9, bytes_of)
 
 
 def test_a_cache_is_as_large_as_the_formula_says():
