@@ -58,6 +58,9 @@ class CoinRollouts(GRPORollouts):
 
     coin = np.random.default_rng(0)
 
+    def judge(self, example: Any, sample: Any) -> None:
+        """Nobody asks whether a sample is right."""
+
     def grade(self, example: Any, sample: Any) -> None:
         sample.reward = float(self.coin.integers(2))
 

@@ -250,7 +250,7 @@ def test_time_left_is_what_is_left(tmp_path, capsys):
         "train/no_gradient": 0,
     }
     log = RunLogger.__new__(RunLogger)
-    log.rank = 0
+    log.rank, log.note = 0, ""
     for left, text in ((32.0, "0m32s left"), (29.0, "0m29s left"), (7322.0, "2h02m02s left")):
         log.progress(500, 1000, values, left)
         assert capsys.readouterr().out.endswith(f"  {text}\n")

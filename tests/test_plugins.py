@@ -87,7 +87,7 @@ def tables(monkeypatch):
     WITH_BETA[:] = with_beta
     for table, names in zip(every, before, strict=True):
         for name in set(table) - names:
-            del table[name]
+            table.pop(name, None)
         table.added.clear()
     options._parser.cache_clear()
 

@@ -75,6 +75,9 @@ class FakeRollouts(GRPORollouts):
     def generate(self, prompts, seeds):
         return write(prompts, seeds)
 
+    def judge(self, example, sample):
+        """`grade` does it."""
+
     def grade(self, example, sample):
         sample.text = f"text of {sample.completion}"
         reward, parts, verdict = judge(example, sample.completion, sample.stopped)

@@ -354,10 +354,10 @@ def test_the_sampling_that_is_exported_is_that_of_training(change, want):
 def on_a_full_disk(argv):
     save = train.save_model
 
-    def fail(model, folder, **more):
+    def fail(model, folder, *more, **options):
         if folder.name == ".draft-4":
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        save(model, folder, **more)
+        save(model, folder, *more, **options)
 
     train.save_model = fail
     return train.main(argv)
