@@ -274,6 +274,8 @@ def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
             mean, reach = over_seeds(means)
             if len(means) > 1:
                 bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
+                if not reach:  # seeds that agree exactly say nothing of how seeds differ
+                    bounds = [math.nan, math.nan]
                 rows.append([arm, task, str(len(means)), _percent([mean, *bounds])])
     return rows
 
@@ -380,6 +382,8 @@ def compare(args: CompareOptions) -> None:
     """Read, test, write and say. Raises UserError before anything is written."""
     if len(args.runs) < 2:
         raise UserError("name two runs or more, as in runs/a runs/b")
+    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+        raise UserError("a run is named twice; it would count as two of one seed")
     names = [Path(name).resolve().name for name in args.runs]
     runs = []
     for given, name in zip(args.runs, names, strict=True):

@@ -346,3 +346,13 @@ def test_options_of_the_command():
     with pytest.raises(UserError, match="RUNS"):
         compare.parse([])
     assert compare.parse(["a", "b", "--evals=x,y"]).evals == ("x", "y")
+
+
+def test_a_run_is_named_once_and_seeds_that_agree_have_no_interval(tmp_path, capsys):
+    a0 = run(tmp_path / "a0", right=range(6))
+    a1 = run(tmp_path / "a1", right=range(6), seed=1)
+    assert compare.main([str(a0), f"{a0}/", f"--out={tmp_path}/out"]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
+    assert compare.main([str(a0), str(a1), f"--out={tmp_path}/out"]) == 0
+    cells = words((tmp_path / "out/comparison.md").read_text())
+    assert ["a0 and 1 more", "held-out problems", "2", "60.0"] in cells
