@@ -141,9 +141,10 @@ def arm_of(path: Path) -> str:
     """What a run has in common with those that differ in the seed alone, or began from such."""
     found = all_options(path) | {"seed": 0}
     for name, value in found.items():
-        before = run_of(value) if isinstance(value, str) and value else None
-        if before and (before / "config.json").is_file():
-            found[name] = arm_of(before)
+        if isinstance(value, str) and value:
+            before = run_of(value) or Path(value)  # a run's folder stands for its newest checkpoint
+            if (before / "checkpoints").is_dir() and (before / "config.json").is_file():
+                found[name] = arm_of(before)
     return json.dumps(found, sort_keys=True)
 
 

@@ -149,6 +149,8 @@ def test_runs_that_began_from_other_seeds_of_one_run_are_one_arm(tmp_path):
     for seed in (0, 1):
         first = run(tmp_path / f"first-{seed}", seed=seed)
         start = first / "checkpoints" / "step-4"
+        start.mkdir(parents=True)
+        start = (start, first)[seed]  # the newest checkpoint, by either name
         arms.append(compare.arm_of(run(tmp_path / f"second-{seed}", seed=seed, model=str(start))))
     other = run(tmp_path / "third", lr=1.0)
     start = other / "checkpoints" / "step-4"
