@@ -19,7 +19,7 @@ from memory import check, device_bytes, needs, peak, room_of, size_of
 from model.load import Checkpoint
 from model.lora import parse_targets
 from model.transformer import ModelConfig
-from plugins import digests
+from plugins import named_digests
 from prepare import Plan
 
 LOOKED_AT = 64  # examples whose mean length is shown
@@ -47,7 +47,7 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
         "(--defaults)",
         *_space(cfg, plan, folder),
     ]
-    own = digests(cfg.plugin, cfg.grpo_reward)
+    own = named_digests()
     if own:
         lines.append(f"plugins    {own} (SHA-256)")
     if place.device.type == "cpu":

@@ -11,7 +11,6 @@ choice like every other (docs/forking.md).
 
 import hashlib
 import inspect
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from limits import OverTime, within
 
 T = TypeVar("T")
 LOADING = 300.0  # seconds that a file may take
-FILES = re.compile(r"[^,:]+\.py(?=[,:]|$)")
 LOADED: dict[Path, tuple[str, ModuleType]] = {}  # file -> (digest of its text, module)
 
 
@@ -120,20 +118,16 @@ def load_module(file: str, label: str) -> ModuleType:
     return module
 
 
-def files_in(value: str) -> list[str]:
-    """The Python files that an option's value names, as in `mine.py,accuracy,rewards.py:f:0.5`."""
-    return [file.strip() for file in FILES.findall(value)]
+def digests() -> list[str]:
+    """The first digits of the SHA-256 of every file that ran."""
+    return [digest[:12] for digest, _ in LOADED.values()]
 
 
-def digest_of(file: str) -> str:
-    """The first digits of the SHA-256 of what ran of a file."""
-    return LOADED[Path(file).resolve()][0][:12]
-
-
-def digests(*values: str) -> str:
-    """The files that these options name, each with its digest."""
-    names = [file for value in values for file in files_in(value)]
-    return ", ".join(f"{name} {digest_of(name)}" for name in names)
+def named_digests() -> str:
+    """The same, behind the files' names."""
+    return ", ".join(
+        f"{path.name} {digest}" for path, digest in zip(LOADED, digests(), strict=True)
+    )
 
 
 def function_of(file: str, name: str, label: str) -> Callable:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import options
 from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
 from data.dataset import Dataset
 from data.formatter import Formatter
@@ -66,7 +65,7 @@ class Plan:
     reward: Reward | None
     shards: Shards
     job: Job
-    cfg: Config  # with the micro-batches that "auto" stands for
+    cfg: Config  # with the numbers that "auto" and the default --eval_examples stand for
     threads: str  # how many, in words
 
 
@@ -105,8 +104,11 @@ class Run:
         return self.teachers[0] if len(self.teachers) == 1 else None
 
 
-def setup(cfg: Config) -> Plan:
-    """Check everything that can be checked before a weight is read. Raises UserError."""
+def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
+    """Check everything that can be checked before a weight is read. Raises UserError.
+
+    at_most_a_tenth: nobody has said how many examples are held out: of a file no more than that.
+    """
     validate(cfg)
     place = parallel.choose_device(cfg.device, cfg.dtype, cfg.kernels)
     if len(set(parallel.gather(repr(cfg)))) > 1:
@@ -126,7 +128,10 @@ def setup(cfg: Config) -> Plan:
     if not cfg.micro_batch_tokens:
         cfg = dataclasses.replace(cfg, micro_batch_tokens=fitting_tokens(cfg, job, shards))
     with parallel.as_one():
-        dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward)
+        dataset = load_dataset(cfg, tokenizer, vocab_size, place.rank, reward, at_most_a_tenth)
+    if at_most_a_tenth and dataset.sources and not cfg.eval_data:
+        # config.json keeps the number: a resumed run has the same split
+        cfg = dataclasses.replace(cfg, eval_examples=len(dataset.validation))
     if place.world > 1 and len(set(parallel.gather(dataset.digest()))) > 1:
         raise UserError(f"--data {cfg.data}: ranks read different examples; copy the files anew")
     if cfg.kd_cache and not len(dataset):
@@ -196,12 +201,16 @@ def loss_vocab_size(
 
 
 def load_dataset(
-    cfg: Config, tokenizer: Tokenizer, vocab_size: int, rank: int, reward: Reward | None
+    cfg: Config,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    rank: int,
+    reward: Reward | None,
+    at_most_a_tenth: bool,
 ) -> Dataset:
     """The data, every example measured; what the user should know of it is printed."""
     on_policy = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
     template_kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
-    by_default = options.with_defaults(Config, {"mode": cfg.mode, "defaults": cfg.defaults})
     dataset = Dataset(
         cfg.data,
         Formatter(
@@ -217,7 +226,7 @@ def load_dataset(
         vocab=vocab_size,
         eval_examples=cfg.eval_examples,
         eval_data=cfg.eval_data,
-        at_most_a_tenth=cfg.eval_examples == by_default["eval_examples"],
+        at_most_a_tenth=at_most_a_tenth,
         train_examples=cfg.train_examples,
         max_length_policy=cfg.max_length_policy,
         bad_rows=cfg.bad_rows,

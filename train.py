@@ -37,7 +37,7 @@ from model.optim import clip_gradients, learning_rate, update_average
 from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
 from overview import check_memory, overview, show_first
-from plugins import digests
+from plugins import named_digests
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from progress import Progress
 from rl.logprobs import teacher_rows
@@ -243,7 +243,7 @@ def forward_backward(
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
     about = {"weights": run.weights, "steps": run.steps} | sizes_of(run.policy)
-    about["plugins"] = digests(cfg.plugin, cfg.grpo_reward) or None
+    about["plugins"] = named_digests() or None
     log = RunLogger(run.folder.path, settings_of(cfg), run.resume_step, run.rank, about)
     say_new_rate(cfg, run, log)
     log.note = "generates in shards" if generates_in_shards(run.policy) else ""
@@ -545,9 +545,9 @@ def refuse_fewer(steps: int, resume_step: int | None, path: Path) -> None:
         )
 
 
-def launch(cfg: Config) -> None:
-    """One run, from its options to its last checkpoint."""
-    plan = setup(cfg)
+def launch(cfg: Config, at_most_a_tenth: bool) -> None:
+    """One run, from its options to its last checkpoint. at_most_a_tenth: see `setup`."""
+    plan = setup(cfg, at_most_a_tenth)
     cfg, rank = plan.cfg, plan.place.rank
     check_memory(cfg, plan)
     if cfg.show_batch:
@@ -591,7 +591,7 @@ def main(argv: list[str]) -> int:
 
     def run() -> None:
         notes, stored = [], {}
-        found = options.peek(Config, argv, "name", "runs", "resume")
+        found = options.peek(Config, argv, "name", "runs", "resume", "eval_examples")
         if found.get("resume") and found.get("name"):  # else `validate` says what is wrong
             runs = found.get("runs", Config.runs)
             stored = stored_config(runs, found["name"], optional=found["resume"] == "auto")
@@ -599,7 +599,7 @@ def main(argv: list[str]) -> int:
         for note in notes if parallel.speaks() else ():
             say(note)
         with parallel.telling():
-            launch(cfg)
+            launch(cfg, at_most_a_tenth="eval_examples" not in stored | found)
 
     def tracked() -> None:
         try:

@@ -191,7 +191,7 @@ def read_divided(
         notes.append(f"of the documents that are drawn, {', '.join(shares)}")
     unread = sorted(set().union(*(unread_columns(example, teachers) for example in together)))
     if unread:
-        notes.append(f"columns that are not read: {', '.join(unread)}")
+        notes.append(f"columns of no prompt and no gold answer: {', '.join(unread)}")
     return Division(sources, training, validation, label)
 
 

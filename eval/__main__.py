@@ -36,7 +36,7 @@ from locks import waiting_for
 from model import parallel
 from model.load import Subject, find
 from options import REQUIRED, option, turned_round
-from plugins import digest_of, files_in
+from plugins import digests
 from run import handled, interrupt
 
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank waits for one whose answers are longer
@@ -174,7 +174,7 @@ def _job(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     if benchmarks.is_own(benchmark):
-        identity["plugin"] = list(map(digest_of, files_in(args.plugin)))
+        identity["plugin"] = digests()
     samples = summary.Samples(Path(args.out) / subject.label, benchmark.name)
     samples.check(identity)
     return Job(

@@ -141,9 +141,10 @@ def arm_of(path: Path) -> str:
     """What a run has in common with those that differ in the seed alone, or began from such."""
     found = all_options(path) | {"seed": 0}
     for name, value in found.items():
-        before = run_of(value) if isinstance(value, str) and value else None
-        if before and (before / "config.json").is_file():
-            found[name] = arm_of(before)
+        if isinstance(value, str) and value:
+            before = run_of(value) or Path(value)  # a run's folder stands for its newest checkpoint
+            if (before / "checkpoints").is_dir() and (before / "config.json").is_file():
+                found[name] = arm_of(before)
     return json.dumps(found, sort_keys=True)
 
 
@@ -274,6 +275,8 @@ def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
             mean, reach = over_seeds(means)
             if len(means) > 1:
                 bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
+                if not reach:  # seeds that agree exactly say nothing of how seeds differ
+                    bounds = [math.nan, math.nan]
                 rows.append([arm, task, str(len(means)), _percent([mean, *bounds])])
     return rows
 
@@ -380,6 +383,8 @@ def compare(args: CompareOptions) -> None:
     """Read, test, write and say. Raises UserError before anything is written."""
     if len(args.runs) < 2:
         raise UserError("name two runs or more, as in runs/a runs/b")
+    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+        raise UserError("a run is named twice; it would count as two of one seed")
     names = [Path(name).resolve().name for name in args.runs]
     runs = []
     for given, name in zip(args.runs, names, strict=True):

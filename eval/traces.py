@@ -36,7 +36,7 @@ from model.flops import generation_flops
 from model.load import Subject, find
 from model.transformer import Transformer
 from options import REQUIRED, option
-from plugins import digest_of, files_in
+from plugins import digests
 from run import environment, handled, interrupt
 
 # Columns that say in a form of their own what a trace's messages and answer say.
@@ -224,7 +224,7 @@ def run(args: TraceOptions) -> None:
     if kwargs:
         identity["chat_template_kwargs"] = kwargs
     if args.plugin:
-        identity["plugin"] = list(map(digest_of, files_in(args.plugin)))
+        identity["plugin"] = digests()
     request = Request(
         subject=subject,
         samples=Samples(Path(args.out), "samples"),

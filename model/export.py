@@ -45,9 +45,9 @@ def export(args: ExportOptions) -> None:
     subject = find(args.checkpoint)
     dtype, draft = getattr(torch, args.dtype), draft_of(out)
     model = build_model(subject.config, subject.folder, device="cpu", seed=0, weight_dtype=dtype)
-    largest = max(float(p.detach().abs().max()) for p in model.parameters())
-    if not largest < float("inf"):
-        raise UserError(f"{subject.folder}: its largest weight is {largest} in {args.dtype}")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{subject.folder}: {name} is not finite in {args.dtype}")
     try:
         draft.mkdir(parents=True)
         save_model(model, draft, subject.tokenizer, subject.stop_ids)

@@ -206,6 +206,8 @@ def parse_reward(
             refuse(spec, f": {text} is not a number that is finite")
         if name in parts:
             refuse(spec, f": {name} is there twice; give it one weight")
+        if name in PENALTIES or (file and name in VERDICTS):
+            refuse(spec, f": {name} is the name of another part; give your function its own")
         what = f"--grpo_reward {spec}: {name}"
         parts[name] = Part(weight, function, check_call(function, what, FORM, SEEN))
     if not any(part.weight for part in parts.values()):

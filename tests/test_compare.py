@@ -149,6 +149,8 @@ def test_runs_that_began_from_other_seeds_of_one_run_are_one_arm(tmp_path):
     for seed in (0, 1):
         first = run(tmp_path / f"first-{seed}", seed=seed)
         start = first / "checkpoints" / "step-4"
+        start.mkdir(parents=True)
+        start = (start, first)[seed]  # the newest checkpoint, by either name
         arms.append(compare.arm_of(run(tmp_path / f"second-{seed}", seed=seed, model=str(start))))
     other = run(tmp_path / "third", lr=1.0)
     start = other / "checkpoints" / "step-4"
@@ -346,3 +348,13 @@ def test_options_of_the_command():
     with pytest.raises(UserError, match="RUNS"):
         compare.parse([])
     assert compare.parse(["a", "b", "--evals=x,y"]).evals == ("x", "y")
+
+
+def test_a_run_is_named_once_and_seeds_that_agree_have_no_interval(tmp_path, capsys):
+    a0 = run(tmp_path / "a0", right=range(6))
+    a1 = run(tmp_path / "a1", right=range(6), seed=1)
+    assert compare.main([str(a0), f"{a0}/", f"--out={tmp_path}/out"]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
+    assert compare.main([str(a0), str(a1), f"--out={tmp_path}/out"]) == 0
+    cells = words((tmp_path / "out/comparison.md").read_text())
+    assert ["a0 and 1 more", "held-out problems", "2", "60.0"] in cells

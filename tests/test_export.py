@@ -77,17 +77,20 @@ def test_an_export_is_the_checkpoint_but_for_rounding(folder, dtype, tmp_path, c
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
 
-def test_weights_that_a_dtype_does_not_hold_are_refused(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_weights_that_a_dtype_does_not_hold_are_refused(
+    folder, tmp_path, monkeypatch, capsys, value
+):
     build = export.build_model
 
     def huge(*args, **kwargs):
         model = build(*args, **kwargs)
-        model.get_parameter("norm.weight").data[0] = 1e6
+        model.get_parameter("norm.weight").data[0] = value
         return model
 
     monkeypatch.setattr(export, "build_model", huge)
     assert main([str(folder), str(tmp_path / "m"), "--dtype=float16"]) == 2
-    assert "its largest weight is inf in float16" in capsys.readouterr().err
+    assert "norm.weight is not finite in float16" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
 
@@ -113,7 +116,7 @@ steps = 2
 max_checkpoints = 3
 [run.b]
 save = "last"
-lora_rank = 4
+lora_rank = "4"
 [run.c]
 save = "none"
 [arm.a]

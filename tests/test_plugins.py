@@ -114,7 +114,7 @@ def test_a_divergence_of_a_plugin_trains_and_goes_on_as_the_built_in_one(home):
     mine = [*KD, "--plugin=mine.py", "--kd_divergence=my_kl"]
     assert run(*KD, "--kd_divergence=mixed_kl", "--name=theirs")[0] == 0
     code, said = run(*mine, "--name=mine")
-    assert code == 0 and f"plugins    mine.py {plugins.digest_of('mine.py')}" in said
+    assert code == 0 and f"plugins    mine.py {plugins.digests()[0]}" in said
     assert losses("mine") == pytest.approx(losses("theirs"), rel=2e-3) and len(losses("mine")) == 6
     # stopped after four steps, it goes on by what its config.json says
     short = ["--schedule=constant", "--data=doubles:20"]
@@ -235,6 +235,20 @@ def test_a_faulty_plugin_is_one_line(home, text, words, main):
 def test_what_a_plugin_does_not_add_is_one_line(home, args, words):
     code, said = run(*args.split())
     assert code == 2 and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.parametrize("name", ["accuracy", "length_penalty"])
+def test_a_reward_of_ones_own_has_a_name_of_its_own(home, name):
+    (home / "r.py").write_text(f"def {name}(example, completion): return 1.0\n")
+    with pytest.raises(UserError, match=f"{name} is the name of another part"):
+        parse_reward(f"r.py:{name}", 64, length_penalty=8)
+
+
+def test_a_folder_may_have_a_colon_in_its_name(home):
+    (home / "a:b").mkdir()
+    (home / "mine.py").rename(home / "a:b/mine.py")
+    code, said = run("--mode=sft", *SMALL, "--plugin=a:b/mine.py", "--dry_run")
+    assert code == 0 and f"plugins    mine.py {plugins.digests()[0]}" in said
 
 
 def test_help_and_files_know_what_a_plugin_adds(home, capsys):

@@ -69,6 +69,7 @@ def rows(path, count, repeated=1):
         (600, "--defaults=pretrained", 540, 60),
         (2100, "--defaults=pretrained", 1900, 200),
         (600, "--eval_examples=300", 300, 300),
+        (600, "--eval_examples=400", 200, 400),  # as many as the default: said is said
         (600, "--eval_examples=0", 600, 0),
     ],
 )
@@ -79,4 +80,18 @@ def test_a_tenth_of_a_small_file_is_held_out(
     rows(tmp_path / "mine.jsonl", count)
     out = dry_run(capsys, "--mode=sft", "--data=mine.jsonl", *options.split())
     assert f"{trained:,} examples trained on, {held:,} for validation" in out
-    assert ("VALIDATION TAKES" in out) == (held == 300)
+    assert ("VALIDATION TAKES" in out) == (held >= trained)
+
+
+def test_a_resumed_run_keeps_its_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path / "mine.jsonl", 450)
+    argv = ["--mode=sft", "--data=mine.jsonl", "--batch_size=2", "--eval_tokens=1", "--steps=1"]
+    assert train.main(["--device=cpu", *argv, "--name=r"]) == 0
+    path = tmp_path / "runs/r/config.json"
+    stored = json.loads(path.read_text())
+    assert stored["eval_examples"] == 45
+    again = ["--name=r", "--resume", "--steps=2"]
+    assert "405 examples trained on, 45 for validation" in dry_run(capsys, *again)
+    path.write_text(json.dumps(stored | {"eval_examples": 400}))  # as one of before had it
+    assert "50 examples trained on, 400 for validation" in dry_run(capsys, *again)

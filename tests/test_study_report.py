@@ -471,7 +471,7 @@ def test_the_report_begins_with_what_it_says_and_ends_with_where_it_is(study):
     rows = {(row["arm"], row["seed"]): row for row in report["where"]}
     assert rows["grpo", "1"]["evaluation"] == "evals/grpo-1"
     assert rows["grpo", "1"]["command"].startswith(
-        "`train.py --config runs/grpo-grpo-1/config.json"
+        "`python train.py --config STUDY/runs/grpo-grpo-1/config.json"
     )
     assert rows["instruct", "0"]["command"] == "none: the model as it is"
     assert page.index("## Where everything is") > page.index("## Accuracy against cost")

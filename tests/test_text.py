@@ -447,7 +447,7 @@ def test_what_a_user_should_know_of_the_data_is_said(tiny, tmp_path):
         for i in range(8)
     ]
     notes = dataset(tiny, str(write(tmp_path / "d.jsonl", rows)), eval_examples=0).notes
-    assert "columns that are not read: id, source" in notes and any(
+    assert "columns of no prompt and no gold answer: id, source" in notes and any(
         "of 1 examples there are names of control tokens" in n for n in notes
     )
     assert dataset(tiny, "word_problems:5", eval_examples=2).notes == []

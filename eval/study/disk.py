@@ -6,7 +6,7 @@ from pathlib import Path
 import options
 from config import Config
 from errors import UserError
-from eval.study.jobs import Job
+from eval.study.jobs import Job, flags
 from eval.study.plan import Study
 from eval.study.scheduler import is_done
 from files import read_json
@@ -56,7 +56,7 @@ def disk_line(study: Study, out: Path, at_once: int) -> str:
             unknown.add(start)
             continue
         given = {k: v for k, v in job.options.items() if not isinstance(v, Job)}
-        cfg = Config(**options.with_defaults(Config, given | {"model": start}))
+        cfg = options.parse(Config, flags(given | {"model": start}), conditions=False)
         size, adapters = sizes(cfg, shape)
         count = checkpoints_at_once(cfg)
         stay = count if cfg.save == "last" else max(0, count - 1)

@@ -41,8 +41,8 @@ arm) on the start's text: how unlikely the old behaviour has become, which is fo
 of tokens where both have the same most likely one. Entropy: how undecided each is; an arm far
 below its start has lost variety."""
 
-WHERE_NOTES = """Paths from this folder on; a chain has a line for each of its runs. The command,
-with `python` and the project's path before train.py, makes the run again, elsewhere."""
+WHERE_NOTES = """Paths from this folder on; a chain has a line for each of its runs. The command
+makes the run again, elsewhere: in the project's folder, with the path of this one for STUDY."""
 
 
 def fenced(text: str) -> str:

@@ -12,10 +12,9 @@ import options
 from config import SELF, Config, validate
 from errors import UserError
 from eval.benchmarks import label
-from eval.study.jobs import flags
+from eval.study.jobs import LISTS, flags
 from files import read_text, reason
 from model.presets import PRESETS
-from plugins import files_in
 
 TABLES = dict.fromkeys(("study", "eval", "common", "model", "traces", "run", "arm"), dict)
 TABLES |= {"claim": list}
@@ -153,7 +152,8 @@ class StudyFile:
             new = own | short["run_options"]
             for key, value in own.items():
                 # models and traces of the study, and functions of the user's own, are tried out
-                if str(value).startswith("@") or files_in(str(value)) or value in SELF:
+                is_own = key in LISTS and ".py" in str(value)
+                if str(value).startswith("@") or is_own or value in SELF:
                     new[key] = value
             read = _readable(new)
             self.runs[name] = {key: value for key, value in new.items() if key in read}

@@ -137,6 +137,8 @@ def where(results: Results, out: Path) -> list[dict[str, str]]:
                 path = run.relative_to(out)
                 if steps:
                     row["checkpoint"] = f"{path}/checkpoints/step-{steps[-1]}"
-                row["command"] = f"`train.py --config {path}/config.json --runs runs-again`"
+                row["command"] = (
+                    f"`python train.py --config STUDY/{path}/config.json --runs STUDY/runs-again`"
+                )
             rows.append(row)
     return rows
