@@ -241,16 +241,21 @@ def options_of(run: str | Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def draw_level(ax: Any, height: float, text: str, ls: str = "--", va: str = "top") -> None:
+    """Draw a line over the whole width, and what it is."""
+    ax.axhline(height, color="#555555", ls=ls, lw=1, zorder=1)
+    where = ("axes fraction", "data")
+    ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va=va)
+
+
 def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
     """A line where each of the runs' teachers was at last, if its own run has measured the same."""
     for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
         for value in series(read_metrics(teacher), name)[1][-1:]:
             percent = name.endswith("/accuracy")
             height = 100 * value if percent else value
-            ax.axhline(height, color="#555555", ls="--", lw=1, zorder=1)
             text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
-            where = ("axes fraction", "data")
-            ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va="top")
+            draw_level(ax, height, text)
 
 
 def draw_curves(run: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from curves import COLORS, MARKERS, SYMBOLS, save_picture
+from curves import SYMBOLS, save_picture, style
 from errors import RunFailed
 from eval.summary import Summary
 
@@ -31,11 +31,9 @@ def draw(summaries: list[Summary], path: Path) -> None:
                 mean,
                 height,
                 xerr=[[max(0, mean - low)], [max(0, high - mean)]],
-                linestyle="",
-                color=COLORS[place % len(COLORS)],
-                marker=MARKERS[place % 6],
-                markersize=5,
+                ms=5,
                 capsize=2,
+                **style(place, 0) | {"ls": ""},
             )
             if not j:
                 ax.annotate(
