@@ -27,7 +27,7 @@ import options
 from config import Config
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
-from eval.tables import Table, aligned, comparison_table, cost_cells, markdown, table
+from eval.tables import Table, aligned, cell, comparison_table, cost_cells, markdown, points, table
 from files import LARGEST, Fields, read_json, replace_file
 from locks import is_held
 from model.lineage import PROMPT_OPTIONS
@@ -224,18 +224,21 @@ def reached(runs: list[Run]) -> Table:
     """What each run reached on its held-out problems, and what that took."""
     rows = [["run", "state", "accuracy", "best (step)", "loss", "parameters", *cost_cells({})]]
     for run in runs:
-        names = {name: curves.series(run.metrics, name) for name in curves.shown_names(run.metrics)}
-        accuracy = [found for name, found in names.items() if name.endswith("/accuracy")][:1]
-        loss = [f"{v[-1]:.4g}" for n, (_, v) in names.items() if re.fullmatch("eval/[^/]+/loss", n)]
-        cells = ["-", "-"]
-        for steps, values in accuracy:
-            asked = [v for m in run.metrics for n, v in m.items() if n.endswith("/problems")]
-            bounds = curves.wilson(values[-1], asked[-1]) if asked else (math.nan, math.nan)
-            best = max(values)
-            cells = [_percent([values[-1], *bounds])]
-            cells.append(f"{100 * best:.1f} ({steps[values.index(best)]:,})")
-        spent = cost_cells(curves.run_cost(run.path)).values()
-        rows.append([run.label, run.state, *cells, *(loss[:1] or ["-"]), parameters(run), *spent])
+        names = curves.shown_names(run.metrics)
+        accuracy = next((name for name in names if name.endswith("/accuracy")), "")
+        loss = next((name for name in names if re.fullmatch("eval/[^/]+/loss", name)), "")
+        losses = curves.series(run.metrics, loss)[1] or [math.nan]
+        row = [run.label, run.state, "-", "-", cell(losses[-1], ".4g"), parameters(run)]
+        steps, values = curves.series(run.metrics, accuracy)
+        if values:
+            problems = accuracy.removesuffix("accuracy") + "problems"
+            asked = curves.series(run.metrics, problems)[1]
+            last, best = values[-1], max(values)
+            row[2] = f"{100 * last:.1f}"
+            if asked:
+                row[2] = points([last, *curves.wilson(last, asked[-1])])
+            row[3] = f"{100 * best:.1f} ({steps[values.index(best)]:,})"
+        rows.append([*row, *cost_cells(curves.run_cost(run.path)).values()])
     return rows
 
 
@@ -247,11 +250,6 @@ def parameters(run: Run) -> str:
         return "-"
     newest = folder.step_folder(steps[-1])
     return f"{Checkpoint(str(newest), newest, read_config(str(newest), newest), None).parameters:,}"
-
-
-def _percent(figure: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in figure)
-    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
@@ -273,8 +271,8 @@ def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
             means = [sum(right / n for n, right in c.values()) / len(c) for c in found]
             mean, reach = over_seeds(means)
             if len(means) > 1:
-                bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
-                rows.append([arm, task, str(len(means)), _percent([mean, *bounds])])
+                figure = points([mean, max(0.0, mean - reach), min(1.0, mean + reach)])
+                rows.append([arm, task, str(len(means)), figure])
     return rows
 
 
@@ -283,8 +281,7 @@ def tests(arms: dict[str, list[Run]], keys: dict[str, str]) -> list[summary.Comp
     found = []
     for key, task in keys.items():
         for (one, ours), (other, theirs) in itertools.combinations(arms.items(), 2):
-            sides = [_by_seed(side, key) for side in (theirs, ours)]
-            paired = difference(*sides)
+            paired = difference(_by_seed(theirs, key), _by_seed(ours, key))
             if paired:
                 _, low, high = paired["figure"]
                 paired |= {"low": low, "high": high, "asked_differently": {}}
@@ -321,9 +318,8 @@ def evaluated(runs: list[Run], keys: dict[str, str]) -> list[summary.Summary]:
         for run in runs:
             result = run.results.get(key)
             if result and result.figures:
-                found.append(
-                    summary.Summary(f"{run.label}, step {result.step}", task, result.figures)
-                )
+                name = f"{run.label}, step {result.step}"
+                found.append(summary.Summary(name, task, result.figures))
     return found
 
 
@@ -362,9 +358,8 @@ def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
         for j, run in enumerate(own):
             style = curves.style(i, j)
             curves.draw_metric(ax, run.metrics, name, against, **style)
-            lines = ax.get_lines()
             if any(name in line for line in run.metrics):
-                x, y = lines[-1].get_data()
+                x, y = ax.get_lines()[-1].get_data()
                 ends.append((x[-1], y[-1], run.label, style["color"]))
     if name.startswith("eval/"):
         curves.draw_teachers(ax, [run.path for run in runs], name)
