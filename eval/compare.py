@@ -27,7 +27,7 @@ import options
 from config import Config
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
-from eval.tables import Table, aligned, cell, comparison_table, cost_cells, markdown, points, table
+from eval.tables import cell, comparison_table, cost_cells, markdown, points, table
 from files import LARGEST, Fields, read_json, replace_file
 from locks import is_held
 from model.lineage import PROMPT_OPTIONS
@@ -189,7 +189,7 @@ def _evaluations(run: Run, evals: Sequence[str]) -> list[Result]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def differing(runs: list[Run]) -> Table:
+def differing(runs: list[Run]) -> curves.Table:
     """A row for each option, then for each fact of the environment, that is not the same in all.
 
     Not for those that some runs do not read and the others have at the default.
@@ -220,7 +220,7 @@ def _defaults(run: Run) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in given}
 
 
-def reached(runs: list[Run]) -> Table:
+def reached(runs: list[Run]) -> curves.Table:
     """What each run reached on its held-out problems, and what that took."""
     rows = [["run", "state", "accuracy", "best (step)", "loss", "parameters", *cost_cells({})]]
     for run in runs:
@@ -262,7 +262,7 @@ def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
     }
 
 
-def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
+def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> curves.Table:
     """The accuracy of each arm with several seeds, on each task, mean over seeds."""
     rows = [["arm", "task", "runs", "accuracy, over seeds"]]
     for arm, own in arms.items():
@@ -382,7 +382,7 @@ def compare(args: CompareOptions) -> None:
         runs.append(read_run(Path(given), label, args.evals))
     arms, keys = arms_of(runs), tasks_of(runs)
     compared, found = tests(arms, keys), evaluated(runs, keys)
-    parts: list[tuple[str, Table]] = [
+    parts: list[tuple[str, curves.Table]] = [
         ("What differs", differing(runs)),
         ("What each reached on its held-out problems, and at what cost", reached(runs)),
     ]
@@ -398,7 +398,7 @@ def compare(args: CompareOptions) -> None:
     picture = "![curves](comparison.png)"
     replace_file(out / "comparison.md", "\n\n".join(["# Runs", *pages, NOTES, picture]) + "\n")
     draw(runs, out / "comparison.png")
-    shown = [f"{title}\n{aligned(rows)}" for title, rows in parts]
+    shown = [f"{title}\n{curves.aligned(rows)}" for title, rows in parts]
     if not compared:
         shown.append("no two arms were asked the same problems: nothing to test")
     say("\n\n".join([*shown, NOTES, f"{out}: comparison.md, comparison.png"]))

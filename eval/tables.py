@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from curves import COSTS
+from curves import COSTS, Table
 from eval.summary import Comparison, Interval, Summary
 
-Table = list[list[str]]
 COMPARISON_HEADING = ["checkpoint", "minus", "task", "problems", "difference", "p (sign flips)"]
 COMPARISON_HEADING += ["better on", "worse on", "asked"]
 
@@ -40,16 +39,6 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
 def asked(differing: dict) -> str:
     """A cell that says whether two results were asked alike (summary.asked_differently)."""
     return "differently: " + ", ".join(differing) if differing else "alike"
-
-
-def aligned(rows: Table) -> str:
-    """A table for the terminal: two columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides, lines = "<<".ljust(len(widths), ">"), []
-    for row in rows:
-        cells = zip(row, sides, widths, strict=True)
-        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
-    return "\n".join(lines)
 
 
 def markdown(rows: Table) -> str:
