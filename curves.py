@@ -16,6 +16,7 @@ STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  
 FRACTIONS = ("/accuracy", "/lenient", "/stopped", "/top1", "/overlap", "_mass", "/half_gradient")
 
 Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
+Table = list[list[str]]  # rows of cells, the heading first
 
 
 def series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
@@ -45,7 +46,7 @@ def eval_names(metrics: Metrics) -> list[str]:
     return sorted({name for line in metrics for name in line if name.startswith("eval/")})
 
 
-def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> list[list[str]]:
+def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> Table:
     """Return the table at the end of a run: metrics before and after, beside the teacher's.
 
     teacher_folder: the teacher's checkpoint; what its run measured last is shown, if it is known.
@@ -68,22 +69,25 @@ def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> li
     return rows
 
 
-def summary(run: str | Path, rows: list[list[str]]) -> str:
-    """Return the text at the end of a run: its `result_rows`, and what it took."""
-    metrics, lines = read_metrics(run), [""]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+def aligned(rows: Table, left: int = 2) -> str:
+    """A table for the terminal: so many columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides, lines = ("<" * left).ljust(len(widths), ">"), []
     for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return "\n".join(lines)
+
+
+def summary(run: str | Path, rows: Table) -> str:
+    """Return the text at the end of a run: its `result_rows`, and what it took."""
+    metrics = read_metrics(run)
     counted = series(metrics, "train/tokens")[1]
     tokens = f"{counted[-1]:,}" if counted else "an unknown number of"
     seconds = sum(series(metrics, "train/seconds")[1])
     steps = metrics[-1]["step"] if metrics else 0
-    lines.append(
-        f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training; "
-        f"{run}/curves.png shows the curves"
-    )
-    return "\n".join(lines)
+    took = f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training"
+    return f"\n{aligned(rows, left=1)}\n{took}; {run}/curves.png shows the curves"
 
 
 def _format(name: str, value: float | None) -> str:
@@ -204,16 +208,15 @@ def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float 
 
     least: the distance of two texts, as a part of the axis, whose limits are final.
     """
+    if not ends:
+        return
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = sorted(ends, key=lambda end: to_axes.transform(end[:2])[1])
-    heights = [float(to_axes.transform(end[:2])[1]) for end in ends]
-    for i in range(1, len(ends)):
-        heights[i] = max(heights[i], heights[i - 1] + least)
-    limit = 1.0
-    for i in reversed(range(len(ends))):
-        heights[i] = limit = min(heights[i], limit)
-        limit -= least
-    for (x, y, text, color), height in zip(ends, heights, strict=True):
+    heights = to_axes.transform([end[:2] for end in ends])[:, 1]
+    order, steps = np.argsort(heights, kind="stable"), least * np.arange(len(ends))
+    heights = np.maximum.accumulate(heights[order] - steps) + steps  # each above the one before
+    heights = np.minimum(heights, 1 - steps[::-1])  # and all of them inside
+    for i, height in zip(order, heights, strict=True):
+        x, y, text, color = ends[i]
         ax.annotate(
             text,
             (x, y),
@@ -232,7 +235,7 @@ def teacher_run(run: str | Path) -> Path | None:
     weights = sittings[-1].get("weights", {}) if sittings else {}
     found = run_of(weights.get("teacher") or options.get("teacher") or ".")
     places = [found, Path(run).resolve().parent / found.name] if found else []
-    return next((place for place in places if place and place.is_dir()), None)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def options_of(run: str | Path) -> dict[str, Any]:
@@ -241,16 +244,21 @@ def options_of(run: str | Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def draw_level(ax: Any, height: float, text: str, ls: str = "--", va: str = "top") -> None:
+    """Draw a line over the whole width, and what it is."""
+    ax.axhline(height, color="#555555", ls=ls, lw=1, zorder=1)
+    where = ("axes fraction", "data")
+    ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va=va)
+
+
 def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
     """A line where each of the runs' teachers was at last, if its own run has measured the same."""
     for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
         for value in series(read_metrics(teacher), name)[1][-1:]:
             percent = name.endswith("/accuracy")
             height = 100 * value if percent else value
-            ax.axhline(height, color="#555555", ls="--", lw=1, zorder=1)
             text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
-            where = ("axes fraction", "data")
-            ax.annotate(text, (0.01, height), xycoords=where, fontsize=7, va="top")
+            draw_level(ax, height, text)
 
 
 def draw_curves(run: str | Path) -> None:

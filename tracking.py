@@ -3,11 +3,12 @@
 What fails there is said once and ends no run: the files in the run's folder have all of it.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,21 @@ class Tracker:
             self._note_best(line["step"], line)
         for mode in dict.fromkeys((config["wandb"], "offline")):
             if config["wandb"] != "off" and not self.run:
-                self._try(f"--wandb {mode} did not start", self._start, mode, config, about)
+                with self._trying(f"--wandb {mode} did not start"):
+                    self.run = self._started(mode, config, about)
                 if not self.run and mode == "online":
                     say("wandb: kept offline instead; `wandb sync` sends it later")
 
-    def _try(self, failed: str, call: Callable, *arguments: Any) -> None:
+    @contextlib.contextmanager
+    def _trying(self, failed: str) -> Iterator[None]:
+        """What fails inside `with` ends the tracking and not the run."""
         try:
-            call(*arguments)
+            yield
         except Exception as e:  # not logged in, no network, a full disk: wandb raises many kinds
             self.run = None
             say(f"wandb: {failed} ({reason(e)}); the run goes on, {self.folder} has all of it")
 
-    def _start(self, mode: str, config: dict[str, Any], about: dict[str, Any]) -> None:
+    def _started(self, mode: str, config: dict[str, Any], about: dict[str, Any]) -> Any:
         import wandb
 
         id_file = self.folder / "wandb_id"
@@ -77,7 +81,7 @@ class Tracker:
         run.config.update(about, allow_val_change=True)
         run.define_metric(TOKENS)
         run.define_metric("eval/*", step_metric=TOKENS)
-        self.run = run
+        return run
 
     def _note_best(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -90,49 +94,44 @@ class Tracker:
         if self.run:
             self._note_best(step, values)
             start = {} if step else {TOKENS: 0}
-            self._try("not logged", self._log, step, start | dict(values))
-
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        self.run.log(values, step=step)
-        if self.best:
-            self.run.summary.update({"best/accuracy": self.best[0], "best/step": self.best[1]})
+            with self._trying("not logged"):
+                self.run.log(start | dict(values), step=step)
+                if self.best:
+                    accuracy, at = self.best
+                    self.run.summary.update({"best/accuracy": accuracy, "best/step": at})
 
     def samples(self, step: int, samples: Sequence[dict], evaluated: bool = False) -> None:
         """Log a table of an evaluation's answers, beside the newest samples of the rollouts."""
         if not evaluated:
             self.rollout = samples or self.rollout
         elif self.run:
-            tables = {"samples/validation": samples, "samples/rollout": self.rollout}
-            self._try("samples not logged", self._log_tables, step, tables)
+            with self._trying("samples not logged"):
+                self._log_table("samples/validation", step, samples)
+                self._log_table("samples/rollout", step, self.rollout)
 
-    def _log_tables(self, step: int, tables: Mapping[str, Sequence[dict]]) -> None:
+    def _log_table(self, title: str, step: int, samples: Sequence[dict]) -> None:
         import wandb
 
-        for title, samples in tables.items():
-            if samples:
-                names = dict.fromkeys(key for sample in samples for key in sample)
-                columns: list[Any] = ["step", *names]
-                rows = []
-                for sample in samples[:SHOWN]:
-                    rows.append([step, *(_cell(sample.get(name)) for name in names)])
-                self.run.log({title: wandb.Table(columns, rows)}, step=step)
+        if samples:
+            names = dict.fromkeys(key for sample in samples for key in sample)
+            columns: list[Any] = ["step", *names]
+            rows = []
+            for sample in samples[:SHOWN]:
+                rows.append([step, *(_cell(sample.get(name)) for name in names)])
+            self.run.log({title: wandb.Table(columns, rows)}, step=step)
 
-    def finish(self, table: Sequence[Sequence[str]] = (), failure: str = "") -> None:
-        """End the run: with its last table and its curves, or with the reason why it failed."""
+    def finish(self, table: Sequence[Sequence[str]] = ()) -> None:
+        """End the run with its last table and its curves; without them if it was stopped."""
         if self.run:
-            self._try("not finished", self._finish, table, failure)
+            with self._trying("not finished"):
+                import wandb
+
+                if table:
+                    columns: list[Any] = ["metric", *table[0][1:]]
+                    last = {"results": wandb.Table(columns, [list(row) for row in table[1:]])}
+                    self.run.log(last | {"curves": wandb.Image(str(self.folder / "curves.png"))})
+                self.run.finish(exit_code=0)
         self.run = None
-
-    def _finish(self, table: Sequence[Sequence[str]], failure: str) -> None:
-        import wandb
-
-        if table:
-            columns: list[Any] = ["metric", *table[0][1:]]
-            last = {"results": wandb.Table(columns, [list(row) for row in table[1:]])}
-            self.run.log(last | {"curves": wandb.Image(str(self.folder / "curves.png"))})
-        if failure:
-            self.run.summary["failed"] = failure
-        self.run.finish(exit_code=1 if failure else 0)
 
 
 def _cell(value: Any) -> Any:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import options
+from curves import aligned
 from data.formats import SUFFIXES
 from data.tasks import TASKS
 from digests import with_sha256
@@ -224,7 +225,7 @@ def report(args: EvalOptions, jobs: list[Job]) -> str:
             out / "summary.json", json.dumps(with_sha256(found.as_json()), indent=1) + "\n"
         )
         draw(found.summaries, out / "summary.png")
-    said = [*map(tables.aligned, shown), *conditions]
+    said = [*map(aligned, shown), *conditions]
     said.append(f"samples, summary.md, summary.json and summary.png are in {out}")
     return "\n\n".join(said)
 

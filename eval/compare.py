@@ -27,7 +27,7 @@ import options
 from config import Config
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
-from eval.tables import Table, aligned, comparison_table, cost_cells, markdown, table
+from eval.tables import cell, comparison_table, cost_cells, markdown, points, table
 from files import LARGEST, Fields, read_json, replace_file
 from locks import is_held
 from model.lineage import PROMPT_OPTIONS
@@ -190,7 +190,7 @@ def _evaluations(run: Run, evals: Sequence[str]) -> list[Result]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def differing(runs: list[Run]) -> Table:
+def differing(runs: list[Run]) -> curves.Table:
     """A row for each option, then for each fact of the environment, that is not the same in all.
 
     Not for those that some runs do not read and the others have at the default.
@@ -221,22 +221,25 @@ def _defaults(run: Run) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in given}
 
 
-def reached(runs: list[Run]) -> Table:
+def reached(runs: list[Run]) -> curves.Table:
     """What each run reached on its held-out problems, and what that took."""
     rows = [["run", "state", "accuracy", "best (step)", "loss", "parameters", *cost_cells({})]]
     for run in runs:
-        names = {name: curves.series(run.metrics, name) for name in curves.shown_names(run.metrics)}
-        accuracy = [found for name, found in names.items() if name.endswith("/accuracy")][:1]
-        loss = [f"{v[-1]:.4g}" for n, (_, v) in names.items() if re.fullmatch("eval/[^/]+/loss", n)]
-        cells = ["-", "-"]
-        for steps, values in accuracy:
-            asked = [v for m in run.metrics for n, v in m.items() if n.endswith("/problems")]
-            bounds = curves.wilson(values[-1], asked[-1]) if asked else (math.nan, math.nan)
-            best = max(values)
-            cells = [_percent([values[-1], *bounds])]
-            cells.append(f"{100 * best:.1f} ({steps[values.index(best)]:,})")
-        spent = cost_cells(curves.run_cost(run.path)).values()
-        rows.append([run.label, run.state, *cells, *(loss[:1] or ["-"]), parameters(run), *spent])
+        names = curves.shown_names(run.metrics)
+        accuracy = next((name for name in names if name.endswith("/accuracy")), "")
+        loss = next((name for name in names if re.fullmatch("eval/[^/]+/loss", name)), "")
+        losses = curves.series(run.metrics, loss)[1] or [math.nan]
+        row = [run.label, run.state, "-", "-", cell(losses[-1], ".4g"), parameters(run)]
+        steps, values = curves.series(run.metrics, accuracy)
+        if values:
+            problems = accuracy.removesuffix("accuracy") + "problems"
+            asked = curves.series(run.metrics, problems)[1]
+            last, best = values[-1], max(values)
+            row[2] = f"{100 * last:.1f}"
+            if asked:
+                row[2] = points([last, *curves.wilson(last, asked[-1])])
+            row[3] = f"{100 * best:.1f} ({steps[values.index(best)]:,})"
+        rows.append([*row, *cost_cells(curves.run_cost(run.path)).values()])
     return rows
 
 
@@ -250,11 +253,6 @@ def parameters(run: Run) -> str:
     return f"{Checkpoint(str(newest), newest, read_config(str(newest), newest), None).parameters:,}"
 
 
-def _percent(figure: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in figure)
-    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
     """{label: its runs}: the runs that differ in the seed alone, under the first one's label."""
     arms: dict[str, list[Run]] = {}
@@ -265,7 +263,7 @@ def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
     }
 
 
-def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
+def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> curves.Table:
     """The accuracy of each arm with several seeds, on each task, mean over seeds."""
     rows = [["arm", "task", "runs", "accuracy, over seeds"]]
     for arm, own in arms.items():
@@ -277,7 +275,7 @@ def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> Table:
                 bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
                 if not reach:  # seeds that agree exactly say nothing of how seeds differ
                     bounds = [math.nan, math.nan]
-                rows.append([arm, task, str(len(means)), _percent([mean, *bounds])])
+                rows.append([arm, task, str(len(means)), points([mean, *bounds])])
     return rows
 
 
@@ -286,8 +284,7 @@ def tests(arms: dict[str, list[Run]], keys: dict[str, str]) -> list[summary.Comp
     found = []
     for key, task in keys.items():
         for (one, ours), (other, theirs) in itertools.combinations(arms.items(), 2):
-            sides = [_by_seed(side, key) for side in (theirs, ours)]
-            paired = difference(*sides)
+            paired = difference(_by_seed(theirs, key), _by_seed(ours, key))
             if paired:
                 _, low, high = paired["figure"]
                 paired |= {"low": low, "high": high, "asked_differently": {}}
@@ -324,9 +321,8 @@ def evaluated(runs: list[Run], keys: dict[str, str]) -> list[summary.Summary]:
         for run in runs:
             result = run.results.get(key)
             if result and result.figures:
-                found.append(
-                    summary.Summary(f"{run.label}, step {result.step}", task, result.figures)
-                )
+                name = f"{run.label}, step {result.step}"
+                found.append(summary.Summary(name, task, result.figures))
     return found
 
 
@@ -365,9 +361,8 @@ def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
         for j, run in enumerate(own):
             style = curves.style(i, j)
             curves.draw_metric(ax, run.metrics, name, against, **style)
-            lines = ax.get_lines()
             if any(name in line for line in run.metrics):
-                x, y = lines[-1].get_data()
+                x, y = ax.get_lines()[-1].get_data()
                 ends.append((x[-1], y[-1], run.label, style["color"]))
     if name.startswith("eval/"):
         curves.draw_teachers(ax, [run.path for run in runs], name)
@@ -392,7 +387,7 @@ def compare(args: CompareOptions) -> None:
         runs.append(read_run(Path(given), label, args.evals))
     arms, keys = arms_of(runs), tasks_of(runs)
     compared, found = tests(arms, keys), evaluated(runs, keys)
-    parts: list[tuple[str, Table]] = [
+    parts: list[tuple[str, curves.Table]] = [
         ("What differs", differing(runs)),
         ("What each reached on its held-out problems, and at what cost", reached(runs)),
     ]
@@ -408,7 +403,7 @@ def compare(args: CompareOptions) -> None:
     picture = "![curves](comparison.png)"
     replace_file(out / "comparison.md", "\n\n".join(["# Runs", *pages, NOTES, picture]) + "\n")
     draw(runs, out / "comparison.png")
-    shown = [f"{title}\n{aligned(rows)}" for title, rows in parts]
+    shown = [f"{title}\n{curves.aligned(rows)}" for title, rows in parts]
     if not compared:
         shown.append("no two arms were asked the same problems: nothing to test")
     say("\n\n".join([*shown, NOTES, f"{out}: comparison.md, comparison.png"]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from curves import COLORS, MARKERS, SYMBOLS, save_picture
+from curves import SYMBOLS, save_picture, style
 from errors import RunFailed
 from eval.summary import Summary
 
@@ -17,27 +17,26 @@ def draw(summaries: list[Summary], path: Path) -> None:
 
     tasks = list(dict.fromkeys(summary.task for summary in summaries))
     names = list(dict.fromkeys(summary.checkpoint for summary in summaries))
-    rates = [rate for s in summaries for rate in s.figures.rates if "majority" not in rate]
-    shown = list(dict.fromkeys(rates))
+    rates = dict.fromkeys(rate for summary in summaries for rate in summary.figures.rates)
+    shown = [rate for rate in rates if "majority" not in rate]
     figure = Figure(figsize=(2.5 + 3.2 * len(tasks), 1.5 + 0.45 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for name, task, figures in summaries:
         ax = axes[tasks.index(task)]
-        for j, rate in enumerate(rate for rate in shown if rate in figures.rates):
+        for place, rate in enumerate(shown):
+            if rate not in figures.rates:
+                continue
             mean, low, high = (100 * value for value in figures.rates[rate])
-            place = shown.index(rate)
             height = names.index(name) + 0.16 * (place - (len(shown) - 1) / 2)
             ax.errorbar(
                 mean,
                 height,
                 xerr=[[max(0, mean - low)], [max(0, high - mean)]],
-                linestyle="",
-                color=COLORS[place % len(COLORS)],
-                marker=MARKERS[place % 6],
-                markersize=5,
+                ms=5,
                 capsize=2,
+                **style(place, 0) | {"ls": ""},
             )
-            if not j:
+            if rate == "accuracy":
                 ax.annotate(
                     f"{mean:.1f}", (mean, height), (0, 4), textcoords="offset points", fontsize=7
                 )

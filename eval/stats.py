@@ -150,15 +150,20 @@ def paired(a_P: Sequence[Sequence[int]], b_P: Sequence[Sequence[int]]) -> Paired
 Counts = Mapping[Any, tuple[int, int]]  # {problem: (samples, right samples)}
 
 
+def half_width(n: int, deviation: float = 1.0) -> float:
+    """Half of the 95 % interval of a mean of n values by Student's t, by their deviation."""
+    return student_t(1 - ALPHA / 2, n - 1) * deviation / math.sqrt(n)
+
+
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t.
 
     The width is 0 where seeds say nothing, because there is one or all agree.
     """
-    n, mean = len(values), statistics.mean(values or [0.0])
-    if n < 2:
+    mean = statistics.mean(values or [0.0])
+    if len(values) < 2:
         return mean, 0.0
-    return mean, student_t(1 - ALPHA / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return mean, half_width(len(values), statistics.stdev(values))
 
 
 def difference(ours: Mapping[Any, Counts], theirs: Mapping[Any, Counts]) -> dict[str, Any] | None:

@@ -1,11 +1,11 @@
 """Figures of evaluations as tables: lists of rows of strings, the heading first."""
 
 import math
+from collections.abc import Sequence
 
-from curves import COSTS
+from curves import COSTS, Table
 from eval.summary import Comparison, Interval, Summary
 
-Table = list[list[str]]
 COMPARISON_HEADING = ["checkpoint", "minus", "task", "problems", "difference", "p (sign flips)"]
 COMPARISON_HEADING += ["better on", "worse on", "asked"]
 
@@ -17,10 +17,11 @@ def table(summaries: list[Summary]) -> Table:
     heading = ["checkpoint", "task", "problems", "samples", *rates, *shares, "tokens", "tokens/s"]
     rows = [[name.replace("_", "-") for name in heading]]
     for checkpoint, task, figures in summaries:
-        row = [checkpoint, task, _count(figures.problems), _count(figures.samples)]
+        row = [checkpoint, task, cell(figures.problems, ",.0f"), cell(figures.samples, ",.0f")]
         row += [_interval(figures.rates.get(name)) for name in rates]
         row += [_percent(getattr(figures, name)) for name in shares]
-        rows.append([*row, _count(figures.tokens), _count(figures.tokens_per_second)])
+        row += [cell(figures.tokens, ",.0f"), cell(figures.tokens_per_second, ",.0f")]
+        rows.append(row)
     return rows
 
 
@@ -38,16 +39,6 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
 def asked(differing: dict) -> str:
     """A cell that says whether two results were asked alike (summary.asked_differently)."""
     return "differently: " + ", ".join(differing) if differing else "alike"
-
-
-def aligned(rows: Table) -> str:
-    """A table for the terminal: two columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides, lines = "<<".ljust(len(widths), ">"), []
-    for row in rows:
-        cells = zip(row, sides, widths, strict=True)
-        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
-    return "\n".join(lines)
 
 
 def markdown(rows: Table) -> str:
@@ -73,17 +64,19 @@ def cost_cells(cost: dict[str, float]) -> dict[str, str]:
     return found
 
 
-def _interval(value: Interval | None) -> str:
-    if value is None:
+def points(figure: Sequence[float] | None, sign: str = "") -> str:
+    """[mean, low, high], or only [low, high], in %."""
+    if not figure:
         return "-"
-    if math.isnan(value.low):
+    *mean, low, high = [f"{100 * x:{sign}.1f}" for x in figure]
+    return " ".join([*mean, f"[{low}, {high}]"])
+
+
+def _interval(value: Interval | None) -> str:
+    if value and math.isnan(value.low):
         return f"{value.mean:.1%}"
-    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return points(value)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"

@@ -12,62 +12,56 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import curves
-from errors import UserError
-from eval import compare, summary
+from eval import compare
 from eval.stats import difference, over_seeds
 from eval.study.plots import mean_curve, panels
 from eval.study.results import Outcome
 from eval.study.short import more_seeds
 from locks import is_held, lock
+from tests.test_study_report import jsonl
 
 CONFIG = {"mode": "sft", "model": "tiny", "runs": "runs", "seed": 0, "lr": 0.005, "steps": 4}
 QUESTIONS = [f"What is {i} + 1?" for i in range(10)]
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def wilson(right, count):
+    """The interval of a share as scipy has it."""
+    return tuple(scipy.stats.binomtest(right, count).proportion_ci(method="wilson"))
 
 
 def run(folder, right=(), steps=4, **config):
     """A run of four steps, evaluated before and after; `right`: the held-out questions it gets."""
-    folder.mkdir(parents=True)
     config = CONFIG | config
-    (folder / "config.json").write_text(json.dumps(config))
+    jsonl(folder / "config.json", [config])
     lines = [{"step": 0, "eval/w/accuracy": 0.0, "eval/w/problems": 10, "eval/w/loss": 2.0}]
     for step in range(1, steps + 1):
         spent = {"train/tokens": 100 * step, "train/seconds": 0.5, "train/flops": 1e9 * step}
         spent |= {"train/sampled_tokens": 0, "train/teacher_tokens": 0}
         lines.append({"step": step, "train/loss": 1.0 / step} | spent)
-    end = {"eval/w/accuracy": len(right) / 10, "eval/w/problems": 10, "eval/w/loss": 1.0}
-    jsonl(folder / "metrics.jsonl", [*lines, {"step": steps} | end])
-    samples = [
-        {"step": step, "question": q, "correct": step > 0 and i in right}
-        for step in (0, steps)
-        for i, q in enumerate(QUESTIONS)
-    ]
-    rollout = {"step": steps, "question": QUESTIONS[0], "correct": False, "reward": 0.0}
-    jsonl(folder / "samples.jsonl", [*samples, rollout])
-    packages = {"torch": f"2.{config['seed']}"}
-    about = {"ranks": 1, "git_commit": "a" * 40, "packages": packages}
-    (folder / "environment.json").write_text(json.dumps(about))
+    end = {"step": steps, "eval/w/accuracy": len(right) / 10, "eval/w/loss": 1.0}
+    jsonl(folder / "metrics.jsonl", [*lines, lines[0] | end])
+    samples = [{"step": steps, "question": QUESTIONS[0], "correct": False, "reward": 0.0}]
+    for i, question in enumerate(QUESTIONS):
+        samples.append({"step": 0, "question": question, "correct": False})
+        samples.append({"step": steps, "question": question, "correct": i in right})
+    jsonl(folder / "samples.jsonl", samples)
+    about = {"ranks": 1, "git_commit": "a" * 40, "packages": {"torch": f"2.{config['seed']}"}}
+    jsonl(folder / "environment.json", [about])
     return folder
 
 
 def evaluation(evals, run, right, step=4, **identity):
     """What `python -m eval` leaves of a run: ten problems with two samples each."""
-    folder = evals / f"{run.name}-step-{step}-abcdef"
-    folder.mkdir(parents=True)
-    rows = {}
+    folder, rows = evals / f"{run.name}-step-{step}-abcdef", []
     for p, s in itertools.product(range(10), range(2)):
-        verdict = p in right
-        rows[p, s] = {"problem": p, "sample": s, "question": QUESTIONS[p], "strict": verdict}
-        rows[p, s] |= {"lenient": verdict, "parsed": True, "stopped": True, "tokens": 5}
-        rows[p, s] |= {"vote": str(p), "math_verify": verdict}
-    (folder / "t.jsonl").write_text("".join(summary.json_line(row) for row in rows.values()))
+        row = {"problem": p, "sample": s, "question": QUESTIONS[p], "vote": str(p), "tokens": 5}
+        row |= dict.fromkeys(("strict", "lenient", "math_verify"), p in right)
+        rows.append(row | {"parsed": True, "stopped": True})
+    jsonl(folder / "t.jsonl", rows)
     identity = {"prompt": {"kind": "chat"}, "temperature": 0.6, "test set": "x"} | identity
-    about = {"name": str(run)}
-    stated = {"identity": identity, "about": about, "generated": {"tokens": 100, "seconds": 1.0}}
-    (folder / "t.json").write_text(json.dumps(stated))
+    generated = {"tokens": 100, "seconds": 1.0}
+    stated = {"identity": identity, "about": {"name": str(run)}, "generated": generated}
+    jsonl(folder / "t.json", [stated])
 
 
 def words(page):
@@ -91,22 +85,19 @@ def test_runs_are_compared_by_options_figures_and_problems(tmp_path, capsys):
     assert ["seed", "0 (default)", "1", "0 (default)"] in cells
     assert ["torch", "2.0", "2.1", "2.0"] in cells
     assert not [row for row in cells if row[0] in ("batch_size", "runs", "mode", "git_commit")]
-    low, high = scipy.stats.binomtest(6, 10).proportion_ci(method="wilson")
+    low, high = wilson(6, 10)
     reached = next(row for row in cells if row[0] == "a0" and row[1] == "finished")
     assert reached[2:5] == [f"60.0 [{100 * low:.1f}, {100 * high:.1f}]", "60.0 (4)", "1"]
     assert reached[6:] == ["400", "0", "0", "4e+09", "2", "0.000556"]
-    # of two seeds: 0.7 and 0.5
-    mean, sem = 60.0, 100 * 0.1
-    reach = scipy.stats.t.ppf(0.975, 1) * sem
-    bounds = f"[{max(0.0, mean - reach):.1f}, {min(100.0, mean + reach):.1f}]"
-    assert ["a0 and 1 more", "t", "2", f"60.0 {bounds}"] in cells
+    # of two seeds, 0.7 and 0.5: t of one degree of freedom is 12.7, and shares end at 0 and 1
+    assert ["a0 and 1 more", "t", "2", "60.0 [0.0, 100.0]"] in cells
     # b less a0, which has the same seed: problems 0, 3, 4, 5, 6 are lost
-    paired = [row for row in cells if row[:3] == ["b", "a0 and 1 more", "t"]]
-    assert len(paired) == 1 and paired[0][3] == "10" and paired[0][4].startswith("-50.0 [")
-    assert float(paired[0][5]) == pytest.approx(2 / 2**5, rel=0.05)
-    assert paired[0][6:] == ["0", "5", "alike"]
-    held_out = [row for row in cells if row[2:3] == ["held-out problems"] and row[0] == "b"]
-    assert held_out[0][3:5][0] == "10" and held_out[0][4].startswith("-30.0 [")
+    (paired,) = [row for row in cells if row[:3] == ["b", "a0 and 1 more", "t"]]
+    assert paired[3] == "10" and paired[4].startswith("-50.0 [")
+    assert float(paired[5]) == pytest.approx(2 / 2**5, rel=0.05)
+    assert paired[6:] == ["0", "5", "alike"]
+    (held_out,) = [row for row in cells if row[0] == "b" and row[2] == compare.HELD_OUT]
+    assert held_out[3] == "10" and held_out[4].startswith("-30.0 [")
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{out}: comparison.md, comparison.png" in said
 
@@ -169,36 +160,33 @@ def test_a_run_under_way_and_one_that_was_killed(tmp_path):
     assert not is_held(killed / ".lock") and not is_held(tmp_path / "nothing")
 
 
-WRONG = {
-    "no folder": "it has no config.json",
-    "nothing measured": "metrics.jsonl is not there: nothing of this run was measured",
-    "no line": "has no line that can be read",
-    "words": "entry 2, has train/loss 'low', which is not a number",
-    "no step": "entry 1, has no 'step'",
-    "list": "config.json: lr [1] is not supported",
-    "seed": "config.json has seed 'a', which is not a whole number",
-    "alone": "name two runs or more",
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_what_is_no_run_is_one_line(tmp_path, capsys, what):
-    folder = run(tmp_path / "a")
-    metrics, config = folder / "metrics.jsonl", folder / "config.json"
-    if what == "no folder":
-        config.unlink()
-    elif what == "nothing measured":
-        metrics.unlink()
-    elif what in ("list", "seed"):
-        changed = {"lr": [1]} if what == "list" else {"seed": "a"}
-        config.write_text(json.dumps(CONFIG | changed))
-    elif what != "alone":
-        rows = {"no line": "\0\0\n", "words": '{"step": 0}\n{"step": 1, "train/loss": "low"}\n'}
-        metrics.write_text(rows.get(what, '{"train/loss": 1.0}\n'))
-    argv = [str(folder)] if what == "alone" else [str(folder), str(run(tmp_path / "b"))]
-    assert compare.main([*argv, f"--out={tmp_path}/out"]) == 2
+@pytest.mark.parametrize(
+    "file,rows,words",
+    [
+        ("config.json", [], "it has no config.json"),
+        ("config.json", [CONFIG | {"lr": [1]}], "config.json: lr [1] is not supported"),
+        ("config.json", [CONFIG | {"seed": "a"}], "has seed 'a', which is not a whole number"),
+        ("metrics.jsonl", [], "metrics.jsonl is not there: nothing of this run was measured"),
+        ("metrics.jsonl", ["no object"], "has no line that can be read"),
+        ("metrics.jsonl", [{"train/loss": 1.0}], "entry 1, has no 'step'"),
+        (
+            "metrics.jsonl",
+            [{"step": 0}, {"step": 1, "train/loss": "low"}],
+            "entry 2, has train/loss 'low', which is not a number",
+        ),
+        ("", [], "name two runs or more"),
+    ],
+)
+def test_what_is_no_run_is_one_line(tmp_path, capsys, file, rows, words):
+    folders = [run(tmp_path / "a")]
+    if file:
+        folders.append(run(tmp_path / "b"))
+        (folders[0] / file).unlink()
+    if rows:
+        jsonl(folders[0] / file, rows)
+    assert compare.main([*map(str, folders), f"--out={tmp_path}/out"]) == 2
     said = capsys.readouterr()
-    assert WRONG[what] in said.err and said.err.count("\n") == 1 and not said.out
+    assert words in said.err and said.err.count("\n") == 1 and not said.out
     assert not (tmp_path / "out").exists()
 
 
@@ -214,20 +202,16 @@ def test_the_difference_of_arms_by_brute_force():
     theirs[1].pop(7)  # not asked: compared are the other seven
     found = difference(ours, theirs)
     assert found is not None
-    each = [
-        float(np.mean([(ours[s][p][1] - theirs[s][p][1]) / 40 for p in range(7)])) for s in ours
-    ]
+    right_SP = np.array([[ours[s][p][1] - theirs[s][p][1] for p in range(7)] for s in ours])
+    each, flips_P = (right_SP / 40).mean(1), right_SP.sum(0)
     assert found["each"] == pytest.approx(each) and found["problems"] == 7
-    assert found["figure"][0] == pytest.approx(np.mean(each))
-    flips = [sum(ours[s][p][1] - theirs[s][p][1] for s in ours) for p in range(7)]
-    signs = np.array(list(itertools.product((1, -1), repeat=7))) @ np.array(flips)
-    assert found["p"] == pytest.approx(np.mean(abs(signs) >= abs(sum(flips))))
-    reach = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(each)
-    assert over_seeds(each) == pytest.approx((np.mean(each), reach))
+    signs = np.array(list(itertools.product((1, -1), repeat=7))) @ flips_P
+    assert found["p"] == pytest.approx(np.mean(abs(signs) >= abs(flips_P.sum())))
+    mean, reach = each.mean(), scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(each)
+    assert over_seeds(each.tolist()) == pytest.approx((mean, reach))
     low, high = found["over_problems"]
-    mean = found["figure"][0]
-    assert found["figure"][2] - mean == pytest.approx(math.hypot(high - mean, reach))
-    assert mean - found["figure"][1] == pytest.approx(math.hypot(mean - low, reach))
+    bounds = [mean - math.hypot(mean - low, reach), mean + math.hypot(high - mean, reach)]
+    assert found["figure"] == pytest.approx([mean, *bounds])
     # a seed that one side lacks does not count
     alone, more = {0: theirs[0]}, {0: ours[0], 5: ours[1]}
     assert difference(more, alone) == difference({0: ours[0]}, alone)
@@ -250,8 +234,8 @@ def test_seeds_for_half_the_interval():
 
 def test_wilson_against_scipy():
     for right, count in ((0, 10), (3, 10), (400, 400), (200, 400)):
-        expected = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
-        assert curves.wilson(right / count, count) == pytest.approx(tuple(expected), abs=1e-7)
+        expected = pytest.approx(wilson(right, count), abs=1e-7)
+        assert curves.wilson(right / count, count) == expected
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -283,9 +267,8 @@ def test_curves_lie_where_their_data_is(tmp_path):
         assert line.get_xdata().tolist() == [0, ends]
         assert line.get_ydata() == pytest.approx([0, 60])
         (band,) = ax.collections
-        low, high = scipy.stats.binomtest(6, 10).proportion_ci(method="wilson")
-        at_end = [y for x, y in band.get_paths()[0].vertices if x == ends]
-        assert (min(at_end), max(at_end)) == pytest.approx((100 * low, 100 * high))
+        at_end = [y / 100 for x, y in band.get_paths()[0].vertices if x == ends]
+        assert (min(at_end), max(at_end)) == pytest.approx(wilson(6, 10))
         assert "%" in ax.get_ylabel() and ax.get_ylim() == (0, 100)
     ax = axis()
     curves.draw_metric(ax, metrics, "train/loss", "step")
@@ -325,11 +308,10 @@ def test_labels_do_not_lie_on_each_other():
 
 def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):
     arm = {"arm": "x", "chain": ["sft"], "model": "base", "seeds": [0, 1, 2]}
-
-    outcomes = {
-        ("x", seed): Outcome(runs=[run(tmp_path / f"r{seed}", right=range(2 + 3 * seed))])
-        for seed in range(3)
-    }
+    outcomes = {}
+    for seed in range(3):
+        runs = [run(tmp_path / f"r{seed}", right=range(2 + 3 * seed))]
+        outcomes["x", seed] = Outcome(runs=runs)
     results: Any = SimpleNamespace(outcomes=outcomes)
     found = mean_curve(results, arm)
     assert found is not None
@@ -338,8 +320,7 @@ def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):
     reach = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem([20, 50, 80])
     assert (low[1], high[1]) == pytest.approx((max(0, 50 - reach), min(100, 50 + reach)))
     one = mean_curve(results, arm | {"seeds": [1]})
-    bounds = scipy.stats.binomtest(5, 10).proportion_ci(method="wilson")
-    assert one is not None and one[2:4, 1] == pytest.approx([100 * b for b in bounds])
+    assert one is not None and one[2:4, 1] / 100 == pytest.approx(wilson(5, 10))
     arms = [arm | {"chain": [f"m{i // 2}"]} for i in range(20)] + [arm | {"chain": []}]
     assert [len(shown) for shown in panels(arms)] == [6, 4]
 

@@ -7,9 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from curves import aligned
 from eval.stats import intervals, majority_at_k, paired, pass_at_k, sign_flip_p, student_t
 from eval.summary import Summary, compare, summarise
-from eval.tables import aligned, markdown, table
+from eval.tables import markdown, table
 
 # --- estimates ------------------------------------------------------------------------------------
 

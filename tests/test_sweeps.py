@@ -51,17 +51,24 @@ def written(values):
     return create_sweep_command_args({"args": {name: {"value": v} for name, v in values.items()}})
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_every_trial_is_read_as_it_was_drawn(path, monkeypatch):
-    """What it does not read is noted, and all else has the value that was drawn."""
+@pytest.fixture(params=SWEEPS, ids=lambda path: path.stem)
+def trials(request, monkeypatch):
+    """The options of a sweep's own command, and the values of some trials."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.chdir(ROOT)
+    path = request.param
     sweep, rng = yaml.safe_load(path.read_text()), random.Random(path.stem)
     assert sweep["program"] == "train.py" and "${args}" in sweep["command"]
     assert f"wandb sweep sweeps/{path.name}" in path.read_text()
     fixed = [part for part in sweep["command"] if part.startswith("--")]
-    for trial in range(TRIALS):
-        values, notes = drawn(sweep["parameters"], rng), []
+    return fixed, [drawn(sweep["parameters"], rng) for _ in range(TRIALS)]
+
+
+def test_every_trial_is_read_as_it_was_drawn(trials):
+    """What it does not read is noted, and all else has the value that was drawn."""
+    fixed, every = trials
+    for trial, values in enumerate(every):
+        notes = []
         argv = [*fixed, *written(values)[FORMS[trial % len(FORMS)]]]
         cfg = options.parse(train.Config, argv, notes=notes)
         validate(cfg)
@@ -75,24 +82,19 @@ def test_every_trial_is_read_as_it_was_drawn(path, monkeypatch):
             assert read.get(name, value) == value, name
 
 
+MODELS = {
+    "kd": {"teacher": "random:tiny-teacher", "model": "tiny"},
+    "grpo": {"model": "tiny-teacher", "sample_tokens": 6},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_no_trial_is_lost(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    sweep, rng = yaml.safe_load(path.read_text()), random.Random(path.stem)
-    fixed = [part for part in sweep["command"] if part.startswith("--")]
-    fixed = [part.replace("recipes/", f"{ROOT}/recipes/") for part in fixed]
-    for trial in range(TRIALS):
-        values = drawn(sweep["parameters"], rng)
-        mode = values.get("mode", "kd")
-        short = SHORT | {
-            "runs": str(tmp_path),
-            "name": f"trial-{trial}",
-            "chat_template_kwargs": "",
-        }
-        short |= {"kd": {"teacher": "random:tiny-teacher", "model": "tiny"}}.get(mode, {})
-        short |= {"grpo": {"model": "tiny-teacher", "sample_tokens": 6}}.get(mode, {})
-        short["batch_size"] = 16
+def test_no_trial_is_lost(trials, tmp_path, capsys):
+    fixed, every = trials
+    for trial, values in enumerate(every):
+        short = SHORT | MODELS.get(values.get("mode", "kd"), {})
+        short |= {"runs": str(tmp_path), "name": f"trial-{trial}"}
+        short |= {"chat_template_kwargs": "", "batch_size": 16}
         argv = [*fixed, *written(values | short)[FORMS[trial % len(FORMS)]]]
         assert train.main(argv) == 0, (argv, capsys.readouterr().err)
         assert read_metrics(tmp_path / f"trial-{trial}")[-1]["step"] == 2
@@ -106,9 +108,9 @@ def first_use(argv):
 @pytest.mark.slow
 def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_path):
     """Their runs have names of their own; one trains the teacher while the other waits."""
-    agents = []
-    for number in range(2):
-        (tmp_path / str(number)).mkdir()
+    agents, places = [], [tmp_path / "0", tmp_path / "1"]
+    for number, cwd in enumerate(places):
+        cwd.mkdir()
         values = {"mode": "kd", "seed": number, "log_every": 1, "runs": str(tmp_path / "runs")}
         environment = {
             "WANDB_SWEEP_ID": "sweep",
@@ -117,14 +119,12 @@ def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_
             "CUDA_VISIBLE_DEVICES": str(number),
         }
         argv = written(SHORT | values | {"wandb": "offline"})["args"]
-        cwd = tmp_path / str(number)
         agents.append(start(*argv, cwd=cwd, main=first_use, **environment))
     for agent in agents:
         agent.join(300)
-    assert [agent.exitcode for agent in agents] == [0, 0], [
-        (tmp_path / str(number) / "stderr").read_text() for number in range(2)
-    ]
-    said = [(tmp_path / str(number) / "stdout").read_text() for number in range(2)]
+    errors = [(cwd / "stderr").read_text() for cwd in places]
+    assert [agent.exitcode for agent in agents] == [0, 0], errors
+    said = [(cwd / "stdout").read_text() for cwd in places]
     assert sum("training the toy teacher first" in text for text in said) == 1
     runs = sorted(path.parent for path in (tmp_path / "runs").glob("kd-*/metrics.jsonl"))
     assert len(runs) == 2 and len(list((tmp_path / "runs").glob("teacher-*/metrics.jsonl"))) == 1
@@ -146,9 +146,10 @@ def test_every_way_in_which_wandb_writes_a_trial_is_read(form):
         "teacher": None,
     }
     cfg = options.parse(train.Config, written(values)[form])
+    default = options.parse(train.Config, ["--mode=grpo"])
     for name, value in values.items():
-        expected = getattr(options.parse(train.Config, ["--mode=grpo"]), name)
-        assert getattr(cfg, name) == (expected if value is None else value), name
+        expected = getattr(default, name) if value is None else value
+        assert getattr(cfg, name) == expected, name
 
 
 def test_lists_are_read_as_wandb_writes_them():

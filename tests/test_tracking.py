@@ -87,21 +87,17 @@ def test_a_run_is_there_with_its_tables_curves_sizes_and_axis(tmp_path):
     axes = {m.name or m.glob_name: m.step_metric for m in sittings[0]["metric"]}
     assert axes["eval/*"] == "train/tokens"
     lines = history(sittings[0]) | history(sittings[1])
-    metrics = read_metrics(folder)
-    ours = {}
-    for line in metrics:
-        ours.setdefault(line["step"], {}).update(line)
-    for step, values in ours.items():
-        for name, value in values.items():
-            if name != "step":
-                assert lines[step][name] == pytest.approx(value), (step, name)
+    for line in read_metrics(folder):
+        step = line.pop("step")
+        for name, value in line.items():
+            assert lines[step][name] == pytest.approx(value), (step, name)
     assert lines[0]["train/tokens"] == 0
     for step in (0, 4, 6):
         assert lines[step]["samples/validation._type"] == "table-file"
         assert lines[step]["samples/validation.nrows"] == 3
     assert lines[6]["samples/rollout.nrows"] > 0
     assert lines[6]["results._type"] == "table-file" and lines[6]["curves._type"] == "image-file"
-    accuracies = [ours[step]["eval/word_problems/accuracy"] for step in (4, 6)]
+    accuracies = [lines[step]["eval/word_problems/accuracy"] for step in (4, 6)]
     summary = items(sittings[1]["summary"])
     assert summary["best/accuracy"] == max(accuracies)
     assert summary["best/step"] == (4, 6)[accuracies.index(max(accuracies))]
@@ -111,21 +107,21 @@ def test_a_run_is_there_with_its_tables_curves_sizes_and_axis(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_says_why_in_its_summary(tmp_path):
-    """Once before the run began, by options that do not fit, and once after."""
+@pytest.mark.parametrize(
+    "more,code,folder,words",
+    [  # before the run began, by options that do not fit, and after
+        (["--grpo_samples=3"], 2, "", "no whole groups of --grpo_samples 3"),
+        (["--mode=sft", "--lr=1e30", "--name=x"], 1, "runs/x", ""),
+    ],
+)
+def test_a_trial_that_fails_says_why_in_its_summary(tmp_path, more, code, folder, words):
     sweep = OFFLINE | {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "trial", "WANDB_DIR": str(tmp_path)}
-    argv = ["--mode=grpo", *SMALL, "--wandb=offline", "--model=tiny-teacher"]
-    refused = run(*argv, "--grpo_samples=3", cwd=tmp_path, **sweep)
-    assert refused.returncode == 2
-    (sitting,) = records(tmp_path)
+    argv = ["--mode=grpo", *SMALL, "--wandb=offline", "--model=tiny-teacher", *more]
+    failed = run(*argv, cwd=tmp_path, **sweep)
+    assert failed.returncode == code
+    (sitting,) = records(tmp_path / folder)
     reason = items(sitting["summary"])["failed"]
-    assert "no whole groups of --grpo_samples 3" in reason and "\n" not in reason
-    assert reason in refused.stderr and sitting["exit"][0].exit_code == 1
-    argv = ["--mode=sft", *SMALL, "--wandb=offline", "--lr=1e30", "--name=x"]
-    failed = run(*argv, cwd=tmp_path, **OFFLINE)
-    assert failed.returncode == 1
-    (sitting,) = records(tmp_path / "runs/x")
-    assert items(sitting["summary"])["failed"] in failed.stderr
+    assert words in reason and reason in failed.stderr and "\n" not in reason
     assert sitting["exit"][0].exit_code == 1
 
 
@@ -134,10 +130,6 @@ class Broken:
 
     def __getattr__(self, name):
         raise ConnectionError(f"no {name}\nand more")
-
-
-def settings(**more):
-    return {"wandb": "online", "wandb_project": "p", "wandb_group": "", "wandb_tags": ""} | more
 
 
 def test_no_failure_of_wandb_ends_a_run(tmp_path, monkeypatch, capsys):
@@ -150,12 +142,15 @@ def test_no_failure_of_wandb_ends_a_run(tmp_path, monkeypatch, capsys):
         return Broken()
 
     monkeypatch.setattr(wandb, "init", init)
-    tracker = Tracker(tmp_path, settings(mode="sft"), {}, [])
+    settings = dict.fromkeys(("wandb_project", "wandb_group", "wandb_tags"), "")
+    tracker = Tracker(tmp_path, settings | {"mode": "sft", "wandb": "online"}, {}, [])
     assert modes == ["online", "offline"] and tracker.run is None
-    for call in ("log", "summary", "finish"):
-        tracker.run = Broken()
-        tracker.metrics(1, {"eval/t/accuracy": 1.0}) if call == "log" else tracker.finish()
-        assert tracker.run is None
+    tracker.run = Broken()
+    tracker.metrics(1, {"eval/t/accuracy": 1.0})
+    assert tracker.run is None
+    tracker.run = Broken()
+    tracker.finish()
+    assert tracker.run is None
     tracker.metrics(2, {"train/loss": 1.0})
     tracker.samples(2, [{"text": "a"}], evaluated=True)
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ A panel shows the arms of a few methods (chains of runs) in colour, and all othe
 them. Colour: the method; kind of line and mark: the model that the chain begins from.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -87,28 +88,28 @@ def _style(arm: dict, arms: list[dict], shown: list[str]) -> dict[str, Any]:
 
 def draw_curves(results: Results, arms: list[dict]) -> "Draw":
     """A function that draws the learning curves of all arms, some methods' in colour."""
-    found = [mean_curve(results, arm) for arm in arms]
+    means = [mean_curve(results, arm) for arm in arms]
     runs = [run for outcome in results.outcomes.values() for run in outcome.runs]
     every = {name for run in runs for name in curves.eval_names(read_metrics(run))}
     names = [name for name in sorted(every) if name.endswith("/accuracy")]
-    return partial(_draw_curves, arms, found, runs, names)
 
+    def draw_one(ax: Any, shown: list[str]) -> None:
+        ends = []
+        ax.set(xlabel="student tokens along the chain (marks: a run ends)", ylim=(-2, 100))
+        ax.set_ylabel("validation accuracy, %")
+        for arm, found in zip(arms, means, strict=True):
+            if found is None:
+                continue
+            style, (x, y, low, high, is_end) = _style(arm, arms, shown), found
+            ax.plot(x, y, markevery=is_end == 1, **style)
+            if style["color"] != GREY:
+                ax.fill_between(x, low, high, color=style["color"], alpha=0.07, lw=0)
+                ends.append((x[-1], y[-1], f"{arm['arm']} {y[-1]:.0f}", style["color"]))
+        for name in names:
+            curves.draw_teachers(ax, runs, name)
+        curves.label_ends(ax, ends, 0.05)
 
-def _draw_curves(arms, means, runs, names, ax, shown):
-    ends = []
-    ax.set(xlabel="student tokens along the chain (marks: a run ends)", ylim=(-2, 100))
-    ax.set_ylabel("validation accuracy, %")
-    for arm, found in zip(arms, means, strict=True):
-        if found is None:
-            continue
-        style, (x, y, low, high, is_end) = _style(arm, arms, shown), found
-        ax.plot(x, y, markevery=is_end == 1, **style)
-        if style["color"] != GREY:
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.07, lw=0)
-            ends.append((x[-1], y[-1], f"{arm['arm']} {y[-1]:.0f}", style["color"]))
-    for name in names:
-        curves.draw_teachers(ax, runs, name)
-    curves.label_ends(ax, ends, 0.05)
+    return draw_one
 
 
 def draw_costs(arms: list[dict], task: str, ax: Any, shown: list[str]) -> None:
@@ -123,9 +124,8 @@ def draw_costs(arms: list[dict], task: str, ax: Any, shown: list[str]) -> None:
         mean, low, high = [100 * x for x in figure]
         style, flops = _style(arm, arms, shown), arm["cost"]["flops"]
         if not arm["chain"]:
-            ax.axhline(mean, color="#555555", ls=style["ls"], lw=1, zorder=1)
-            where = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "bottom"}
-            ax.annotate(f"{arm['arm']}, as it is: {mean:.0f} %", (0.01, mean), **where)
+            text = f"{arm['arm']}, as it is: {mean:.0f} %"
+            curves.draw_level(ax, mean, text, style["ls"], "bottom")
         elif flops > 0:  # and known
             reach = [[mean - low], [high - mean]]
             style |= {"ls": ""}
@@ -140,25 +140,23 @@ def draw_costs(arms: list[dict], task: str, ax: Any, shown: list[str]) -> None:
 Draw = Callable[[Any, list[str]], None]
 
 
-def save_panels(path: Path, title: str, rows: list[tuple[Draw, list[list[str]]]]) -> None:
-    """Save a picture: for each row what draws into an axis, and the methods of each panel."""
+def save_panels(path: Path, title: str, draws: list[Draw], shown: list[list[str]]) -> None:
+    """Save a picture: what each of `draws` draws into an axis, for the methods of each panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    columns = min(3, max(len(shown) for _, shown in rows))
-    every = []
-    for draw_one, shown in rows:  # each begins a new line of panels
-        padding = -len(shown) % columns
-        every += [(draw_one, methods) for methods in shown] + [None] * padding
+    columns = min(3, len(shown))
+    padded = [*shown, *[None] * (-len(shown) % columns)]  # each begins a new line of panels
+    every = list(itertools.product(draws, padded))
     lines = len(every) // columns
     figure = Figure(figsize=(6.6 * columns, 4 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    for ax, panel in zip(axes.flat, every, strict=True):
-        if panel is None:
+    for ax, (draw_one, methods) in zip(axes.flat, every, strict=True):
+        if methods is None:
             ax.axis("off")
             continue
         ax.grid(alpha=0.3)
-        panel[0](ax, panel[1])
+        draw_one(ax, methods)
         ax.xaxis.set_major_formatter(EngFormatter())
     figure.suptitle(title, fontsize=10)
     try:
@@ -174,13 +172,13 @@ def draw(results: Results, report: dict, out: Path) -> None:
         evaluated = [task for task, found in arm["accuracy"].items() if found["figure"]]
         tasks |= dict.fromkeys(evaluated[:1])
     starts = dict.fromkeys(arm["model"] for arm in arms)
-    marked = [f"{curves.STYLES[i % 4]} {start}" for i, start in enumerate(starts)]
-    title = (
-        f"{report['title']}: learning curves, mean over seeds; from {', '.join(marked)}; {BANDS}"
-    )
-    shown = panels(arms)
-    save_panels(out / "curves.png", title, [(draw_curves(results, arms), shown)])
-    title = f"{report['title']}: accuracy against cost; marks: "
-    title += ", ".join(f"{curves.SYMBOLS[i % 6]} from {start}" for i, start in enumerate(starts))
-    rows = [(partial(draw_costs, arms, task), shown) for task in tasks or [""]]
-    save_panels(out / "cost.png", title, rows)
+    lines, marks = [], []
+    for i, start in enumerate(starts):
+        lines.append(f"{curves.STYLES[i % 4]} {start}")
+        marks.append(f"{curves.SYMBOLS[i % 6]} from {start}")
+    name, shown = report["title"], panels(arms)
+    title = f"{name}: learning curves, mean over seeds; from {', '.join(lines)}; {BANDS}"
+    save_panels(out / "curves.png", title, [draw_curves(results, arms)], shown)
+    title = f"{name}: accuracy against cost; marks: {', '.join(marks)}"
+    draws = [partial(draw_costs, arms, task) for task in tasks or [""]]
+    save_panels(out / "cost.png", title, draws, shown)

@@ -8,12 +8,13 @@ import re
 import textwrap
 from pathlib import Path
 
+from curves import aligned
 from eval.study.plan import Study
 from eval.study.plots import draw
 from eval.study.results import Outcomes, Results, collect, samples_of
 from eval.study.short import in_short, sentences, where
 from eval.study.tables import claims_table, footnotes, kl_table, listed, main_table
-from eval.tables import aligned, markdown
+from eval.tables import markdown
 from files import replace_file
 
 SHOWN = 2  # samples of each verdict for an arm in samples.md

@@ -68,8 +68,8 @@ class Results:
 
     def done(self, arm: str, task: str | None = None) -> list[int]:
         """The seeds for which an arm is evaluated, on this task if one is named."""
-        found = {s: self.figures[arm, s] for s in self.seeds if (arm, s) in self.figures}
-        return [seed for seed, tasks in found.items() if task is None or task in tasks]
+        done = [seed for seed in self.seeds if (arm, seed) in self.figures]
+        return [seed for seed in done if task is None or task in self.figures[arm, seed]]
 
     def accuracy(self, arm: str, task: str, rate: str = "accuracy") -> dict:
         """Its figure, the accuracy for each seed, and what the interval is over.

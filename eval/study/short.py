@@ -2,14 +2,12 @@
 to run next; and its end: where everything is.
 """
 
-import math
 import statistics
 from pathlib import Path
 
-from eval.stats import ALPHA, student_t
+from eval.stats import half_width
 from eval.study.results import Results
-from eval.study.tables import points
-from eval.tables import asked, cost_cells
+from eval.tables import asked, cost_cells, points
 from run import RunFolder
 
 MOST = 1000  # seeds that are worth a thought
@@ -38,11 +36,7 @@ def in_short(results: Results, report: dict) -> dict | None:
 
 def more_seeds(count: int) -> int:
     """How many seeds halve the interval of the mean that `count` (two or more) have given."""
-
-    def width(n: int) -> float:
-        return student_t(1 - ALPHA / 2, n - 1) / math.sqrt(n)
-
-    return next(n for n in range(count, MOST) if width(n) <= width(count) / 2)
+    return next(n for n in range(count, MOST) if half_width(n) <= half_width(count) / 2)
 
 
 def sentences(report: dict) -> list[str]:
@@ -76,12 +70,12 @@ def sentences(report: dict) -> list[str]:
     cost = ", ".join(
         f"{cell} {name}" for name, cell in cost_cells(best["cost"]).items() if cell not in "-0"
     )
-    ratios = {name: arms[name]["cost"]["flops"] for name in near if arms[name]["chain"]}
-    known = {name: flops for name, flops in ratios.items() if flops > 0}
     line = f"**Cost of {best['arm']}**: {cost or 'none: a model as it is'}."
-    if known and best["cost"]["flops"] > 0:
-        cheapest = min(known, key=lambda name: known[name])
-        ratio = known[cheapest] / best["cost"]["flops"]
+    flops = {name: arms[name]["cost"]["flops"] for name in arms}
+    known = [name for name in near if arms[name]["chain"] and flops[name] > 0]
+    if known and flops[best["arm"]] > 0:
+        cheapest = min(known, key=lambda name: flops[name])
+        ratio = flops[cheapest] / flops[best["arm"]]
         line += f" The cheapest of those, {cheapest}, takes {ratio:.2g} times its FLOPs."
     lines.append(line)
     gains = [

@@ -1,16 +1,8 @@
 """The tables of a study's report, as rows of strings with the heading first."""
 
-from eval.tables import asked, cell, cost_cells
+from eval.tables import asked, cell, cost_cells, points
 
 MARK = " †"  # behind a gain whose two sides were asked differently
-
-
-def points(figure: list[float] | None, sign: str = "") -> str:
-    """[mean, low, high], or only [low, high], in %."""
-    if not figure:
-        return "-"
-    *mean, low, high = [f"{100 * x:{sign}.1f}" for x in figure]
-    return " ".join([*mean, f"[{low}, {high}]"])
 
 
 def main_table(report: dict) -> list[dict[str, str]]:
