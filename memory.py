@@ -153,7 +153,8 @@ def kept_slots(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int
 class Job:
     """What `needs` reads of a run beside its options: models, place, and what is generated.
 
-    rows, slots: Of the largest key-value cache, per rank. longest: Tokens of the longest document
+    teachers: Those whose weights are read. rows, slots: Of the largest key-value cache, per rank;
+    0: nothing is generated. longest: Tokens of the longest document
     with what is generated. seen: The most tokens that a rank has for one micro-batch.
     """
 
@@ -204,7 +205,9 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
         around = 0 if size.adapters else m * size.around
         parts["whole while it computes"] = m * size.around + around + 3 * c * size.block
     copied = shards.policy or size.adapters or c < m or cuda
-    if copied and not (shards.policy and shards.in_shards(job.student, place.compute_dtype)):
+    if shards.policy and shards.in_shards(job.student, place.compute_dtype):
+        copied = False
+    if copied and job.rows:
         shared = size.around if size.adapters and not shards.policy else 0
         parts["copy for generation"] = c * (base - shared)
     frozen, others = shards.ranks if shards.frozen else 1, []

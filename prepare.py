@@ -124,7 +124,9 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
             )
         reward = load_reward(cfg)
         shards = choose_shards(cfg, place, student, [*teachers, reference])
-    job = Job(student, teachers, reference, place, vocab_size)
+    is_filled = (Path(cfg.kd_cache) / "cache.json").is_file
+    unread = bool(cfg.kd_cache) and parallel.on_rank_0(place.rank, is_filled)
+    job = Job(student, [] if unread else teachers, reference, place, vocab_size)
     if not cfg.micro_batch_tokens:
         cfg = dataclasses.replace(cfg, micro_batch_tokens=fitting_tokens(cfg, job, shards))
     with parallel.as_one():

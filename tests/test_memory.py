@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,21 @@ def test_micro_batches_are_as_large_as_fit():
     assert found == sorted(set(found)), found
     cfg, job, shards = run_of(Config(mode="kd", micro_batch_tokens=0))
     assert memory.fitting_tokens(cfg, job, shards) == 8192, "a CPU's memory is not known"
+
+
+def test_weights_that_no_part_of_the_run_reads_take_nothing(tmp_path, monkeypatch, capsys):
+    cfg, job, shards = run_of(Config(mode="sft"))
+    job = dataclasses.replace(job, rows=0)
+    assert "copy for generation" not in memory.needs(cfg, job, shards, 4096)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c").mkdir()
+    argv = ["--kd_signal=topk", "--data=word_problems:40", "--kd_cache=c", *SMALL, "--device=cpu"]
+    found = []
+    for _ in range(2):
+        assert train.main([*argv, "--dry_run"]) == 0
+        found.append(bool(re.search(r"\bteacher [\d.]+ [kM]B", capsys.readouterr().out)))
+        (tmp_path / "c" / "cache.json").touch()  # a filled cache stands in for the teacher
+    assert found == [True, False]
 
 
 def test_shards_divide_what_they_split():
