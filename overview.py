@@ -6,7 +6,7 @@ memory and on the disk, and what is written.
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from config import OWN_TOKENS, SELF, Config, needs_old_logp, teachers_of
 from data.batch import GlobalBatch
 from data.show import show_batch
+from data.tasks import TASKS, Example, grade
 from errors import say
 from memory import check, device_bytes, needs, peak, room_of, size_of
 from model.load import Checkpoint
@@ -101,11 +102,23 @@ def _data(cfg: Config, plan: Plan) -> Iterator[str]:
     yield f"data       {cfg.data}: {counts}"
     for source, size in zip(data.sources, data.sizes, strict=False):
         yield f"           {source.path}: {size:,} trained on"
+    if lacks_marks(data.validation[:LOOKED_AT]):
+        yield (
+            "           ANSWERS ARE NOT MARKED (`#### 7` or a box): accuracy, and as a reward, "
+            "counts marked ones alone, lenient any"
+        )
     if data.sources and not cfg.eval_data and held > HELD_OUT * (held + trained):
         yield (
             f"           VALIDATION TAKES {held:,} OF {held + trained:,} EXAMPLES; fewer with "
             "--eval_examples, none with --eval_data FILE"
         )
+
+
+def lacks_marks(examples: Sequence[Example]) -> bool:
+    """Whether the data's own answers are all wrong to their grader, which looks for a mark."""
+    own = [e for e in examples if e.has_answer and e.answer is not None and e.task in TASKS]
+    verdicts = [grade(e, e.messages[-1]["content"] or "") for e in own if not TASKS[e.task].waits]
+    return bool(verdicts) and not any(verdict.strict for verdict in verdicts)
 
 
 def _per_step(cfg: Config, plan: Plan, steps: int) -> str:
@@ -121,6 +134,8 @@ def _per_step(cfg: Config, plan: Plan, steps: int) -> str:
     text += f" (about {mean * prompts:,.0f} tokens)"
     if len(data):
         text += f": {steps / passes * prompts / len(data):.3g} epochs"
+    if cfg.warmup >= steps > 0:
+        text += f"; THE WARM-UP ({cfg.warmup}) IS NOT OVER BEFORE THE RUN IS"
     return text
 
 
@@ -129,13 +144,15 @@ def _space(cfg: Config, plan: Plan, folder: Path) -> Iterator[str]:
     parts = needs(cfg, plan.job, plan.shards, cfg.micro_batch_tokens)
     device = plan.place.device
     most = peak(parts, device.type == "cuda")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    name = "the CPU"
+    if device.type == "cuda":
+        name = f"each {torch.cuda.get_device_name(device)}"
     there = device_bytes(cfg, device)
     has = f" of {bytes_of(there)}" if there < math.inf else ""
     sharded = ""
     if plan.shards.policy or plan.shards.frozen:
         sharded = f"; models in shards of {plan.shards.ranks} ranks"
-    yield f"memory     about {bytes_of(most)}{has} on each {name}{sharded}"
+    yield f"memory     about {bytes_of(most)}{has} on {name}{sharded}"
     yield "           " + ", ".join(f"{name} {bytes_of(size)}" for name, size in parts.items())
     size, adapters = sizes(cfg, plan.student.config)
     trained = adapters or size

@@ -130,8 +130,19 @@ def named_digests() -> str:
     )
 
 
+def where_raised(e: Exception) -> str | None:
+    """`mine.py:12: NameError: …` of an error in code of the user's; None of any other."""
+    place = None
+    for frame in traceback.extract_tb(e.__traceback__):
+        if Path(frame.filename) in LOADED:
+            place = f"{Path(frame.filename).name}:{frame.lineno}: {type(e).__name__}: {e}"
+    return place
+
+
 def function_of(file: str, name: str, label: str) -> Callable:
     """The function `name` of a Python file. Raises UserError."""
+    if not name:
+        raise UserError(f"{label} {file}: which function? write {file}:NAME")
     function = getattr(load_module(file, label), name, None)
     if not callable(function):
         raise UserError(f"{label} {file} has no function {name!r}")

@@ -37,7 +37,7 @@ from model.optim import clip_gradients, learning_rate, update_average
 from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
 from overview import check_memory, overview, show_first
-from plugins import named_digests
+from plugins import named_digests, where_raised
 from prepare import COSTS, Run, load_models, number_of_steps, setup
 from progress import Progress
 from rl.logprobs import teacher_rows
@@ -605,8 +605,12 @@ def main(argv: list[str]) -> int:
         try:
             run()
         except Exception as e:
+            own = where_raised(e)
+            words = own or str(e) or type(e).__name__
             if parallel.speaks():
-                report_failure(" ".join(str(e).split()) or type(e).__name__)
+                report_failure(" ".join(words.split()))
+            if own and not isinstance(e, (UserError, RunFailed)):
+                raise UserError(own) from None
             raise
 
     return as_command("train.py", tracked, "interrupted", parallel.is_first_to_say)

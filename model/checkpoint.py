@@ -55,6 +55,8 @@ def locate(name: str, option: str) -> Path | None:
         if not named(base_of(folder) / "config.json"):
             raise UserError(f"{option} {name}: the folder has no config.json")
         return folder
+    if folder.is_file():
+        raise UserError(f"{option} {name} is a file; name the folder that it is in")
     local = folder.exists() or name.startswith(("runs/", "checkpoints/"))
     if local or not HUB_ID.fullmatch(name):
         raise UserError(f"{option} {name}: no such folder; presets are {', '.join(PRESETS)}")

@@ -164,10 +164,10 @@ class Reward:
     def _value(self, part: Part, example: Example, text: str, seen: dict) -> float:
         try:
             with within(self.seconds if part.is_own else 0):
-                value = float(part.function(example, text, **{n: seen[n] for n in part.takes}))
-            if math.isfinite(value):
-                return value
-            problem = f"returned {value}"
+                value = part.function(example, text, **{n: seen[n] for n in part.takes})
+            if hasattr(value, "__float__") and math.isfinite(float(value)):
+                return float(value)
+            problem = f"returned {value!r}, which is no finite number,"
         except OverTime:
             problem = f"took longer than --grpo_reward_seconds {self.seconds:g}"
         except (Exception, SystemExit) as e:  # the user's code may raise anything

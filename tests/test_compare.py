@@ -12,6 +12,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import curves
+from errors import UserError
 from eval import compare
 from eval.stats import difference, over_seeds
 from eval.study.plots import mean_curve, panels

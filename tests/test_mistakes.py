@@ -22,6 +22,8 @@ def place(tmp_path_factory):
     """A folder as a user has it: data, a model, a finished run and one without a checkpoint."""
     home = tmp_path_factory.mktemp("home")
     (home / "mine.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    bare = [row | {"answer": str(n + 1)} for n, row in enumerate(ROWS)]
+    (home / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))
     (home / "talk.jsonl").write_text("\n".join(map(json.dumps, TALK)))
     (home / "mine.csv").write_text("question,answer\n1,2\n")
     (home / "empty.jsonl").write_text("")
@@ -97,6 +99,8 @@ MISTAKES = [
     ("--model=model --data=mine.jsonl --teacher=", "--teacher is needed"),
     ("--mode=sft --teacher=model", "teacher is not read with mode=sft"),
     ("--mode=sft --tokenizer=nowhere", "nowhere"),
+    ("--mode=sft --model=model/model.safetensors", "is a file; name the folder that it is in"),
+    ("--mode=grpo --grpo_reward=r.py", "r.py: which function? write r.py:NAME"),
     # data
     ("--mode=sft --data=mine.csv", "mine.csv: a data file ends in .jsonl, .json"),
     ("--mode=sft --data=mine.json", "--data mine.json: no such file"),
@@ -146,6 +150,8 @@ def test_a_mistake_is_one_line(line, words, place, monkeypatch, capsys):
 
 
 DRY = [
+    ("--mode=sft --data=bare.jsonl --eval_examples=6", "ANSWERS ARE NOT MARKED"),
+    ("--mode=sft --steps=9 --warmup=9", "THE WARM-UP (9) IS NOT OVER BEFORE THE RUN IS"),
     ("--mode=sft --data=mine.jsonl --eval_examples=6", "VALIDATION TAKES 6 OF 12 EXAMPLES"),
     ("--mode=sft --data=mine.jsonl --eval_examples=2", "mine.jsonl: 10 trained on"),
     ("--mode=sft --data=mine.jsonl --eval_examples=2", "sft on 1 x cpu, mine: 1,000 steps"),

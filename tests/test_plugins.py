@@ -129,6 +129,16 @@ def test_a_divergence_of_a_plugin_trains_and_goes_on_as_the_built_in_one(home):
     assert read_metrics("runs/whole")[0]["eval/doubles/problems"] == 3
 
 
+def test_what_fails_in_training_is_one_line_with_its_place(home, capsys):
+    plain = [word for word in KD if not word.startswith("--kd_beta")]
+    text = "from losses.kd import DIVERGENCES\n\n\ndef bad(student_logp, teacher_logp, beta):\n"
+    text += "    return nothing\n\n\nDIVERGENCES['fails'] = bad\n"
+    (home / "fails.py").write_text(text)
+    assert train.main([*plain, "--plugin=fails.py", "--kd_divergence=fails"]) == 2
+    said = capsys.readouterr().err
+    assert said == "train.py: fails.py:5: NameError: name 'nothing' is not defined\n"
+
+
 def forget():
     """Another process knows nothing of what a plugin added."""
     plugins.LOADED.clear()
