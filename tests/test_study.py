@@ -619,3 +619,14 @@ def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_p
             time.sleep(0.5)
     assert kills >= 5
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("signal,own", [("draws", True), ("topk", False)])
+def test_each_seed_has_a_cache_of_its_own_draws(tmp_path, signal, own):
+    def cache(seed):
+        options = {"mode": "kd", "kd_signal": signal, "kd_cache": "c", "seed": seed}
+        (word,) = [w for w in jobs.Job("train", options, "").command(tmp_path) if "--kd_cache" in w]
+        return word
+
+    assert (cache(0) != cache(1)) == own
+    assert cache(0).startswith(f"--kd_cache={tmp_path}/caches/c")

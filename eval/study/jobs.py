@@ -83,7 +83,9 @@ class Job:
 
     def _train_command(self, out: Path, values: dict[str, Any]) -> list[str]:
         if values.get("kd_cache"):
-            values["kd_cache"] = f"{out}/caches/{values['kd_cache']}"
+            draws = values.get("kd_signal") == "draws"  # each seed has draws of its own
+            own = f"{values['kd_cache']}-{values['seed']}" if draws else values["kd_cache"]
+            values["kd_cache"] = f"{out}/caches/{own}"
         place = [f"--runs={out}/runs", f"--name={self.name}"]
         config = out / "runs" / self.name / "config.json"
         if not config.exists():
