@@ -345,7 +345,7 @@ def _hold_newest(folder: Path) -> tuple[Path, IO[bytes] | None]:
             if held or newest.is_dir():  # else the run has removed it meanwhile
                 return newest
         held = use(folder / "config.json") if run_of(folder) else None
-        return folder
+        return Path(newest_checkpoint(str(folder), "checkpoint"))  # refuses a run without any
 
     return parallel.on_rank_0(parallel.rank(), choose), held
 

@@ -10,6 +10,9 @@ import pytest
 
 import toy_models
 import train
+from eval import __main__ as evaluation
+from eval import chat, traces
+from eval.study import __main__ as study
 from model.checkpoint import build_model, save_model
 from model.presets import PRESETS
 
@@ -146,6 +149,35 @@ def test_a_mistake_is_one_line(line, words, place, monkeypatch, capsys):
     assert train.main(["--device=cpu", *line.split()]) == 2
     out, error = capsys.readouterr()
     assert error.startswith("train.py: ") and error.count("\n") == 1 and words in error
+    assert sorted(p for p in place.rglob("*") if p.name != ".lock") == before
+
+
+ELSEWHERE = [
+    (chat, "runs/empty", "checkpoint runs/empty: this run has no checkpoint yet"),
+    (chat, "nope", "checkpoint nope: no such folder"),
+    (evaluation, "runs/empty --tasks=word_problems", "this run has no checkpoint yet"),
+    (evaluation, "runs/done --tasks=gsm9k", "no 'gsm9k'; did you mean gsm8k?"),
+    (evaluation, "runs/done --tasks=gsm8k", "fetch: python -m data.download gsm8k --to test_sets"),
+    (evaluation, "runs/done --task=gsm8k", "--task is not an option; did you mean tasks?"),
+    (
+        evaluation,
+        "runs/done --tasks=word_problems --temperature=0",
+        "--greedy takes the most likely",
+    ),
+    (evaluation, "qwen2.5-0.5b --tasks=word_problems", "a preset has random weights"),
+    (traces, "runs/done --data=mine.jsonl", "the following arguments are required: --out"),
+    (study, "nope.toml", "nope.toml is not there"),
+    (study, "mine.jsonl", "mine.jsonl: not valid TOML"),
+]
+
+
+@pytest.mark.parametrize("command,line,words", ELSEWHERE, ids=[line for _, line, _ in ELSEWHERE])
+def test_a_mistake_elsewhere_is_one_line(command, line, words, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    assert command.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
     assert sorted(p for p in place.rglob("*") if p.name != ".lock") == before
 
 
