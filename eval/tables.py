@@ -65,9 +65,11 @@ def cost_cells(cost: dict[str, float]) -> dict[str, str]:
 
 
 def points(figure: Sequence[float] | None, sign: str = "") -> str:
-    """[mean, low, high], or only [low, high], in %."""
+    """[mean, low, high], or only [low, high], in %; bounds that are no numbers are left out."""
     if not figure:
         return "-"
+    if math.isnan(figure[-1]):
+        return f"{100 * figure[0]:{sign}.1f}"
     *mean, low, high = [f"{100 * x:{sign}.1f}" for x in figure]
     return " ".join([*mean, f"[{low}, {high}]"])
 

@@ -33,7 +33,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def started(monkeypatch):
     """The configurations that would have been run."""
     configs = []
-    monkeypatch.setattr(train, "launch", configs.append)
+    monkeypatch.setattr(train, "launch", lambda cfg, **_: configs.append(cfg))
     return configs
 
 
