@@ -126,7 +126,7 @@ def fuzz_templates(count, monkeypatch, capfd):
 def fuzz_commands(count, monkeypatch, capfd):
     """Command lines up to where something would be read."""
     rng, codes = random.Random("commands"), {}
-    monkeypatch.setattr(train, "launch", lambda cfg: None)
+    monkeypatch.setattr(train, "launch", lambda cfg, **_: None)
     names = [*Config.__dataclass_fields__]
     words = [str(v) for v in VALUES if isinstance(v, str | int | float | None)]
     words += ["nan", "-inf", "1e400", "0x10", "٣", "1,2", "a=b", "kd", "grpo", "auto", "--", "²"]

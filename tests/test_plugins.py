@@ -144,7 +144,7 @@ def forget():
     plugins.LOADED.clear()
     for table in (DIVERGENCES, VARIANTS, ADVANTAGES, PARTS, TASKS):
         for name in list(table.added):
-            del table[name]
+            table.pop(name, None)
         table.added.clear()
     WITH_BETA[:] = [name for name in WITH_BETA if name in DIVERGENCES]
 

@@ -191,7 +191,7 @@ def test_the_column_is_read_as_the_question_is(tmp_path):
     same = dataset(tmp_path, [ROW | {"teacher_prompt": messages}], teachers=["t"]).get(0)
     assert list(same.teacher_tokens) == list(first.teacher_tokens)
     assert dataset(tmp_path, [ROW | {"teacher_prompt": told}]).get(0).teacher_tokens is None
-    assert "not read: teacher_prompt" in " ".join(
+    assert "no prompt and no gold answer: teacher_prompt" in " ".join(
         dataset(tmp_path, [ROW | {"teacher_prompt": told}]).notes
     )
     assert not any("not read" in note for note in data.notes)

@@ -71,7 +71,7 @@ def sentences(report: dict) -> list[str]:
         f"{cell} {name}" for name, cell in cost_cells(best["cost"]).items() if cell not in "-0"
     )
     line = f"**Cost of {best['arm']}**: {cost or 'none: a model as it is'}."
-    flops = {name: arms[name]["cost"]["flops"] for name in arms}
+    flops = {name: arms[name]["cost"].get("flops", 0) for name in arms}
     known = [name for name in near if arms[name]["chain"] and flops[name] > 0]
     if known and flops[best["arm"]] > 0:
         cheapest = min(known, key=lambda name: flops[name])
