@@ -157,7 +157,6 @@ ELSEWHERE = [
     (chat, "nope", "checkpoint nope: no such folder"),
     (evaluation, "runs/empty --tasks=word_problems", "this run has no checkpoint yet"),
     (evaluation, "runs/done --tasks=gsm9k", "no 'gsm9k'; did you mean gsm8k?"),
-    (evaluation, "runs/done --tasks=gsm8k", "fetch: python -m data.download gsm8k --to test_sets"),
     (evaluation, "runs/done --task=gsm8k", "--task is not an option; did you mean tasks?"),
     (
         evaluation,
