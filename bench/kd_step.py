@@ -33,7 +33,7 @@ from bench.processes import in_turn, serve
 from bench.train_step import random_batch
 from data.batch import Batch, GlobalBatch
 from kernels.chunk import default_chunk_rows, product
-from kernels.cpu import keep_freed_memory
+from kernels.cpu import fastest_product, keep_freed_memory
 from losses.kd import KDConfig, kd_loss
 from model.checkpoint import build_model
 from model.optim import build_optimizer, clip_gradients
@@ -122,7 +122,8 @@ def body_products(config: ModelConfig, tokens: int, times: int) -> None:
     for width, depth in shapes:
         x, weight = torch.randn(tokens, width), torch.randn(width, depth)
         for _ in range(times * config.num_layers):
-            x @ weight
+            with fastest_product(x, tokens * width * depth):
+                x @ weight
 
 
 def child(args: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
         options["out_dtype"] = out.dtype
     else:
         a, b = a.to(out.dtype), b.to(out.dtype)
-    with fastest_product(out, a.shape[1]):
+    with fastest_product(out, out.numel() * a.shape[1]):
         if add:
             return torch.addmm(out, a, b, out=out, **options)
         return torch.mm(a, b, out=out, **options)

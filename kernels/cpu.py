@@ -61,12 +61,14 @@ def choose_threads(parameters: int, given: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def fastest_product(out: Tensor, inner: int) -> Iterator[None]:
-    """Inside, a product into `out` runs in the faster library that is exact on this machine.
+def fastest_product(like: Tensor, multiplications: int) -> Iterator[None]:
+    """Inside, products run in the faster library that is exact on this machine.
 
-    `inner` is the size that is summed over.
+    Args:
+        like: has the dtype and device of the products.
+        multiplications: how many the smallest of them has.
     """
-    if out.numel() * inner < LEAST_PRODUCT or not uses_onednn(out):
+    if multiplications < LEAST_PRODUCT or not uses_onednn(like):
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -79,7 +81,7 @@ def fastest_product(out: Tensor, inner: int) -> Iterator[None]:
 
 
 def uses_onednn(out: Tensor) -> bool:
-    """Whether `fastest_product` takes oneDNN for a large product into `out`."""
+    """Whether `fastest_product` takes oneDNN for large products like `out`."""
     return out.device.type == "cpu" and out.dtype == torch.float32 and onednn_is_exact()
 
 
