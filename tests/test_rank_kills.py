@@ -1,12 +1,14 @@
 """Ranks and whole nodes that are killed under torchrun's agents: the run goes on as if undisturbed.
 
-The agents are those of torchrun (`elastic_launch`); their ranks are forks of a process that has
-imported everything, so that a restart takes seconds.
+Most agents are torchrun's (`elastic_launch`) with ranks that are forks of a process that has
+imported everything, so that a restart takes seconds; the last test types the command lines of
+docs/scaling.md.
 """
 
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 
@@ -16,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import train
 from model import parallel
 from tests import distributed_workers as workers
+from tests.conftest import ROOT
 from tests.test_train import SMALL, timeless
 
 RUN = [*SMALL, "--steps=16", "--save_every=2", "--eval_every=8", "--batch_size=8", "--name=r"]
@@ -88,9 +91,9 @@ def undisturbed(argv, cwd):
     return time.monotonic() - began
 
 
-def assert_same(got, want):
+def assert_same(got, want, step=16):
     assert timeless(got) == timeless(want)
-    for name in ("samples.jsonl", "checkpoints/step-16/model.safetensors"):
+    for name in ("samples.jsonl", f"checkpoints/step-{step}/model.safetensors"):
         assert (got / name).read_bytes() == (want / name).read_bytes(), name
 
 
@@ -160,3 +163,74 @@ def parent(pid):
             return int(file.read().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+def torchrun(argv, cwd, port):
+    """One of two nodes with two ranks each, as docs/scaling.md has it, of a job that goes on."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    agent += ["--max-restarts=100", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command = [*agent, str(ROOT / "train.py"), "--device=cpu", *argv, "--resume=auto"]
+    with open(cwd / "said", "a") as said:
+        own = {"cwd": cwd, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+        return subprocess.Popen(command, stdout=said, stderr=said, **own)
+
+
+def ranks_of(agent):
+    """The processes of an agent that have begun to run train.py."""
+    found = []
+    for number in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{number}/cmdline") as file:
+                is_rank = parent(number) == agent.pid and "train.py" in file.read()
+        except OSError:
+            continue
+        if is_rank:
+            found.append(int(number))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, more", [("sft", []), ("kd", SHARDED)], ids=["sft", "kd sharded"])
+def test_the_command_line_of_torchrun_survives_kills(tmp_path, mode, more, ranks=5, nodes=3):
+    """Kills of a rank and of a whole node, in a random order, each when the run is further."""
+    argv = [*RUN, *MODES[mode], *more, "--steps=24", "--max_checkpoints=100"]
+    whole = workers.run(*argv, cwd=tmp_path, ranks=4, timeout=900)
+    assert whole.returncode == 0, whole.stderr
+    rng, cwd = random.Random(0), tmp_path / "killed"
+    cwd.mkdir()
+    kinds = ["rank"] * ranks + ["node"] * nodes
+    rng.shuffle(kinds)
+    due = [24 * number / len(kinds) for number in range(len(kinds))]
+    done, began, port = 0, time.monotonic(), workers.free_port()
+    agents = [torchrun(argv, cwd, port) for _ in range(2)]
+    while any(agent.poll() != 0 for agent in agents):
+        time.sleep(0.2)
+        assert time.monotonic() - began < 3000, (cwd / "said").read_text()[-5000:]
+        for node, agent in enumerate(agents):
+            if agent.poll():  # the other one, too, if it had the store
+                agents[node] = torchrun(argv, cwd, port)
+        saved = [int(path.name[5:]) for path in (cwd / "runs/r/checkpoints").glob("step-*")]
+        there = [ranks_of(agent) for agent in agents]
+        is_due = done < len(kinds) and max(saved, default=0) >= due[done]
+        if not is_due or [len(own) for own in there] != [2, 2]:
+            continue
+        time.sleep(rng.uniform(0, 2))
+        node = rng.randrange(2)
+        killed = [rng.choice(there[node])]
+        if kinds[done] == "node":
+            killed = [agents[node].pid, *there[node]]
+        for number in killed:
+            kill(number)
+        took = time.monotonic() - began
+        print(f"{took:.0f} s: step {max(saved, default=0)}, {kinds[done]} {node}", flush=True)
+        done += 1
+        while pids_alive(killed):
+            agents[node].poll()
+            time.sleep(0.1)
+    print(f"{mode}: {done} kills, {time.monotonic() - began:.0f} s")
+    assert done == len(kinds), "the run was over before the last kill"
+    assert_same(cwd / "runs/r", tmp_path / "runs/r", step=24)
+
+
+def pids_alive(numbers):
+    return [number for number in numbers if os.path.exists(f"/proc/{number}")]
