@@ -160,9 +160,8 @@ class Job:
     """What `needs` reads of a run beside its options: models, place, and what is generated.
 
     teachers: Those whose weights are read. rows, slots: Of the key-value cache of validation, per
-    rank; sampled_rows, sampled_slots: Of rollouts; 0: nothing is generated. longest: Tokens of the
-    longest document with what is generated. seen: The most tokens that a rank has for one
-    micro-batch.
+    rank; 0: nothing is generated. longest: Tokens of the longest document
+    with what is generated. seen: The most tokens that a rank has for one micro-batch.
     """
 
     student: Checkpoint
@@ -174,8 +173,6 @@ class Job:
     slots: int = CAPACITY
     longest: int = LEAST_TOKENS
     seen: float = math.inf
-    sampled_rows: int = 0
-    sampled_slots: int = 0
 
     def with_data(self, cfg: Config, dataset: Dataset) -> "Job":
         """This job with the lengths of its data; of an endless task those of its first problems."""
@@ -184,19 +181,11 @@ class Job:
         longest = max(max(len(d), len(d.for_teacher())) for d in documents)
         prompt = longest if cfg.mode == "grpo" else max(d.completion_start for d in documents)
         rows = min(256, -(-len(dataset.validation) // world)) if cfg.eval_examples else 0
-        share, sampled_rows = -(-cfg.batch_size // world), 0
+        slots = prompt + cfg.eval_tokens if rows else 0
         if samples(cfg):
             longest += cfg.sample_tokens
-            sampled_rows = min(cfg.sample_batch, share)
-        return dataclasses.replace(
-            self,
-            rows=rows,
-            slots=prompt + cfg.eval_tokens,
-            longest=longest,
-            seen=share * longest,
-            sampled_rows=sampled_rows,
-            sampled_slots=longest,
-        )
+        seen = -(-cfg.batch_size // world) * longest
+        return dataclasses.replace(self, rows=rows, slots=slots, longest=longest, seen=seen)
 
 
 def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
@@ -215,6 +204,9 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
         "AdamW": 2 * m * trained / split,
     }
     gathered = 0
+    if place.world > 1 and not shards.policy:  # what is summed at a time, in a copy
+        largest = parallel.BUCKET_ELEMENTS + config.vocab_size * config.hidden_size
+        parts["sum over ranks"] = m * min(trained, largest)
     if shards.policy:  # whole, and what is to be summed of its gradient; a block and the next one
         parts["around the blocks"] = c * size.around if size.adapters else 2 * m * size.around
         gathered = (3 * c if size.adapters else 2 * c + m) * size.block
@@ -241,8 +233,8 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
     if not backend.triton_serves(place.device):
         parts["logits"] += m * block * (6 if job.teachers else 1)
     parts["KV cache"] = kept_slots(config, job.rows, job.slots, c)
-    rows = min(job.sampled_rows, cfg.sample_batch)
-    cache = kept_slots(config, rows, job.sampled_slots, c)
+    rows = min(cfg.sample_batch, -(-cfg.batch_size // place.world)) if samples(cfg) else 0
+    cache = kept_slots(config, rows, max(job.longest, cfg.sample_tokens), c)
     if cache > KEPT_BYTES:
         parts["KV cache"] = max(cache, parts["KV cache"])
     elif cache:
@@ -306,6 +298,7 @@ def _copies(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
 
 
 STEP = ("gradients", "around the blocks")
+APART = ("a teacher at work", "sum over ranks")  # before the student computes, and after it
 OF_THE_STUDENT = ("activations", "head")
 IN_TURN = ("logits", "a block at work")  # never at the same time
 GENERATION = ("KV cache", "copy for validation")
@@ -314,14 +307,13 @@ GENERATION = ("KV cache", "copy for validation")
 def peak(parts: dict[str, float], on_cuda: bool) -> float:
     """The most at a time: the larger of a training step and of generation.
 
-    In a step a teacher computes first. On a GPU generation takes what is there: with a smaller
-    cache fewer rows run at a time.
+    On a GPU generation takes what is there: with a smaller cache fewer rows run at a time.
     """
-    passing = (*STEP, *OF_THE_STUDENT, *IN_TURN, *GENERATION, "a teacher at work")
+    passing = (*STEP, *APART, *OF_THE_STUDENT, *IN_TURN, *GENERATION)
     standing = sum(size for name, size in parts.items() if name not in passing)
     student = sum(parts[name] for name in OF_THE_STUDENT) + max(parts[name] for name in IN_TURN)
     step = sum(parts.get(name, 0) for name in STEP)
-    step += max(student, parts.get("a teacher at work", 0))
+    step += max(student, *(parts.get(name, 0) for name in APART))
     generation = parts.get("copy for validation", 0)
     if on_cuda:
         return (standing + max(step, generation)) * FRAGMENTS + OF_CUDA
@@ -333,10 +325,6 @@ def fitting_tokens(cfg: Config, job: Job, shards: Shards) -> int:
     room, tokens = room_of(cfg, job), LEAST_TOKENS
     if room == math.inf:
         return 8192
-    if samples(cfg) and not job.sampled_rows:  # the data is not read yet
-        rows = min(cfg.sample_batch, -(-cfg.batch_size // job.place.world))
-        slots = cfg.sample_tokens + CAPACITY
-        job = dataclasses.replace(job, sampled_rows=rows, sampled_slots=slots)
     while tokens < MOST_TOKENS and predicted(cfg, job, shards, 2 * tokens) <= room:
         tokens *= 2
     step = tokens // 8
@@ -375,7 +363,7 @@ def check(
         ((name, value),) = change.items()
         if name.startswith("shard") and job.place.world == 1:
             continue
-        if name == "sample_batch" and not job.sampled_rows:
+        if name == "sample_batch" and not samples(cfg):
             continue
         for tried in (change, every | change):
             other = dataclasses.replace(cfg, **tried)

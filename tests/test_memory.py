@@ -52,11 +52,11 @@ def place(dtype=torch.float32, device="cpu", world=1):
 
 def allocations(call):
     """(call(), bytes of CPU memory that tensors hold more after it, the most in between)."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    profile: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with profile:
         result = call()
     now = most = 0
-    results: Any = profile.kineto_results
-    for event in results.events():
+    for event in profile.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
@@ -169,9 +169,9 @@ class Life:
             self.counted(self.rollout)
         models = [] if cfg.mode == "sft" else [student if follows else teacher]
         at = place(dtype, world=world)
-        job = memory.Job(student, models, None, at, 12000, rows=0)
+        job = memory.Job(student, models, None, at, 12000, 0, longest=0)
         if cfg.mode == "grpo":
-            job = memory.Job(student, [], models[0], at, 12000, rows=0)
+            job = memory.Job(student, [], models[0], at, 12000, 0, longest=0)
         self.parts = memory.needs(cfg, job, shards, self.tokens)
 
     def loaded(self, call):
@@ -216,7 +216,8 @@ def life_main(rank, world, port, ranks, results):
     told = {}
     for case, options in ON_RANKS.items():
         if ranks or options.get("shard_rollouts") != "on":
-            life = Life(Config(**({"mode": "sft"} | options)), world, ranks)
+            cfg = Config(**({"mode": "sft", "sample_batch": 1} | options))
+            life = Life(cfg, world, ranks)
             parallel.barrier()  # no rank needs this one any more, and what was whole is in shards
             held = {"weights": held_bytes(life.policy.parameters())}
             states = [x for state in life.optimizer.state.values() for x in state.values()]
@@ -300,6 +301,36 @@ def test_what_cannot_fit_is_refused_with_what_would_mend_it(gb, world, options, 
 def test_a_cache_is_as_large_as_the_formula_says():
     policy, _ = load_policy(named(SHAPE), None, None, torch.device("cpu"), torch.float32, 0)
     assert KVCache(policy, 5, 512, 512).nbytes == memory.kept_slots(SHAPE, 5, 400, 4)
+
+
+def test_rollouts_keep_their_copy_and_cache_and_validation_does_not():
+    cfg, job, shards = run_of(Config(mode="sft"))
+    parts = memory.needs(cfg, job, shards, 4096)
+    copy = 2 * job.student.parameters
+    assert parts["copy for validation"] == copy and "copy for rollouts" not in parts
+    without = {name: size for name, size in parts.items() if name != "copy for validation"}
+    assert memory.peak(parts, True) == memory.peak(without, True)
+    cfg = Config(mode="kd", kd_prefix="student", sample_batch=8)
+    job = dataclasses.replace(job, longest=1000)
+    parts = memory.needs(cfg, job, shards, 4096)
+    cache = memory.kept_slots(SHAPE, 8, 1000, 2)
+    assert (parts["copy for rollouts"], parts["cache of rollouts"]) == (copy, cache)
+    less = {**parts, "copy for rollouts": 0, "cache of rollouts": 0}
+    more = memory.peak(parts, True) - memory.peak(less, True)
+    assert more == pytest.approx(memory.FRAGMENTS * (copy + cache))
+    too_large = dataclasses.replace(job, longest=1 << 30)
+    parts = memory.needs(cfg, too_large, shards, 4096)
+    assert "cache of rollouts" not in parts and parts["KV cache"] > memory.KEPT_BYTES
+
+
+def test_a_teacher_may_take_more_than_the_student_whose_turn_is_next():
+    wide = dataclasses.replace(TEACHER, intermediate_size=1 << 17)
+    cfg, job, shards = run_of(Config(mode="kd"), teacher=wide)
+    parts = memory.needs(cfg, job, shards, 4096)
+    assert parts["a teacher at work"] == 4 * 4096 * 2 * (1 << 17)
+    stays = sum(parts[name] for name in ("weights", "gradients", "AdamW", "teacher"))
+    most = (stays + parts["a teacher at work"]) * memory.FRAGMENTS + memory.OF_CUDA
+    assert memory.peak(parts, True) == pytest.approx(most)
 
 
 def test_micro_batches_are_as_large_as_fit():
