@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from model import parallel
+from run import RunFolder
 from tests import distributed_workers as workers
 from tests.conftest import ROOT
 from tests.test_sweeps import SHORT_TEACHER
@@ -225,9 +226,8 @@ def test_the_command_line_of_torchrun_survives_kills(tmp_path, mode, more, ranks
         for node in range(2):
             if agents[node].poll():  # the other one, too, if it had the store
                 agents[node] = torchrun(argv, cwd, agent)
-        saved = [int(path.name[5:]) for path in (cwd / "runs/r/checkpoints").glob("step-*")]
         there = [ranks_of(started) for started in agents]
-        is_due = done < len(kinds) and max(saved, default=0) >= due[done]
+        is_due = done < len(kinds) and newest(cwd) >= due[done]
         if not is_due or [len(own) for own in there] != [2, 2]:
             continue
         time.sleep(rng.uniform(0, 2))
@@ -238,7 +238,7 @@ def test_the_command_line_of_torchrun_survives_kills(tmp_path, mode, more, ranks
         for number in killed:
             kill(number)
         took = time.monotonic() - began
-        print(f"{took:.0f} s: step {max(saved, default=0)}, {kinds[done]} {node}", flush=True)
+        print(f"{took:.0f} s: step {newest(cwd)}, {kinds[done]} {node}", flush=True)
         done += 1
         while pids_alive(killed):
             agents[node].poll()
@@ -246,6 +246,11 @@ def test_the_command_line_of_torchrun_survives_kills(tmp_path, mode, more, ranks
     print(f"{mode}: {done} kills, {time.monotonic() - began:.0f} s")
     assert done == len(kinds), "the run was over before the last kill"
     assert_same(cwd / "runs/r", tmp_path / "runs/r", step=24)
+
+
+def newest(cwd):
+    """The step of the newest checkpoint, or 0."""
+    return max(RunFolder(cwd / "runs/r").steps(), default=0)
 
 
 def pids_alive(numbers):
@@ -263,8 +268,8 @@ def test_a_node_is_replaced_while_the_other_lives_on(tmp_path, kills=2):
     first = torchrun(argv, cwd, [*agent, "--rdzv_conf=is_host=true"])
     for done in range(kills + 1):
         second = torchrun(argv, cwd, [*agent, "--rdzv_conf=is_host=false"])
-        began, step = time.monotonic(), 5 * done + 2
-        while done < kills and not (cwd / f"runs/r/checkpoints/step-{step // 2 * 2}").exists():
+        began = time.monotonic()
+        while done < kills and newest(cwd) < 5 * done + 2:
             assert time.monotonic() - began < 600 and first.poll() is None
             time.sleep(0.1)
         if done < kills:
