@@ -37,8 +37,9 @@ def rows():
     return found
 
 
-def shares(student, is_split, teacher, is_frozen_split, gpus):
+def shares(pair, gpus):
     """Computing, %, where transfers hide as far as they can, and where none does."""
+    student, is_split, teacher, is_frozen_split = pair
     own, other = memory.size_of(SIZES[student]), memory.size_of(SIZES[teacher])
     n, r, m = min(gpus, 8), gpus // min(gpus, 8), MICRO_BATCHES
     P, share, pairs = own.blocks + own.around, (n - 1) / n, 2 * (r - 1) / r
@@ -59,8 +60,9 @@ def shares(student, is_split, teacher, is_frozen_split, gpus):
     return [100 * computing / (computing + waiting) for waiting in (hidden, plain)]
 
 
-def plan(student, is_split, teacher, is_frozen_split, gpus):
+def plan(pair, gpus):
     """(options, job, shards) of on-policy distillation on H100s."""
+    student, is_split, teacher, is_frozen_split = pair
     recompute = student != "0.5B"
     cfg = Config(mode="kd", kd_prefix="student", activation_checkpointing=recompute)
     place = parallel.Device(torch.device("cuda"), torch.bfloat16, 0, gpus)
@@ -78,15 +80,15 @@ def test_shares_and_memory_are_those_of_the_formulas(row, monkeypatch):
     models, said, gigabytes = row
     monkeypatch.setattr(memory.backend, "triton_serves", lambda device: True)  # an H100's kernels
     for gpus, cell in zip((8, 64, 512), said[1:], strict=True):
-        hidden, plain = shares(*models, gpus)
+        hidden, plain = shares(models, gpus)
         want = f"{hidden:.0f} to {plain:.0f}" if any((models[1], models[3])) else f"{hidden:.0f}"
         assert cell == want, gpus
-    cfg, job, shards = plan(*models, 8)
+    cfg, job, shards = plan(models, 8)
     parts = memory.needs(cfg, job, shards, TOKENS)
     standing = sum(size for name, size in parts.items() if name not in LEFT_OUT)
     assert gigabytes == f"{standing / 1e9:.0f}"
     assert memory.predicted(cfg, job, shards, TOKENS) < 80e9, "eight GPUs are enough"
     is_split = models[1] or models[3]
     assert said[0] == ("does not fit" if is_split else "100")
-    alone = plan(models[0], False, models[2], False, 1)
+    alone = plan((models[0], False, models[2], False), 1)
     assert (memory.predicted(*alone, TOKENS) > 80e9) == is_split

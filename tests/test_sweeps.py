@@ -139,7 +139,7 @@ def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_
 SHORT_TEACHER = """
 import runpy, sys, toy_models
 toy_models.TEACHER["steps"] = 4
-runpy.run_path(toy_models.ROOT / "train.py", run_name="__main__")
+runpy.run_path(str(toy_models.ROOT / "train.py"), run_name="__main__")
 """
 
 
