@@ -21,6 +21,7 @@ from errors import UserError
 from kernels import backend
 from kernels.chunk import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from model import parallel
+from model.generate import KEPT_BYTES
 from model.kv_cache import CAPACITY
 from model.load import Checkpoint
 from model.lora import parse_targets
@@ -149,12 +150,17 @@ def kept_slots(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int
 # --- a run ----------------------------------------------------------------------------------------
 
 
+def samples(cfg: Config) -> bool:
+    """Whether a run has rollouts."""
+    return cfg.mode == "grpo" or cfg.kd_prefix != "data"
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What `needs` reads of a run beside its options: models, place, and what is generated.
 
-    teachers: Those whose weights are read. rows, slots: Of the largest key-value cache, per rank;
-    0: nothing is generated. longest: Tokens of the longest document
+    teachers: Those whose weights are read. rows, slots: Of the key-value cache of validation, per
+    rank; 0: nothing is generated. longest: Tokens of the longest document
     with what is generated. seen: The most tokens that a rank has for one micro-batch.
     """
 
@@ -173,17 +179,13 @@ class Job:
         number, world = len(dataset) or LOOKED_AT, self.place.world
         documents = [dataset.get(i) for i in range(number)] + dataset.validation_documents()
         longest = max(max(len(d), len(d.for_teacher())) for d in documents)
-        samples = cfg.mode == "grpo" or (cfg.mode == "kd" and cfg.kd_prefix != "data")
         prompt = longest if cfg.mode == "grpo" else max(d.completion_start for d in documents)
         rows = min(256, -(-len(dataset.validation) // world)) if cfg.eval_examples else 0
         slots = prompt + cfg.eval_tokens if rows else 0
-        share = -(-cfg.batch_size // world)
-        if samples:
+        if samples(cfg):
             longest += cfg.sample_tokens
-            rows, slots = max(rows, min(cfg.sample_batch, share)), max(slots, longest)
-        return dataclasses.replace(
-            self, rows=rows, slots=slots, longest=longest, seen=share * longest
-        )
+        seen = -(-cfg.batch_size // world) * longest
+        return dataclasses.replace(self, rows=rows, slots=slots, longest=longest, seen=seen)
 
 
 def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
@@ -201,55 +203,105 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
         "gradients": m * trained / split,
         "AdamW": 2 * m * trained / split,
     }
-    if shards.policy:
-        around = 0 if size.adapters else m * size.around
-        parts["whole while it computes"] = m * size.around + around + 3 * c * size.block
-    copied = shards.policy or size.adapters or c < m or cuda
-    if shards.policy and shards.in_shards(job.student, place.compute_dtype):
-        copied = False
-    if copied and job.rows:
-        shared = size.around if size.adapters and not shards.policy else 0
-        parts["copy for generation"] = c * (base - shared)
-    frozen, others = shards.ranks if shards.frozen else 1, []
-    for teacher in job.teachers if cfg.teacher != AVERAGE else ():
-        others.append(teacher)
-    if cfg.teacher == AVERAGE and job.teachers:
-        parts["moving average"] = m * trained / split
-    if job.reference:
-        others.append(job.reference)
-    for model in {id(o): o for o in others}.values():
-        if model is job.student and size.adapters and not shards.policy:
-            continue  # the base itself
-        own = size_of(model.config)
-        name = "reference" if model is job.reference else "teacher"
-        held = c * (own.blocks + own.around) / frozen
-        if frozen > 1:
-            held += c * (own.around + 2 * own.block)
-        parts[name] = parts.get(name, 0) + held
+    gathered = 0
+    if place.world > 1 and not shards.policy:  # what is summed at a time, in a copy
+        largest = parallel.BUCKET_ELEMENTS + config.vocab_size * config.hidden_size
+        parts["sum over ranks"] = m * min(trained, largest)
+    if shards.policy:  # whole, and what is to be summed of its gradient; a block and the next one
+        parts["around the blocks"] = c * size.around if size.adapters else 2 * m * size.around
+        gathered = (3 * c if size.adapters else 2 * c + m) * size.block
+    parts |= _frozen(cfg, job, shards, m * trained / split, tokens)
+    parts |= _copies(cfg, job, shards)
 
     saved = tokens * saved_per_token(config, c, cuda)
     carried = tokens * config.hidden_size * c
     cast = 0 if m == c or size.adapters or shards.policy else c * size.block
     kept = carried if cfg.activation_checkpointing else saved + cast
     parts["activations"] = config.num_layers * kept + 3 * carried
-    at_work = tokens * c * 4 * config.intermediate_size
+    at_work = tokens * c * 4 * config.intermediate_size + gathered
     parts["a block at work"] = at_work + cfg.activation_checkpointing * (saved + cast)
     hidden = config.hidden_size + sum(teacher.config.hidden_size for teacher in job.teachers)
-    gradient = 0 if size.adapters else m * job.vocab * config.hidden_size
-    cast_head = 0 if c == m else c * job.vocab * config.hidden_size
-    parts["head"] = gradient + cast_head + m * tokens * hidden
+    head = job.vocab * config.hidden_size
+    is_whole = not (size.adapters or shards.policy)  # else none, or it is around the blocks
+    parts["head"] = m * head * is_whole + m * tokens * hidden
     logits = min(tokens * job.vocab, CHUNK_ELEMENTS["cuda" if cuda else "cpu"])
     block = logits if cuda else min(logits, BLOCK_ELEMENTS)
     models = 1 + bool(job.teachers)
-    parts["logits"] = m * models * logits + (c < m) * c * logits
+    parts["logits"] = m * models * logits
+    if c < m:  # the head is cast; without tensor cores back again
+        parts["logits"] += c * logits + c * head * (not size.adapters) + m * head * (not cuda)
     if not backend.triton_serves(place.device):
         parts["logits"] += m * block * (6 if job.teachers else 1)
     parts["KV cache"] = kept_slots(config, job.rows, job.slots, c)
+    rows = min(cfg.sample_batch, -(-cfg.batch_size // place.world)) if samples(cfg) else 0
+    cache = kept_slots(config, rows, max(job.longest, cfg.sample_tokens), c)
+    if cache > KEPT_BYTES:
+        parts["KV cache"] = max(cache, parts["KV cache"])
+    elif cache:
+        parts["cache of rollouts"] = cache  # stays for the next ones
     return parts
 
 
-STEP = ("gradients", "activations", "head", "whole while it computes")
+def _frozen(cfg: Config, job: Job, shards: Shards, trained: float, tokens: int) -> dict[str, float]:
+    """Teachers and reference; trained: bytes that a rank holds of what is trained."""
+    c, parts = job.place.compute_dtype.itemsize, {}
+    others = [] if cfg.teacher == AVERAGE else [*job.teachers]
+    if cfg.teacher == AVERAGE and job.teachers:
+        parts["moving average"] = trained
+        if shards.policy:
+            own = size_of(job.student.config)
+            base = c * (own.blocks + own.around) / shards.ranks if cfg.lora_rank else 0
+            whole = c if cfg.lora_rank else max(c, 4)
+            parts["moving average"] += base + whole * own.around
+    if job.reference:
+        others.append(job.reference)
+    for model in {id(o): o for o in others}.values():
+        if model is job.student and cfg.lora_rank and not shards.policy:
+            continue  # the base itself
+        own = size_of(model.config)
+        name = "reference" if model is job.reference else "teacher"
+        held = c * (own.blocks + own.around)
+        at_work = 4 * tokens * c * model.config.intermediate_size
+        if shards.frozen:
+            held = held / shards.ranks + c * own.around
+            at_work += 2 * c * own.block
+        parts[name] = parts.get(name, 0) + held
+        parts["a teacher at work"] = max(parts.get("a teacher at work", 0), at_work)
+    return parts
+
+
+def _copies(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
+    """What generation reads beside the weights: a copy, or of a model in shards perhaps the head.
+
+    That of rollouts stays; validation makes its own, and lets it go.
+    """
+    dtype, cuda = job.place.compute_dtype, job.place.device.type == "cuda"
+
+    def copy_of(model: Checkpoint, split: bool, trained: bool) -> float:
+        config, own = model.config, size_of(model.config)
+        if split and shards.in_shards(model, dtype):
+            return dtype.itemsize * config.vocab_size * config.hidden_size
+        if not split and not (trained and (cfg.lora_rank or dtype.itemsize < 4 or cuda)):
+            return 0
+        shared = own.around if trained and cfg.lora_rank and not split else 0
+        return dtype.itemsize * (own.blocks + own.around - shared)
+
+    policy = copy_of(job.student, shards.policy, True)
+    teachers = max([copy_of(t, shards.frozen, False) for t in job.teachers], default=0)
+    copies = {
+        "copy for rollouts": teachers if cfg.kd_prefix == "teacher" else policy,
+        "copy for validation": max(policy, teachers) if job.rows else 0,
+    }
+    if not samples(cfg):
+        del copies["copy for rollouts"]
+    return {name: size for name, size in copies.items() if size}
+
+
+STEP = ("gradients", "around the blocks")
+APART = ("a teacher at work", "sum over ranks")  # before the student computes, and after it
+OF_THE_STUDENT = ("activations", "head")
 IN_TURN = ("logits", "a block at work")  # never at the same time
+GENERATION = ("KV cache", "copy for validation")
 
 
 def peak(parts: dict[str, float], on_cuda: bool) -> float:
@@ -257,12 +309,15 @@ def peak(parts: dict[str, float], on_cuda: bool) -> float:
 
     On a GPU generation takes what is there: with a smaller cache fewer rows run at a time.
     """
-    passing = (*STEP, *IN_TURN, "KV cache")
+    passing = (*STEP, *APART, *OF_THE_STUDENT, *IN_TURN, *GENERATION)
     standing = sum(size for name, size in parts.items() if name not in passing)
-    step = sum(parts.get(name, 0) for name in STEP) + max(parts[name] for name in IN_TURN)
+    student = sum(parts[name] for name in OF_THE_STUDENT) + max(parts[name] for name in IN_TURN)
+    step = sum(parts.get(name, 0) for name in STEP)
+    step += max(student, *(parts.get(name, 0) for name in APART))
+    generation = parts.get("copy for validation", 0)
     if on_cuda:
-        return (standing + step) * FRAGMENTS + OF_CUDA
-    return standing + max(step, parts["KV cache"])
+        return (standing + max(step, generation)) * FRAGMENTS + OF_CUDA
+    return standing + max(step, generation + parts["KV cache"])
 
 
 def fitting_tokens(cfg: Config, job: Job, shards: Shards) -> int:
@@ -298,6 +353,7 @@ def check(
     changes: list[dict[str, Any]] = [
         {"micro_batch_tokens": smaller},
         {"activation_checkpointing": True},
+        {"sample_batch": 16},
         {"shard_frozen": "on"},
         {"shard": "on"},
         {"lora_rank": 16},
@@ -306,6 +362,8 @@ def check(
     for change in changes:
         ((name, value),) = change.items()
         if name.startswith("shard") and job.place.world == 1:
+            continue
+        if name == "sample_batch" and not samples(cfg):
             continue
         for tried in (change, every | change):
             other = dataclasses.replace(cfg, **tried)

@@ -128,6 +128,8 @@ MISTAKES = [
     ("--config=c.yaml", "YAML is not read; write TOML"),
     ("--config=old.toml", "kd_beta is not read with mode=sft"),
     ("--config=nowhere.toml", "nowhere.toml is not there"),
+    ("--mode=sft --shard=on", "--shard on: this is one process; start several with torchrun"),
+    ("--mode=kd --teacher=model --shard_frozen=on", "--shard_frozen on: this is one process"),
     # runs
     ("--mode=sft --name=a/b", "--name a/b must be a plain folder name"),
     ("--mode=sft --resume", "--resume needs the --name of a run"),

@@ -172,7 +172,8 @@ def without_a_shard(argv):
     return train.main([*argv[:-1], "--resume"])
 
 
-def test_what_cannot_work_is_said_once_and_ends_all_ranks(tmp_path):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_cannot_work_is_said_once_and_ends_all_ranks(tmp_path, world):
     other_data = functools.partial(mock.patch, "data.dataset.SPLIT_SEED", 7)
     full = patched(
         "torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", FULL
@@ -182,6 +183,7 @@ def test_what_cannot_work_is_said_once_and_ends_all_ranks(tmp_path):
     cases = [
         (train.main, [*SFT, "--lr=much"], 0, plain, 2, "^train.py: --lr: 'much' is not a number"),
         (train.main, [*SFT, "--shard=on", "--shard_ranks=3"], 0, plain, 2, "no groups of 3"),
+        (train.main, [*SFT, "--shard=on", "--shard_ranks=8"], 0, plain, 2, "no groups of 8"),
         (disagreeing, SFT, 0, plain, 2, "the ranks have different options"),
         (train.main, SFT, 1, other_data, 2, "ranks read different examples"),
         (train.main, SFT, 1, patched("prepare.load_dataset", UserError("no file")), 2, "no file"),
@@ -189,12 +191,12 @@ def test_what_cannot_work_is_said_once_and_ends_all_ranks(tmp_path):
         (train.main, [*sharded, "--resume"], 0, plain, 0, ""),
         (without_a_shard, [*sharded, str(tmp_path)], 0, plain, 2, "rows of .* are missing"),
     ]
-    told = spawned(failing_main, 2, [case[:4] for case in cases])
+    told = spawned(failing_main, world, [case[:4] for case in cases])
     for (*_, code, words), found in zip(cases, told, strict=True):
         if code:
             assert_said_once(found, code, words)
         else:
-            assert found == [(0, "")] * 2
+            assert found == [(0, "")] * world
 
 
 def test_alone_there_is_nobody_to_tell():

@@ -535,8 +535,12 @@ def finished(*argv, cwd, **more):
 def assert_same_run(got, want):
     """Divergences of nearly equal models are differences of larger numbers: 1e-12 of a nat."""
     assert len(got) == len(want)
+    largest = 0.0
     for mine, other in zip(got, want, strict=True):
         assert mine == pytest.approx(other, rel=1e-9, abs=1e-12)
+        for name, value in other.items():
+            largest = max(largest, abs(mine[name] / value - 1) if value else 0)
+    print(f"largest relative difference of a metric: {largest:.1e}")
 
 
 @pytest.mark.slow
@@ -675,7 +679,10 @@ def expected_bytes(model, world, ranks, micro_batches):
     return of_student, of_teacher
 
 
-@pytest.mark.parametrize("world, ranks", [pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(
+    "world, ranks",
+    [(4, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 2), (4, 4), (8, 4)))],
+)
 def test_bytes_are_those_of_the_formulas(world, ranks):
     told = workers.spawned(cost_main, world, EVEN, ranks, 3)
     of_student, of_teacher = expected_bytes(load(EVEN, dtype=torch.float32), world, ranks, 3)

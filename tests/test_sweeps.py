@@ -1,7 +1,11 @@
 """Trials of the sweeps, drawn at random, started as wandb starts them."""
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -130,6 +134,57 @@ def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_
     assert len(runs) == 2 and len(list((tmp_path / "runs").glob("teacher-*/metrics.jsonl"))) == 1
     assert {(run / "wandb_id").read_text() for run in runs} == {"trial0", "trial1"}
     assert all(read_metrics(run)[-1]["step"] == 2 for run in runs)
+
+
+SHORT_TEACHER = """
+import runpy, sys, toy_models
+toy_models.TEACHER["steps"] = 4
+runpy.run_path(str(toy_models.ROOT / "train.py"), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_agents_of_two_ranks_each_on_one_machine(tmp_path):
+    """torchrun in the place of the interpreter, as sweeps/kd_grid.yaml says; the real commands.
+
+    Only the steps of the toy teacher, which no option names, are set by a script around train.py.
+    """
+    sweep = yaml.safe_load((ROOT / "sweeps/kd_grid.yaml").read_text())
+    assert sweep["command"] == ["${env}", "${interpreter}", "${program}", "${args}"]
+    (tmp_path / "short.py").write_text(SHORT_TEACHER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    rng, agents = random.Random(0), []
+    for number in range(2):
+        values = drawn(sweep["parameters"], rng) | SHORT | {"log_every": 1, "wandb": "offline"}
+        argv = written(values)["args"]
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_SWEEP_ID": "sweep",
+            "WANDB_RUN_ID": f"trial{number}",
+        }
+        agents.append(
+            subprocess.Popen(
+                [*torchrun, str(tmp_path / "short.py"), *argv],
+                cwd=tmp_path,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [agent.communicate(timeout=900) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum("training the toy teacher first" in out for out, _ in said) == 1
+    runs = sorted(path.parent for path in tmp_path.glob("runs/kd-*/metrics.jsonl"))
+    assert len(runs) == 2 and len(list(tmp_path.glob("runs/teacher-*/metrics.jsonl"))) == 1
+    assert {(run / "wandb_id").read_text() for run in runs} == {"trial0", "trial1"}
+    assert len(list(tmp_path.glob("runs/kd-*/wandb/offline-run-*-trial[01]"))) == 2, (
+        "one of rank 0 each"
+    )
+    for run in runs:
+        assert read_metrics(run)[-1]["step"] == 2
+        assert json.loads((run / "environment.json").read_text())["ranks"] == 2
 
 
 @pytest.mark.parametrize("form", FORMS)
