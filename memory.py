@@ -210,11 +210,10 @@ def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
     if copied and job.rows:
         shared = size.around if size.adapters and not shards.policy else 0
         parts["copy for generation"] = c * (base - shared)
-    frozen, others = shards.ranks if shards.frozen else 1, []
-    for teacher in job.teachers if cfg.teacher != AVERAGE else ():
-        others.append(teacher)
-    if cfg.teacher == AVERAGE and job.teachers:
+    frozen, others = shards.ranks if shards.frozen else 1, list(job.teachers)
+    if cfg.teacher == AVERAGE and others:
         parts["moving average"] = m * trained / split
+        others = []
     if job.reference:
         others.append(job.reference)
     for model in {id(o): o for o in others}.values():
