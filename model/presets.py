@@ -9,14 +9,11 @@ RANDOM = "random:"  # before a preset, where random weights are what is wanted
 
 
 def _shape(
-    *, hidden, layers, heads, mlp, kv_heads, vocab, head_dim=0, tied=True, **more
+    *, hidden, layers, heads, mlp, kv_heads=2, vocab=151936, head_dim=0, tied=True, **more
 ) -> ModelConfig:
+    """What is not given is as in the small ones of Qwen2.5."""
     head_dim = head_dim or hidden // heads
     return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, **more)
-
-
-def _qwen25(*, kv_heads=2, vocab=151936, **shape) -> ModelConfig:
-    return _shape(kv_heads=kv_heads, vocab=vocab, **shape)
 
 
 def _llama(*, theta, context, **shape) -> ModelConfig:
@@ -49,19 +46,18 @@ def _gemma3(*, layers, window, head_dim=256, vocab=262144, **shape) -> ModelConf
 
 
 PRESETS = {
-    "qwen2.5-0.5b": _qwen25(hidden=896, layers=24, heads=14, mlp=4864),
-    "qwen2.5-1.5b": _qwen25(hidden=1536, layers=28, heads=12, mlp=8960),
-    "qwen2.5-3b": _qwen25(hidden=2048, layers=36, heads=16, mlp=11008),
-    "qwen2.5-7b": _qwen25(
+    "qwen2.5-0.5b": _shape(hidden=896, layers=24, heads=14, mlp=4864),
+    "qwen2.5-1.5b": _shape(hidden=1536, layers=28, heads=12, mlp=8960),
+    "qwen2.5-3b": _shape(hidden=2048, layers=36, heads=16, mlp=11008),
+    "qwen2.5-7b": _shape(
         hidden=3584, layers=28, heads=28, mlp=18944, kv_heads=4, vocab=152064, tied=False
     ),
-    "qwen3-0.6b": ModelConfig(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
+    "qwen3-0.6b": _shape(
+        hidden=1024,
+        layers=28,
+        heads=16,
+        mlp=3072,
+        kv_heads=8,
         head_dim=128,
         qkv_bias=False,
         qk_norm=True,
@@ -98,15 +94,15 @@ PRESETS = {
     "gemma-3-270m": _gemma3(hidden=640, layers=18, heads=4, mlp=2048, window=512),
     "gemma-3-1b": _gemma3(hidden=1152, layers=26, heads=4, mlp=6912, window=512),
     # The teacher and the students of the toy task; small bodies under a full vocabulary.
-    "tiny-teacher": _qwen25(hidden=96, layers=3, heads=4, mlp=256, vocab=512),
-    "tiny": _qwen25(hidden=96, layers=2, heads=4, mlp=256, vocab=512),
-    "mini": _qwen25(hidden=48, layers=2, heads=4, mlp=128, vocab=512),
+    "tiny-teacher": _shape(hidden=96, layers=3, heads=4, mlp=256, vocab=512),
+    "tiny": _shape(hidden=96, layers=2, heads=4, mlp=256, vocab=512),
+    "mini": _shape(hidden=48, layers=2, heads=4, mlp=128, vocab=512),
     "tiny-llama": _llama(
         hidden=96, layers=2, heads=4, mlp=256, kv_heads=2, vocab=512, theta=1e4, context=32768
     ),
     "tiny-gemma3": _gemma3(
         hidden=96, layers=6, heads=4, mlp=256, window=64, head_dim=24, vocab=512
     ),
-    "small-teacher": _qwen25(hidden=384, layers=6, heads=6, mlp=1024, vocab=152064, tied=False),
-    "small": _qwen25(hidden=256, layers=4, heads=4, mlp=704),
+    "small-teacher": _shape(hidden=384, layers=6, heads=6, mlp=1024, vocab=152064, tied=False),
+    "small": _shape(hidden=256, layers=4, heads=4, mlp=704),
 }

@@ -263,11 +263,11 @@ def outcomes(problems, completion):
     return collections.Counter(o.reason for o in check_many(jobs, timeout=60.0)), jobs
 
 
-def test_gold_solutions_all_pass(problems):
-    """HumanEval 164 of 164, MBPP 427 of 427: no exceptions."""
-    assert outcomes(problems, lambda example, _: example.messages[1]["content"])[0] == {
-        "passed": 591
-    }
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_gold_solutions_all_pass(problems, step):
+    """HumanEval 164 of 164, MBPP 427 of 427, no exceptions; a fourth of them here."""
+    found, _ = outcomes(problems[::step], lambda example, _: example.messages[1]["content"])
+    assert found == {"passed": {4: 148, 1: 591}[step]}
 
 
 def test_splits_of_the_real_mbpp(problems):

@@ -75,11 +75,18 @@ def test_greedy_equals_transformers_over_200_tokens(kind, tmp_path):
     reference.save_pretrained(tmp_path)
     reference, model = reference.double(), ours(tmp_path).double()
     prompts = some_prompts((1, 7, 40, 33, 2), 211)
-    for prompt, got in zip(prompts, generate(model, prompts, 200, [], batch_size=3), strict=True):
-        want = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200, do_sample=False
-        )[0, len(prompt) :].tolist()
+    completions = generate(model, prompts, 200, [], batch_size=3)
+    for prompt, got in zip(prompts, completions, strict=True):
+        # each token is their most likely one after all tokens before it
+        tokens = torch.tensor([prompt + got.tokens])
+        with torch.no_grad():
+            want = reference(tokens).logits[0, len(prompt) - 1 : -1].argmax(1).tolist()
         assert got.tokens == want and not got.stopped and len(got.logp) == 200
+    # one of them through their generation, too
+    want = reference.generate(
+        torch.tensor([prompts[2]]), max_new_tokens=200, min_new_tokens=200, do_sample=False
+    )
+    assert completions[2].tokens == want[0, len(prompts[2]) :].tolist()
 
 
 @pytest.mark.parametrize(

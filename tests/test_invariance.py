@@ -179,13 +179,18 @@ def shares(docs, world):
     }
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_ranks(world):
-    jobs = [
-        ((weighting, name), share, 20)
-        for weighting in WEIGHED
-        for name, share in shares(uncut(weighting)[0], world).items()
-    ]
+EVERY = [pytest.param(world, True, marks=pytest.mark.slow) for world in (2, 3)]
+
+
+@pytest.mark.parametrize("world,every", [(3, False), *EVERY])
+def test_ranks(world, every):
+    """Every loss in each way of dealing and each weighting; all pairs of the two where `every`."""
+    jobs = []
+    for i, weighting in enumerate(WEIGHED):
+        for j, (name, share) in enumerate(shares(uncut(weighting)[0], world).items()):
+            if every or i == j:
+                jobs.append(((weighting, name), share, 20))
+    assert len(jobs) == (9 if every else 3)
     done = workers.spawned(workers.rank_main, world, build, jobs)
     assert len(done) == len(jobs) * len(losses())
     for ((weighting, job), name), got in done.items():

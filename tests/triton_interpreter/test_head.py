@@ -123,7 +123,7 @@ def test_divergence_equals_reference(name, beta, temperature, ce):
         scale=1 - ce,
         logprob=term,
         vocab=vocab,
-        chunk_rows=4,
+        chunk_rows=8,
     )
     h, w = in_fp64(hidden, head)
     want_N = reference.kd_row_loss(
