@@ -288,6 +288,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         _, found, words = message.partition("unrecognized arguments: ")
+        if found and not words.strip("- "):
+            raise UserError(f"{words!r} is no option")
         if found:
             name = words.lstrip("-").split()[0].partition("=")[0].rpartition(".")[2]
             spec = _find(self.cls, name.replace("-", "_"), words)

@@ -56,6 +56,12 @@ def parse(*argv, base=None):
         (["--data", "--odd"], "data", "--odd"),
     ],
 )
+@pytest.mark.parametrize("word", ["", "-", "--", " "])
+def test_a_word_that_is_nothing_is_one_line(word):
+    with pytest.raises(UserError, match="is no(t an)? option"):
+        options.parse(train.Config, ["--mode=sft", word, word])
+
+
 def test_spellings(argv, name, value):
     assert getattr(parse(*argv), name) == value
 

@@ -1,6 +1,7 @@
 """One of several ranks fails in any way: all end in time, the first cause last, and a requeue goes
 on as if nothing had been."""
 
+import contextlib
 import datetime
 import os
 import resource
@@ -57,6 +58,21 @@ WAYS = {
 }
 
 
+@contextlib.contextmanager
+def impatient():
+    """What is waited for at the longest is shorter."""
+    join = dist.init_process_group
+
+    def patiently(*args, **more):
+        return join(*args, **more | {"timeout": datetime.timedelta(seconds=PATIENCE)})
+
+    with (
+        mock.patch.object(dist, "init_process_group", patiently),
+        mock.patch.object(watch, "SILENCE", SILENCE),
+    ):
+        yield
+
+
 class Failing:
     """train.main, of whose ranks one fails at its third step, or as it loads; for processes."""
 
@@ -69,7 +85,7 @@ class Failing:
             WAYS[self.way][0]()
 
     def __call__(self, argv):
-        steps, join = [], dist.init_process_group
+        steps = []
         load, before = train.load_models, train.clip_gradients
 
         def clip(*args):
@@ -83,14 +99,10 @@ class Failing:
                 self.fails()
             return load(*args)
 
-        def patiently(*args, **more):
-            return join(*args, **more | {"timeout": datetime.timedelta(seconds=PATIENCE)})
-
         with (
             mock.patch.object(train, "clip_gradients", clip),
             mock.patch.object(train, "load_models", loads),
-            mock.patch.object(dist, "init_process_group", patiently),
-            mock.patch.object(watch, "SILENCE", SILENCE),
+            impatient(),
         ):
             return train.main(argv)
 
@@ -108,8 +120,8 @@ class Looping:
         return as_command("loop", self.run, speaks=parallel.is_first_to_say)
 
     def run(self):
-        watch.PERIOD, watch.GRACE, watch.SILENCE = 0.2, 4.0, SILENCE
-        with parallel.telling():
+        watch.PERIOD, watch.GRACE = 0.2, 4.0
+        with impatient(), parallel.telling():
             parallel.init("cpu")
             for step in range(20):
                 if step == 3 and parallel.rank() == self.victim:
