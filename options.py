@@ -346,6 +346,8 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
             if value == "None":
                 continue
             word = f"--{spec.name}{equals}{value}"
+        if value == "--":  # which argparse would drop
+            raise UserError(f"{word}: -- is no value")
         normal.append(word)
     return normal
 

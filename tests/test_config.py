@@ -62,6 +62,12 @@ def test_a_word_that_is_nothing_is_one_line(word):
         options.parse(train.Config, ["--mode=sft", word, word])
 
 
+@pytest.mark.parametrize("name", ["plugin", "config", "lr", "data"])
+def test_two_dashes_are_no_value(name):
+    with pytest.raises(UserError, match=f"--{name}=--: -- is no value"):
+        options.parse(train.Config, ["--mode=sft", f"--{name}=--"])
+
+
 def test_spellings(argv, name, value):
     assert getattr(parse(*argv), name) == value
 
