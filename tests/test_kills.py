@@ -34,7 +34,7 @@ MODES = {
     "kd": "--mode=kd --teacher=random:tiny",
     "cache": "--mode=kd --teacher=random:tiny --kd_signal=topk --kd_topk=8 --kd_cache=cache",
     "on policy": "--mode=kd --teacher=random:tiny --kd_prefix=student --sample_tokens=8",
-    "grpo": "--mode=grpo --grpo_samples=2 --sample_tokens=8 --grpo_reward=random",
+    "grpo": "--mode=grpo --model=tiny-teacher --grpo_samples=2 --sample_tokens=8",
 }
 SIGNALS = [*["KILL", "TERM", "KILL", "INT", "KILL", "INT twice"] * 3, "KILL"]  # 10, 3, 3, 3
 STUDY = """

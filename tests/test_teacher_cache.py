@@ -256,6 +256,9 @@ def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
     docs = documents()
     second = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     first, _, _ = filled(tmp_path / "c", docs)
+    (tmp_path / "c" / ".lock").touch()  # as a process leaves it that is killed at the very end
+    TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
+    assert not (tmp_path / "c" / ".lock").exists()
     second.fill(iter(()))
     assert second.complete and np.array_equal(second.ids, first.ids)
 
