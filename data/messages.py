@@ -199,7 +199,7 @@ def _pop_weight(fields: dict) -> float | None:
         value = fields.get(name, 1)
         if not isinstance(value, (bool, int, float)) or not 0 <= value <= LARGEST:
             raise UserError(
-                f"{name!r} must be true, false or a number that is not negative; it is {value!r:.60}"
+                f"{name!r} must be true, false or a number from 0 to 1e30; it is {value!r:.60}"
             )
     weight = _pop_same(fields, TRAIN_FIELDS)
     return None if weight is None else float(weight)

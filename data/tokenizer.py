@@ -373,7 +373,7 @@ class Tokenizer:
 
 def _check_merges(model: dict[str, Any]) -> None:
     """Raise ValueError where the tokenizers library would panic, with pages on standard error."""
-    prefix = model.get("continuing_subword_prefix")
+    prefix = model.get("continuing_subword_prefix") or ""
     for merge in model.get("merges") or () if prefix else ():
         second = merge.split()[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
