@@ -7,6 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
+# Where the store of the ranks is gone, torch would write pages of C++ frames behind the one line
+# that says so. It reads this as it is imported: after this module.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 
 class UserError(Exception):
     """Bad input: one line that names the thing and the fix; the command exits with code 2."""

@@ -253,6 +253,14 @@ def waiting_for(path: Path, what: str) -> Iterator[None]:
         yield
 
 
+def sweep(path: Path) -> None:
+    """Remove a lock file that a dead process left, where nobody needs the lock any more."""
+    with contextlib.suppress(Busy, OSError):
+        if path.exists():
+            with lock(path):
+                return
+
+
 def is_held(path: Path) -> bool:
     """Whether a process has the lock `path`, as its files say; nothing is locked or written."""
     holders = [_holder(file) for file in (path, soft_path(path))]

@@ -288,6 +288,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         _, found, words = message.partition("unrecognized arguments: ")
+        if found and not words.strip("- "):
+            raise UserError(f"{words!r} is no option")
         if found:
             name = words.lstrip("-").split()[0].partition("=")[0].rpartition(".")[2]
             spec = _find(self.cls, name.replace("-", "_"), words)
@@ -344,6 +346,8 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
             if value == "None":
                 continue
             word = f"--{spec.name}{equals}{value}"
+        if value == "--":  # which argparse would drop
+            raise UserError(f"{word}: -- is no value")
         normal.append(word)
     return normal
 

@@ -13,10 +13,10 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from errors import UserError
 from files import read_text
@@ -55,6 +55,12 @@ class Table(dict[str, T], Generic[T]):
             raise UserError(f"the {self.what} {name!r} must be a {self.form.__name__}")
         self.added.add(name)
         super().__setitem__(name, value)
+
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault  # dict's pass over that
+
+    def __ior__(self, entries: Any) -> "Table[T]":
+        self.update(entries)
+        return self
 
 
 def check_call(function: object, what: str, form: str, named: tuple[str, ...] = ()) -> list[str]:

@@ -403,7 +403,7 @@ def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherC
     dataset = plan.dataset
     weights = f"{cfg.teacher}, random weights of seed {cfg.seed}"
     if teacher.folder:
-        weights = weights_digest(teacher.folder)
+        weights = f"{weights_digest(teacher.folder)} as {teacher.config}"
     if cfg.teacher in SELF:
         weights += f", {cfg.model} without the layers {cfg.drop_layers or '-'}"
     cache = TeacherCache(

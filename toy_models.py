@@ -25,7 +25,7 @@ from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny
 from errors import RunFailed, UserError, say
 from files import read_json, reason
-from locks import waiting_for
+from locks import sweep, waiting_for
 from model import parallel, places
 from run import RunFolder, StopSignal
 
@@ -89,9 +89,10 @@ def toy_model(kind: str, recipe: Mapping[str, Any], runs: str, device: str, rank
 def _find_or_train(kind: str, recipe: Mapping[str, Any], runs: str, device: str) -> Path:
     cfg = Config(**options.with_defaults(Config, dict(recipe)))
     found = finished_run(runs, cfg)
-    if found is not None:
-        return found
     folder = RunFolder(Path(runs) / f"{kind}-{_fingerprint(cfg)}")
+    if found is not None:
+        sweep(folder.path.with_suffix(".lock"))
+        return found
     stopped_by = ""
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,16 +68,6 @@ def grade_math(text: str, answer: str) -> Verdict:
     return Verdict(False, gold is not None and _lenient_number(text) == gold, False)
 
 
-def grade_exact(text: str, answer: str) -> Verdict:
-    """Grades by whether the completion's answer is the gold string, spaces aside."""
-    found = []
-    for unclosed in (False, True):
-        marked = marked_answer(text, unclosed)
-        found.append(None if marked is None else "".join(marked.split()))
-    gold = "".join(answer.split())
-    return Verdict(found[0] == gold, gold in found, found[0] is not None)
-
-
 def grade_by_math_verify(text: str, answer: str) -> bool | None:
     """Returns whether math-verify, left to find the answer in the whole text by itself, takes it
     for the gold one; None where it is missing."""

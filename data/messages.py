@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from errors import UserError
+from files import LARGEST
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FIELDS = ("weight", "loss", "train", "training")
@@ -197,9 +197,9 @@ def _pop_weight(fields: dict) -> float | None:
     """Take out how much a message counts in the loss, under any name for it; None: not said."""
     for name in TRAIN_FIELDS:
         value = fields.get(name, 1)
-        if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+        if not isinstance(value, (bool, int, float)) or not 0 <= value <= LARGEST:
             raise UserError(
-                f"{name!r} must be true, false or a number that is not negative; it is {value!r}"
+                f"{name!r} must be true, false or a number from 0 to 1e30; it is {value!r:.60}"
             )
     weight = _pop_same(fields, TRAIN_FIELDS)
     return None if weight is None else float(weight)

@@ -25,7 +25,7 @@ from data.batch import Document
 from digests import all_sha256
 from errors import RunFailed, UserError, system_error
 from files import draft_of, flush, read_json
-from locks import waiting_for
+from locks import sweep, waiting_for
 from model import parallel
 from progress import Progress
 
@@ -95,6 +95,7 @@ class TeacherCache:
 
     def _check(self) -> None:
         """Raise UserError if the files are something else or damaged."""
+        sweep(self.folder / ".lock")
         about = self.folder / "cache.json"
         found = read_json(about, f"--kd_cache {about}")
         for name, value in self.fingerprint.items():

@@ -66,6 +66,7 @@ class Tokenizer:
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
             json.dumps(config, ensure_ascii=False).encode()  # no half of a character
             self.settings = Fields(config, "tokenizer_config.json").values
+            _check_merges(self.json["model"])
             self.backend = _build(files["tokenizer.json"].decode())
             self._variants = {(False, False): self.backend}
         except Exception as e:  # the tokenizers library raises bare Exceptions
@@ -368,6 +369,15 @@ class Tokenizer:
         names = [self.turn_end if self.chat_template else self.eos, self.eos, "<|endoftext|>"]
         ids = [self.backend.token_to_id(name) for name in names]
         return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """Raise ValueError where the tokenizers library would panic, with pages on standard error."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges") or () if prefix else ():
+        second = merge.split()[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"a merge whose second part does not begin with {prefix!r}")
 
 
 def _build(text: str) -> tokenizers.Tokenizer:

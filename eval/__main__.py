@@ -305,7 +305,8 @@ def run(argv: list[str]) -> None:
         # a rank that waits for another runs no Python handler: the signal itself has to end it
         is_alone = parallel.place().world == 1
         with handled(interrupt) if is_alone else contextlib.nullcontext():
-            evaluate(args)
+            with parallel.telling():
+                evaluate(args)
     except OSError as e:  # a file that cannot be read
         raise system_error(e, more="; the same command goes on") from None
 

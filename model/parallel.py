@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import RunFailed, UserError, say
+from errors import RunFailed, UserError, say, system_error
 from files import reason
 from kernels import backend
 from model.places import Place, place
-from model.watch import Watch
+from model.watch import Cause, Watch
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
@@ -214,14 +214,23 @@ def telling() -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        has_words = any(word in str(e) for word in OF_THE_GROUP)
+        is_of_group = isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or has_words)
         if not _watch:
+            if is_of_group:
+                raise RunFailed(f"another rank is gone ({reason(e)})") from None
             raise
         watch = _watch[0]
-        if isinstance(e, RuntimeError) and any(word in str(e) for word in OF_THE_GROUP):
+        if is_of_group:
             cause = watch.lost(reason(e))
             watch.linger()
-            raise RunFailed(f"{cause}; go on with --resume") from None
-        watch.tell(f"rank {rank()}: {type(e).__name__}: {reason(e)}")
+            if cause.code == 2:
+                raise UserError(cause.words) from None
+            raise RunFailed(f"{cause.words}; go on with --resume") from None
+        said = system_error(e) if isinstance(e, OSError) else e
+        kind = "" if isinstance(said, (UserError, RunFailed)) else f"{type(e).__name__}: "
+        code = 2 if isinstance(said, UserError) else 1
+        watch.tell(Cause(f"rank {rank()}: {kind}{reason(said)}", code))
         watch.linger()
         raise
 

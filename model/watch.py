@@ -5,13 +5,14 @@ minutes. So each rank says every second, in a thread, that it is there, and list
 It also looks after torchrun, which may be killed: nobody could end its ranks any more.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import say
 
@@ -22,12 +23,24 @@ STOPPING = 600.0  # the same for a rank that is to save its checkpoint first
 DONE = "done"
 
 
+class Cause(NamedTuple):
+    """Why ranks end: in words, and with which exit code."""
+
+    words: str
+    code: int = 1
+
+
+STORE_GONE = Cause("rank 0, through which ranks meet, is gone")
+
+
 class Watch(threading.Thread):
     """Says that this rank is there, and ends it GRACE seconds after the first cause to end."""
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         super().__init__(daemon=True)
         self.store, self.rank, self.world = store, rank, world
+        self.first: Cause | None = None  # as soon as it is known; the store may be gone later
+        self.asked = math.inf  # when the store was last asked for something
         self.stopped = threading.Event()
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -35,51 +48,74 @@ class Watch(threading.Thread):
         next_rank = (self.rank + 1) % self.world
         heard, since = "", time.monotonic()
         count = 0
+        threading.Thread(target=self._guard, daemon=True).start()
         while not self.stopped.wait(PERIOD):
-            count += 1
+            count, self.asked = count + 1, time.monotonic()
             if self.launcher not in (None, os.getppid()):
                 say(f"rank {self.rank}: torchrun is gone; stopping as by SIGTERM", sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
-                return self._end("torchrun is gone", STOPPING)  # and with it, perhaps, the store
+                # and with it, perhaps, the store
+                return self._end(Cause("torchrun is gone"), STOPPING)
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 found = self._read(f"alive/{next_rank}")
                 if found != heard or found == DONE:
                     heard, since = found, time.monotonic()
                 elif time.monotonic() - since > SILENCE:
-                    self.tell(f"rank {next_rank} gave no sign of life for {SILENCE:.0f} s")
-                cause = self._read("cause")
+                    self.tell(Cause(f"rank {next_rank} gave no sign of life for {SILENCE:.0f} s"))
+                if cause := self._read("cause"):
+                    self._learn(cause)
             except RuntimeError:  # which torch's DistError is
-                cause = "rank 0, through which ranks meet, is gone"
-            if cause:
-                return self._end(cause, GRACE)
+                self.first = self.first or STORE_GONE
+            if self.first:
+                return self._end(self.first, GRACE)
 
-    def _end(self, cause: str, grace: float) -> None:
+    def _guard(self) -> None:
+        """End this process if the store is silent: then no call of it returns."""
+        while not self.stopped.wait(PERIOD):
+            if time.monotonic() - self.asked > SILENCE:
+                words = (
+                    f"rank 0, through which ranks meet, gave no sign of life for {SILENCE:.0f} s"
+                )
+                self.first = self.first or Cause(words)
+                return self._end(self.first, GRACE)
+
+    def _end(self, cause: Cause, grace: float) -> None:
         """End this process, unless it has left the group by itself within the grace."""
+        self.asked = math.inf  # enough of one thread
         if not self.stopped.wait(grace):
-            say(f"rank {self.rank} ends: {cause}", sys.stderr)
-            os._exit(1)
+            say(f"rank {self.rank} ends: {cause.words}", sys.stderr)
+            os._exit(cause.code)
 
     def _read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
-    def tell(self, cause: str) -> str:
+    def _learn(self, text: str) -> Cause:
+        code, _, words = text.partition(" ")
+        self.first = Cause(words, int(code))
+        return self.first
+
+    def tell(self, cause: Cause) -> Cause:
         """Let the others know why this rank ends. Returns the first cause that any rank knew."""
         try:
-            return self.store.compare_set("cause", "", cause).decode()
+            return self._learn(
+                self.store.compare_set("cause", "", f"{cause.code} {cause.words}").decode()
+            )
         except RuntimeError:
-            return cause
+            return self.first or cause
 
-    def lost(self, error: str) -> str:
+    def lost(self, error: str) -> Cause:
         """Who is gone, or what the first one to end said, after an error of the group."""
         try:
             before = self._alive()
-            time.sleep(4 * PERIOD)
+            end = time.monotonic() + 4 * PERIOD
+            while not self.first and time.monotonic() < end:
+                time.sleep(PERIOD / 10)
             after = self._alive()
         except RuntimeError:
-            return "rank 0, through which ranks meet, is gone"
+            return self.first or STORE_GONE
         gone = [str(r) for r in range(self.world) if before[r] == after[r] != DONE]
-        return self.tell(f"rank {' and '.join(gone)} is gone" if gone else error)
+        return self.tell(Cause(f"rank {' and '.join(gone)} is gone" if gone else error))
 
     def linger(self) -> None:
         """Keep the store, which is rank 0's, until the others have left or had time to read why."""

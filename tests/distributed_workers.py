@@ -45,8 +45,8 @@ def start(*argv: str, cwd: Path, main=train.main, **environment: str) -> BasePro
     return process
 
 
-def run(*argv: str, cwd: Path, ranks=0, timeout=120, main=train.main, **environment: str):
-    """What `start` began, on this many ranks of a group if not on one alone, when it has ended."""
+def start_ranks(*argv: str, cwd: Path, ranks=0, main=train.main, **environment: str):
+    """The processes of `start` on this many ranks of a group if not on one alone, by rank."""
     for name in ("stdout", "stderr"):
         (cwd / name).write_text("")
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -55,6 +55,12 @@ def run(*argv: str, cwd: Path, ranks=0, timeout=120, main=train.main, **environm
         if ranks:
             environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(start(*argv, cwd=cwd, main=main, **environment))
+    return processes
+
+
+def run(*argv: str, cwd: Path, timeout=120, **more):
+    """What `start_ranks` began when it has ended."""
+    processes = start_ranks(*argv, cwd=cwd, **more)
     for process in processes:
         process.join(timeout)
         process.kill()  # what has not ended

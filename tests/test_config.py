@@ -527,3 +527,15 @@ def test_two_dashes_alone_are_no_option():
     for argv in (["--", "sft"], ["--=sft"]):
         with pytest.raises(UserError, match="is not an option"):
             options.parse(train.Config, argv)
+
+
+@pytest.mark.parametrize("word", ["", "-", "--", " "])
+def test_a_word_that_is_nothing_is_one_line(word):
+    with pytest.raises(UserError, match="is no(t an)? option"):
+        options.parse(train.Config, ["--mode=sft", word, word])
+
+
+@pytest.mark.parametrize("name", ["plugin", "config", "lr", "data"])
+def test_two_dashes_are_no_value(name):
+    with pytest.raises(UserError, match=f"--{name}=--: -- is no value"):
+        options.parse(train.Config, ["--mode=sft", f"--{name}=--"])

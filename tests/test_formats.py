@@ -320,6 +320,15 @@ def test_a_gold_answer_of_a_row_is_met_by_its_own_form():
         (
             {
                 "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "weight": 10**400},
+                ]
+            },
+            "'weight' must be",
+        ),
+        (
+            {
+                "messages": [
                     {"role": "user", "content": "Q", "train": True},
                     {"role": "assistant", "content": "A"},
                 ]

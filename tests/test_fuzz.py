@@ -6,7 +6,6 @@ COUNTS, or SRLM_FUZZ times as many.
 
 import copy
 import json
-import os
 import random
 import string
 import tomllib
@@ -27,10 +26,9 @@ from eval import traces
 from eval.study import plan
 from tests.chat_templates import ALL
 from tests.conftest import ROOT
-from tests.test_damage import VALUES, mutated, outcome
+from tests.test_damage import TIMES, VALUES, mutated, outcome
 from tests.test_formatter import TOOLS
 
-TIMES = float(os.environ.get("SRLM_FUZZ", "1"))
 COUNTS = {"rows": 20_000, "templates": 2_000, "commands": 2_000, "studies": 500}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
 TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "#### 4"}]
@@ -205,7 +203,8 @@ def test_thousands_of_hostile_inputs(kind, tmp_path, monkeypatch, capfd):
     codes = campaign(kind, int(COUNTS[kind] * TIMES), tmp_path, monkeypatch, capfd)
     with capfd.disabled():
         print(kind, codes)
-    assert codes[2] > 100 and {p.name for p in tmp_path.iterdir()} <= {"rows.jsonl", "study.toml"}
+    assert codes[2] > 100 * min(TIMES, 1)
+    assert {p.name for p in tmp_path.iterdir()} <= {"rows.jsonl", "study.toml"}
 
 
 @pytest.mark.parametrize(("kind", "count"), {"rows": 150, "commands": 60, "studies": 12}.items())

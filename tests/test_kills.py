@@ -1,12 +1,15 @@
-"""Signals at random moments, in every mode, evaluation and traces: what goes on ends as if nothing
-had been, and leaves nothing else behind.
+"""Signals at random moments and disks that fill up, in every mode, evaluation, traces and a study:
+what goes on ends as if nothing had been, and leaves nothing else behind.
 
-SRLM_KILLS=100 sends as many to each.
+SRLM_KILLS=19 sends as many to each of the ten: 100 SIGKILLs, 30 SIGTERMs, 30 Ctrl-Cs once and
+30 twice. SRLM_DISKS=2 fills as many disks for each.
 """
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -17,20 +20,45 @@ from safetensors.torch import load_file
 import train
 from eval import __main__ as evaluate
 from eval import traces
+from eval.study import __main__ as study
 from tests.distributed_workers import run, start
 from tests.test_train import timeless
 
 KILLS = int(os.environ.get("SRLM_KILLS", "12"))
+DISKS = int(os.environ.get("SRLM_DISKS", "1"))
 SMALL = "--steps=6 --batch_size=4 --eval_examples=2 --eval_tokens=4 --eval_every=3 --save_every=2"
 SMALL += " --warmup=2 --data=word_problems:20 --model=tiny --name=r"
 MODES = {
     "sft": "--mode=sft",
+    "lora": "--mode=sft --lora_rank=2",
     "kd": "--mode=kd --teacher=random:tiny",
     "cache": "--mode=kd --teacher=random:tiny --kd_signal=topk --kd_topk=8 --kd_cache=cache",
     "on policy": "--mode=kd --teacher=random:tiny --kd_prefix=student --sample_tokens=8",
-    "grpo": "--mode=grpo --grpo_samples=2 --sample_tokens=8 --grpo_reward=random",
+    "grpo": "--mode=grpo --model=tiny-teacher --grpo_samples=2 --sample_tokens=8",
 }
-SIGNALS = ("KILL", "KILL", "TERM", "INT", "INT twice")
+SIGNALS = [*["KILL", "TERM", "KILL", "INT", "KILL", "INT twice"] * 3, "KILL"]  # 10, 3, 3, 3
+STUDY = """
+[study]
+seeds = [0]
+[eval]
+tasks = "word_problems"
+max_tokens = 4
+limit = 4
+[common]
+batch_size = 4
+eval_examples = 0
+[run.sft]
+mode = "sft"
+data = "word_problems:8"
+steps = 4
+save_every = 1
+[arm.sft]
+model = "tiny"
+chain = ["sft"]
+"""
+
+
+ALL = [*MODES, "evaluation", "traces", "study"]
 
 
 def without_device(main, argv):
@@ -45,6 +73,9 @@ def commands(home):
     found["evaluation"] = (partial(without_device, evaluate.main), [checkpoint, *asked])
     asked = ["--data=word_problems:12", "--n=2", "--max_tokens=8", "--out=out"]
     found["traces"] = (partial(without_device, traces.main), [checkpoint, *asked])
+    (home / "s.toml").write_text(STUDY)
+    argv = [str(home / "s.toml"), "--out=out"]
+    found["study"] = (partial(without_device, study.main), argv)
     return found
 
 
@@ -91,7 +122,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MODES, "evaluation", "traces"])
+@pytest.mark.parametrize("name", ALL)
 def test_signals_at_random_moments(name, home, tmp_path, capsys):
     main, argv = commands(home)[name]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -102,8 +133,8 @@ def test_signals_at_random_moments(name, home, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     span = time.monotonic() - began
     rng, sent, mark = random.Random(name), dict.fromkeys(SIGNALS, 0), f"srlm-kills-{os.getpid()}"
-    for number in range(KILLS):
-        kind = SIGNALS[number % len(SIGNALS)]
+    while sum(sent.values()) < KILLS:
+        kind = SIGNALS[sum(sent.values()) % len(SIGNALS)]
         process = start(*begun(main, argv), cwd=killed, main=main, SRLM_MARK=mark)
         process.join(rng.uniform(0, span))
         if process.exitcode is None:
@@ -114,20 +145,83 @@ def test_signals_at_random_moments(name, home, tmp_path, capsys):
                 process.join(rng.uniform(0, 0.5))
                 if process.exitcode is None:
                     os.kill(process.pid, signal.SIGINT)
-            process.join(120)
+            process.join(600)
+        elif process.exitcode == 0:  # it was done before: sooner, and from the beginning
+            span *= 0.8
+            assert_same(killed, whole)
+            emptied(killed)
         assert process.exitcode in (0, 1, 130, -9, -2, -15), (name, kind, process.exitcode)
-        if process.exitcode == 0 and kind not in ("TERM", "INT"):
-            span /= 2  # it was done before: sooner, and from the beginning
     done = run(*begun(main, argv), cwd=killed, main=main, timeout=300)
     assert done.returncode == 0, done.stderr
     with capsys.disabled():
         print(f"\n{name}: {sent}")
-    expected, found = contents(whole), contents(killed)
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    assert [path for path in found if found[path] != expected[path]] == []
+    assert_same(killed, whole)
     said = (killed / "stderr").read_text()
     assert "Traceback" not in said, said
     end = time.monotonic() + 10
     while marked(mark) and time.monotonic() < end:
         time.sleep(0.1)
     assert not marked(mark)
+
+
+def emptied(folder):
+    """Nothing is left there but what was said."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("stdout", "stderr"):
+            path.unlink()
+
+
+def assert_same(got, wanted):
+    expected, found = contents(wanted), contents(got)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert [path for path in found if found[path] != expected[path]] == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(bytes): a folder that holds so much; asked again, the same one with another size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(size):
+        more = ["-o", f"remount,size={size}"] if os.path.ismount(folder) else ["-o", f"size={size}"]
+        command = ["mount", "-t", "tmpfs", *more, "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system in memory")
+        return folder
+
+    yield mounted
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_disks_that_fill_up(name, home, tmp_path, disk, capsys):
+    main, argv = commands(home)[name]
+    whole, rng, told = tmp_path / "whole", random.Random(name), []
+    whole.mkdir()
+    done = run(*begun(main, argv), cwd=whole, main=main, timeout=600)
+    assert done.returncode == 0, done.stderr
+    used = sum(-(-p.stat().st_size // 4096) * 4096 for p in whole.rglob("*") if p.is_file())
+    for _ in range(DISKS):
+        folder, size = disk(1 << 30), int(rng.uniform(0.05, 1) * used) + 8192
+        emptied(folder)
+        for stream in ("stdout", "stderr"):
+            if not (folder / stream).is_symlink():
+                (folder / stream).symlink_to(tmp_path / stream)
+        disk(size)
+        done = run(*begun(main, argv), cwd=folder, main=main, timeout=600)
+        told.append((size, done.returncode, done.stderr.strip()))
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 0 or "No space left" in done.stderr, done.stderr
+        if main is train.main:
+            assert done.stderr.count("\n") == done.returncode, done.stderr
+        disk(1 << 30)
+        done = run(*begun(main, argv), cwd=folder, main=main, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert_same(folder, whole)
+    with capsys.disabled():
+        print(f"\n{name} takes {used:,} bytes: {told}")

@@ -173,6 +173,21 @@ def test_what_hears_no_signal_ends_with_the_process():
     assert done.returncode == 1 and "in body" in done.stderr
 
 
+def test_c_code_that_never_returns_ends_with_the_process():
+    """It hears no signal in the main thread either, and no other thread of Python gets a turn."""
+    lines = [
+        "import limits",
+        "limits.LAST = 0.2",
+        "def deaf():",
+        "    with limits.within(0.2): sum(range(10**13))",
+        "deaf()",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "in deaf" in done.stderr and "OverTime" not in done.stderr
+
+
 def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x"

@@ -75,6 +75,17 @@ def test_a_lock_is_held_once_given_back_and_taken_from_the_dead(name, tmp_path, 
     assert not locks.soft_path(path).exists()
 
 
+def test_the_lock_file_of_a_dead_holder_is_swept_and_no_other(tmp_path):
+    path = tmp_path / "a.lock"
+    locks.sweep(path)
+    with locks.lock(path):
+        locks.sweep(path)
+        assert path.exists()
+    path.touch()
+    locks.sweep(path)
+    assert not list(tmp_path.glob("a.lock*"))
+
+
 def test_the_dead_of_another_host_are_named_not_taken_for_dead(tmp_path, monkeypatch):
     without_flock(monkeypatch, "ENOSYS")
     path = tmp_path / "a.lock"

@@ -129,6 +129,27 @@ def test_a_divergence_of_a_plugin_trains_and_goes_on_as_the_built_in_one(home):
     assert read_metrics("runs/whole")[0]["eval/doubles/problems"] == 3
 
 
+@pytest.mark.parametrize("form", ["{} |= {}", "{}.update({})", "{}.setdefault(*{}.popitem())"])
+@pytest.mark.parametrize(
+    "entry,words",
+    [
+        ("{'forward_kl': lambda a, b, c: a}", "a divergence 'forward_kl' already"),
+        ("{'mine': lambda a: a}", "'mine' must be a function of"),
+        ("{'a b': lambda a, b, c: a}", "'a b' is no name"),
+    ],
+)
+def test_a_table_is_checked_however_it_is_filled(form, entry, words, home):
+    if "setdefault" in form and "already" in words:
+        return  # it leaves what is there
+    text = f"from losses.kd import DIVERGENCES\n{form.format('DIVERGENCES', entry)}\n"
+    (home / "table.py").write_text(text)
+    with pytest.raises(UserError, match=words):
+        plugins.load("table.py")
+    good = "{'good': lambda a, b, c: a}"
+    (home / "good.py").write_text(text.replace(entry, good))
+    assert plugins.load("good.py") and DIVERGENCES.added == {"good"}
+
+
 def test_what_fails_in_training_is_one_line_with_its_place(home, capsys):
     plain = [word for word in KD if not word.startswith("--kd_beta")]
     text = "from losses.kd import DIVERGENCES\n\n\ndef bad(student_logp, teacher_logp, beta):\n"

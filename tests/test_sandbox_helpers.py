@@ -2,6 +2,7 @@
 
 import glob
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_nothing_outlives_the_run(target, without):
     assert not glob.glob(scratch)
     run.kill()
     run.communicate()
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_helper_killed_at_any_moment_leaves_no_folder(count):
+    """Its folder is made by the process that outlives it."""
+    rng = random.Random(0)
+    for number in range(count):
+        mark = f"mark-{uuid.uuid4().hex}"
+        helper = Helper(("namespaces", mark))
+        killer = threading.Timer(rng.uniform(0, 0.02), os.kill, (helper.pid, signal.SIGKILL))
+        killer.start()
+        while helper.check("x = 1", "", Limits()):
+            continue
+        killer.join()
+        assert wait_until(lambda mark=mark: not processes_marked(mark))
+        assert not glob.glob(f"/tmp/srlm-sandbox-{helper.pid}-*"), number
 
 
 def test_what_is_lacking_is_said_once(monkeypatch):

@@ -99,6 +99,42 @@ f = lambda x: Y()
     "raises what is not": "class Y(BaseException): pass\ndef f(x): raise Y",
     "generator": "def f(x):\n    raise GeneratorExit",
     "kills the tests": "import os\ndef f(x):\n    os.kill(os.getppid(), 9)",
+    "guesses by the clock": """
+import time
+last, guess = time.perf_counter(), 0
+def f(x):  # a test that goes on at once was content
+    global last, guess
+    guess += 1 + int(1e6 * (time.perf_counter() - last)) % 7
+    last = time.perf_counter()
+    return guess
+""",
+    "answers in the last moment": "import time\ndef f(x):\n    time.sleep(0.49)\n    return x",
+    "answers in advance, all the time": PIPES
+    + """
+import threading
+def flood(at):
+    for number in range(10**6):
+        message = sys.modules['judge'].encode(('value', number % 50), None)
+        os.write(at, struct.pack("Q", len(message)) + message)
+def f(x):
+    threading.Thread(target=flood, args=(asked()["replies"],), daemon=True).start()
+    return 5
+""",
+    "sets the clock": """
+import signal, time
+for change in (
+    lambda: time.clock_settime(time.CLOCK_REALTIME, time.time()),
+    lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+):
+    try:
+        change()
+    except OSError:
+        pass
+time.monotonic = lambda: 0.0
+def f(x):
+    while True:
+        pass
+""",
     "other names": "set = sorted = len = abs = check = lambda *a: 0" + WRONG,
 }
 

@@ -187,6 +187,10 @@ def test_a_name_changes_with_what_a_run_is_made_of(old, new, tmp_path):
     assert name_of_rl(tmp_path, FILE.replace(old, new)) != name_of_rl(tmp_path, FILE)
 
 
+def test_a_number_that_no_float_holds_has_a_name():
+    assert jobs.Job("traces", {"n": 10**400}, "").name != jobs.Job("traces", {"n": 1}, "").name
+
+
 def test_a_name_does_not_change_with_anything_else(tmp_path):
     name = name_of_rl(tmp_path, FILE)
     assert name == name_of_rl(tmp_path, FILE.replace("[study]", "[study]\n# a comment"))

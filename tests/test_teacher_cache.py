@@ -216,6 +216,19 @@ def test_ranks_do_not_fill_it_together(tmp_path):
         prepare.open_teacher_cache(cfg, plan, teacher)
 
 
+def test_a_teacher_with_another_configuration_is_another_one(tmp_path):
+    """The same weights compute something else with another rope_theta, say."""
+    argv = ["--mode=kd", "--kd_signal=topk", f"--kd_cache={tmp_path / 'c'}"]
+    cfg, docs = options.parse(train.Config, argv), documents()
+    dataset = type("Docs", (), {"get": lambda _, i: docs[i], "__len__": lambda _: len(docs)})()
+    plan = SimpleNamespace(dataset=dataset, place=SimpleNamespace(world=1), vocab_size=50)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    teacher = SimpleNamespace(folder=tmp_path, config="theta 1")
+    filled_by = prepare.open_teacher_cache(cfg, plan, teacher).fingerprint["teacher"]
+    teacher.config = "theta 2"
+    assert prepare.open_teacher_cache(cfg, plan, teacher).fingerprint["teacher"] != filled_by
+
+
 def test_nothing_is_left_of_a_filling_that_failed(tmp_path, monkeypatch):
     docs = documents()
     cache = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
@@ -243,6 +256,9 @@ def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
     docs = documents()
     second = TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     first, _, _ = filled(tmp_path / "c", docs)
+    (tmp_path / "c" / ".lock").touch()  # as a process leaves it that is killed at the very end
+    TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
+    assert not (tmp_path / "c" / ".lock").exists()
     second.fill(iter(()))
     assert second.complete and np.array_equal(second.ids, first.ids)
 

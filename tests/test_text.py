@@ -59,6 +59,14 @@ def test_a_folder_without_or_with_a_damaged_tokenizer(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_a_merge_at_which_the_library_would_panic_is_one_line(tiny, capfd):
+    content = json.loads(tiny.files["tokenizer.json"])
+    content["model"] |= {"continuing_subword_prefix": "long", "merges": [["a", "b"]]}
+    with pytest.raises(UserError, match="does not begin with 'long'"):
+        Tokenizer(tiny.files | {"tokenizer.json": json.dumps(content).encode()}, "here")
+    assert capfd.readouterr().err == ""
+
+
 def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused(tiny):
     def edited(change):
         parts = json.loads(tiny.files["tokenizer.json"])

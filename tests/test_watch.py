@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import train
+from errors import UserError
 from model import parallel, watch
 from tests.distributed_workers import run
 from tests.test_train import SMALL
@@ -54,12 +55,42 @@ def test_who_is_gone_is_named_and_the_first_cause_stays(ended):
     assert not ended
     b.stopped.set()
     time.sleep(0.05)
-    assert a.lost("Connection closed") == "rank 1 is gone"
-    assert c.tell("rank 2: ValueError: late") == "rank 1 is gone"
+    gone = watch.Cause("rank 1 is gone")
+    assert a.lost("Connection closed") == gone
+    assert c.tell(watch.Cause("rank 2: ValueError: late", 2)) == gone
     for each in (a, c):
         each.stop()
         each.join(timeout=5)
     assert not ended, "they ended by themselves"
+
+
+def test_the_first_cause_is_kept_when_the_store_is_gone(ended, monkeypatch):
+    """Rank 0 has failed, and its store goes with it: the others still know why, and its code."""
+    monkeypatch.setattr(watch, "GRACE", 20.0)
+    a, b = ranks(2)
+    a.tell(watch.Cause("rank 0: no such model", 2))
+    end = time.monotonic() + 5
+    while not b.first and time.monotonic() < end:
+        time.sleep(0.02)
+    b.store = mock.Mock()
+    b.store.check.side_effect = b.store.compare_set.side_effect = RuntimeError("gone")
+    assert b.lost("Connection closed") == watch.Cause("rank 0: no such model", 2)
+    assert b.tell(watch.Cause("late")) == watch.Cause("rank 0: no such model", 2)
+    a.stop()
+    b.stop()
+    assert not ended
+
+
+def test_a_store_that_does_not_answer_ends_the_rank(ended):
+    """Its machine is cut off: no call of it returns."""
+    (a,) = ranks(1)
+    with mock.patch.object(a, "_read", lambda key: time.sleep(2) or ""):
+        end = time.monotonic() + 5
+        while len(ended) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+    a.stop()
+    cause = "rank 0, through which ranks meet, gave no sign of life for 0 s"
+    assert ended[:2] == [f"rank 0 ends: {cause}", 1]
 
 
 def test_ranks_that_end_in_good_order_end_nobody(ended):
@@ -104,13 +135,27 @@ def test_ranks_stop_when_torchrun_was_killed(ended, monkeypatch):
 
 def test_an_error_of_one_rank_reaches_the_others():
     told = mock.Mock(spec=watch.Watch)
-    told.lost.return_value = "rank 3 is gone"
+    told.lost.return_value = watch.Cause("rank 3 is gone")
     with mock.patch.object(parallel, "_watch", [told]):
         with pytest.raises(KeyError), parallel.telling():
             raise KeyError("k")
-        assert "KeyError" in told.tell.call_args.args[0]
+        assert told.tell.call_args.args == (watch.Cause("rank 0: KeyError: 'k'"),)
+        for error, *cause in (
+            (UserError("no row"), "rank 0: no row", 2),
+            (OSError(28, "full", "x"), "rank 0: x: full", 1),
+            (OSError(2, "not there", "x"), "rank 0: x: not there", 2),
+        ):
+            with pytest.raises(type(error)), parallel.telling():
+                raise error
+            assert told.tell.call_args.args == (tuple(cause),)
         with pytest.raises(train.RunFailed, match="rank 3 is gone; go on"), parallel.telling():
             raise RuntimeError("[pair.cc] Connection closed by peer gloo")
+        told.lost.return_value = watch.Cause("rank 3: rows.jsonl:7: no answer", 2)
+        with pytest.raises(UserError, match="^rank 3: rows.jsonl:7: no answer$"):
+            with parallel.telling():
+                raise dist.DistNetworkError("failed to recv, got 0 bytes")
+    with pytest.raises(train.RunFailed, match="another rank is gone"), parallel.telling():
+        raise dist.DistNetworkError("failed to recv, got 0 bytes")  # without a watch, too
 
 
 def test_a_start_after_another_one_has_a_name_of_its_own():

@@ -234,17 +234,25 @@ class Isolation:
                 "what is loaded already and nothing else"
             )
 
-    def make_scratch(self) -> str:
-        """A scratch folder for one request.
+    def scratch_of_request(self) -> str:
+        """The path of a new scratch folder for one request."""
+        if self.namespaces:
+            return "/tmp"
+        name = f"srlm-sandbox-{os.getpid()}-{os.urandom(8).hex()}"
+        return os.path.join(tempfile.gettempdir(), name)
+
+    def make_scratch(self, scratch: str, disk: int) -> None:
+        """Make that folder. The supervisor does, since it outlives the server and cleans up.
 
         In namespaces a file system in memory is put over it, which ends with its last process.
         """
         if self.namespaces:
-            return "/tmp"
-        folder = tempfile.mkdtemp(prefix=f"srlm-sandbox-{os.getpid()}-")
+            confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
+            confine.mount_memory(scratch, f"mode=777,size={disk},nr_inodes=4096")
+            return
+        os.mkdir(scratch, 0o700)
         if self.root:
-            os.chown(folder, self.user, self.user)
-        return folder
+            os.chown(scratch, self.user, self.user)
 
     def clean_up(self, scratch: str) -> None:
         """End what has escaped and delete every file; namespaces have done so already."""
@@ -404,10 +412,7 @@ def supervise(isolation: Isolation, request: dict, requests: int, replies: int, 
     """
     limits, scratch = request["limits"], request["scratch"]
     confine.prctl(confine.PR_SUBREAPER, 1)
-    if isolation.namespaces:
-        confine.call("unshare", confine.NEW_PIDS | confine.NEW_MOUNTS)
-        options = f"mode=777,size={limits['disk']},nr_inodes=4096"
-        confine.mount_memory(scratch, options)
+    isolation.make_scratch(scratch, limits["disk"])
     incoming, outgoing = os.pipe()
     start = time.monotonic()
     tests, verdict = fork(partial(run_tests, isolation, request, incoming), incoming)
@@ -459,7 +464,7 @@ def main() -> None:
     gc.freeze()
     judge.send(replies, json.dumps(isolation.missing).encode())
     while (header := judge.receive(requests)) is not None:
-        request = json.loads(header) | {"scratch": isolation.make_scratch()}
+        request = json.loads(header) | {"scratch": isolation.scratch_of_request()}
         work = partial(supervise, isolation, request, requests, replies)
         result = wait(*fork(work, requests, replies))
         if result != "over":  # the supervisor was killed or failed: what it left is cleaned up

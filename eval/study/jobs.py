@@ -115,7 +115,8 @@ def _identity(key: str, value: Any) -> Any:
     if key == "tasks":
         named = [(label(task), task) for task in str(value).split(",")]
         return ",".join(f"{n} {fingerprint(t)}" if is_file(t) else n for n, t in named)
-    return float(value) if type(value) is int else value
+    is_whole = type(value) is int and value.bit_length() < 1000  # beyond, no float is so large
+    return float(value) if is_whole else value
 
 
 @functools.cache
