@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from digests import SUMS, seal, verify
-from errors import RunFailed, UserError, say
+from errors import Halted, RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock, unused
 from model import parallel
@@ -298,12 +298,30 @@ def _claim(
         if has_output(path):
             raise FileExistsError
         (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
-    with lock(path / ".lock"):
-        if not resume:
-            if has_output(path):  # of a process that had the lock meanwhile
-                raise FileExistsError
-            replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
-        yield
+    try:
+        with lock(path / ".lock"):
+            if not resume:
+                if has_output(path):  # of a process that had the lock meanwhile
+                    raise FileExistsError
+                replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+            try:
+                yield
+            except Exception:
+                if not resume:
+                    _take_back(path)
+                raise
+    finally:
+        with suppress(OSError):
+            path.rmdir()  # if nothing is in it
+
+
+def _take_back(path: Path) -> None:
+    """Remove what a run that failed had before it trained: nothing goes on from there."""
+    began = any((path / name).exists() for name in (*LOGS, "wandb"))
+    if not began and not any((path / "checkpoints").iterdir()):
+        for name in ("config.json", "environment.json", "sittings.jsonl"):
+            (path / name).unlink(missing_ok=True)
+        (path / "checkpoints").rmdir()
 
 
 def has_output(path: Path) -> bool:
@@ -399,11 +417,19 @@ def handled(handler: Callable[..., Any]) -> Iterator[None]:
 class StopSignal:
     """Notes a signal to stop inside `with`; the loop saves and leaves between two steps.
 
+    halts: whether a step that takes long is left between its parts, too, at which it asks `halt`.
     A second Ctrl-C is a KeyboardInterrupt at once.
     """
 
+    def __init__(self, halts: bool = False) -> None:
+        self.received, self.halts = "", halts  # the signal's name
+
+    def halt(self) -> None:
+        """Raise Halted if a signal came."""
+        if self.received and self.halts:
+            raise Halted(self.received)
+
     def __enter__(self) -> "StopSignal":
-        self.received = ""  # the signal's name
         self.handlers = handled(self)
         self.handlers.__enter__()
         return self
@@ -415,7 +441,7 @@ class StopSignal:
                 raise KeyboardInterrupt(name)
             if parallel.speaks():
                 with suppress(OSError):  # print may be what was interrupted
-                    os.write(1, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+                    os.write(1, b"\nstopping; Ctrl-C again leaves at once\n")
         self.received = name
 
     def __exit__(self, *exception: Any) -> None:
@@ -505,7 +531,7 @@ class RunLogger:
         self.metrics(step, metrics)
         self.samples(step, samples, evaluated=True)
         shown = [f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2]
-        self.say("  ".join([f"step {step}/{steps}", *shown]))
+        self.say("  ".join([f"step {step}/{steps}  held out:", *shown]))
 
     def progress(self, step: int, steps: int, values: Json, seconds_left: float) -> None:
         """Print a progress line from the metrics of `step`."""
@@ -524,6 +550,8 @@ class RunLogger:
             parts.append(f"mfu {values['train/mfu']:.1%}")
         if values["train/skipped"]:
             parts.append(f"skipped {values['train/skipped']}")
+        if not values["train/grad_norm"] and values.get("rollout/spread") == 0:
+            parts.append("NOTHING TO LEARN: no group's rewards differ")
         if values["train/no_gradient"]:
             parts.append(f"no gradient {values['train/no_gradient']}")
         self.say("  ".join([*parts, f"{duration(seconds_left)} left"]))
