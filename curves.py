@@ -207,7 +207,7 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
 def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075) -> None:
     """Write beside each curve's end (x, y, text, colour) what it is, no text over another.
 
-    A curve that ends far from there is known by its colour: its line would cross the others.
+    Of a curve that ends far from there it is said where: a line to it would cross the others.
     least: the distance of two texts, as a part of the axis, whose limits are final.
     """
     if not ends:
@@ -220,15 +220,16 @@ def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float 
     heights = np.minimum(heights, 1 - steps[::-1])  # and all of them inside
     for i, height in zip(order, heights, strict=True):
         x, y, text, color = ends[i]
+        is_near = widths[i] > 0.8
         ax.annotate(
-            text,
+            text if is_near else f"{text} (to {x:,.0f})",
             (x, y),
             (1.03, height),
             textcoords="axes fraction",
             va="center",
             fontsize=7,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5} if widths[i] > 0.8 else None,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5} if is_near else None,
         )
 
 

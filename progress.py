@@ -8,6 +8,7 @@ from errors import say
 
 EVERY = 10.0  # seconds between two lines
 T = TypeVar("T")
+Halt = Callable[[], None]  # raises what ends something
 
 
 def go_on() -> None:
@@ -30,12 +31,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        what: str,
-        total: float,
-        unit: str,
-        speaks: bool = True,
-        halt: Callable[[], None] = go_on,
+        self, what: str, total: float, unit: str, speaks: bool = True, halt: Halt = go_on
     ) -> None:
         self.what, self.total, self.unit, self.speaks, self.halt = what, total, unit, speaks, halt
         self.done = self.tokens = 0.0

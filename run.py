@@ -298,30 +298,28 @@ def _claim(
         if has_output(path):
             raise FileExistsError
         (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
-    try:
-        with lock(path / ".lock"):
+    with lock(path / ".lock"):
+        if not resume:
+            if has_output(path):  # of a process that had the lock meanwhile
+                raise FileExistsError
+            replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+        try:
+            yield
+        except Exception:
             if not resume:
-                if has_output(path):  # of a process that had the lock meanwhile
-                    raise FileExistsError
-                replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
-            try:
-                yield
-            except Exception:
-                if not resume:
-                    _take_back(path)
-                raise
-    finally:
-        with suppress(OSError):
-            path.rmdir()  # if nothing is in it
+                _take_back(path)
+            raise
 
 
 def _take_back(path: Path) -> None:
     """Remove what a run that failed had before it trained: nothing goes on from there."""
     began = any((path / name).exists() for name in (*LOGS, "wandb"))
     if not began and not any((path / "checkpoints").iterdir()):
-        for name in ("config.json", "environment.json", "sittings.jsonl"):
-            (path / name).unlink(missing_ok=True)
         (path / "checkpoints").rmdir()
+        for name in ("config.json", "environment.json", "sittings.jsonl", ".lock"):
+            (path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what is not ours stays
+            path.rmdir()
 
 
 def has_output(path: Path) -> bool:

@@ -40,7 +40,7 @@ from model.transformer import Transformer
 from overview import check_memory, overview, show_first
 from plugins import named_digests, where_raised
 from prepare import COSTS, Run, load_models, number_of_steps, rehearse, setup
-from progress import Progress, go_on
+from progress import Halt, Progress, go_on
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
@@ -158,7 +158,7 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
 
 
 def data_stream(
-    cfg: Config, dataset: Dataset, rank: int, world: int, halt: Callable[[], None] = go_on
+    cfg: Config, dataset: Dataset, rank: int, world: int, halt: Halt = go_on
 ) -> DataStream:
     """Batches of the data set, this rank's share. Several ranks finish a batch in any case."""
     weighting, halt = WEIGHTINGS[cfg.weighting], halt if world == 1 else go_on
@@ -220,7 +220,7 @@ def forward_backward(
     norm: float,
     micro_batch_tokens: int,
     device: torch.device,
-    halt: Callable[[], None] = go_on,
+    halt: Halt = go_on,
 ) -> Metrics:
     """Add the gradients of the global batch's loss, one micro-batch after another.
 

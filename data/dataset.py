@@ -22,7 +22,7 @@ from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from files import Fields
-from progress import Progress, go_on
+from progress import Halt, Progress, go_on
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
@@ -355,7 +355,7 @@ class DataStream(Iterator[GlobalBatch]):
         weighting: Callable[[Document], Document],
         rank: int = 0,
         world: int = 1,
-        halt: Callable[[], None] = go_on,
+        halt: Halt = go_on,
     ):
         self.dataset, self.batch_size, self.weighting = dataset, batch_size, weighting
         self.rank, self.world, self.halt, self.consumed = rank, world, halt, 0

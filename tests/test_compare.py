@@ -111,6 +111,23 @@ def test_options_that_one_mode_alone_reads_are_listed_where_they_were_chosen(tmp
     assert "grpo_clip_low" not in [row[0] for row in rows]
 
 
+def test_a_checkpoint_is_compared_as_the_run_was_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "parameters", lambda run: "-")
+    path = run(tmp_path / "runs/a", right=range(8))
+    jsonl(path / "sittings.jsonl", [{"step": 0, "steps": 4, "options": {}}])
+    (path / "checkpoints/step-2").mkdir(parents=True)
+    evaluation(tmp_path / "evals", path, range(3), step=2)
+    evaluation(tmp_path / "evals", path, range(9), step=4)
+    argv = [str(path), str(path / "checkpoints/step-2"), f"--evals={tmp_path}/evals"]
+    assert compare.main([*argv, f"--out={tmp_path}/out"]) == 0
+    said = capsys.readouterr().out
+    assert "step 2 of 4" in said and "a/step-2, step 2" in said and "a, step 4" in said
+    early = compare.read_run(path / "checkpoints/step-2", "early", [str(tmp_path / "evals")])
+    assert early.metrics[-1]["step"] == 2 and [r.step for r in early.results.values()] == [2, 0]
+    with pytest.raises(UserError, match="is no run"):
+        compare.read_run(path / "checkpoints/step-3", "none", [])
+
+
 def test_what_was_asked_otherwise_is_not_compared(tmp_path, capsys):
     a, b = run(tmp_path / "a"), run(tmp_path / "b", lr=0.1, system_prompt="Think.")
     evaluation(tmp_path / "evals", a, range(5))

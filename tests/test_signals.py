@@ -99,7 +99,14 @@ MODES = {
     "--mode=sft": ["--mode=sft", "--model=tiny"],
     "--mode=grpo": ["--mode=grpo", *GRPO, "--model=tiny-teacher"],
     "--mode=kd": ["--mode=kd", "--kd_prefix=student", "--kd_mix=0.8", "--teacher=random:tiny"],
-    "--kd_signal=sampled": ["--kd_signal=sampled", "--kd_prefix=student", "--teacher=random:tiny"],
+    "--kd_signal=sampled": [
+        "--kd_signal=sampled",
+        "--kd_prefix=student",
+        "--teacher=random:tiny",
+        "--kd_divergence=reverse_kl",
+        "--kd_temperature=1",
+        "--sample_temperature=1",
+    ],
 }
 
 
