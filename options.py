@@ -364,10 +364,7 @@ def _find(cls: Cls, name: str, source: str) -> Field:
 
 
 def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") -> str:
-    """Return `hint` with the name most like `word`, or `otherwise` if none is like it.
-
-    That is one of the same letters in another order, if there is one: the fingers were too fast.
-    """
+    """Return `hint` with the name most like `word`, of the same letters first, or `otherwise`."""
     swapped = [name for name in known if sorted(name) == sorted(word)]
     near = swapped or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return hint.format(*near) if near else otherwise

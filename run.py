@@ -306,26 +306,15 @@ def _claim(
         try:
             yield
         except Exception:
-            if not resume:
-                _take_back(path)
+            if not resume and not has_output(path, "environment.json", "sittings.jsonl"):
+                shutil.rmtree(path)  # nothing goes on from there
             raise
 
 
-def _take_back(path: Path) -> None:
-    """Remove what a run that failed had before it trained: nothing goes on from there."""
-    began = any((path / name).exists() for name in (*LOGS, "wandb"))
-    if not began and not any((path / "checkpoints").iterdir()):
-        (path / "checkpoints").rmdir()
-        for name in ("config.json", "environment.json", "sittings.jsonl", ".lock"):
-            (path / name).unlink(missing_ok=True)
-        with suppress(OSError):  # what is not ours stays
-            path.rmdir()
-
-
-def has_output(path: Path) -> bool:
-    """Return whether a folder holds more than what a run has before it trains."""
+def has_output(path: Path, *more: str) -> bool:
+    """Return whether a folder holds more than what a run has before it trains, and `more`."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
-    found -= {"config.json", "checkpoints"}
+    found -= {"config.json", "checkpoints", *more}
     return not all(name.startswith((".lock", "config.json.")) for name in found)
 
 

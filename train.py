@@ -262,12 +262,9 @@ def first_half(
     teachers = [] if cfg.kd_signal in OWN_TOKENS else run.teachers
     if norm <= 0:
         return batch, teachers, {}
-    budget, halt = cfg.micro_batch_tokens, run.stop.halt
+    limits = (norm, cfg.micro_batch_tokens, run.device, run.stop.halt)
     with parallel.as_one():
-        sums = forward_backward(
-            run.policy, teachers, loss_fn, batch, norm, budget, run.device, halt
-        )
-    return batch, teachers, sums
+        return batch, teachers, forward_backward(run.policy, teachers, loss_fn, batch, *limits)
 
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:

@@ -123,9 +123,8 @@ def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
     arm = arm_of(path) + f"@{at}" * (at is not None)
     run = Run(path, label, given, environment, metrics, state, arm, at)
     for result in [*_held_out(run), *_evaluations(run, evals)]:
-        if at is not None and result.step != at:
-            continue
-        if result.key not in run.results or result.step > run.results[result.key].step:
+        is_newest = result.key not in run.results or result.step > run.results[result.key].step
+        if is_newest and at in (None, result.step):
             run.results[result.key] = result
     return run
 

@@ -177,7 +177,7 @@ MISTAKES = [
     ("--kd_divergence=reverse-kl", "did you mean reverse_kl?"),
     ("--kd_temperature=0", "--kd_temperature must be above 0"),
     ("--kd_mix=0.5", "only with --kd_prefix student or teacher"),
-    ("--kd_divergence=mine", "no 'mine'; choose from forward_kl"),
+    ("--kd_divergence=mine", "--kd_divergence: no 'mine'; "),
     ("--mode=sft --model=done", "--model done: no such folder; did you mean runs/done?"),
     ("--mode=sft --model=runs", "--model runs: the folder has no config.json"),
     ("--mode=sft --tokenizer=mine.jsonl", "mine.jsonl has no tokenizer.json; name a folder"),

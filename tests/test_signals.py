@@ -22,6 +22,7 @@ from eval.study import scheduler
 from model import parallel
 from progress import Progress
 from run import STOP_SIGNALS, RunFolder, handled
+from tests import distributed_workers as ranks
 from tests.test_train import SMALL, command, timeless
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -149,6 +150,40 @@ def test_a_signal_in_a_step_leaves_it_and_the_run_goes_on_to_the_bit(
         RunFolder(f"runs/{n}").step_folder(4) / "model.safetensors" for n in ("cut", "whole")
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def halted_on_rank_0(argv):
+    """train.main, of which rank 0 alone gets a signal in the midst of a step."""
+    add, calls = Progress.add, [0]
+
+    def interrupted(self, *done):
+        calls[0] += self.what == "rollout" if "--mode=grpo" in argv else self.what == "a step"
+        if calls[0] == 6 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, *done)
+
+    Progress.add = interrupted
+    return train.main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--mode=sft", "--mode=grpo"])
+def test_a_signal_on_one_of_two_ranks_ends_the_step_of_both(mode, tmp_path):
+    (tmp_path / "e.py").write_text(
+        "def e(example, completion):\n    return completion.count('e')\n"
+    )
+    argv = [*MODES[mode], "--steps=4", "--batch_size=16", "--data=word_problems:20", "--warmup=0"]
+    argv += ["--eval_examples=0", "--save_every=0", "--micro_batch_tokens=200"]
+    if mode == "--mode=grpo":
+        argv += ["--sample_tokens=12", "--sample_batch=3", "--grpo_reward=e.py:e"]
+    for name, main in (("whole", train.main), ("cut", halted_on_rank_0)):
+        ended = ranks.run(*argv, f"--name={name}", cwd=tmp_path, ranks=2, main=main)
+        assert ended.returncode == 0, ended.stderr
+    (step,) = RunFolder("runs/cut").steps()
+    assert f"stopped by SIGTERM after step {step}; continue with" in ended.stdout and step < 4
+    ended = ranks.run("--name=cut", "--resume", cwd=tmp_path, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert timeless("runs/cut") == timeless("runs/whole") and len(timeless("runs/cut")) == 4
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_run_goes_on(monkeypatch, capsys):
