@@ -322,6 +322,15 @@ def test_labels_do_not_lie_on_each_other():
     assert np.diff(sorted(heights.values())).min() >= 0.05 - 1e-9
     assert min(heights.values()) >= 0 and max(heights.values()) <= 1
     assert ordered == sorted(ordered) and heights["50"] == pytest.approx(0.5)
+    assert all(text.arrow_patch for text in ax.texts)
+    # no line from a curve that ends far to the left crosses the picture; many labels stay inside
+    ax = axis()
+    ax.set(ylim=(0, 100), xlim=(0, 1000))
+    curves.label_ends(ax, [(8, 1, "killed", "k"), *((1000, y, str(y), "k") for y in range(30))])
+    killed = next(text for text in ax.texts if "killed" in text.get_text())
+    assert killed.get_text() == "killed (to 8)" and killed.arrow_patch is None
+    heights = [text.xyann[1] for text in ax.texts]
+    assert min(heights) >= 0 and max(heights) <= 1 and np.diff(sorted(heights)).min() > 0.03
 
 
 def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):
