@@ -204,11 +204,13 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
         ax.xaxis.set_major_formatter(EngFormatter())
 
 
-def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075) -> None:
+def label_ends(
+    ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075, reach: float = 1.0
+) -> None:
     """Write beside each curve's end (x, y, text, colour) what it is, no text over another.
 
-    Of a curve that ends far from there it is said where: a line to it would cross the others.
-    least: the distance of two texts, as a part of the axis, whose limits are final.
+    least: the distance of two texts, as a part of the axis, whose limits are final. reach: how far
+    a line leads from a text; of a curve that ends farther to the left it is said where.
     """
     if not ends:
         return
@@ -220,7 +222,7 @@ def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float 
     heights = np.minimum(heights, 1 - steps[::-1])  # and all of them inside
     for i, height in zip(order, heights, strict=True):
         x, y, text, color = ends[i]
-        is_near = widths[i] > 0.8
+        is_near = widths[i] >= 1 - reach
         ax.annotate(
             text if is_near else f"{text} (to {x:,.0f})",
             (x, y),

@@ -386,7 +386,7 @@ def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
         curves.draw_teachers(ax, [run.path for run in runs], name)
     ax.grid(alpha=0.3)
     if against == "step":
-        curves.label_ends(ax, ends)
+        curves.label_ends(ax, ends, reach=0.2)
 
 
 # --- the command ----------------------------------------------------------------------------------
