@@ -540,8 +540,7 @@ def _needs(config: Options, name: str) -> str:
     for condition in conditions:
         for other in condition:
             if _unmet(config, other):
-                first = _describe(_conditions(config, other))
-                return f"{first}, and there with {_describe(conditions)}"
+                return f"{_needs(config, other)}, and there with {_describe(conditions)}"
     return _describe(conditions)
 
 

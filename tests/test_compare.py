@@ -126,6 +126,9 @@ def test_a_checkpoint_is_compared_as_the_run_was_then(tmp_path, capsys, monkeypa
     assert early.metrics[-1]["step"] == 2 and [r.step for r in early.results.values()] == [2]
     with pytest.raises(UserError, match="is no run"):
         compare.read_run(path / "checkpoints/step-3", "none", [])
+    ax = axis()
+    compare._draw_runs(ax, [compare.read_run(path, "whole", []), early], "train/loss", "step")
+    assert {text.get_text() for text in ax.texts} == {"whole", "early (to 2)"}
 
 
 def test_what_was_asked_otherwise_is_not_compared(tmp_path, capsys):
