@@ -214,6 +214,7 @@ def label_ends(
     """
     if not ends:
         return
+    ax.autoscale_view()  # the limits of what was drawn are found late
     to_axes = ax.transData + ax.transAxes.inverted()
     widths, heights = to_axes.transform([end[:2] for end in ends]).T
     least = min(least, 1 / len(ends))
