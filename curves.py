@@ -28,10 +28,10 @@ def series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
 
 
-def run_cost(run: str | Path) -> dict[str, float]:
-    """What a run took, by COSTS; nan for what it did not measure."""
+def run_cost(run: str | Path, metrics: Metrics | None = None) -> dict[str, float]:
+    """What a run took, by COSTS; nan for what it did not measure. metrics: the lines until then."""
     last, seconds = {}, []
-    for line in read_metrics(run):
+    for line in read_metrics(run) if metrics is None else metrics:
         last |= line
         seconds.append(line.get("train/seconds", 0))
     total = sum(seconds) if "train/seconds" in last else math.nan
@@ -49,7 +49,8 @@ def eval_names(metrics: Metrics) -> list[str]:
 def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> Table:
     """Return the table at the end of a run: metrics before and after, beside the teacher's.
 
-    teacher_folder: the teacher's checkpoint; what its run measured last is shown, if it is known.
+    teacher_folder: the teacher's checkpoint; what its run measured last has a column, if it is
+    known.
     """
     metrics = read_metrics(run)
     teacher_run = run_of(teacher_folder) if teacher_folder else None
@@ -66,7 +67,7 @@ def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> Ta
         if values:
             last = values[-20:]
             rows.append([name, f"{values[0]:.4f}", f"{sum(last) / len(last):.4f}", "-"])
-    return rows
+    return rows if any(row[3] != "-" for row in rows[1:]) else [row[:3] for row in rows]
 
 
 def aligned(rows: Table, left: int = 2) -> str:
@@ -203,29 +204,35 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
         ax.xaxis.set_major_formatter(EngFormatter())
 
 
-def label_ends(ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075) -> None:
+def label_ends(
+    ax: Any, ends: list[tuple[float, float, str, str]], least: float = 0.075, reach: float = 1.0
+) -> None:
     """Write beside each curve's end (x, y, text, colour) what it is, no text over another.
 
-    least: the distance of two texts, as a part of the axis, whose limits are final.
+    least: the distance of two texts, as a part of the axis, whose limits are final. reach: how far
+    a line leads from a text; of a curve that ends farther to the left it is said where.
     """
     if not ends:
         return
+    ax.autoscale_view()  # the limits of what was drawn are found late
     to_axes = ax.transData + ax.transAxes.inverted()
-    heights = to_axes.transform([end[:2] for end in ends])[:, 1]
+    widths, heights = to_axes.transform([end[:2] for end in ends]).T
+    least = min(least, 1 / len(ends))
     order, steps = np.argsort(heights, kind="stable"), least * np.arange(len(ends))
     heights = np.maximum.accumulate(heights[order] - steps) + steps  # each above the one before
     heights = np.minimum(heights, 1 - steps[::-1])  # and all of them inside
     for i, height in zip(order, heights, strict=True):
         x, y, text, color = ends[i]
+        is_near = widths[i] >= 1 - reach
         ax.annotate(
-            text,
+            text if is_near else f"{text} (to {x:,.0f})",
             (x, y),
             (1.03, height),
             textcoords="axes fraction",
             va="center",
             fontsize=7,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5} if is_near else None,
         )
 
 

@@ -23,6 +23,10 @@ class RunFailed(Exception):
     """
 
 
+class Halted(RunFailed):
+    """A signal to stop came in the midst of a step, which is dropped."""
+
+
 # What the operating system says of a path that the user chose: another one, or other permissions,
 # help. Anything else (a full disk, a broken one) is no fault of the command.
 PATH_ERRORS = (

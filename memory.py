@@ -365,17 +365,23 @@ def check(
             continue
         if name == "sample_batch" and not samples(cfg):
             continue
+        if name == "lora_rank" and (cfg.resume or cfg.lora_rank):
+            continue
         for tried in (change, every | change):
             other = dataclasses.replace(cfg, **tried)
             frozen = [*job.teachers, job.reference]
             split = choose_shards(other, job.place, job.student, frozen)
-            if predicted(other, job, split, other.micro_batch_tokens) <= room:
+            needed = predicted(other, job, split, other.micro_batch_tokens)
+            if tried == change and needed >= need:
+                break  # it does nothing here
+            if needed <= room:
                 if name == "micro_batch_tokens":
                     value = fitting_tokens(other, job, split)
                     tried = tried | {name: max(value, smaller)}
                 words = " ".join(f"--{n} {v}" for n, v in tried.items())
                 raise UserError(f"{_short(need, room, shown)}; set {words}")
-        every |= change
+        else:
+            every |= change
     raise UserError(f"{_short(need, room, shown)}; take a smaller model, or more GPUs")
 
 

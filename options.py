@@ -72,6 +72,7 @@ class Rules(NamedTuple):
     default}}, or {other option: a function of its value that returns the default}; the other
     options are declared before this one, and where several say something, the last one counts.
     implies: {other option: its value wherever this one is given without it}.
+    counted: the option that says how many, which others write as in `choice:4`.
     fixed: a resumed run keeps the stored value; a function of what is stored may say so.
 
     A class may have `sections`, {option: heading in --help, which it begins}, and `hints`, {a name
@@ -93,6 +94,7 @@ class Rules(NamedTuple):
     read_when: Condition | list[Condition] | None = None
     default_when: dict[Any, Any] = {}
     implies: Values = {}
+    counted: str = ""
     fixed: bool | Callable[[Values], bool] = False
 
 
@@ -176,10 +178,9 @@ def parse(
         if unmet and name in may_ignore:
             ignored[name] = f"{name} (read with {_needs(config, name)})"
         elif conditions and unmet:
-            near = _nearest(name, resolved(config), " (the nearest that is read: {})")
             raise UserError(
                 f"{name} is not read with {unmet}={getattr(config, unmet)}, "
-                f"only with {_needs(config, name)}{near}"
+                f"only with {_needs(config, name)}"
             )
     if ignored and notes is not None:
         notes.append(f"ignored, as this run does not read them: {', '.join(ignored.values())}")
@@ -359,7 +360,7 @@ def _find(cls: Cls, name: str, source: str) -> Field:
         if name and name in (spec.name, _rules(spec).alias):
             return spec
     last = name.rpartition(".")[2]  # as in actor_rollout_ref.actor.optim.lr
-    near = _nearest(last, [*known, "config"], "; did you mean {}?", "; see --help")
+    near = _nearest(last, [*known, "config", "help"], "; did you mean {}?", "; see --help")
     hint = getattr(cls, "hints", {}).get(last)
     if hint:
         near = f", but of other programs; here it is {hint}"
@@ -367,8 +368,9 @@ def _find(cls: Cls, name: str, source: str) -> Field:
 
 
 def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") -> str:
-    """Return `hint` with the name most like `word`, or `otherwise` if none is like it."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """Return `hint` with the name most like `word`, of the same letters first, or `otherwise`."""
+    swapped = [name for name in known if sorted(name) == sorted(word)]
+    near = swapped or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return hint.format(*near) if near else otherwise
 
 
@@ -445,6 +447,11 @@ def _convert_one(spec: Field, value: Any, source: str) -> Any:
         every = ", ".join(choices)
         hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
         near = _nearest(str(value), choices, hint, f"choose from {every}")
+        name, _, number = str(value).partition(":")
+        if _rules(spec).counted and name in choices:
+            near = f"write {name} and --{_rules(spec).counted} {number}"
+        elif _rules(spec).files and Path(str(value)).suffix:
+            near = f"a file ends in {', '.join(_rules(spec).files)}"
         raise UserError(f"{source}: no {value!r}; {near}")
     return value
 
@@ -529,16 +536,15 @@ def _values(wanted: Collection | Callable[[], Collection]) -> Collection:
 
 
 def _needs(config: Options, name: str) -> str:
-    """Say with what an option is read, and the same of one that this needs and that is not read.
+    """Say with what an option is read, behind the same of one that this needs and that is not read.
 
-    As in --kd_divergence jsd; --kd_divergence is read with --mode kd.
+    As in --mode kd, and there with --kd_divergence jsd.
     """
     conditions = _conditions(config, name)
     for condition in conditions:
         for other in condition:
             if _unmet(config, other):
-                rest = f"--{other} is read with {_describe(_conditions(config, other))}"
-                return f"{_describe(conditions)}; {rest}"
+                return f"{_needs(config, other)}, and there with {_describe(conditions)}"
     return _describe(conditions)
 
 
@@ -596,6 +602,8 @@ def read_file(file: str | Path) -> Values:
                 f'{label}: {name} is written as wandb writes it, {{"value": ...}}; write '
                 f"{name} = {shown}, or name the config.json in the run's own folder, which is flat"
             )
+        if name == "study" and isinstance(value, dict):
+            raise UserError(f"{label} is a study: python -m eval.study {path}")
         if isinstance(value, (dict, list)):
             raise UserError(f"{label}: {name} is not a plain value; the configuration is flat")
     return values

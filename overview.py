@@ -132,6 +132,8 @@ def _per_step(cfg: Config, plan: Plan, steps: int) -> str:
         text = f"steps      {steps:,} of {cfg.batch_size:,} samples, at most {cfg.sample_tokens:,} "
         text += f"new tokens each, to {prompts:,} prompts"
     text += f" (about {mean * prompts:,.0f} tokens)"
+    if not cfg.steps:
+        text += f", as --epochs {cfg.epochs:g} takes"
     if len(data):
         text += f": {steps / passes * prompts / len(data):.3g} epochs"
     if cfg.warmup >= steps > 0:

@@ -7,9 +7,11 @@ weights. `train.launch` calls the two, and opens the run's folder between them.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
@@ -20,6 +22,8 @@ from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
 from kernels.cpu import choose_threads
+from kernels.divergences import DIVERGENCES
+from losses.grpo import VARIANTS
 from memory import Job, Shards, choose_shards, fitting_tokens
 from model import parallel
 from model.flops import forward_flops
@@ -39,9 +43,11 @@ from model.lora import LoraConfig, parse_targets
 from model.optim import average_of, build_optimizer
 from model.presets import RANDOM
 from model.transformer import Transformer
+from plugins import Table
+from rl.advantage import ADVANTAGES
 from rl.logprobs import teacher_topk
 from rl.reward import Reward, parse_reward
-from run import RunFolder
+from run import RunFolder, StopSignal
 from toy_models import STUDENT, TEACHER, toy_model, toy_tokenizer
 
 # What a run has cost so far, over all ranks; its evaluations are not counted.
@@ -93,6 +99,7 @@ class Run:
     trained_on: Lineage  # what the policy is trained on: the record in its checkpoints
     weights: dict[str, str]  # where those of the policy, the teachers and the reference are from
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # for --save best
+    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
     counters: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*COSTS, *STEP_COUNTERS), 0)
     )
@@ -155,6 +162,27 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
         cfg=cfg,
         threads=choose_threads(max(c.parameters for c in (student, *teachers)), cfg.threads),
     )
+
+
+def rehearse(cfg: Config, plan: Plan) -> None:
+    """Call what is the user's own once, on the first row or on small numbers.
+
+    It fails there rather than with the models loaded. Raises UserError, or what it raises.
+    """
+    if plan.reward:
+        plan.reward.rehearse(plan.dataset.example(0), len(plan.dataset.get(0)))
+    logp, ones = torch.tensor([[0.0, 1.0], [1.0, 3.0]]).log_softmax(1), torch.ones(2)
+    objective = VARIANTS[cfg.grpo_variant].surrogate
+    calls: list[tuple[str, Table, Callable, tuple]] = [
+        ("kd_divergence", DIVERGENCES, DIVERGENCES[cfg.kd_divergence], (logp, logp, cfg.kd_beta)),
+        ("grpo_variant", VARIANTS, objective, (ones, ones, -ones, ones)),
+        ("grpo_advantage", ADVANTAGES, ADVANTAGES[cfg.grpo_advantage], (np.array([0.0, 1.0]),)),
+    ]
+    for option, table, function, given in calls:
+        name = getattr(cfg, option)
+        shape = tuple(np.shape(function(*given))) if name in table.added else (2,)
+        if shape != (2,):
+            raise UserError(f"--{option} {name}: of two rows it returns {list(shape)}, not [2]")
 
 
 def has_teacher(cfg: Config) -> bool:
@@ -368,6 +396,8 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         trained_on=trained_on,
         weights=weights_of(cfg, plan, student, teachers),
         cost=cost if is_new and place.rank == 0 else {},
+        # ranks with shards of a model compute in step: none may leave
+        stop=StopSignal(halts=not (plan.shards.policy or plan.shards.frozen)),
     )
 
 

@@ -1,13 +1,18 @@
 """Progress of what takes long, by time: a line every few seconds, none of what is over soon."""
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from errors import say
 
 EVERY = 10.0  # seconds between two lines
 T = TypeVar("T")
+Halt = Callable[[], None]  # raises what ends something
+
+
+def go_on() -> None:
+    """Nothing ends what is under way."""
 
 
 def duration(seconds: float) -> str:
@@ -21,11 +26,14 @@ class Progress:
     """How far something has come.
 
     what: in words. total: how much there is to do; 0: nobody knows. unit: of it. speaks: whether
-    this process says so: of several that do the same, or parts of it, one.
+    this process says so: of several that do the same, or parts of it, one. halt: called at every
+    part; raises what ends the whole.
     """
 
-    def __init__(self, what: str, total: float, unit: str, speaks: bool = True) -> None:
-        self.what, self.total, self.unit, self.speaks = what, total, unit, speaks
+    def __init__(
+        self, what: str, total: float, unit: str, speaks: bool = True, halt: Halt = go_on
+    ) -> None:
+        self.what, self.total, self.unit, self.speaks, self.halt = what, total, unit, speaks, halt
         self.done = self.tokens = 0.0
         self.began = self.said = time.monotonic()
 
@@ -33,6 +41,8 @@ class Progress:
         """Count what was done since the last call, and the tokens that were generated for it."""
         self.done += done
         self.tokens += tokens
+        if not self.total or self.done < self.total:  # what is done is kept
+            self.halt()
         now = time.monotonic()
         if not self.speaks or now - self.said < EVERY:
             return

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from digests import SUMS, seal, verify
-from errors import RunFailed, UserError, say
+from errors import Halted, RunFailed, UserError, say
 from files import flush, read_json, reason, replace_file, write_json
 from locks import Busy, lock, unused
 from model import parallel
@@ -303,13 +303,18 @@ def _claim(
             if has_output(path):  # of a process that had the lock meanwhile
                 raise FileExistsError
             replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
-        yield
+        try:
+            yield
+        except Exception:
+            if not resume and not has_output(path, "environment.json", "sittings.jsonl"):
+                shutil.rmtree(path)  # nothing goes on from there
+            raise
 
 
-def has_output(path: Path) -> bool:
-    """Return whether a folder holds more than what a run has before it trains."""
+def has_output(path: Path, *more: str) -> bool:
+    """Return whether a folder holds more than what a run has before it trains, and `more`."""
     found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
-    found -= {"config.json", "checkpoints"}
+    found -= {"config.json", "checkpoints", *more}
     return not all(name.startswith((".lock", "config.json.")) for name in found)
 
 
@@ -399,11 +404,19 @@ def handled(handler: Callable[..., Any]) -> Iterator[None]:
 class StopSignal:
     """Notes a signal to stop inside `with`; the loop saves and leaves between two steps.
 
+    halts: whether a step that takes long is left between its parts, too, at which it asks `halt`.
     A second Ctrl-C is a KeyboardInterrupt at once.
     """
 
+    def __init__(self, halts: bool = False) -> None:
+        self.received, self.halts = "", halts  # the signal's name
+
+    def halt(self) -> None:
+        """Raise Halted if a signal came."""
+        if self.received and self.halts:
+            raise Halted(self.received)
+
     def __enter__(self) -> "StopSignal":
-        self.received = ""  # the signal's name
         self.handlers = handled(self)
         self.handlers.__enter__()
         return self
@@ -415,7 +428,7 @@ class StopSignal:
                 raise KeyboardInterrupt(name)
             if parallel.speaks():
                 with suppress(OSError):  # print may be what was interrupted
-                    os.write(1, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+                    os.write(1, b"\nstopping; Ctrl-C again leaves at once\n")
         self.received = name
 
     def __exit__(self, *exception: Any) -> None:
@@ -505,7 +518,7 @@ class RunLogger:
         self.metrics(step, metrics)
         self.samples(step, samples, evaluated=True)
         shown = [f"{k.split('/')[-1]} {v:.4g}" for k, v in metrics.items() if k.count("/") == 2]
-        self.say("  ".join([f"step {step}/{steps}", *shown]))
+        self.say("  ".join([f"step {step}/{steps}  held out:", *shown]))
 
     def progress(self, step: int, steps: int, values: Json, seconds_left: float) -> None:
         """Print a progress line from the metrics of `step`."""
@@ -524,6 +537,8 @@ class RunLogger:
             parts.append(f"mfu {values['train/mfu']:.1%}")
         if values["train/skipped"]:
             parts.append(f"skipped {values['train/skipped']}")
+        if not values["train/grad_norm"] and values.get("rollout/spread") == 0:
+            parts.append("NOTHING TO LEARN: no group's rewards differ")
         if values["train/no_gradient"]:
             parts.append(f"no gradient {values['train/no_gradient']}")
         self.say("  ".join([*parts, f"{duration(seconds_left)} left"]))

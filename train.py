@@ -5,8 +5,9 @@ stages: `setup` and `load_models` (prepare.py), `build` (the only branch on the 
 the loop.
 """
 
-from errors import RunFailed, UserError, as_command, say  # isort: skip
+from errors import Halted, RunFailed, UserError, as_command, say  # isort: skip
 
+import copy
 import dataclasses
 import functools
 import math
@@ -38,8 +39,8 @@ from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
 from overview import check_memory, overview, show_first
 from plugins import named_digests, where_raised
-from prepare import COSTS, Run, load_models, number_of_steps, setup
-from progress import Progress
+from prepare import COSTS, Run, load_models, number_of_steps, rehearse, setup
+from progress import Halt, Progress, go_on
 from rl.logprobs import teacher_rows
 from rl.rollout import GRPORollouts, MixedSource, Rollouts, SampledKDRollouts, Source
 from rl.sample import RolloutConfig
@@ -72,7 +73,7 @@ def build(cfg: Config, run: Run) -> tuple[Source, Callable]:
 
 
 def build_sft(cfg: Config, run: Run) -> tuple[Source, Callable]:
-    return data_stream(cfg, run.dataset, run.rank, run.world), sft_loss
+    return data_stream(cfg, run.dataset, run.rank, run.world, run.stop.halt), sft_loss
 
 
 def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
@@ -101,7 +102,7 @@ def build_kd(cfg: Config, run: Run) -> tuple[Source, Callable]:
         clip=cfg.kd_clip,
     )
     loss_fn = functools.partial(kd_loss, cfg=distillation)
-    data = data_stream(cfg, run.dataset, run.rank, run.world)
+    data = data_stream(cfg, run.dataset, run.rank, run.world, run.stop.halt)
     if cfg.kd_prefix == "data":
         return data, loss_fn
     generator = run.policy if cfg.kd_prefix == "student" else run.teacher
@@ -156,9 +157,12 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
     return rollouts, functools.partial(grpo_loss, cfg=objective)
 
 
-def data_stream(cfg: Config, dataset: Dataset, rank: int, world: int) -> DataStream:
-    """Batches of the data set, this rank's share."""
-    return DataStream(dataset, cfg.batch_size, cfg.seed, WEIGHTINGS[cfg.weighting], rank, world)
+def data_stream(
+    cfg: Config, dataset: Dataset, rank: int, world: int, halt: Halt = go_on
+) -> DataStream:
+    """Batches of the data set, this rank's share. Several ranks finish a batch in any case."""
+    weighting, halt = WEIGHTINGS[cfg.weighting], halt if world == 1 else go_on
+    return DataStream(dataset, cfg.batch_size, cfg.seed, weighting, rank, world, halt)
 
 
 def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
@@ -182,6 +186,7 @@ def rollout_config(cfg: Config, run: Run, **more) -> RolloutConfig:
         rollouts=run.steps,
         taught=bool(run.teachers),
         continues=cfg.kd_prefix_tokens > 0,
+        halt=run.stop.halt,
     )
     return dataclasses.replace(common, **more)
 
@@ -215,17 +220,19 @@ def forward_backward(
     norm: float,
     micro_batch_tokens: int,
     device: torch.device,
+    halt: Halt = go_on,
 ) -> Metrics:
     """Add the gradients of the global batch's loss, one micro-batch after another.
 
     Args:
         norm: What divides the sum of losses: the normalizer of the batch over all ranks.
+        halt: Raises Halted, between two of them, when a signal came.
 
     Returns:
         This rank's metrics as (sum, count).
     """
     sums: Metrics = {}
-    progress = Progress("a step", len(batch.documents), "examples", parallel.speaks())
+    progress = Progress("a step", len(batch.documents), "examples", parallel.speaks(), halt)
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
@@ -240,6 +247,26 @@ def forward_backward(
             sums[name] = (old_total + total.double(), old_count + count.double())
         progress.add(len(micro.documents))
     return sums
+
+
+def first_half(
+    cfg: Config, run: Run, source: Source, loss_fn: Callable, step: int
+) -> tuple[GlobalBatch, list[Transformer], Metrics]:
+    """The batch of a step, the teachers of its loss, and its metrics, with gradients of this rank.
+
+    Raises Halted on all ranks if a signal came meanwhile.
+    """
+    batch = next(source)
+    (norm,) = parallel.all_reduce_sum([batch.normalizer], run.device)
+    if cfg.lora_dropout:
+        run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
+    # A sampled signal is in the advantages already: the loss needs no teacher.
+    teachers = [] if cfg.kd_signal in OWN_TOKENS else run.teachers
+    if norm <= 0:
+        return batch, teachers, {}
+    limits = (norm, cfg.micro_batch_tokens, run.device, run.stop.halt)
+    with parallel.as_one():
+        return batch, teachers, forward_backward(run.policy, teachers, loss_fn, batch, *limits)
 
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
@@ -281,17 +308,13 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
             break
 
         began = time.perf_counter()
-        batch = next(source)
-        (norm,) = parallel.all_reduce_sum([batch.normalizer], run.device)
-        if cfg.lora_dropout:
-            run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
-        # A sampled signal is in the advantages already: the loss needs no teacher.
-        teachers = [] if cfg.kd_signal in OWN_TOKENS else run.teachers
-        sums = {}
-        if norm > 0:
-            sums = forward_backward(
-                run.policy, teachers, loss_fn, batch, norm, cfg.micro_batch_tokens, run.device
-            )
+        before = copy.copy(source)
+        try:
+            batch, teachers, sums = first_half(cfg, run, source, loss_fn, step)
+        except Halted:  # the checkpoint is that of the last whole step
+            save(cfg, run, before, step)
+            stopping = True
+            break
         parallel.sync_gradients(run.policy)
         grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
@@ -526,6 +549,11 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
             ) from None
         rows = result_rows(path, run.teacher_folder)
         log.say(summary(path, rows))
+        idle = run.counters["no_gradient"]
+        if idle:
+            no_spread = " (no group's rewards differed)" * (cfg.mode == "grpo")
+            nothing = "; NOTHING WAS LEARNED" * (idle == run.steps)
+            log.say(f"{idle:,} of {run.steps:,} steps had no gradient{no_spread}{nothing}")
         if run.best:
             score = f"{run.best['score']:.4f} at step {run.best['step']}"
             log.say(f"the best evaluation: {score}; {path}/checkpoints/step-{run.best['step']}")
@@ -552,6 +580,7 @@ def launch(cfg: Config, at_most_a_tenth: bool) -> None:
     plan = setup(cfg, at_most_a_tenth)
     cfg, rank = plan.cfg, plan.place.rank
     check_memory(cfg, plan)
+    rehearse(cfg, plan)
     if cfg.show_batch:
         if rank == 0:
             batch = next(data_stream(cfg, plan.dataset, plan.place.rank, plan.place.world))
@@ -579,7 +608,7 @@ def launch(cfg: Config, at_most_a_tenth: bool) -> None:
         source, loss_fn = build(cfg, run)
         if resume_step is not None:
             restore(run, source)
-        with StopSignal() as stop:
+        with run.stop as stop:
             try:
                 train(cfg, run, source, loss_fn, stop)
             except KeyboardInterrupt:

@@ -208,22 +208,18 @@ class GlobalBatch:
         too long here is a UserError.
         """
         bins: list[list[Document]] = []
-        free: list[int] = []
+        free, teacher = np.zeros((2, len(self.documents)), dtype=np.int64)  # of each bin
         for d in sorted(self.documents, key=len, reverse=True):
             if len(d) > micro_batch_tokens:
                 raise UserError(
                     f"a document of {len(d)} tokens does not fit "
                     f"micro_batch_tokens={micro_batch_tokens}; raise --micro_batch_tokens"
                 )
-            fitting = (
-                i
-                for i, room in enumerate(free)
-                if len(d) <= room and bins[i][0].teacher == d.teacher
-            )
-            i = next(fitting, len(bins))
+            fits = (free[: len(bins)] >= len(d)) & (teacher[: len(bins)] == d.teacher)
+            i = int(fits.argmax()) if fits.any() else len(bins)
             if i == len(bins):
                 bins.append([])
-                free.append(micro_batch_tokens)
+                free[i], teacher[i] = micro_batch_tokens, d.teacher
             bins[i].append(d)
             free[i] -= len(d)
         yield from map(Batch.pack, bins)

@@ -22,7 +22,7 @@ from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from files import Fields
-from progress import Progress
+from progress import Halt, Progress, go_on
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
 
@@ -173,7 +173,11 @@ class Dataset:
         bad = [example for example in examples if self._lack(example)]
         if bad:
             problem = LACKS[self._lack(bad[0])].format(len(bad))
-            raise UserError(f"{bad[0].origin}: {problem}, or set --bad_rows drop")
+            columns = ", ".join(bad[0].columns)
+            raise UserError(
+                f"{bad[0].origin}: {problem}, or set --bad_rows drop; its columns are {columns}: "
+                "an answer is called answer, solution or completion"
+            )
 
     def _note_texts(self) -> None:
         """Note the texts that another program would have treated in another way."""
@@ -340,7 +344,7 @@ class DataStream(Iterator[GlobalBatch]):
 
     Batch k holds positions k·batch_size … of the concatenated epochs: what a step trains on depends
     on (seed, step) alone, not on the number of ranks. The next batch is made while a step runs;
-    `state` counts what was consumed, not what was made.
+    `state` counts what was consumed, not what was made. halt: raises what ends the making.
     """
 
     def __init__(
@@ -351,9 +355,10 @@ class DataStream(Iterator[GlobalBatch]):
         weighting: Callable[[Document], Document],
         rank: int = 0,
         world: int = 1,
+        halt: Halt = go_on,
     ):
         self.dataset, self.batch_size, self.weighting = dataset, batch_size, weighting
-        self.rank, self.world, self.consumed = rank, world, 0
+        self.rank, self.world, self.halt, self.consumed = rank, world, halt, 0
         self.order = dataset.order(seed)
         self.worker = ThreadPoolExecutor(1)
         self.prefetched: Future[GlobalBatch] | None = None
@@ -367,8 +372,12 @@ class DataStream(Iterator[GlobalBatch]):
 
     def _make(self, k: int) -> GlobalBatch:
         positions = range(k * self.batch_size + self.rank, (k + 1) * self.batch_size, self.world)
-        documents = [self.dataset.get(self.order(position)) for position in positions]
-        return GlobalBatch([self.weighting(document) for document in documents])
+        speaks, documents = self.rank == 0, []
+        progress = Progress("making a batch", len(positions), "examples", speaks, self.halt)
+        for position in positions:
+            documents.append(self.weighting(self.dataset.get(self.order(position))))
+            progress.add(1)
+        return GlobalBatch(documents)
 
     def take_cost(self) -> dict[str, float]:
         """Reading data costs no model's tokens or FLOPs."""

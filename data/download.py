@@ -5,7 +5,7 @@ commit, and kept only if its sha256 is the one below. The checksums are of files
 without a source of that kind are not offered.
 """
 
-from errors import RunFailed, UserError, as_command  # isort: skip
+from errors import UserError, as_command  # isort: skip
 
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import options
@@ -110,7 +111,7 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
 
     say: gets a line for every file.
 
-    Raises UserError for an unknown name or a wrong checksum, RunFailed without a connection.
+    A set that cannot be fetched leaves nothing behind. Raises UserError.
     """
     if name not in SETS:
         raise UserError(f"{name} is not among the sets that can be fetched: {', '.join(SETS)}")
@@ -127,6 +128,7 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
             say(f"{path} is there")
             continue
         draft = path.with_name("draft-" + path.name)  # keeps the suffix by which it is read
+        made = [place for place in (path.parent, *path.parents[1:]) if not place.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(url, timeout=SILENCE) as answer:
@@ -140,11 +142,14 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
             draft.rename(path)
         except (OSError, http.client.HTTPException) as e:
             words = getattr(e, "reason", None) or reason(e)
-            raise RunFailed(
+            raise UserError(
                 f"{url} could not be fetched to {path} ({words}); fetch it by hand"
             ) from None
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that could not be made, or is not empty
+                draft.unlink(missing_ok=True)
+                for place in made:
+                    place.rmdir()
         say(f"{path} fetched")
 
 

@@ -172,7 +172,9 @@ def read_divided(
         number = len(validation)
         has = f"{number} different questions" if number else "no examples"
         left_by = f"--eval_examples {eval_examples} leaves"
-        if eval_data or len(sources) > 1:
+        if eval_data and len(sources) == 1:
+            has, left_by = f"{len(examples):,} examples", f"--eval_data {eval_data} asks the same:"
+        elif eval_data or len(sources) > 1:
             has = f"{len(examples):,} examples"
             left_by = "validation and --train_examples leave"
         raise UserError(f"--data {source.name} has {has}; {left_by} none to train on")
@@ -228,8 +230,8 @@ def divide(
     withheld = len(examples) - len(kept) - (0 if held_out is not None else len(asked))
     if withheld and notes is not None:
         notes.append(
-            f"{withheld:,} more rows ask one of the {len(asked):,} held-out questions; "
-            "they are not trained on"
+            f"{withheld:,} more rows ({withheld / len(examples):.1%}) ask one of the "
+            f"{len(asked):,} held-out questions; they are not trained on"
         )
     training = [[] for _ in sources]
     for i in kept[: train_examples or None]:

@@ -74,6 +74,7 @@ class EvalOptions(PromptOptions, SamplingOptions):
         "with commas between them; also a file of your own, with rows as train.py takes them",
         choices=benchmarks.names,
         files=SUFFIXES,
+        counted="limit",
     )
     grader: str = option(
         "",

@@ -5,7 +5,7 @@ one. The checkpoint is a folder in Hugging Face form, a hub id, or the folder of
 checkpoint).
 """
 
-from errors import UserError, as_command  # isort: skip
+from errors import UserError, as_command, say  # isort: skip
 
 import dataclasses
 import sys
@@ -130,6 +130,7 @@ def talk(args: ChatOptions) -> None:
     """Answer line by line until the input ends."""
     subject = find(args.checkpoint)
     formatter, engine = formatter_of(subject, args), Engine(subject.model())
+    say(f"talking to {subject.folder}", sys.stderr)
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:

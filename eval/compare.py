@@ -49,7 +49,9 @@ others have at the default, are left out."""
 class CompareOptions:
     """Every option of the command."""
 
-    runs: tuple[str, ...] = option(REQUIRED, "folders of runs", positional=True)
+    runs: tuple[str, ...] = option(
+        REQUIRED, "folders of runs, or of their checkpoints, as they were then", positional=True
+    )
     evals: tuple[str, ...] = option(
         ("evals",), "folders of evaluations, --out of `python -m eval`, with commas between them"
     )
@@ -84,6 +86,7 @@ class Run:
     metrics: list[dict[str, Any]]
     state: str
     arm: str
+    at: int | None  # the step of its checkpoint that was named; None: the run as it is
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
 
 
@@ -91,22 +94,37 @@ class Run:
 
 
 def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
-    """A run of which something was measured. Raises UserError for another folder, or damage."""
+    """A run of which something was measured. Raises UserError for another folder, or damage.
+
+    path: Its folder, or a checkpoint in it: the run until then.
+    """
+    before, at = run_of(path), None
+    if before and path.is_dir() and path.name.startswith("step-"):
+        path, at = before, int(path.name[5:])
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no run: it has no config.json; name a folder, as in runs/NAME")
     metrics = _read_metrics(path / "metrics.jsonl")
+    metrics = [line for line in metrics if at is None or line["step"] <= at]
+    if not metrics:
+        raise UserError(f"{path}: nothing was measured until step {at}")
     sittings = read_lines(path / "sittings.jsonl")
     given, about = all_options(path), path / "environment.json"
     environment = read_json(about) if about.exists() else {}
     environment = environment | Fields(environment, about).part("packages").values
     steps = sittings[-1].get("steps") if sittings else given.get("steps")
+    if steps and given.get("steps") == 0:
+        given["steps"] = f"{steps} by --epochs"
     step = metrics[-1]["step"]
     state = "finished" if steps == step else f"stopped at {step:,} of {steps or '?'}"
     if is_held(path / ".lock"):
         state = f"running, at {step:,} of {steps or '?'}"
-    run = Run(path, label, given, environment, metrics, state, arm_of(path))
+    if at is not None:
+        state = f"step {at:,} of {steps or '?'}"
+    arm = arm_of(path) + f"@{at}" * (at is not None)
+    run = Run(path, label, given, environment, metrics, state, arm, at)
     for result in [*_held_out(run), *_evaluations(run, evals)]:
-        if result.key not in run.results or result.step > run.results[result.key].step:
+        is_newest = result.key not in run.results or result.step > run.results[result.key].step
+        if is_newest and at in (None, result.step):
             run.results[result.key] = result
     return run
 
@@ -239,14 +257,14 @@ def reached(runs: list[Run]) -> curves.Table:
             if asked:
                 row[2] = points([last, *curves.wilson(last, asked[-1])])
             row[3] = f"{100 * best:.1f} ({steps[values.index(best)]:,})"
-        rows.append([*row, *cost_cells(curves.run_cost(run.path)).values()])
+        rows.append([*row, *cost_cells(curves.run_cost(run.path, run.metrics)).values()])
     return rows
 
 
 def parameters(run: Run) -> str:
-    """How many parameters a run's newest checkpoint has, if there is one."""
+    """How many parameters a run's checkpoint has, the newest one's unless one was named, if any."""
     folder = RunFolder(run.path)
-    steps = folder.steps()
+    steps = folder.steps() if run.at is None else [run.at]
     if not steps:
         return "-"
     newest = folder.step_folder(steps[-1])
@@ -368,7 +386,7 @@ def _draw_runs(ax: Any, runs: list[Run], name: str, against: str) -> None:
         curves.draw_teachers(ax, [run.path for run in runs], name)
     ax.grid(alpha=0.3)
     if against == "step":
-        curves.label_ends(ax, ends)
+        curves.label_ends(ax, ends, reach=0.2)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -380,7 +398,10 @@ def compare(args: CompareOptions) -> None:
         raise UserError("name two runs or more, as in runs/a runs/b")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
         raise UserError("a run is named twice; it would count as two of one seed")
-    names = [Path(name).resolve().name for name in args.runs]
+    names = []
+    for name in args.runs:
+        before = run_of(name)
+        names.append(f"{before.name if before else ''}/{Path(name).resolve().name}".lstrip("/"))
     runs = []
     for given, name in zip(args.runs, names, strict=True):
         label = name if names.count(name) == 1 else given

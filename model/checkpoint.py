@@ -59,7 +59,9 @@ def locate(name: str, option: str) -> Path | None:
         raise UserError(f"{option} {name} is a file; name the folder that it is in")
     local = folder.exists() or name.startswith(("runs/", "checkpoints/"))
     if local or not HUB_ID.fullmatch(name):
-        raise UserError(f"{option} {name}: no such folder; presets are {', '.join(PRESETS)}")
+        run = Path("runs", name)
+        hint = f"did you mean {run}?" if run.is_dir() else f"presets are {', '.join(PRESETS)}"
+        raise UserError(f"{option} {name}: no such folder; {hint}")
     from huggingface_hub import snapshot_download
 
     try:

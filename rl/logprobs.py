@@ -11,6 +11,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import draw_ids, topk_logprobs
 from losses.sft import cross_entropy
 from model.transformer import Transformer
+from progress import Progress
 from rl.sample import RolloutConfig
 
 
@@ -26,6 +27,8 @@ def add_logprobs(batch: GlobalBatch, name: str, model: Transformer, config: Roll
 
     They are those of softmax(logits / temperature) over the vocabulary; 0 where the weight is 0.
     """
+    size = len(batch.documents)
+    progress = Progress("log-probs", size, "samples", config.rank == 0, config.halt)
     for micro in batch.split(config.micro_batch_tokens):
         moved = micro.to(model.head_VD.device)
         _, rows = linear_logprob(
@@ -41,6 +44,7 @@ def add_logprobs(batch: GlobalBatch, name: str, model: Transformer, config: Roll
         logp_T[micro.rows_N + 1] = rows["logp"].double().cpu()  # position t predicts token t + 1
         for document, logp in zip(micro.documents, logp_T[:-1].split(micro.lengths), strict=True):
             document.fields[name] = logp
+        progress.add(len(micro.documents))
 
 
 def kl_penalty(document: Document, beta: float) -> float:

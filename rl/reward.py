@@ -143,6 +143,13 @@ class Reward:
             values["truncation_penalty"] = -self.truncation_penalty
         return sum(values.values()), values, verdict
 
+    def rehearse(self, example: Example, tokens: int) -> None:
+        """Call the user's own parts once, on a row and its answer. Raises UserError."""
+        own = {name: part for name, part in self.parts.items() if part.is_own}
+        text = (example.messages[-1]["content"] or "") if example.has_answer else ""
+        rehearsed = dataclasses.replace(self, parts=own)
+        rehearsed(example, text, tokens, True, verdict=Verdict(False, False, False))
+
     def judge(self, example: Example, text: str) -> Verdict:
         """Whether a completion is right; other threads may ask."""
         if example.answer is not None and example.task in TASKS:

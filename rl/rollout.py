@@ -8,6 +8,7 @@ What is sampled depends on the seed and the prompt's position alone: every sampl
 numbers, whatever rank or batch it is generated in. Legend: G samples of a prompt.
 """
 
+import copy
 import hashlib
 import random
 import time
@@ -62,7 +63,8 @@ class Rollouts(Iterator[GlobalBatch]):
             self.pending = self.rollout()
             self.number += 1
             self.pending[0].metrics["rollout/seconds"] = (time.perf_counter() - started, 1)
-        return self.pending.pop(0)
+        batch, *self.pending = self.pending  # a new list: a copy of this source keeps the old one
+        return batch
 
     def rollout(self) -> list[GlobalBatch]:
         """The batches of one rollout; here a single one, of plain text."""
@@ -79,8 +81,9 @@ class Rollouts(Iterator[GlobalBatch]):
 
     def sample(self, positions: Sequence[int]) -> list[Sample]:
         """G completions of the prompt at each position, one prompt after the other."""
-        samples = []
+        samples, progress = [], self.progress("prompts", len(positions), "prompts")
         for position in positions:
+            progress.add(1)
             example = self.dataset.example(self.prompt_order(position))
             prompt = self.dataset.formatter.prompt(example)
             teacher, teacher_prompt = 0, None
@@ -118,13 +121,17 @@ class Rollouts(Iterator[GlobalBatch]):
             top_p=config.top_p,
             seeds=seeds,
             batch_size=config.generation_batch,
-            progress=Progress("rollout", len(prompts), "samples", config.rank == 0),
+            progress=self.progress("rollout", len(prompts), "samples"),
         )
         new_tokens = [len(c.tokens) for c in completions]
         self.cost["sampled_tokens"] += sum(new_tokens)
         flops = generation_flops(model, prompts, new_tokens, config.vocab_size)
         self.count(model, sum(new_tokens), flops)
         return completions
+
+    def progress(self, what: str, total: int, unit: str) -> Progress:
+        """Of a part of a rollout, at which a signal to stop is looked at."""
+        return Progress(what, total, unit, self.config.rank == 0, self.config.halt)
 
     def token_limit(self) -> int:
         """New tokens of a sample in this rollout, of whose number alone they depend."""
@@ -140,7 +147,8 @@ class Rollouts(Iterator[GlobalBatch]):
     def add_logprobs(self, samples: list[Sample], name: str, model: Transformer) -> None:
         """Set the field `name` of the samples' documents to the log-probs of their tokens."""
         batch = GlobalBatch([s.document for s in samples])
-        add_logprobs(batch, name, model, self.config)
+        with parallel.as_one():
+            add_logprobs(batch, name, model, self.config)
         flops = forward_flops(model, batch.lengths, batch.loss_rows, self.config.vocab_size)
         self.count(model, sum(batch.lengths), flops)
 
@@ -201,7 +209,8 @@ class SampledKDRollouts(Rollouts):
         batch = GlobalBatch([s.document for s in samples])
         for number, teacher in enumerate(self.teachers):
             own = [d for d in batch.documents if d.teacher == number]
-            add_teacher_logprobs(own, teacher, self.config)
+            with parallel.as_one():
+                add_teacher_logprobs(own, teacher, self.config)
             seen = batch.for_teacher(number)
             rows, vocab = seen.loss_rows, self.config.vocab_size
             tokens = sum(seen.lengths)
@@ -246,8 +255,10 @@ class GRPORollouts(Rollouts):
 
     def add_rewards(self, samples: list[Sample]) -> None:
         grade_all(self.judge, [(s.example, s) for s in samples])
+        progress = self.progress("rewards", len(samples), "samples")
         for sample in samples:  # a function of the user's is called in this thread
             self.grade(sample.example, sample)
+            progress.add(1)
 
     def judge(self, example: Example, sample: Sample) -> None:
         """Set a sample's text and verdict; several threads at a time may do so."""
@@ -387,6 +398,12 @@ class MixedSource(Iterator[GlobalBatch]):
         coin = random.Random(f"{self.seed}/{self.count}").random()
         self.count += 1
         return next(self.sources[coin < self.on_policy_fraction])
+
+    def __copy__(self) -> "MixedSource":
+        """Where this source is now, whatever is drawn from it later."""
+        same = MixedSource(*self.sources, self.on_policy_fraction, self.seed)
+        same.sources, same.count = tuple(map(copy.copy, self.sources)), self.count
+        return same
 
     def take_cost(self) -> dict[str, float]:
         return self.sources[1].take_cost()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from data.batch import Document
 from data.grade import Verdict
 from data.tasks import Example
+from progress import Halt, go_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RolloutConfig:
     rollouts: int = 1  # over which they grow
     taught: bool = False  # whether a teacher scores samples: it may see a prompt of its own
     continues: bool = False  # whether samples go on from the beginning of the reference answer
+    halt: Halt = go_on  # raises Halted in the midst of a rollout
     # GRPO alone
     samples_per_prompt: int = 1
     advantage: str = "std"  # a name in rl.advantage.ADVANTAGES

@@ -93,3 +93,22 @@ def test_a_masked_document_counts_in_no_divisor():
         with_it = GlobalBatch([mean(d) for d in [*rest, masked]])
         assert with_it.normalizer == without.normalizer == normalizer
         assert GlobalBatch([mean(masked)]).normalizer == 0
+
+
+def test_a_document_goes_into_the_first_micro_batch_with_room():
+    rng = np.random.default_rng(0)
+    documents = []
+    for length in rng.integers(1, 60, 200):
+        documents.append(Document(np.zeros(length, np.int32), np.ones(length)))
+        documents[-1].teacher = int(rng.integers(2))
+    bins = []  # plainly, one after the other
+    for document in sorted(documents, key=len, reverse=True):
+        for own in bins:
+            same = own[0].teacher == document.teacher
+            if same and sum(map(len, own)) + len(document) <= 100:
+                own.append(document)
+                break
+        else:
+            bins.append([document])
+    found = [micro.documents for micro in GlobalBatch(documents).split(100)]
+    assert [list(map(id, own)) for own in found] == [list(map(id, own)) for own in bins]

@@ -25,7 +25,8 @@ def test_a_conversation_and_what_is_refused(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "eval.chat", tmp_path / "run", "--logp", "--max_tokens=12"]
     command += ["--temperature", "1"]
     as_run = subprocess.run(command, cwd=ROOT, input=LINES.encode(), capture_output=True)
-    assert as_run.returncode == 0 and not as_run.stderr
+    assert as_run.returncode == 0
+    assert as_run.stderr.decode() == f"talking to {folder}\n"
     text = as_run.stdout.decode()
     assert text.count("[12 tokens, mean log-prob -") == 3
     assert run(folder, "--logp", "--max-tokens=12", "--temperature", 1)[1] == text

@@ -111,6 +111,26 @@ def test_options_that_one_mode_alone_reads_are_listed_where_they_were_chosen(tmp
     assert "grpo_clip_low" not in [row[0] for row in rows]
 
 
+def test_a_checkpoint_is_compared_as_the_run_was_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "parameters", lambda run: "-")
+    path = run(tmp_path / "runs/a", right=range(8))
+    jsonl(path / "sittings.jsonl", [{"step": 0, "steps": 4, "options": {}}])
+    (path / "checkpoints/step-2").mkdir(parents=True)
+    evaluation(tmp_path / "evals", path, range(3), step=2)
+    evaluation(tmp_path / "evals", path, range(9), step=4)
+    argv = [str(path), str(path / "checkpoints/step-2"), f"--evals={tmp_path}/evals"]
+    assert compare.main([*argv, f"--out={tmp_path}/out"]) == 0
+    said = capsys.readouterr().out
+    assert "step 2 of 4" in said and "a/step-2, step 2" in said and "a, step 4" in said
+    early = compare.read_run(path / "checkpoints/step-2", "early", [str(tmp_path / "evals")])
+    assert early.metrics[-1]["step"] == 2 and [r.step for r in early.results.values()] == [2]
+    with pytest.raises(UserError, match="is no run"):
+        compare.read_run(path / "checkpoints/step-3", "none", [])
+    ax = axis()
+    compare._draw_runs(ax, [compare.read_run(path, "whole", []), early], "train/loss", "step")
+    assert {text.get_text() for text in ax.texts} == {"whole", "early (to 2)"}
+
+
 def test_what_was_asked_otherwise_is_not_compared(tmp_path, capsys):
     a, b = run(tmp_path / "a"), run(tmp_path / "b", lr=0.1, system_prompt="Think.")
     evaluation(tmp_path / "evals", a, range(5))
@@ -305,6 +325,17 @@ def test_labels_do_not_lie_on_each_other():
     assert np.diff(sorted(heights.values())).min() >= 0.05 - 1e-9
     assert min(heights.values()) >= 0 and max(heights.values()) <= 1
     assert ordered == sorted(ordered) and heights["50"] == pytest.approx(0.5)
+    assert all(text.arrow_patch for text in ax.texts)
+    # no line from a curve that ends far to the left crosses the picture; many labels stay inside
+    ax = axis()
+    ax.set(ylim=(0, 100), xlim=(0, 1000))
+    curves.label_ends(
+        ax, [(8, 1, "killed", "k"), *((1000, y, str(y), "k") for y in range(30))], reach=0.2
+    )
+    killed = next(text for text in ax.texts if "killed" in text.get_text())
+    assert killed.get_text() == "killed (to 8)" and killed.arrow_patch is None
+    heights = [text.xyann[1] for text in ax.texts]
+    assert min(heights) >= 0 and max(heights) <= 1 and np.diff(sorted(heights)).min() > 0.03
 
 
 def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):

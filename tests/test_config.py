@@ -478,11 +478,14 @@ def test_what_is_not_read_says_what_would_read_it():
     for argv, words in (
         (
             ["--mode=sft", "--kd_beta=0.5"],
-            "jsd or .*; --kd_divergence is read with --kd_signal full or topk or student_topk or "
-            "draws or sampled, or",
+            "only with --mode kd, and there with --kd_signal full or topk or student_topk or draws "
+            "or sampled, or .*, and there with --kd_divergence .*jsd or",
         ),
-        (["--mode=sft", "--grpo_tis_cap=3"], "_sequence; --grpo_tis is read with --mode gr"),
-        (["--mode=kd", "--kd_beta=0.5"], r"skew_reverse_kl( \(the nearest that is read: \w+\))?$"),
+        (
+            ["--mode=sft", "--grpo_tis_cap=3"],
+            "only with --mode grpo, and there with --grpo_tis .*_sequence$",
+        ),
+        (["--mode=kd", "--kd_beta=0.5"], "only with --kd_divergence .*skew_reverse_kl$"),
     ):
         with pytest.raises(UserError, match=words):
             options.parse(train.Config, argv)

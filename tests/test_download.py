@@ -53,11 +53,12 @@ def test_downloads_are_kept_only_with_the_right_checksum(server, tmp_path, monke
     (tmp_path / "sets/good/test.jsonl").write_bytes(b"touched")
     for name, code, words in (
         ("bad", 2, "checksum mismatch"),
-        ("gone", 1, "Not Found"),
+        ("gone", 2, "Not Found"),
         ("good", 2, "not the set's own"),
         ("x", 2, "not among"),
     ):
         assert download.main([name, *to]) == code
+        assert [path.name for path in (tmp_path / "sets").iterdir()] == ["good"]
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
     assert download.main([]) == 2

@@ -10,13 +10,35 @@ import pytest
 
 import toy_models
 import train
+from data import download
 from eval import __main__ as evaluation
-from eval import chat, traces
+from eval import chat, compare, traces
 from eval.study import __main__ as study
+from model import export
 from model.checkpoint import build_model, save_model
 from model.presets import PRESETS
+from tests.test_plugins import tables  # noqa: F401
 
 ROWS = [{"question": f"How much is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(12)]
+FAILS = """
+from kernels.divergences import DIVERGENCES
+from rl.advantage import ADVANTAGES
+
+def moon(example, completion):
+    return example.columns["moon"]
+
+def needs(example, completion, moon):
+    return 1.0
+
+def late(student_logp, teacher_logp, beta):
+    return student_logp.no_such_method()
+
+def whole(student_logp, teacher_logp, beta):
+    return (teacher_logp - student_logp).sum()
+
+DIVERGENCES["late"], DIVERGENCES["whole"] = late, whole
+ADVANTAGES["one"] = lambda rewards_G: 1 / 0
+"""
 TALK = [{"prompt": f"Say {n}."} for n in range(12)]
 
 
@@ -32,6 +54,11 @@ def place(tmp_path_factory):
     (home / "empty.jsonl").write_text("")
     (home / "r.py").write_text("def good(example, completion):\n    return 1.0\n")
     (home / "bad.py").write_text("import sys\nsys.exit(0)\n")
+    (home / "fails.py").write_text(FAILS)
+    label = [{"question": row["question"], "label": "7"} for row in ROWS]
+    (home / "label.jsonl").write_text("\n".join(map(json.dumps, label)))
+    (home / "odd.jsonl").write_text('{"text_in": "What?", "text_out": "7"}\n')
+    (home / "study.toml").write_text("[study]\nseeds = [0]\n")
     (home / "c.yaml").write_text("lr: 1\n")
     (home / "trl.toml").write_text("learning_rate = 1e-5\n")
     (home / "old.toml").write_text('mode = "sft"\nkd_beta = 0.5\n')
@@ -130,6 +157,60 @@ MISTAKES = [
     ("--config=nowhere.toml", "nowhere.toml is not there"),
     ("--mode=sft --shard=on", "--shard on: this is one process; start several with torchrun"),
     ("--mode=kd --teacher=model --shard_frozen=on", "--shard_frozen on: this is one process"),
+    # what a user of the README alone got wrong, thought up before the code was looked at
+    ("--modle=runs/done", "--modle is not an option; did you mean model?"),
+    ("--taecher=model", "did you mean teacher?"),
+    ("--dta=mine.jsonl", "did you mean data?"),
+    ("--epoch=2", "did you mean epochs?"),
+    ("--epochs=two", "--epochs: 'two' is not a number"),
+    ("--epochs=-1", "--epochs must be above 0"),
+    ("--lr=1e-5,2e-5", "--lr: '1e-5,2e-5' is not a number"),
+    ("--batch_size=0", "--batch_size must be at least 1"),
+    ("--threads=many", "--threads: 'many' is not a whole number"),
+    ("--wandb=online --wandb_tags", "--wandb_tags: expected one argument"),
+    ("--mode=sft --teacher=model --data=mine.jsonl", "only with --mode kd, and there with"),
+    (
+        "--mode=sft --grpo_samples=4",
+        "grpo_samples is not read with mode=sft, only with --mode grpo",
+    ),
+    ("--mode=sft --wandb_group=a", "only with --wandb offline or online"),
+    ("--mode=sft --lora_targets=q_proj", "only with --lora_rank above 0"),
+    ("--kd_divergence=reverse-kl", "did you mean reverse_kl?"),
+    ("--kd_temperature=0", "--kd_temperature must be above 0"),
+    ("--kd_mix=0.5", "only with --kd_prefix student or teacher"),
+    ("--kd_divergence=mine", "--kd_divergence: no 'mine'; "),
+    ("--mode=sft --model=done", "--model done: no such folder; did you mean runs/done?"),
+    ("--mode=sft --model=runs", "--model runs: the folder has no config.json"),
+    ("--mode=sft --tokenizer=mine.jsonl", "mine.jsonl has no tokenizer.json; name a folder"),
+    ("--mode=sft --drop_layers=0,1", "--drop_layers leaves no layer"),
+    ("--mode=sft --chat_template_kwargs=enable_thinking", "write name=value,name=value"),
+    (
+        "--mode=sft --data=label.jsonl --eval_examples=2",
+        "its columns are question, label: an answer",
+    ),
+    ("--mode=grpo --data=label.jsonl --eval_examples=2", "is called answer, solution or comp"),
+    ("--mode=sft --data=odd.jsonl", "columns ['text_in', 'text_out'] fit no known form"),
+    ("--mode=sft --data=runs/done/metrics.jsonl", "columns ['step'] fit no known form"),
+    ("--mode=sft --data=mine.jsonl,mine.jsonl", "a file is named twice"),
+    ("--mode=sft --data=mine.jsonl --eval_data=nope.jsonl", "--eval_data nope.jsonl: no such file"),
+    (
+        "--mode=sft --data=mine.jsonl --eval_data=mine.jsonl",
+        "has 12 examples; --eval_data mine.jsonl asks the same: none to train on",
+    ),
+    ("--mode=grpo --grpo_reward=breif.py:brief", "--grpo_reward breif.py is not there"),
+    ("--mode=grpo --grpo_reward=acuracy", "no 'acuracy'; choose from accuracy"),
+    ("--mode=grpo --grpo_reward=accuracy,r.py:good:lots", "'lots' is not a number"),
+    ("--mode=grpo --grpo_reward=fails.py:needs", "missing a required argument: 'moon'"),
+    ("--mode=grpo --grpo_samples=1", "--grpo_samples must be at least 2"),
+    ("--config=study.toml", "study.toml is a study: python -m eval.study study.toml"),
+    ("--plugin=nope.py", "--plugin nope.py is not there"),
+    ("--name=done --resume --mode=kd", "the run was begun with 'sft' and keeps it"),
+    ("--name=done --resume --steps=2", "is at step 5 already, and was told to end at step 2"),
+    # what fails in code of one's own
+    ("--mode=grpo --grpo_reward=fails.py:moon", "raised KeyError: 'moon' on the sample"),
+    ("--plugin=fails.py --kd_divergence=late", "has no attribute 'no_such_method'"),
+    ("--plugin=fails.py --kd_divergence=whole", "of two rows it returns [], not [2]"),
+    ("--plugin=fails.py --mode=grpo --grpo_advantage=one", "ZeroDivisionError"),
     # runs
     ("--mode=sft --name=a/b", "--name a/b must be a plain folder name"),
     ("--mode=sft --resume", "--resume needs the --name of a run"),
@@ -143,6 +224,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("line,words", MISTAKES, ids=[line for line, _ in MISTAKES])
+@pytest.mark.usefixtures("tables")
 def test_a_mistake_is_one_line(line, words, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
@@ -167,7 +249,22 @@ ELSEWHERE = [
     ),
     (evaluation, "qwen2.5-0.5b --tasks=word_problems", "a preset has random weights"),
     (traces, "runs/done --data=mine.jsonl", "the following arguments are required: --out"),
-    (study, "nope.toml", "nope.toml is not there"),
+    (study, "nope.toml", "eval.study: nope.toml is not there"),
+    (study, "study.toml --seeds=abc", "--seeds: 'abc' is not a whole number"),
+    (study, "study.toml --seed=0", "did you mean seeds?"),
+    (evaluation, "runs/done --tasks=word_problems:4", "write word_problems and --limit 4"),
+    (evaluation, "runs/done --tasks=mine.csv", "no 'mine.csv'; a file ends in .jsonl"),
+    (evaluation, "runs/done --tasks=mine.jsonl --n=4 --k=8", "--k 8 needs as many samples"),
+    (evaluation, "runs/done", "the following arguments are required: --tasks"),
+    (evaluation, "model/config.json --tasks=mine.jsonl", "is a file; name the folder"),
+    (chat, "done", "checkpoint done: no such folder; did you mean runs/done?"),
+    (chat, "runs/done --temprature=0", "did you mean temperature?"),
+    (compare, "runs/done", "name two runs or more, as in runs/a runs/b"),
+    (compare, "runs/done runs/done", "a run is named twice"),
+    (compare, "runs/nope runs/done", "runs/nope is no run: it has no config.json"),
+    (compare, "runs/done/checkpoints runs/done", "checkpoints is no run: it has no config.json"),
+    (export, "runs/done", "the following arguments are required: OUT"),
+    (download, "gsm9k", "gsm9k is not among the sets that can be fetched: gsm8k"),
     (study, "mine.jsonl", "mine.jsonl: not valid TOML"),
 ]
 
@@ -184,6 +281,7 @@ def test_a_mistake_elsewhere_is_one_line(command, line, words, place, monkeypatc
 
 DRY = [
     ("--mode=sft --data=bare.jsonl --eval_examples=6", "ANSWERS ARE NOT MARKED"),
+    ("--mode=sft --steps=0 --epochs=2", "as --epochs 2 takes: 2 epochs"),
     ("--mode=sft --steps=9 --warmup=9", "THE WARM-UP (9) IS NOT OVER BEFORE THE RUN IS"),
     ("--mode=sft --data=mine.jsonl --eval_examples=6", "VALIDATION TAKES 6 OF 12 EXAMPLES"),
     ("--mode=sft --data=mine.jsonl --eval_examples=2", "mine.jsonl: 10 trained on"),

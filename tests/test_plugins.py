@@ -10,7 +10,7 @@ import options
 import plugins
 import train
 from data.tasks import TASKS
-from errors import UserError
+from errors import RunFailed, UserError
 from eval import __main__ as evaluation
 from eval import benchmarks, traces
 from eval.study import plan as study_plan
@@ -168,6 +168,28 @@ def forget():
             table.pop(name, None)
         table.added.clear()
     WITH_BETA[:] = [name for name in WITH_BETA if name in DIVERGENCES]
+
+
+def test_a_run_that_fails_before_its_first_line_leaves_no_folder(home, monkeypatch):
+    """What fails once it has begun stays, and so does what was there before."""
+    kd = ["--mode=kd", *SMALL, "--teacher=random:tiny"]
+
+    def broken(*args, **more):
+        raise RunFailed("no weights")
+
+    with monkeypatch.context() as m:
+        m.setattr("prepare.load_policy", broken)
+        assert run(*kd, "--name=a")[0] == run(*kd)[0] == 1
+        assert list((home / "runs").iterdir()) == []
+        (home / "runs/b").mkdir()
+        (home / "runs/b/notes.txt").touch()
+        assert run(*kd, "--name=b")[0] == 2 and (home / "runs/b/notes.txt").exists()
+    with monkeypatch.context() as m:
+        m.setattr(train, "first_half", broken)
+        assert run(*kd, "--name=c", "--eval_examples=0")[0] == 1
+        assert list((home / "runs").iterdir()) == [home / "runs/b"]
+        assert run(*kd, "--name=c")[0] == 1 and len(read_metrics("runs/c")) == 1
+        assert run("--name=c", "--resume")[0] == 1 and (home / "runs/c/config.json").exists()
 
 
 def test_a_changed_or_missing_plugin_is_said_when_a_run_goes_on(home):

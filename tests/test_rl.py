@@ -226,7 +226,12 @@ def test_a_batch_without_spread_steps_nothing(start, tmp_path, ranks):
     )
     assert [m["train/grad_norm"] > 0 for m in lines] == [True, True, False, False, False]
     if not ranks:
-        assert "no gradient 3" in said
+        assert "NOTHING TO LEARN: no group's rewards differ  no gradient 3" in said
+        assert "\n3 of 5 steps had no gradient (no group's rewards differed)\n" in said
+        (tmp_path / "flat.py").write_text("def f(example, completion):\n    return 1.0\n")
+        more[0] = f"--grpo_reward={tmp_path}/flat.py:f"
+        code, said = run(*GRPO, f"--model={start}", *more, "--steps=1", "--name=n", cwd=tmp_path)
+        assert code == 0 and "1 of 1 steps had no gradient (no group's rewards differed); N" in said
 
     def tensors(step):
         folder = tmp_path / f"runs/r/checkpoints/step-{step}"

@@ -20,7 +20,9 @@ import toy_models
 import train
 from eval.study import scheduler
 from model import parallel
+from progress import Progress
 from run import STOP_SIGNALS, RunFolder, handled
+from tests import distributed_workers as ranks
 from tests.test_train import SMALL, command, timeless
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -80,6 +82,110 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(name, sent_at,
     )
     assert train.main(command.split()[2:]) == 0
     assert timeless(tmp_path / "elsewhere/cut") == timeless(tmp_path / "elsewhere/whole") != []
+
+
+HALTS = [
+    ("a step", "--mode=sft", 4),
+    ("making a batch", "--mode=sft", 14),
+    ("prompts", "--mode=grpo", 2),
+    ("rollout", "--mode=grpo", 9),
+    ("rewards", "--mode=grpo", 17),
+    ("log-probs", "--mode=grpo", 5),
+    ("a step", "--mode=grpo", 4),
+    ("rollout", "--mode=kd", 9),
+    ("log-probs", "--kd_signal=sampled", 5),
+]
+GRPO = ["--grpo_minibatches_per_rollout=2", "--grpo_samples=2", "--grpo_kl_coef=0.01"]
+MODES = {
+    "--mode=sft": ["--mode=sft", "--model=tiny"],
+    "--mode=grpo": ["--mode=grpo", *GRPO, "--model=tiny-teacher"],
+    "--mode=kd": ["--mode=kd", "--kd_prefix=student", "--kd_mix=0.8", "--teacher=random:tiny"],
+    "--kd_signal=sampled": [
+        "--kd_signal=sampled",
+        "--kd_prefix=student",
+        "--teacher=random:tiny",
+        "--kd_divergence=reverse_kl",
+        "--kd_temperature=1",
+        "--sample_temperature=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("what,mode,call", HALTS, ids=[f"{w} {m}" for w, m, _ in HALTS])
+def test_a_signal_in_a_step_leaves_it_and_the_run_goes_on_to_the_bit(
+    what, mode, call, monkeypatch, capsys, tmp_path
+):
+    """The half step is dropped; what was trained before is saved as if it had ended there."""
+    monkeypatch.setattr("data.dataset.CHUNK", 4)
+    (tmp_path / "e.py").write_text(
+        "def e(example, completion):\n    return completion.count('e')\n"
+    )
+    argv = [*MODES[mode], "--device=cpu", "--steps=4", "--batch_size=8", "--data=word_problems:20"]
+    argv += ["--eval_examples=0", "--save_every=0", "--micro_batch_tokens=200", "--warmup=0"]
+    if mode != "--mode=sft":
+        argv += ["--sample_tokens=12", "--sample_batch=3"]
+    if mode == "--mode=grpo":
+        argv += ["--grpo_reward=e.py:e"]
+    assert train.main([*argv, "--name=whole"]) == 0
+    add, calls = Progress.add, [0]
+
+    def interrupted(self, *done):
+        if self.what == what:  # the thread that makes batches does not touch the count
+            calls[0] += 1
+        if calls[0] == call and self.what == what:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the main thread gets it
+        add(self, *done)
+
+    with monkeypatch.context() as m:
+        m.setattr(Progress, "add", interrupted)
+        capsys.readouterr()
+        assert train.main([*argv, "--name=cut"]) == 0
+    said, (step,) = capsys.readouterr().out, RunFolder("runs/cut").steps()
+    assert f"stopped by SIGTERM after step {step}; continue with" in said
+    lines = timeless("runs/cut")
+    assert len(lines) == step < 4 and calls[0] in (call, call + 1)  # nothing more was computed
+    assert train.main(["--name=cut", "--resume"]) == 0
+    assert timeless("runs/cut") == timeless("runs/whole") and len(timeless("runs/cut")) == 4
+    weights = [
+        RunFolder(f"runs/{n}").step_folder(4) / "model.safetensors" for n in ("cut", "whole")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def halted_on_rank_0(argv):
+    """train.main, of which rank 0 alone gets a signal in the midst of a step."""
+    add, calls = Progress.add, [0]
+
+    def interrupted(self, *done):
+        if self.what == ("rollout" if "--mode=grpo" in argv else "a step"):
+            calls[0] += 1
+        if calls[0] == 6 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, *done)
+
+    Progress.add = interrupted
+    return train.main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--mode=sft", "--mode=grpo"])
+def test_a_signal_on_one_of_two_ranks_ends_the_step_of_both(mode, tmp_path):
+    (tmp_path / "e.py").write_text(
+        "def e(example, completion):\n    return completion.count('e')\n"
+    )
+    argv = [*MODES[mode], "--steps=4", "--batch_size=16", "--data=word_problems:20", "--warmup=0"]
+    argv += ["--eval_examples=0", "--save_every=0", "--micro_batch_tokens=200"]
+    if mode == "--mode=grpo":
+        argv += ["--sample_tokens=12", "--sample_batch=3", "--grpo_reward=e.py:e"]
+    for name, main in (("whole", train.main), ("cut", halted_on_rank_0)):
+        ended = ranks.run(*argv, f"--name={name}", cwd=tmp_path, ranks=2, main=main)
+        assert ended.returncode == 0, ended.stderr
+    (step,) = RunFolder("runs/cut").steps()
+    assert f"stopped by SIGTERM after step {step}; continue with" in ended.stdout and step < 4
+    ended = ranks.run("--name=cut", "--resume", cwd=tmp_path, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert timeless("runs/cut") == timeless("runs/whole") and len(timeless("runs/cut")) == 4
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_run_goes_on(monkeypatch, capsys):

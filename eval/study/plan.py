@@ -92,7 +92,8 @@ def read(
             file.shorten()
         return _Planner(file).study(Path(path).stem, chosen)
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        said = str(e)
+        raise UserError(said if said.startswith(f"{path} ") else f"{path}: {said}") from None
 
 
 def _evaluation(given: dict) -> Any:
