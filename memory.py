@@ -190,55 +190,40 @@ class Job:
 
 def needs(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
     """Bytes of each part on a GPU, for micro-batches of `tokens`."""
-    place, config = job.place, job.student.config
-    cuda, tokens = place.device.type == "cuda", int(min(tokens, job.seen))
-    c = place.compute_dtype.itemsize
-    m = max(c, 4)
+    tokens = int(min(tokens, job.seen))
+    parts = _trained(cfg, job, shards)
+    parts |= _frozen(cfg, job, shards, parts["gradients"], tokens)
+    parts |= _copies(cfg, job, shards)
+    parts |= _activations(cfg, job, shards, tokens)
+    parts |= _head(cfg, job, shards, tokens)
+    return parts | _caches(cfg, job)
+
+
+def _itemsizes(job: Job) -> tuple[int, int]:
+    """Bytes of a number that is computed with, and of one that is summed or updated."""
+    itemsize = job.place.compute_dtype.itemsize
+    return itemsize, max(itemsize, 4)
+
+
+def _trained(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
+    """The policy with its gradients and moments, and what is whole for a while."""
+    c, m = _itemsizes(job)
+    config = job.student.config
     size = size_of(config, cfg.lora_rank, parse_targets(cfg.lora_targets))
     base = size.blocks + size.around
     trained = size.adapters or base
+    frozen = c * base if size.adapters else 0
     split = shards.ranks if shards.policy else 1
     parts = {
-        "weights": ((c * base if size.adapters else 0) + m * trained) / split,
+        "weights": (frozen + m * trained) / split,
         "gradients": m * trained / split,
         "AdamW": 2 * m * trained / split,
     }
-    gathered = 0
-    if place.world > 1 and not shards.policy:  # what is summed at a time, in a copy
+    if shards.policy:  # whole, and what is to be summed of its gradient
+        parts["around the blocks"] = (c if size.adapters else 2 * m) * size.around
+    elif job.place.world > 1:  # what is summed at a time, in a copy
         largest = parallel.BUCKET_ELEMENTS + config.vocab_size * config.hidden_size
         parts["sum over ranks"] = m * min(trained, largest)
-    if shards.policy:  # whole, and what is to be summed of its gradient; a block and the next one
-        parts["around the blocks"] = c * size.around if size.adapters else 2 * m * size.around
-        gathered = (3 * c if size.adapters else 2 * c + m) * size.block
-    parts |= _frozen(cfg, job, shards, m * trained / split, tokens)
-    parts |= _copies(cfg, job, shards)
-
-    saved = tokens * saved_per_token(config, c, cuda)
-    carried = tokens * config.hidden_size * c
-    cast = 0 if m == c or size.adapters or shards.policy else c * size.block
-    kept = carried if cfg.activation_checkpointing else saved + cast
-    parts["activations"] = config.num_layers * kept + 3 * carried
-    at_work = tokens * c * 4 * config.intermediate_size + gathered
-    parts["a block at work"] = at_work + cfg.activation_checkpointing * (saved + cast)
-    hidden = config.hidden_size + sum(teacher.config.hidden_size for teacher in job.teachers)
-    head = job.vocab * config.hidden_size
-    is_whole = not (size.adapters or shards.policy)  # else none, or it is around the blocks
-    parts["head"] = m * head * is_whole + m * tokens * hidden
-    logits = min(tokens * job.vocab, CHUNK_ELEMENTS["cuda" if cuda else "cpu"])
-    block = logits if cuda else min(logits, BLOCK_ELEMENTS)
-    models = 1 + bool(job.teachers)
-    parts["logits"] = m * models * logits
-    if c < m:  # the head is cast; without tensor cores back again
-        parts["logits"] += c * logits + c * head * (not size.adapters) + m * head * (not cuda)
-    if not backend.triton_serves(place.device):
-        parts["logits"] += m * block * (6 if job.teachers else 1)
-    parts["KV cache"] = kept_slots(config, job.rows, job.slots, c)
-    rows = min(cfg.sample_batch, -(-cfg.batch_size // place.world)) if samples(cfg) else 0
-    cache = kept_slots(config, rows, max(job.longest, cfg.sample_tokens), c)
-    if cache > KEPT_BYTES:
-        parts["KV cache"] = max(cache, parts["KV cache"])
-    elif cache:
-        parts["cache of rollouts"] = cache  # stays for the next ones
     return parts
 
 
@@ -295,6 +280,57 @@ def _copies(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
     if not samples(cfg):
         del copies["copy for rollouts"]
     return {name: size for name, size in copies.items() if size}
+
+
+def _activations(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
+    """What the blocks keep for their backward pass, and what one takes while it computes."""
+    c, m = _itemsizes(job)
+    config, cuda = job.student.config, job.place.device.type == "cuda"
+    block = size_of(config).block
+    saved = tokens * saved_per_token(config, c, cuda)
+    if m > c and not cfg.lora_rank and not shards.policy:
+        saved += c * block  # its weights in the compute dtype
+    carried = tokens * config.hidden_size * c
+    at_work = tokens * c * 4 * config.intermediate_size
+    if shards.policy:  # a block and the next one, gathered
+        at_work += (3 * c if cfg.lora_rank else 2 * c + m) * block
+    kept = saved
+    if cfg.activation_checkpointing:
+        kept, at_work = carried, at_work + saved
+    return {"activations": config.num_layers * kept + 3 * carried, "a block at work": at_work}
+
+
+def _head(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float]:
+    """The rows and the gradient of the head, and the logits of a chunk."""
+    c, m = _itemsizes(job)
+    config, cuda = job.student.config, job.place.device.type == "cuda"
+    hidden = config.hidden_size + sum(teacher.config.hidden_size for teacher in job.teachers)
+    head = job.vocab * config.hidden_size
+    rows = m * tokens * hidden
+    if not (cfg.lora_rank or shards.policy):  # else it has none, or it is around the blocks
+        rows += m * head
+    chunk = min(tokens * job.vocab, CHUNK_ELEMENTS["cuda" if cuda else "cpu"])
+    logits = m * chunk * (1 + bool(job.teachers))
+    if c < m:  # the head is cast; without tensor cores back again
+        logits += c * chunk + c * head * (not cfg.lora_rank) + m * head * (not cuda)
+    if not backend.triton_serves(job.place.device):
+        block = chunk if cuda else min(chunk, BLOCK_ELEMENTS)
+        logits += m * block * (6 if job.teachers else 1)
+    return {"head": rows, "logits": logits}
+
+
+def _caches(cfg: Config, job: Job) -> dict[str, float]:
+    """The key-value cache of validation, and that of rollouts, which stays if it is small."""
+    config, c = job.student.config, job.place.compute_dtype.itemsize
+    parts: dict[str, float] = {"KV cache": kept_slots(config, job.rows, job.slots, c)}
+    if samples(cfg):
+        rows = min(cfg.sample_batch, -(-cfg.batch_size // job.place.world))
+        cache = kept_slots(config, rows, max(job.longest, cfg.sample_tokens), c)
+        if cache > KEPT_BYTES:
+            parts["KV cache"] = max(cache, parts["KV cache"])
+        elif cache:
+            parts["cache of rollouts"] = cache
+    return parts
 
 
 STEP = ("gradients", "around the blocks")

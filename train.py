@@ -249,7 +249,7 @@ def forward_backward(
     return sums
 
 
-def first_half(
+def compute_gradients(
     cfg: Config, run: Run, source: Source, loss_fn: Callable, step: int
 ) -> tuple[GlobalBatch, list[Transformer], Metrics]:
     """The batch of a step, the teachers of its loss, and its metrics, with gradients of this rank.
@@ -310,7 +310,7 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         began = time.perf_counter()
         before = copy.copy(source)
         try:
-            batch, teachers, sums = first_half(cfg, run, source, loss_fn, step)
+            batch, teachers, sums = compute_gradients(cfg, run, source, loss_fn, step)
         except Halted:  # the checkpoint is that of the last whole step
             save(cfg, run, before, step)
             stopping = True
