@@ -262,11 +262,14 @@ def compute_gradients(
         run.policy.dropout.begin(step, applied=not batch.has_field("old_logp"))
     # A sampled signal is in the advantages already: the loss needs no teacher.
     teachers = [] if cfg.kd_signal in OWN_TOKENS else run.teachers
-    if norm <= 0:
-        return batch, teachers, {}
-    limits = (norm, cfg.micro_batch_tokens, run.device, run.stop.halt)
-    with parallel.as_one():
-        return batch, teachers, forward_backward(run.policy, teachers, loss_fn, batch, *limits)
+    sums = {}
+    if norm > 0:
+        micro, halt = cfg.micro_batch_tokens, run.stop.halt
+        with parallel.as_one():
+            sums = forward_backward(
+                run.policy, teachers, loss_fn, batch, norm, micro, run.device, halt
+            )
+    return batch, teachers, sums
 
 
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:

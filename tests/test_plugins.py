@@ -185,7 +185,7 @@ def test_a_run_that_fails_before_its_first_line_leaves_no_folder(home, monkeypat
         (home / "runs/b/notes.txt").touch()
         assert run(*kd, "--name=b")[0] == 2 and (home / "runs/b/notes.txt").exists()
     with monkeypatch.context() as m:
-        m.setattr(train, "first_half", broken)
+        m.setattr(train, "compute_gradients", broken)
         assert run(*kd, "--name=c", "--eval_examples=0")[0] == 1
         assert list((home / "runs").iterdir()) == [home / "runs/b"]
         assert run(*kd, "--name=c")[0] == 1 and len(read_metrics("runs/c")) == 1

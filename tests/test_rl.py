@@ -460,8 +460,8 @@ def test_a_reward_that_fails_is_one_line_that_names_the_sample(
         (["--weighting=sequence"], "not read with mode=grpo"),
         (
             ["--teacher=random:tiny-teacher"],
-            "not read with grpo_kd_coef=0.0, only with --kd_signal full or topk or student_topk or "
-            "draws or sampled, or",
+            "not read with grpo_kd_coef=0.0, only with --mode kd, and there with --kd_signal full "
+            "or topk or student_topk or draws or sampled, or with --grpo_kd_coef above 0",
         ),
         (["--grpo_kl_estimator=k1"], "not read with grpo_kl_coef=0.0"),
         (["--grpo_variant=sapo", "--grpo_clip_low=0.1"], "not read with grpo_variant=sapo"),

@@ -681,13 +681,13 @@ def test_a_file_for_validation(tiny, tmp_path):
     data = dataset(tiny, a, eval_data=held, eval_examples=100)
     assert len(data.validation) == 10 == len(data.validation_documents())
     assert {e.origin.split(":")[0] for e in data.validation} == {held} and data.label == "held"
-    assert len(data) == 16 and any("4 more rows ask one of the 10" in n for n in data.notes)
+    assert len(data) == 16 and any("4 more rows (20.0%) ask one of the 10" in n for n in data.notes)
     some = dataset(tiny, a, eval_data=held, eval_examples=3)
     assert some.validation == data.validation[:3] and len(some) == 16
     for name, words in (
         ("nowhere.jsonl", "--eval_data nowhere.jsonl: no such file"),
         (str(write(tmp_path / "none.jsonl", [])), "has no examples"),
-        (a, "has 20 examples; validation and --train_examples leave none"),
+        (a, "has 20 examples; --eval_data .* asks the same: none to train on"),
     ):
         with pytest.raises(UserError, match=words):
             dataset(tiny, a, eval_data=name)
