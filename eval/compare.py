@@ -99,7 +99,7 @@ def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
     path: Its folder, or a checkpoint in it: the run until then.
     """
     before, at = run_of(path), None
-    if before and path.is_dir() and path.name.startswith("step-"):
+    if before and path.is_dir() and path.name.removeprefix("step-").isdecimal():
         path, at = before, int(path.name[5:])
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no run: it has no config.json; name a folder, as in runs/NAME")

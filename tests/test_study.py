@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,7 @@ class Here:
     """A job's process, in this one: a test need not wait for imports."""
 
     broken = ()  # labels of the jobs that fail
+    trouble = 1  # with this exit code
     failing = 0
 
     def __init__(self, job, out, place, gpus):
@@ -100,7 +102,7 @@ class Here:
         main = train.main
         if first == "-m":
             main = MODULES[arguments.pop(0)].main
-        self.place, self.began, self.code, self.processes = place, 0.0, 1, []
+        self.place, self.began, self.code, self.processes = place, 0.0, self.trouble, []
         made.append(job)
         with (
             open(scheduler.log_of(out, job), "a") as log,
@@ -352,12 +354,14 @@ def test_a_study_goes_on(tmp_path, here, capsys, monkeypatch):
     )
 
 
-def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, capsys):
+@pytest.mark.parametrize("code, said", [(1, ": nothing"), (-9, ": killed, as .* before: nothing")])
+def test_what_fails_is_named_and_the_rest_is_made(tmp_path, here, monkeypatch, capsys, code, said):
     file, out = write(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(Here, "trouble", code)
     monkeypatch.setattr(Here, "broken", ("sft, seed 0: again",))
     assert study.main([file, f"--out={out}"]) == 1
     err = capsys.readouterr().err.strip()
-    assert "nothing but trouble" in err and len(err.splitlines()) == 1
+    assert re.search(f"{said} but trouble", err) and len(err.splitlines()) == 1
     assert kinds(here) == [
         "eval",
         "eval",

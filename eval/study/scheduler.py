@@ -191,9 +191,8 @@ def run_jobs(
                     tell(f"{job.label}: {time.monotonic() - process.began:.0f} s")
                 else:
                     words = last_words(out, job, process.failing)
-                    if code < 0:
-                        name = signal.Signals(-code).name
-                        words = f"ended by {name}, as where memory ends; before: {words}"
+                    if code == -signal.SIGKILL:
+                        words = f"killed, as the system does where memory ends; before: {words}"
                     failed[job] = Failure(code, f"{job.label}: {words}")
                     replace_file(failure_file(out, job), failed[job].reason)
                     tell(f"FAILED {failed[job].reason}")
