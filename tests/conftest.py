@@ -12,11 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 
+# Under nohup, or in the background of a script, some are ignored; runs that the tests start would
+# ignore them, too.
 for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    if (
-        signal.getsignal(number) == signal.SIG_IGN
-    ):  # under nohup; runs that the tests start would ignore them, too
+    if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
