@@ -697,7 +697,7 @@ def test_memory_falls_as_the_number_of_ranks_rises():
     large = dataclasses.replace(EVEN, hidden_size=512, intermediate_size=2048, vocab_size=8000)
     large = dataclasses.replace(large, num_layers=6, head_dim=64, num_heads=8, num_kv_heads=4)
     alone = workers.spawned(cost_main, 1, large, 0, 1)
-    for world in (2, 4):
+    for world in (2, 4, 8):
         told = workers.spawned(cost_main, world, large, world, 1)
         for name, size in alone["held"].items():
             assert told["held"][name] == pytest.approx(size / world, rel=0.1), (world, name)
