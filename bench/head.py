@@ -31,7 +31,7 @@ from kernels import backend, triton_head, triton_sampler
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 from kernels.triton_head import Config
-from model.sampling import Sampler
+from model.sampling import NUCLEUS, Sampler, keep_top_p
 
 # What --tune tries for the logits kernel: rows, ids, width, warps, stages.
 TILES = [
@@ -321,8 +321,8 @@ def check_loss(name: str, s: Shapes, repeats: int) -> dict:
     return row | {"right": right and not row["unequal repeats"]}
 
 
-def check_draws(bench: Bench, temperature: float) -> dict:
-    """Ids drawn without stored logits, and their log-probs, against fp64.
+def check_draws(bench: Bench, temperature: float, top_p: float) -> dict:
+    """Drawn ids, and their log-probs, against fp64.
 
     An id is right where its random number lies between the borders of its probability, but for
     rounding.
@@ -330,12 +330,15 @@ def check_draws(bench: Bench, temperature: float) -> dict:
     s = Shapes(bench, 4 if bench.dry else 64)
     hidden, head = s.hidden.detach(), s.head[: s.vocab].detach()
     u = torch.linspace(0.01, 0.99, s.n, device=bench.device, dtype=torch.float64)
-    ids, logp = triton_sampler.draw(hidden, head, temperature, u)
+    ids, logp = triton_sampler.draw(hidden, head, temperature, u, top_p=top_p)
     exact = (hidden.double() @ head.double().t() / (temperature or 1.0)).log_softmax(1)
     want = exact.gather(1, ids[:, None]).squeeze(1)
     if temperature:
-        above = exact.exp().cumsum(1).gather(1, ids[:, None]).squeeze(1)
-        outside = torch.maximum(u - above, above - want.exp() - u).max()
+        kept = exact.exp()
+        if top_p < 1:
+            kept = F.normalize(keep_top_p(kept, top_p, NUCLEUS), p=1)
+        above, own = (x.gather(1, ids[:, None]).squeeze(1) for x in (kept.cumsum(1), kept))
+        outside = torch.maximum(u - above, above - own - u).max()
     else:
         outside = (exact.amax(1) - want).max()
     row = {"outside": float(outside), "logp off": float((logp - want).abs().max())}
@@ -344,10 +347,10 @@ def check_draws(bench: Bench, temperature: float) -> dict:
 
 def checks(bench: Bench) -> None:
     """Every loss on unrelated and on close pairs, and what is drawn."""
-    for temperature in (0.0, 0.7, 1.0):
-        row, why = measure.attempt(functools.partial(check_draws, bench, temperature))
+    for filters in ((0.0, 1.0), (0.7, 1.0), (1.0, 1.0), (0.6, 0.95)):
+        row, why = measure.attempt(functools.partial(check_draws, bench, *filters))
         row = row or {"failed": why, "right": False}
-        bench.check("checks", {"draws at temperature": temperature} | row)
+        bench.check("checks", {"draws at temperature, top-p": filters} | row)
     size, repeats = ((4, 128), 1) if bench.dry else ((64, 1536), 100)
     pairs = {"unrelated": Shapes(bench, *size), "close": close_shapes(bench, size)}
     for pair, s in pairs.items():
@@ -397,17 +400,17 @@ def scoring(bench: Bench, s: Shapes, product: float) -> None:
 
 
 def drawing(bench: Bench, s: Shapes) -> None:
-    """A token for each row of a decoding step: from tile statistics, and from stored logits."""
-    backends = {"ours": "triton", "stored logits": "torch"}
+    """A token for each row of a decoding step, without and with evaluation's top-p."""
+    backends = {"ours": "triton", "PyTorch": "torch"}
     for n in (2, 3) if bench.dry else (64, 256):
         hidden = s.hidden[:n].detach()
         u = torch.linspace(0.01, 0.99, n, device=bench.device, dtype=torch.float64)
-        for who, kernels in backends.items():
+        for who, top_p in itertools.product(backends, (1.0, 0.95)):
             was = backend.chosen()
-            backend.use(kernels)
-            sampler = Sampler(s.head.detach(), s.vocab, n, temperature=1.0)
+            backend.use(backends[who])
+            sampler = Sampler(s.head.detach(), s.vocab, n, temperature=1.0, top_p=top_p)
             run = functools.partial(sampler, hidden, u)
-            row = bench.measure(run, loss="draw", N=n, who=who)
+            row = bench.measure(run, loss=f"draw, top-p {top_p}", N=n, who=who)
             backend.use(was)
             bench.keep("speed", row, COLUMNS)
 

@@ -83,8 +83,6 @@ def _finish_tile(
     sum_ptr,
     moment_ptr,
     kl_sum_ptr,
-    target_ptr,
-    target_logit_ptr,
     n_rows,
     vocab,
     n_tiles,
@@ -93,18 +91,12 @@ def _finish_tile(
     STORE: tl.constexpr,
     MOMENT: tl.constexpr,
     KL_SUM: tl.constexpr,
-    TARGET: tl.constexpr,
 ):
     """Stores the statistics of tile j of the logits of some rows, and with STORE the logits."""
     ROWS: tl.constexpr = acc.shape[0]
     TILE: tl.constexpr = acc.shape[1]
     rows, ids = row0 + tl.arange(0, ROWS), j * TILE + tl.arange(0, TILE)
     real = (rows < n_rows) & (j < n_tiles)
-    if TARGET:  # from the accumulator, before any rounding; exactly one tile holds a row's target
-        target = tl.load(target_ptr + rows, mask=real, other=-1).to(tl.int32)
-        logit = tl.sum(tl.where(ids[None, :] == target[:, None], acc, 0.0), 1)
-        here = (target >= j * TILE) & (target < tl.minimum((j + 1) * TILE, vocab))
-        tl.store(target_logit_ptr + rows, logit, mask=real & here)
     acc = tl.where(ids[None, :] < vocab, acc, float("-inf"))
     largest = tl.maximum(tl.max(acc, 1), LOWEST)
     z = tl.maximum(acc - largest[:, None], FLOOR16, propagate_nan=tl.PropagateNan.ALL)
@@ -112,7 +104,8 @@ def _finish_tile(
     tl.store(max_ptr + at, largest, mask=real)
     if STORE:
         at_z = rows.to(tl.int64)[:, None] * (n_tiles * TILE) + ids[None, :]
-        tl.store(z_ptr + at_z, z.to(z_ptr.dtype.element_ty), mask=real[:, None])
+        stored = z if STORE == 1 else acc
+        tl.store(z_ptr + at_z, stored.to(z_ptr.dtype.element_ty), mask=real[:, None])
     if KL_SUM:
         tl.store(kl_sum_ptr + at, tl.sum(tl.exp2(z * inv_kl), 1), mask=real)
     e = tl.exp2(z * inv_t)
@@ -131,8 +124,6 @@ def logits_kernel(
     sum_ptr,
     moment_ptr,
     kl_sum_ptr,
-    target_ptr,
-    target_logit_ptr,
     n_rows,
     vocab,
     n_tiles,
@@ -147,7 +138,6 @@ def logits_kernel(
     STORE: tl.constexpr,
     MOMENT: tl.constexpr,
     KL_SUM: tl.constexpr,
-    TARGET: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
@@ -155,7 +145,7 @@ def logits_kernel(
 
     With z the logits less their tile's largest, it stores per row and tile: the largest (max),
     Σ e^{z/t} (sum), with MOMENT Σ z e^{z/t} (moment), with KL_SUM Σ e^{z/t_kl} (kl_sum); with
-    TARGET the logit of each row's target; with STORE z itself.
+    STORE 1 z itself, with 2 the logits.
 
     x, w: with TMA tensor descriptors, else pointers. inv_t, inv_kl: log2(e)/t and log2(e)/t_kl.
     group: tiles of rows that stay in the cache while the head passes by once.
@@ -181,40 +171,48 @@ def logits_kernel(
         if HALVES:
             left, right = acc.reshape((ROWS, 2, IDS // 2)).permute((0, 2, 1)).split()
             _finish_tile(
-                left, row0, 2 * j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
-                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
-                STORE, MOMENT, KL_SUM, TARGET,
+                left, row0, 2 * j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr,
+                n_rows, vocab, n_tiles, inv_t, inv_kl, STORE, MOMENT, KL_SUM,
             )  # fmt: skip
             _finish_tile(
-                right, row0, 2 * j + 1, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
-                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
-                STORE, MOMENT, KL_SUM, TARGET,
+                right, row0, 2 * j + 1, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr,
+                n_rows, vocab, n_tiles, inv_t, inv_kl, STORE, MOMENT, KL_SUM,
             )  # fmt: skip
         else:
             _finish_tile(
-                acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr, target_ptr,
-                target_logit_ptr, n_rows, vocab, n_tiles, inv_t, inv_kl,
-                STORE, MOMENT, KL_SUM, TARGET,
+                acc, row0, j, z_ptr, max_ptr, sum_ptr, moment_ptr, kl_sum_ptr,
+                n_rows, vocab, n_tiles, inv_t, inv_kl, STORE, MOMENT, KL_SUM,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["vocab", "n_tiles"])
 def statistics_kernel(
     max_ptr,
     sum_ptr,
     moment_ptr,
     kl_sum_ptr,
     row_ptr,
+    x_ptr,
+    w_ptr,
+    target_ptr,
+    target_logit_ptr,
+    vocab,
     n_tiles,
     inv_t,
     inv_kl,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
     TILES: tl.constexpr,
     MOMENT: tl.constexpr,
     KL_SUM: tl.constexpr,
+    TARGET: tl.constexpr,
 ):
     """The columns of RowStatistics of one row, from its tiles as `logits_kernel` leaves them.
 
-    inv_t, inv_kl: as there. TILES: at least n_tiles.
+    With TARGET also its target's logit, a product of its own: to look for it in every tile would
+    make the tiles' work after their product a sixth longer.
+
+    inv_t, inv_kl: as there. WIDTH: at least D. TILES: at least n_tiles.
     """
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
     at, real = row * n_tiles + j, j < n_tiles
@@ -232,6 +230,14 @@ def statistics_kernel(
     if MOMENT:
         moments = tl.load(moment_ptr + at, mask=real, other=0.0)
         mean = tl.sum((moments + sums * below) * scale, 0) / total * (inv_t / LOG2E)
+    if TARGET:
+        target, column = tl.load(target_ptr + row), tl.arange(0, WIDTH)
+        known = (target >= 0) & (target < vocab)
+        x = tl.load(x_ptr + row * D + column, mask=column < D, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + target * D + column, mask=(column < D) & known, other=0.0)
+        # sums in another order than the tiles': it could be above the largest
+        logit = tl.minimum(tl.sum(x * w.to(tl.float32), 0), most, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(target_logit_ptr + row, tl.where(known, logit, float("nan")))
     row_ptr += row * 4
     tl.store(row_ptr, most)
     tl.store(row_ptr + 1, kl_lse)
@@ -277,7 +283,7 @@ class Logits:
     def logp_n(self, temperature: float) -> Tensor:
         """Log-probs of the targets in nats.
 
-        They are never above 0: target and largest logit come from the same fp32 numbers.
+        They are never above 0: no target's logit is above the largest.
         """
         assert self.target_logit_n is not None
         row = self.row
@@ -312,13 +318,13 @@ def chunk_rows(vocab: int, like_ND: Tensor) -> int:
     return max(1, triton.cdiv(triton.cdiv(len(like_ND), chunks), 256)) * 256
 
 
-def buffer(n_rows: int, vocab: int, like: Tensor) -> Tensor:
+def buffer(n_rows: int, vocab: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for the logits of n_rows, each row a whole number of tiles.
 
-    An element has 2 bytes, for fp32 hidden rows 4.
+    Without a dtype an element has 2 bytes, for fp32 hidden rows 4.
     """
     tile = config_for(like.device).tile
-    dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
+    dtype = dtype or (torch.float32 if like.dtype == torch.float32 else torch.float16)
     return torch.empty(n_rows, triton.cdiv(vocab, tile) * tile, dtype=dtype, device=like.device)
 
 
@@ -332,6 +338,7 @@ def logits(
     moment: bool = False,
     whole_rows: bool = True,
     out_nP: Tensor | None = None,
+    centred: bool = True,
 ) -> Logits:
     """Logits of x_nD under all rows of head_VD, with their statistics.
 
@@ -342,9 +349,10 @@ def logits(
         moment: whether the entropy is wanted.
         whole_rows: whether the statistics of rows are wanted beside those of tiles.
         out_nP: where to store the logits (see `buffer`); None for the statistics alone.
+        centred: whether they are stored less their tile's largest, as `gradient` reads them.
     """
     config, device = config_for(x_nD.device), x_nD.device
-    if config == CONFIGS[8] and not whole_rows:
+    if config == CONFIGS[8] and out_nP is None:
         config = TILES_ALONE_8
     (n, width), vocab = x_nD.shape, head_VD.shape[0]
     n_tiles = triton.cdiv(vocab, config.tile)
@@ -354,33 +362,40 @@ def logits(
 
     largest, sums = per_tile(), per_tile()
     moments, kl_sums = per_tile(moment), per_tile(kl_temperature is not None)
-    target_logit = None if target_n is None else torch.full((n,), torch.nan, device=device)
+    target_logit = None if target_n is None else torch.empty(n, device=device)
     programs = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.ids)
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         programs = min(programs, processors * config.resident)
     inv_t, inv_kl = LOG2E.value / temperature, LOG2E.value / (kl_temperature or 1.0)
-    x, w = x_nD.contiguous(), head_VD.contiguous()
-    group = max(1, CACHED_BYTES // (config.rows * width * x.element_size()))
+    x_nD, head_VD = x_nD.contiguous(), head_VD.contiguous()
+    group = max(1, CACHED_BYTES // (config.rows * width * x_nD.element_size()))
+    matrices = x_nD, head_VD
     if config.tma:
-        x = TensorDescriptor.from_tensor(x, [config.rows, config.width])
-        w = TensorDescriptor.from_tensor(w, [config.ids, config.width])
+        matrices = (
+            TensorDescriptor.from_tensor(x_nD, [config.rows, config.width]),
+            TensorDescriptor.from_tensor(head_VD, [config.ids, config.width]),
+        )
+    store = 0 if out_nP is None else 1 if centred else 2
     with torch.cuda.device_of(x_nD):
         logits_kernel[(programs,)](
-            x, w, out_nP, largest, sums, moments, kl_sums, target_n, target_logit,
+            *matrices, out_nP, largest, sums, moments, kl_sums,
             n, vocab, n_tiles, group, inv_t, inv_kl,
             D=width, ROWS=config.rows, IDS=config.ids, WIDTH=config.width, HALVES=config.halves,
-            STORE=out_nP is not None, MOMENT=moment, KL_SUM=kl_temperature is not None,
-            TARGET=target_n is not None, TMA=config.tma, FLATTEN=config.flatten,
+            STORE=store, MOMENT=moment, KL_SUM=kl_temperature is not None,
+            TMA=config.tma, FLATTEN=config.flatten,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         row_n4 = None
         if whole_rows:
             row_n4 = torch.empty(n, 4, device=device)
             statistics_kernel[(n,)](
-                largest, sums, moments, kl_sums, row_n4, n_tiles, inv_t, inv_kl,
+                largest, sums, moments, kl_sums, row_n4, x_nD, head_VD, target_n, target_logit,
+                vocab, n_tiles, inv_t, inv_kl,
+                D=width, WIDTH=triton.next_power_of_2(width),
                 TILES=triton.next_power_of_2(n_tiles), MOMENT=moment,
-                KL_SUM=kl_sums is not None, num_warps=STATISTICS_WARPS,
+                KL_SUM=kl_sums is not None, TARGET=target_n is not None,
+                num_warps=STATISTICS_WARPS,
             )  # fmt: skip
     divergence_sums = sums if kl_sums is None else kl_sums
     return Logits(out_nP, largest, divergence_sums, row_n4, target_logit, config.tile)

@@ -267,7 +267,8 @@ class Engine:
         self.refresh()
         max_slots = -(-(max_slots + STEPS) // CAPACITY) * CAPACITY
         kept = self._decoder
-        if kept and kept.serves(settings, size, max_slots):
+        is_fit = kept and size <= kept.cache.rows and max_slots <= kept.cache.max_slots
+        if kept and is_fit and settings == kept.settings:
             if slots > kept.cache.slots:
                 kept.grow(slots, kept.size)
             kept.cache.clear()
@@ -350,11 +351,6 @@ class _Decoder:
             2, self.steps, self.size, dtype=torch.double, device=head_VD.device
         )
         self.graphs, self.runs, self.pool = {}, Counter(), None
-
-    def serves(self, settings: tuple, size: int, max_slots: int) -> bool:
-        cache = self.cache
-        fits = size <= cache.rows and max_slots <= cache.max_slots
-        return settings == self.settings and fits
 
     def grow(self, slots: int, rows: int) -> None:
         """Give the cache so many slots, and so many rows."""

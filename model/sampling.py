@@ -1,9 +1,9 @@
 """One token per row of hidden states: logits, temperature, top-k, top-p, the draw, its log-prob.
 
-Nothing sorts the vocabulary, or sums it id by id, unless top-p asks for it. On a GPU the logits are
-not even stored where neither top-k nor top-p looks at them (kernels/triton_sampler.py). Random
-numbers are counter-based: a hash of (seed of the sample, index of the token), the same in every
-batch and on every rank.
+Nothing sorts the vocabulary, or sums it id by id, unless top-p asks for it. On a GPU nothing does,
+and the logits are stored for top-k and top-p alone (kernels/triton_sampler.py). Random numbers are
+counter-based: a hash of (seed of the sample, index of the token), the same in every batch and on
+every rank.
 
 Shapes: B rows, D hidden, V vocabulary, P vocabulary padded to whole blocks, M blocks,
 C ids of a block, N candidates.
@@ -92,16 +92,14 @@ class Sampler:
     ) -> None:
         self.vocab, self.temperature, self.top_p = vocab, temperature, top_p
         self.top_k = min(top_k, vocab)
-        # top-p looks at numbers on the device, so it cannot be part of a CUDA graph.
-        self.synchronizes = temperature > 0 and top_p < 1
         device, wide = head_VD.device, accumulate_dtype(head_VD)
         # A CPU has no product of bf16 operands with an fp32 result: the head is widened once.
         self.source_VD = head_VD[:vocab]
         self.head_VD = self.source_VD if head_VD.is_cuda else self.source_VD.to(wide)
         self.head_DV: Tensor | None = None  # made for the first draw of more than FEW rows
-        # The kernel keeps no logits: top-k and top-p, which look at all of them, are for PyTorch.
-        is_filtered = temperature > 0 and (top_p < 1 or 0 < self.top_k < vocab)
-        self.by_kernel = not is_filtered and triton_runs(self.source_VD)
+        self.by_kernel = triton_runs(self.source_VD)  # it has buffers of its own
+        # In PyTorch top-p looks at numbers on the device: it cannot be part of a CUDA graph.
+        self.synchronizes = not self.by_kernel and temperature > 0 and top_p < 1
         self.rows = default_chunk_rows(vocab, 1 if self.by_kernel else rows, device)
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = head_VD.new_full((self.rows, padded), -torch.inf, dtype=wide)
@@ -124,7 +122,8 @@ class Sampler:
             from kernels import triton_sampler  # here: not everyone has Triton
 
             rows_BD = hidden_BD.to(self.head_VD.dtype)
-            return triton_sampler.draw(rows_BD, self.head_VD, self.temperature, u_B)
+            filters = self.top_k, self.top_p
+            return triton_sampler.draw(rows_BD, self.head_VD, self.temperature, u_B, *filters)
         tokens, logps = [], []
         for rows_BD, rows_u_B in zip(hidden_BD.split(self.rows), u_B.split(self.rows), strict=True):
             logits_BP = self.logits_BP[: len(rows_BD)]

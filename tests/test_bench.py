@@ -4,6 +4,7 @@ Those that need Triton's interpreter, and those that measure processes, are run 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is installed on Linux alone")
 
 import toy_models
 from bench import (
+    assemblers,
     attention,
     ceilings,
     decode,
@@ -216,6 +218,25 @@ def test_gpu_parts_name_what_exists(tmp_path):
             if step.module == "bench.decode" and "--json" in step.options:
                 assert names[-1] == step.name
     assert len(names) == len(set(names)) and "check head, ptxas 13.5" in names
+
+
+def test_assemblers_are_found_wherever_a_wheel_is_unpacked(tmp_path, monkeypatch):
+    def place(folder, version):
+        ptxas = tmp_path / folder / "ptxas"
+        ptxas.parent.mkdir(parents=True)
+        ptxas.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V1'\n")
+        ptxas.chmod(0o755)
+        return str(ptxas)
+
+    used = place("used", "12.8")
+    unpacked = place("wheel/nvidia/cu13/bin", "13.5")
+    place("same/nvidia/cuda_nvcc/bin", "12.8")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", used)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "wheel"), str(tmp_path / "same")])
+    monkeypatch.setenv("PATH", os.path.dirname(place("path", "13.0")))
+    found = assemblers.other_assemblers()
+    assert found["13.0"] == str(tmp_path / "path/ptxas") and found["13.5"] == unpacked
+    assert "12.8" not in found, "the one in use"
 
 
 def test_gpu_runs_a_part(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What generation keeps between calls: the copy of the weights, the cache, the recorded steps."""
 
 import collections
+import contextlib
 import gc
 import shutil
 import weakref
@@ -140,11 +141,17 @@ def test_a_model_in_its_own_dtype_is_not_copied_on_a_cpu():
 def test_a_cache_that_grows_is_never_there_twice(monkeypatch):
     """Layers move one by one, and only rows in use; what was sampled does not change."""
     model, prompts = small(num_layers=6), some_prompts([3, 5, 4, 9, 2, 6])
-    caches, peaks, pad = [], [], F.pad
+    caches, peaks, made, pad = [], [], [], F.pad
 
     def counted(layer, *args):
         grown = pad(layer, *args)
-        peaks.append(caches[-1].nbytes + grown.nbytes)
+        made.append(weakref.ref(grown))
+        alive = {id(held): held.nbytes for held in caches[-1].layers}
+        for reference in made:
+            held = reference()
+            if held is not None:
+                alive[id(held)] = held.nbytes
+        peaks.append(sum(alive.values()))
         return grown
 
     class Seen(kv_cache.KVCache):
@@ -179,7 +186,12 @@ def test_where_memory_ends_rows_wait_again(records, monkeypatch):
     if records:
         monkeypatch.setattr(generation, "uses_graphs", lambda cache: True)
         monkeypatch.setattr(generation, "record", Recorded)
-    caches, begin = [], kv_cache.KVCache.__init__
+    caches, areas = [], []
+    begin, grow = kv_cache.KVCache.__init__, kv_cache.KVCache.grow
+
+    def grown(self, slots, rows):
+        grow(self, slots, rows)
+        areas.append(self.rows * self.slots)
 
     def small_memory(device):
         return 2 * 1024 * caches[-1].nbytes / caches[-1].slots / caches[-1].rows - caches[-1].nbytes
@@ -187,11 +199,13 @@ def test_where_memory_ends_rows_wait_again(records, monkeypatch):
     monkeypatch.setattr(
         kv_cache.KVCache, "__init__", lambda self, *args: caches.append(self) or begin(self, *args)
     )
+    monkeypatch.setattr(kv_cache.KVCache, "grow", grown)
     monkeypatch.setattr(kv_cache, "free_bytes", small_memory)
     got = sampled(model, prompts, 700, top_k=20, on_done=lambda *about: done.append(about[0]))
     assert [tokens for tokens, _ in got] == [tokens for tokens, _ in want]
     assert sorted(done) == list(range(8)) and len(caches) == 1
     assert caches[0].rows < 4 and max(len(tokens) for tokens, _ in want) > 300
+    assert areas and max(areas) <= 2 * 1024, "no more than memory has room for"
 
 
 def test_free_memory_counts_what_the_allocator_keeps(monkeypatch):
@@ -216,6 +230,39 @@ def test_a_kept_cache_serves_shorter_longer_and_more_prompts(monkeypatch):
 # --- recorded steps -----------------------------------------------------------------------
 
 
+def test_a_capture_is_on_its_own_stream_and_frees_nothing(monkeypatch):
+    """`torch.cuda.graph` would give unused memory back to the driver, and training ask anew."""
+    did = []
+
+    class Stream:
+        device = "cuda:0"
+
+        def wait_stream(self, other):
+            did.append(f"{name[self]} waits for {name[other]}")
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            did.append(f"begin {pool} {capture_error_mode}")
+
+        def capture_end(self):
+            did.append("end")
+
+    current, side = Stream(), Stream()
+    name = {current: "current", side: "side"}
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for freeing in ("graph", "empty_cache", "synchronize"):
+        monkeypatch.delattr(torch.cuda, freeing)
+    monkeypatch.setattr(generation, "capture_stream", lambda device: side)
+    assert isinstance(generation.record(lambda: did.append("run"), "pool"), Graph)
+    steps = ["side waits for current", "begin pool thread_local", "run", "end"]
+    assert did == [*steps, "current waits for side"]
+    with pytest.raises(ZeroDivisionError):
+        generation.record(lambda: 1 / 0, "pool")
+    assert did[-1] == "end", "a capture that fails is ended, too"
+
+
 @pytest.mark.parametrize("make", [mixed, adapted])
 def test_recorded_steps_are_kept_and_read_the_new_weights(make, monkeypatch):
     monkeypatch.setattr(generation, "uses_graphs", lambda cache: True)
@@ -232,6 +279,25 @@ def test_recorded_steps_are_kept_and_read_the_new_weights(make, monkeypatch):
     assert len(Recorded.made) == recorded, "recorded again"
     monkeypatch.setattr(generation, "CAPTURE_AFTER", 10**9)
     assert first != second == sampled(Engine(model), new=90)
+
+
+def test_a_step_reads_the_slots_in_use_and_not_the_whole_cache(monkeypatch):
+    """As many programs of the attention kernel would start as the cache has splits."""
+    monkeypatch.setattr(generation, "uses_graphs", lambda cache: True)
+    monkeypatch.setattr(generation, "record", Recorded)
+    monkeypatch.setattr(generation, "SLOTS", 32)
+    monkeypatch.setattr(generation, "FIRST_SLOTS", 256)
+    monkeypatch.setattr(kv_cache, "by_kernel", lambda cache: True)
+    seen, attend = [], kv_cache.decode_attention
+
+    def spy(q, k, v, length_B, *more):
+        assert k.shape[2] == v.shape[2] >= length_B.max()
+        seen.append(k.shape[2])
+        return attend(q, k, v, length_B, *more)
+
+    monkeypatch.setattr(kv_cache, "decode_attention", spy)
+    generate(small(), [[1, 2, 3]], 80, [])
+    assert seen == sorted(seen) and set(seen) == {32, 64, 83}
 
 
 def test_steps_wait_for_the_host_once_for_several_tokens(monkeypatch):

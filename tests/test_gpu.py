@@ -257,6 +257,24 @@ def test_draws_without_stored_logits(temperature, device="cuda"):
         assert (exact.amax(1) - want).max() < 1e-4
 
 
+@pytest.mark.parametrize("filters", [(0.6, 0, 0.95), (1.0, 50, 1.0), (3.0, 5000, 0.9)], ids=str)
+def test_draws_of_what_top_k_and_top_p_keep(filters, device="cuda"):
+    """The ids of the sampler in PyTorch, but for a random number or two at a border."""
+    g = torch.Generator(device).manual_seed(0)
+    hidden, head = (
+        torch.randn(n, 896, device=device, generator=g).bfloat16() for n in (200, 20_001)
+    )
+    head = head / 10
+    u = torch.rand(200, device=device, generator=g, dtype=torch.float64)
+    sampler = Sampler(head, 20_000, 200, *filters)
+    ids, logp = sampler(hidden, u)
+    assert sampler.by_kernel and all(torch.equal(ids, sampler(hidden, u)[0]) for _ in range(20))
+    backend.use("torch")
+    want_ids, want_logp = Sampler(head, 20_000, 200, *filters)(hidden, u)
+    same = ids == want_ids
+    assert (~same).sum() <= 2 and (logp - want_logp)[same].abs().max() < 1e-4
+
+
 def test_the_gradient_of_a_tied_embedding_goes_into_the_heads(device="cuda"):
     """The same bits each time, whatever ids repeat."""
     tokens_T = torch.randint(50, (4000,), device=device)

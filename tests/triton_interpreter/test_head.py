@@ -13,7 +13,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 chooses the interpreter", allow_module_level=True)
 
-from kernels import backend, triton_head
+from kernels import backend, chunk, triton_head
 from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
@@ -485,13 +485,29 @@ def test_half_precision_storage_keeps_a_gradient_to_its_own_rounding(name, wide_
     assert_close(grad[:, :3001] / 100, exact, 4e-3)
 
 
-def test_rows_are_cut_into_chunks_without_a_trace():
+def test_rows_are_cut_into_chunks_without_a_trace(monkeypatch):
+    """The same bits leave the kernels, of numbers whose products are exact.
+
+    On some CPUs the sums of a product of matrices depend on where a row lies.
+    """
     hidden, head, th, tw, target, weight = pair(n=10)
-    results = []
+    for x in (hidden, head, th, tw):
+        x.data.mul_(8).round_().div_(8)
+    multiply, parts, results = chunk.product, [], []
+
+    def spy(a, b, out, add=False):
+        parts.append(a.clone())
+        return multiply(a, b, out, add)
+
+    monkeypatch.setattr(chunk, "product", spy)
     for rows in (4, 7, 1000):
-        loss, _ = linear_kl(hidden, head, th, tw, weight, "jsd", vocab=37, chunk_rows=rows)
-        results.append(torch.autograd.grad(loss, hidden)[0])
-    assert all(torch.equal(results[0], r) for r in results[1:])
+        parts.clear()
+        options = dict(vocab=37, chunk_rows=rows)
+        loss, _ = linear_kl(hidden, head.detach(), th, tw, weight, "jsd", **options)
+        results.append((torch.cat(parts), torch.autograd.grad(loss, hidden)[0]))
+    for logits, rows in results[1:]:
+        assert torch.equal(logits, results[0][0]) and len(logits) == 10
+        assert_close(rows, results[0][1], 1e-6)
 
 
 def test_rows_in_groups_are_the_rows(monkeypatch):
@@ -512,6 +528,17 @@ def test_rows_in_groups_are_the_rows(monkeypatch):
         assert torch.equal(got.z_nP, want.z_nP) and torch.equal(got.row_n4, want.row_n4)
 
 
+def test_no_target_is_above_the_largest_logit(wide_tiles):
+    """Its product is one of its own, whose sum has another order; the others have no mass."""
+    tensors = pair(n=100, vocab=200, width=64, padding=0, scale=40.0)
+    hidden, head, *_ = (x.detach() for x in tensors)
+    logits = hidden.double() @ head.double().T
+    for target in (logits.argmax(1), logits.argmin(1)):
+        logp = triton_head.logits(hidden, head, target_n=target).logp_n(1.0)
+        exact = logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+        assert logp.max() <= 0 and (logp - exact).abs().max() < 2e-3
+
+
 def test_a_target_that_is_no_id_and_a_head_of_another_layout():
     hidden, head, _, _, target, weight = pair(width=12)
     target[:4] = torch.tensor([36, 37, 40, -100])  # 37 ids, in tiles of 16
@@ -524,6 +551,16 @@ def test_a_target_that_is_no_id_and_a_head_of_another_layout():
         for w in (head, turned)
     ]
     assert losses[0] == losses[1]
+
+
+def test_topk_cuts_its_rows_as_the_kernels_want(monkeypatch):
+    """A CPU's chunks begin at rows of another alignment: every kernel would be compiled again."""
+    hidden, head, _, _, _, weight = pair(n=10)
+    asked = []
+    monkeypatch.setattr(triton_head, "chunk_rows", lambda *about: asked.append(about) or 4)
+    ids, logp = topk_logprobs(hidden.detach(), head.detach(), 5, vocab=37)
+    linear_topk_divergence(hidden, head, ids, logp, weight, cross_entropy_of_draws, vocab=37)
+    assert [(vocab, len(rows)) for vocab, rows in asked] == [(37, 10)] * 2
 
 
 def test_chunks_are_few_and_alike():

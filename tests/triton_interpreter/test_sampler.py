@@ -16,13 +16,23 @@ from triton.runtime.interpreter import ScanOps
 
 from kernels import backend, triton_head, triton_sampler
 from kernels.triton_head import Config
+from model import generate as generation
 from model import kv_cache
 from model.generate import Engine, generate
 from model.sampling import Sampler
 from model.transformer import rope_tables, rotate
-from tests.test_generate import chi_square, small, some_prompts
+from tests.test_generate import Recorded, chi_square, exact, small, some_prompts
 
 TEMPERATURES = [0.0, 0.6, 1.7]
+FILTERS = [  # temperature, top_k, top_p; 21 tiles of 331 ids
+    (1.0, 0, 0.9),
+    (0.6, 0, 0.95),
+    (1.7, 6, 1.0),
+    (1.0, 9, 0.8),
+    (1.0, 1, 1.0),
+    (1.0, 0, 1e-9),
+    (2.0, 300, 0.999),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +52,10 @@ def rows_and_head(n=15, vocab=331, width=20, scale=1.0):
     return hidden, head * scale, torch.rand(n, generator=g, dtype=torch.float64)
 
 
-def stored(head, vocab, rows, temperature):
-    """The slow sampler, which stores the logits."""
+def stored(head, vocab, rows, *filters):
+    """The slow sampler, in PyTorch."""
     backend.use("torch")
-    sampler = Sampler(head, vocab, rows, temperature)
+    sampler = Sampler(head, vocab, rows, *filters)
     assert not sampler.by_kernel
     backend.use("triton")
     return sampler
@@ -66,12 +76,12 @@ def test_the_same_number_draws_the_same_id(temperature, vocab, width):
     assert (logp - want_logp).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("filters", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)], ids=str)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_no_number_draws_an_id_of_the_vocabulary(temperature, number):
-    hidden, head, u = rows_and_head(vocab=37)
+def test_what_is_no_number_draws_an_id_of_the_vocabulary(filters, number):
+    hidden, head, u = rows_and_head(4, vocab=37)
     hidden[3] = number
-    ids, logp = triton_sampler.draw(hidden, head[:37], temperature, u)
+    ids, logp = triton_sampler.draw(hidden, head[:37], filters[0], u, *filters[1:])
     assert 0 <= ids.min() and ids.max() < 37 and logp.isnan().nonzero().flatten().tolist() == [3]
 
 
@@ -102,23 +112,27 @@ def test_an_id_without_probability_is_never_drawn():
     assert ids[0] == 0
 
 
-def test_rounding_of_the_sums_draws_no_id_without_probability(monkeypatch):
+@pytest.mark.parametrize("filters,other", [((), -torch.inf), ((4,), -3.0)], ids=str)
+def test_rounding_of_the_sums_draws_no_id_without_probability(filters, other, monkeypatch):
     """A GPU adds up in a tree: a place without mass may get another sum than the one before."""
     summed, noise = ScanOps.cumsum, 1e-9
 
     def uneven(self, input):
-        sums = summed(self, input)
-        sums[0].handle.data += noise * (input.handle.data == 0)
+        sums, numbers = summed(self, input), input.handle.data
+        if numbers.dtype == np.float64:
+            sums[0].handle.data += noise * (numbers == 0)
         return sums
 
     monkeypatch.setattr(ScanOps, "cumsum", uneven)
-    hidden = torch.ones(3, 4)
-    head = torch.full((80, 4), -torch.inf)
+    hidden = torch.tensor([[1.0, 0, 0, 0]] * 3)
+    head = torch.zeros(80, 4)
+    head[:, 0] = other
     head[[3, 20, 23, 60]] = 0.0
     # just behind the ids 3 and 23, and at the end, where no sum of an id exceeds the target
     u = torch.tensor([0.25 + noise / 8, 0.75 + noise / 8, 1 - 2.0**-53], dtype=torch.float64)
-    ids, logp = triton_sampler.draw(hidden, head, 1.0, u)
-    assert ids.tolist() == [20, 60, 60] and (logp - np.log(0.25)).abs().max() < 1e-6
+    ids, logp = triton_sampler.draw(hidden, head, 1.0, u, *filters)
+    assert ids.tolist() == [20, 60, 60]
+    assert (logp + np.log(4 + 76 * np.exp(other))).abs().max() < 1e-6
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -133,13 +147,103 @@ def test_greedy_takes_the_first_of_equals():
         assert drawn[0] == 20
 
 
-def test_filters_go_the_other_way():
-    _, head, _ = rows_and_head()
-    by_kernel = [
-        Sampler(head, 331, 2, *filters).by_kernel
-        for filters in ((1.0, 0, 0.9), (1.0, 5, 1.0), (0.0, 5, 0.9), (1.0, 331, 1.0), (1.0, 0, 1.0))
-    ]
-    assert by_kernel == [False, False, True, True, True]
+# --- top-k and top-p -----------------------------------------------------------------------------
+
+
+def kept_by(hidden, head, temperature, top_k, top_p):
+    """The probabilities that the filters leave to the ids of one row, in fp64."""
+    logits = (hidden[0].double() @ head.double().T).numpy()
+    return torch.from_numpy(exact(logits, temperature, top_k, top_p))
+
+
+def inside(p, near=2e-6):
+    """Random numbers just inside both borders of every id of some probability, and the ids."""
+    wide = p > 3 * near
+    above = p.cumsum(0)
+    u = torch.cat(((above - p)[wide] + near, above[wide] - near))
+    return u, torch.arange(len(p))[wide].repeat(2)
+
+
+@pytest.mark.parametrize("block", [1024, 32])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_the_same_number_draws_the_same_of_what_is_kept(filters, block, monkeypatch):
+    """In one piece, and in pieces of two tiles."""
+    monkeypatch.setattr(triton_sampler, "BLOCK", block)
+    rows = 3 if block == 1024 else 1
+    hidden, head, u = rows_and_head(rows, scale=0.3)
+    sampler = Sampler(head, 331, rows, *filters)
+    assert sampler.by_kernel and not sampler.synchronizes and sampler.logits_BP.shape[0] == 1
+    ids, logp = sampler(hidden, u)
+    want_ids, want_logp = stored(head, 331, rows, *filters)(hidden, u)
+    assert torch.equal(ids, want_ids) and (logp - want_logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("filters", [(1.0, 0, 0.9), (1.7, 8, 1.0), (1.7, 11, 0.8)], ids=str)
+def test_every_id_that_is_kept_has_its_probability(filters):
+    hidden, head, _ = rows_and_head(1, 24, scale=0.4)
+    p = kept_by(hidden, head[:24], *filters)
+    u, want = inside(p)
+    u = torch.stack((u, u), 1)[:, 0]  # a column
+    ids, _ = triton_sampler.draw(hidden.expand(len(u), -1), head[:24], filters[0], u, *filters[1:])
+    assert torch.equal(ids, want) and 4 < (p > 0).sum() < 20
+
+
+@pytest.mark.parametrize("block", [1024, 32])
+@pytest.mark.parametrize(
+    "filters,n_kept",
+    [((1.0, 0, 0.5), 40), ((1.0, 3, 1.0), 8), ((1.0, 3, 0.4), 4), ((1.0, 9, 0.9), 71)],
+    ids=str,
+)
+def test_of_equals_top_p_keeps_the_first_and_top_k_all(filters, n_kept, block, monkeypatch):
+    """80 ids, of which the 8 in every tenth place may be above the others."""
+    monkeypatch.setattr(triton_sampler, "BLOCK", block)
+    hidden, head = torch.ones(1, 4), torch.zeros(80, 4)
+    if filters[1]:
+        head[5::10, 0] = 1.0
+    p = kept_by(hidden, head, *filters)
+    assert (p > 0).sum() == n_kept
+    u, want = inside(p)
+    some = torch.tensor([0, 1, n_kept - 1, n_kept, 2 * n_kept - 2, 2 * n_kept - 1])
+    u, want = u[some], want[some]
+    ids, _ = triton_sampler.draw(hidden.expand(len(u), -1), head, filters[0], u, *filters[1:])
+    assert torch.equal(ids, want)
+
+
+@pytest.mark.parametrize("filters", [(0, 0.9), (3, 1.0), (60, 0.9), (70, 1.0)], ids=str)
+def test_what_has_no_probability_is_not_kept(filters):
+    """Also where top-k asks for more ids than have some."""
+    hidden, head, _ = rows_and_head(4, 90, 8)
+    hidden[:, 0], head[:, 0] = 1.0, 0.0
+    masked = [*range(18), 40, *range(64, 96)]
+    head[masked] = 0.0
+    head[masked, 0] = -torch.inf
+    u = torch.tensor([2.0**-53, 1 - 2.0**-53, 0.5, 0.9]).double()
+    ids, logp = triton_sampler.draw(hidden, head[:90], 1.0, u, *filters)
+    want, _ = stored(head, 90, 4, 1.0, *filters)(hidden, u)
+    assert torch.equal(ids, want) and logp.isfinite().all()
+    assert not set(ids.tolist()) & set(masked)
+
+
+@pytest.mark.parametrize("filters", [(5, 1.0), (0, 0.9)], ids=str)
+def test_tiles_that_hold_nothing_that_is_kept_are_not_read(filters, monkeypatch):
+    """What lies there is infinite: it would be drawn."""
+    hidden, head, u = rows_and_head(2, 331, scale=3.0)
+    want, _ = stored(head, 331, 2, 1.0, *filters)(hidden, u)
+    logits, spoilt = triton_head.logits, []
+
+    def spoil(*args, **options):
+        tiles = logits(*args, **options)
+        largest = tiles.largest_nJ
+        least = largest.topk(5).values[:, -1:]
+        if not filters[0]:  # a tenth of the mass, spread over all ids
+            least = largest.amax(1, keepdim=True) - np.log(331 / 0.1)
+        spoilt.append((largest < least).sum(1))
+        tiles.z_nP.view(2, -1, tiles.tile)[largest < least] = torch.inf
+        return tiles
+
+    monkeypatch.setattr(triton_head, "logits", spoil)
+    ids, _ = triton_sampler.draw(hidden, head[:331], 1.0, u, *filters)
+    assert torch.equal(ids, want) and (spoilt[0] >= 8).all()
 
 
 @pytest.mark.slow
@@ -199,11 +303,16 @@ def test_rotation_and_store_are_those_of_the_model(joint, dtype):
 
 @pytest.mark.parametrize(
     "filters,more",
-    [(dict(temperature=1.0), dict(qk_norm=True, windows=(5, 0))), (dict(temperature=0.0), dict())],
+    [
+        (dict(temperature=1.0), dict(qk_norm=True, windows=(5, 0))),
+        (dict(temperature=0.0), dict()),
+        (dict(temperature=1.0, top_k=20, top_p=0.9), dict()),
+    ],
     ids=str,
 )
 def test_the_engine_by_kernels_is_the_engine_without(filters, more, monkeypatch):
-    """Sampler, rotation, cache and attention together; several splits."""
+    """Sampler, rotation, cache and attention together; several splits, and steps in a graph."""
+    monkeypatch.setattr(generation, "record", Recorded)
     monkeypatch.setattr("kernels.decode_attention.SPLIT", 16)
     monkeypatch.setattr("kernels.decode_attention.BLOCK", 16)
     model = small(dtype=torch.float32, head_dim=16, num_heads=2, num_kv_heads=1, **more)
@@ -217,13 +326,17 @@ def test_the_engine_by_kernels_is_the_engine_without(filters, more, monkeypatch)
         return got, asked._decoder
 
     want, _ = ask("torch")
-    stores = []
+    monkeypatch.setattr(generation, "uses_graphs", lambda cache: True)
+    monkeypatch.setattr(generation, "CAPTURE_AFTER", 1)
+    monkeypatch.setattr(generation, "STEPS", 2)
+    Recorded.replayed, stores = 0, []
     store = kv_cache.rotate_and_store
     monkeypatch.setattr(
         kv_cache, "rotate_and_store", lambda *args: stores.append(1) or store(*args)
     )
     got, decoder = ask("triton")
     assert decoder.sampler.by_kernel and stores and not decoder.cache.arrived.any()
+    assert decoder.steps == generation.STEPS and Recorded.replayed
     for a, b in zip(got, want, strict=True):
         assert a.tokens == b.tokens
         assert np.abs(np.subtract(a.logp, b.logp)).max() < 1e-5
