@@ -10,7 +10,6 @@ what a run would do. An option that the run would not read is refused.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import tracking
 from data.batch import WEIGHTINGS
 from data.dataset import task_of
 from errors import UserError
+from files import read_json
 from kernels.backend import CHOICES
 from losses.grpo import KL_ESTIMATORS, VARIANTS, clipped_variants
 from losses.kd import DIVERGENCES, WITH_BETA
@@ -68,8 +68,8 @@ def whose_defaults(model: str) -> str:
         return "toy" if preset.vocab_size < TOY_VOCABULARY else "pretrained"
     try:
         path = Path(newest_checkpoint(model, "--model")) / "config.json"
-        is_toy = json.loads(path.read_text())["vocab_size"] < TOY_VOCABULARY
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_toy = read_json(path)["vocab_size"] < TOY_VOCABULARY
+    except (OSError, UserError, KeyError, TypeError):
         is_toy = False  # what is wrong with the folder is said when it is read
     return "toy" if is_toy else "pretrained"
 
@@ -704,6 +704,18 @@ def validate(cfg: Config) -> None:
     """Refuse options that do not work together, before anything is read. Raises UserError."""
     parse_targets(cfg.lora_targets)
     tracking.check(cfg.wandb)
+    _validate_run(cfg)
+    _validate_teachers(cfg)
+    if cfg.mode == "kd":
+        _validate_signal(cfg)
+    if cfg.mode == "grpo":
+        _validate_grpo(cfg)
+    has_divergence = cfg.mode == "kd" or (cfg.mode == "grpo" and cfg.grpo_kd_coef > 0)
+    if has_divergence and cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1:
+        raise UserError(f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; set one below 1")
+
+
+def _validate_run(cfg: Config) -> None:
     if "/" in cfg.name or cfg.name.startswith("."):
         raise UserError(f"--name {cfg.name} must be a plain folder name")
     if cfg.resume and not cfg.name:
@@ -716,32 +728,33 @@ def validate(cfg: Config) -> None:
         raise UserError("--device cuda: this machine offers no CUDA device")
     if cfg.sample_tokens_start > cfg.sample_tokens:
         raise UserError("--sample_tokens_start must be at most --sample_tokens")
+
+
+def _validate_teachers(cfg: Config) -> None:
     if cfg.kd_cache and cfg.teacher == AVERAGE:
         raise UserError("--kd_cache keeps what a fixed teacher says; self_average moves")
     if len(teachers_of(cfg)) > 1 and (cfg.kd_cache or cfg.kd_prefix == "teacher"):
         raise UserError("--kd_cache and --kd_prefix teacher take one --teacher; name a single one")
-    if cfg.mode == "kd" and cfg.kd_signal in OWN_TOKENS:
-        _validate_sampled(cfg)
-    elif cfg.mode == "kd" and cfg.kd_prefix == "student" and cfg.kd_mix > 0 and cfg.kd_ce > 0:
-        raise UserError(
-            "--kd_ce with --kd_prefix student would teach the student to repeat its own text, "
-            "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher"
-        )
-    elif cfg.mode == "kd" and cfg.kd_signal == "draws" and cfg.kd_divergence != "forward_kl":
-        raise UserError(
-            "--kd_signal draws is an expectation over the teacher, which only the forward KL is; "
-            "set --kd_divergence forward_kl"
-        )
     if cfg.kd_cache and cfg.kd_weight_by == "teacher_entropy":
         raise UserError(
             "--kd_cache does not keep the teacher's entropy; leave it out, or set --kd_weight_by "
             "student_entropy"
         )
-    if cfg.mode == "grpo":
-        _validate_grpo(cfg)
-    has_divergence = cfg.mode == "kd" or (cfg.mode == "grpo" and cfg.grpo_kd_coef > 0)
-    if has_divergence and cfg.kd_divergence.startswith("skew") and cfg.kd_beta == 1:
-        raise UserError(f"--kd_beta 1 makes {cfg.kd_divergence} zero everywhere; set one below 1")
+
+
+def _validate_signal(cfg: Config) -> None:
+    if cfg.kd_signal in OWN_TOKENS:
+        _validate_sampled(cfg)
+    elif cfg.kd_prefix == "student" and cfg.kd_mix > 0 and cfg.kd_ce > 0:
+        raise UserError(
+            "--kd_ce with --kd_prefix student would teach the student to repeat its own text, "
+            "right or wrong; set --kd_ce 0, or --kd_prefix data or teacher"
+        )
+    elif cfg.kd_signal == "draws" and cfg.kd_divergence != "forward_kl":
+        raise UserError(
+            "--kd_signal draws is an expectation over the teacher, which only the forward KL is; "
+            "set --kd_divergence forward_kl"
+        )
 
 
 def _validate_sampled(cfg: Config) -> None:

@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from files import draft_of, read_json
+from files import Json, draft_of, read_json, resolved
 from run import read_lines, read_metrics, run_of
 
 STEPWISE = ("train/loss", "rollout/reward", "rollout/spread", "train/entropy")  # if a run has them
 FRACTIONS = ("/accuracy", "/lenient", "/stopped", "/top1", "/overlap", "_mass", "/half_gradient")
 
-Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
+Metrics = list[Json]  # the lines of metrics.jsonl
 Table = list[list[str]]  # rows of cells, the heading first
 
 
 def series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric was measured, and its values."""
-    lines = [line for line in metrics if name in line]
-    return [line["step"] for line in lines], [line[name] for line in lines]
+    steps, values = [], []
+    for line in metrics:
+        if name in line:
+            steps.append(line["step"])
+            values.append(line[name])
+    return steps, values
 
 
 COSTS = ("student_tokens", "sampled_tokens", "teacher_tokens", "flops", "seconds", "device_hours")
@@ -43,7 +47,7 @@ def run_cost(run: str | Path, metrics: Metrics | None = None) -> dict[str, float
 
 
 def eval_names(metrics: Metrics) -> list[str]:
-    return sorted({name for line in metrics for name in line if name.startswith("eval/")})
+    return sorted(name for name in set().union(*metrics) if name.startswith("eval/"))
 
 
 def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> Table:
@@ -55,28 +59,33 @@ def result_rows(run: str | Path, teacher_folder: str | Path | None = None) -> Ta
     metrics = read_metrics(run)
     teacher_run = run_of(teacher_folder) if teacher_folder else None
     teacher = read_metrics(teacher_run) if teacher_run else []
-    rows = [["", "before", "after", "teacher"]]
+    rows, has_teacher = [["", "before", "after", "teacher"]], False
     for name in eval_names(metrics):
         if not name.endswith("/problems") and "_from_" not in name:
+            form = ".1%" if name.endswith(FRACTIONS) else ".4f"
             steps, values = series(metrics, name)
-            before = values[0] if steps[0] == 0 else None
-            shown = [before, values[-1], *series(teacher, name)[1][-1:], None]
-            rows.append([name, *(_format(name, value) for value in shown[:3])])
+            before = f"{values[0]:{form}}" if steps[0] == 0 else "-"  # not measured
+            row = [name, before, f"{values[-1]:{form}}", "-"]
+            for value in series(teacher, name)[1][-1:]:
+                row[3], has_teacher = f"{value:{form}}", True
+            rows.append(row)
     for name in STEPWISE:
         values = series(metrics, name)[1]
         if values:
             last = values[-20:]
             rows.append([name, f"{values[0]:.4f}", f"{sum(last) / len(last):.4f}", "-"])
-    return rows if any(row[3] != "-" for row in rows[1:]) else [row[:3] for row in rows]
+    return rows if has_teacher else [row[:3] for row in rows]
 
 
 def aligned(rows: Table, left: int = 2) -> str:
     """A table for the terminal: so many columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides, lines = ("<" * left).ljust(len(widths), ">"), []
+    lines = []
     for row in rows:
-        cells = zip(row, sides, widths, strict=True)
-        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+        cells = []
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(cell.ljust(width) if place < left else cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -89,12 +98,6 @@ def summary(run: str | Path, rows: Table) -> str:
     steps = metrics[-1]["step"] if metrics else 0
     took = f"{steps} steps, {tokens} tokens in {seconds:.0f} s of training"
     return f"\n{aligned(rows, left=1)}\n{took}; {run}/curves.png shows the curves"
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"  # not measured
-    return f"{value:.1%}" if name.endswith(FRACTIONS) else f"{value:.4f}"
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -122,7 +125,8 @@ Z = 1.959964  # standard errors on either side of a 95 % interval
 
 def style(method: int, line: int, mark: int | None = None) -> dict[str, str]:
     """Colour and mark of a method, and the kind of line of a seed or a start."""
-    mark = method if mark is None else mark
+    if mark is None:
+        mark = method
     return {
         "color": COLORS[method % len(COLORS)],
         "ls": STYLES[line % len(STYLES)],
@@ -132,12 +136,10 @@ def style(method: int, line: int, mark: int | None = None) -> dict[str, str]:
 
 def shown_names(metrics: Metrics) -> list[str]:
     """The metrics of a run that are drawn, in the order of SHOWN."""
-    names = sorted({name for line in metrics for name in line})
-    return [name for pattern in SHOWN for name in names if re.fullmatch(pattern, name)]
-
-
-def axis_of(name: str) -> str:
-    return next(axis for pattern, axis in SHOWN.items() if re.fullmatch(pattern, name))
+    names, shown = sorted(set().union(*metrics)), []
+    for pattern in SHOWN:
+        shown += [name for name in names if re.fullmatch(pattern, name)]
+    return shown
 
 
 def centred_mean(values: list[float]) -> tuple[np.ndarray, int]:
@@ -165,8 +167,9 @@ def progress(metrics: Metrics) -> dict[str, list[float]]:
     tokens = seconds = 0.0
     for line in metrics:
         tokens, seconds = line.get("train/tokens", tokens), seconds + line.get("train/seconds", 0)
-        for name, value in zip(found, (line["step"], tokens, seconds), strict=True):
-            found[name].append(value)
+        found["step"].append(line["step"])
+        found["tokens"].append(tokens)
+        found["seconds"].append(seconds)
     return found
 
 
@@ -178,19 +181,20 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
     """
     from matplotlib.ticker import EngFormatter
 
-    rows = [i for i, line in enumerate(metrics) if name in line]
-    if not rows:
+    x, y, bounds = [], [], []
+    for line, place in zip(metrics, progress(metrics)[against], strict=True):
+        if name in line:
+            value, problems = line[name], line.get(f"{name.removesuffix('accuracy')}problems", 0)
+            x.append(place)
+            y.append(value)
+            bounds.append(wilson(value, problems) if problems else (value, value))
+    if not x:
         return
-    found = progress(metrics)[against]
-    x, y = [found[i] for i in rows], [metrics[i][name] for i in rows]
     marker = style.pop("marker", "o")
     if name.startswith("eval/"):
         if name.endswith("/accuracy"):
-            problems = [metrics[i].get(f"{name[: -len('accuracy')]}problems", 0) for i in rows]
-            bounds = [wilson(v, n) if n else (v, v) for v, n in zip(y, problems, strict=True)]
-            low, high = (100 * np.array(side) for side in zip(*bounds, strict=True))
-            y = 100 * np.array(y)
-            ax.fill_between(x, low, high, color=style.get("color"), alpha=0.12, lw=0)
+            y, bounds = 100 * np.array(y), 100 * np.array(bounds)
+            ax.fill_between(x, *bounds.T, color=style.get("color"), alpha=0.12, lw=0)
             ax.set_ylim(0, 100)
         ax.plot(x, y, marker=marker, ms=4, lw=1.6, **style)
     else:
@@ -198,7 +202,8 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
         ax.plot(x, centred_mean(y)[0], lw=1.6, **style)
     if name.endswith(("/loss", "_kl")) and max(y) > 10 * min(y) > 0:
         ax.set_yscale("log")
-    ax.set(title=name, ylabel="\n".join(textwrap.wrap(axis_of(name), 34)))
+    axis = next(axis for pattern, axis in SHOWN.items() if re.fullmatch(pattern, name))
+    ax.set(title=name, ylabel=textwrap.fill(axis, 34))
     ax.set_xlabel(AXES[against])
     if against == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter())
@@ -241,11 +246,14 @@ def teacher_run(run: str | Path) -> Path | None:
     sittings, options = read_lines(Path(run) / "sittings.jsonl"), options_of(run)
     weights = sittings[-1].get("weights", {}) if sittings else {}
     found = run_of(weights.get("teacher") or options.get("teacher") or ".")
-    places = [found, Path(run).resolve().parent / found.name] if found else []
-    return next((place for place in places if place.is_dir()), None)
+    if not found:
+        return None
+    for place in (found, resolved(run).parent / found.name):
+        if place.is_dir():
+            return place
 
 
-def options_of(run: str | Path) -> dict[str, Any]:
+def options_of(run: str | Path) -> Json:
     """What a run's config.json says; {} if there is none."""
     path = Path(run) / "config.json"
     return read_json(path) if path.exists() else {}
@@ -262,22 +270,21 @@ def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
     """A line where each of the runs' teachers was at last, if its own run has measured the same."""
     for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
         for value in series(read_metrics(teacher), name)[1][-1:]:
-            percent = name.endswith("/accuracy")
-            height = 100 * value if percent else value
-            text = f"teacher {height:.0f} %" if percent else f"teacher {height:.3g}"
-            draw_level(ax, height, text)
+            if name.endswith("/accuracy"):
+                draw_level(ax, 100 * value, f"teacher {100 * value:.0f} %")
+            else:
+                draw_level(ax, value, f"teacher {value:.3g}")
 
 
 def draw_curves(run: str | Path) -> None:
     """Draw curves.png: what every step measured, with its mean, and the evaluations."""
-    from matplotlib.figure import Figure
-
     run, metrics = Path(run), read_metrics(run)
     names = shown_names(metrics)
-    columns = 4 if len(names) > 6 else min(3, max(1, len(names)))
+    columns = min(3, max(1, len(names)))
+    if len(names) > 6:
+        columns = 4
     rows = max(1, -(-len(names) // columns))
-    figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    figure, axes = grid_of(rows, columns, 4.5, 3.2)
     for ax in axes.flat[len(names) :]:
         ax.axis("off")
     for ax, name in zip(axes.flat, names, strict=False):
@@ -288,12 +295,22 @@ def draw_curves(run: str | Path) -> None:
         ax.grid(alpha=0.3)
     _, window = centred_mean(series(metrics, "train/loss")[1])
     options = options_of(run)
-    said = [
-        f"{name} {options[name]}" for name in ("mode", "model", "data", "seed") if name in options
-    ]
+    said = []
+    for name in ("mode", "model", "data", "seed"):
+        if name in options:
+            said.append(f"{name} {options[name]}")
     notes = f"thin: each step; thick: mean of {window} steps around it; bands: 95 % over problems"
     figure.suptitle(f"{run.name}: {', '.join(said)}\n{notes}", fontsize=9)
     save_picture(figure, run / "curves.png")
+
+
+def grid_of(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure, and its axes in rows and columns, each of this size in inches."""
+    from matplotlib.figure import Figure
+
+    size = (width * columns, height * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_picture(figure: Any, path: Path) -> None:

@@ -10,10 +10,9 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from errors import UserError
-from files import read_json, read_text, unreadable
+from files import Json, check_file, read_json, read_text, unreadable, without
 from progress import Progress
 
 SUMS = "SHA256SUMS"
@@ -25,8 +24,16 @@ CHANGED = (
 )
 
 
+def sha256(content: str | bytes) -> str:
+    """The SHA-256 of bytes, or of a text in UTF-8."""
+    if isinstance(content, str):
+        content = content.encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 def file_sha256(path: Path, progress: Progress | None = None) -> str:
-    """The SHA-256 of a file."""
+    """The SHA-256 of a file. Raises UserError if there is none."""
+    check_file(path)
     digest, block = hashlib.sha256(), bytearray(BLOCK)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -83,18 +90,17 @@ def verify(folder: Path) -> dict[Path, str]:
     return found
 
 
-def _own_sha256(values: dict[str, Any]) -> str:
-    others = {name: value for name, value in values.items() if name != OWN}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+def _own_sha256(values: Json) -> str:
+    return sha256(json.dumps(without(values, {OWN}), sort_keys=True))
 
 
-def with_sha256(values: dict[str, Any]) -> dict[str, Any]:
+def with_sha256(values: Json) -> Json:
     """An object for a JSON file, with its digest in it."""
     as_read = json.loads(json.dumps(values))  # names that are numbers become texts
     return as_read | {OWN: _own_sha256(as_read)}
 
 
-def read_checked(path: Path, fix: str) -> dict[str, Any]:
+def read_checked(path: Path, fix: str) -> Json:
     """The object in a JSON file, without its digest, which is checked where there is one.
 
     Raises UserError, which ends with `fix`.

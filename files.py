@@ -3,14 +3,19 @@
 And writing files that appear whole or not at all.
 """
 
+import errno
 import glob
 import json
 import os
 import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import UserError, system_error
+
+Json = dict[str, Any]  # an object in a JSON file
 
 HEAD = 4096  # bytes at a file's beginning that tell what it is
 DEPTH = 200  # of lists and objects within each other: what walks through them has no room for more
@@ -144,9 +149,30 @@ def unreadable(path: Path) -> str | None:
             return "is a folder, not a file"
         if not path.exists():
             return "is not there"
+        if not path.is_file():  # which may have no end, or wait for another process
+            return "is a pipe, a device or a socket, not a file"
     except OSError as e:  # a name that is too long, a folder that may not be looked into
         return f"cannot be looked at ({reason(e)})"
     return None
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError if there is no file to be read at `path`."""
+    if wrong := unreadable(path):
+        raise UserError(f"{path} {wrong}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file. Raises UserError if there is something else than a file."""
+    if not path.exists():
+        return False
+    check_file(path)
+    return True
+
+
+def resolved(path: str | Path) -> Path:
+    """The path without links; links that lead in a circle stay, for whoever opens it to say so."""
+    return Path(os.path.realpath(path))
 
 
 def named(path: Path) -> bool:
@@ -212,7 +238,7 @@ def decode_text(content: bytes, label: str) -> str:
         raise UserError(f"{label} is not UTF-8 text ({where}); save it as UTF-8") from None
 
 
-def read_json(path: Path, label: str = "", finite: bool = False) -> dict[str, Any]:
+def read_json(path: Path, label: str = "", finite: bool = False) -> Json:
     """A file that holds one JSON object. Raises UserError like `read_text` and `parse_json`."""
     label = label or str(path)
     value = parse_json(read_text(path, label), label, finite)
@@ -276,6 +302,16 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
+def without(values: Json, names: Collection[str]) -> Json:
+    """An object without what has one of these names."""
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def without_nulls(values: Json) -> Json:
+    """An object without what is null."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class Fields:
     """The values of a JSON object, each asked for by its name, its kind and its bounds.
 
@@ -285,7 +321,7 @@ class Fields:
     def __init__(self, values: Any, where: object) -> None:
         if not isinstance(values, dict):
             raise UserError(f"{where} is not an object")
-        self.values = {name: value for name, value in values.items() if value is not None}
+        self.values = without_nulls(values)
         self.where = where
 
     def refuse(self, text: str) -> NoReturn:
@@ -353,6 +389,32 @@ def replace_file(path: Path, text: str) -> None:
         raise system_error(e, f"{path} could not be written") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Have a folder inside `with`. If that fails, folders that were made for it go if left empty.
+
+    Raises OSError if it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # of one that is not empty
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+def check_place(folder: Path) -> None:
+    """Raise OSError if a folder is not there and could not be made; nothing is made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def draft_of(path: Path) -> Path:

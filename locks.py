@@ -149,6 +149,8 @@ def _record() -> str:
 
 def _holder(path: Path) -> Holder | None:
     """Who a lock's file names; None if nobody, or if it is gone or not written yet."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from errors import UserError
-from files import parse_json, read_text, reason
+from files import parse_json, read_text, reason, without
 
 REQUIRED = MISSING  # as a default: the option must be given on the command line
 ABOVE_0 = ("above 0",)  # in a condition: a number that switches something on
@@ -145,48 +145,65 @@ def parse(
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
     """
-    known = cls.__dataclass_fields__
     stored = stored or {}
-    for spec in fields(cls):
-        load = _rules(spec).load
-        value = (stored | peek(cls, argv, spec.name)).get(spec.name) if load else None
-        if load and value and load(value):
-            _parser.cache_clear()  # its help shows the choices
+    _load_choices(cls, argv, stored)
     layers = read_layers(cls, argv)
     stored = {k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in stored.items()}
     values = _overlay(cls, [stored, *layers])
     config = cls(**with_defaults(cls, values))
-    may_ignore, ignored = set(), {}
-    if notes is not None:
-        for number, layer in enumerate(layers[:-1], 1):
-            files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:number]])))
-            may_ignore |= {name for name in layer if not _unmet(files, name)}
-        if os.environ.get("WANDB_SWEEP_ID"):
-            may_ignore |= layers[-1].keys()
-        else:
-            may_ignore -= layers[-1].keys()
-    for name in (name for layer in layers for name in layer if name in values):
-        fixed = _rules(known[name]).fixed
-        if callable(fixed):
-            fixed = fixed(stored)
-        if fixed and values[name] != stored.get(name, values[name]):
-            raise UserError(
-                f"--{name} {values[name]}: the run was begun with {stored[name]!r} and keeps it; "
-                "leave it out, or begin a new run"
-            )
+    given = [name for layer in layers for name in layer if name in values]
+    may_ignore = set() if notes is None else _may_ignore(cls, stored, layers)
+    ignored = {}
+    for name in given:
+        _check_fixed(cls, name, values[name], stored)
         unmet = _unmet(config, name)
         if unmet and name in may_ignore:
             ignored[name] = f"{name} (read with {_needs(config, name)})"
-        elif conditions and unmet:
+        elif unmet and conditions:
             raise UserError(
                 f"{name} is not read with {unmet}={getattr(config, unmet)}, "
                 f"only with {_needs(config, name)}"
             )
     if ignored and notes is not None:
         notes.append(f"ignored, as this run does not read them: {', '.join(ignored.values())}")
-        values = {name: value for name, value in values.items() if name not in ignored}
-        config = cls(**with_defaults(cls, values))
+        config = cls(**with_defaults(cls, without(values, ignored)))
     return config
+
+
+def _load_choices(cls: Cls, argv: Words, stored: Values) -> None:
+    """Call the `load` of every option that has one with its value."""
+    for spec in fields(cls):
+        load = _rules(spec).load
+        if load:
+            value = (stored | peek(cls, argv, spec.name)).get(spec.name)
+            if value and load(value):
+                _parser.cache_clear()  # its help shows the choices
+
+
+def _may_ignore(cls: Cls, stored: Values, layers: list[Values]) -> set[str]:
+    """The options of which a note says that they are not read, instead of an error.
+
+    Those of a file that were read before a later layer, and in a sweep those of the command line.
+    """
+    found = set()
+    for number, layer in enumerate(layers[:-1], 1):
+        files = cls(**with_defaults(cls, _overlay(cls, [stored, *layers[:number]])))
+        found |= {name for name in layer if not _unmet(files, name)}
+    if os.environ.get("WANDB_SWEEP_ID"):
+        return found | layers[-1].keys()
+    return found - layers[-1].keys()
+
+
+def _check_fixed(cls: Cls, name: str, value: Any, stored: Values) -> None:
+    """Raise UserError if a resumed run keeps another value than this one."""
+    fixed = _rules(cls.__dataclass_fields__[name]).fixed
+    if callable(fixed):
+        fixed = fixed(stored)
+    if fixed and value != stored.get(name, value):
+        raise UserError(
+            f"--{name} {value}: the run was begun with {stored[name]!r} and keeps it; "
+            "leave it out, or begin a new run"
+        )
 
 
 def peek(cls: Cls, argv: Words, *names: str) -> Values:
@@ -289,7 +306,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         _, found, words = message.partition("unrecognized arguments: ")
-        if found and not words.strip("- "):
+        if found and not words.replace("-", " ").split():
             raise UserError(f"{words!r} is no option")
         if found:
             name = words.lstrip("-").split()[0].partition("=")[0].rpartition(".")[2]
@@ -311,15 +328,20 @@ def _help(cls: Cls, spec: Field) -> str:
     if spec.default not in (REQUIRED, "", None, ()):
         facts.append(f"default {spec.default}")
     for key, defaults in rules.default_when.items():
-        for value, default in () if callable(defaults) else defaults.items():
+        if callable(defaults):
+            continue
+        for value, default in defaults.items():
             own = (value,) if isinstance(key, str) else value
             shown = [f"--{n} {v}" for n, v in zip(_names(key), own, strict=True)]
             facts.append(f"{default} with {' '.join(shown)}")
     conditions = _conditions(cls, spec.name)
     if conditions:
         facts.append(f"read with {_describe(conditions)}")
-    text = f"{rules.help} ({' | '.join(choices)})" if choices else rules.help
-    text += f" [{'; '.join(facts)}]" if facts else ""
+    text = rules.help
+    if choices:
+        text += f" ({' | '.join(choices)})"
+    if facts:
+        text += f" [{'; '.join(facts)}]"
     return text.replace("%", "%%")
 
 
@@ -369,9 +391,9 @@ def _find(cls: Cls, name: str, source: str) -> Field:
 
 def _nearest(word: str, known: Collection[str], hint: str, otherwise: str = "") -> str:
     """Return `hint` with the name most like `word`, of the same letters first, or `otherwise`."""
-    swapped = [name for name in known if sorted(name) == sorted(word)]
-    near = swapped or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return hint.format(*near) if near else otherwise
+    near = [name for name in known if sorted(name) == sorted(word)]
+    near += difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return hint.format(near[0]) if near else otherwise
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -399,10 +421,10 @@ def _shape(spec: Field) -> _Shape:
     items, choices = get_args(declared), _rules(spec).choices
     if callable(choices):
         choices = choices()
-    if get_origin(declared) is tuple:
-        return _Shape(items[0], choices, 0 if ... in items else len(items))
     if get_origin(declared) is Literal:
         return _Shape(str, items)
+    if get_origin(declared) is tuple:
+        return _Shape(items[0], choices, 0 if ... in items else len(items))
     return _Shape(items[0] if items else declared, choices)  # str | None is read as str
 
 
@@ -419,41 +441,52 @@ def _convert(spec: Field, value: Any, source: str) -> Any:
 
 
 def _convert_one(spec: Field, value: Any, source: str) -> Any:
-    kind, choices, _ = _shape(spec)
+    rules, kind = _rules(spec), _shape(spec).kind
     text = str(value).strip()
     try:
-        if kind is bool:
-            value = text if text in _rules(spec).also else SWITCH[text.lower()]
-        elif text in _rules(spec).also:
-            value = kind(0)  # what is to be found out
-        elif kind is str:
-            if not isinstance(value, str):
-                raise ValueError
-        else:
-            number = int(text) if text.lstrip("+-").isdecimal() else float(text)
-            if kind is float and not math.isfinite(number):
-                raise UserError(f"{source}: {value} is not a number that is finite")
-            if kind is int and number != int(number):
-                raise ValueError
-            if kind is int and abs(number) > sys.maxsize:
-                raise UserError(f"{source}: {text:.20}... is too large")
-            value = kind(number)
-            _check_bounds(_rules(spec), value, source)
+        if text in rules.also:
+            value = text if kind is bool else kind(0)  # 0: what is to be found out
+        elif kind is bool:
+            value = SWITCH[text.lower()]
+        elif kind in (int, float):
+            value = _number(kind, text, source)
+            _check_bounds(rules, value, source)
+        elif not isinstance(value, str):
+            raise ValueError
     except (ValueError, KeyError, OverflowError):
-        words = " or ".join((KINDS[kind], *_rules(spec).also))
+        words = " or ".join((KINDS[kind], *rules.also))
         raise UserError(f"{source}: {value!r} is not {words}") from None
-    is_file = kind is str and _rules(spec).files and value.endswith(_rules(spec).files)
-    if choices and value not in choices and not is_file:
-        every = ", ".join(choices)
-        hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
-        near = _nearest(str(value), choices, hint, f"choose from {every}")
-        name, _, number = str(value).partition(":")
-        if _rules(spec).counted and name in choices:
-            near = f"write {name} and --{_rules(spec).counted} {number}"
-        elif _rules(spec).files and Path(str(value)).suffix:
-            near = f"a file ends in {', '.join(_rules(spec).files)}"
-        raise UserError(f"{source}: no {value!r}; {near}")
+    if kind is str:
+        _check_choice(spec, value, source)
     return value
+
+
+def _number(kind: type, text: str, source: str) -> float:
+    """An int or a float; whole numbers are exact, whatever their size. Raises ValueError."""
+    number = int(text) if text.lstrip("+-").isdecimal() else float(text)
+    if kind is float and not math.isfinite(number):
+        raise UserError(f"{source}: {text} is not a number that is finite")
+    if kind is int and number != int(number):
+        raise ValueError
+    if kind is int and abs(number) > sys.maxsize:
+        raise UserError(f"{source}: {text:.20}... is too large")
+    return kind(number)
+
+
+def _check_choice(spec: Field, value: str, source: str) -> None:
+    rules, choices = _rules(spec), _shape(spec).choices
+    is_file = rules.files and value.endswith(rules.files)
+    if not choices or value in choices or is_file:
+        return
+    every = ", ".join(choices)
+    hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
+    near = _nearest(value, choices, hint, f"choose from {every}")
+    name, _, number = value.partition(":")
+    if rules.counted and name in choices:
+        near = f"write {name} and --{rules.counted} {number}"
+    elif rules.files and Path(value).suffix:
+        near = f"a file ends in {', '.join(rules.files)}"
+    raise UserError(f"{source}: no {value!r}; {near}")
 
 
 def _check_bounds(rules: Rules, value: float, source: str) -> None:
@@ -472,8 +505,10 @@ def _default(spec: Field, values: Values) -> Any:
     """Return an option's default beside the values of the fields that are declared before it."""
     default = spec.default
     for other, own in _rules(spec).default_when.items():
-        names = _names(other)
-        value = values[other] if other == names[0] else tuple(values[name] for name in names)
+        if isinstance(other, str):
+            value = values[other]
+        else:
+            value = tuple(values[name] for name in other)
         default = own(value) if callable(own) else own.get(value, default)
     return default
 
@@ -513,7 +548,9 @@ def _conditions(options: Options | Cls, name: str) -> list[Condition]:
         for prefix, condition in getattr(options, "read_when_prefix", {}).items():
             if found is None and name.startswith(prefix) and name not in condition:
                 found = condition
-    return [found] if isinstance(found, dict) else found or []
+    if isinstance(found, dict):
+        return [found]
+    return found or []
 
 
 def _unmet(config: Options, name: str) -> str:
@@ -523,8 +560,10 @@ def _unmet(config: Options, name: str) -> str:
         unmet = ""
         for other, wanted in condition.items():
             value = getattr(config, other)
+            unmet = unmet or _unmet(config, other)
             holds = value > 0 if wanted == ABOVE_0 else value in _values(wanted)
-            unmet = unmet or _unmet(config, other) or ("" if holds else other)
+            if not unmet and not holds:
+                unmet = other
         if not unmet:
             break
     return unmet

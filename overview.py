@@ -117,7 +117,7 @@ def _data(cfg: Config, plan: Plan) -> Iterator[str]:
 def lacks_marks(examples: Sequence[Example]) -> bool:
     """Whether the data's own answers are all wrong to their grader, which looks for a mark."""
     own = [e for e in examples if e.has_answer and e.answer is not None and e.task in TASKS]
-    verdicts = [grade(e, e.messages[-1]["content"] or "") for e in own if not TASKS[e.task].waits]
+    verdicts = [grade(e, e.own_answer) for e in own if not TASKS[e.task].waits]
     return bool(verdicts) and not any(verdict.strict for verdict in verdicts)
 
 

@@ -9,7 +9,6 @@ A file that `--plugin` names runs before any other option is looked at, so that 
 choice like every other (docs/forking.md).
 """
 
-import hashlib
 import inspect
 import sys
 import traceback
@@ -18,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
+from digests import sha256
 from errors import UserError
-from files import read_text
+from files import read_text, resolved
 from limits import OverTime, within
 
 T = TypeVar("T")
@@ -97,19 +97,20 @@ def load_module(file: str, label: str) -> ModuleType:
     text = read_text(path, f"{label} {file}")
     if path.suffix != ".py":
         raise UserError(f"{label} {file}: a Python file ends in .py")
-    key, digest = path.resolve(), hashlib.sha256(text.encode()).hexdigest()
+    key, digest = resolved(path), sha256(text)
     known, module = LOADED.get(key, ("", None))
     if module and known == digest:
         return module
-    module = ModuleType(f"plugin_{path.stem}_{hashlib.sha256(str(key).encode()).hexdigest()[:8]}")
+    module = ModuleType(f"plugin_{path.stem}_{sha256(str(key))[:8]}")
     module.__file__ = str(key)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     sys.path.append(str(key.parent))  # it may import its neighbours
+    late = f"{label} {file}: it took more than {LOADING:g} s to load"
     try:
-        with within(LOADING):
+        with within(LOADING, late):
             exec(compile(text, str(key), "exec"), vars(module))
     except OverTime:
-        raise UserError(f"{label} {file}: it took more than {LOADING:g} s to load") from None
+        raise UserError(late) from None
     except (Exception, SystemExit) as e:
         line, said = None, f"{type(e).__name__}: {e}"
         if isinstance(e, SyntaxError) and e.filename == str(key):

@@ -6,8 +6,9 @@ weights. `train.launch` calls the two, and opens the run's folder between them.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from config import AVERAGE, SELF, Config, listed_ids, teachers_of, validate
+from data.batch import consecutive
 from data.dataset import Dataset
 from data.formatter import Formatter
 from data.record import training_record
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
+from files import check_place, reason
 from kernels.cpu import choose_threads
 from kernels.divergences import DIVERGENCES
 from losses.grpo import VARIANTS
@@ -131,6 +134,13 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
             )
         reward = load_reward(cfg)
         shards = choose_shards(cfg, place, student, [*teachers, reference])
+    if teachers and cfg.kd_signal in ("topk", "student_topk") and cfg.kd_topk > vocab_size:
+        raise UserError(
+            f"--kd_topk {cfg.kd_topk:,} is more than the {vocab_size:,} ids that the models share; "
+            "--kd_signal full takes all of them"
+        )
+    for option, folder in (("--runs", cfg.runs), ("--kd_cache", cfg.kd_cache)):
+        parallel.on_rank_0(place.rank, functools.partial(check_folder, option, folder))
     is_filled = (Path(cfg.kd_cache) / "cache.json").is_file
     unread = bool(cfg.kd_cache) and parallel.on_rank_0(place.rank, is_filled)
     job = Job(student, [] if unread else teachers, reference, place, vocab_size)
@@ -162,6 +172,14 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
         cfg=cfg,
         threads=choose_threads(max(c.parameters for c in (student, *teachers)), cfg.threads),
     )
+
+
+def check_folder(option: str, folder: str) -> None:
+    """Raise UserError if a folder that is wanted later cannot be made."""
+    try:
+        check_place(Path(folder))
+    except OSError as e:
+        raise UserError(f"{option} {folder} cannot be made ({reason(e)})") from None
 
 
 def rehearse(cfg: Config, plan: Plan) -> None:
@@ -216,7 +234,9 @@ def choose_tokenizer(cfg: Config, student: Checkpoint, teachers: list[Checkpoint
         return Tokenizer.load(cfg.tokenizer)
     if student.tokenizer:
         return student.tokenizer
-    return teachers[0].tokenizer if teachers and teachers[0].tokenizer else toy_tokenizer()
+    if teachers and teachers[0].tokenizer:
+        return teachers[0].tokenizer
+    return toy_tokenizer()
 
 
 def loss_vocab_size(
@@ -314,65 +334,48 @@ def number_of_steps(cfg: Config, examples: int) -> int:
 
 def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | None) -> Run:
     """Read or make all weights; the folder gets the record of what the policy is trained on."""
-    place, student, teachers = plan.place, plan.student, list(plan.teachers)
+    place, shards, resumed = plan.place, plan.shards, None
     if resume_step is not None:
         parallel.on_rank_0(place.rank, functools.partial(folder.check, resume_step))
-    if cfg.mode == "grpo" and cfg.model == "tiny":
-        path = toy_model("student", STUDENT, cfg.runs, cfg.device, place.rank)
-        student = dataclasses.replace(student, folder=path)
-    if teachers and not cfg.teacher:
-        path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, place.rank)
-        teachers = [dataclasses.replace(teachers[0], folder=path)]
-    if cfg.teacher in SELF:
-        teachers = [student]
+        resumed = folder.step_folder(resume_step)
+    student, teachers, reference = with_weights(cfg, plan)
     cache = open_teacher_cache(cfg, plan, teachers[0]) if teachers and cfg.kd_cache else None
-    resumed = None if resume_step is None else folder.step_folder(resume_step)
-    ancestors = ancestors_of(cfg, plan, student, teachers)
-    if resumed:
-        ancestors.append((str(resumed), resumed))
+    ancestors = ancestors_of(cfg, student, teachers, reference)
     prompt_options = {name: getattr(cfg, name) for name in PROMPT_OPTIONS}
-    record = functools.partial(training_record, cfg.data, plan.dataset, prompt_options, ancestors)
+    record = functools.partial(
+        training_record, cfg.data, plan.dataset, prompt_options, ancestors, resumed
+    )
     trained_on = parallel.on_rank_0(place.rank, record)
 
-    lora = None
-    if cfg.lora_rank:
-        targets, base_name = parse_targets(cfg.lora_targets), peft_base_name(student)
-        lora = LoraConfig(
-            cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
-        )
-    device, dtype = place.device, place.compute_dtype
-    policy_mesh, frozen_mesh = plan.shards.meshes(device.type)
+    device, dtype, lora = place.device, place.compute_dtype, lora_config(cfg, student)
+    policy_mesh, frozen_mesh = shards.meshes(device.type)
     make_policy = functools.partial(
         load_policy, student, resumed, lora, device, dtype, cfg.seed, policy_mesh
     )
     policy, base = make_policy()
     policy.activation_checkpointing = cfg.activation_checkpointing
-    policy.decodes_in_shards = plan.shards.in_shards(student, dtype)
+    policy.decodes_in_shards = shards.in_shards(student, dtype)
 
     @functools.cache
     def frozen(checkpoint: Checkpoint) -> Transformer:
-        if checkpoint is student and lora and base:
+        if lora and base and checkpoint is student:
             return base  # the policy as it starts is the base, which is there already
         model = load_frozen(checkpoint, device, dtype, cfg.seed, frozen_mesh)
-        model.decodes_in_shards = plan.shards.in_shards(checkpoint, dtype)
+        model.decodes_in_shards = shards.in_shards(checkpoint, dtype)
         return model
 
     average, cost = None, {}
-    is_new = not resume_step or bool(cache and not cache.complete)  # else it was counted already
-    if cfg.teacher == AVERAGE and teachers:
+    if cache:
+        teacher_models, cost = [], use_teacher_cache(cfg, plan, teachers[0], cache, resume_step)
+    elif teachers and cfg.teacher == AVERAGE:
         average = make_policy()[0].requires_grad_(False) if policy_mesh else average_of(policy)
         teacher_models = [average]
-    elif cache:
-        teacher_models, cost = [], use_teacher_cache(cfg, plan, teachers[0], cache)
     else:
         teacher_models = [frozen(teacher) for teacher in teachers]
-    reference = None
-    if plan.reference:
-        reference = frozen(plan.reference if cfg.reference else student)
+    reference_model = frozen(reference) if reference else None
     if cfg.compile:
-        for model in dict.fromkeys((policy, *teacher_models, reference)):
-            if model:
-                model.compile_blocks()
+        for model in filter(None, dict.fromkeys((policy, *teacher_models, reference_model))):
+            model.compile_blocks()
     return Run(
         device=device,
         rank=place.rank,
@@ -389,42 +392,65 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         teachers=teacher_models,
         average=average,
         teacher_folder=teachers[0].folder if len(teachers) == 1 else None,
-        reference=reference,
+        reference=reference_model,
         optimizer=build_optimizer(
             policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
         ),
         trained_on=trained_on,
-        weights=weights_of(cfg, plan, student, teachers),
-        cost=cost if is_new and place.rank == 0 else {},
-        # ranks with shards of a model compute in step: none may leave
-        stop=StopSignal(halts=not (plan.shards.policy or plan.shards.frozen)),
+        weights=weights_of(student, teachers, reference),
+        cost=cost,
+    )
+
+
+def with_weights(cfg: Config, plan: Plan) -> tuple[Checkpoint, list[Checkpoint], Checkpoint | None]:
+    """The plan's student, teachers and reference; toy models, once trained, have folders."""
+    student, teachers, reference = plan.student, plan.teachers, plan.reference
+    if cfg.mode == "grpo" and cfg.model == "tiny":
+        path = toy_model("student", STUDENT, cfg.runs, cfg.device, plan.place.rank)
+        student = dataclasses.replace(student, folder=path)
+    if teachers and not cfg.teacher:
+        path = toy_model("teacher", TEACHER, cfg.runs, cfg.device, plan.place.rank)
+        teachers = [dataclasses.replace(teachers[0], folder=path)]
+    if cfg.teacher in SELF:
+        teachers = [student]
+    if reference and not cfg.reference:
+        reference = student
+    return student, teachers, reference
+
+
+def lora_config(cfg: Config, student: Checkpoint) -> LoraConfig | None:
+    """The adapters that are trained; None: the model itself is."""
+    if not cfg.lora_rank:
+        return None
+    targets, base_name = parse_targets(cfg.lora_targets), peft_base_name(student)
+    return LoraConfig(
+        cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.lora_rslora, base_name
     )
 
 
 def weights_of(
-    cfg: Config, plan: Plan, student: Checkpoint, teachers: list[Checkpoint]
+    student: Checkpoint, teachers: list[Checkpoint], reference: Checkpoint | None
 ) -> dict[str, str]:
     """Where the weights of each model of the run are from."""
-    models = {"policy": [student], "teacher": teachers}
-    if plan.reference:
-        models["reference"] = [plan.reference if cfg.reference else student]
     sources = {}
+    models = {"policy": [student], "teacher": teachers, "reference": [reference]}
     for name, found in models.items():
-        if found:
-            sources[name] = ", ".join(str(model.folder or "random") for model in found)
+        folders = [str(model.folder or "random") for model in found if model]
+        if folders:
+            sources[name] = ", ".join(folders)
     return sources
 
 
 def ancestors_of(
-    cfg: Config, plan: Plan, student: Checkpoint, teachers: list[Checkpoint]
+    cfg: Config, student: Checkpoint, teachers: list[Checkpoint], reference: Checkpoint | None
 ) -> list[tuple[str, Path | None]]:
     """(name, folder) of every model that the policy begins from or learns from."""
     ancestors = [(cfg.model, student.folder)]
     for name, teacher in zip(teachers_of(cfg).values(), teachers, strict=False):
         if teacher.folder and teacher is not student:
             ancestors.append((name or "the toy teacher", teacher.folder))
-    if cfg.reference and plan.reference:
-        ancestors.append((cfg.reference, plan.reference.folder))
+    if cfg.reference and reference:
+        ancestors.append((cfg.reference, reference.folder))
     return ancestors
 
 
@@ -453,32 +479,43 @@ def open_teacher_cache(cfg: Config, plan: Plan, teacher: Checkpoint) -> TeacherC
 
 
 def use_teacher_cache(
-    cfg: Config, plan: Plan, teacher: Checkpoint, cache: TeacherCache
+    cfg: Config, plan: Plan, teacher: Checkpoint, cache: TeacherCache, resume_step: int | None
 ) -> dict[str, float]:
     """Give the data the teacher's top-k or draws of a cache, which is filled on first use.
 
-    Returns what it took to fill it, whoever did it.
+    Returns what it took to fill it, whoever did it, unless the run has counted that already.
     """
-    place, dataset = plan.place, plan.dataset
+    place, dataset, was_complete = plan.place, plan.dataset, cache.complete
     documents = [dataset.get(i) for i in range(len(dataset))]
-    if not cache.complete:
-        positions = f"{cache.positions:,} positions in {cfg.kd_cache}"
+    if not was_complete:
         what = "top" if cache.draws_seed is None else "draws:"
-        say(f"keeping the teacher's {what} {cache.k} of {positions}")
-        rows = teacher_topk(
-            documents,
-            load_frozen(teacher, place.device, place.compute_dtype, cfg.seed),
-            cache.k,
+        say(
+            f"keeping the teacher's {what} {cache.k} of {cache.positions:,} positions in "
+            f"{cfg.kd_cache}"
+        )
+        model = load_frozen(teacher, place.device, place.compute_dtype, cfg.seed)
+        micro_batches = consecutive([d.for_teacher() for d in documents], cfg.micro_batch_tokens)
+        part = functools.partial(
+            teacher_topk,
+            model=model,
+            k=cache.k,
             temperature=cfg.kd_temperature,
             vocab=plan.vocab_size,
             micro_batch_tokens=cfg.micro_batch_tokens,
             draws_seed=cache.draws_seed,
         )
-        cache.fill(rows)
+
+        def rows(done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for micro_batch in itertools.islice(micro_batches, done, None):
+                yield from part(micro_batch)
+
+        with StopSignal() as stop:
+            cache.fill(rows, stop.halt, cfg.micro_batch_tokens)
     dataset.teacher_topk = cache
+    if place.rank or (resume_step and was_complete):
+        return {}
     lengths = [len(document.for_teacher()) for document in documents]
     with torch.device("meta"):
-        flops = forward_flops(
-            Transformer(teacher.config), lengths, cache.positions, plan.vocab_size
-        )
+        model = Transformer(teacher.config)
+    flops = forward_flops(model, lengths, cache.positions, plan.vocab_size)
     return {"teacher_tokens": sum(lengths), "flops": flops}

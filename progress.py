@@ -58,10 +58,12 @@ class Progress:
         say(", ".join(parts))
 
 
-def watched(what: str, items: Iterable[T], unit: str, speaks: bool = True) -> Iterator[T]:
+def watched(
+    what: str, items: Iterable[T], unit: str, speaks: bool = True, halt: Halt = go_on
+) -> Iterator[T]:
     """The items, with their Progress."""
     items = items if isinstance(items, Sized) else list(items)
-    progress = Progress(what, len(items), unit, speaks)
+    progress = Progress(what, len(items), unit, speaks, halt)
     for item in items:
         yield item
         progress.add(1)

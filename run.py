@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from digests import SUMS, seal, verify
 from errors import Halted, RunFailed, UserError, say
-from files import flush, read_json, reason, replace_file, write_json
+from files import Json, flush, is_there, made, read_json, reason, replace_file, resolved, write_json
 from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
@@ -40,7 +40,6 @@ from model.transformer import Transformer
 from progress import duration
 from tracking import Tracker
 
-Json = dict[str, Any]  # an object in a JSON file
 LOGS = ("metrics.jsonl", "samples.jsonl")
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # a checkpoint's folder
 
@@ -95,8 +94,7 @@ class RunFolder:
         def write() -> bool:
             if final.exists():
                 return False
-            for left_over in self.checkpoints.glob(".draft-*"):
-                shutil.rmtree(left_over, ignore_errors=True)
+            self.tidy()
             (draft / "trainer" / "optimizer").mkdir(parents=True)
             write_model(draft)
             if lineage:
@@ -115,25 +113,31 @@ class RunFolder:
                 flush(file)
             draft.rename(final)
             flush(self.checkpoints)
-            for old in self.steps()[: -self.max_checkpoints]:
-                if old != self.best:
-                    self._remove(self.step_folder(old))
+            self.tidy()
 
         def reported(call: Callable[[], Any]) -> Any:
             try:
                 return call()
             except (OSError, SafetensorError) as e:
                 shutil.rmtree(draft, ignore_errors=True)
-                last = f"; the last complete one is step {self.steps()[-1]}" if self.steps() else ""
-                raise RunFailed(
-                    f"checkpoint {final} could not be written ({reason(e)}){last}"
-                ) from None
+                failed = f"checkpoint {final} could not be written ({reason(e)})"
+                if self.steps():
+                    failed += f"; the last complete one is step {self.steps()[-1]}"
+                raise RunFailed(failed) from None
 
         rank = parallel.rank()
         if parallel.on_rank_0(rank, functools.partial(reported, write)):
             if is_sharded(model):
                 reported(functools.partial(save_shards, tensors, draft / "trainer" / "optimizer"))
             parallel.on_rank_0(rank, functools.partial(reported, finish))
+
+    def tidy(self) -> None:
+        """Remove what a kill left, and all checkpoints but the best and the newest ones."""
+        for left_over in self.checkpoints.glob(".draft-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        for old in self.steps()[: -self.max_checkpoints]:
+            if old != self.best:
+                self._remove(self.step_folder(old))
 
     def _remove(self, folder: Path) -> None:
         """Remove a checkpoint that nobody reads; one that is read stays until the next save.
@@ -253,7 +257,9 @@ def open_run(
         The folder, and the step to continue from (None: the beginning).
     """
     stamp = f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = [name] if name else [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
+    names = [name]
+    if not name:
+        names = [stamp, *(f"{stamp}-{n}" for n in range(1, 1000))]
 
     with ExitStack() as stack:
 
@@ -297,23 +303,25 @@ def _claim(
     if not resume:
         if has_output(path):
             raise FileExistsError
-        (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
-    with lock(path / ".lock"):
+    with made(path.parent):
         if not resume:
-            if has_output(path):  # of a process that had the lock meanwhile
-                raise FileExistsError
-            replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
-        try:
-            yield
-        except Exception:
-            if not resume and not has_output(path, "environment.json", "sittings.jsonl"):
-                shutil.rmtree(path)  # nothing goes on from there
-            raise
+            (path / "checkpoints").mkdir(parents=True, exist_ok=not unique)
+        with lock(path / ".lock"):
+            if not resume:
+                if has_output(path):  # of a process that had the lock meanwhile
+                    raise FileExistsError
+                replace_file(path / "config.json", json.dumps(config, indent=2) + "\n")
+            try:
+                yield
+            except Exception:
+                if not resume and not has_output(path, "environment.json", "sittings.jsonl"):
+                    shutil.rmtree(path)  # nothing goes on from there
+                raise
 
 
 def has_output(path: Path, *more: str) -> bool:
     """Return whether a folder holds more than what a run has before it trains, and `more`."""
-    found = {p.name for pattern in ("*", "checkpoints/*") for p in path.glob(pattern)}
+    found = {p.name for p in (*path.glob("*"), *path.glob("checkpoints/*"))}
     found -= {"config.json", "checkpoints", *more}
     return not all(name.startswith((".lock", "config.json.")) for name in found)
 
@@ -338,7 +346,7 @@ def stored_config(runs: str, name: str, optional: bool = False) -> Json:
 
 def run_of(checkpoint: str | Path) -> Path | None:
     """Return the run that saved <run>/checkpoints/step-N, or the adapter in it; otherwise None."""
-    path = Path(checkpoint).resolve()
+    path = resolved(checkpoint)
     if path.name == "adapter":
         path = path.parent
     if path.parent.name == "checkpoints" and STEP.fullmatch(path.name):
@@ -355,6 +363,15 @@ def newest_checkpoint(name: str, option: str) -> str:
     if run.checkpoints.is_dir():
         raise UserError(f"{option} {name}: this run has no checkpoint yet")
     return name
+
+
+def refuse_fewer(steps: int, resume_step: int | None, path: Path) -> None:
+    """Raise UserError if a run has gone further than it is to go."""
+    if resume_step and resume_step > steps:
+        raise UserError(
+            f"run {path} is at step {resume_step} already, and was told to end at step {steps}; "
+            "raise --steps (or --epochs), or begin a new run with the checkpoint as --model"
+        )
 
 
 def resume_command(runs: str, name: str) -> str:
@@ -404,16 +421,16 @@ def handled(handler: Callable[..., Any]) -> Iterator[None]:
 class StopSignal:
     """Notes a signal to stop inside `with`; the loop saves and leaves between two steps.
 
-    halts: whether a step that takes long is left between its parts, too, at which it asks `halt`.
-    A second Ctrl-C is a KeyboardInterrupt at once.
+    What takes long is left between its parts, too, at which it asks `halt`. A second Ctrl-C is a
+    KeyboardInterrupt at once.
     """
 
-    def __init__(self, halts: bool = False) -> None:
-        self.received, self.halts = "", halts  # the signal's name
+    def __init__(self) -> None:
+        self.received = ""  # the signal's name
 
     def halt(self) -> None:
         """Raise Halted if a signal came."""
-        if self.received and self.halts:
+        if self.received:
             raise Halted(self.received)
 
     def __enter__(self) -> "StopSignal":
@@ -447,7 +464,8 @@ class RunLogger:
     config: the resolved options. resume_step: lines of later steps are removed; None: there is no
     checkpoint, and lines of an earlier sitting are kept in a file of their own. about: what
     sittings.jsonl says of this sitting, beside the options and the environment.
-    before: the line of the sitting before, or None.
+    before: the line of the sitting before, or None. evaluated: what an evaluation of the checkpoint
+    that is continued has measured; empty if the run was stopped before.
     error: the RunFailed of the first line that could not be written, on rank 0, or None: the
     loop raises it on all ranks at its next step.
     """
@@ -459,9 +477,11 @@ class RunLogger:
         self.said = time.monotonic()  # when a line was printed last
         self.note = ""  # in every progress line
         begin = functools.partial(self._open, config, resume_step, about)
-        self.before: Json | None = parallel.on_rank_0(rank, begin)
+        self.before, self.evaluated = parallel.on_rank_0(rank, begin)
 
-    def _open(self, config: Json, resume_step: int | None, about: Json) -> Json | None:
+    def _open(
+        self, config: Json, resume_step: int | None, about: Json
+    ) -> tuple[Json | None, dict[str, float]]:
         for name in LOGS:
             cut_back(self.folder / name, resume_step)
         now = environment()
@@ -470,7 +490,11 @@ class RunLogger:
             replace_file(self.folder / name, json.dumps(value, indent=2) + "\n")
         lines = read_metrics(self.folder)
         self.tracker = Tracker(self.folder, config, about | {"environment": now}, lines)
-        return before
+        evaluated = {}
+        for line in lines:
+            if line.get("step") == resume_step and any(name.startswith("eval/") for name in line):
+                evaluated = line
+        return before, evaluated
 
     def _record_sitting(self, sitting: Json) -> Json | None:
         """Add a line to sittings.jsonl, and say what is not as it was in the one before."""
@@ -478,13 +502,14 @@ class RunLogger:
         earlier = read_lines(path)
         lines = [json.dumps(line) + "\n" for line in (*earlier, sitting)]
         replace_file(path, "".join(lines))
-        before = earlier[-1] if earlier else None
-        if before:
-            changes = _changes(before.get("options", {}), sitting["options"])
-            there = [{name: s.get(name) for name in ELSEWHERE} for s in (before, sitting)]
-            changes += _changes(*there)
-            if changes:
-                self.say(f"other than in the sitting before: {', '.join(changes)}")
+        if not earlier:
+            return None
+        before = earlier[-1]
+        changes = _changes(before.get("options", {}), sitting["options"])
+        for name in ELSEWHERE:
+            changes += _changes({name: before.get(name)}, {name: sitting.get(name)})
+        if changes:
+            self.say(f"other than in the sitting before: {', '.join(changes)}")
         return before
 
     def metrics(self, step: int, values: Json) -> None:
@@ -554,6 +579,18 @@ class RunLogger:
             self.tracker.finish(table)
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """Before the first step, every `every` steps, and after the last."""
+    return step in (0, last) or (every > 0 and step % every == 0)
+
+
+def still_due(step: int, every: int, last: int) -> int:
+    """How many of the steps from this one on are `due`."""
+    if not every:
+        return 1
+    return last // every - (step - 1) // every + (last % every > 0)
+
+
 class Clock:
     """Measures what a run's steps, evaluations and checkpoints take, to say when it will end."""
 
@@ -582,7 +619,7 @@ def cut_back(path: Path, step: int | None) -> None:
     begins again, and all its lines are kept in another file.
     """
     try:
-        if not path.exists() or not path.stat().st_size:
+        if not is_there(path) or not path.stat().st_size:
             return
         if step is None:
             names = (path.with_suffix(f".before-{n}.jsonl") for n in itertools.count(1))
@@ -620,7 +657,7 @@ def _json_object(line: bytes) -> Json:
 
 def read_lines(path: Path) -> list[Json]:
     """The objects of a JSON Lines file of ours; [] if there is none."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if is_there(path) else []
     return [value for value in map(_json_object, lines) if value]
 
 
@@ -634,8 +671,11 @@ ELSEWHERE = ("git_commit", "device", "ranks", "host", "plugins")  # what is wort
 
 def _changes(old: Json, new: Json) -> list[str]:
     """What was and is different, as in "lr 0.1 -> 0.2"."""
-    names = [n for n in old if n != "runs" and old[n] != new.get(n)]
-    return [f"{name} {old[name]} -> {new.get(name, 'not read')}" for name in names]
+    changes = []
+    for name, value in old.items():
+        if name != "runs" and value != new.get(name):
+            changes.append(f"{name} {value} -> {new.get(name, 'not read')}")
+    return changes
 
 
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "numpy", "math-verify", "wandb")

@@ -24,7 +24,7 @@ from data.sandbox.confine import PR_PDEATHSIG, prctl
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, build_tiny
 from errors import RunFailed, UserError, say
-from files import read_json, reason
+from files import read_json, reason, without
 from locks import sweep, waiting_for
 from model import parallel, places
 from run import RunFolder, StopSignal
@@ -155,11 +155,11 @@ def finished_run(runs: str, cfg: Config) -> Path | None:
 
     So `make grpo` goes on from what `make kd` left. None where there is no such run.
     """
-    wanted = _what_it_learns(options.resolved(cfg))
+    wanted = options.resolved(cfg, NEUTRAL)
     tokenizer = toy_tokenizer().files["tokenizer.json"]
     for path in sorted(Path(runs).glob("*/config.json")):
         try:
-            stored = _what_it_learns(read_json(path))
+            stored = without(read_json(path), NEUTRAL)
             checkpoint = RunFolder(path.parent).step_folder(cfg.steps)
             if stored == wanted and (checkpoint / "tokenizer.json").read_bytes() == tokenizer:
                 return checkpoint
@@ -168,13 +168,9 @@ def finished_run(runs: str, cfg: Config) -> Path | None:
     return None
 
 
-def _what_it_learns(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in NEUTRAL}
-
-
 def _fingerprint(cfg: Config) -> str:
     """Eight hexadecimal digits of the settings and of the code that defines task and model."""
-    digest = hashlib.sha256(json.dumps(_what_it_learns(options.resolved(cfg))).encode())
+    digest = hashlib.sha256(json.dumps(options.resolved(cfg, NEUTRAL)).encode())
     for source in SOURCES:
         digest.update((ROOT / source).read_bytes())
     return digest.hexdigest()[:8]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, say
-from files import reason, replace_file
+from files import Json, reason, replace_file
 
 SHOWN = 32  # samples of a table
 TOKENS = "train/tokens"  # the axis of evaluations: runs of other modes are comparable over it
@@ -34,7 +34,7 @@ class Tracker:
     lines: of metrics.jsonl so far, of which the best evaluation is known.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], about: dict, lines: Sequence[dict]):
+    def __init__(self, folder: Path, config: Json, about: dict, lines: Sequence[dict]):
         self.folder = folder
         self.run: Any = None
         self.best: tuple[float, int] | None = None  # accuracy and its step
@@ -57,7 +57,7 @@ class Tracker:
             self.run = None
             say(f"wandb: {failed} ({reason(e)}); the run goes on, {self.folder} has all of it")
 
-    def _started(self, mode: str, config: dict[str, Any], about: dict[str, Any]) -> Any:
+    def _started(self, mode: str, config: Json, about: Json) -> Any:
         import wandb
 
         id_file = self.folder / "wandb_id"

@@ -34,7 +34,7 @@ from model import parallel
 from model.card import CARD, model_card
 from model.checkpoint import save_model
 from model.flops import forward_flops, head_flops, peak_flops, step_flops
-from model.optim import clip_gradients, learning_rate, update_average
+from model.optim import clip_gradients, learning_rate, sizes_of, update_average
 from model.sharding import generates_in_shards, local
 from model.transformer import Transformer
 from overview import check_memory, overview, show_first
@@ -49,10 +49,13 @@ from run import (
     RunFolder,
     RunLogger,
     StopSignal,
+    due,
     has_output,
     open_run,
     read_metrics,
+    refuse_fewer,
     resume_command,
+    still_due,
     stored_config,
 )
 from tracking import report_failure
@@ -160,8 +163,8 @@ def build_grpo(cfg: Config, run: Run) -> tuple[Source, Callable]:
 def data_stream(
     cfg: Config, dataset: Dataset, rank: int, world: int, halt: Halt = go_on
 ) -> DataStream:
-    """Batches of the data set, this rank's share. Several ranks finish a batch in any case."""
-    weighting, halt = WEIGHTINGS[cfg.weighting], halt if world == 1 else go_on
+    """Batches of the data set, this rank's share."""
+    weighting = WEIGHTINGS[cfg.weighting]
     return DataStream(dataset, cfg.batch_size, cfg.seed, weighting, rank, world, halt)
 
 
@@ -272,6 +275,30 @@ def compute_gradients(
     return batch, teachers, sums
 
 
+def update_weights(cfg: Config, run: Run, step: int) -> dict[str, float]:
+    """Take an optimizer step with the gradients of all ranks, and count one that cannot be taken.
+
+    Returns the norm of the gradient and the learning rate.
+    """
+    grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
+    lr = learning_rate(step, run.steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
+    if not finite:
+        run.counters["skipped"] += 1
+        run.counters["skipped_in_a_row"] += 1
+    elif grad_norm == 0:
+        # Nothing to learn from; momentum and weight decay would move the weights all the same.
+        run.counters["no_gradient"] += 1
+    else:
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        if run.average:
+            update_average(run.average, run.policy, cfg.kd_average)
+        run.counters["skipped_in_a_row"] = 0
+    run.optimizer.zero_grad()
+    return {"train/grad_norm": grad_norm, "train/lr": lr}
+
+
 def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSignal) -> None:
     """One run to its last checkpoint; the same loop for every mode."""
     about = {"weights": run.weights, "steps": run.steps} | sizes_of(run.policy)
@@ -288,25 +315,24 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
         vocab=run.vocab_size,
         rank=run.rank,
         world=run.world,
+        halt=run.stop.halt,
     )
-    start, steps, counters = run.resume_step or 0, run.steps, run.counters
-    clock = Clock()
-    for step in range(start, steps + 1):
-        stopping, failed = parallel.all_reduce_sum(
-            [bool(stop.received), bool(log.error)], run.device
-        )
+    steps, clock = run.steps, Clock()
+    for step in range(run.resume_step or 0, steps + 1):
+        signals = [bool(stop.received), bool(log.error)]
+        stopping, failed = parallel.all_reduce_sum(signals, run.device)
         if failed:
             raise parallel.broadcast(log.error)
-        if step != run.resume_step:  # the checkpoint that is continued was evaluated and saved
-            is_better = False
-            if cfg.eval_examples and due(step, cfg.eval_every, steps):
-                with clock.measure("evaluation"):
-                    metrics, samples = validation.run(run.policy)
-                log.evaluation(step, steps, metrics, samples)
-                is_better = note_evaluation(cfg, run, step, metrics)
-            if stopping or is_better or (step and saves(cfg, step, steps)):
-                with clock.measure("checkpoint"):
-                    save(cfg, run, source, step)
+        is_better = False
+        try:
+            if not stopping:
+                is_better = evaluate(cfg, run, validation, log, clock, step)
+        except Halted:  # evaluated is this step when the run goes on
+            stopping = True
+        is_due = stopping or is_better or saves(cfg, step, steps)
+        if is_due and step != run.resume_step:
+            with clock.measure("checkpoint"):
+                save(cfg, run, source, step)
         if step == steps or stopping:
             break
 
@@ -319,38 +345,16 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
             stopping = True
             break
         parallel.sync_gradients(run.policy)
-        grad_norm, finite = clip_gradients(run.policy, cfg.max_grad_norm)
-        lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule, cfg.lr_floor)
-        if not finite:
-            counters["skipped"] += 1
-            counters["skipped_in_a_row"] += 1
-        elif grad_norm == 0:
-            # Nothing to learn from; momentum and weight decay would move the weights all the same.
-            counters["no_gradient"] += 1
-        else:
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            run.optimizer.step()
-            if run.average:
-                update_average(run.average, run.policy, cfg.kd_average)
-            counters["skipped_in_a_row"] = 0
-        run.optimizer.zero_grad()
+        update = update_weights(cfg, run, step)
 
         log.samples(step + 1, batch.samples)
         add_cost(run, source.take_cost())
-        values = step_metrics(cfg, run, batch, teachers, sums, time.perf_counter() - began)
-        values |= {"train/grad_norm": grad_norm, "train/lr": lr}
-        clock.spent.setdefault("step", []).append(values["train/seconds"])
+        seconds = time.perf_counter() - began
+        values = step_metrics(cfg, run, batch, teachers, sums, seconds) | update
+        clock.spent.setdefault("step", []).append(seconds)
         log.metrics(step + 1, values)
-        is_quiet = time.monotonic() - log.said > QUIET
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps or is_quiet:
-            left = clock.left(
-                step=steps - step - 1,
-                evaluation=still_due(step + 1, cfg.eval_every, steps),
-                checkpoint=still_due(step + 1, cfg.save_every, steps),
-            )
-            log.progress(step + 1, steps, values, left)
-        if counters["skipped_in_a_row"] >= cfg.max_skipped:
+        say_progress(cfg, log, clock, step + 1, steps, values)
+        if run.counters["skipped_in_a_row"] >= cfg.max_skipped:
             raise RunFailed(
                 f"stopped at step {step + 1}: {cfg.max_skipped} steps in a row had no finite "
                 f"gradient; {LOWER}"
@@ -361,23 +365,42 @@ def train(cfg: Config, run: Run, source: Source, loss_fn: Callable, stop: StopSi
     parallel.on_rank_0(run.rank, functools.partial(finish, cfg, run, log, step, stopped_by))
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Before the first step, every `every` steps, and after the last."""
-    return step in (0, last) or (every > 0 and step % every == 0)
-
-
-def still_due(step: int, every: int, last: int) -> int:
-    """How many of the steps from this one on are `due`."""
-    if not every:
-        return 1
-    return last // every - (step - 1) // every + (last % every > 0)
+def say_progress(
+    cfg: Config, log: RunLogger, clock: Clock, step: int, steps: int, values: dict[str, float]
+) -> None:
+    """Say how far a run is and how long it has to go, where that is due."""
+    is_quiet = time.monotonic() - log.said > QUIET
+    if step % cfg.log_every == 0 or step == steps or is_quiet:
+        left = clock.left(
+            step=steps - step,
+            evaluation=still_due(step, cfg.eval_every, steps),
+            checkpoint=still_due(step, cfg.save_every, steps),
+        )
+        log.progress(step, steps, values, left)
 
 
 def saves(cfg: Config, step: int, last: int) -> bool:
     """Whether a checkpoint is due after a step."""
-    if cfg.save in ("last", "none"):
+    if cfg.save in ("last", "none") or step == 0:
         return step == last
     return due(step, cfg.save_every, last)
+
+
+def evaluate(
+    cfg: Config, run: Run, validation: Validation, log: RunLogger, clock: Clock, step: int
+) -> bool:
+    """Evaluate and log a step that is due. Returns whether --save best keeps its checkpoint.
+
+    Raises Halted on all ranks if a signal came meanwhile.
+    """
+    if step == run.resume_step and log.evaluated:
+        return note_evaluation(cfg, run, step, log.evaluated)
+    if not cfg.eval_examples or not due(step, cfg.eval_every, run.steps):
+        return False
+    with clock.measure("evaluation"):
+        metrics, samples = validation.run(run.policy)
+    log.evaluation(step, run.steps, metrics, samples)
+    return note_evaluation(cfg, run, step, metrics)
 
 
 def note_evaluation(cfg: Config, run: Run, step: int, metrics: Mapping[str, float]) -> bool:
@@ -440,13 +463,7 @@ def restore(run: Run, source: Source) -> None:
     run.counters |= state["counters"]
     run.best |= state.get("best", {})
     run.folder.best = run.best.get("step")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def sizes_of(policy: Transformer) -> dict[str, int]:
-    """How many parameters a policy has, and how many of them are trained."""
-    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    return {"parameters": sum(size for size, _ in sizes), "trained_parameters": trained}
+    parallel.on_rank_0(run.rank, run.folder.tidy)  # it may be the last checkpoint that is due
 
 
 def add_cost(run: Run, cost: Mapping[str, float]) -> None:
@@ -567,15 +584,6 @@ def finish(cfg: Config, run: Run, log: RunLogger, step: int, stopped_by: str) ->
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def refuse_fewer(steps: int, resume_step: int | None, path: Path) -> None:
-    """Raise UserError if a run has gone further than it is to go."""
-    if resume_step and resume_step > steps:
-        raise UserError(
-            f"run {path} is at step {resume_step} already, and was told to end at step {steps}; "
-            "raise --steps (or --epochs), or begin a new run with the checkpoint as --model"
-        )
 
 
 def launch(cfg: Config, at_most_a_tenth: bool) -> None:

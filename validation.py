@@ -18,7 +18,7 @@ from losses.sft import sft_loss
 from model import parallel
 from model.generate import Completion, generate
 from model.transformer import Transformer
-from progress import Progress
+from progress import Halt, Progress, go_on
 from rl.logprobs import last_states
 from rl.sample import sample_line
 
@@ -31,7 +31,8 @@ POSITIONS = (0, 8, 16, 32, 64, 128)  # where the buckets of the per-position div
 class Validation:
     """The evaluations of one run. vocab: how many ids student and teacher share.
 
-    rank, world: which of the examples are this process's.
+    rank, world: which of the examples are this process's. halt: raises Halted, between two parts of
+    an evaluation, when a signal came.
     """
 
     dataset: Dataset
@@ -42,6 +43,7 @@ class Validation:
     vocab: int = 0
     rank: int = 0
     world: int = 1
+    halt: Halt = go_on
 
     @torch.no_grad()
     def run(self, model: Transformer) -> tuple[dict[str, float], list[dict]]:
@@ -49,21 +51,25 @@ class Validation:
 
         The loss is in nats per trained token. Where the examples have answers there is the accuracy
         of greedy ones; with a teacher there are the measures of `compare`, on what the teacher and
-        on what the student answers to the same prompts.
+        on what the student answers to the same prompts. What one rank raises all of them raise.
         """
         graded = [e for e in self.dataset.validation if e.answer is not None and e.task in TASKS]
         examples = graded[self.rank :: self.world]
         prompts = [self.dataset.formatter.prompt(e) for e in examples]
         model.eval()
-        metrics = _means(self.loss(model))
-        answers = self.generate(model, prompts, self.dataset.formatter.tokenizer.size)
+        with parallel.as_one():
+            losses = self.loss(model)
+            answers = self.generate(model, prompts, self.dataset.formatter.tokenizer.size)
+        metrics = _means(losses)
         samples = self.grade(examples, prompts, answers)
         if samples:
             for name in ("lenient", "stopped"):
                 metrics[name] = sum(sample[name] for sample in samples) / len(samples)
             metrics["problems"] = len(samples)
             metrics["accuracy"] = sum(sample["correct"] for sample in samples) / len(samples)
-        metrics |= _means(self.divergence(model, prompts, answers))
+        with parallel.as_one():
+            distances = self.divergence(model, prompts, answers)
+        metrics |= _means(distances)
         model.train()
         label = self.dataset.label
         return {f"eval/{label}/{name}": value for name, value in metrics.items()}, samples
@@ -71,7 +77,7 @@ class Validation:
     def loss(self, model: Transformer) -> Metrics:
         documents = self.dataset.validation_documents()[self.rank :: self.world]
         total = count = 0.0
-        progress = Progress("validation loss", len(documents), "examples", self.rank == 0)
+        progress = self.progress("validation loss", len(documents), "examples")
         for micro in GlobalBatch(documents).split(self.micro_batch_tokens):
             moved = micro.to(model.head_VD.device)
             loss_sum, _ = sft_loss(last_states(model, moved), model.head_VD, None, moved)
@@ -80,10 +86,14 @@ class Validation:
         return {"loss": (total, count)}
 
     def generate(self, model: Transformer, prompts: list, vocab: int) -> list[Completion]:
-        progress = Progress("validation", len(prompts), "answers", self.rank == 0)
+        progress = self.progress("validation", len(prompts), "answers")
         return generate(
             model, prompts, self.max_new_tokens, self.stop_ids, vocab=vocab, progress=progress
         )
+
+    def progress(self, what: str, total: int, unit: str) -> Progress:
+        """Of a part of an evaluation, at which a signal to stop is looked at."""
+        return Progress(what, total, unit, self.rank == 0, self.halt)
 
     def grade(
         self, examples: list[Example], prompts: list, answers: list[Completion]
@@ -94,7 +104,9 @@ class Validation:
             decode(answer.tokens, skip_special=True, before=prompt)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        own = grade_all(_sample_line, list(zip(examples, texts, answers, strict=True)))
+        items = list(zip(examples, texts, answers, strict=True))
+        with parallel.as_one():
+            own = grade_all(_sample_line, items, self.halt)
         by_rank = itertools.zip_longest(*parallel.gather(own))
         return [line for lines in by_rank for line in lines if line]
 
@@ -108,7 +120,8 @@ class Validation:
         for name, completions in (("on_teacher", teachers), ("on_student", answers)):
             pairs = zip(some, completions, strict=False)
             documents = [Document.of_completion(prompt, c.tokens) for prompt, c in pairs]
-            found = compare(model, self.teacher, documents, self.vocab, self.micro_batch_tokens)
+            limit, halt = self.micro_batch_tokens, self.halt
+            found = compare(model, self.teacher, documents, self.vocab, limit, halt)
             sums |= {f"{name}/{measure}": value for measure, value in found.items()}
         return sums
 
@@ -120,6 +133,7 @@ def compare(
     documents: list[Document],
     vocab: int,
     micro_batch_tokens: int,
+    halt: Halt = go_on,
 ) -> Metrics:
     """Compare the next-token distributions of two models over the trained positions.
 
@@ -132,7 +146,8 @@ def compare(
     """
     device = model.head_VD.device
     sums: Metrics = {}
-    progress = Progress("teacher and student", len(documents), "answers", parallel.speaks())
+    total, speaks = len(documents), parallel.speaks()
+    progress = Progress("teacher and student", total, "answers", speaks, halt)
     for micro in GlobalBatch(documents).split(max([micro_batch_tokens, *map(len, documents)])):
         positions = [np.arange(np.count_nonzero(d.weights)) for d in micro.documents]
         bucket_N = np.searchsorted(POSITIONS, np.concatenate(positions), side="right") - 1

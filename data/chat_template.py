@@ -7,11 +7,12 @@ from typing import Any
 
 from data.worker import Worker
 from errors import UserError
-from files import parse_json, reason
+from files import Json, parse_json, reason
 
 JSON_CONSTANTS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 LIMIT = 5.0  # seconds for a text that takes 50 microseconds
 WORKER = Worker("data.template_process", LIMIT)
+MESSAGE = 1 << 20  # characters, about, of what one message asks for
 
 
 class ChatTemplates:
@@ -29,11 +30,7 @@ class ChatTemplates:
         return frozenset(self._ask("arguments", list(self.sources.values())))
 
     def render(
-        self,
-        messages: Sequence[dict],
-        generate: bool,
-        tools: list[dict] | None,
-        variables: dict[str, Any],
+        self, messages: Sequence[dict], generate: bool, tools: list[dict] | None, variables: Json
     ) -> str:
         """Write messages as text.
 
@@ -45,6 +42,43 @@ class ChatTemplates:
 
         Raises UserError.
         """
+        return self._ask("render", *self._question(messages, generate, tools, variables))
+
+    def render_many(self, wanted: Sequence[dict[str, Any]]) -> list[str | None]:
+        """What `render` makes of each of these arguments, None where it is to be asked itself.
+
+        One message asks for many: a message of its own costs three times what its text does.
+        """
+        texts: list[str | None] = [None] * len(wanted)
+        places: dict[str, list[int]] = {}  # of the questions of each template
+        questions = [self._question(**arguments) for arguments in wanted]
+        for place, (source, _) in enumerate(questions):
+            places.setdefault(source, []).append(place)
+        for source, left in places.items():
+            while left:
+                some, size = [], 0
+                for place in left:
+                    some.append(questions[place][1])
+                    size += sum(len(str(m["content"])) for m in some[-1]["messages"])
+                    if size > MESSAGE:
+                        break
+                try:
+                    replies, _ = WORKER.ask("render_many", source, some, limit=LIMIT / 2)
+                except (TimeoutError, ConnectionError, TypeError, ValueError, RecursionError):
+                    break
+                for place, (text, _) in zip(left, replies, strict=False):
+                    texts[place] = text
+                left = left[len(replies) :]
+        return texts
+
+    def _question(
+        self,
+        messages: Sequence[dict],
+        generate: bool,
+        tools: list[dict] | None,
+        variables: dict[str, Any],
+    ) -> tuple[str, dict[str, Any]]:
+        """(template, what it reads) for the arguments of `render`."""
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise UserError(f"{self.label} has no chat template; use --template plain")
@@ -55,7 +89,7 @@ class ChatTemplates:
             shown.append(message)
         given = {"tools": tools or None, "documents": None} | variables
         given |= {"messages": shown, "add_generation_prompt": generate}
-        return self._ask("render", self.sources[name], given)
+        return self.sources[name], given
 
     def _ask(self, *question: Any) -> Any:
         """The reply of the process that knows templates. Raises UserError."""
@@ -72,7 +106,7 @@ class ChatTemplates:
         return reply
 
 
-def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> dict[str, Any]:
+def parse_template_kwargs(text: str, option: str = "--chat_template_kwargs") -> Json:
     """Parse arguments of a chat template: `enable_thinking=false,name=x` or a JSON object.
 
     option: begins the errors. Raises UserError.

@@ -22,6 +22,7 @@ from data.tasks import TASKS, Example
 from data.teacher_cache import TeacherCache
 from errors import UserError
 from files import Fields
+from model import parallel
 from progress import Halt, Progress, go_on
 
 __all__ = ["Dataset", "DataStream", "Formatter", "SPLIT_SEED", "task_of", "to_example"]
@@ -276,7 +277,15 @@ class Dataset:
 
         Those that are too long are an error or left out. No teacher reads validation documents.
         """
-        completions, teaches = validation or self.completions, self.teachers and not validation
+        examples = list(examples)
+        completions = validation or self.completions
+        with self.formatter.ahead(examples, completions):
+            return self._tokenise_now(examples, validation, completions)
+
+    def _tokenise_now(
+        self, examples: list[Example], validation: bool, completions: bool
+    ) -> Tokenised:
+        teaches = self.teachers and not validation
         if not completions:
             prompts = [self.formatter.prompt(example) for example in examples]
             documents = [Document.of_completion(prompt, ()) for prompt in prompts]
@@ -365,7 +374,8 @@ class DataStream(Iterator[GlobalBatch]):
 
     def __next__(self) -> GlobalBatch:
         future = self.prefetched or self.worker.submit(self._make, self.consumed)
-        batch = future.result()
+        with parallel.as_one():  # one that was told to stop ends all
+            batch = future.result()
         self.consumed += 1
         self.prefetched = self.worker.submit(self._make, self.consumed)
         return batch

@@ -14,12 +14,12 @@ import json
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import options
 from data.formats import read_rows
-from files import reason
+from digests import file_sha256
+from files import made, reason
 from options import REQUIRED, option
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -99,7 +99,7 @@ for _name, _digest in {
 def digest_of(path: Path, kind: str) -> str:
     """sha256 of a file or, for the kind "rows", of its questions and answers in any container."""
     if kind != "rows":
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     digest = hashlib.sha256()
     for _, row in read_rows(path):
         digest.update(json.dumps([row.get("question"), row.get("answer")]).encode() + b"\n")
@@ -127,30 +127,31 @@ def fetch(name: str, folder: str | Path, say: Callable[[str], None]) -> None:
                 )
             say(f"{path} is there")
             continue
-        draft = path.with_name("draft-" + path.name)  # keeps the suffix by which it is read
-        made = [place for place in (path.parent, *path.parents[1:]) if not place.exists()]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=SILENCE) as answer:
-                draft.write_bytes(answer.read())
-            found = digest_of(draft, kind)
-            if found != expected:
-                raise UserError(
-                    f"{url}: checksum mismatch ({found[:12]}, not {expected[:12]}); "
-                    "nothing was kept"
-                )
-            draft.rename(path)
+            with made(path.parent):
+                _fetch(url, path, kind, expected)
         except (OSError, http.client.HTTPException) as e:
             words = getattr(e, "reason", None) or reason(e)
             raise UserError(
                 f"{url} could not be fetched to {path} ({words}); fetch it by hand"
             ) from None
-        finally:
-            with suppress(OSError):  # of a folder that could not be made, or is not empty
-                draft.unlink(missing_ok=True)
-                for place in made:
-                    place.rmdir()
         say(f"{path} fetched")
+
+
+def _fetch(url: str, path: Path, kind: str, expected: str) -> None:
+    """Write what a server has into a file, if it has this digest."""
+    draft = path.with_name("draft-" + path.name)  # keeps the suffix by which it is read
+    try:
+        with urllib.request.urlopen(url, timeout=SILENCE) as answer:
+            draft.write_bytes(answer.read())
+        found = digest_of(draft, kind)
+        if found != expected:
+            raise UserError(
+                f"{url}: checksum mismatch ({found[:12]}, not {expected[:12]}); nothing was kept"
+            )
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +162,6 @@ class DownloadOptions:
     to: str = option("test_sets", "the folder where they go, FOLDER/NAME/ each")
 
 
-def parse(argv: Sequence[str]) -> DownloadOptions:
-    """Return the options of a command line. Raises UserError."""
-    return options.parse(DownloadOptions, argv)
-
-
 def run(args: DownloadOptions) -> None:
     """Fetch every set that is named."""
     for name in args.names:
@@ -174,7 +170,7 @@ def run(args: DownloadOptions) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    return as_command("data.download", lambda: run(parse(argv)))
+    return as_command("data.download", lambda: run(options.parse(DownloadOptions, argv)))
 
 
 if __name__ == "__main__":

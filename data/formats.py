@@ -37,9 +37,9 @@ from data.messages import (
     json_value,
     normalise_messages,
 )
-from data.tasks import Example
+from data.tasks import Example, turns
 from errors import UserError
-from files import HEAD, explain, parse_json, read_bytes, read_head, reason
+from files import HEAD, explain, parse_json, read_bytes, read_head, reason, without_nulls
 from model import parallel
 from progress import Progress
 
@@ -155,7 +155,10 @@ def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         yield from _json_lines(content, path)
         return
     if isinstance(rows, dict):
-        lists = [name for name, value in rows.items() if _holds_rows(value)]
+        lists = []
+        for name, value in rows.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                lists.append(name)
         if not lists or not {*QUESTIONS, *CONVERSATIONS, "instruction"}.isdisjoint(rows):
             yield f"{path}:1", rows  # a single row
             return
@@ -170,10 +173,6 @@ def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         )
     for number, row in enumerate(rows, 1):
         yield f"{path}:item {number}", row
-
-
-def _holds_rows(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _json_lines(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
@@ -232,7 +231,7 @@ def to_example(row: object, origin: str) -> Example:
             raise UserError(f"expected an object, found {type(row).__name__}")
         check_all_text(row)
     code = _read_code(row, origin)
-    columns = {name: value for name, value in row.items() if value is not None}
+    columns = without_nulls(row)
     with errors_at(origin):
         form = (
             code
@@ -267,10 +266,10 @@ def _read_code(row: dict, origin: str) -> Form | None:
     """HumanEval and MBPP."""
     if row.get("canonical_solution") is not None and {"prompt", "test"} <= row.keys():
         question, solution, tests = humaneval(row, origin)
-        return Form(_turns(question, solution), gold=Gold(tests, "humaneval"))
+        return Form(turns(question, solution), gold=Gold(tests, "humaneval"))
     if row.get("test_list") is not None and "code" in row:
         question, solution, tests = mbpp(row, origin)
-        return Form(_turns(question, solution), gold=Gold(tests, "mbpp"))
+        return Form(turns(question, solution), gold=Gold(tests, "mbpp"))
     return None
 
 
@@ -292,7 +291,7 @@ def _read_camel(columns: dict) -> Form | None:
     solution = CAMEL_BOX.sub(r"#### \1", str(columns.get("groud_truth_solution")))
     mark = GSM8K_GOLD.search(solution)
     gold = Gold(mark[1], "gsm8k") if mark else Gold()
-    return Form(_turns(problem, trace), gold=gold)
+    return Form(turns(problem, trace), gold=gold)
 
 
 def _read_alpaca(columns: dict) -> Form | None:
@@ -310,7 +309,7 @@ def _read_alpaca(columns: dict) -> Form | None:
     if is_prompt:
         return Form(({"role": "user", "content": question},))
     output = _text(columns[response], response)
-    return Form(_turns(question, output), output, response)
+    return Form(turns(question, output), output, response)
 
 
 def _read_question(columns: dict) -> Form:
@@ -344,7 +343,9 @@ def _read_question(columns: dict) -> Form:
     if is_number(value):
         value = plain_number(value, name)
     response = _text(value, name)
-    content = GSM8K_CALCULATION.sub("", response) if GSM8K_GOLD.search(response) else response
+    content = response
+    if GSM8K_GOLD.search(response):
+        content = GSM8K_CALCULATION.sub("", response)
     return Form((*prompt, {"role": "assistant", "content": content}), response, name)
 
 
@@ -382,8 +383,7 @@ def _ambiguous(first: str, second: str, meaning: str) -> UserError:
 
 def _add_system(messages: tuple[dict, ...], columns: dict) -> tuple[dict, ...]:
     """The conversation with the row's own system prompt in front of it."""
-    given = {name: columns.get(name) for name in SYSTEM}
-    prompts = [_text(value, name) for name, value in given.items() if not is_empty(value)]
+    prompts = [_text(columns[name], name) for name in SYSTEM if not is_empty(columns.get(name))]
     has_own = messages[0]["role"] == "system"
     if has_own:
         prompts.append(messages[0]["content"])
@@ -416,11 +416,11 @@ def unread_columns(example: Example, teachers: int = 0) -> set[str]:
     teachers: how many there are; one reads `teacher_prompt`, and several `teacher`, too.
     """
     read = ("teacher_prompt", "teacher")[:teachers]
-    return {
-        name
-        for name, value in example.columns.items()
-        if not is_empty(value) and name not in read and not _is_read(example, name, value)
-    }
+    unread = set()
+    for name, value in example.columns.items():
+        if not is_empty(value) and name not in read and not _is_read(example, name, value):
+            unread.add(name)
+    return unread
 
 
 def _is_read(example: Example, name: str, value: object) -> bool:
@@ -445,7 +445,3 @@ def _text(value: object, name: str) -> str:
         error = EmptyRow if isinstance(value, str) or is_empty(value) else UserError
         raise error(f"{name!r} must be a text that is not empty")
     return value
-
-
-def _turns(user: str, assistant: str) -> tuple[dict, dict]:
-    return ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})

@@ -8,7 +8,8 @@ leaves out is refused by name.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,7 @@ class Formatter:
         self.system_prompt, self.prompt_suffix = system_prompt, prompt_suffix
         self.teacher_form = teacher_form
         self.closed: set[str] = set()
+        self._ready: dict[int, list[dict]] = {}  # conversations, by the ids of their examples
         check_text(system_prompt, "--system_prompt")
         check_text(prompt_suffix, "--prompt_suffix")
         if template_kwargs and not self.chat:
@@ -122,8 +124,7 @@ class Formatter:
         if text is self.teacher_form:
             if "{answer}" in text and not example.has_answer:
                 raise UserError("--teacher_prompt shows an {answer}, and this row has none")
-            answer = (messages[-1]["content"] or "") if example.has_answer else ""
-            parts = {"{question}": example.question, "{answer}": answer}
+            parts = {"{question}": example.question, "{answer}": example.own_answer}
             text = PLACEHOLDER.sub(lambda found: parts[found[0]], text)
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
         messages[asked[-1]] = {"role": "user", "content": text}
@@ -144,10 +145,10 @@ class Formatter:
             messages.pop()
         if not self.chat:
             return "".join(message["content"] for message in messages)
-        for message in messages:
-            if message["role"] == "assistant":
-                message["shortened"] = True
         text = self._renderer.render(messages, example, generate=True)
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant":
+                messages[place] = message | {"shortened": True}
         self._renderer.check_prompt(messages, text, messages, example)
         return text
 
@@ -196,6 +197,31 @@ class Formatter:
             text, done = prompt + completion, i + 1
         return segments
 
+    @contextmanager
+    def ahead(self, examples: Iterable[Example], answers: bool = True) -> Iterator[None]:
+        """Have the template's texts of these examples ready inside `with`: many are cheaper.
+
+        Those of `prompt`, `segments` and `documents`; others are made when they are asked for.
+        answers: Whether more than `prompt` will be called.
+        """
+        new = [example for example in examples if self.chat and id(example) not in self._ready]
+        wanted = []
+        for example in new:
+            messages = self._conversation(example)
+            self._ready[id(example)] = messages
+            turns = _trained_turns(messages)
+            parts = [(turn, True) for turn in turns]
+            parts = parts[-1:] if not answers else parts + [(turn + 1, False) for turn in turns]
+            if not turns or turns[-1] + 1 < len(messages):
+                parts.append((len(messages), True))
+            wanted.append((messages, example, parts))
+        try:
+            with self._renderer.ahead(wanted):
+                yield
+        finally:
+            for example in new:
+                self._ready.pop(id(example), None)
+
     def split_turns(self, example: Example) -> list[Example]:
         """Make an example of each trained turn where the template rewrites earlier turns.
 
@@ -215,7 +241,8 @@ class Formatter:
 
     def documents(self, examples: list[Example]) -> list[Document]:
         """Documents in the examples' order."""
-        segments = [self.segments(example) for example in examples]
+        with self.ahead(examples):
+            segments = [self.segments(example) for example in examples]
         texts = [piece.text for pieces in segments for piece in pieces]
         ids = iter(self.tokenizer.encode_many(texts))
         documents = []
@@ -235,6 +262,8 @@ class Formatter:
 
     def _conversation(self, example: Example) -> list[dict]:
         """Copies of the messages, with suffix and system prompt; for plain text escaped."""
+        if id(example) in self._ready:
+            return list(self._ready[id(example)])
         messages = [dict(message) for message in example.messages]
         if self.prompt_suffix:
             for message in reversed(messages):

@@ -16,7 +16,7 @@ TEXTS = ("completion", "response", "generated_solution", "output")
 NO_ANSWERS = frozenset(
     {"proof", "not found", "n/a", "na", "none", "null", "unknown", "see solution", "omitted"}
 )
-GSM8K_GOLD = re.compile(r"(?:^|\n)#### *([-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?\.?)\s*\Z")
+GSM8K_GOLD = re.compile(r"(?:^|\s)#### *([-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?\.?)\s*\Z")
 SHORT_ANSWER = 200  # characters; a longer text is an explanation, not an answer to compare with
 SENTENCE = re.compile(r"(?:\b[^\W\d_]{2,}[ ,.'-]+){2}[^\W\d_]{2,}")  # three words in a row
 LATEX_COMMAND = re.compile(r"\\[A-Za-z]+|\$")
@@ -33,7 +33,7 @@ def find_gold(columns: dict, response: str, response_column: str = "") -> Gold:
     """Find the gold answer of a row: in a column of its own, else in the response.
 
     A column that is there for the answer alone is taken as it is. A response is searched for
-    GSM8K's last line or a box; one as short as an answer is an answer.
+    GSM8K's mark at its end or a box; one as short as an answer is an answer.
 
     Args:
         columns: The row without null columns.
@@ -98,7 +98,7 @@ def _single(value: object) -> str | int | float | None:
 def gold_of_text(text: str) -> Gold:
     """Find the answer that a response states.
 
-    The task is "gsm8k" for `#### 18` as the last line, "answer" for a box, "number" or "answer" for
+    The task is "gsm8k" for `#### 18` at the end, "answer" for a box, "number" or "answer" for
     a text that is no longer than an answer.
     """
     if mark := GSM8K_GOLD.search(text):
@@ -131,4 +131,6 @@ def plain_number(value: int | float, name: str) -> str:
         return str(value)
     if not math.isfinite(value):
         raise UserError(f"{name!r} is {value}, which is no answer")
-    return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
+    if value == int(value):
+        return str(int(value))
+    return format(Decimal(repr(value)), "f")

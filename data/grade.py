@@ -89,8 +89,10 @@ def vote(text: str, words: bool = True) -> str | None:
     if minutes is not None:
         return f"{minutes // 60}:{minutes % 60:02}"
     answer = scientific(_set_in_words(marked))
-    plain = canonical(answer)
-    return _choice(answer) or (plain if _is_word(answer) else MATH_WORKER.key(answer) or plain)
+    choice, plain = _choice(answer), canonical(answer)
+    if choice or _is_word(answer):
+        return choice or plain
+    return MATH_WORKER.key(answer) or plain
 
 
 def format_reward(text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from errors import UserError
-from files import LARGEST
+from files import LARGEST, without_nulls
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FIELDS = ("weight", "loss", "train", "training")
@@ -63,7 +63,7 @@ def normalise_messages(value: object, name: str = "messages") -> tuple[dict, ...
 
 
 def _normalise_message(message: dict) -> dict:
-    rest = {name: value for name, value in message.items() if value is not None}
+    rest = without_nulls(message)
     if "role" not in rest and "from" in rest:
         rest = _from_sharegpt(rest)
     role = rest.pop("role", None)

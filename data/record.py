@@ -4,14 +4,16 @@ Every checkpoint carries it (`model/lineage.py`), so that an evaluation can refu
 the model has seen.
 """
 
-import hashlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data.dataset import Dataset
 from data.split import find_sources, task_of
 from data.tasks import Example
+from digests import file_sha256
 from errors import say
+from files import resolved
 from model import lineage, parallel
 from progress import watched
 
@@ -21,6 +23,7 @@ def training_record(
     dataset: Dataset,
     prompt_options: Mapping[str, str],
     ancestors: Sequence[tuple[str, Path | None]],
+    resumed: Path | None = None,
 ) -> lineage.Lineage:
     """What a model will have been trained on after this run.
 
@@ -33,10 +36,16 @@ def training_record(
         prompt_options: The values of `PROMPT_OPTIONS`.
         ancestors: (name, folder) of each model that this run begins from or learns from; the
             folder is None for random weights.
+        resumed: The checkpoint of this run that it goes on from. It is no ancestor.
     """
     record = lineage.Lineage(prompt=dict(prompt_options))
     for name, folder in ancestors:
         record += lineage.of_checkpoint(name, folder)
+    if resumed:
+        before = lineage.of_checkpoint(str(resumed), resumed)
+        own = lineage.short_name(str(resumed), resumed)
+        others = tuple(name for name in before.ancestors if name != own)
+        record += dataclasses.replace(before, ancestors=others)
     examples = list(dataset.examples())
     entries = []
     if task_of(data):
@@ -68,13 +77,14 @@ def _file_record(
 ) -> lineage.Lineage | None:
     """Complete `entry` with the file's hash; return the record of a teacher that wrote it."""
     if is_local:
-        entry["data"] = f"{path.resolve().parent.name}/{path.name}"
-    with open(path, "rb") as file:
-        entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        entry["data"] = f"{resolved(path).parent.name}/{path.name}"
+    entry["sha256"] = file_sha256(path)
     if (path.parent / lineage.RECORD).exists():
         return lineage.read(path.parent, f"traces {entry['data']}")
-    if any(written_by_teacher(example) for example in examples):
-        return lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
+    for example in examples:
+        source = example.columns.get("source")
+        if isinstance(source, dict) and "teacher" in source:  # `eval.traces` wrote this row
+            return lineage.Lineage(unknown=(f"the teacher that wrote {entry['data']}",))
     return None
 
 
@@ -86,9 +96,3 @@ def prompt_texts(prompt_options: Mapping[str, str], examples: Sequence[Example])
         for message in example.messages:
             if message["role"] != "assistant":
                 yield message["content"] or ""
-
-
-def written_by_teacher(example: Example) -> bool:
-    """Whether `eval.traces` wrote this row."""
-    source = example.columns.get("source")
-    return isinstance(source, dict) and "teacher" in source

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from data.messages import (
@@ -17,6 +18,7 @@ from data.messages import (
 from data.tasks import Example
 from data.tokenizer import Tokenizer
 from errors import UserError
+from files import without
 
 OUR_FIELDS = ("weight", "shortened", "truncated")  # no template sees them
 COMMON_FIELDS = {"role", "content", "reasoning_content", "tool_calls", *OUR_FIELDS}
@@ -36,6 +38,7 @@ class Renderer:
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.escaped: set[str] = set()
         self._lost_roles: dict[tuple, str | None] = {}
+        self._ready: dict[tuple, str] = {}  # texts, by the messages themselves
         self._check_arguments(template_kwargs, "--chat_template_kwargs")
 
     def _escaped(self, value: Any) -> Any:
@@ -54,11 +57,11 @@ class Renderer:
         Raises UserError if escaping them would change what the template makes of the messages, or
         if it does not show the row's tools.
         """
-        shown = [_without(message, *OUR_FIELDS) for message in messages]
-        tools = normalise_tools(example.columns.get("tools"))
-        kwargs = self._arguments(example)
-        given: dict[str, Any] = {"messages": shown, "tools": tools, "template_kwargs": kwargs}
-        escaped = self._escaped(given)
+        ready = self._ready.get(_key(messages, generate))
+        if ready is not None:
+            return ready
+        given = self._given(messages, example)
+        escaped, tools = self._escaped(given), given["tools"]
         text = self.tokenizer.render(**escaped, generate=generate)
         if escaped != given:
             self.escaped.add(example.origin)
@@ -75,6 +78,43 @@ class Renderer:
                 "template that shows them"
             )
         return text
+
+    def _given(self, messages: list[dict], example: Example) -> dict[str, Any]:
+        """What the tokenizer's `render` is given, as the user wrote it."""
+        shown = [without(message, OUR_FIELDS) for message in messages]
+        tools = normalise_tools(example.columns.get("tools"))
+        return {"messages": shown, "tools": tools, "template_kwargs": self._arguments(example)}
+
+    @contextmanager
+    def ahead(
+        self, wanted: Sequence[tuple[list[dict], Example, list[tuple[int, bool]]]]
+    ) -> Iterator[None]:
+        """Inside `with`, have ready what `render` makes of these very messages.
+
+        Of each conversation those up to some places, each with its `generate`. Texts that need a
+        closer look are left to `render`: those with control tokens' names, those that fail, and
+        those that do not show the row's tools.
+        """
+        questions: dict[tuple, dict[str, Any]] = {}
+        for messages, example, parts in wanted:
+            with suppress(UserError, TypeError, ValueError, RecursionError):
+                given = self._given(messages, example)
+                is_plain = self.tokenizer.is_plain(json.dumps(given, ensure_ascii=False))
+                for end, generate in parts if is_plain else ():
+                    key = _key(messages[:end], generate)
+                    part = {"messages": given["messages"][:end], "generate": generate}
+                    questions[*key, True] = given | part
+                    if given["tools"]:
+                        questions[*key, False] = given | part | {"tools": None}
+        texts = dict(zip(questions, self.tokenizer.render_many(questions.values()), strict=True))
+        for (*key, with_tools), text in texts.items():
+            if with_tools and text is not None and text != texts.get((*key, False)):
+                self._ready[tuple(key)] = text
+        try:
+            yield
+        finally:
+            for *key, _ in questions:
+                self._ready.pop(tuple(key), None)
 
     def _arguments(self, example: Example) -> dict:
         """The template's arguments: the run's, and over them those of the row (as in TRL)."""
@@ -169,8 +209,8 @@ class Renderer:
             for name in message.keys() - COMMON_FIELDS - LABELS:
                 if message["role"] == "tool" and name == "name":
                     continue
-                without = [_without(m, name) if m is message else m for m in conversation]
-                if self.render(without, example) == self.render(conversation, example):
+                other = [without(m, {name}) if m is message else m for m in conversation]
+                if self.render(other, example) == self.render(conversation, example):
                     raise UserError(
                         f"the field {name!r} of a {message['role']} message is "
                         "not read by the chat template; drop it"
@@ -189,5 +229,6 @@ class Renderer:
                 )
 
 
-def _without(message: dict, *names: str) -> dict:
-    return {name: value for name, value in message.items() if name not in names}
+def _key(messages: list[dict], generate: bool) -> tuple:
+    """What tells a text from all others as long as the messages live."""
+    return (*map(id, messages), generate)

@@ -12,6 +12,7 @@ import numpy as np
 from data.formats import SUFFIXES, unread_columns
 from data.tasks import TASKS, Example
 from errors import UserError
+from files import resolved
 
 HELD_OUT = 10  # by default at most one row of so many is kept for validation
 SPLIT_SEED = 0  # which examples are kept for validation does not depend on a run's seed
@@ -44,7 +45,7 @@ def find_sources(names: str) -> list[Source]:
         if not is_alone and (not name or task_of(name)):
             raise UserError(f"--data {names}: files are mixed, and {name!r} is none")
         sources.append(Source(name, find_file(name), weight))
-    if len({source.path.resolve() for source in sources}) < len(sources):
+    if len({resolved(source.path) for source in sources}) < len(sources):
         raise UserError(f"--data {names}: a file is named twice; give it one weight")
     return sources
 
@@ -167,34 +168,47 @@ def read_divided(
         eval_examples = min(eval_examples, -(-sum(map(len, found)) // HELD_OUT))
     validation, training = divide(found, eval_examples, train_examples, notes, held_out)
     for source, examples, kept in zip(sources, found, training, strict=True):
-        if kept:
-            continue
-        number = len(validation)
-        has = f"{number} different questions" if number else "no examples"
-        left_by = f"--eval_examples {eval_examples} leaves"
-        if eval_data and len(sources) == 1:
-            has, left_by = f"{len(examples):,} examples", f"--eval_data {eval_data} asks the same:"
-        elif eval_data or len(sources) > 1:
+        if not kept:
+            why = "validation and --train_examples leave"
             has = f"{len(examples):,} examples"
-            left_by = "validation and --train_examples leave"
-        raise UserError(f"--data {source.name} has {has}; {left_by} none to train on")
-    together = [example for examples in training for example in examples]
-    first = (validation or together)[0]
-    task = first.task
-    label = "+".join(path.stem.removesuffix(".jsonl") for path in paths)
-    # A task names the file whose rows or whose path names it: other files may only look alike.
-    place = "/".join(paths[0].absolute().parts[-5:]).lower()
-    is_named = first.columns.get("task") == task or task in place
-    if len(paths) == 1 and task not in ("", "number", "answer") and is_named:
-        label = task
+            if len(sources) == 1:
+                has, why = _used_up(examples, len(validation), eval_examples, eval_data)
+            raise UserError(f"--data {source.name} has {has}; {why} none to train on")
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         shares = [f"{source.weight / total:.1%} from {source.name}" for source in sources]
         notes.append(f"of the documents that are drawn, {', '.join(shares)}")
-    unread = sorted(set().union(*(unread_columns(example, teachers) for example in together)))
+    together, unread = [], set()
+    for examples in training:
+        together += examples
+    for example in together:
+        unread |= unread_columns(example, teachers)
     if unread:
-        notes.append(f"columns of no prompt and no gold answer: {', '.join(unread)}")
+        notes.append(f"columns of no prompt and no gold answer: {', '.join(sorted(unread))}")
+    label = _label((validation or together)[0], paths)
     return Division(sources, training, validation, label)
+
+
+def _used_up(
+    examples: list[Example], validated: int, eval_examples: int, eval_data: str
+) -> tuple[str, str]:
+    """What a file has of which nothing is left to train on, and what leaves nothing."""
+    if eval_data:
+        return f"{len(examples):,} examples", f"--eval_data {eval_data} asks the same:"
+    why = f"--eval_examples {eval_examples} leaves"
+    return f"{validated} different questions" if validated else "no examples", why
+
+
+def _label(first: Example, paths: list[Path]) -> str:
+    """What is validated on: a task whose name the rows or the path of the one file have, or files.
+
+    Other files may only look alike.
+    """
+    place = "/".join(paths[0].absolute().parts[-5:]).lower()
+    is_named = first.columns.get("task") == first.task or first.task in place
+    if len(paths) == 1 and first.task not in ("", "number", "answer") and is_named:
+        return first.task
+    return "+".join(path.stem.removesuffix(".jsonl") for path in paths)
 
 
 def divide(

@@ -13,7 +13,7 @@ from data.sandbox import at_once
 from data.toy import LONG, TALK, is_validation, running_text, word_problem
 from model import parallel
 from plugins import Table
-from progress import watched
+from progress import Halt, go_on, watched
 
 FEW_WORDS = 8  # of a user who asks about what the system said
 
@@ -70,12 +70,22 @@ class Example:
         """Whether there is an assistant's turn to train on."""
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
+    @property
+    def own_answer(self) -> str:
+        """The assistant's last turn; empty where nobody's answer is given."""
+        return (self.has_answer and self.messages[-1]["content"]) or ""
+
     def __getattr__(self, name: str) -> Any:
         columns = self.__dict__.get("columns", {})
         if name in columns:
             return columns[name]
         known = ", ".join(columns) or "of no file"
         raise AttributeError(f"the example has no {name!r}; its row has the columns {known}")
+
+
+def turns(question: str, answer: str) -> tuple[dict, dict]:
+    """The messages of a question and its answer."""
+    return ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +111,8 @@ class Task:
         for attempt in range(10_000):
             question, solution, answer = self.make(random.Random(f"{name}/{key}/{attempt}"))
             if is_validation(question) == (split == "validation"):
-                messages = (
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": solution},
-                )
-                return Example(messages, answer, name, f"{name} problem {key}")
+                origin = f"{name} problem {key}"
+                return Example(turns(question, solution), answer, name, origin)
         raise ValueError(f"task {name} makes no problem for the split {split!r}")
 
 
@@ -134,10 +141,11 @@ def grade(example: Example, text: str) -> Verdict:
     return TASKS[example.task].grade(text, example.answer)
 
 
-def grade_all(grade_one: Callable, items: Sequence[tuple]) -> list:
+def grade_all(grade_one: Callable, items: Sequence[tuple], halt: Halt = go_on) -> list:
     """Call grade_one(*item) for tuples (example, ...) and return the results in their order.
 
-    Several run at a time where an example's task waits for other processes.
+    Several run at a time where an example's task waits for other processes. halt: raises what ends
+    it between two of them.
     """
     pool, calls = ThreadPoolExecutor(at_once()), []
     try:
@@ -147,6 +155,7 @@ def grade_all(grade_one: Callable, items: Sequence[tuple]) -> list:
                 calls.append(pool.submit(grade_one, *item).result)
             else:
                 calls.append(functools.partial(grade_one, *item))
-        return [call() for call in watched("grading", calls, "answers", parallel.speaks())]
+        watching = watched("grading", calls, "answers", parallel.speaks(), halt)
+        return [call() for call in watching]
     finally:
         pool.shutdown(cancel_futures=True)

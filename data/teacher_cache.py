@@ -15,7 +15,8 @@ Legend: R trained positions of all documents in their order, k ids, B = k + 1, M
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ from numpy.lib import format as npy
 
 from data.batch import Document
 from digests import all_sha256
-from errors import RunFailed, UserError, system_error
-from files import draft_of, flush, read_json
+from errors import Halted, RunFailed, UserError, system_error
+from files import check_place, draft_of, flush, made, read_json
 from locks import sweep, waiting_for
 from model import parallel
-from progress import Progress
+from progress import Halt, Progress, go_on
 
 FORM = 3  # of the files
 FP16_MIN = -65504
@@ -87,11 +88,11 @@ class TeacherCache:
             self._open()
         else:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                check_place(self.folder)
+                for name in self.files:
+                    draft_of(self.folder / name)  # removes what others left as they died
             except OSError as e:
                 raise self._unwritable(e) from None
-            for name in self.files:
-                draft_of(self.folder / name)  # removes what others left as they died
 
     def _check(self) -> None:
         """Raise UserError if the files are something else or damaged."""
@@ -146,50 +147,101 @@ class TeacherCache:
         ids_Rk = np.repeat(self.ids[rows], self.beside[rows]).reshape(-1, self.k)
         return ids_Rk, np.empty((len(ids_Rk), 0), np.float16)
 
-    def fill(self, topk: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    def fill(
+        self,
+        topk: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]],
+        halt: Halt = go_on,
+        micro_batch_tokens: int = 0,
+    ) -> None:
         """Write (ids_Rk, logp_RB) arrays of consecutive positions, and complete the cache.
 
         Where another process fills it at the same time this one waits, and takes what is there.
+
+        Args:
+            topk: Returns the arrays, without those of so many micro-batches of
+                `micro_batch_tokens`, which are kept already.
+            halt: Raises Halted when a signal came: what there is by then is kept.
         """
-        with waiting_for(self.folder / ".lock", f"the cache {self.folder}"):
+        with made(self.folder), waiting_for(self.folder / ".lock", f"the cache {self.folder}"):
             if not (self.folder / "cache.json").is_file():
-                self._fill(topk)
+                self._fill(topk, halt, micro_batch_tokens)
             self.complete = True
             self._open()
 
-    def _fill(self, topk):
+    def _fill(self, topk, halt, micro_batch_tokens):
         drafts = {name: draft_of(self.folder / name) for name in self.files}
+        kept = {name: self.folder / f"{name}.part" for name in self.files}
+        own, stopped_by = self.fingerprint | {"micro_batch_tokens": micro_batch_tokens}, ""
         try:
+            done = self._take_up(kept, drafts, own)
+            batches, positions, entries = done or (0, 0, 0)
             with (
-                open(drafts[self.arrays[0]], "wb") as ids,
-                open(drafts[self.arrays[1]], "wb") as beside,
+                open(drafts[self.arrays[0]], "r+b" if done else "wb") as ids,
+                open(drafts[self.arrays[1]], "r+b" if done else "wb") as beside,
             ):
-                self._write_heads(ids, beside, 0)
-                rows = 0
-                progress = Progress(f"the cache {self.folder}", self.positions, "positions")
-                for ids_Rk, logp_RB in topk:
+                self._write_heads(ids, beside, entries)
+                for file in (ids, beside):
+                    file.seek(0, os.SEEK_END)
+                name = f"the cache {self.folder}"
+                progress = Progress(name, self.positions - positions, "positions", halt=halt)
+                for ids_Rk, logp_RB in topk(batches):
                     if self.draws_seed is None:
-                        kept, others = ids_Rk, np.maximum(logp_RB, FP16_MIN).astype(np.float16)
+                        own_ids, others = ids_Rk, np.maximum(logp_RB, FP16_MIN).astype(np.float16)
                     else:
-                        kept, others = different(ids_Rk)
-                    ids.write(kept.astype(np.int32).tobytes())
+                        own_ids, others = different(ids_Rk)
+                    ids.write(own_ids.astype(np.int32).tobytes())
                     beside.write(others.tobytes())
-                    rows += len(kept)
-                    progress.add(len(ids_Rk))
-                self._write_heads(ids, beside, rows)
-            found = all_sha256([drafts[name] for name in self.arrays])
-            digests = dict(zip(self.arrays, found.values(), strict=True))
-            about = self.fingerprint | {"sha256": digests}
-            drafts["cache.json"].write_text(json.dumps(about, indent=1) + "\n")
-            for name, draft in drafts.items():
-                flush(draft)
-                draft.rename(self.folder / name)
+                    batches += 1
+                    positions += len(ids_Rk)
+                    entries += len(own_ids)
+                    try:
+                        progress.add(len(ids_Rk))
+                    except Halted as e:
+                        stopped_by = str(e)
+                        break
+                self._write_heads(ids, beside, entries)
+            if stopped_by:
+                self._put(drafts, kept, own | {"done": [batches, positions, entries]})
+                raise RunFailed(
+                    f"stopped by {stopped_by}: {positions:,} of {self.positions:,} positions are "
+                    f"kept in {self.folder}; the same command goes on with them"
+                )
+            self._put(drafts, {name: self.folder / name for name in drafts}, self.fingerprint)
         except OSError as e:
             raise self._unwritable(e) from None
         finally:
             for draft in drafts.values():
                 with contextlib.suppress(OSError):
                     draft.unlink(missing_ok=True)
+
+    def _put(self, drafts: dict[str, Path], places: dict[str, Path], about: dict) -> None:
+        """Move complete drafts to their places, last the one that says what they are."""
+        found = all_sha256([drafts[name] for name in self.arrays])
+        about = about | {"sha256": dict(zip(self.arrays, found.values(), strict=True))}
+        drafts["cache.json"].write_text(json.dumps(about, indent=1) + "\n")
+        for name, draft in drafts.items():
+            flush(draft)
+            draft.rename(places[name])
+
+    def _take_up(
+        self, kept: dict[str, Path], drafts: dict[str, Path], own: dict
+    ) -> list[int] | None:
+        """Go on with what a process kept as it was stopped: [micro-batches, positions, entries].
+
+        None, and nothing is left of it, if it is of something else or not what was written.
+        """
+        done = None
+        with contextlib.suppress(UserError, OSError):
+            found = read_json(kept["cache.json"]) if kept["cache.json"].is_file() else {}
+            written = all_sha256([kept[name] for name in self.arrays]) if found else {}
+            digests = dict(zip(self.arrays, written.values(), strict=False))
+            if found and found == own | {"sha256": digests, "done": found.get("done")}:
+                for name in self.arrays:
+                    kept[name].rename(drafts[name])
+                done = found["done"]
+        for place in kept.values():
+            place.unlink(missing_ok=True)
+        return done
 
     def _unwritable(self, e: OSError) -> UserError | RunFailed:
         return system_error(e, f"--kd_cache {self.folder} cannot be written")

@@ -5,6 +5,7 @@ A template is a program of somebody else's: it may loop for ever or write gigaby
 
 import functools
 import json
+import time
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from files import reason
 
 MEMORY = 1 << 30  # bytes
 LONGEST = 10_000_000  # characters of a text
+ENOUGH = 0.5  # seconds of rendering, after which the rest of many is to be asked for anew
 
 
 def answer(question: str, *given: Any) -> tuple[Any, str]:
@@ -25,6 +27,8 @@ def answer(question: str, *given: Any) -> tuple[Any, str]:
     try:
         if question == "arguments":
             return sorted(set().union(*map(_arguments, *given))), ""
+        if question == "render_many":
+            return _many(*given), ""
         source, variables = given
         template = _compiled(source)
     except Exception as e:  # jinja2 raises RecursionError and others beside its own errors
@@ -36,6 +40,17 @@ def answer(question: str, *given: Any) -> tuple[Any, str]:
     if len(text) > LONGEST:
         return None, f"makes a text of {len(text):,} characters of these messages"
     return text, ""
+
+
+def _many(source: str, given: list[dict]) -> list[tuple[Any, str]]:
+    """The replies to the first of these, or to all: as many as take little time and room."""
+    replies, room, until = [], LONGEST, time.monotonic() + ENOUGH
+    for variables in given:
+        replies.append(answer("render", source, variables))
+        room -= len(replies[-1][0] or "")
+        if room < 0 or time.monotonic() > until:
+            break
+    return replies
 
 
 def _arguments(source: str) -> set[str]:

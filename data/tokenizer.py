@@ -21,7 +21,7 @@ import tokenizers
 from data.chat_template import ChatTemplates, parse_template_kwargs
 from data.vocabulary import shared_vocabulary
 from errors import UserError
-from files import Fields, named, read_text, reason
+from files import Fields, Json, named, read_text, reason
 
 __all__ = ["Tokenizer", "build_tiny", "parse_template_kwargs", "shared_vocabulary"]
 
@@ -44,6 +44,8 @@ MARK = f"\U0010fffc{secrets.token_hex(8)}"
 # Tags that models write themselves, whatever a tokenizer says of them: no control tokens.
 ANSWER_TAGS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"}
 CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MOST_GROWTH = 10_000  # of a text, by all steps; Llama's make it 8 times as long at most
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -67,6 +69,9 @@ class Tokenizer:
             json.dumps(config, ensure_ascii=False).encode()  # no half of a character
             self.settings = Fields(config, "tokenizer_config.json").values
             _check_merges(self.json["model"])
+            steps = [self.json.get(name) for name in STEPS]
+            if _growth(steps) > MOST_GROWTH:
+                raise ValueError("its steps would make a text of a character as long as a book")
             self.backend = _build(files["tokenizer.json"].decode())
             self._variants = {(False, False): self.backend}
         except Exception as e:  # the tokenizers library raises bare Exceptions
@@ -122,18 +127,33 @@ class Tokenizer:
         """
         return self.going_on(text, self.encode_many([text])[0], before)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts, each at the beginning of a document."""
-        return self._encode(texts)
+    def encode_many(self, texts: Sequence[str], bare: bool = False) -> list[list[int]]:
+        """`encode` of several texts, each at the beginning of a document.
+
+        bare: Without the space that the tokenizer puts in front of a text.
+        """
+        found = {}
+        for marked in (False, True):
+            group = [text for text in texts if (ESCAPE in text) == marked]
+            if not group:
+                continue
+            given = group
+            if marked:  # control tokens get the names that this variant knows
+                pattern = self._control_pattern
+                given = [self.unescape(pattern.sub(rf"{MARK}\g<0>", text)) for text in group]
+            backend = self._variant(marked, bare)
+            encoded = backend.encode_batch(given, add_special_tokens=False)
+            found |= zip(group, encoded, strict=True)
+        return [found[text].ids for text in texts]
 
     def going_on(self, text: str, ids: list[int], before: Sequence[int]) -> list[int]:
         """`encode(text, before)`, given the ids that the text has at a document's beginning."""
         if len(before) and int(before[-1]) in self._swallowing_ids:
             text = text.lstrip()
-            (ids,) = self._encode([text])
+            (ids,) = self.encode_many([text])
         if self._begins(before):
             return ids
-        (bare,) = self._encode([text], bare=True)
+        (bare,) = self.encode_many([text], bare=True)
         return bare[: self._first_added(bare)] + ids[self._first_added(ids) :]
 
     def decode(
@@ -158,6 +178,17 @@ class Tokenizer:
 
         return self._control_pattern.sub(mark, text.replace(ESCAPE, ESCAPE + ESCAPE))
 
+    def is_plain(self, json_text: str) -> bool:
+        """Whether `escape` changes no text in some JSON; False where nobody can tell."""
+        if ESCAPE in json_text or not self._names_are_plain:
+            return False
+        return not self._control_pattern.search(json_text)
+
+    @cached_property
+    def _names_are_plain(self) -> bool:
+        """Whether control tokens are written in JSON as they are."""
+        return all(json.dumps(n, ensure_ascii=False) == f'"{n}"' for n in self.control_names)
+
     def unescape(self, text: str) -> str:
         """What `escape` was given."""
         return re.sub(f"{ESCAPE}({ESCAPE}?)", r"\1", text)
@@ -169,14 +200,16 @@ class Tokenizer:
         Those that the tokenizer calls special or names for a purpose, those in the form <|...|>,
         and the one that ends a turn. `<think>` and `<tool_call>` in a text are what they say.
         """
-        names = [self.turn_end] if self.chat_template is not None else []
+        names = []
+        if self.chat_template is not None:
+            names.append(self.turn_end)
         for token in self._added:
             if token.get("special") or CONTROL_FORM.fullmatch(token["content"]):
                 names.append(token["content"])
         for name in self._named_tokens.values():
             if self.backend.token_to_id(name) is not None:
                 names.append(name)
-        return frozenset(names) - ANSWER_TAGS
+        return frozenset(filter(None, names)) - ANSWER_TAGS
 
     @cached_property
     def _control_pattern(self) -> re.Pattern:
@@ -196,36 +229,20 @@ class Tokenizer:
         ids = [token["id"] for token in special if token["content"] not in ANSWER_TAGS]
         return frozenset(ids + self.stop_ids())
 
-    def _mark_control_tokens(self, text: str) -> str:
-        """The text without escapes, control tokens as `_marked_backend` knows them."""
-        return self.unescape(self._control_pattern.sub(rf"{MARK}\g<0>", text))
-
-    def _encode(self, texts: Sequence[str], bare: bool = False) -> list[list[int]]:
-        plain = [text for text in texts if ESCAPE not in text]
-        encoded = self._variant(bare=bare).encode_batch(plain, add_special_tokens=False)
-        found = dict(zip(plain, encoded, strict=True))
-        escaped = [text for text in texts if ESCAPE in text]
-        if escaped:
-            marked = [self._mark_control_tokens(text) for text in escaped]
-            backend = self._variant(marked=True, bare=bare)
-            found |= zip(
-                escaped, backend.encode_batch(marked, add_special_tokens=False), strict=True
-            )
-        return [found[text].ids for text in texts]
-
     # --- pieces of a document --------------------------------------------------------------------
 
     @cached_property
-    def _bare_parts(self) -> dict[str, Any]:
+    def _bare_parts(self) -> Json:
         """The parts of tokenizer.json that put a space in front of a text, in a form that does not.
 
         With the decoder that takes this space away again. {} if the tokenizer puts none.
         """
-        parts = {name: self.json.get(name) for name in ("normalizer", "pre_tokenizer")}
-        bare = {name: _without_prefix(part) for name, part in parts.items()}
-        return (
-            bare | {"decoder": _without_prefix(self.json.get("decoder"))} if bare != parts else {}
-        )
+        bare = {}
+        for name in ("normalizer", "pre_tokenizer", "decoder"):
+            bare[name] = _without_prefix(self.json.get(name))
+        if all(bare[name] == self.json.get(name) for name in ("normalizer", "pre_tokenizer")):
+            return {}
+        return bare
 
     def _begins(self, before: Sequence[int]) -> bool:
         """Whether a text behind these ids is encoded as at the beginning of a document."""
@@ -250,7 +267,10 @@ class Tokenizer:
 
     def _first_added(self, ids: list[int]) -> int:
         """The place of the first added token, or the end."""
-        return next((place for place, i in enumerate(ids) if i in self._added_ids), len(ids))
+        for place, i in enumerate(ids):
+            if i in self._added_ids:
+                return place
+        return len(ids)
 
     def _variant(self, marked: bool = False, bare: bool = False) -> tokenizers.Tokenizer:
         """The same tokenizer in another form.
@@ -260,11 +280,15 @@ class Tokenizer:
         """
         bare = bare and bool(self._bare_parts)
         if (marked, bare) not in self._variants:
-            content = json.loads(self.files["tokenizer.json"]) | (self._bare_parts if bare else {})
+            content = json.loads(self.files["tokenizer.json"])
             content["post_processor"] = None  # it names special tokens, and none are asked of it
-            self._variants[marked, bare] = (
-                self._renamed(content) if marked else _build(json.dumps(content))
-            )
+            if bare:
+                content |= self._bare_parts
+            if marked:
+                backend = self._renamed(content)
+            else:
+                backend = _build(json.dumps(content))
+            self._variants[marked, bare] = backend
         return self._variants[marked, bare]
 
     def _renamed(self, content: dict) -> tokenizers.Tokenizer:
@@ -280,7 +304,12 @@ class Tokenizer:
             model["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
-        backend = _build(json.dumps(content))
+        try:
+            backend = _build(json.dumps(content))
+        except Exception as e:  # as above
+            raise UserError(
+                f"{self.source}: a special token is part of other tokens ({reason(e)})"
+            ) from None
         for name, other in renamed.items():
             if self.backend.token_to_id(name) not in backend.encode(f".{other}.").ids:
                 raise UserError(
@@ -296,9 +325,11 @@ class Tokenizer:
         if "chat_template.jinja" in self.files:
             found = self.files["chat_template.jinja"].decode()
         if isinstance(found, str):
-            found = [{"name": "default", "template": found}]
+            found = {"name": "default", "template": found}
+        if not isinstance(found, list):
+            found = [found]
         sources = {}
-        for template in found if isinstance(found, list) else [found]:
+        for template in found:
             parts = Fields(template, f"{self.source}: a chat_template of tokenizer_config.json")
             sources[parts.get("name", str)] = parts.get("template", str)
         return ChatTemplates(sources, self.source)
@@ -318,7 +349,7 @@ class Tokenizer:
         messages: Sequence[dict],
         generate: bool = False,
         tools: list[dict] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: Json | None = None,
     ) -> str:
         """Write messages as the template's text.
 
@@ -329,6 +360,16 @@ class Tokenizer:
         """
         variables = self._named_tokens | (template_kwargs or {})
         return self._templates.render(messages, generate, tools, variables)
+
+    def render_many(self, wanted: Iterable[dict[str, Any]]) -> list[str | None]:
+        """What `render` makes of each of these arguments, None where it is to be asked itself."""
+        named = self._named_tokens
+        questions = []
+        for given in wanted:
+            rest = dict(given)
+            rest["variables"] = named | rest.pop("template_kwargs")
+            questions.append(rest)
+        return self._templates.render_many(questions)
 
     @cached_property
     def _named_tokens(self) -> dict[str, str]:
@@ -371,13 +412,36 @@ class Tokenizer:
         return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _check_merges(model: dict[str, Any]) -> None:
+def _check_merges(model: Json) -> None:
     """Raise ValueError where the tokenizers library would panic, with pages on standard error."""
-    prefix = model.get("continuing_subword_prefix") or ""
-    for merge in model.get("merges") or () if prefix else ():
+    prefix = model.get("continuing_subword_prefix")
+    if not prefix:
+        return
+    for merge in model.get("merges") or ():
         second = merge.split()[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
             raise ValueError(f"a merge whose second part does not begin with {prefix!r}")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long the steps in a part of tokenizer.json can make a text, about.
+
+    A row of steps that double it would fill the memory, in code that hears no signal.
+    """
+    growth = 1.0
+    if isinstance(part, dict):
+        content, pattern = part.get("content"), part.get("pattern")
+        if part.get("type") == "ByteLevel":
+            growth = 2.0
+        elif part.get("type") == "Replace" and content:
+            old = isinstance(pattern, dict) and pattern.get("String")
+            growth = max(1.0, len(content) / len(old)) if old else 1.0 + len(content)
+        elif part.get("type") == "TemplateProcessing":
+            growth = max(1.0, sum("Sequence" in piece for piece in part["single"]))
+        part = [*part.values()]
+    for inner in part if isinstance(part, list) else ():
+        growth *= _growth(inner)
+    return growth
 
 
 def _build(text: str) -> tokenizers.Tokenizer:

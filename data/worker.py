@@ -35,17 +35,20 @@ class Worker:
         self._idle: list[subprocess.Popen[str]] = []
         self._owner = 0  # the id of the process that started ours
 
-    def ask(self, *question: Any) -> Any:
+    def ask(self, *question: Any, limit: float = 0.0) -> Any:
         """The reply to a question.
+
+        limit: seconds for this one, where they are not those of all.
 
         Raises TimeoutError, ConnectionError if the process died of it, ValueError or TypeError if
         the question is no JSON.
         """
-        line = json.dumps([self.limit, *question]) + "\n"
+        limit = limit or self.limit
+        line = json.dumps([limit, *question]) + "\n"
         for _ in range(2):  # a process found dead before its time is replaced once
             process = self._take()
             with contextlib.suppress(ConnectionError):
-                reply = self._exchange(process, line, self.limit)
+                reply = self._exchange(process, line, limit)
                 self._idle.append(process)
                 return reply
         raise ConnectionError

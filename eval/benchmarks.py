@@ -1,7 +1,6 @@
 """Test sets as examples: their files, how a row is read, who grades, what is asked besides."""
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -12,7 +11,8 @@ from data.dataset import SPLIT_SEED
 from data.formats import SUFFIXES, read_examples, read_rows, to_example
 from data.grade import marked_answer, parse_number
 from data.messages import check_all_text, errors_at
-from data.tasks import TASKS, Example
+from data.tasks import TASKS, Example, turns
+from digests import file_sha256, sha256
 from errors import UserError
 from plugins import Table
 
@@ -49,7 +49,7 @@ class Benchmark:
 
 def _gsm8k(row, origin):
     example = to_example(row, origin)
-    return example.question, example.messages[-1]["content"], example.answer
+    return example.question, example.own_answer, example.answer
 
 
 def _math(row, origin):
@@ -166,7 +166,7 @@ def load(name: str, folder: str | Path, limit: int = 0, grader: str = "") -> Ben
         instruction=PROGRAM if name in CODE else BOXED,
         shots=() if name in CODE else SHOTS,
         file=str(path),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=file_sha256(path),
     )
 
 
@@ -179,9 +179,9 @@ def _toy(name: str, count: int) -> Benchmark:
         name=name,
         examples=tuple(examples[:count]),
         instruction="",
-        shots=tuple((example.question, example.messages[-1]["content"]) for example in worked),
+        shots=tuple((example.question, example.own_answer) for example in worked),
         file="embedded",
-        sha256=hashlib.sha256(hashed.encode()).hexdigest(),
+        sha256=sha256(hashed),
     )
 
 
@@ -205,7 +205,7 @@ def _own(path: Path, grader: str) -> Benchmark:
         instruction=PROGRAM if tasks <= {*CODE} else instruction,
         shots=(),
         file=str(path),
-        sha256=hashlib.sha256(path.read_bytes() + grader.encode()).hexdigest(),
+        sha256=sha256(path.read_bytes() + grader.encode()),
     )
 
 
@@ -227,11 +227,7 @@ def _math_set(name: str, path: Path) -> Iterator[Example]:
             )
         with errors_at(origin):
             check_all_text([question, solution, answer])
-        messages = (
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": solution},
-        )
-        yield Example(messages, answer, task, origin)
+        yield Example(turns(question, solution), answer, task, origin)
 
 
 def _code(name: str, path: Path) -> Iterator[Example]:

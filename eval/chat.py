@@ -9,7 +9,6 @@ from errors import UserError, as_command, say  # isort: skip
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 
 import options
 from data.formatter import Formatter
@@ -65,11 +64,6 @@ class ChatOptions:
     )
     seed: int = option(0, "the same seed and lines give the same answers")
     logp: bool = option(False, "after an answer, its number of tokens and their mean log-prob")
-
-
-def parse(argv: Sequence[str]) -> ChatOptions:
-    """Return the options of a command line. Raises UserError."""
-    return options.parse(ChatOptions, argv)
 
 
 def formatter_of(subject: Subject, args: ChatOptions) -> Formatter:
@@ -148,7 +142,7 @@ def talk(args: ChatOptions) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    return as_command("eval.chat", lambda: talk(parse(argv)), "interrupted")
+    return as_command("eval.chat", lambda: talk(options.parse(ChatOptions, argv)), "interrupted")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from config import Config
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
 from eval.tables import cell, comparison_table, cost_cells, markdown, points, table
-from files import LARGEST, Fields, read_json, replace_file
+from files import LARGEST, Fields, Json, made, read_json, replace_file, resolved, without
 from locks import is_held
 from model.lineage import PROMPT_OPTIONS
 from model.load import Checkpoint, read_config
@@ -65,7 +66,7 @@ class Result(NamedTuple):
     """
 
     task: str
-    conditions: dict[str, Any]
+    conditions: Json
     step: int
     counts: Counts
     figures: summary.Figures | None = None
@@ -81,13 +82,22 @@ class Run:
 
     path: Path
     label: str
-    options: dict[str, Any]
-    environment: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    options: Json
+    environment: Json
+    metrics: curves.Metrics
     state: str
     arm: str
     at: int | None  # the step of its checkpoint that was named; None: the run as it is
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def defaults(self) -> Json:
+        """What the options would be that it was given none of."""
+        given = {n: self.options[n] for n in ("mode", "model", "defaults") if n in self.options}
+        return without(options.with_defaults(Config, given), given)
+
+
+Arms = dict[str, list[Run]]  # runs that differ in the seed alone, by the first one's label
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -107,29 +117,36 @@ def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
     metrics = [line for line in metrics if at is None or line["step"] <= at]
     if not metrics:
         raise UserError(f"{path}: nothing was measured until step {at}")
-    sittings = read_lines(path / "sittings.jsonl")
     given, about = all_options(path), path / "environment.json"
     environment = read_json(about) if about.exists() else {}
     environment = environment | Fields(environment, about).part("packages").values
+    arm = arm_of(path)
+    if at is not None:
+        arm += f"@{at}"
+    sittings = read_lines(path / "sittings.jsonl")
     steps = sittings[-1].get("steps") if sittings else given.get("steps")
     if steps and given.get("steps") == 0:
         given["steps"] = f"{steps} by --epochs"
-    step = metrics[-1]["step"]
-    state = "finished" if steps == step else f"stopped at {step:,} of {steps or '?'}"
-    if is_held(path / ".lock"):
-        state = f"running, at {step:,} of {steps or '?'}"
-    if at is not None:
-        state = f"step {at:,} of {steps or '?'}"
-    arm = arm_of(path) + f"@{at}" * (at is not None)
+    state = _state(path, metrics[-1]["step"], steps, at)
     run = Run(path, label, given, environment, metrics, state, arm, at)
     for result in [*_held_out(run), *_evaluations(run, evals)]:
-        is_newest = result.key not in run.results or result.step > run.results[result.key].step
-        if is_newest and at in (None, result.step):
+        known = run.results.get(result.key)
+        if at in (None, result.step) and (known is None or result.step > known.step):
             run.results[result.key] = result
     return run
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _state(path: Path, step: int, steps: int | None, at: int | None) -> str:
+    """How far a run is, in words."""
+    of = f"of {steps or '?'}"
+    if at is not None:
+        return f"step {at:,} {of}"
+    if is_held(path / ".lock"):
+        return f"running, at {step:,} {of}"
+    return "finished" if steps == step else f"stopped at {step:,} {of}"
+
+
+def _read_metrics(path: Path) -> curves.Metrics:
     found = read_lines(path)
     if not found:
         words = "has no line that can be read" if path.exists() else "is not there"
@@ -142,7 +159,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def all_options(path: Path) -> dict[str, Any]:
+def all_options(path: Path) -> Json:
     """The options that a run reads, also those that came after it was begun."""
     stored = read_json(path / "config.json")
     known = {n: v for n, v in stored.items() if n in Config.__dataclass_fields__}
@@ -152,7 +169,7 @@ def all_options(path: Path) -> dict[str, Any]:
             fields.refuse(f"{name} {value!r:.60}")
     fields.get("seed", int)
     cfg = Config(**options.with_defaults(Config, known))
-    return options.resolved(cfg, PLACES) | {n: v for n, v in stored.items() if n not in PLACES}
+    return options.resolved(cfg, PLACES) | without(stored, PLACES)
 
 
 def arm_of(path: Path) -> str:
@@ -181,16 +198,16 @@ def _held_out(run: Run) -> list[Result]:
 
 def _evaluations(run: Run, evals: Sequence[str]) -> list[Result]:
     """What `python -m eval` has of the run's checkpoints, found by the name of its folders."""
-    own = run.path.resolve()
-    places = [*map(Path, evals), *own.glob("eval*"), *(own.parent.parent / "evals").glob("*")]
-    found = []
-    for about in (a for p in places for a in p.glob(f"{glob.escape(own.name)}-step-*/*.json")):
+    own, stated_by, found = resolved(run.path), [], []
+    for place in [*map(Path, evals), *own.glob("eval*"), *(own.parent.parent / "evals").glob("*")]:
+        stated_by += place.glob(f"{glob.escape(own.name)}-step-*/*.json")
+    for about in stated_by:
         step = re.fullmatch(r".*-step-(\d+)-[0-9a-f]{6}", about.parent.name)
         samples = summary.Samples(about.parent, about.stem)
         if not step or not samples.path.exists() or samples.parts():
             continue  # another run's, or still under way
         stated = summary.read_about(about)
-        named = Path(str(stated["about"].get("name"))).resolve()
+        named = resolved(str(stated["about"].get("name")))
         if named.exists() and own not in (named, *named.parents):
             continue  # of a run with the same name elsewhere
         rows = samples.read()
@@ -213,30 +230,30 @@ def differing(runs: list[Run]) -> curves.Table:
 
     Not for those that some runs do not read and the others have at the default.
     """
-    rows, defaults = [["option", *(run.label for run in runs)]], [_defaults(run) for run in runs]
-    for name in dict.fromkeys(name for run in runs for name in run.options):
-        cells, is_chosen = [], False
-        for run, default in zip(runs, defaults, strict=True):
-            value = run.options.get(name, NOT_READ)
-            is_default = name in default and value == default[name]
-            is_chosen |= value != NOT_READ and not is_default
-            before = run_of(value) if isinstance(value, str) and value else None
-            shown = f"{before.name}/{Path(value).name}" if before else value
-            cells.append(f"{shown}{' (default)' * is_default}")
+    rows = [["option", *(run.label for run in runs)]]
+    for name in dict.fromkeys(itertools.chain(*(run.options for run in runs))):
         values = {str(run.options.get(name, NOT_READ)) for run in runs}
-        if len(values) > 1 and (is_chosen or NOT_READ not in values):
+        cells, chosen = zip(*(_option(run, name) for run in runs), strict=True)
+        if len(values) > 1 and (any(chosen) or NOT_READ not in values):
             rows.append([name, *cells])
-    for name in dict.fromkeys(name for run in runs for name in run.environment):
+    facts = dict.fromkeys(itertools.chain(*(run.environment for run in runs)))
+    for name in facts:
         cells = [str(run.environment.get(name, "unknown")) for run in runs]
         if name not in ("command", "time", "packages") and len(set(cells)) > 1:
-            rows.append([name, *(cell[:12] if name == "git_commit" else cell for cell in cells)])
+            if name == "git_commit":
+                cells = [cell[:12] for cell in cells]
+            rows.append([name, *cells])
     return rows
 
 
-def _defaults(run: Run) -> dict[str, Any]:
-    given = {n: run.options[n] for n in ("mode", "model", "defaults") if n in run.options}
-    found = options.with_defaults(Config, given)
-    return {name: value for name, value in found.items() if name not in given}
+def _option(run: Run, name: str) -> tuple[str, bool]:
+    """The cell of a run's option, and whether it is read there and not at the default."""
+    value = run.options.get(name, NOT_READ)
+    before = run_of(value) if isinstance(value, str) and value else None
+    shown = f"{before.name}/{Path(value).name}" if before else str(value)
+    if name in run.defaults and value == run.defaults[name]:
+        return f"{shown} (default)", False
+    return shown, name in run.options
 
 
 def reached(runs: list[Run]) -> curves.Table:
@@ -271,23 +288,25 @@ def parameters(run: Run) -> str:
     return f"{Checkpoint(str(newest), newest, read_config(str(newest), newest), None).parameters:,}"
 
 
-def arms_of(runs: list[Run]) -> dict[str, list[Run]]:
-    """{label: its runs}: the runs that differ in the seed alone, under the first one's label."""
-    arms: dict[str, list[Run]] = {}
+def arms_of(runs: list[Run]) -> Arms:
+    """The runs by arm."""
+    arms, named = defaultdict(list), {}
     for run in runs:
-        arms.setdefault(run.arm, []).append(run)
-    return {
-        own[0].label + f" and {len(own) - 1} more" * (len(own) > 1): own for own in arms.values()
-    }
+        arms[run.arm].append(run)
+    for first, *others in arms.values():
+        more = f" and {len(others)} more" if others else ""
+        named[first.label + more] = [first, *others]
+    return named
 
 
-def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> curves.Table:
+def over_arms(arms: Arms, keys: dict[str, str]) -> curves.Table:
     """The accuracy of each arm with several seeds, on each task, mean over seeds."""
     rows = [["arm", "task", "runs", "accuracy, over seeds"]]
     for arm, own in arms.items():
         for key, task in keys.items():
-            found = [run.results[key].counts for run in own if key in run.results]
-            means = [sum(right / n for n, right in c.values()) / len(c) for c in found]
+            means = []
+            for counts in _by_seed(own, key).values():
+                means.append(sum(right / n for n, right in counts.values()) / len(counts))
             mean, reach = over_seeds(means)
             if len(means) > 1:
                 bounds = [max(0.0, mean - reach), min(1.0, mean + reach)]
@@ -297,7 +316,7 @@ def over_arms(arms: dict[str, list[Run]], keys: dict[str, str]) -> curves.Table:
     return rows
 
 
-def tests(arms: dict[str, list[Run]], keys: dict[str, str]) -> list[summary.Comparison]:
+def tests(arms: Arms, keys: dict[str, str]) -> list[summary.Comparison]:
     """Every two arms on every task that both were asked in the same way, paired by problem."""
     found = []
     for key, task in keys.items():
@@ -352,8 +371,6 @@ def draw(runs: list[Run], path: Path) -> None:
 
     Colour and mark: the arm; the kind of line: which of its runs.
     """
-    from matplotlib.figure import Figure
-
     names = dict.fromkeys(name for run in runs for name in curves.shown_names(run.metrics))
     shown = []
     for name in names:
@@ -362,8 +379,7 @@ def draw(runs: list[Run], path: Path) -> None:
         if len(having) > 1 and (name != "train/loss" or len(modes) == 1):
             shown.append(name)  # losses of two modes are not the same thing
     shown = shown or list(names)[:1]
-    figure = Figure(figsize=(16.5, 3.6 * len(shown) + 0.4), layout="constrained")
-    axes = figure.subplots(len(shown), len(curves.AXES), squeeze=False)
+    figure, axes = curves.grid_of(len(shown), len(curves.AXES), 5.5, 3.6)
     for name, row in zip(shown, axes, strict=True):
         for ax, against in zip(row, curves.AXES, strict=True):
             _draw_runs(ax, runs, name, against)
@@ -396,13 +412,12 @@ def compare(args: CompareOptions) -> None:
     """Read, test, write and say. Raises UserError before anything is written."""
     if len(args.runs) < 2:
         raise UserError("name two runs or more, as in runs/a runs/b")
-    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+    if len({resolved(name) for name in args.runs}) < len(args.runs):
         raise UserError("a run is named twice; it would count as two of one seed")
-    names = []
+    names, runs = [], []
     for name in args.runs:
-        before = run_of(name)
-        names.append(f"{before.name if before else ''}/{Path(name).resolve().name}".lstrip("/"))
-    runs = []
+        before, last = run_of(name), resolved(name).name
+        names.append(f"{before.name}/{last}".lstrip("/") if before else last)
     for given, name in zip(args.runs, names, strict=True):
         label = name if names.count(name) == 1 else given
         runs.append(read_run(Path(given), label, args.evals))
@@ -419,26 +434,24 @@ def compare(args: CompareOptions) -> None:
     if compared:
         parts.append(("Paired by problem", comparison_table(compared)))
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     pages = [f"## {title}\n\n{markdown(rows)}" for title, rows in parts]
     picture = "![curves](comparison.png)"
-    replace_file(out / "comparison.md", "\n\n".join(["# Runs", *pages, NOTES, picture]) + "\n")
-    draw(runs, out / "comparison.png")
+    with made(out):
+        draw(runs, out / "comparison.png")
+        page = "\n\n".join(["# Runs", *pages, NOTES, picture])
+        replace_file(out / "comparison.md", page + "\n")
     shown = [f"{title}\n{curves.aligned(rows)}" for title, rows in parts]
     if not compared:
         shown.append("no two arms were asked the same problems: nothing to test")
     say("\n\n".join([*shown, NOTES, f"{out}: comparison.md, comparison.png"]))
 
 
-def parse(argv: Sequence[str]) -> CompareOptions:
-    """Return the options of a command line. Raises UserError."""
-    return options.parse(CompareOptions, argv)
-
-
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     with handled(interrupt):
-        return as_command("eval.compare", lambda: compare(parse(argv)), "interrupted")
+        return as_command(
+            "eval.compare", lambda: compare(options.parse(CompareOptions, argv)), "interrupted"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ sampled. Texts are tokenized anew; one that ended gets its stop token back.
 from errors import UserError, as_command, say  # isort: skip
 
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,9 @@ from data.batch import Document
 from data.formatter import Formatter
 from data.tasks import Example
 from data.tokenizer import shared_vocabulary
+from digests import sha256
 from eval.summary import Samples, read_about
-from files import replace_file
+from files import check_place, made, replace_file
 from model.load import Subject, find
 from options import REQUIRED, option
 from run import handled, interrupt
@@ -47,11 +47,6 @@ class DivergenceOptions:
     )
     out: str = option(REQUIRED, "the JSON file to write")
     limit: int = option(100, "the first sample of so many problems of each task", minimum=1)
-
-
-def parse(argv: Sequence[str]) -> DivergenceOptions:
-    """Return the options of a command line. Raises UserError."""
-    return options.parse(DivergenceOptions, argv)
 
 
 def answers(folder: str, author: Subject, limit: int) -> dict[str, list[Document]]:
@@ -98,8 +93,7 @@ def _task_answers(results: Path, identity: dict, author: Subject, limit: int) ->
         example = Example((question, {"role": "assistant", "content": ""}))
         ids = formatter.prompt(example)
         ids += tokenizer.encode(prompt["prefill"], before=ids)
-        digest = hashlib.sha256(str(ids).encode()).hexdigest()
-        if problem == 0 and digest != prompt["first_prompt_sha256"]:
+        if problem == 0 and sha256(str(ids)) != prompt["first_prompt_sha256"]:
             raise UserError(
                 f"{results}: {author.name} now makes another prompt of the first question; "
                 "was its tokenizer changed?"
@@ -133,7 +127,7 @@ def run(args: DivergenceOptions) -> None:
             )
     out = Path(args.out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_place(out.parent)  # before the work
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}") from None
     model, teacher, means = checkpoint.model(), reference.model(), {}
@@ -143,7 +137,8 @@ def run(args: DivergenceOptions) -> None:
             if kl in sums:
                 sums[f"{kl}_per_answer"] = sums[kl][0], len(batch)
         means[name] = {measure: total / count for measure, (total, count) in sums.items()}
-    replace_file(out, json.dumps(means, indent=1) + "\n")
+    with made(out.parent):
+        replace_file(out, json.dumps(means, indent=1) + "\n")
     say(f"{'':24}{'on own':>14}{'on reference':>14}")
     for measure in means["on_own"] | means["on_reference"]:
         line = f"{measure:24}"
@@ -155,7 +150,7 @@ def run(args: DivergenceOptions) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     with handled(interrupt):
-        return as_command("eval.divergence", lambda: run(parse(argv)))
+        return as_command("eval.divergence", lambda: run(options.parse(DivergenceOptions, argv)))
 
 
 if __name__ == "__main__":

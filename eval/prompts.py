@@ -4,12 +4,12 @@ What they are made of is stated in the results, so that two evaluations can be c
 """
 
 import dataclasses
-import hashlib
 
 from data.formatter import Formatter
 from data.messages import check_text
 from data.tasks import Example
 from data.tokenizer import Tokenizer, parse_template_kwargs
+from digests import sha256
 from errors import UserError
 from eval.benchmarks import CODE, Benchmark
 from options import option
@@ -73,12 +73,8 @@ def build(
         stop = NEXT_CODE
     system = settings.get("system_prompt", "") if args.system is None else args.system
     instruction = args.instruction
-    if instruction is None and stop:
-        instruction = ""  # these prompts show by their form what is asked for
-    elif instruction is None:
-        instruction = benchmark.instruction
-        if benchmark.name not in CODE:  # a run's own suffix asks for other answers than code
-            instruction = settings.get("prompt_suffix", instruction)
+    if instruction is None:
+        instruction = _usual_instruction(benchmark, settings, stop)
     check_text(args.prefill, "--prefill")
     kwargs = {}
     if kind == "chat":
@@ -106,9 +102,9 @@ def build(
         "system": system,
         "instruction": instruction,
         "prefill": args.prefill,
-        "template_sha256": _sha256(tokenizer.chat_template) if kind == "chat" else None,
+        "template_sha256": sha256(str(tokenizer.chat_template)) if kind == "chat" else None,
         "first_prompt": tokenizer.decode(ids[0]),
-        "first_prompt_sha256": _sha256(ids[0]),
+        "first_prompt_sha256": sha256(str(ids[0])),
     }
     if kwargs:
         stated["chat_template_kwargs"] = kwargs
@@ -119,6 +115,15 @@ def template_kwargs(given: str | None, settings: dict) -> dict:
     """The arguments of the chat template: those given, else those of the checkpoint's run."""
     text = settings.get("chat_template_kwargs", "") if given is None else given
     return parse_template_kwargs(text, "--chat_template_kwargs")
+
+
+def _usual_instruction(benchmark: Benchmark, settings: dict, stop: tuple[str, ...]) -> str:
+    """What stands behind the question where nobody said what."""
+    if stop:
+        return ""  # these prompts show by their form what is asked for
+    if benchmark.name in CODE:
+        return benchmark.instruction  # a run's own suffix asks for other answers
+    return settings.get("prompt_suffix", benchmark.instruction)
 
 
 def _kind(kind: str, benchmark, tokenizer, settings) -> str:
@@ -142,7 +147,3 @@ def _with_shots(example: Example, benchmark: Benchmark, instruction: str) -> Exa
     content = f"{shots}Question: {example.question}{instruction}\nAnswer:"
     messages = ({"role": "user", "content": content}, example.messages[-1])
     return dataclasses.replace(example, messages=messages)
-
-
-def _sha256(value) -> str:
-    return hashlib.sha256(str(value).encode()).hexdigest()

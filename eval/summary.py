@@ -11,20 +11,21 @@ import dataclasses
 import json
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from digests import read_checked, with_sha256
 from errors import UserError
 from eval.stats import Paired, intervals, majority_at_k, paired, pass_at_k
-from files import Fields, reason, replace_file
+from files import Fields, Json, is_there, made, reason, replace_file, without
 from locks import waiting_for
 
 Key = tuple[int, int]  # (problem, sample)
-Row = dict[str, Any]
+Row = Json
 Rows = dict[Key, Row]
 # The end of a line: the checksum of all before it.
 CHECKSUM = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
@@ -50,13 +51,24 @@ class Samples:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Have them alone inside `with`, after whoever has them now."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out: {self.folder} cannot be made ({e.strerror})") from None
-        with waiting_for(self.folder / f".{self.task}.lock", f"another evaluation of {self.path}"):
-            yield
+        """Have them alone inside `with`, after whoever has them now.
+
+        What fails there before there is a sample leaves nothing.
+        """
+        lock, other = self.folder / f".{self.task}.lock", f"another evaluation of {self.path}"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(made(self.folder))
+            except OSError as e:
+                raise UserError(f"--out: {self.folder} cannot be made ({e.strerror})") from None
+            stack.enter_context(waiting_for(lock, other))
+            try:
+                yield
+            except BaseException:
+                if not self.path.exists() and not self.read(again=True):
+                    for file in (*self.parts(), self.about):
+                        file.unlink(missing_ok=True)
+                raise
 
     def read(self, again: bool = False) -> Rows:
         """All rows that were kept so far, without a line that a kill cut off.
@@ -65,7 +77,7 @@ class Samples:
         """
         rows = {}
         for file in [*self.parts(), self.path]:
-            if not file.exists():
+            if not is_there(file):
                 continue
             for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
                 row = _row(line)
@@ -196,14 +208,17 @@ class Figures(NamedTuple):
         """One dict with the rates in their place, as summary.json holds it."""
         found = {}
         for name, value in self._asdict().items():
-            found |= value if name == "rates" else {name: value}
+            if name == "rates":
+                found |= value
+            else:
+                found[name] = value
         return found
 
     @classmethod
     def of_flat(cls, found: dict) -> "Figures":
         """The figures that `flat` gave, read back."""
         own = {name: found[name] for name in cls._fields if name != "rates"}
-        rates = {name: Interval(*value) for name, value in found.items() if name not in own}
+        rates = {name: Interval(*value) for name, value in without(found, own).items()}
         return cls(rates=rates, **own)
 
 
@@ -251,20 +266,20 @@ class Report:
         commands, rest = [], {s[:2] for s in old.summaries} - own
         for names, conditions in old.earlier:
             kept = [name for name in names if name in rest]
-            rest -= set(kept)
-            commands += [(kept, conditions)] if kept else []
+            rest.difference_update(kept)
+            if kept:
+                commands.append((kept, conditions))
         if rest:
             commands.insert(0, (sorted(rest), old.conditions))
-        comparisons = []
+        comparisons = list(self.comparisons)
         for comparison in old.comparisons:
             checkpoint, other, task, _ = comparison
             if own.isdisjoint({(checkpoint, task), (other, task)}):
                 comparisons.append(comparison)
-        return Report(
-            conditions=self.conditions,
-            training=self.training,
+        return dataclasses.replace(
+            self,
             summaries=self.summaries + [s for s in old.summaries if s[:2] not in own],
-            comparisons=self.comparisons + comparisons,
+            comparisons=comparisons,
             trained_on=self.trained_on + [t for t in old.trained_on if tuple(t[:2]) not in own],
             earlier=commands,
         )
@@ -312,23 +327,7 @@ def summarise(rows: Rows, ks: Sequence[int], generated: dict) -> Figures:
     """
     every = [rows[key] for key in sorted(rows)]
     problems = len({problem for problem, _ in rows})
-    n, ks = len(rows) // problems, [k for k in ks if k > 1]
-    starts = range(0, len(every), n)  # of each problem's samples
-    correct = [[row["strict"] for row in every[i : i + n]] for i in starts]
-    votes = [[row["vote"] for row in every[i : i + n]] for i in starts]
-    per_problem = {"accuracy": [sum(right) / n for right in correct]}
-    for k in ks:
-        per_problem[f"pass@{k}"] = [pass_at_k(n, sum(right), k) for right in correct]
-    if not any(row["vote"] is False for row in every):
-        for k in ks:
-            pairs = zip(votes, correct, strict=True)
-            per_problem[f"majority@{k}"] = [majority_at_k(*pair, k) for pair in pairs]
-    values_PX = np.array(list(per_problem.values())).T
-    low_X, high_X = intervals(values_PX)
-    rates = {}
-    for i, name in enumerate(per_problem):
-        mean = values_PX[:, i].mean()
-        rates[name] = Interval(float(mean), float(low_X[i]), float(high_X[i]))
+    n = len(rows) // problems
 
     def mean_of(name):
         return sum(row[name] for row in every) / len(every)
@@ -338,7 +337,7 @@ def summarise(rows: Rows, ks: Sequence[int], generated: dict) -> Figures:
     return Figures(
         problems=problems,
         samples=n,
-        rates=rates,
+        rates=_rates(every, n, [k for k in ks if k > 1]),
         lenient=mean_of("lenient"),
         math_verify=mean_of("math_verify") if is_verified else None,
         unparsed=sum(not row["parsed"] for row in every) / len(every),
@@ -347,6 +346,25 @@ def summarise(rows: Rows, ks: Sequence[int], generated: dict) -> Figures:
         tokens_longest=max(row["tokens"] for row in every),
         tokens_per_second=generated["tokens"] / seconds if seconds else None,
     )
+
+
+def _rates(every: list[Row], n: int, ks: list[int]) -> dict[str, Interval]:
+    """Accuracy, pass@k and majority@k of rows in their order, n of each problem."""
+    has_votes = not any(row["vote"] is False for row in every)
+    per_problem = defaultdict(list)
+    for start in range(0, len(every), n):
+        votes = [row["vote"] for row in every[start : start + n]]
+        correct = [row["strict"] for row in every[start : start + n]]
+        per_problem["accuracy"].append(sum(correct) / n)
+        for k in ks:
+            per_problem[f"pass@{k}"].append(pass_at_k(n, sum(correct), k))
+        for k in ks if has_votes else ():
+            per_problem[f"majority@{k}"].append(majority_at_k(votes, correct, k))
+    values_PX = np.array(list(per_problem.values())).T
+    rates = {}
+    for name, low, high in zip(per_problem, *intervals(values_PX), strict=True):
+        rates[name] = Interval(float(np.mean(per_problem[name])), float(low), float(high))
+    return rates
 
 
 def compare(rows: Rows, others: Rows) -> Paired:

@@ -15,8 +15,9 @@ LICENCE = re.compile(r"^license:[ \t]*(\S[^\n]*)$", re.MULTILINE)
 
 def licence_of(folder: str | Path) -> str:
     """The licence that a model's own card states; "" where nothing is known of it."""
+    card = Path(folder) / CARD
     try:
-        text = (Path(folder) / CARD).read_text(encoding="utf-8", errors="replace")
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     except OSError:
         return ""
     front = text.split("---", 2)[1] if text.startswith("---") else ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, say
-from files import named, read_json, write_json
+from files import Json, named, read_json, write_json
 from model import lora, parallel, sharding
 from model.hf import config_from_hf, config_to_hf
 from model.presets import PRESETS
@@ -53,7 +53,9 @@ def locate(name: str, option: str) -> Path | None:
     folder = Path(name)
     if folder.is_dir():
         if not named(base_of(folder) / "config.json"):
-            raise UserError(f"{option} {name}: the folder has no config.json")
+            raise UserError(
+                f"{option} {name}: the folder has no config.json; name a checkpoint or a run"
+            )
         return folder
     if folder.is_file():
         raise UserError(f"{option} {name} is a file; name the folder that it is in")
@@ -344,7 +346,7 @@ def save_model(
     folder: Path,
     tokenizer: Any,
     stop_ids: Sequence[int],
-    sampling: dict[str, Any] | None = None,
+    sampling: Json | None = None,
 ) -> None:
     """Write what `transformers` and vLLM load: weights, both configs, tokenizer files.
 
@@ -364,7 +366,7 @@ def save_model(
     dtype = lora.merged_dtype(model)
     if lora.adapters(model):
         save_adapter(model, folder / "adapter")
-    values = ((keys[name], p) for name, p in lora.merged_parameters(model))
+    values = ((keys[name], p.to(dtype)) for name, p in lora.plain_parameters(model))
     stream_tensors(shapes, dtype, values, folder / SINGLE)
     dtype_name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config_to_hf(model.config, stop_ids[0], dtype_name))

@@ -1,13 +1,10 @@
 """The config.json of Hugging Face checkpoints, from and to `ModelConfig`."""
 
 from pathlib import Path
-from typing import Any
 
 from errors import UserError
-from files import Fields
+from files import Fields, Json, without
 from model.transformer import ACTIVATIONS, ModelConfig, RopeScaling
-
-Json = dict[str, Any]
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
@@ -162,7 +159,7 @@ def _rope(settings: Fields, kind: str, usual: float) -> tuple[float, RopeScaling
         if unknown := nested - known:
             settings.refuse(f"{name} of {', '.join(sorted(unknown))}")
         rope = of_all.part(kind)
-        flat = {key: value for key, value in of_all.values.items() if key not in nested}
+        flat = without(of_all.values, nested)
         if flat and name == "rope_parameters" and is_gemma:
             settings.refuse("rope_parameters for all kinds of layers at once")
         if not by_kind:

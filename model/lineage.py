@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from digests import sha256
 from errors import UserError
-from files import Fields, read_json, write_json
+from files import Fields, check_file, read_json, resolved, write_json
 from model.checkpoint import ADAPTER, base_of
 
 RECORD, HASHES = "trained_on.json", "trained_on.bin"
@@ -185,7 +186,7 @@ class Lineage:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of the hashes."""
-        return hashlib.sha256(self.hashes.tobytes()).hexdigest()
+        return sha256(self.hashes.tobytes())
 
     def contains(self, questions: list[str]) -> np.ndarray:
         """Whether each question was trained on, as booleans.
@@ -320,10 +321,12 @@ def short_name(name: str, folder: Path) -> str:
     """
     if not Path(name).is_dir():
         return name
-    path = folder.resolve()
+    path = resolved(folder)
     if path.name == "adapter":
         return f"{short_name(str(path.parent), path.parent)}/adapter"
-    return f"{path.parents[1].name}/{path.name}" if path.parent.name == "checkpoints" else path.name
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}/{path.name}"
+    return path.name
 
 
 def weights_mark(folder: Path) -> str | None:
@@ -335,6 +338,7 @@ def weights_mark(folder: Path) -> str | None:
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
+        check_file(path)
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with open(path, "rb") as file:

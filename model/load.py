@@ -14,7 +14,7 @@ import torch
 from data.tokenizer import Tokenizer, shared_vocabulary
 from digests import file_sha256, verify
 from errors import UserError
-from files import Fields, read_json
+from files import Fields, Json, read_json, resolved
 from kernels.cpu import choose_threads
 from locks import use
 from model import lineage, parallel
@@ -80,10 +80,11 @@ def describe(name: str, option: str, read_tokenizer: bool = True) -> Checkpoint:
             f"(as in Qwen/Qwen2.5-0.5B), or write {RANDOM}{name} if that is what you want"
         )
     name = preset if preset in PRESETS else newest_checkpoint(name, option)
-    folder = locate(name, option)
+    folder, tokenizer = locate(name, option), None
     if folder:
         verified(folder)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder)) if folder and read_tokenizer else None
+        if read_tokenizer:
+            tokenizer = Tokenizer.load(tokenizer_folder(folder))
     return Checkpoint(name, folder, read_config(name, folder), tokenizer)
 
 
@@ -105,7 +106,9 @@ def verified(folder: Path) -> dict[Path, str]:
 def without_layers(checkpoint: Checkpoint, layers: str) -> Checkpoint:
     """The checkpoint without the layers of --drop_layers. Raises UserError."""
     config, dropped = checkpoint.config, set()
-    for part in layers.replace(" ", "").split(",") if layers else []:
+    if not layers:
+        return checkpoint
+    for part in layers.replace(" ", "").split(","):
         first, _, last = part.partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()):
             raise UserError(f"--drop_layers: {part!r} is no layer and no range; write 3,5,8-10")
@@ -162,12 +165,14 @@ def load_policy(
         mesh: Of the ranks that share it, or None. The base of adapters is then in no model of its
             own.
     """
-    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    master = torch.promote_types(compute_dtype, torch.float32)
     # A resumed adapter goes back onto the base as it was: what was merged is not unmerged.
     is_new = resumed is None or lora is not None
     if lora and mesh:
         policy = _sharded_with_adapters(checkpoint, lora, device, compute_dtype, seed, mesh)
-        return (load_adapter(policy, resumed / "adapter") if resumed else policy), None
+        if resumed:
+            load_adapter(policy, resumed / "adapter")
+        return policy, None
     base = build_model(
         checkpoint.config,
         checkpoint.folder if is_new else resumed,
@@ -195,7 +200,7 @@ def _sharded_with_adapters(
     mesh: Any,
 ) -> Any:
     """A model with new adapters, in shards."""
-    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    master = torch.promote_types(compute_dtype, torch.float32)
     base = empty_model(checkpoint.config, compute_dtype, compute_dtype)
     policy = adapt(base, lora, seed, master)
     shard(policy, mesh, device)
@@ -235,7 +240,7 @@ def peft_base_name(checkpoint: Checkpoint) -> str:
     if folder is None or checkpoint.dropped or (folder / ADAPTER).is_file():
         return ""
     is_hub_id = name not in PRESETS and not Path(name).is_dir()
-    return name if is_hub_id else str(folder.resolve())
+    return name if is_hub_id else str(resolved(folder))
 
 
 @dataclasses.dataclass
@@ -256,7 +261,7 @@ class Subject:
     tokenizer: Tokenizer
     stop_ids: list[int]
     run: Path | None
-    settings: dict[str, Any]
+    settings: Json
     sha256_of: dict[Path, str] = dataclasses.field(default_factory=dict)
     held: IO[bytes] | None = None
 
@@ -283,7 +288,9 @@ class Subject:
     @property
     def label(self) -> str:
         """A name for the folder of its results: readable, and another one for other weights."""
-        name = f"{self.run.name}-{self.folder.name}" if self.run else Path(self.name).resolve().name
+        name = resolved(self.name).name
+        if self.run:
+            name = f"{self.run.name}-{self.folder.name}"
         return f"{name}-{self.sha256[:6]}"
 
     def model(self) -> Transformer:

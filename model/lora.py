@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from files import LARGEST, Fields
+from files import LARGEST, Fields, Json
 from model.sampling import GOLDEN, mix
 from model.sharding import fill, whole
 from model.transformer import Linear, Transformer
@@ -214,13 +214,6 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, whole(p)
 
 
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`plain_parameters`, all of them in one dtype."""
-    dtype = merged_dtype(model)
-    for name, p in plain_parameters(model):
-        yield name, p.to(dtype)
-
-
 def merged_dtype(model: nn.Module) -> torch.dtype:
     """That of the adapters, or of a model without any."""
     weights = [layer.lora_A.weight for layer in adapters(model).values()]
@@ -240,7 +233,7 @@ REFUSED = """use_dora modules_to_save rank_pattern alpha_pattern lora_bias fan_i
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def to_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_peft(model: Any) -> tuple[Json, dict[str, Tensor]]:
     """The contents of an adapted model's adapter_config.json and adapter_model.safetensors."""
     config: LoraConfig = model.lora
     settings = {
@@ -267,7 +260,7 @@ def to_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, tensors
 
 
-def check_peft(settings: dict[str, Any], source: Path) -> None:
+def check_peft(settings: Json, source: Path) -> None:
     """Refuse an adapter_config.json that means something other than W + s · B A.
 
     Raises UserError, which begins with `source`.
@@ -295,7 +288,7 @@ def check_peft(settings: dict[str, Any], source: Path) -> None:
 
 
 def from_peft(
-    settings: dict[str, Any], tensors: dict[str, Tensor], source: Path
+    settings: Json, tensors: dict[str, Tensor], source: Path
 ) -> tuple[LoraConfig, dict[str, Pair]]:
     """The options, and (A, B) of each layer, that the two files of a folder describe.
 

@@ -85,3 +85,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[float, bool]:
         scale = (max_norm / norm).to(grads[0].dtype)
         torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
     return float(norm), finite
+
+
+def sizes_of(policy: nn.Module) -> dict[str, int]:
+    """How many parameters a policy has, and how many of them are trained."""
+    parameters = list(policy.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in trained),
+    }

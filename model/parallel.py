@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import threading
@@ -220,19 +221,37 @@ def telling() -> Iterator[None]:
             if is_of_group:
                 raise RunFailed(f"another rank is gone ({reason(e)})") from None
             raise
-        watch = _watch[0]
-        if is_of_group:
-            cause = watch.lost(reason(e))
+        with _ending_at_sigterm(_watch[0]) as watch:
+            watch.is_leaving = True
+            if is_of_group:
+                cause = watch.lost(reason(e))
+                watch.linger()
+                if cause.code == 2:
+                    raise UserError(cause.words) from None
+                raise RunFailed(f"{cause.words}; go on with --resume") from None
+            said = system_error(e) if isinstance(e, OSError) else e
+            kind = "" if isinstance(said, (UserError, RunFailed)) else f"{type(e).__name__}: "
+            code = 2 if isinstance(said, UserError) else 1
+            watch.tell(Cause(f"rank {rank()}: {kind}{reason(said)}", code))
             watch.linger()
-            if cause.code == 2:
-                raise UserError(cause.words) from None
-            raise RunFailed(f"{cause.words}; go on with --resume") from None
-        said = system_error(e) if isinstance(e, OSError) else e
-        kind = "" if isinstance(said, (UserError, RunFailed)) else f"{type(e).__name__}: "
-        code = 2 if isinstance(said, UserError) else 1
-        watch.tell(Cause(f"rank {rank()}: {kind}{reason(said)}", code))
-        watch.linger()
-        raise
+            raise
+
+
+@contextmanager
+def _ending_at_sigterm(watch: Watch) -> Iterator[Watch]:
+    """Inside, a rank that torchrun ends after another one leaves in good order: it is not gone."""
+
+    def end(*_: object) -> None:
+        watch.stop()
+        os._exit(1)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if is_main else None
+    try:
+        yield watch
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def active() -> bool:

@@ -7,20 +7,19 @@ training goes on from any number without a word.
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from files import Fields, read_json
+from files import Fields, Json, read_json
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 MOST_PROMPTS = 100_000  # per step
 COUNT = 1e40  # of FLOPs, at most
 
 
-def read_state(path: Path, step: int) -> dict[str, Any]:
+def read_state(path: Path, step: int) -> Json:
     """The counters, and where each rank's source of batches stands, after `step` steps.
 
     The sources' own parts are looked at by their `load`. Raises UserError.

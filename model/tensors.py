@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
-from files import HEAD, explain, named, read_json, reason, unreadable
+from files import HEAD, Json, check_file, explain, named, read_json, reason, unreadable
 
 # The weights of a checkpoint, in one file or in several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def stream_tensors(
         shapes: By key. All tensors are of one dtype.
         values: (key, tensor) of each, in any order.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: Json = {"__metadata__": {"format": "pt"}}
     kind = FLOATS[[torch.float64, torch.float32, torch.bfloat16, torch.float16].index(dtype)]
     end = 0
     for key in sorted(shapes):
@@ -70,8 +70,7 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
 
     Raises UserError that says what the file is instead, also for what fails inside `with`.
     """
-    if wrong := unreadable(file):
-        raise UserError(f"{file} {wrong}")
+    check_file(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors

@@ -42,6 +42,7 @@ class Watch(threading.Thread):
         self.first: Cause | None = None  # as soon as it is known; the store may be gone later
         self.asked = math.inf  # when the store was last asked for something
         self.stopped = threading.Event()
+        self.is_leaving = False  # the group has failed, and this rank is about to say why
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
@@ -68,7 +69,8 @@ class Watch(threading.Thread):
             except RuntimeError:  # which torch's DistError is
                 self.first = self.first or STORE_GONE
             if self.first:
-                return self._end(self.first, GRACE)
+                # one that heard late of what the first one said at once is given as much again
+                return self._end(self.first, GRACE, GRACE)
 
     def _guard(self) -> None:
         """End this process if the store is silent: then no call of it returns."""
@@ -80,10 +82,16 @@ class Watch(threading.Thread):
                 self.first = self.first or Cause(words)
                 return self._end(self.first, GRACE)
 
-    def _end(self, cause: Cause, grace: float) -> None:
-        """End this process, unless it has left the group by itself within the grace."""
+    def _end(self, cause: Cause, grace: float, leaving: float = 0.0) -> None:
+        """End this process, unless it has left the group by itself within the grace.
+
+        leaving: what it is given beyond that if it is about to.
+        """
         self.asked = math.inf  # enough of one thread
-        if not self.stopped.wait(grace):
+        ended = self.stopped.wait(grace)
+        if self.is_leaving and not ended:
+            ended = self.stopped.wait(leaving)
+        if not ended:
             say(f"rank {self.rank} ends: {cause.words}", sys.stderr)
             os._exit(cause.code)
 
@@ -114,7 +122,8 @@ class Watch(threading.Thread):
             after = self._alive()
         except RuntimeError:
             return self.first or STORE_GONE
-        gone = [str(r) for r in range(self.world) if before[r] == after[r] != DONE]
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        gone = [str(rank) for rank in others if before[rank] == after[rank] != DONE]
         return self.tell(Cause(f"rank {' and '.join(gone)} is gone" if gone else error))
 
     def linger(self) -> None:

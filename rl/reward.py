@@ -146,9 +146,9 @@ class Reward:
     def rehearse(self, example: Example, tokens: int) -> None:
         """Call the user's own parts once, on a row and its answer. Raises UserError."""
         own = {name: part for name, part in self.parts.items() if part.is_own}
-        text = (example.messages[-1]["content"] or "") if example.has_answer else ""
         rehearsed = dataclasses.replace(self, parts=own)
-        rehearsed(example, text, tokens, True, verdict=Verdict(False, False, False))
+        verdict = Verdict(False, False, False)
+        rehearsed(example, example.own_answer, tokens, True, verdict=verdict)
 
     def judge(self, example: Example, text: str) -> Verdict:
         """Whether a completion is right; other threads may ask."""
@@ -169,17 +169,20 @@ class Reward:
         return sum(values[name] for name in names)
 
     def _value(self, part: Part, example: Example, text: str, seen: dict) -> float:
+        where = f"on the sample {text[:60]!r} for {example.origin}"
+        late = f"took longer than --grpo_reward_seconds {self.seconds:g}"
+        deaf = f"--grpo_reward {self.spec} {late} {where}, and hears no signal: the run ends here"
         try:
-            with within(self.seconds if part.is_own else 0):
+            with within(self.seconds if part.is_own else 0, deaf):
                 value = part.function(example, text, **{n: seen[n] for n in part.takes})
             if hasattr(value, "__float__") and math.isfinite(float(value)):
                 return float(value)
             problem = f"returned {value!r}, which is no finite number,"
         except OverTime:
-            problem = f"took longer than --grpo_reward_seconds {self.seconds:g}"
+            problem = late
         except (Exception, SystemExit) as e:  # the user's code may raise anything
             problem = f"raised {type(e).__name__}: {e}"
-        refuse(self.spec, f" {problem} on the sample {text[:60]!r} for {example.origin}")
+        refuse(self.spec, f" {problem} {where}")
 
 
 def parse_reward(

@@ -95,10 +95,10 @@ class Rollouts(Iterator[GlobalBatch]):
                 teacher_prompt = teacher_prompt and teacher_prompt + prefix
             for number in range(self.config.samples_per_prompt):
                 samples.append(Sample(position, number, example, prompt, teacher, teacher_prompt))
-        seeds = [sample_seed(self.config.seed, s.position, s.number) for s in samples]
-        prompts = [s.prompt for s in samples]
-        if self.is_teacher(self.generator):
-            prompts = [s.teacher_prompt or s.prompt for s in samples]
+        by_teacher, prompts, seeds = self.is_teacher(self.generator), [], []
+        for s in samples:
+            prompts.append((by_teacher and s.teacher_prompt) or s.prompt)
+            seeds.append(sample_seed(self.config.seed, s.position, s.number))
         completions = self.generate(prompts, seeds)
         for s, completion in zip(samples, completions, strict=True):
             s.completion, s.stopped = completion.tokens, completion.stopped
@@ -149,12 +149,15 @@ class Rollouts(Iterator[GlobalBatch]):
         batch = GlobalBatch([s.document for s in samples])
         with parallel.as_one():
             add_logprobs(batch, name, model, self.config)
-        flops = forward_flops(model, batch.lengths, batch.loss_rows, self.config.vocab_size)
-        self.count(model, sum(batch.lengths), flops)
+        self.count_forward(model, batch)
 
     def batch(self, samples: list[Sample]) -> GlobalBatch:
         metrics = length_metrics(samples) | {"rollout/kept": (len(samples), len(samples))}
         return GlobalBatch([self.config.weighting(s.document) for s in samples], metrics)
+
+    def count_forward(self, model: Transformer, batch: GlobalBatch) -> None:
+        flops = forward_flops(model, batch.lengths, batch.loss_rows, self.config.vocab_size)
+        self.count(model, sum(batch.lengths), flops)
 
     def count(self, model: Transformer, tokens: int, flops: float) -> None:
         self.cost["flops"] += flops
@@ -171,9 +174,12 @@ class Rollouts(Iterator[GlobalBatch]):
         return cost
 
     def state(self) -> dict:
-        pending = [[_to_json(d) for d in batch.documents] for batch in self.pending]
-        counts = {"position": self.position, "number": self.number}
-        return counts | {"world": self.config.world, "pending": pending}
+        return {
+            "position": self.position,
+            "number": self.number,
+            "world": self.config.world,
+            "pending": [list(map(_to_json, batch.documents)) for batch in self.pending],
+        }
 
     def load(self, state: dict) -> None:
         fields = Fields(state, "the checkpoint's rollouts")
@@ -184,11 +190,11 @@ class Rollouts(Iterator[GlobalBatch]):
                 "resume with as many"
             )
         self.position, self.number = fields.get("position", int), fields.get("number", int, 0)
-        limits = self.generator.config.vocab_size, max(1, len(self.dataset.teachers))
+        vocab, teachers = self.generator.config.vocab_size, max(1, len(self.dataset.teachers))
+        self.pending = []
         try:
-            self.pending = [
-                GlobalBatch([_from_json(d, *limits) for d in saved]) for saved in pending
-            ]
+            for saved in pending:
+                self.pending.append(GlobalBatch([_from_json(d, vocab, teachers) for d in saved]))
         except (TypeError, ValueError, KeyError, OverflowError) as e:
             fields.refuse(f"a sample that was not trained on yet ({reason(e)})")
 
@@ -211,10 +217,7 @@ class SampledKDRollouts(Rollouts):
             own = [d for d in batch.documents if d.teacher == number]
             with parallel.as_one():
                 add_teacher_logprobs(own, teacher, self.config)
-            seen = batch.for_teacher(number)
-            rows, vocab = seen.loss_rows, self.config.vocab_size
-            tokens = sum(seen.lengths)
-            self.count(teacher, tokens, forward_flops(teacher, seen.lengths, rows, vocab))
+            self.count_forward(teacher, batch.for_teacher(number))
         for sample in samples:
             fields = sample.document.fields
             if self.teachers:
@@ -254,7 +257,7 @@ class GRPORollouts(Rollouts):
         return batches
 
     def add_rewards(self, samples: list[Sample]) -> None:
-        grade_all(self.judge, [(s.example, s) for s in samples])
+        grade_all(self.judge, [(s.example, s) for s in samples], self.config.halt)
         progress = self.progress("rewards", len(samples), "samples")
         for sample in samples:  # a function of the user's is called in this thread
             self.grade(sample.example, sample)
@@ -304,8 +307,7 @@ class GRPORollouts(Rollouts):
         """The groups in which some samples are more correct than others, and rewarded for it."""
         found = []
         for group in self.groups(samples):
-            correctness, rewards = [s.correctness for s in group], [s.reward for s in group]
-            if has_reward_spread(correctness) and has_reward_spread(rewards):
+            if _spread(group, "correctness") and _spread(group, "reward"):
                 found += group
         return found
 
@@ -335,7 +337,9 @@ class GRPORollouts(Rollouts):
 
     def pace(self, samples: list[Sample]) -> None:
         """Weigh a prompt by p(1 − p), p its share of right samples (PACED, arXiv 2603.11178)."""
-        for group in self.groups(samples) if self.config.paced else ():
+        if not self.config.paced:
+            return
+        for group in self.groups(samples):
             share = float(np.mean([s.verdict.strict for s in group]))
             for sample in group:
                 sample.document.weights *= share * (1 - share)
@@ -348,8 +352,8 @@ class GRPORollouts(Rollouts):
 
     def minibatches(self, samples: list[Sample]) -> list[GlobalBatch]:
         """Whole groups in the order of their prompts over all ranks, once for each epoch."""
-        gathered = parallel.gather({s.position for s in samples})
-        positions = sorted(set().union(*gathered))
+        own = {s.position for s in samples}
+        positions = sorted(set().union(*parallel.gather(own)))
         parts = [[] for _ in range(max(1, min(self.config.minibatches, len(positions))))]
         for sample in samples:
             order = bisect_left(positions, sample.position)
@@ -363,23 +367,20 @@ class GRPORollouts(Rollouts):
 
     def metrics(self, drawn: list[Sample], samples: list[Sample]) -> Metrics:
         """What was earned, how verdicts differ and how samples end."""
-        groups, verdicts = self.groups(drawn), [s.verdict for s in drawn]
-        rewards = [[s.reward for s in group] for group in groups]
-        correctness = [[s.correctness for s in group] for group in groups]
-        values = {
-            "reward": [s.reward for s in drawn],
-            "spread": list(map(has_reward_spread, rewards)),
-            "correctness_spread": list(map(has_reward_spread, correctness)),
-            "reward_std": list(map(np.std, rewards)),
-        }
-        for name in sorted({name for s in drawn for name in s.reward_parts}):
+        values = defaultdict(list)
+        values["reward"] = [s.reward for s in drawn]
+        groups = self.groups(drawn)
+        for group in groups:
+            values["spread"].append(_spread(group, "reward"))
+            values["correctness_spread"].append(_spread(group, "correctness"))
+            values["reward_std"].append(np.std([s.reward for s in group]))
+        for name in sorted(set().union(*(s.reward_parts for s in drawn))):
             values[f"reward_{name}"] = [s.reward_parts.get(name, 0.0) for s in drawn]
-        values |= {
-            "accuracy": [v.strict for v in verdicts],
-            "lenient": [v.lenient for v in verdicts],
-            "disagree": [v.lenient != v.strict for v in verdicts],
-            "unparsed": [not v.parsed for v in verdicts],
-        }
+        for s in drawn:
+            values["accuracy"].append(s.verdict.strict)
+            values["lenient"].append(s.verdict.lenient)
+            values["disagree"].append(s.verdict.lenient != s.verdict.strict)
+            values["unparsed"].append(not s.verdict.parsed)
         kept = {"rollout/kept": (len(self.groups(samples)), len(groups))}
         return length_metrics(drawn) | _sums(values) | kept
 
@@ -433,9 +434,13 @@ def sample_seed(seed: int, position: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def _spread(group: list[Sample], name: str) -> bool:
+    return has_reward_spread([getattr(s, name) for s in group])
+
+
 def length_metrics(samples: list[Sample]) -> Metrics:
-    tokens, truncated = [len(s.completion) for s in samples], [not s.stopped for s in samples]
-    return _sums({"tokens": tokens, "truncated": truncated})
+    tokens = [len(s.completion) for s in samples]
+    return _sums({"tokens": tokens, "truncated": [not s.stopped for s in samples]})
 
 
 def _sums(values: dict[str, list]) -> Metrics:
@@ -448,12 +453,16 @@ def _logged(s: Sample) -> dict:
 
 
 def _to_json(document: Document) -> dict:
-    saved = {"tokens": document.tokens.tolist(), "weights": document.weights.tolist()}
-    saved["fields"] = {name: x_T.tolist() for name, x_T in document.fields.items()}
+    saved = {
+        "tokens": document.tokens.tolist(),
+        "weights": document.weights.tolist(),
+        "fields": {name: x_T.tolist() for name, x_T in document.fields.items()},
+        "teacher": document.teacher,
+        "normalizer_weight": document.normalizer_weight,
+    }
     if document.teacher_tokens is not None:
         saved["teacher_tokens"] = document.teacher_tokens.tolist()
-    saved["teacher"] = document.teacher
-    return saved | {"normalizer_weight": document.normalizer_weight}
+    return saved
 
 
 def _from_json(saved: dict, vocab: int, teachers: int) -> Document:

@@ -1,8 +1,10 @@
 """Shared by all tests: the root on the path, one thread a process, real data where it is."""
 
 import os
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,14 @@ for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SEED = os.environ.get("SRLM_SEED") or str(time.time_ns() % 10**6)
+
+
+def moments(name: str) -> random.Random:
+    """The random moments of a campaign: new ones each time, unless SRLM_SEED says which."""
+    print(f"SRLM_SEED={SEED}")
+    return random.Random(f"{SEED} {name}")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import curves
+import options
 from errors import UserError
 from eval import compare
 from eval.stats import difference, over_seeds
@@ -359,8 +360,9 @@ def test_a_studys_curves_have_the_mean_and_its_interval(tmp_path):
 
 def test_options_of_the_command():
     with pytest.raises(UserError, match="RUNS"):
-        compare.parse([])
-    assert compare.parse(["a", "b", "--evals=x,y"]).evals == ("x", "y")
+        options.parse(compare.CompareOptions, [])
+    args = options.parse(compare.CompareOptions, ["a", "b", "--evals=x,y"])
+    assert args.evals == ("x", "y")
 
 
 def test_a_run_is_named_once_and_seeds_that_agree_have_no_interval(tmp_path, capsys):

@@ -290,7 +290,9 @@ def test_kept_draws_are_what_was_drawn(tmp_path):
         folder = tmp_path / str(k)
         open_cache = functools.partial(TeacherCache, folder, documents, "teacher", k, 1.0, vocab)
         pieces = np.split(ids_Rk, [0, 1, 4, 10, 500])
-        open_cache(draws_seed=0).fill((piece, np.empty((len(piece), 0))) for piece in pieces)
+        open_cache(draws_seed=0).fill(
+            lambda _, pieces=pieces: ((piece, np.empty((len(piece), 0))) for piece in pieces)
+        )
         cache = open_cache(draws_seed=0)
         assert cache.complete and len(cache.ids) == sum(len(set(row)) for row in ids_Rk.tolist())
         rows = np.split(np.sort(ids_Rk, 1), np.cumsum(sizes)[:-1])
@@ -308,8 +310,8 @@ def test_a_topk_or_another_seed_is_refused_where_draws_are_wanted(tmp_path):
     open_cache = functools.partial(TeacherCache, documents=documents, teacher="teacher", k=2)
     open_cache = functools.partial(open_cache, temperature=1.0, vocab=9)
     topk, draws = open_cache(tmp_path / "topk"), open_cache(tmp_path / "draws", draws_seed=0)
-    topk.fill([(np.zeros((5, 2), int), np.log(np.full((5, 3), 1 / 3)))])
-    draws.fill([(np.zeros((5, 2), int), np.empty((5, 0)))])
+    topk.fill(lambda _: [(np.zeros((5, 2), int), np.log(np.full((5, 3), 1 / 3)))])
+    draws.fill(lambda _: [(np.zeros((5, 2), int), np.empty((5, 0)))])
     assert open_cache(tmp_path / "draws", draws_seed=0).complete
     for name, seed, word in (
         ("topk", 0, "--kd_signal"),

@@ -30,11 +30,11 @@ PAGES = [ROOT / "README.md", *sorted(GUIDES)]
 PARSERS = {
     "eval": evaluation.parse,
     "eval.traces": traces.parse,
-    "eval.chat": chat.parse,
-    "eval.compare": compare.parse,
-    "eval.divergence": divergence.parse,
-    "eval.study": study.parse,
-    "data.download": download.parse,
+    "eval.chat": functools.partial(options.parse, chat.ChatOptions),
+    "eval.compare": functools.partial(options.parse, compare.CompareOptions),
+    "eval.divergence": functools.partial(options.parse, divergence.DivergenceOptions),
+    "eval.study": functools.partial(options.parse, study.StudyOptions),
+    "data.download": functools.partial(options.parse, download.DownloadOptions),
     "model.export": functools.partial(options.parse, ExportOptions),
 }
 

@@ -583,6 +583,9 @@ def test_messages_in_common_names():
         ("one\ntwo", (None, "")),
         ("x" * 300, (None, "")),
         ("#### Heading", (None, "")),
+        ("3+4=7. #### 7", ("7", "gsm8k")),
+        ("see item #### 3 of the list", (None, "")),
+        ("a####7", (None, "")),
         ("see \\boxed{3}, or \\boxed{4}", ("4", "answer")),
     ],
 )

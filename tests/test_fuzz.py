@@ -1,7 +1,7 @@
 """Hostile rows, templates, command lines and study files: one line, no hang, nothing written.
 
 The quick tests take a few of each; `pytest -m slow tests/test_fuzz.py` takes the thousands of
-COUNTS, or SRLM_FUZZ times as many.
+COUNTS, or SRLM_FUZZ times as many, made from SRLM_FUZZ_SEED.
 """
 
 import copy
@@ -26,7 +26,7 @@ from eval import traces
 from eval.study import plan
 from tests.chat_templates import ALL
 from tests.conftest import ROOT
-from tests.test_damage import TIMES, VALUES, mutated, outcome
+from tests.test_damage import SEED, TIMES, VALUES, mutated, outcome
 from tests.test_formatter import TOOLS
 
 COUNTS = {"rows": 20_000, "templates": 2_000, "commands": 2_000, "studies": 500}
@@ -66,7 +66,7 @@ def counted(codes, code):
 
 
 def fuzz_rows(count, tmp_path, capfd):
-    rng, codes, path = random.Random("rows"), {}, tmp_path / "rows.jsonl"
+    rng, codes, path = random.Random("rows" + SEED), {}, tmp_path / "rows.jsonl"
     tiny = toy_models.toy_tokenizer()
     tools = Tokenizer(tiny.files | {"chat_template.jinja": ALL["tools"].encode()}, "the tools one")
     formatters = [Formatter(tools), Formatter(tiny), Formatter(tiny, template="plain")]
@@ -100,7 +100,7 @@ PIECES += ["{{ messages.append(1) }}", "9**9**9", "{% include 'x' %}", "{% impor
 
 
 def fuzz_templates(count, monkeypatch, capfd):
-    rng, codes = random.Random("templates"), {}
+    rng, codes = random.Random("templates" + SEED), {}
     monkeypatch.setattr(chat_template.WORKER, "limit", 1.0)
     for i in range(count):
         text = rng.choice([*ALL.values()])
@@ -123,7 +123,7 @@ def fuzz_templates(count, monkeypatch, capfd):
 
 def fuzz_commands(count, monkeypatch, capfd):
     """Command lines up to where something would be read."""
-    rng, codes = random.Random("commands"), {}
+    rng, codes = random.Random("commands" + SEED), {}
     monkeypatch.setattr(train, "launch", lambda cfg, **_: None)
     names = [*Config.__dataclass_fields__]
     words = [str(v) for v in VALUES if isinstance(v, str | int | float | None)]
@@ -169,7 +169,7 @@ def as_toml(value):
 
 
 def fuzz_studies(count, tmp_path, capfd):
-    rng, codes, path = random.Random("studies"), {}, tmp_path / "study.toml"
+    rng, codes, path = random.Random("studies" + SEED), {}, tmp_path / "study.toml"
     files = sorted((ROOT / "recipes/study").glob("*.toml"))
     studies = [tomllib.loads(file.read_text()) for file in files]
     for i in range(count):

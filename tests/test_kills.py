@@ -1,12 +1,12 @@
 """Signals at random moments and disks that fill up, in every mode, evaluation, traces and a study:
 what goes on ends as if nothing had been, and leaves nothing else behind.
 
-SRLM_KILLS=19 sends as many to each of the ten: 100 SIGKILLs, 30 SIGTERMs, 30 Ctrl-Cs once and
-30 twice. SRLM_DISKS=2 fills as many disks for each.
+SRLM_KILLS=25 sends as many to each of the ten: 130 SIGKILLs and 40 each of SIGTERMs, Ctrl-Cs once
+and twice. SRLM_DISKS=3 fills as many disks for each. SRLM_SEED, which is printed, repeats the
+moments; without it they are new.
 """
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,9 +18,11 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from data import sandbox
 from eval import __main__ as evaluate
 from eval import traces
 from eval.study import __main__ as study
+from tests.conftest import moments
 from tests.distributed_workers import run, start
 from tests.test_train import timeless
 
@@ -58,7 +60,19 @@ chain = ["sft"]
 """
 
 
-ALL = [*MODES, "evaluation", "traces", "study"]
+ALL = [*MODES, "sandbox", "evaluation", "traces", "study"]
+REWARD = """
+from data.sandbox import check
+def passes(example, completion):
+    program = "import time; time.sleep(0.05); open('x', 'w').write('x'); "
+    return float(check(program + f"assert {len(completion) % 2}").passed)
+"""
+
+
+def with_sandbox(argv):
+    """train.main, of whose sandbox the processes have the mark in their command lines."""
+    sandbox.Helper = partial(sandbox.Helper, [os.environ.get("SRLM_MARK", "none")])
+    return train.main(argv)
 
 
 def without_device(main, argv):
@@ -68,6 +82,9 @@ def without_device(main, argv):
 def commands(home):
     """{name: (main, argv)} of what is killed; `home` has a checkpoint for those that need one."""
     found = {name: (train.main, [*SMALL.split(), *mode.split()]) for name, mode in MODES.items()}
+    (home / "reward.py").write_text(REWARD)
+    reward = f"--grpo_reward={home}/reward.py:passes"
+    found["sandbox"] = (with_sandbox, [*SMALL.split(), *MODES["grpo"].split(), reward])
     checkpoint = str(home / "runs/r/checkpoints/step-6")
     asked = ["--tasks=word_problems", "--limit=12", "--n=2", "--max_tokens=8", "--out=out"]
     found["evaluation"] = (partial(without_device, evaluate.main), [checkpoint, *asked])
@@ -81,7 +98,7 @@ def commands(home):
 
 def begun(main, argv):
     """A run goes on; evaluations and traces do so by themselves."""
-    return [*argv, "--resume=auto"] if main is train.main else argv
+    return [*argv, "--resume=auto"] if main in (train.main, with_sandbox) else argv
 
 
 def contents(folder):
@@ -89,22 +106,26 @@ def contents(folder):
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
-        if path.is_dir() or name in ("stdout", "stderr") or ".before-" in name:
+        if name in ("stdout", "stderr") or ".before-" in name:
             continue
         found[name] = None
+        if path.is_dir():
+            continue
         if path.name == "metrics.jsonl":
             found[name] = timeless(path.parent)
         elif path.suffix == ".safetensors":
             found[name] = {k: v.numpy().tobytes() for k, v in load_file(path).items()}
-        elif path.suffix in (".npy", ".jsonl") and path.name != "sittings.jsonl":
+        elif path.name in ("SHA256SUMS", "sittings.jsonl", "README.md"):
+            continue
+        elif path.suffix in (".npy", ".jsonl") or "checkpoints" in path.parts:
             found[name] = path.read_bytes()
     return found
 
 
 def marked(mark):
-    """Processes that were started with this in their environment."""
+    """Processes that were started with this in their environment or command line."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in (*Path("/proc").glob("[0-9]*/environ"), *Path("/proc").glob("[0-9]*/cmdline")):
         try:
             if mark.encode() in path.read_bytes():
                 found.append(path.parent.name)
@@ -132,7 +153,7 @@ def test_signals_at_random_moments(name, home, tmp_path, capsys):
     done = run(*begun(main, argv), cwd=whole, main=main, timeout=300)
     assert done.returncode == 0, done.stderr
     span = time.monotonic() - began
-    rng, sent, mark = random.Random(name), dict.fromkeys(SIGNALS, 0), f"srlm-kills-{os.getpid()}"
+    rng, sent, mark = moments(name), dict.fromkeys(SIGNALS, 0), f"srlm-kills-{os.getpid()}"
     while sum(sent.values()) < KILLS:
         kind = SIGNALS[sum(sent.values()) % len(SIGNALS)]
         process = start(*begun(main, argv), cwd=killed, main=main, SRLM_MARK=mark)
@@ -174,7 +195,14 @@ def emptied(folder):
 
 
 def assert_same(got, wanted):
-    expected, found = contents(wanted), contents(got)
+    """The same files, but for a checkpoint at which a signal came, in the place of an older one."""
+    steps = [[path.name for path in folder.rglob("step-*")] for folder in (got, wanted)]
+    assert len(steps[0]) == len(steps[1]), steps
+    other = set(steps[0]) ^ set(steps[1])
+    parts = [contents(folder) for folder in (wanted, got)]
+    expected, found = (
+        {name: part[name] for name in part if other.isdisjoint(Path(name).parts)} for part in parts
+    )
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     assert [path for path in found if found[path] != expected[path]] == []
 
@@ -201,7 +229,7 @@ def disk(tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_disks_that_fill_up(name, home, tmp_path, disk, capsys):
     main, argv = commands(home)[name]
-    whole, rng, told = tmp_path / "whole", random.Random(name), []
+    whole, rng, told = tmp_path / "whole", moments(name), []
     whole.mkdir()
     done = run(*begun(main, argv), cwd=whole, main=main, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -217,7 +245,7 @@ def test_disks_that_fill_up(name, home, tmp_path, disk, capsys):
         told.append((size, done.returncode, done.stderr.strip()))
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
         assert done.returncode == 0 or "No space left" in done.stderr, done.stderr
-        if main is train.main:
+        if main in (train.main, with_sandbox):
             assert done.stderr.count("\n") == done.returncode, done.stderr
         disk(1 << 30)
         done = run(*begun(main, argv), cwd=folder, main=main, timeout=600)

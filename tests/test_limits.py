@@ -54,6 +54,104 @@ def test_a_template_that_does_not_end_is_one_line(source, words, monkeypatch):
     assert good.render(MESSAGES, True, None, {}) == "What?"
 
 
+LOOPS = "{% if messages[0].content == 'loop' %}" + NESTED + "{% endfor %}{% endfor %}{% endif %}"
+SWELLS = "{% if messages[0].content == 'swell' %}{{ 'x' * 8000000000 }}{% endif %}"
+REFUSES = "{% if messages[0].content == 'no' %}{{ raise_exception('not this one') }}{% endif %}"
+
+
+def chat(*questions, **columns):
+    """Examples with these questions, each with an answer."""
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": "4"}] for q in questions
+    ]
+    return [Example(tuple(t), columns=columns, origin=f"row {i}") for i, t in enumerate(turns)]
+
+
+def tokenizer_with(source):
+    tiny = toy_models.toy_tokenizer()
+    template = tiny.chat_template if source is None else source + tiny.chat_template
+    return Tokenizer(tiny.files | {"chat_template.jinja": template.encode()}, "tiny")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the process that renders templates was asked for."""
+    found = []
+    ask = chat_template.WORKER.ask
+
+    def noting(*question, **more):
+        found.append(question)
+        return ask(*question, **more)
+
+    monkeypatch.setattr(chat_template.WORKER, "ask", noting)
+    return found
+
+
+def test_templates_of_many_rows_are_rendered_by_few_messages(asked):
+    formatter = Formatter(tokenizer_with(None))
+    examples = chat(*(f"{i} + {i}?" for i in range(500)), "what is <|im_end|>?")
+    alone = [formatter.segments(example) for example in examples]
+    prompts = [formatter.prompt(example) for example in examples]
+    assert len(asked) > 1000
+    asked.clear()
+    with formatter.ahead(examples):
+        assert [formatter.segments(example) for example in examples] == alone
+        assert len(asked) < 10  # the last row has a control token's name: it is looked at twice
+        assert [formatter.prompt(example) for example in examples] == prompts
+    assert formatter.escaped == {"row 500"}
+    asked.clear()
+    formatter.segments(examples[0])
+    assert len(asked) == 2  # nothing is kept
+    asked.clear()
+    formatter.documents(examples[:500])
+    assert len(asked) == 1
+
+
+def test_a_row_that_hides_the_tools_is_refused_among_many(asked):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    examples = chat("a", "b", tools=[tool])
+    with pytest.raises(UserError, match="row 0: the chat template has no place for 'tools'"):
+        Formatter(tokenizer_with(None)).documents(examples)
+    shows = Formatter(tokenizer_with("{{ tools }}"))
+    asked.clear()
+    shows.documents(examples)
+    assert len([question for question in asked if question[0] == "render"]) <= 1  # of the roles
+
+
+@pytest.mark.parametrize(
+    ("source", "bad", "words"),
+    [
+        (LOOPS, "loop", "did not end within 1 s"),
+        (SWELLS, "swell", ".*Memory|takes too much memory"),
+        (REFUSES, "no", "refuses these messages .*not this one"),
+    ],
+)
+def test_one_row_of_many_that_fails_is_named(source, bad, words, monkeypatch):
+    monkeypatch.setattr(chat_template, "LIMIT", 1.0)
+    monkeypatch.setattr(chat_template.WORKER, "limit", 1.0 if bad == "loop" else 60.0)
+    formatter = Formatter(tokenizer_with(source))
+    examples = chat(*"abcdefghij", bad, *"klm")
+    with formatter.ahead(examples):
+        before = [formatter.segments(example) for example in examples[:10]]
+        for segments, question in zip(before, "abcdefghij", strict=True):
+            assert f"user\n{question}<|im_end|>" in segments[0].text
+        with pytest.raises(UserError, match=f"^row 10: tiny: the chat template ({words})"):
+            formatter.segments(examples[10])
+        assert "user\nm<|im_end|>" in formatter.segments(examples[13])[0].text
+
+
+def test_many_slow_rows_are_answered_in_parts(asked, monkeypatch):
+    monkeypatch.setattr(chat_template.WORKER, "limit", 60.0)
+    slow = 3 * "{% for i in range(99999) %}{% endfor %}"  # some 10 ms
+    formatter, examples = Formatter(tokenizer_with(slow)), chat(*map(str, range(120)))
+    formatter.segments(examples[0])
+    asked.clear()
+    documents = formatter.documents(examples)
+    assert {question[0] for question in asked} == {"render_many"}
+    assert 1 < len(asked) < 120
+    assert documents[7].tokens.tolist() == formatter.documents([examples[7]])[0].tokens.tolist()
+
+
 def test_a_template_that_drops_the_question_is_refused():
     files = toy_models.toy_tokenizer().files
     for source in ("Hi", "{{ messages[0].content[:3] }}", "{{ messages[1:] }}"):
@@ -91,6 +189,17 @@ def test_dear_answers_have_a_budget_that_no_clock_decides(names, monkeypatch):
         True,
         True,
     ]  # the dearest of all golds
+
+
+def test_most_dear_answers_are_wrong_at_the_first_point(monkeypatch):
+    """128 of them took 11 s of CPU, and take 3."""
+    monkeypatch.setattr(values, "_left", [math.inf])
+    for text in DEAR.values():
+        assert ask("compare", text, "x^2+1") == [True, False]
+        assert values.BUDGET - values._left[0] < 80_000, text
+    both = ", ".join(f"{i}^x" for i in range(1, 30))  # each power is computed once for all pairs
+    assert ask("compare", both, f"{both} + 0") == [True, True]
+    assert values.BUDGET - values._left[0] < 80_000
 
 
 def test_graders_of_mathematics_work_side_by_side(monkeypatch):
@@ -186,6 +295,24 @@ def test_c_code_that_never_returns_ends_with_the_process():
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and "in deaf" in done.stderr and "OverTime" not in done.stderr
+
+
+def test_a_reward_in_c_code_that_never_returns_is_one_line_that_names_the_sample(tmp_path):
+    (tmp_path / "mine.py").write_text("def deaf(example, text): return sum(range(10**13))\n")
+    lines = [
+        "import limits; limits.LAST = 0.2",
+        "from data.tasks import Example",
+        "from rl.reward import parse_reward",
+        f"reward = parse_reward({str(tmp_path / 'mine.py:deaf')!r}, 10, seconds=0.2)",
+        "example = Example(({'role': 'user', 'content': 'What?'},), '2', '', 'rows.jsonl:3')",
+        "reward(example, 'a\\nb', 2, True)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    words = "took longer than --grpo_reward_seconds 0.2 on the sample 'a\\nb' for rows.jsonl:3"
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"--grpo_reward {tmp_path}/mine.py:deaf {words}, and hears no")
 
 
 def test_a_silent_server_is_given_up(tmp_path, monkeypatch):

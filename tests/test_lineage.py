@@ -393,6 +393,8 @@ def test_a_resumed_run_keeps_what_it_had_seen(capsys, world):
     shutil.copy(world / "one.jsonl", world / "three.jsonl")  # the file has changed since
     assert train.main(["--name=r", "--runs=runs", "--resume", "--steps=3"]) == 0
     assert RunFolder("runs/r").steps() == [2, 3]
+    stated = json.load(open("runs/r/checkpoints/step-3/trained_on.json"))
+    assert stated["ancestors"] == ["tiny"]  # not the run itself, as often as it was stopped
     assert "trained on 4 of" in evaluated(capsys, "runs/r")[0]
     assert os.stat("runs/r/checkpoints/step-3/trained_on.bin").st_ino != os.stat(links[1]).st_ino
 

@@ -74,6 +74,7 @@ def place(tmp_path_factory):
     return home
 
 
+TOPK = "--mode=kd --teacher=model --kd_signal=topk"
 MISTAKES = [
     # names that other programs have
     (
@@ -220,6 +221,20 @@ MISTAKES = [
     ("--mode=sft --name=done", "run runs/done exists; continue it with --resume"),
     ("--mode=sft --name=done --dry_run", "run runs/done exists; --resume would continue it"),
     ("--name=done --resume --batch_size=64", "the run was begun with 32 and keeps it"),
+    # thought up later, without a look at those above
+    ("--mode=sft --data=mine.jsonl,", "files are mixed, and '' is none"),
+    ("--mode=kd --teacher=a=model,b", "write several as math=folder,code=folder"),
+    ("--mode=KD", "no 'KD'; choose from sft, kd, grpo"),
+    ("--mode=sft --dtype=bf16", "no 'bf16'; did you mean bfloat16?"),
+    ("--mode=sft --threads=0.5", "--threads: '0.5' is not a whole number"),
+    ("--mode=sft --save_every=-5", "--save_every must be at least 0, not -5"),
+    ("--mode=sft --runs=mine.jsonl", "--runs mine.jsonl cannot be made"),
+    ("--mode=sft --runs=mine.jsonl --dry_run", "--runs mine.jsonl cannot be made"),
+    (f"{TOPK} --kd_topk=8 --kd_cache=mine.jsonl/a", "--kd_cache mine.jsonl/a cannot be made"),
+    (f"{TOPK} --kd_topk=8 --kd_cache=mine.jsonl --dry_run", "--kd_cache mine.jsonl cannot be made"),
+    (f"{TOPK} --kd_topk=513", "--kd_topk 513 is more than the 395 ids that the models share"),
+    ("--mode=kd --teacher=runs/done/checkpoints", "no config.json; name a checkpoint or a run"),
+    ("--mode=grpo --batch_size=10 --grpo_samples=4", "are no whole groups of --grpo_samples 4"),
 ]
 
 
@@ -266,6 +281,12 @@ ELSEWHERE = [
     (export, "runs/done", "the following arguments are required: OUT"),
     (download, "gsm9k", "gsm9k is not among the sets that can be fetched: gsm8k"),
     (study, "mine.jsonl", "mine.jsonl: not valid TOML"),
+    (study, "runs/done/config.json", "runs/done/config.json: not valid TOML"),
+    (export, "runs/done runs/done", "runs/done exists; name another folder"),
+    (traces, "runs/done --data=mine.jsonl --out=t --keep=wrong", "choose from right, ended, all"),
+    (evaluation, "runs/done --tasks=mine.json", "mine.json is not there"),
+    (evaluation, "model --tasks=mine.jsonl --out=mine.jsonl", "--out: mine.jsonl/model-"),
+    (compare, "runs/done runs/don", "runs/don is no run"),
 ]
 
 

@@ -180,8 +180,8 @@ def test_a_run_that_fails_before_its_first_line_leaves_no_folder(home, monkeypat
     with monkeypatch.context() as m:
         m.setattr("prepare.load_policy", broken)
         assert run(*kd, "--name=a")[0] == run(*kd)[0] == 1
-        assert list((home / "runs").iterdir()) == []
-        (home / "runs/b").mkdir()
+        assert not (home / "runs").exists()
+        (home / "runs/b").mkdir(parents=True)
         (home / "runs/b/notes.txt").touch()
         assert run(*kd, "--name=b")[0] == 2 and (home / "runs/b/notes.txt").exists()
     with monkeypatch.context() as m:

@@ -4,6 +4,7 @@ on as if nothing had been."""
 import contextlib
 import datetime
 import os
+import re
 import resource
 import signal
 import time
@@ -19,7 +20,8 @@ from errors import UserError, as_command
 from eval import __main__ as evaluate
 from eval import sampling
 from model import parallel, watch
-from tests.distributed_workers import run, start_ranks
+from tests import test_rank_kills as torchrun_kills
+from tests.distributed_workers import free_port, run, start_ranks
 from tests.test_train import SMALL, timeless
 
 # What is waited for at the longest, in a real run and here: a rank that is silent (its machine is
@@ -74,13 +76,16 @@ def impatient():
 
 
 class Failing:
-    """train.main, of whose ranks one fails at its third step, or as it loads; for processes."""
+    """train.main, of whose ranks one fails at its third step, or as it loads; for processes.
+
+    It does so once, however often torchrun starts them again.
+    """
 
     def __init__(self, way, victim):
         self.way, self.victim = way, victim
 
     def fails(self):
-        if parallel.rank() == self.victim:
+        if parallel.rank() == self.victim and not Path("failed").exists():
             Path("failed").touch()
             WAYS[self.way][0]()
 
@@ -163,8 +168,8 @@ LOOPS = [
         way, ranks, victim, marks=() if (way, ranks, victim) in QUICK else [pytest.mark.slow]
     )
     for way in WAYS
-    if way not in ("slow", "no model")
-    for ranks, victim in ((2, 1), (2, 0), (4, 3), (4, 0))
+    if way != "no model"
+    for ranks, victim in ((2, 1), (2, 0), (3, 1), (4, 3), (4, 0))
 ]
 
 
@@ -176,7 +181,10 @@ def test_ranks_that_sum_end_in_time(way, ranks, victim, tmp_path, capsys):
         print(
             f"\n{ranks} ranks, {way} of {victim}: {ended[0]}, {ended[1]:.1f} s\n{ended[2][-300:]}"
         )
-    assert_ended(way, victim, *ended)
+    if way == "slow":
+        assert ended[0] == [0] * ranks, ended
+    else:
+        assert_ended(way, victim, *ended)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +222,47 @@ def test_all_ranks_end_in_time_and_a_requeue_goes_on(ranks, victim, way, tmp_pat
     assert timeless(tmp_path / "runs/r") == whole(ranks)
     left = {p.name for p in (tmp_path / "runs/r").rglob(".*")}
     assert not left, left
+
+
+KILLED = 30.0  # seconds after which torchrun kills what does not end by its signal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks,victim", [(2, 1), (3, 2), (4, 0)], ids=["2", "3", "4"])
+def test_torchrun_starts_ranks_again_and_the_run_goes_on(
+    ranks, victim, way, tmp_path, whole, capsys
+):
+    wanted, began = whole(ranks), time.monotonic()
+    argv = [*ARGV, "--resume=auto"]
+    agent = torchrun_kills.start(argv, tmp_path, 1, ranks, free_port(), Failing(way, victim))
+    first, failed, ended = [], tmp_path / "failed", 0.0
+    while agent.is_alive():
+        time.sleep(0.05)
+        if len(first) < ranks:
+            first = torchrun_kills.pids(tmp_path, range(ranks))
+        elif failed.exists() and not ended and not torchrun_kills.pids_alive(first):
+            ended = time.time() - failed.stat().st_mtime
+        assert time.monotonic() - began < WHOLE, (tmp_path / "stderr").read_text()
+    agent.join()
+    error = (tmp_path / "stderr").read_text()
+    said = [line for line in error.splitlines() if line.startswith(("train.py: ", "rank "))]
+    with capsys.disabled():
+        print(f"\ntorchrun, {ranks} ranks, {way} of {victim}: {ended:.0f} s; {said[-1:]}")
+    assert agent.exitcode == 0 and failed.exists(), error
+    assert timeless(tmp_path / "runs/r") == wanted
+    assert not list((tmp_path / "runs/r").rglob(".*"))
+    if way == "slow":
+        return
+    _, words, unknown = WAYS[way]
+    assert 0 < ended < ENDED + unknown + KILLED * (way in ("hang", "stop"))
+    if way in ("kill", "exit"):  # torchrun knows, and ends the others before they do
+        words = rf"\(exitcode: \S+ local_rank: {victim} "
+        said = [line for line in error.splitlines() if "failed (exitcode" in line][:1]
+    elif way in ("raise", "memory"):
+        said = [error]
+    assert re.search(words, said[-1]), error
+    assert not re.search(r"rank \d+ and ", error), "those that torchrun has ended are no cause"
 
 
 def dying(argv):

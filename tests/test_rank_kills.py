@@ -6,7 +6,6 @@ docs/scaling.md.
 """
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,10 +18,11 @@ import train
 from model import parallel
 from run import RunFolder
 from tests import distributed_workers as workers
-from tests.conftest import ROOT
+from tests.conftest import ROOT, moments
 from tests.test_sweeps import SHORT_TEACHER
 from tests.test_train import SMALL, timeless
 
+KILLS = int(os.environ.get("SRLM_KILLS", "5"))  # of each run, as far as it lasts
 RUN = [*SMALL, "--steps=16", "--save_every=2", "--eval_every=8", "--batch_size=8", "--name=r"]
 MODES = {
     "sft": ["--mode=sft", "--model=tiny"],
@@ -34,16 +34,16 @@ MODES["grpo"] += ["--sample_tokens=8", "--grpo_minibatches_per_rollout=2"]
 SHARDED = ["--shard=on", "--shard_frozen=on", "--shard_ranks=2"]
 
 
-def rank_main(argv, cwd):
+def rank_main(argv, cwd, main=train.main):
     os.chdir(cwd)
     (cwd / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    code = train.main(["--device=cpu", *argv])
+    code = main(["--device=cpu", *argv])
     parallel.close()
     if code:
         sys.exit(code)
 
 
-def agent_main(argv, cwd, nodes, ranks, port):
+def agent_main(argv, cwd, nodes, ranks, port, main=train.main):
     """One node: torchrun's agent with its ranks, as often restarted as it takes."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(cwd / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -58,7 +58,7 @@ def agent_main(argv, cwd, nodes, ranks, port):
         start_method="fork",
         monitor_interval=0.1,
     )
-    elastic_launch(config, rank_main)(argv, cwd)
+    elastic_launch(config, rank_main)(argv, cwd, main)
 
 
 def start(*arguments):
@@ -102,10 +102,10 @@ def assert_same(got, want, step=16):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_killed_rank_changes_nothing(tmp_path, mode, more, kills=5):
+def test_a_killed_rank_changes_nothing(tmp_path, mode, more, kills=KILLS):
     argv = [*MODES[mode], *more]
     seconds = undisturbed(argv, tmp_path / "whole")
-    rng, cwd, done = random.Random(f"{mode}{more}"), tmp_path / "killed", 0
+    rng, cwd, done = moments(f"{mode}{more}"), tmp_path / "killed", 0
     cwd.mkdir()
     began = time.monotonic()
     port = workers.free_port()
@@ -129,11 +129,11 @@ def test_a_killed_rank_changes_nothing(tmp_path, mode, more, kills=5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["kd", "grpo"])
-def test_a_killed_node_changes_nothing(tmp_path, mode, kills=5):
+def test_a_killed_node_changes_nothing(tmp_path, mode, kills=KILLS):
     """Two agents on loopback; the killed one is started again, as a scheduler does."""
     argv = [*MODES[mode], *(SHARDED if mode == "kd" else [])]
     seconds = undisturbed(argv, tmp_path / "whole")
-    rng, cwd, done = random.Random(mode), tmp_path / "killed", 0
+    rng, cwd, done = moments(mode), tmp_path / "killed", 0
     cwd.mkdir()
     began = time.monotonic()
     arguments = ([*RUN, *argv, "--resume=auto"], cwd, 2, 2, workers.free_port())
@@ -212,7 +212,7 @@ def test_the_command_line_of_torchrun_survives_kills(tmp_path, mode, more, ranks
     argv = [*RUN, *MODES[mode], *more, "--steps=24", "--max_checkpoints=100", "--device=cpu"]
     whole = workers.run(*argv, cwd=tmp_path, ranks=4, timeout=900)
     assert whole.returncode == 0, whole.stderr
-    rng, cwd = random.Random(0), tmp_path / "killed"
+    rng, cwd = moments(mode), tmp_path / "killed"
     cwd.mkdir()
     kinds = ["rank"] * ranks + ["node"] * nodes
     rng.shuffle(kinds)

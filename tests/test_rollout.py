@@ -264,7 +264,7 @@ def tosses(rank=0, world=1, seed=SEED, skip=0):
     data = Prompts()
     decode = SimpleNamespace(decode=lambda ids, **_: str(ids))
     data.formatter = SimpleNamespace(prompt=prompt_of, tokenizer=decode)
-    data.example = lambda position: SimpleNamespace(answer=None, position=position)
+    data.example = lambda position: SimpleNamespace(answer=None, position=position, origin="")
 
     class Tossed(GRPORollouts):
         def generate(self, prompts, seeds):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import shutil
 import signal
 from unittest import mock
 
@@ -303,6 +304,16 @@ def test_resume_auto_begins_a_run_goes_on_with_it_and_is_done(tmp_path, capsys, 
     assert train.main(argv) == 0 and RunFolder("runs/r").steps() == [2, 4]
 
 
+def test_what_a_kill_left_goes_where_nothing_is_saved_any_more():
+    """It came as older checkpoints were to be removed after the last one."""
+    assert train.main([*SFT, "--steps=4"]) == 0
+    folder = RunFolder("runs/r")
+    shutil.copytree(folder.step_folder(2), folder.step_folder(1))
+    (folder.checkpoints / ".draft-old-step-0").mkdir()
+    assert train.main(["--name=r", "--resume"]) == 0
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"step-2", "step-4"}
+
+
 def test_save_best_keeps_the_checkpoint_of_the_best_evaluation(capsys, monkeypatch):
     scores = iter([0.9, 0.2, 0.7, 0.3, 0.1])  # at step 0 nothing is saved
 
@@ -383,8 +394,8 @@ def test_time_left_counts_evaluations_and_checkpoints():
     assert clock.left(step=5, evaluation=2, checkpoint=7) == 30.0
     for every, last in ((3, 10), (5, 10), (0, 10), (20, 10)):
         for step in range(1, last + 1):
-            due = [s for s in range(step, last + 1) if train.due(s, every, last)]
-            assert train.still_due(step, every, last) == len(due)
+            due = [s for s in range(step, last + 1) if runs.due(s, every, last)]
+            assert runs.still_due(step, every, last) == len(due)
 
 
 def test_logs_are_cut_at_lines_not_at_other_separators(tmp_path):

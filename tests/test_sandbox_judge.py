@@ -104,7 +104,7 @@ import time
 last, guess = time.perf_counter(), 0
 def f(x):  # a test that goes on at once was content
     global last, guess
-    guess += 1 + int(1e6 * (time.perf_counter() - last)) % 7
+    guess += 1 + int(1e9 * (time.perf_counter() - last)) % 1000
     last = time.perf_counter()
     return guess
 """,

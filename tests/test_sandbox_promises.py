@@ -147,7 +147,7 @@ calls = dict(
     group_by_ioctl=lambda: fcntl.ioctl(end, 0x8902, struct.pack("i", pid)),
     limit=lambda: resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0)),
     affinity=lambda: os.sched_setaffinity(pid, os.sched_getaffinity(pid)),
-    priority=lambda: os.setpriority(os.PRIO_PROCESS, pid, 5),
+    priority=lambda: os.setpriority(os.PRIO_PROCESS, pid, 19),
     scheduler=lambda: os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0)),
 )
 """

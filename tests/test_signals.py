@@ -1,6 +1,7 @@
 """Signals to stop: what was trained is saved. And runs outside the main thread."""
 
 import fcntl
+import functools
 import os
 import pty
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import termios
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import eval.__main__
 import eval.divergence
 import eval.study.__main__ as study
 import eval.traces
+import options
 import toy_models
 import train
 from eval.study import scheduler
@@ -84,6 +87,14 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(name, sent_at,
     assert timeless(tmp_path / "elsewhere/cut") == timeless(tmp_path / "elsewhere/whole") != []
 
 
+EVALUATIONS = [
+    ("validation loss", "--mode=sft", 1, 0),
+    ("validation loss", "--mode=sft", 5, 2),
+    ("validation", "--mode=sft", 13, 4),
+    ("grading", "--mode=sft", 3, 0),
+    ("teacher and student", "--mode=kd", 5, 2),
+    ("validation", "--mode=grpo", 8, 2),
+]
 HALTS = [
     ("a step", "--mode=sft", 4),
     ("making a batch", "--mode=sft", 14),
@@ -111,6 +122,24 @@ MODES = {
 }
 
 
+@contextmanager
+def signalled(monkeypatch, what, call):
+    """Inside `with`, this process gets a signal at a part of what takes long: [parts so far]."""
+    add, calls = Progress.add, [0]
+
+    def interrupted(self, *done):
+        if self.what == what:  # the thread that makes batches does not touch the count
+            calls[0] += 1
+        if calls[0] == call and self.what == what:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the main thread gets it
+        add(self, *done)
+
+    with monkeypatch.context() as m:
+        m.setattr(Progress, "add", interrupted)
+        yield calls
+
+
 @pytest.mark.parametrize("what,mode,call", HALTS, ids=[f"{w} {m}" for w, m, _ in HALTS])
 def test_a_signal_in_a_step_leaves_it_and_the_run_goes_on_to_the_bit(
     what, mode, call, monkeypatch, capsys, tmp_path
@@ -127,19 +156,8 @@ def test_a_signal_in_a_step_leaves_it_and_the_run_goes_on_to_the_bit(
     if mode == "--mode=grpo":
         argv += ["--grpo_reward=e.py:e"]
     assert train.main([*argv, "--name=whole"]) == 0
-    add, calls = Progress.add, [0]
-
-    def interrupted(self, *done):
-        if self.what == what:  # the thread that makes batches does not touch the count
-            calls[0] += 1
-        if calls[0] == call and self.what == what:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)  # the main thread gets it
-        add(self, *done)
-
-    with monkeypatch.context() as m:
-        m.setattr(Progress, "add", interrupted)
-        capsys.readouterr()
+    capsys.readouterr()
+    with signalled(monkeypatch, what, call) as calls:
         assert train.main([*argv, "--name=cut"]) == 0
     said, (step,) = capsys.readouterr().out, RunFolder("runs/cut").steps()
     assert f"stopped by SIGTERM after step {step}; continue with" in said
@@ -153,39 +171,108 @@ def test_a_signal_in_a_step_leaves_it_and_the_run_goes_on_to_the_bit(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def halted_on_rank_0(argv):
-    """train.main, of which rank 0 alone gets a signal in the midst of a step."""
+@pytest.mark.parametrize(
+    "what,mode,call,at", EVALUATIONS, ids=[f"{w} {m} {a}" for w, m, _, a in EVALUATIONS]
+)
+def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(
+    what, mode, call, at, monkeypatch, capsys, tmp_path
+):
+    argv = [*MODES[mode], "--device=cpu", "--steps=4", "--batch_size=8", "--data=word_problems:20"]
+    argv += ["--micro_batch_tokens=200", "--warmup=0", "--eval_examples=8", "--eval_tokens=5"]
+    argv += ["--eval_every=2", "--save=best"]
+    if mode != "--mode=sft":
+        argv.append("--sample_tokens=12")
+    assert train.main([*argv, "--name=whole"]) == 0
+    capsys.readouterr()
+    with signalled(monkeypatch, what, call) as calls:
+        assert train.main([*argv, "--name=cut"]) == 0
+    assert calls[0] == call  # nothing more was computed
+    assert f"stopped by SIGTERM after step {at}; continue with" in capsys.readouterr().out
+    lines = timeless("runs/cut")
+    assert RunFolder("runs/cut").steps()[-1] == at == max([0, *(line["step"] for line in lines)])
+    with signalled(monkeypatch, what, 1):  # and at once again
+        assert train.main(["--name=cut", "--resume"]) == 0
+    assert timeless("runs/cut") == lines
+    assert train.main(["--name=cut", "--resume"]) == 0
+    assert timeless("runs/cut") == timeless("runs/whole")
+    for name in ("model.safetensors", "trainer/state.json"):
+        found = [RunFolder(f"runs/{n}").step_folder(4) / name for n in ("cut", "whole")]
+        if at < 4 or name != "trainer/state.json":  # the best of that evaluation came later
+            assert found[0].read_bytes() == found[1].read_bytes()
+
+
+def test_a_signal_while_a_cache_is_filled_keeps_what_there_is(monkeypatch, capsys):
+    argv = ["--mode=kd", "--teacher=random:tiny", "--kd_signal=topk", "--data=word_problems:60"]
+    argv += ["--device=cpu", "--steps=1", "--eval_examples=0", "--micro_batch_tokens=400"]
+    assert train.main([*argv, "--kd_cache=whole", "--name=whole"]) == 0
+    capsys.readouterr()
+    with signalled(monkeypatch, "the cache cut", 3) as calls:
+        assert train.main([*argv, "--kd_cache=cut", "--name=cut"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "positions are kept in cut; the same command goes on" in said
+    assert calls == [3] and not Path("runs/cut").exists()
+    with signalled(monkeypatch, "the cache cut", 10**9) as calls:
+        assert train.main([*argv, "--kd_cache=cut", "--name=cut"]) == 0
+    with signalled(monkeypatch, "the cache again", 10**9) as whole:
+        assert train.main([*argv, "--kd_cache=again", "--name=again"]) == 0
+    assert calls[0] == whole[0] - 3
+    found = [{p.name: p.read_bytes() for p in Path(n).iterdir()} for n in ("cut", "whole")]
+    assert found[0] == found[1]
+    assert timeless("runs/cut") == timeless("runs/whole")
+
+
+def halted_on_rank_0(argv, what, call):
+    """train.main, of which rank 0 alone gets a signal in the midst of a step or an evaluation."""
     add, calls = Progress.add, [0]
 
     def interrupted(self, *done):
-        if self.what == ("rollout" if "--mode=grpo" in argv else "a step"):
-            calls[0] += 1
-        if calls[0] == 6 and os.environ["RANK"] == "0":
+        calls[0] += self.what == what
+        if self.what == what and calls[0] == call and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
         add(self, *done)
 
     Progress.add = interrupted
-    return train.main(argv)
+    code = train.main(argv)
+    Path(f"parts-{os.environ['RANK']}").write_text(str(calls[0]))
+    return code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["--mode=sft", "--mode=grpo"])
-def test_a_signal_on_one_of_two_ranks_ends_the_step_of_both(mode, tmp_path):
+@pytest.mark.parametrize(
+    "what,mode,call,more",
+    [
+        ("a step", "--mode=sft", 6, []),
+        ("rollout", "--mode=grpo", 6, []),
+        ("making a batch", "--mode=sft", 19, []),
+        ("validation loss", "--mode=sft", 3, ["--eval_examples=8"]),
+        ("validation", "--mode=sft", 6, ["--eval_examples=8", "--shard=on"]),
+        ("validation loss", "--mode=sft", 2, ["--eval_examples=8", "--shard=on"]),
+        ("a step", "--mode=sft", 6, ["--shard=on"]),
+        ("log-probs", "--mode=grpo", 2, ["--shard=on", "--shard_frozen=on"]),
+        ("rollout", "--mode=grpo", 6, ["--shard=on", "--shard_rollouts=on"]),
+    ],
+)
+def test_a_signal_on_one_of_two_ranks_ends_the_step_of_both(what, mode, call, more, tmp_path):
     (tmp_path / "e.py").write_text(
         "def e(example, completion):\n    return completion.count('e')\n"
     )
     argv = [*MODES[mode], "--steps=4", "--batch_size=16", "--data=word_problems:20", "--warmup=0"]
-    argv += ["--eval_examples=0", "--save_every=0", "--micro_batch_tokens=200"]
+    argv += ["--eval_examples=0", "--save_every=0", "--micro_batch_tokens=200", *more]
+    argv += ["--eval_tokens=5", "--eval_every=2"] * ("--eval_examples=8" in more)
     if mode == "--mode=grpo":
         argv += ["--sample_tokens=12", "--sample_batch=3", "--grpo_reward=e.py:e"]
-    for name, main in (("whole", train.main), ("cut", halted_on_rank_0)):
+    halted = functools.partial(halted_on_rank_0, what=what, call=call)
+    for name, main in (("whole", train.main), ("cut", halted)):
         ended = ranks.run(*argv, f"--name={name}", cwd=tmp_path, ranks=2, main=main)
         assert ended.returncode == 0, ended.stderr
-    (step,) = RunFolder("runs/cut").steps()
+    assert int(Path("parts-0").read_text()) in (call, call + 1)  # nothing more was computed
+    step = RunFolder("runs/cut").steps()[-1]
     assert f"stopped by SIGTERM after step {step}; continue with" in ended.stdout and step < 4
     ended = ranks.run("--name=cut", "--resume", cwd=tmp_path, ranks=2)
     assert ended.returncode == 0, ended.stderr
-    assert timeless("runs/cut") == timeless("runs/whole") and len(timeless("runs/cut")) == 4
+    assert timeless("runs/cut") == timeless("runs/whole")
+    assert max(line["step"] for line in timeless("runs/cut")) == 4
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_run_goes_on(monkeypatch, capsys):
@@ -275,7 +362,8 @@ def test_evaluations_and_studies_end_in_one_line(module, inner, name, monkeypatc
             unwound.append(True)
 
     monkeypatch.setattr(module, inner, busy)
-    monkeypatch.setattr(module, "parse", lambda argv: None)
+    parser = module if hasattr(module, "parse") else options
+    monkeypatch.setattr(parser, "parse", lambda *_: None)
     assert module.main([]) == 130 and unwound
     assert capsys.readouterr().err.strip().endswith("interrupted; the same command goes on")
     assert [signal.getsignal(s) for s in STOP_SIGNALS] == before
@@ -396,5 +484,5 @@ def test_handlers_are_the_main_threads_alone():
 
 def test_a_study_in_a_thread(monkeypatch):
     monkeypatch.setattr(study, "run", lambda args: None)
-    monkeypatch.setattr(study, "parse", lambda argv: None)
+    monkeypatch.setattr(options, "parse", lambda *_: None)
     assert in_a_thread(study.main, []) == 0

@@ -1,5 +1,6 @@
 """Training from a cached top-k is training with the teacher; a wrong cache is refused."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import toy_models
 import train
 from data.batch import Batch, Document, GlobalBatch
 from data.teacher_cache import TeacherCache
-from errors import RunFailed, UserError
+from errors import Halted, RunFailed, UserError
 from files import draft_of
 from kernels.linear_topk import linear_topk_divergence, topk_logprobs
 from losses.kd import DIVERGENCES
@@ -39,7 +40,7 @@ def filled(folder, docs, k=3, cut=2):
         np.arange(rows * k).reshape(rows, k) % 50,
         np.log(np.random.default_rng(1).dirichlet(np.ones(k + 1), rows)),
     )
-    cache.fill((ids[lo : lo + cut], logp[lo : lo + cut]) for lo in range(0, rows, cut))
+    cache.fill(lambda _: ((ids[lo : lo + cut], logp[lo : lo + cut]) for lo in range(0, rows, cut)))
     return cache, ids, logp
 
 
@@ -191,7 +192,7 @@ def test_wrong_uses_are_one_line_before_weights_are_read(tmp_path, monkeypatch, 
             ([topk, new, "--data=word_problems"], "word_problems is endless"),
             ([new], "kd_cache is not read with kd_signal=full"),
             ([topk, f"--kd_cache={other}"], "was made with other"),
-            ([topk, f"--kd_cache={tmp_path / 'file'}"], "cannot be written"),
+            ([topk, f"--kd_cache={tmp_path / 'file'}"], "cannot be made"),
         )
     ):
         argv = [
@@ -240,16 +241,70 @@ def test_nothing_is_left_of_a_filling_that_failed(tmp_path, monkeypatch):
     full = OSError(28, "No space left on device")
     for error, raised in ((full, RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)):
         with pytest.raises(raised):
-            cache.fill(rows(error))
-        assert [p.name for p in (tmp_path / "c").iterdir()] == []
+            cache.fill(lambda _, error=error: rows(error))
+        assert not (tmp_path / "c").exists()
     with pytest.raises(UserError, match="cannot be written"):
-        cache.fill(rows(PermissionError(13, "Permission denied")))
+        cache.fill(lambda _: rows(PermissionError(13, "Permission denied")))
+    (tmp_path / "c").mkdir()
     dead = subprocess.Popen(["true"])
     dead.wait()
     draft = draft_of(tmp_path / "c" / "ids.npy")
     draft.with_name(draft.name.replace(f"-{os.getpid()}.", f"-{dead.pid}.")).write_text("")
     TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     assert [p.name for p in (tmp_path / "c").iterdir()] == []
+
+
+@pytest.mark.parametrize("draws_seed", [None, 0])
+def test_a_filling_that_is_stopped_goes_on_where_it_was(draws_seed, tmp_path):
+    docs, random = documents(), np.random.default_rng(1)
+    open_cache = functools.partial(
+        TeacherCache, documents=docs, teacher="t", k=3, temperature=1.0, vocab=50
+    )
+    rows = open_cache(tmp_path / "none").positions
+    ids = random.integers(50, size=(rows, 3))
+    logp = np.log(random.dirichlet(np.ones(4), rows))[:, : 4 if draws_seed is None else 0]
+    pieces = [(ids[lo : lo + 2], logp[lo : lo + 2]) for lo in range(0, rows, 2)]
+    asked = []
+
+    def topk(done):
+        asked.append(done)
+        return iter(pieces[done:])
+
+    def after(parts):
+        left = [parts]
+
+        def halt():
+            left[0] -= 1
+            if not left[0]:
+                raise Halted("SIGTERM")
+
+        return halt
+
+    def fill(name, halt=lambda: None, tokens=100):
+        cache = open_cache(tmp_path / name, draws_seed=draws_seed)
+        cache.fill(topk, halt, tokens)
+        return cache
+
+    def contents(name):
+        return {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+
+    fill("whole")
+    for parts in (2, 1):
+        with pytest.raises(RunFailed, match=r"^stopped by SIGTERM: \d+ of \d+ positions are kept"):
+            fill("cut", after(parts))
+        assert not open_cache(tmp_path / "cut", draws_seed=draws_seed).complete
+    assert fill("cut").complete
+    assert asked == [0, 0, 2, 3] and contents("cut") == contents("whole")
+
+    asked.clear()
+    for name, tokens, spoil in (("other", 50, 0), ("damaged", 100, 1)):  # begun again
+        with pytest.raises(RunFailed):
+            fill(name, after(2))
+        part = tmp_path / name / "ids.npy.part"
+        part.write_bytes(part.read_bytes()[: -4 * spoil or None])
+        fill(name, tokens=tokens)
+        assert contents(name) == contents("whole")
+    assert asked == [0, 0, 0, 0]
 
 
 def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
@@ -259,7 +314,7 @@ def test_of_two_that_fill_it_the_second_takes_what_is_there(tmp_path):
     (tmp_path / "c" / ".lock").touch()  # as a process leaves it that is killed at the very end
     TeacherCache(tmp_path / "c", docs, "teacher", 3, 1.0, 50)
     assert not (tmp_path / "c" / ".lock").exists()
-    second.fill(iter(()))
+    second.fill(lambda _: ())
     assert second.complete and np.array_equal(second.ids, first.ids)
 
 

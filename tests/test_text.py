@@ -67,6 +67,45 @@ def test_a_merge_at_which_the_library_would_panic_is_one_line(tiny, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_steps_that_would_fill_the_memory_are_one_line(tiny):
+    content = json.loads(tiny.files["tokenizer.json"])
+
+    def loads(**parts):
+        text = json.dumps(content | parts)
+        return Tokenizer(tiny.files | {"tokenizer.json": text.encode()}, "here")
+
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    piece = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [piece] * 9, "pair": []}
+    for part in (
+        {"normalizer": {"type": "Sequence", "normalizers": [double] * 40}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "y" * 20_000}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [byte_level] * 40}},
+        {"post_processor": {"type": "Sequence", "processors": [template] * 9}},
+        {"decoder": {"type": "Sequence", "decoders": [double] * 40}},
+    ):
+        with pytest.raises(UserError, match="here: .*damaged .its steps would make"):
+            loads(**part)
+    quotes = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
+    assert loads(normalizer={"type": "Sequence", "normalizers": [quotes] * 40})
+
+
+def test_an_added_token_without_a_name_is_none_in_a_text(tiny):
+    content = json.loads(tiny.files["tokenizer.json"])
+    content["added_tokens"][0]["content"] = ""
+    files = tiny.files | {"tokenizer.json": json.dumps(content).encode()}
+    assert Tokenizer(files, "here").escape("ab") == "ab"
+
+
+def test_a_control_token_that_others_are_made_of_is_one_line(tiny):
+    settings = json.loads(tiny.files["tokenizer_config.json"]) | {"eos_token": "n"}
+    files = tiny.files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    tokenizer = Tokenizer(files, "here")
+    with pytest.raises(UserError, match="here: a special token is part of other tokens .*`n`"):
+        tokenizer.encode(tokenizer.escape("n"))
+
+
 def test_shared_vocabulary_is_the_common_prefix_and_other_tokenizers_are_refused(tiny):
     def edited(change):
         parts = json.loads(tiny.files["tokenizer.json"])
@@ -219,7 +258,7 @@ def test_every_form_in_every_container(tmp_path, suffix):
     [
         "y = (x << 2) >> 1;",
         "#### Steps\nAdd <<3>> and 4.",
-        "a #### 5",
+        "a#### 5",
         "cout << 1+1=2 >> x;\n#### Heading 5",
         "#### 5\nthat is all",
         "#### five",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from unittest import mock
@@ -158,6 +159,21 @@ def test_an_error_of_one_rank_reaches_the_others():
         raise dist.DistNetworkError("failed to recv, got 0 bytes")  # without a watch, too
 
 
+def test_a_rank_that_torchrun_ends_while_it_looks_for_the_cause_is_not_gone(monkeypatch):
+    told, old = mock.Mock(spec=watch.Watch), signal.signal(signal.SIGTERM, lambda *_: None)
+    told.lost.side_effect = lambda error: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        with mock.patch.object(parallel, "_watch", [told]):
+            with pytest.raises(SystemExit), parallel.telling():
+                raise dist.DistNetworkError("failed to recv, got 0 bytes")
+        told.stop.assert_called_once_with()
+        assert signal.getsignal(signal.SIGTERM) == ours
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def test_a_start_after_another_one_has_a_name_of_its_own():
     """torchrun's store outlives its restarts."""
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -207,9 +223,22 @@ def raising(argv):
     return failing(fail)(argv)
 
 
+def raising_on_a_busy_machine(argv):
+    """It takes long to end, once it has said why."""
+    try:
+        return raising(argv)
+    finally:
+        time.sleep(0.8 * watch.GRACE * parallel.rank())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "main, cause", [(killed, "rank 1 is gone"), (raising, "rank 1: ValueError: odd")]
+    "main, cause",
+    [
+        (killed, "rank 1 is gone"),
+        (raising, "rank 1: ValueError: odd"),
+        (raising_on_a_busy_machine, "rank 1: ValueError: odd"),
+    ],
 )
 @pytest.mark.parametrize("more", [[], ["--shard=on"]])
 def test_the_other_rank_says_why_it_ends(tmp_path, main, cause, more):

@@ -65,9 +65,9 @@ def mbpp(row: dict, origin: str) -> Problem:
             body, trees = ast.parse(row["code"]).body, [ast.parse(test) for test in tests]
     except SyntaxError as error:
         raise UserError(f"{origin}: its code or tests are no Python ({error.msg})") from None
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    names = [node.id for node in nodes if isinstance(node, ast.Name)]
-    defined = set()
+    names, defined = [], set()
+    for tree in trees:
+        names += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined.add(node.name)

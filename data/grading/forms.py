@@ -6,7 +6,7 @@ inequality or interval is Reals, and the others are the classes below.
 """
 
 import re
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from data.grading import values
@@ -78,9 +78,11 @@ def parse(text: str) -> Form:
 
 def _numeral(digits: str, base_name: str) -> Form:
     base = _BASES.get(base_name) or int(base_name)
-    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
+    if not 2 <= base <= 36 or int(max(digits), 36) >= base:
         raise NotUnderstood("digits of another base")
-    return read(digits) if base == 10 else Items(f"{digits.lstrip('0') or '0'}_{base}")
+    if base == 10:
+        return read(digits)
+    return Items(f"{digits.lstrip('0') or '0'}_{base}")
 
 
 def _alternatives(node: Tree) -> Form:
@@ -88,7 +90,7 @@ def _alternatives(node: Tree) -> Form:
     connectors, members = set(), (node,)
     if node.kind == "list":
         connectors, members = set(node.value), node.parts
-    signed = [either for member in members for either in _both_signs(member)]
+    signed = list(chain(*map(_both_signs, members)))
     if len(signed) > MAX_ITEMS:
         raise NotUnderstood("too many")
     forms = tuple(map(_form, signed))
@@ -99,7 +101,9 @@ def _alternatives(node: Tree) -> Form:
         both = combined(all, sets)
         is_union = connectors & {"or", "\\lor"} or both.variable is None
         is_possible = both.begins_inside or both.cuts or connectors & {"and", "\\land"}
-        return combined(any, sets) if is_union or not is_possible else both
+        if is_union or not is_possible:
+            return combined(any, sets)
+        return both
     if connectors & {"\\lor", "\\land"}:
         raise NotUnderstood("logic")
     return Items("list", forms)
@@ -345,10 +349,14 @@ def _same_lists(gold: Items | Tree, answer: Items | Tree) -> bool:
     if not is_set and (gold.kind != answer.kind or len(golds) != len(answers)):
         return False
     for item in golds + answers:
-        counts = [sum(same(item, other) for other in side) for side in (golds, answers)]
-        if 0 in counts or (not is_set and counts[0] != counts[1]):
+        wanted, found = _count(item, golds), _count(item, answers)
+        if not wanted or not found or (not is_set and wanted != found):
             return False
     return True
+
+
+def _count(item: Form, items: tuple[Form, ...]) -> int:
+    return sum(same(item, other) for other in items)
 
 
 def _unordered(form: Items | Tree) -> tuple[Form, ...]:
@@ -378,7 +386,9 @@ def key(form: Form) -> str:
         case Reals(_, begins_inside):
             bounds = list(map(values.key, form.bounds))
             is_pair = form.sides == [1, 0] and not begins_inside  # (1, 2) may be one as well
-            return f"(): {bounds}" if is_pair else f"reals {begins_inside} {bounds} {form.sides}"
+            if is_pair:
+                return f"(): {bounds}"
+            return f"reals {begins_inside} {bounds} {form.sides}"
         case Equation(trees):
             return " and ".join(values.key(tree, scaled=True) for tree in trees) + " = 0"
     assigned = sorted(_assignments(form))

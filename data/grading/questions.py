@@ -29,12 +29,13 @@ def ask(question: str, *texts: str) -> object:
 
 
 def _compare(answer: str, gold: str) -> list[bool]:
+    form = parse(answer)
     try:
-        return [True, same(parse(gold), parse(answer))]
+        return [True, same(parse(gold), form)]
     except TooMuch:
         return [False, False]
     except (NotUnderstood, RecursionError):
-        return [ask("key", answer) is not None, False]
+        return [True, False]
 
 
 def _key(text: str) -> str:

@@ -15,8 +15,8 @@ STABLE = 90  # digits that a value shares with either precision
 MAX_ARGUMENT = 10**4
 # What a question may cost, in microseconds as an operation takes them at these precisions: counted,
 # so that a verdict depends on no clock. The benchmarks' dearest gold answer costs less than half.
-BUDGET = 400_000
-COSTS = {"add": 8, "mul": 10, "div": 8, "factorial": 2000, "binomial": 2000}
+BUDGET = 100_000
+COSTS = {"add": 8, "mul": 10, "div": 8, "factorial": 1000, "binomial": 1000}
 COST = 200  # of any other one
 
 
@@ -27,6 +27,7 @@ def begin() -> None:
     """Give a new question the whole budget; nothing that it costs was paid by the last one."""
     _left[0] = BUDGET
     equal.cache_clear()
+    _function.cache_clear()
 
 
 class TooMuch(NotUnderstood):
@@ -81,20 +82,33 @@ def _unknown_function(name: str, numbers: list) -> Any:
     return inside**3 + inside + _draw(name)
 
 
-def _operation(name: str, numbers: list, is_real: bool) -> Any:
-    mp, x = _mp(), numbers[0]
+def _pay(name: str) -> None:
     _left[0] -= COSTS.get(name, COST)
     if _left[0] < 0:
         raise TooMuch
-    if name in ("floor", "ceil", "factorial", "binomial") and not is_real:
-        raise Undefined
+
+
+def _operation(name: str, numbers: list, is_real: bool) -> Any:
+    mp = _mp()
+    if name not in ("add", "mul", "div"):
+        return _function(name, is_real, mp.prec, *numbers)
+    _pay(name)
     match name:
         case "add":
             return mp.fsum(numbers)
         case "mul":
             return mp.fprod(numbers)
-        case "div":
-            return x / numbers[1]
+    return numbers[0] / numbers[1]
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _function(name: str, is_real: bool, precision: int, *numbers: Any) -> Any:
+    """A dear operation, which the items of a list share."""
+    mp, x = _mp(), numbers[0]
+    _pay(name)
+    if name in ("floor", "ceil", "factorial", "binomial") and not is_real:
+        raise Undefined
+    match name:
         case "pow":
             return _power(*numbers)
         case "abs":
@@ -201,28 +215,31 @@ def equal(a: Tree, b: Tree) -> bool:
     """Whether two expressions have the same value wherever both have one, at enough points."""
     if a == b:
         return True
-    points = _points(a, b)
-    samples = [_sample(difference(a, b), point) for point in points]
-    known = [sample for sample in samples if sample]
-    return len(known) >= min(4, len(points)) and all(sample.is_zero for sample in known)
+    points, known = _points(a, b), 0
+    for point in points:
+        if sample := _sample(difference(a, b), point):
+            known += 1
+            if not sample.is_zero:  # unequal ones, as most are, cost one point
+                return False
+    return known >= min(4, len(points))
 
 
 def proportional(a: Tree, b: Tree) -> bool:
     """Whether a = c · b at all points with one constant c, and neither vanishes."""
     if not symbols(a) or not symbols(b):
         return False
-    quotients = []
+    first, known = None, 0
     for point in _points(a, b):
         x, y = _sample(a, point), _sample(b, point)
         if x is None or y is None or (x.is_zero and y.is_zero):
             continue
         if x.is_zero is not False or y.is_zero is not False:
             return False
-        quotients.append(x.divided_by(y))
-    if len(quotients) < 4:
-        return False
-    first = quotients[0]
-    return all(Sample(first.low - q.low, first.high - q.high).is_zero for q in quotients)
+        quotient = x.divided_by(y)
+        first, known = first or quotient, known + 1
+        if not Sample(first.low - quotient.low, first.high - quotient.high).is_zero:
+            return False
+    return known >= 4
 
 
 # --- votes ----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from errors import RunFailed, UserError, as_command, say  # isort: skip
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import options
@@ -27,7 +26,7 @@ from eval.study.jobs import Job
 from eval.study.plan import ArmJobs
 from eval.study.results import Outcome
 from eval.study.scheduler import failure_file, is_done, places, run_jobs
-from files import reason
+from files import made, reason, resolved
 from locks import Busy, lock
 from options import REQUIRED, option
 from run import handled, interrupt
@@ -55,14 +54,8 @@ class StudyOptions:
     report: bool = option(False, "run nothing, write the report of what is there")
 
 
-def parse(argv: Sequence[str]) -> StudyOptions:
-    """Return the options of a command line. Raises UserError."""
-    return options.parse(StudyOptions, argv)
-
-
 def outcome(out: Path, jobs: ArmJobs) -> Outcome:
     """What one arm with one seed has left behind."""
-
     needed = [*jobs.chain, *jobs.traces, jobs.evals]
     every = [*needed, *filter(None, (jobs.start_evals, jobs.kl))]
     done: dict[Job | None, Path] = {job: job.output(out) for job in every if is_done(out, job)}
@@ -82,14 +75,14 @@ def run(args: StudyOptions) -> None:
     """Run a study, or write the report of what is there of it."""
     study = study_plan.read(args.file, args.seeds, args.arms, args.rehearse, args.plugin)
     name = study.title + ("-rehearsal" if args.rehearse else "")
-    out = Path(args.out or f"studies/{name}").resolve()
+    out = resolved(args.out or f"studies/{name}")
 
     def report() -> str:
         outcomes = {key: outcome(out, jobs) for key, jobs in study.arm_jobs.items()}
         return study_report.write(out, study, outcomes)
 
     if args.report:
-        if not (out / "done").is_dir():
+        if not (out / "logs").is_dir():
             raise UserError(f"--report: there is no study in {out}")
         return say(report())
     study.check_test_sets()
@@ -97,7 +90,7 @@ def run(args: StudyOptions) -> None:
     with contextlib.ExitStack() as stack:
         try:
             for folder in ("runs", "traces", "evals", "kl", "logs", "done"):
-                (out / folder).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(made(out / folder))
             stack.enter_context(lock(out / ".lock"))
         except Busy as e:
             words = "wait for its end, or look at it with --report"
@@ -118,7 +111,7 @@ def run(args: StudyOptions) -> None:
 
 def main(argv: list[str]) -> int:
     with handled(interrupt):
-        return as_command("eval.study", lambda: run(parse(argv)))
+        return as_command("eval.study", lambda: run(options.parse(StudyOptions, argv)))
 
 
 if __name__ == "__main__":

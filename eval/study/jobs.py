@@ -6,15 +6,15 @@ or checkpoint makes a new one.
 
 import dataclasses
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from data.teacher_cache import weights_digest
+from digests import file_sha256, sha256
 from errors import UserError
 from eval.benchmarks import is_file, label
-from files import read_json, replace_file
+from files import Json, read_json, replace_file
 from run import RunFolder, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ class Job:
     """
 
     kind: str
-    options: dict[str, Any]
+    options: Json
     label: str
 
     @property
@@ -45,7 +45,7 @@ class Job:
     def name(self) -> str:
         """Kind (of a run: mode and seed) and a hash of everything that is asked for."""
         identity = sorted((key, _identity(key, value)) for key, value in self.options.items())
-        digest = hashlib.sha256(json.dumps([self.kind, identity]).encode()).hexdigest()
+        digest = sha256(json.dumps([self.kind, identity]))
         prefix = "{mode}-s{seed}".format(**self.options) if self.kind == "train" else self.kind
         return f"{prefix}-{digest[:8]}"
 
@@ -81,7 +81,7 @@ class Job:
         evals = ["--evals", values["evals"], values["reference_evals"]]
         return ["-m", "eval.divergence", checkpoint, values["reference"], *evals, f"--out={output}"]
 
-    def _train_command(self, out: Path, values: dict[str, Any]) -> list[str]:
+    def _train_command(self, out: Path, values: Json) -> list[str]:
         if values.get("kd_cache"):
             draws = values.get("kd_signal") == "draws"  # each seed has draws of its own
             own = f"{values['kd_cache']}-{values['seed']}" if draws else values["kd_cache"]
@@ -96,7 +96,7 @@ class Job:
         return [f"{ROOT}/train.py", "--resume", *place]
 
 
-def flags(options: dict[str, Any]) -> list[str]:
+def flags(options: Json) -> list[str]:
     """{name: value} as arguments of a command line. Raises UserError for a list or a table."""
     for name, value in options.items():
         if isinstance(value, list | dict):
@@ -129,5 +129,5 @@ def fingerprint(value: str) -> str:
     if ".py:" in value:
         path, _, function = value.partition(":")
     if Path(path).is_file():
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() + function
+        return file_sha256(Path(path)) + function
     return weights_digest(path) if any(Path(path).glob("*.safetensors")) else value

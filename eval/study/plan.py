@@ -16,7 +16,7 @@ from errors import UserError
 from eval.benchmarks import find, is_file
 from eval.study.jobs import REFERRING, Job, flags
 from eval.study.schema import Arm, Claim, StudyFile, read_file
-from files import read_head
+from files import read_head, without
 from model.presets import PRESETS
 
 
@@ -98,9 +98,8 @@ def read(
 
 def _evaluation(given: dict) -> Any:
     """The parsed options of an evaluation, whatever its checkpoint is. Raises UserError."""
-    given = {key: value for key, value in given.items() if key != "checkpoint"}
     try:
-        return eval.__main__.parse(["checkpoint", *flags(given)])
+        return eval.__main__.parse(["checkpoint", *flags(without(given, {"checkpoint"}))])
     except UserError as e:
         raise UserError(f"[eval]: {e}") from None
 

@@ -142,15 +142,13 @@ Draw = Callable[[Any, list[str]], None]
 
 def save_panels(path: Path, title: str, draws: list[Draw], shown: list[list[str]]) -> None:
     """Save a picture: what each of `draws` draws into an axis, for the methods of each panel."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     columns = min(3, len(shown))
     padded = [*shown, *[None] * (-len(shown) % columns)]  # each begins a new line of panels
     every = list(itertools.product(draws, padded))
     lines = len(every) // columns
-    figure = Figure(figsize=(6.6 * columns, 4 * lines + 0.4), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    figure, axes = curves.grid_of(lines, columns, 6.6, 4)
     for ax, (draw_one, methods) in zip(axes.flat, every, strict=True):
         if methods is None:
             ax.axis("off")

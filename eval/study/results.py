@@ -76,20 +76,23 @@ class Results:
 
         rate: another rate of samples, as in "pass@8".
         """
-        found = [self.figures[arm, seed][task] for seed in self.done(arm, task)]
-        figures = [figures[rate] for figures in found if rate in figures]
+        figures = []
+        for seed in self.done(arm, task):
+            found = self.figures[arm, seed][task]
+            if rate in found:
+                figures.append(found[rate])
         each = [figure[0] for figure in figures]
-        figure = figures[0] if figures else None
         mean, reach = over_seeds(each)
         if reach:
             figure = [mean, max(0.0, mean - reach), min(1.0, mean + reach)]
-        return {"figure": figure, "each": each, "over": "seeds" if reach else "problems"}
+            return {"figure": figure, "each": each, "over": "seeds"}
+        return {"figure": figures[0] if figures else None, "each": each, "over": "problems"}
 
     def pass_at_k(self, task: str) -> list[str]:
         """["pass@k"] with the largest k of this task's evaluations; [] if no k is above 1."""
-        every = [found[task] for found in self.figures.values() if task in found]
-        names = {name for found in every for name in found if name.startswith("pass@")}
-        return sorted(names, key=lambda name: int(name.removeprefix("pass@")))[-1:]
+        names = set().union(*(found.get(task, ()) for found in self.figures.values()))
+        ks = [int(name[5:]) for name in names if name.startswith("pass@")]
+        return [f"pass@{max(ks)}"] if ks else []
 
     def evaluations(self, arm: str, task: str | None) -> dict[int, Path]:
         """{seed: the evaluation of an arm}."""
@@ -97,30 +100,36 @@ class Results:
 
     def gain(self, arm: str, task: str) -> dict:
         """The accuracy of an arm less that of the model that its chain begins from."""
-        starts = {seed: self.outcomes[arm, seed].start_evals for seed in self.done(arm)}
-        known = {seed: evals for seed, evals in starts.items() if evals}
-        return self.difference(self.evaluations(arm, task), known, task)
+        starts = {}
+        for seed in self.done(arm):
+            start = self.outcomes[arm, seed].start_evals
+            if start:
+                starts[seed] = start
+        return self.difference(self.evaluations(arm, task), starts, task)
 
     def difference(self, ours: dict, theirs: dict, task: str | None) -> dict:
         """The accuracy of evaluations less that of others, {seed: Path} both, seed by seed.
 
         Compared are the problems that all of them have.
         """
-        seeds = [seed for seed in ours if seed in theirs]
-        counts_of = [{seed: _counts(side[seed], task) for seed in seeds} for side in (ours, theirs)]
-        asked = {}
-        for seed in seeds:
-            conditions = _conditions(ours[seed], task), _conditions(theirs[seed], task)
-            asked = asked_differently(*conditions) | asked
-        found = difference(*counts_of) or NOTHING
+        our_counts, their_counts, asked = {}, {}, {}
+        for seed in ours:
+            if seed in theirs:
+                our_counts[seed] = _counts(ours[seed], task)
+                their_counts[seed] = _counts(theirs[seed], task)
+                conditions = _conditions(ours[seed], task), _conditions(theirs[seed], task)
+                asked = asked_differently(*conditions) | asked
+        found = difference(our_counts, their_counts) or NOTHING
         return found | {"asked_differently": asked if found["each"] else {}}
 
     def mean(self, arm: str, measure: Callable[[Outcome], dict[str, float]]) -> dict[str, float]:
         """{name: mean over the seeds that are done}; nan where one of them does not know it."""
         measured = [measure(self.outcomes[arm, seed]) for seed in self.done(arm)]
         found = list(filter(None, measured))
-        names = found[0] if found else ()
-        return {name: statistics.mean(v.get(name, nan) for v in found) for name in names}
+        means = {}
+        for name in found[0] if found else ():
+            means[name] = statistics.mean(values.get(name, nan) for values in found)
+        return means
 
 
 def _summary(evals: Path) -> dict:
@@ -194,8 +203,9 @@ def _verdict(figure, paper):
     if not figure:
         return "-"
     _, low, high = figure
-    sign = (low > 0) - (high < 0)
-    agreement = sign * (1 if paper is None else paper)  # without a number: the claim's own sign
+    agreement = (low > 0) - (high < 0)  # without a number: with the claim's own sign
+    if paper is not None:
+        agreement *= paper
     if not agreement:
         return "not shown"
     return "agrees" if agreement > 0 else "contradicts"
@@ -226,7 +236,7 @@ def collect(results: Results, title: str, claims: list[Claim]) -> dict:
     conditions = {}
     for summary in results.summaries.values():
         own = summary.get("training", ())  # said by `training` for all arms together
-        conditions |= {line: True for line in summary["conditions"] if line not in own}
+        conditions |= dict.fromkeys(line for line in summary["conditions"] if line not in own)
     return {
         "title": title,
         "seeds": results.seeds,

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from data.sandbox.confine import PR_PDEATHSIG, prctl
 from errors import RunFailed, UserError, say
 from eval.study.jobs import ROOT, Job
 from eval.study.plan import Study
 from files import replace_file
 from progress import duration
 from run import RunFolder, StopSignal
+from toy_models import die_with_parent
 
 PROGRESS = 30.0  # seconds between two lines on what is running
 REPORT = 600.0  # seconds between two reports of what is done so far
@@ -111,7 +111,7 @@ class Running:
                         cwd=ROOT,
                         env=os.environ | place | {name: str(n) for name, n in world.items()},
                         start_new_session=True,
-                        preexec_fn=_die_with_parent,
+                        preexec_fn=die_with_parent,
                     )
                 self.processes.append(process)
 
@@ -127,10 +127,6 @@ class Running:
                 stop(self.processes, patience=5)
                 return code
         return None if None in codes else 0
-
-
-def _die_with_parent() -> None:
-    prctl(PR_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(processes: list[subprocess.Popen], patience: float) -> None:
@@ -184,18 +180,13 @@ def run_jobs(
                 del running[job]
                 free.append(process.place)
                 ended += 1
-                if code == 0 and is_complete(out, job):
-                    replace_file(out / "done" / job.name, "")
-                    RunFolder(out / "runs" / job.name).drop_trainer()
+                failure = _end(out, job, process, code)
+                if failure:
+                    failed[job] = failure
+                    tell(f"FAILED {failure.reason}")
+                else:
                     order.done(job)
                     tell(f"{job.label}: {time.monotonic() - process.began:.0f} s")
-                else:
-                    words = last_words(out, job, process.failing)
-                    if code == -signal.SIGKILL:
-                        words = f"killed, as the system does where memory ends; before: {words}"
-                    failed[job] = Failure(code, f"{job.label}: {words}")
-                    replace_file(failure_file(out, job), failed[job].reason)
-                    tell(f"FAILED {failed[job].reason}")
             if running and time.monotonic() - shown > PROGRESS:
                 shown = time.monotonic()
                 tell("; ".join(f"{job.label}: {last_words(out, job)[:60]}" for job in running))
@@ -211,6 +202,20 @@ def run_jobs(
             stop([p for job in running.values() for p in job.processes], patience=600)
     _add_untried(out, todo, failed)
     return list(failed.values())
+
+
+def _end(out: Path, job: Job, process: Running, code: int) -> Failure | None:
+    """Note beside its output how a job has ended; returns how it failed, if it did."""
+    if code == 0 and is_complete(out, job):
+        replace_file(out / "done" / job.name, "")
+        RunFolder(out / "runs" / job.name).drop_trainer()
+        return None
+    words = last_words(out, job, process.failing)
+    if code == -signal.SIGKILL:
+        words = f"killed, as the system does where memory ends; before: {words}"
+    failure = Failure(code, f"{job.label}: {words}")
+    replace_file(failure_file(out, job), failure.reason)
+    return failure
 
 
 def _add_untried(out: Path, todo: list[Job], failed: dict[Job, Failure]) -> None:

@@ -13,7 +13,7 @@ from config import SELF, Config, validate
 from errors import UserError
 from eval.benchmarks import label
 from eval.study.jobs import LISTS, flags
-from files import read_text, reason
+from files import Json, read_text, reason, resolved
 from model.presets import PRESETS
 
 TABLES = dict.fromkeys(("study", "eval", "common", "model", "traces", "run", "arm"), dict)
@@ -89,9 +89,13 @@ class StudyFile:
         self.arms = _tables(Arm, "arm", tables)
         self.claims = [_table(Claim, "[claim]", claim) for claim in tables["claim"]]
         if self.settings.plugin:
-            files = [str(Path(file).resolve()) for file in self.settings.plugin.split(",")]
+            files = [str(resolved(file)) for file in self.settings.plugin.split(",")]
             for given in (self.common, self.eval, *self.traces.values()):
                 given["plugin"] = ",".join(files)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse values that no study can have."""
         seeds = self.settings.seeds
         numbers = all(type(seed) is int and seed >= 0 for seed in seeds)
         if not seeds or not numbers or len(set(seeds)) < len(seeds):
@@ -99,11 +103,11 @@ class StudyFile:
         if self.settings.gpus < 1:
             raise UserError("[study] gpus: a whole number, the GPUs of one run")
         for name, arm in self.arms.items():
-            values = arm.paper.values() if isinstance(arm.paper, dict) else [arm.paper]
-            for value in values:
-                if type(value) not in (int, float) and arm.paper not in ("collapsed", None):
-                    heading = f"[arm.{name}] paper"
-                    raise UserError(f'{heading}: a table of tasks with numbers, or "collapsed"')
+            numbers = arm.paper.values() if isinstance(arm.paper, dict) else [arm.paper]
+            if arm.paper in ("collapsed", None) or all(type(n) in (int, float) for n in numbers):
+                continue
+            heading = f"[arm.{name}] paper"
+            raise UserError(f'{heading}: a table of tasks with numbers, or "collapsed"')
 
     def evaluation(self, arm: Arm) -> dict:
         """The options of an arm's evaluations."""
@@ -211,14 +215,14 @@ def _need_table(heading: str, given: Any) -> None:
         raise UserError(f"{heading}: a table")
 
 
-def _tables(cls: type, kind: str, tables: dict) -> dict[str, Any]:
+def _tables(cls: type, kind: str, tables: dict) -> Json:
     return {name: _table(cls, f"[{kind}.{name}]", given) for name, given in tables[kind].items()}
 
 
 def _table(cls: type, heading: str, given: Any) -> Any:
     """A table as a dataclass. Raises UserError for unknown or missing keys and other types."""
     _need_table(heading, given)
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+    types: Json = {field.name: field.type for field in dataclasses.fields(cls)}
     for key, value in given.items():
         if key not in types:
             raise UserError(f"{heading}: unknown {key!r}; there are {', '.join(types)}")
