@@ -26,6 +26,8 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+# Of a conversation: a template shows every turn with all before it, 5 seconds for so many.
+MOST_MESSAGES = 1000
 LABELS = ("id", "index")  # of a tool call
 CALL_FIELDS = (*LABELS, "type", "function", "name", "arguments")
 FUNCTION_FIELDS = ("name", "arguments", "description")
@@ -55,6 +57,11 @@ def normalise_messages(value: object, name: str = "messages") -> tuple[dict, ...
     if not _is_list_of_dicts(value) or not value:
         error = EmptyRow if is_empty(value) else UserError
         raise error(f"{name!r} must be a list of messages {{role, content}} that is not empty")
+    if len(value) > MOST_MESSAGES:
+        raise UserError(
+            f"{name!r} has {len(value):,} messages; a conversation has at most {MOST_MESSAGES:,}: "
+            "cut it into several rows"
+        )
     result = []
     for number, message in enumerate(value, 1):
         with errors_at(f"message {number}"):

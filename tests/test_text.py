@@ -345,6 +345,7 @@ def test_every_row_of_the_real_gsm8k_is_one(real_data):
         ('{"problem": "a", "reasoning_solution": 3}', "'reasoning_solution'"),
         ('{"text": "a"}', "fit no known form"),
         ('{"messages": []}', "must be a list of messages"),
+        (json.dumps({"messages": [{"role": "user", "content": "x"}] * 1001}), "1,001 messages"),
         ('{"messages": [{"role": "user", "content": 3}]}', "must be a text"),
         ('{"messages": [{"role": "assistant", "content": null}]}', "must be a text"),
         ('{"prompt": "\\ud800 ok"', "not valid JSON"),
