@@ -100,8 +100,9 @@ def _data(cfg: Config, plan: Plan) -> Iterator[str]:
     counts = f"{trained:,} examples trained on" if trained else "endless"
     counts += f", {held:,} for validation{of}, {data.dropped.total():,} dropped"
     yield f"data       {cfg.data}: {counts}"
-    for source, size in zip(data.sources, data.sizes, strict=False):
-        yield f"           {source.path}: {size:,} trained on"
+    if len(data.sources) > 1:
+        for source, size in zip(data.sources, data.sizes, strict=False):
+            yield f"           {source.path}: {size:,} trained on"
     if lacks_marks(data.validation[:LOOKED_AT]):
         yield (
             "           ANSWERS ARE NOT MARKED (`#### 7` or a box): accuracy, and as a reward, "
