@@ -106,7 +106,7 @@ def test_head_runs_on_a_bare_cpu(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     last = command("head", "--dry", "--only-check").splitlines()[-1]
     record = json.loads(last)
-    assert record["right"] and len(record["checks"]) == 13
+    assert record["right"] and len(record["checks"]) == 14
 
 
 @pytest.mark.slow
