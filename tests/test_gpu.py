@@ -235,15 +235,21 @@ def test_rotation_and_store_are_those_of_the_model(device="cuda"):
     assert torch.equal(kv[1, rows, :, slot_B], v) and kv[1].count_nonzero() <= v.numel()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_draws_without_stored_logits(temperature, device="cuda"):
-    """Ids and log-probs beside fp64: the random number lies between the borders of its id."""
+def rows_to_draw(device):
+    """Hidden rows, a head with an id too many, and a random number a row."""
     g = torch.Generator(device).manual_seed(0)
     hidden, head = (
         torch.randn(n, 896, device=device, generator=g).bfloat16() for n in (200, 20_001)
     )
     head = head / 10
     u = torch.rand(200, device=device, generator=g, dtype=torch.float64)
+    return hidden, head, u
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_draws_without_stored_logits(temperature, device="cuda"):
+    """Ids and log-probs beside fp64: the random number lies between the borders of its id."""
+    hidden, head, u = rows_to_draw(device)
     sampler = Sampler(head, 20_000, 200, temperature)
     ids, logp = sampler(hidden, u)
     logits = hidden.double() @ head[:20_000].double().T / (temperature or 1.0)
@@ -260,12 +266,7 @@ def test_draws_without_stored_logits(temperature, device="cuda"):
 @pytest.mark.parametrize("filters", [(0.6, 0, 0.95), (1.0, 50, 1.0), (3.0, 5000, 0.9)], ids=str)
 def test_draws_of_what_top_k_and_top_p_keep(filters, device="cuda"):
     """The ids of the sampler in PyTorch, but for a random number or two at a border."""
-    g = torch.Generator(device).manual_seed(0)
-    hidden, head = (
-        torch.randn(n, 896, device=device, generator=g).bfloat16() for n in (200, 20_001)
-    )
-    head = head / 10
-    u = torch.rand(200, device=device, generator=g, dtype=torch.float64)
+    hidden, head, u = rows_to_draw(device)
     sampler = Sampler(head, 20_000, 200, *filters)
     ids, logp = sampler(hidden, u)
     assert sampler.by_kernel and all(torch.equal(ids, sampler(hidden, u)[0]) for _ in range(20))

@@ -134,6 +134,15 @@ ON_RANKS = {
 }
 
 
+# ranks, how many hold a model together (0: none), what they run
+RUNS = [
+    (world, ranks, case)
+    for world, ranks in [(1, 0), (2, 2), (4, 4), (4, 2), (2, 0)]
+    for case, options in ON_RANKS.items()
+    if ranks or "shard_rollouts" not in options
+]
+
+
 def held_bytes(tensors):
     storages = [sharding.local(x).untyped_storage() for x in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
@@ -255,15 +264,12 @@ def life_main(rank, world, port, case, ranks, results):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc counts what is held")
-@pytest.mark.parametrize("case", ON_RANKS)
-@pytest.mark.parametrize("world, ranks", [(1, 0), (2, 2), (4, 4), (4, 2), (2, 0)])
+@pytest.mark.parametrize("world, ranks, case", RUNS)
 def test_ranks_take_what_the_formulas_say(world, ranks, case):
     """A run at the most: weights, states, copies, shards and all.
 
     On a CPU gloo sums a copy of the gradient, and libraries have buffers (packed matrices).
     """
-    if not ranks and ON_RANKS[case].get("shard_rollouts") == "on":
-        return
     counted, parts, held = workers.spawned(life_main, world, case, ranks)
     ratio = memory.peak(parts, False) / counted
     listed = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
