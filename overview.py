@@ -36,7 +36,7 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
         resumed: The step that it goes on from, or None.
     """
     place = plan.place
-    goes_on = f" (resumed at step {resumed})" if resumed else ""
+    goes_on = "" if resumed is None else f" (resumed at step {resumed})"
     lines = [
         f"{cfg.mode} on {place.world} x {place.device.type}, {plan.dataset.label}: {steps:,} steps "
         f"-> {folder}{goes_on}",

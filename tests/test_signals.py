@@ -192,6 +192,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(
     assert RunFolder("runs/cut").steps()[-1] == at == max([0, *(line["step"] for line in lines)])
     with signalled(monkeypatch, what, 1):  # and at once again
         assert train.main(["--name=cut", "--resume"]) == 0
+    assert f"(resumed at step {at})" in capsys.readouterr().out
     assert timeless("runs/cut") == lines
     assert train.main(["--name=cut", "--resume"]) == 0
     assert timeless("runs/cut") == timeless("runs/whole")
