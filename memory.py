@@ -19,6 +19,7 @@ from config import AVERAGE, Config
 from data.dataset import Dataset
 from errors import UserError
 from kernels import backend
+from kernels.attention import FEW_SCORES
 from kernels.chunk import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from model import parallel
 from model.generate import KEPT_BYTES
@@ -288,6 +289,8 @@ def _activations(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str
     config, cuda = job.student.config, job.place.device.type == "cuda"
     block = size_of(config).block
     saved = tokens * saved_per_token(config, c, cuda)
+    if not cuda and config.num_heads * job.longest**2 <= FEW_SCORES:
+        saved += tokens * c * config.num_heads * job.longest  # the probabilities of attention
     if m > c and not cfg.lora_rank and not shards.policy:
         saved += c * block  # its weights in the compute dtype
     carried = tokens * config.hidden_size * c

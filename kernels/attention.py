@@ -9,6 +9,7 @@ Legend: T packed tokens, H query heads, K key-value heads, E head dimension, B d
 L slots of its longest document, P tokens before it, S = P + L keys.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
+from kernels.cpu import many_small_products
 
 MAX_PADDING = 1 / 4  # a block holds documents at least 3/4 as long as its longest
-FEW_SCORES = 1 << 20  # of a block: 4 MB, which stay in a CPU's cache
+FEW_SCORES = 1 << 20  # 4 MB, which stay in a CPU's cache
 
 
 class Block(NamedTuple):
@@ -54,6 +56,26 @@ def attend_by_products(q_BHLE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_LS: 
     scores_BKGLS = (q_BKRE @ k_BKSE.transpose(2, 3)).unflatten(2, (-1, length))
     p_BKRS = scores_BKGLS.add_(mask_LS).softmax(-1).flatten(2, 3)
     return (p_BKRS @ v_BKSE).unflatten(2, (-1, length)).flatten(1, 2)
+
+
+def fused_attention(
+    q_BHLE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_LS: Tensor | None
+) -> Tensor:
+    """PyTorch's fused attention, which keeps no scores; without a mask it is causal."""
+    with many_small_products():
+        o_BHLE = F.scaled_dot_product_attention(
+            q_BHLE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask_LS,
+            is_causal=mask_LS is None,
+            enable_gqa=q_BHLE.shape[1] != k_BKSE.shape[1],
+        )
+    if o_BHLE.grad_fn:  # and the same around its backward
+        around = contextlib.ExitStack()
+        o_BHLE.grad_fn.register_prehook(lambda _: around.enter_context(many_small_products()))
+        o_BHLE.grad_fn.register_hook(lambda *_: around.close())
+    return o_BHLE
 
 
 class PackedAttention:
@@ -155,22 +177,16 @@ class PackedAttention:
                 past_k, past_v = (x.expand(block.documents, -1, -1, -1) for x in prefix_KPE)
                 k_BKSE, v_BKSE = torch.cat((past_k, k_BKSE), 2), torch.cat((past_v, v_BKSE), 2)
             length, n_keys = q_BHLE.shape[2], k_BKSE.shape[2]
-            few = q_BHLE[..., 0].numel() * n_keys <= FEW_SCORES and not q_BHLE.is_cuda
-            few = few and q_BHLE.dtype.itemsize >= 4  # else the products would round the scores
+            at_once = FEW_SCORES // (q_BHLE.shape[1] * length * n_keys)  # documents
             mask = functools.partial(
                 causal_mask, length, n_keys - length, window, q_BHLE.dtype, q_BHLE.device
             )
-            if few:
-                o_BHLE = attend_by_products(q_BHLE, k_BKSE, v_BKSE, mask())
+            # in less than fp32 the products would round the scores
+            if at_once and not q_BHLE.is_cuda and q_BHLE.dtype.itemsize >= 4:
+                parts = zip(*(x.split(at_once) for x in (q_BHLE, k_BKSE, v_BKSE)), strict=True)
+                o_BHLE = torch.cat([attend_by_products(*part, mask()) for part in parts])
             else:
                 needs_mask = n_keys > length or 0 < window < length
-                o_BHLE = F.scaled_dot_product_attention(
-                    q_BHLE,
-                    k_BKSE,
-                    v_BKSE,
-                    attn_mask=mask() if needs_mask else None,
-                    is_causal=not needs_mask,
-                    enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
-                )
+                o_BHLE = fused_attention(q_BHLE, k_BKSE, v_BKSE, mask() if needs_mask else None)
             outputs.append(o_BHLE.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, slot_T)

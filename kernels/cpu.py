@@ -74,9 +74,24 @@ def fastest_product(like: Tensor, multiplications: int) -> Iterator[None]:
     if multiplications < LEAST_PRODUCT or not uses_onednn(like):
         yield
         return
+    with _products_by("bf16"):
+        yield
+
+
+def many_small_products() -> contextlib.AbstractContextManager[None]:
+    """Inside, products run in PyTorch's default again, whatever `fastest_product` says outside.
+
+    PyTorch's fused attention is made of thousands of them: in oneDNN it takes three to ten times as
+    long (LOG.md).
+    """
+    return _products_by("none")
+
+
+@contextlib.contextmanager
+def _products_by(precision: str) -> Iterator[None]:
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    settings.fp32_precision = precision
     try:
         yield
     finally:
@@ -97,11 +112,8 @@ def onednn_is_exact() -> bool:
     for m, k, n in ((64, 256, 4096), (4, 256, 512), (256, 1024, 256)):
         a, b = (torch.randn(shape, generator=generator) for shape in ((m, k), (k, n)))
         exact = a.double() @ b.double()
-        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        before = settings.fp32_precision
-        settings.fp32_precision = "bf16"
-        error = (a @ b - exact).abs().max() / exact.abs().max()
-        settings.fp32_precision = before
+        with _products_by("bf16"):
+            error = (a @ b - exact).abs().max() / exact.abs().max()
         if error > EXACT:
             return False
     return True

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cpu
+from kernels import attention, cpu
 from kernels.chunk import CHUNK_ELEMENTS, default_chunk_rows, product, softmax
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
@@ -39,6 +40,28 @@ def test_the_setting_is_restored():
     assert settings.fp32_precision == before
     with cpu.fastest_product(torch.empty(1, dtype=torch.float64), cpu.LEAST_PRODUCT):
         assert settings.fp32_precision == before
+
+
+def test_fused_attention_is_computed_by_the_default_library(monkeypatch):
+    """It is made of small products. Everything around it, backward too, has what was chosen."""
+    settings, seen = torch.backends.mkldnn.matmul, {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.setdefault(op.name(), set()).add(settings.fp32_precision)
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(cpu, "uses_onednn", lambda like: True)
+    q, k, v = (torch.randn(90, h, 8, requires_grad=True) for h in (4, 2, 2))
+    before = settings.fp32_precision
+    with Watch(), cpu.fastest_product(q, cpu.LEAST_PRODUCT):
+        for few, window in ((0, 0), (0, 9), (1 << 20, 0)):
+            monkeypatch.setattr(attention, "FEW_SCORES", few)
+            attention.PackedAttention([50, 40])(0, q * 2, k * 2, v, window).sum().backward()
+    fused = {n: found for n, found in seen.items() if "attention" in n}
+    assert len(fused) == 2 and set.union(*fused.values()) == {"none"}, fused
+    assert seen["aten::bmm"] == seen["aten::mul.Tensor"] == {"bf16"}
+    assert settings.fp32_precision == before
 
 
 def test_onednn_is_refused_where_it_rounds(fresh_choice, monkeypatch):
