@@ -103,7 +103,7 @@ def test_a_step_takes_what_the_formulas_say(case):
     policy.zero_grad()
     _, _, counted = allocations(lambda: step(docs))
     vocab = 1500 if frozen else shape.vocab_size
-    job = memory.Job(named(shape), [named(TEACHER)] * len(frozen), None, place(), vocab)
+    job = memory.Job(named(shape), [named(TEACHER)] * len(frozen), None, place(), vocab, longest=64)
     parts = memory.needs(cfg, job, memory.Shards(1, False, False), tokens)
     there = ("weights", "teacher", "AdamW")  # before the step
     said = memory.peak(parts, False) - sum(parts.get(name, 0) for name in there)
