@@ -179,7 +179,7 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
     An evaluation has a mark for each time, and an accuracy the interval that its number of problems
     gives; what every step measures is a thin line behind its mean. style: color, ls, marker, label.
     """
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     x, y, bounds = [], [], []
     for line, place in zip(metrics, progress(metrics)[against], strict=True):
@@ -205,6 +205,8 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
     axis = next(axis for pattern, axis in SHOWN.items() if re.fullmatch(pattern, name))
     ax.set(title=name, ylabel=textwrap.fill(axis, 34))
     ax.set_xlabel(AXES[against])
+    if against == "step":  # of which there are no halves
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if against == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter())
 

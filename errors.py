@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
+from signals import INTERRUPTED, Interrupt, handled
+
 # Where the store of the ranks is gone, torch would write pages of C++ frames behind the one line
 # that says so. It reads this as it is imported: after this module.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -64,7 +66,7 @@ def say(text: object, file: TextIO | None = None) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     shown = str(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(shown, file=stream, flush=True)
+        print(f"{shown}\n", end="", file=stream, flush=True)  # one write: ranks share the terminal
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # also what is still to be flushed when Python ends
@@ -75,31 +77,45 @@ def as_command(
     name: str,
     run: Callable[[], None],
     interrupted: str = "interrupted; the same command goes on",
-    speaks: Callable[[str, bool], bool] = lambda line, is_own: True,
+    speaks: Callable[[str, bool], bool] | None = None,
 ) -> int:
     """Call run() as the body of the command `name`. Returns the exit code.
 
-    What the user can fix, what failed, and what the operating system refused become one line on
-    standard error. speaks: whether this process says a line that other ranks may have met, too;
-    is_own: what failed or was refused is perhaps this one's alone.
+    What the user can fix, what failed, what the operating system refused, and a signal to stop
+    become one line on standard error. speaks: whether this process says a line that other ranks may
+    have met, too; is_own: what failed or was refused is perhaps this one's alone. None: a command
+    of one process.
     """
+
+    def tell(text: object, is_own: bool = False) -> None:
+        one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
+        if not speaks or speaks(one_line, is_own):
+            say(f"{name}: {one_line}", sys.stderr)
+
     is_own = False
-    try:
-        run()
-        return 0
-    except UserError as e:
-        code, text = 2, e
-    except RunFailed as e:
-        code, text, is_own = 1, e, True
-    except OSError as e:
-        text, is_own = system_error(e), True
-        code = 2 if isinstance(text, UserError) else 1
-    except KeyboardInterrupt:
-        code, text = 130, interrupted
-    one_line = " ".join(str(text).splitlines())  # what is quoted from a file may hold several
-    if speaks(one_line, is_own):
-        say(f"{name}: {one_line}", sys.stderr)
-    return code
+    with handled(Interrupt(lambda: tell(interrupted))):
+        try:
+            if not speaks:
+                _refuse_ranks(name)
+            run()
+            return 0
+        except UserError as e:
+            code, text = 2, e
+        except RunFailed as e:
+            code, text, is_own = 1, e, True
+        except OSError as e:
+            text, is_own = system_error(e), True
+            code = 2 if isinstance(text, UserError) else 1
+        except KeyboardInterrupt:
+            code, text = INTERRUPTED, interrupted
+        tell(text, is_own)
+        return code
+
+
+def _refuse_ranks(name: str) -> None:
+    """Raise UserError where torchrun has started several: each would do the whole work."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"this is a command of one process; start it with python -m {name}")
 
 
 def _uncaught(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:

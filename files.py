@@ -7,7 +7,9 @@ import errno
 import glob
 import json
 import os
+import shutil
 import socket
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,7 +103,7 @@ def explain(content: bytes, expected: str = "text") -> str | None:
     if len(content) < HEAD and (start.startswith(REPLIES) or _is_error_object(start)):
         said = start.splitlines()[0][:60].decode("utf-8", "replace")
         return f"is a server's refusal ({said}), not the file: download it again"
-    if not any(content):
+    if not content.strip(b"\0"):
         return "holds only zero bytes: the download or a copy was cut off; fetch it again"
     for begin, kind, words in MAGIC:
         if content.startswith(begin):
@@ -162,12 +164,24 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} {wrong}")
 
 
+def check_is_folder(path: Path) -> None:
+    """Raise UserError if something else than a folder is there, or a link that leads nowhere."""
+    if not path.is_dir() and (path.is_symlink() or path.exists()):
+        raise UserError(f"{path} is neither a folder nor a link to one; move it away")
+
+
 def is_there(path: Path) -> bool:
     """Whether there is a file. Raises UserError if there is something else than a file."""
-    if not path.exists():
-        return False
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):  # one look: it may go at any time
+            return True
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return False
+    except OSError:
+        pass  # said below
     check_file(path)
-    return True
+    return False
 
 
 def resolved(path: str | Path) -> Path:
@@ -417,6 +431,14 @@ def check_place(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
+def check_folder(option: str, folder: str | Path) -> None:
+    """Raise UserError if a folder that is wanted later cannot be made."""
+    try:
+        check_place(Path(folder))
+    except OSError as e:
+        raise UserError(f"{option} {folder} cannot be made ({reason(e)})") from None
+
+
 def draft_of(path: Path) -> Path:
     """Where this process writes what becomes `path` when it is complete.
 
@@ -428,7 +450,10 @@ def draft_of(path: Path) -> Path:
         try:
             os.kill(int(left.stem.removeprefix(start)), 0)
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
+            if left.is_dir():  # of an export
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         except (OSError, ValueError, OverflowError):
             continue  # of another user, or of a host whose name only begins like this one's
     return path.with_name(f"{start}{os.getpid()}.draft")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from errors import UserError, say
-from files import reason, this_host
+from files import HEAD, is_there, reason, this_host
 
 ASK = 1.0  # seconds between two looks at a lock that another process holds
 SAY = 30.0  # seconds between two lines that say so
@@ -44,8 +44,9 @@ def lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path` inside `with`; it is removed behind that.
 
     On a file system without locks it stays, empty. Raises Busy if another process has it, OSError
-    if it cannot be made.
+    or UserError if it cannot be made.
     """
+    is_there(path)
     while True:
         with open(path, "a+", encoding="utf-8") as file:  # not "w": it may say who holds it
             try:
@@ -152,7 +153,8 @@ def _holder(path: Path) -> Holder | None:
     if not path.is_file():  # a pipe would be waited for
         return None
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read(HEAD).splitlines()
     except OSError:
         return None
     if len(lines) < 2 or not _is_number(lines[0]):

@@ -364,7 +364,7 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
             if not equals and shape.kind is bool and shape.size is None:
                 has_value = words and words[0].lower() in (*SWITCH, *_rules(spec).also, "none")
                 equals, value = "=", words.pop(0) if has_value else "true"
-            elif not equals and words and not shape.size:
+            elif not equals and words and not shape.size and not _is_option(cls, words[0]):
                 equals, value = "=", words.pop(0)
             if value == "None":
                 continue
@@ -373,6 +373,13 @@ def _normalize(cls: Cls, argv: Words) -> list[str]:
             raise UserError(f"{word}: -- is no value")
         normal.append(word)
     return normal
+
+
+def _is_option(cls: Cls, word: str) -> bool:
+    """Whether a word of a command line is an option, and no value of the one before it."""
+    name = word[2:].partition("=")[0].replace("-", "_")
+    names = {"config", "help", *(rules.alias for rules in map(_rules, fields(cls)))}
+    return word.startswith("--") and name in names.union(cls.__dataclass_fields__)
 
 
 def _find(cls: Cls, name: str, source: str) -> Field:
@@ -482,7 +489,7 @@ def _check_choice(spec: Field, value: str, source: str) -> None:
     hint = "did you mean {}?" if len(choices) > FEW else f"did you mean {{}}? There are {every}"
     near = _nearest(value, choices, hint, f"choose from {every}")
     name, _, number = value.partition(":")
-    if rules.counted and name in choices:
+    if rules.counted and (name in choices or name.endswith(rules.files or "/")):
         near = f"write {name} and --{rules.counted} {number}"
     elif rules.files and Path(value).suffix:
         near = f"a file ends in {', '.join(rules.files)}"

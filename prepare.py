@@ -23,7 +23,7 @@ from data.record import training_record
 from data.teacher_cache import TeacherCache, weights_digest
 from data.tokenizer import Tokenizer, parse_template_kwargs
 from errors import UserError, say
-from files import check_place, reason
+from files import check_folder
 from kernels.cpu import choose_threads
 from kernels.divergences import DIVERGENCES
 from losses.grpo import VARIANTS
@@ -139,6 +139,8 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
             f"--kd_topk {cfg.kd_topk:,} is more than the {vocab_size:,} ids that the models share; "
             "--kd_signal full takes all of them"
         )
+    if (Path(cfg.runs) / "checkpoints").is_dir():
+        raise UserError(f"--runs {cfg.runs} is a run; name the folder that it is in, and a --name")
     for option, folder in (("--runs", cfg.runs), ("--kd_cache", cfg.kd_cache)):
         parallel.on_rank_0(place.rank, functools.partial(check_folder, option, folder))
     is_filled = (Path(cfg.kd_cache) / "cache.json").is_file
@@ -174,14 +176,6 @@ def setup(cfg: Config, at_most_a_tenth: bool = False) -> Plan:
     )
 
 
-def check_folder(option: str, folder: str) -> None:
-    """Raise UserError if a folder that is wanted later cannot be made."""
-    try:
-        check_place(Path(folder))
-    except OSError as e:
-        raise UserError(f"{option} {folder} cannot be made ({reason(e)})") from None
-
-
 def rehearse(cfg: Config, plan: Plan) -> None:
     """Call what is the user's own once, on the first row or on small numbers.
 
@@ -198,9 +192,15 @@ def rehearse(cfg: Config, plan: Plan) -> None:
     ]
     for option, table, function, given in calls:
         name = getattr(cfg, option)
-        shape = tuple(np.shape(function(*given))) if name in table.added else (2,)
-        if shape != (2,):
-            raise UserError(f"--{option} {name}: of two rows it returns {list(shape)}, not [2]")
+        if name not in table.added:
+            continue
+        found = torch.as_tensor(function(*given))
+        if found.shape != (2,):
+            raise UserError(
+                f"--{option} {name}: of two rows it returns {list(found.shape)}, not [2]"
+            )
+        if not found.isfinite().all():
+            raise UserError(f"--{option} {name}: of two rows it returns what is not finite")
 
 
 def has_teacher(cfg: Config) -> bool:

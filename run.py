@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,8 +27,19 @@ import torch
 from safetensors import SafetensorError
 
 from digests import SUMS, seal, verify
-from errors import Halted, RunFailed, UserError, say
-from files import Json, flush, is_there, made, read_json, reason, replace_file, resolved, write_json
+from errors import Halted, RunFailed, UserError, say, system_error
+from files import (
+    Json,
+    check_is_folder,
+    flush,
+    is_there,
+    made,
+    read_json,
+    reason,
+    replace_file,
+    resolved,
+    write_json,
+)
 from locks import Busy, lock, unused
 from model import parallel
 from model.checkpoint import open_tensors, save_tensors
@@ -38,6 +48,7 @@ from model.sharding import fill, is_sharded, load_shards, local, save_shards
 from model.state import check_names, check_tensors, check_values, read_state, updates
 from model.transformer import Transformer
 from progress import duration
+from signals import handled
 from tracking import Tracker
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -57,9 +68,17 @@ class RunFolder:
         self.best: int | None = None  # the step of a checkpoint that is never removed
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first."""
-        names = (path.name for path in self.checkpoints.glob("step-*"))
-        return sorted(int(name[5:]) for name in names if STEP.fullmatch(name))
+        """Return the steps of the complete checkpoints, oldest first.
+
+        Raises UserError where one is to be found and something else than a folder is there.
+        """
+        steps = []
+        check_is_folder(self.checkpoints)
+        for name in os.listdir(self.checkpoints) if self.checkpoints.is_dir() else ():
+            if STEP.fullmatch(name):
+                check_is_folder(self.checkpoints / name)
+                steps.append(int(name[5:]))
+        return sorted(steps)
 
     def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -277,7 +296,8 @@ def open_run(
                     ) from None
                 except OSError as e:
                     raise UserError(
-                        f"--runs {runs}: {path} cannot be made or opened ({reason(e)})"
+                        f"--runs {runs}: {e.filename or path} cannot be made or opened "
+                        f"({reason(e)})"
                     ) from None
             taken = Path(runs) / names[-1]
             raise UserError(
@@ -299,7 +319,7 @@ def _claim(
     Raises FileExistsError if another run has it, Busy if one is using it.
     """
     if resume == "auto":
-        resume = (path / "config.json").is_file()
+        resume = os.path.lexists(path / "config.json")
     if not resume:
         if has_output(path):
             raise FileExistsError
@@ -332,11 +352,12 @@ def stored_config(runs: str, name: str, optional: bool = False) -> Json:
     optional: return {} where there is none. Raises UserError.
     """
     path = Path(runs) / name
-    if optional and not (path / "config.json").exists():
+    has_config = os.path.lexists(path / "config.json")
+    if optional and not has_config:
         return {}
     if not path.exists():
         raise UserError(f"--resume: there is no run {path}")
-    if not (path / "config.json").is_file():
+    if not has_config:
         raise UserError(
             f"--resume: {path} has no config.json to go on with; if nothing was trained there, "
             "begin again without --resume"
@@ -387,37 +408,6 @@ def resume_command(runs: str, name: str) -> str:
 
 
 # --- signals -------------------------------------------------------------------------------------
-# Sent by Ctrl-C (INT), a user or a cluster (TERM), a closing terminal (HUP), a scheduler before the
-# time is up (Slurm's --signal sends USR1 or USR2 by habit, a processor limit XCPU).
-STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
-
-
-@contextmanager
-def handled(handler: Callable[..., Any]) -> Iterator[None]:
-    """Let `handler` get the STOP_SIGNALS inside `with`.
-
-    Signals that are ignored (HUP under nohup) or handled outside Python stay as they are. Only the
-    main thread may have handlers: elsewhere (wandb.agent, Ray, notebooks) nothing changes.
-    """
-    before = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    before[number] = signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
 class StopSignal:
     """Notes a signal to stop inside `with`; the loop saves and leaves between two steps.
 
@@ -450,11 +440,6 @@ class StopSignal:
 
     def __exit__(self, *exception: Any) -> None:
         self.handlers.__exit__(*exception)
-
-
-def interrupt(number: int, frame: Any = None) -> None:
-    """Handle a signal as Ctrl-C: `finally` clauses run, and `as_command` says how to go on."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 # --- logs ----------------------------------------------------------------------------------------
@@ -644,7 +629,7 @@ def cut_back(path: Path, step: int | None) -> None:
             say(f"{path}: {damaged} damaged lines are kept, and passed over")
         os.truncate(path, end)
     except OSError as e:
-        raise RunFailed(f"{path} could not be cut back ({reason(e)})") from None
+        raise system_error(e, f"{path} could not be cut back") from None
 
 
 def _json_object(line: bytes) -> Json:

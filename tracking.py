@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, say
-from files import Json, reason, replace_file
+from files import Json, decode_text, is_there, read_head, reason, replace_file
 
 SHOWN = 32  # samples of a table
 TOKENS = "train/tokens"  # the axis of evaluations: runs of other modes are comparable over it
@@ -62,8 +62,8 @@ class Tracker:
 
         id_file = self.folder / "wandb_id"
         run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        if id_file.exists():
-            run_id = id_file.read_text()
+        if is_there(id_file):
+            run_id = decode_text(read_head(id_file), str(id_file)).strip()
         replace_file(id_file, run_id)
         tags = [tag.strip() for tag in config["wandb_tags"].split(",") if tag.strip()]
         run = wandb.init(

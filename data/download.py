@@ -19,7 +19,7 @@ from pathlib import Path
 import options
 from data.formats import read_rows
 from digests import file_sha256
-from files import made, reason
+from files import check_folder, made, reason
 from options import REQUIRED, option
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -164,6 +164,7 @@ class DownloadOptions:
 
 def run(args: DownloadOptions) -> None:
     """Fetch every set that is named."""
+    check_folder("--to", args.to)
     for name in args.names:
         fetch(name, args.to, say=print)
 

@@ -327,7 +327,7 @@ def _read_question(columns: dict) -> Form:
         raise error(
             f"columns {sorted(columns)} fit no known form (question, problem, prompt, query or "
             "instruction, alone or with completion, response, output, solution or answer; "
-            "messages; conversations; HumanEval, MBPP)"
+            "messages; conversations; HumanEval, MBPP); rename them"
         )
     _need_same(asked, columns, "question")
     prompt = _prompt(columns, asked[0])

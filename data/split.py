@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.download import SETS
 from data.formats import SUFFIXES, unread_columns
 from data.tasks import TASKS, Example
 from errors import UserError
@@ -87,6 +88,8 @@ def find_file(name: str, option: str = "--data") -> Path:
         if path.suffix not in SUFFIXES:
             raise UserError(f"{option} {name}: a data file ends in {', '.join(SUFFIXES)}")
         return path
+    if "://" in name:
+        raise UserError(f"{option} {name} is an address; download the file and name that")
     owner, *rest = name.split("/")
     if len(rest) >= 2 and path.suffix in SUFFIXES and owner not in ("", ".", "..", "~"):
         from huggingface_hub import hf_hub_download
@@ -98,7 +101,11 @@ def find_file(name: str, option: str = "--data") -> Path:
             problem = f"neither a local file nor a hub dataset file ({type(e).__name__})"
             raise UserError(f"{option} {name}: {problem}") from None
     tasks = ", ".join(task for task in TASKS if TASKS[task].make)
-    raise UserError(f"{option} {name}: no such file or folder, and no task of that name ({tasks})")
+    known = rest[-1] if rest else owner
+    fetched = f"; python -m data.download {known} fetches it as files" if known in SETS else ""
+    raise UserError(
+        f"{option} {name}: no such file or folder, and no task of that name ({tasks}){fetched}"
+    )
 
 
 def _file_of_folder(folder: Path, option: str) -> Path:

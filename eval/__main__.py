@@ -10,7 +10,6 @@ interrupted. More GPUs: torchrun --standalone --nproc_per_node=8 -m eval … (--
 
 from errors import UserError, as_command, say, system_error  # isort: skip
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -38,7 +37,6 @@ from model import parallel
 from model.load import Subject, find
 from options import REQUIRED, option, turned_round
 from plugins import digests
-from run import handled, interrupt
 
 PATIENCE = 7 * 24 * 3600.0  # seconds for which a rank waits for one whose answers are longer
 
@@ -303,11 +301,8 @@ def run(argv: list[str]) -> None:
     """The body of the command. Raises UserError and RunFailed."""
     try:
         args = parse(argv)
-        # a rank that waits for another runs no Python handler: the signal itself has to end it
-        is_alone = parallel.place().world == 1
-        with handled(interrupt) if is_alone else contextlib.nullcontext():
-            with parallel.telling():
-                evaluate(args)
+        with parallel.telling():
+            evaluate(args)
     except OSError as e:  # a file that cannot be read
         raise system_error(e, more="; the same command goes on") from None
 

@@ -15,6 +15,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -29,12 +30,22 @@ from config import Config
 from eval import summary
 from eval.stats import Counts, difference, over_seeds
 from eval.tables import cell, comparison_table, cost_cells, markdown, points, table
-from files import LARGEST, Fields, Json, made, read_json, replace_file, resolved, without
+from files import (
+    LARGEST,
+    Fields,
+    Json,
+    check_file,
+    made,
+    read_json,
+    replace_file,
+    resolved,
+    without,
+)
 from locks import is_held
 from model.lineage import PROMPT_OPTIONS
 from model.load import Checkpoint, read_config
 from options import REQUIRED, option
-from run import RunFolder, handled, interrupt, read_lines, run_of
+from run import RunFolder, read_lines, run_of
 
 # Options that say where a run is and not what it is.
 PLACES = ("runs", "name", "resume", "dry_run")
@@ -111,8 +122,9 @@ def read_run(path: Path, label: str, evals: Sequence[str]) -> Run:
     before, at = run_of(path), None
     if before and path.is_dir() and path.name.removeprefix("step-").isdecimal():
         path, at = before, int(path.name[5:])
-    if not (path / "config.json").is_file():
+    if not os.path.lexists(path / "config.json"):
         raise UserError(f"{path} is no run: it has no config.json; name a folder, as in runs/NAME")
+    check_file(path / "config.json")
     metrics = _read_metrics(path / "metrics.jsonl")
     metrics = [line for line in metrics if at is None or line["step"] <= at]
     if not metrics:
@@ -414,6 +426,9 @@ def compare(args: CompareOptions) -> None:
         raise UserError("name two runs or more, as in runs/a runs/b")
     if len({resolved(name) for name in args.runs}) < len(args.runs):
         raise UserError("a run is named twice; it would count as two of one seed")
+    missing = [folder for folder in args.evals if not Path(folder).is_dir()]
+    if missing and args.evals != CompareOptions.evals:
+        raise UserError(f"--evals {missing[0]} is no folder; name an --out of python -m eval")
     names, runs = [], []
     for name in args.runs:
         before, last = run_of(name), resolved(name).name
@@ -448,10 +463,9 @@ def compare(args: CompareOptions) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    with handled(interrupt):
-        return as_command(
-            "eval.compare", lambda: compare(options.parse(CompareOptions, argv)), "interrupted"
-        )
+    return as_command(
+        "eval.compare", lambda: compare(options.parse(CompareOptions, argv)), "interrupted"
+    )
 
 
 if __name__ == "__main__":

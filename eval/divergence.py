@@ -27,10 +27,9 @@ from data.tasks import Example
 from data.tokenizer import shared_vocabulary
 from digests import sha256
 from eval.summary import Samples, read_about
-from files import check_place, made, replace_file
+from files import check_folder, made, replace_file
 from model.load import Subject, find
 from options import REQUIRED, option
-from run import handled, interrupt
 from validation import compare
 
 
@@ -126,10 +125,7 @@ def run(args: DivergenceOptions) -> None:
                 "and an answer holds another"
             )
     out = Path(args.out)
-    try:
-        check_place(out.parent)  # before the work
-    except OSError as e:
-        raise UserError(f"--out {args.out}: {e.strerror}") from None
+    check_folder("--out", out.parent)  # before the work
     model, teacher, means = checkpoint.model(), reference.model(), {}
     for name, batch in batches.items():
         sums = compare(model, teacher, batch, vocab, micro_batch_tokens=8192)
@@ -149,8 +145,7 @@ def run(args: DivergenceOptions) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    with handled(interrupt):
-        return as_command("eval.divergence", lambda: run(options.parse(DivergenceOptions, argv)))
+    return as_command("eval.divergence", lambda: run(options.parse(DivergenceOptions, argv)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from model.load import Subject, find
 from model.transformer import Transformer
 from options import REQUIRED, option
 from plugins import digests
-from run import environment, handled, interrupt
+from run import environment
 
 # Columns that say in a form of their own what a trace's messages and answer say.
 REPLACED = frozenset(
@@ -269,8 +269,7 @@ def _make(args: TraceOptions, request: Request, examples: list[Example]) -> None
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    with handled(interrupt):
-        return as_command("eval.traces", lambda: run(parse(argv)))
+    return as_command("eval.traces", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ MOST_IDS = 1 << 24  # of a vocabulary
 # --- where a checkpoint is ----------------------------------------------------------------
 
 
+def _meant(name: str, option: str) -> str:
+    """What to name in place of a folder that is not there."""
+    run, siblings = Path("runs", name), sorted(Path(name).parent.glob("step-*"))
+    if run.is_dir():
+        return f"did you mean {run}?"
+    if siblings:
+        return f"there are {', '.join(map(str, siblings))}"
+    if option.startswith("--"):
+        return f"presets are {', '.join(PRESETS)}"
+    return "name a checkpoint's folder, a run's or a hub id, several with spaces between them"
+
+
 def locate(name: str, option: str) -> Path | None:
     """The folder of a checkpoint or a PEFT adapter, downloaded if `name` is a hub id.
 
@@ -61,9 +73,7 @@ def locate(name: str, option: str) -> Path | None:
         raise UserError(f"{option} {name} is a file; name the folder that it is in")
     local = folder.exists() or name.startswith(("runs/", "checkpoints/"))
     if local or not HUB_ID.fullmatch(name):
-        run = Path("runs", name)
-        hint = f"did you mean {run}?" if run.is_dir() else f"presets are {', '.join(PRESETS)}"
-        raise UserError(f"{option} {name}: no such folder; {hint}")
+        raise UserError(f"{option} {name}: no such folder; {_meant(name, option)}")
     from huggingface_hub import snapshot_download
 
     try:

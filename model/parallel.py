@@ -29,6 +29,7 @@ from files import reason
 from kernels import backend
 from model.places import Place, place
 from model.watch import Cause, Watch
+from signals import Listener
 
 BUCKET_ELEMENTS = 64 << 20
 MEETING = 300.0  # seconds for which a process waits for the others to start
@@ -148,6 +149,9 @@ _said: set[str] = set()  # notes are printed once per process
 
 
 def _join(here: Place, engine: str, patience: float | None) -> None:
+    if threading.current_thread() is threading.main_thread():
+        _listener[:] = [Listener()]
+        _listener[0].start()
     waits = (
         f"rank {here.rank} waits for the other {here.world - 1} of WORLD_SIZE={here.world} "
         f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -207,6 +211,7 @@ def _name_of_start(store: Any, here: Place) -> str:
 
 _watch: list[Watch] = []  # of a group that has no patience of its own
 _store: list[Any] = []  # of the group
+_listener: list[Listener] = []
 
 
 @contextmanager
@@ -442,8 +447,10 @@ def close() -> None:
     """Leave the process group."""
     for watch in _watch:
         watch.stop()
-    _watch.clear()
-    _store.clear()
+    for listener in _listener:
+        listener.stop()
+    for held in (_watch, _store, _listener):
+        held.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     _actions.clear()

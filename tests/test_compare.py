@@ -292,6 +292,7 @@ def test_curves_lie_where_their_data_is(tmp_path):
         at_end = [y / 100 for x, y in band.get_paths()[0].vertices if x == ends]
         assert (min(at_end), max(at_end)) == pytest.approx(wilson(6, 10))
         assert "%" in ax.get_ylabel() and ax.get_ylim() == (0, 100)
+        assert against != "step" or all(tick == int(tick) for tick in ax.get_xticks())
     ax = axis()
     curves.draw_metric(ax, metrics, "train/loss", "step")
     raw, mean = ax.get_lines()

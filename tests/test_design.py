@@ -20,7 +20,7 @@ MAY = {
     "data": {"data", "model.parallel", "model.lineage", "locks"},
     "rl": {"rl", "data", "model", "kernels", "losses"},
 }
-ANYWHERE = {"errors", "files", "digests", "limits", "plugins", "progress"}
+ANYWHERE = {"errors", "files", "digests", "limits", "plugins", "progress", "signals"}
 # Commands in these folders read their options as every command does.
 COMMANDS = {"data/download.py", "model/export.py"}
 # Models are built from their folders' tokenizers and run folders here and nowhere else in model/.

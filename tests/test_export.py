@@ -1,7 +1,9 @@
 """Checkpoints for use elsewhere: bf16, a card, and what stays on the disk."""
 
 import json
+import os
 import shutil
+import subprocess
 from collections import namedtuple
 
 import pytest
@@ -151,3 +153,21 @@ def test_a_study_says_what_it_takes_on_the_disk(tmp_path, monkeypatch, folder):
         assert f"{kept / 1e6:.3g} MB stay" in line
         assert "not counted, as they are not here yet: someone/not-here" in line
         assert ("THIS IS NOT ENOUGH" in line) == (free < expected)
+
+
+def test_what_a_killed_export_left_is_in_nobodys_way(folder, tmp_path, monkeypatch):
+    def killed(draft):
+        raise SystemExit  # as if: `finally` clauses are made void below
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "seal", killed)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            main([str(folder), str(tmp_path / "out")])
+    (left,) = tmp_path.iterdir()
+    ended = subprocess.Popen("true")
+    ended.wait()
+    left.rename(left.with_name(left.name.replace(f"-{os.getpid()}.", f"-{ended.pid}.")))
+    assert main([str(folder), str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    verify(tmp_path / "out")

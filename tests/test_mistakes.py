@@ -4,7 +4,9 @@ All are refused with exit code 2, before a weight is loaded, and leave nothing b
 """
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +38,10 @@ def late(student_logp, teacher_logp, beta):
 def whole(student_logp, teacher_logp, beta):
     return (teacher_logp - student_logp).sum()
 
-DIVERGENCES["late"], DIVERGENCES["whole"] = late, whole
+def nan(student_logp, teacher_logp, beta):
+    return (teacher_logp - student_logp).sum(-1) * float("nan")
+
+DIVERGENCES["late"], DIVERGENCES["whole"], DIVERGENCES["nan"] = late, whole, nan
 ADVANTAGES["one"] = lambda rewards_G: 1 / 0
 """
 TALK = [{"prompt": f"Say {n}."} for n in range(12)]
@@ -235,6 +240,16 @@ MISTAKES = [
     (f"{TOPK} --kd_topk=513", "--kd_topk 513 is more than the 395 ids that the models share"),
     ("--mode=kd --teacher=runs/done/checkpoints", "no config.json; name a checkpoint or a run"),
     ("--mode=grpo --batch_size=10 --grpo_samples=4", "are no whole groups of --grpo_samples 4"),
+    # and once more
+    ("--name --dry_run", "--name: expected one argument"),
+    ("--mode=sft --system-prompt --data=mine.jsonl", "--system_prompt: expected one argument"),
+    ("--mode=sft --data=https://x.org/a.jsonl", "is an address; download the file and name that"),
+    ("--mode=sft --data=gsm8k", "; python -m data.download gsm8k fetches it as files"),
+    ("--mode=sft --data=openai/gsm8k", "; python -m data.download gsm8k fetches it as files"),
+    ("--mode=sft --data=odd.jsonl", "MBPP); rename them"),
+    ("--mode=sft --runs=runs/done", "--runs runs/done is a run; name the folder that it is in"),
+    ("--mode=sft --model=runs/done/checkpoints/step-6", "there are runs/done/checkpoints/step-5"),
+    ("--plugin=fails.py --kd_divergence=nan", "of two rows it returns what is not finite"),
 ]
 
 
@@ -287,6 +302,15 @@ ELSEWHERE = [
     (evaluation, "runs/done --tasks=mine.json", "mine.json is not there"),
     (evaluation, "model --tasks=mine.jsonl --out=mine.jsonl", "--out: mine.jsonl/model-"),
     (compare, "runs/done runs/don", "runs/don is no run"),
+    (evaluation, "runs/done,model --tasks=mine.jsonl", "hub id, several with spaces between"),
+    (evaluation, "runs/done --tasks=mine.jsonl:4", "write mine.jsonl and --limit 4"),
+    (
+        evaluation,
+        "model --tasks=mine.jsonl --compare --limit=2",
+        "--compare: expected one argument",
+    ),
+    (compare, "runs/done runs/empty --evals=evils", "--evals evils is no folder; name an --out"),
+    (download, "gsm8k --to=mine.jsonl", "--to mine.jsonl cannot be made (Not a directory)"),
 ]
 
 
@@ -328,3 +352,63 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(line, words, place, mon
     assert words in out and "--- example 1" in out and sorted(place.rglob("*")) == before
     for name in ("policy ", "data ", "steps ", "optimizer ", "memory ", "disk ", "writes "):
         assert f"\n{name}" in out
+
+
+IN_PLACE = {
+    "a pipe": os.mkfifo,
+    "a file": Path.touch,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+READERS = [
+    (train, "--name=done --resume"),
+    (train, "--name=done --resume --dry_run"),
+    (train, "--mode=sft --model=runs/done"),
+    (evaluation, "runs/done --tasks=mine.jsonl"),
+    (export, "runs/done out"),
+]
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-5"])
+@pytest.mark.parametrize("command,line", READERS, ids=[line for _, line in READERS])
+def test_what_is_no_folder_in_the_place_of_checkpoints(
+    command, line, name, what, place, tmp_path, monkeypatch, capsys
+):
+    """A link to nowhere was waited for, and a run without `checkpoints` began again."""
+    shutil.copytree(place / "runs/done", tmp_path / "runs/done")
+    shutil.copy(place / "mine.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/done", name)
+    shutil.rmtree(path)
+    IN_PLACE[what](path)
+    assert command.main(line.split()) == 2
+    words = f"{path} is neither a folder nor a link to one; move it away\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert Path("runs/done/metrics.jsonl").read_text() == '{"step": 5}\n'
+
+
+@pytest.mark.parametrize("command,line", [READERS[0], (compare, "runs/done runs/empty")])
+def test_what_is_no_file_in_the_place_of_a_configuration_is_named(
+    command, line, place, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/done/config.json")
+    path.unlink()
+    os.mkfifo(path)
+    for words in ("is a pipe, a device or a socket, not a file", "is a link to nowhere, which"):
+        assert command.main(line.split()) == 2
+        assert f"{path} {words}" in capsys.readouterr().err
+        path.unlink()
+        path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("what,words", [("a pipe", "is a pipe"), ("a link to itself", "is a link")])
+def test_what_is_no_file_in_the_place_of_a_lock(what, words, place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "runs/done", tmp_path / "runs/done")
+    monkeypatch.chdir(tmp_path)
+    IN_PLACE[what](Path("runs/done/.lock"))
+    assert train.main(["--name=done", "--resume", "--device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "runs/done/.lock" in error and words in error and error.count("\n") == 1

@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -15,17 +16,26 @@ from pathlib import Path
 import pytest
 
 import eval.__main__
+import eval.chat
+import eval.compare
 import eval.divergence
 import eval.study.__main__ as study
 import eval.traces
 import options
+import signals
 import toy_models
 import train
+from data import download
+from errors import as_command
 from eval.study import scheduler
-from model import parallel
+from model import export, parallel
+from model.checkpoint import build_model, save_model
+from model.presets import PRESETS
 from progress import Progress
-from run import STOP_SIGNALS, RunFolder, handled
+from run import RunFolder
+from signals import STOP_SIGNALS, handled
 from tests import distributed_workers as ranks
+from tests.conftest import ROOT
 from tests.test_train import SMALL, command, timeless
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -368,6 +378,113 @@ def test_evaluations_and_studies_end_in_one_line(module, inner, name, monkeypatc
     assert module.main([]) == 130 and unwound
     assert capsys.readouterr().err.strip().endswith("interrupted; the same command goes on")
     assert [signal.getsignal(s) for s in STOP_SIGNALS] == before
+
+
+COMMANDS = [eval.chat, eval.compare, eval.divergence, eval.traces, export, download, study]
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=[m.__name__ for m in COMMANDS])
+def test_a_command_of_one_process_is_refused_where_torchrun_started_several(
+    module, monkeypatch, capsys
+):
+    monkeypatch.setattr(options, "parse", lambda *_: pytest.fail("it began"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert module.main([]) == 2
+    name = module.__name__.removesuffix(".__main__")
+    words = f"{name}: this is a command of one process; start it with python -m {name}\n"
+    assert capsys.readouterr().err == words
+
+
+def waiting_rank(argv):
+    """A command on two ranks: the first is busy, the second waits for it, in code of gloo."""
+    signals.GRACE = 0.5
+
+    def body():
+        rank = parallel.init("cpu", patience=60)[0]
+        Path(f"there-{rank}").touch()
+        if rank == 0:
+            time.sleep(30)
+        parallel.gather(rank)
+
+    return as_command("w", body, speaks=lambda *_: True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_rank_that_waits_for_another_one_ends_too(name, tmp_path):
+    first, second = ranks.start_ranks(cwd=tmp_path, ranks=2, main=waiting_rank)
+    while len(list(tmp_path.glob("there-*"))) < 2:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(second.pid, getattr(signal, name))
+    second.join(10)
+    first.kill()
+    assert second.exitcode == 130
+    assert (tmp_path / "stderr").read_text() == "w: interrupted; the same command goes on\n"
+
+
+def unwinding(argv):
+    """A command that takes its time to leave."""
+
+    def body():
+        try:
+            Path("there").touch()
+            time.sleep(30)
+        finally:
+            Path("leaving").touch()
+            time.sleep(30)
+
+    return as_command("u", body)
+
+
+def test_a_second_ctrl_c_leaves_any_command_at_once_and_another_signal_does_not(tmp_path):
+    process = ranks.start(cwd=tmp_path, main=unwinding)
+    for file, number in (("there", signal.SIGTERM), ("leaving", signal.SIGTERM)):
+        while not (tmp_path / file).exists():
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+    assert (tmp_path / "stderr").read_text() == "u: interrupted; the same command goes on\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_an_evaluation_under_torchrun_keeps_what_was_answered_and_goes_on(name, tmp_path):
+    """torchrun's own words come behind the line, and its exit code is 1."""
+    model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model", toy_models.toy_tokenizer(), [0])
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval"]
+    argv += ["model", "--tasks=word_problems", "--limit=24", "--max_tokens=300", "--batch_size=2"]
+
+    def start(out):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *argv, "--group=2", f"--out={out}"]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def kept(out):
+        return {path: path.read_bytes() for path in sorted((tmp_path / out).glob("*/*part*"))}
+
+    process = start("cut")
+    while len(kept("cut")) < 2 or not all(kept("cut").values()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert said.count("eval: interrupted; the same command goes on\n") == 1
+    assert "Error" not in said and "SignalException" in said.splitlines()[-1]
+    assert all(kept("cut").values()) and not list((tmp_path / "cut").glob("*/.*lock"))
+    before = kept("cut")
+    answered = sum(len(text.splitlines()) for text in before.values())
+    for out in ("cut", "whole"):
+        assert start(out).wait(240) == 0
+    rows = [next((tmp_path / out).glob("*/*.jsonl")).read_text() for out in ("cut", "whole")]
+    assert rows[0] == rows[1] and 0 < answered < len(rows[0].splitlines()) == 24
 
 
 def test_a_job_of_a_study_is_no_rank_of_what_its_platform_set(tmp_path, monkeypatch):

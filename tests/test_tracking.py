@@ -159,6 +159,24 @@ def test_no_failure_of_wandb_ends_a_run(tmp_path, monkeypatch, capsys):
     assert all(line.startswith("wandb: ") for line in out.splitlines())
 
 
+def test_an_id_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("begun under another id"))
+    settings = dict.fromkeys(("wandb_project", "wandb_group", "wandb_tags"), "")
+    path = tmp_path / "wandb_id"
+    for make, words in (
+        (os.mkfifo, "is a pipe"),
+        (Path.mkdir, "is a folder"),
+        (Path.touch, "is empty"),
+        (lambda path: path.write_bytes(bytes(9)), "holds only zero bytes"),
+    ):
+        make(path)
+        tracker = Tracker(tmp_path, settings | {"mode": "sft", "wandb": "offline"}, {}, [])
+        assert tracker.run is None
+        out = capsys.readouterr().out
+        assert out.startswith("wandb: --wandb offline did not start") and words in out
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
 def test_wandb_that_is_not_there_is_said_before_anything_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tracking.find_spec", lambda name: None)

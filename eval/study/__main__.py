@@ -29,7 +29,6 @@ from eval.study.scheduler import failure_file, is_done, places, run_jobs
 from files import made, reason, resolved
 from locks import Busy, lock
 from options import REQUIRED, option
-from run import handled, interrupt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +109,7 @@ def run(args: StudyOptions) -> None:
 
 
 def main(argv: list[str]) -> int:
-    with handled(interrupt):
-        return as_command("eval.study", lambda: run(options.parse(StudyOptions, argv)))
+    return as_command("eval.study", lambda: run(options.parse(StudyOptions, argv)))
 
 
 if __name__ == "__main__":
