@@ -2,7 +2,8 @@
 
 What comes from elsewhere (expressions in answers, chat templates) may compute for ever or fill the
 memory, deaf to signals in the midst of one long operation. So a process answers one line of JSON
-per question (`serve`), and whoever waits for it kills it when time is up (`Worker`).
+per question (`serve`), and whoever waits for it kills it when time is up (`Worker`). Time is what
+the process computes: no verdict depends on how busy the machine is, or on a pause of the whole job.
 """
 
 import contextlib
@@ -12,12 +13,14 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-START_LIMIT = 120.0  # seconds for a process's imports, which a busy machine makes slow
+START_LIMIT = 120.0  # seconds for a process's imports
+IDLE = 3  # looks in a row at a process that computes nothing, after which it is given up
 
 
 class Worker:
@@ -25,7 +28,7 @@ class Worker:
 
     There are as many as there were questions at once, and a new one after a kill.
 
-    module: calls `serve`. limit: seconds per question.
+    module: calls `serve`. limit: seconds of computing per question.
     """
 
     def __init__(self, module: str, limit: float):
@@ -38,7 +41,7 @@ class Worker:
     def ask(self, *question: Any, limit: float = 0.0) -> Any:
         """The reply to a question.
 
-        limit: seconds for this one, where they are not those of all.
+        limit: seconds of computing for this one, where they are not those of all.
 
         Raises TimeoutError, ConnectionError if the process died of it, ValueError or TypeError if
         the question is no JSON.
@@ -95,9 +98,7 @@ class Worker:
         try:
             stdin.write(line)
             stdin.flush()
-            poll = select.poll()
-            poll.register(stdout, select.POLLIN)
-            if not poll.poll(limit * 1000):
+            if not _replies(process, limit):
                 raise TimeoutError
             reply = stdout.readline()
             if not reply.endswith("\n"):
@@ -106,6 +107,29 @@ class Worker:
         except BaseException:
             _end(process)
             raise
+
+
+def _replies(process: subprocess.Popen[str], limit: float) -> bool:
+    """Whether a process says something, or ends, before it has computed `limit` seconds."""
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)  # pyright: ignore[reportArgumentType]
+    began = before = computed(process.pid)
+    idle = 0
+    while not poll.poll(1000 * max(began + limit - before, limit / 20)):
+        now = computed(process.pid)
+        idle = idle + 1 if now == before else 0
+        before = now
+        if now >= began + limit or idle == IDLE:
+            return False
+    return True
+
+
+def computed(pid: int) -> float:
+    """Seconds that a process has computed; those of a clock where the system does not tell."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # Linux's clock_getcpuclockid
+    except OSError:
+        return time.monotonic()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -130,7 +154,7 @@ def serve(answer: Callable[..., Any], memory: int, ready: Callable[[], Any] = la
         limit, *question = json.loads(line)
         # The system ends a process that outlives the run in the midst of a question, whatever
         # Python is doing.
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)
+        signal.setitimer(signal.ITIMER_PROF, limit + 1)
         reply = answer(*question)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), file=replies, flush=True)

@@ -388,16 +388,19 @@ def draw(runs: list[Run], path: Path) -> None:
     for name in names:
         having = [run for run in runs if any(name in line for line in run.metrics)]
         modes = {run.options.get("mode") for run in having}
-        if len(having) > 1 and (name != "train/loss" or len(modes) == 1):
-            shown.append(name)  # losses of two modes are not the same thing
+        # losses of two modes are not the same thing
+        is_shared = len(having) > 1 and (name != "train/loss" or len(modes) == 1)
+        if is_shared or name.endswith("/accuracy"):
+            shown.append(name)
     shown = shown or list(names)[:1]
     figure, axes = curves.grid_of(len(shown), len(curves.AXES), 5.5, 3.6)
     for name, row in zip(shown, axes, strict=True):
         for ax, against in zip(row, curves.AXES, strict=True):
             _draw_runs(ax, runs, name, against)
-    figure.suptitle(
-        f"{', '.join(run.label for run in runs)} (bands: 95 % over problems)", fontsize=9
-    )
+    title = ", ".join(run.label for run in runs)
+    if any(name.endswith("/accuracy") for name in shown):
+        title += " (bands: 95 % over problems)"
+    figure.suptitle(title, fontsize=9)
     curves.save_picture(figure, path)
 
 

@@ -3,6 +3,9 @@
 A process group notices at the next sum, if at all: a machine that is cut off is waited for during
 minutes. So each rank says every second, in a thread, that it is there, and listens to the next one.
 It also looks after torchrun, which may be killed: nobody could end its ranks any more.
+
+Silence is counted in looks, not by a clock: a job that was stopped and continued as a whole, as
+schedulers suspend one, finds all its clocks late and nobody gone.
 """
 
 import math
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 from errors import say
 
 PERIOD = 1.0
-SILENCE = 90.0  # seconds without a sign of life after which a rank is given up
+SILENCE = 90.0  # seconds of looks without a sign of life after which a rank is given up
 GRACE = 10.0  # seconds in which a rank may end by itself once another one has
 STOPPING = 600.0  # the same for a rank that is to save its checkpoint first
 DONE = "done"
@@ -40,29 +43,28 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.world = store, rank, world
         self.first: Cause | None = None  # as soon as it is known; the store may be gone later
-        self.asked = math.inf  # when the store was last asked for something
+        self.looks = 0.0  # how often the store was asked; infinite: it is asked no more
         self.stopped = threading.Event()
         self.is_leaving = False  # the group has failed, and this rank is about to say why
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
         next_rank = (self.rank + 1) % self.world
-        heard, since = "", time.monotonic()
-        count = 0
+        heard, silent = "", 0
         threading.Thread(target=self._guard, daemon=True).start()
         while not self.stopped.wait(PERIOD):
-            count, self.asked = count + 1, time.monotonic()
+            self.looks += 1
             if self.launcher not in (None, os.getppid()):
                 say(f"rank {self.rank}: torchrun is gone; stopping as by SIGTERM", sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
                 # and with it, perhaps, the store
                 return self._end(Cause("torchrun is gone"), STOPPING)
             try:
-                self.store.set(f"alive/{self.rank}", str(count))
+                self.store.set(f"alive/{self.rank}", str(self.looks))
                 found = self._read(f"alive/{next_rank}")
-                if found != heard or found == DONE:
-                    heard, since = found, time.monotonic()
-                elif time.monotonic() - since > SILENCE:
+                silent = silent + 1 if found == heard != DONE else 0
+                heard = found
+                if silent * PERIOD > SILENCE:
                     self.tell(Cause(f"rank {next_rank} gave no sign of life for {SILENCE:.0f} s"))
                 if cause := self._read("cause"):
                     self._learn(cause)
@@ -74,8 +76,11 @@ class Watch(threading.Thread):
 
     def _guard(self) -> None:
         """End this process if the store is silent: then no call of it returns."""
+        seen, silent = 0.0, 0
         while not self.stopped.wait(PERIOD):
-            if time.monotonic() - self.asked > SILENCE:
+            silent = silent + 1 if seen == self.looks < math.inf else 0
+            seen = self.looks
+            if silent * PERIOD > SILENCE:
                 words = (
                     f"rank 0, through which ranks meet, gave no sign of life for {SILENCE:.0f} s"
                 )
@@ -87,7 +92,7 @@ class Watch(threading.Thread):
 
         leaving: what it is given beyond that if it is about to.
         """
-        self.asked = math.inf  # enough of one thread
+        self.looks = math.inf  # enough of one thread
         ended = self.stopped.wait(grace)
         if self.is_leaving and not ended:
             ended = self.stopped.wait(leaving)
@@ -116,9 +121,9 @@ class Watch(threading.Thread):
         """Who is gone, or what the first one to end said, after an error of the group."""
         try:
             before = self._alive()
-            end = time.monotonic() + 4 * PERIOD
-            while not self.first and time.monotonic() < end:
-                time.sleep(PERIOD / 10)
+            for _ in range(40):
+                if not self.first:
+                    time.sleep(PERIOD / 10)
             after = self._alive()
         except RuntimeError:
             return self.first or STORE_GONE

@@ -1,10 +1,12 @@
 """Shared by all tests: the root on the path, one thread a process, real data where it is."""
 
+import importlib
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+os.environ["no_proxy"] = "*"  # and servers are this machine's
+os.environ |= {"WANDB__SERVICE_WAIT": "300", "WANDB_INIT_TIMEOUT": "300"}
 
 # Under nohup, or in the background of a script, some are ignored; runs that the tests start would
 # ignore them, too.
@@ -29,6 +33,19 @@ def moments(name: str) -> random.Random:
     """The random moments of a campaign: new ones each time, unless SRLM_SEED says which."""
     print(f"SRLM_SEED={SEED}")
     return random.Random(f"{SEED} {name}")
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 300.0) -> None:
+    """Wait for an event. Its limit is there to end a hang alone, whatever the machine's load."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def pytest_sessionstart() -> None:
+    """Let matplotlib look for its fonts: a slow machine's first import says that it does so."""
+    importlib.import_module("matplotlib.font_manager")
 
 
 @pytest.fixture(autouse=True)

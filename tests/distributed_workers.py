@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from multiprocessing.process import BaseProcess
@@ -15,6 +14,7 @@ import torch.multiprocessing as mp
 
 import train
 from data.batch import GlobalBatch
+from eval.study.scheduler import free_port
 from model import parallel
 from tests import gates
 from tests.conftest import ROOT
@@ -58,13 +58,16 @@ def start_ranks(*argv: str, cwd: Path, ranks=0, main=train.main, **environment: 
     return processes
 
 
-def run(*argv: str, cwd: Path, timeout=120, **more):
+def run(*argv: str, cwd: Path, timeout=600, **more):
     """What `start_ranks` began when it has ended."""
     processes = start_ranks(*argv, cwd=cwd, **more)
     for process in processes:
         process.join(timeout)
-        process.kill()  # what has not ended
-        process.join()
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            with (cwd / "stderr").open("a") as file:
+                file.write(f"a hang: the test waited {timeout} s\n")
     code = max((process.exitcode for process in processes), key=abs)
     out, err = ((cwd / name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(argv, code, out, err)
@@ -106,12 +109,6 @@ def spawned(main, world, *arguments):
     done = results.get()
     processes.join()
     return done
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def setup(world, rank, port, patience=None):

@@ -5,7 +5,7 @@
 
 SOUGHT = """
 import contextlib, ctypes, gc, glob, os, re, struct, sys, time
-END = time.monotonic() + 0.5
+END = time.monotonic() + SECONDS
 def read(path, count=1 << 20):
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -194,11 +194,15 @@ threading.settrace(trace)
 AFTER = {"an equal that listens": "\nhonest = f\ndef f(x): return honest(x) or Y()"}
 
 
-def seekers(decoy: str) -> dict[str, str]:
-    """The programs by name; `decoy` is a file with the tests that anyone may read."""
+def seekers(decoy: str, seconds: float = 0.5) -> dict[str, str]:
+    """The programs by name; `decoy` is a file with the tests that anyone may read.
+
+    seconds: for how long each of them looks.
+    """
     programs = {}
     for name, look in LOOKS.items():
         look = look.replace("{decoy!r}", repr(decoy)).strip()
         body = f"def look():\n    {look}\n"
-        programs[name] = SOUGHT + BEFORE.get(name, "") + "\n" + body + ANSWER + AFTER.get(name, "")
+        sought = SOUGHT.replace("SECONDS", str(seconds))
+        programs[name] = sought + BEFORE.get(name, "") + "\n" + body + ANSWER + AFTER.get(name, "")
     return programs

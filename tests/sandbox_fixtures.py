@@ -3,7 +3,6 @@
 A test module loads them by `pytest_plugins = ["tests.sandbox_fixtures"]`.
 """
 
-import glob
 import json
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from tests.sandbox_tools import (
     open_python,
     processes_marked,
     resident_bytes,
+    scratch_of,
 )
 
 
@@ -42,8 +42,8 @@ class Jail:
         )
         self.helper = Helper(*self.arguments)
 
-    def check(self, program, tests="", **limits):
-        return self.helper.check(program, tests, Limits(**limits))
+    def check(self, program, tests="", timeout=60.0, **limits):
+        return self.helper.check(program, tests, Limits(timeout, **limits))
 
     def result(self, program, **limits):
         """What the program leaves in `result`, by its own word."""
@@ -79,6 +79,18 @@ class Jail:
                 time.sleep(0.02)
         return outcome.result(), most, largest
 
+    def watch_until_seen(self, program, count, **limits):
+        """The same with ever more seconds for the program, until `count` processes were seen.
+
+        program: SECONDS in it is how long it takes, 0.4 at first.
+        """
+        for seconds in (0.4, 2.0, 10.0, 50.0):
+            outcome, most, _ = self.watch(program.replace("SECONDS", str(seconds)), **limits)
+            if most >= count:
+                break
+            limits = {name: n * 5 if name == "timeout" else n for name, n in limits.items()}
+        return outcome, most
+
 
 def _forms():
     layers = {
@@ -108,7 +120,7 @@ def jail(shared_jail):
     yield shared_jail
     assert processes_marked(shared_jail.mark) == {pid}
     assert shared_jail.check("x = 1").passed
-    assert not glob.glob(f"/tmp/srlm-sandbox-{pid}-*")
+    assert not scratch_of(pid)
 
 
 @pytest.fixture

@@ -58,6 +58,11 @@ def processes_marked(mark):
     return found
 
 
+def scratch_of(pid):
+    """The scratch folders of a helper, which knows no TMPDIR: it has none of the environment."""
+    return glob.glob(f"/tmp/srlm-sandbox-{pid}-*")
+
+
 def resident_bytes(pid):
     """The resident size of a process; 0 if it is gone."""
     with contextlib.suppress(OSError):

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ from kernels import backend
 from model.checkpoint import build_model, save_model
 from model.presets import PRESETS
 from tests import test_rounding
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +66,7 @@ def command(module, *options):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -188,9 +187,9 @@ def test_a_gpu_step_that_hangs_or_fails_costs_one_line(tmp_path, capsys, monkeyp
         (tmp_path / "works.py").write_text("print('{\"right\": true}')")
         return [
             gpu.Step("hangs", "hangs", [], 0.5),
-            gpu.Step("fails", "fails", [], 20),
-            gpu.Step("fails under another ptxas", "fails", [], 20, required=False),
-            gpu.Step("works", "works", ["--only-check"], 20),
+            gpu.Step("fails", "fails", [], 300),
+            gpu.Step("fails under another ptxas", "fails", [], 300, required=False),
+            gpu.Step("works", "works", ["--only-check"], 300),
         ]
 
     monkeypatch.setattr(gpu, "gate", steps)
@@ -198,7 +197,7 @@ def test_a_gpu_step_that_hangs_or_fails_costs_one_line(tmp_path, capsys, monkeyp
     assert gpu.main(["gate", "--dry", "--folder", str(tmp_path)]) == 1
     rows = json.loads((tmp_path / "gate.json").read_text())["steps"]
     assert [row["right"] for row in rows] == [False, False, False, True]
-    assert rows[0]["failed"].startswith("not done in") and rows[0]["seconds"] < 10
+    assert rows[0]["failed"].startswith("not done in") and rows[0]["seconds"] < 59
     assert "no such kernel" in rows[1]["failed"]
     assert rows[3]["record"] == {"right": True}
     part = ["gate", "--dry", "--folder", str(tmp_path), "--only"]
@@ -336,12 +335,12 @@ def test_intervals_of_seeds():
 
 
 def test_a_process_over_its_limit_leaves_no_children():
-    outcome = processes.run_limited(["sh", "-c", "sleep 60 & echo $!; wait"], 0.5)
-    assert outcome.code is None and outcome.seconds < 10
-    deadline = time.monotonic() + 10  # a kill takes effect when the kernel gets to it
-    while is_running(int(outcome.stdout)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(int(outcome.stdout))
+    for seconds in (0.5, 5, 50):  # until it comes to its `echo`
+        outcome = processes.run_limited(["sh", "-c", "sleep 600 & echo $!; wait"], seconds)
+        assert outcome.code is None and outcome.seconds < 599
+        if outcome.stdout:
+            break
+    wait_until(lambda: not is_running(int(outcome.stdout)))  # when the kernel gets to it
 
 
 def is_running(pid):

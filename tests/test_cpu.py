@@ -88,7 +88,10 @@ def test_softmax_of_a_whole_vocabulary(temperature):
     exact = logits.double() / temperature
     p, normalizer = softmax(logits, temperature, torch.empty_like(logits))
     log_p = exact.log_softmax(1)  # an exponent of fp32 has an error that grows with its size
-    assert ((p.double() / log_p.exp() - 1).abs() < 1e-7 * (5 - log_p)).all()
+    sizes = 5 - log_p
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # the product in it is rounded, too
+        sizes = sizes + exact.abs()
+    assert ((p.double() / log_p.exp() - 1).abs() < 1e-7 * sizes).all()
     assert torch.allclose(normalizer.double(), exact.logsumexp(1, keepdim=True), rtol=1e-6)
 
 

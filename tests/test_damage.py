@@ -330,14 +330,16 @@ def outcome(read, capfd):
     def alarm(*_):
         raise TimeoutError("a hang")
 
-    before = signal.signal(signal.SIGALRM, alarm)
-    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
-    signal.alarm(round(10 * max(1, busy)))  # ten seconds of a core of its own
+    before = [signal.signal(number, alarm) for number in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, 10)  # seconds of computing
+    signal.alarm(600)  # and of waiting, on whatever machine
     try:
         code = as_command("test", read)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before[0])
+        signal.signal(signal.SIGALRM, before[1])
     error = capfd.readouterr().err
     assert code in (0, 1, 2) and error.count("\n") == bool(code), (code, error)
     assert "a hang" not in error

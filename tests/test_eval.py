@@ -303,7 +303,7 @@ def test_two_commands_in_one_folder_lose_nothing(tiny, tmp_path, run):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert [codes.get() for _ in processes] == [0] * 4
     assert run(*argv, "--out", tmp_path / "one")[0] == 0
     found = [row for row in rows(out, "word_problems") if row["sample"] < 3]

@@ -532,9 +532,9 @@ def test_shared_parquet_columns_bring_no_nulls(tmp_path):
 
 
 def test_a_long_last_line_is_read_in_no_time():
-    began = time.perf_counter()
+    began = time.process_time()
     example = to_example({"question": "Q", "answer": "#### " + "1" * 200_000 + "x"}, "f:1")
-    assert example.answer is None and time.perf_counter() - began < 2
+    assert example.answer is None and time.process_time() - began < 2
 
 
 def test_messages_in_common_names():

@@ -486,9 +486,9 @@ def test_long_conversations_take_no_time_of_their_own(tiny):
         for i in range(60)
         for role in ("user", "assistant")
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     pieces = Formatter(tiny).segments(chat(*turns))
-    assert len(pieces) == 120 and time.perf_counter() - began < 10
+    assert len(pieces) == 120 and time.process_time() - began < 10
 
 
 # --- turns ---------------------------------------------------------------------------------------

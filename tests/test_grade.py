@@ -4,6 +4,7 @@ strings that no one writes on purpose."""
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data import grade as grading
+from data import worker as processes
 from data.grade import (
     LONGEST,
     Verdict,
@@ -28,7 +30,8 @@ from data.grade import (
 from data.grading.numbers import canonical, tidy
 from data.grading.worker import MathWorker
 from data.tasks import TASKS, Example, grade
-from tests.conftest import ROOT
+from data.worker import computed
+from tests.conftest import ROOT, wait_until
 
 RIGHT, WRONG = Verdict(True, True, True), Verdict(False, False, True)
 LENIENT, NOTHING = Verdict(False, True, False), Verdict(False, False, False)
@@ -482,13 +485,12 @@ def test_a_pathological_expression_times_out_from_any_thread_and_the_next_call_w
     def ask():
         assert threading.current_thread() is not threading.main_thread()
         assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT  # starts the worker
-        began = time.monotonic()
         assert grade_by_math_verify("\\boxed{9^{9^{9^{9}}}}", "7") is False
-        assert time.monotonic() - began < 4 and (worker.timeouts, worker.crashes) == (1, 0)
+        assert (worker.timeouts, worker.crashes) == (1, 0)
         return grade_math("\\boxed{\\sqrt{9}}", "3")
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(ask).result(60) == RIGHT
+        assert pool.submit(ask).result(300) == RIGHT
     assert grade_math("\\boxed{\\sqrt{9}}", "3") == RIGHT  # and from another thread
 
 
@@ -518,6 +520,24 @@ def test_a_worker_that_dies_hangs_or_raises(fake):
     assert w.math_verify("$3$", "3") == (True, True) and (w.timeouts, w.crashes) == (1, 1)
     w.close()
     assert w.pids() == []
+
+
+def test_no_verdict_depends_on_a_clock(worker, monkeypatch):
+    """On a busy machine, or in a job that a scheduler suspends, a process computes late."""
+    assert worker.compare("\\sqrt{9}", "3") == (True, True)
+    (pid,), looks = worker.pids(), []
+
+    def looked(number):
+        looks.append(number)
+        if len(looks) == 3:  # the first two are before the question and after its time
+            os.kill(pid, signal.SIGCONT)
+        return computed(number)
+
+    monkeypatch.setattr(processes, "computed", looked)
+    worker.limit = 2.0
+    os.kill(pid, signal.SIGSTOP)
+    assert worker.compare("\\sqrt{16}", "4") == (True, True) and worker.pids() == [pid]
+    assert worker.timeouts == 0 and len(looks) >= 3
 
 
 def test_without_math_verify_our_own_comparison_remains(fake, monkeypatch):
@@ -550,7 +570,7 @@ def gone(pid):
 def test_no_worker_outlives_its_run(ending):
     pytest.importorskip("math_verify")
     lines = [
-        "from data.grade import MATH_WORKER, grade_math",
+        "from data.grade import MATH_WORKER, grade_by_math_verify, grade_math",
         "import sys, threading",
         "MATH_WORKER.limit = 2.0",
         "grade_math('\\\\boxed{\\\\sqrt{9}}', '3')",
@@ -559,7 +579,7 @@ def test_no_worker_outlives_its_run(ending):
     if ending == "killed":
         lines.append("sys.stdin.read()")
     elif ending != "returns":
-        lines.append("grade_math('\\\\boxed{9^{9^{9^{9}}}}', '7'); sys.stdin.read()")
+        lines.append("grade_by_math_verify('\\\\boxed{9^{9^{9^{9}}}}', '7'); sys.stdin.read()")
     run = subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)],
         cwd=ROOT,
@@ -570,15 +590,13 @@ def test_no_worker_outlives_its_run(ending):
     pid, torch_there = run.stdout.readline().split()
     assert torch_there == "False"
     if ending != "returns":
-        time.sleep(0.5)  # so that the question is in hand
+        if ending == "killed while it hangs":
+            began = computed(int(pid))  # wait until the question is in hand
+            wait_until(lambda: computed(int(pid)) > began + 0.3)
         assert not gone(pid)
         run.kill()
-    run.wait(30)
     run.communicate()
-    deadline = time.monotonic() + 10
-    while not gone(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert gone(pid)
+    wait_until(lambda: gone(pid))
 
 
 # --- real gold answers ----------------------------------------------------------------------------
@@ -829,4 +847,4 @@ def test_a_megabyte_is_fast(shape):
     for text in (body, f"#### {body}", f"<answer>the answer is {body}</answer>"):
         assert not grade_number(text, "17").strict and not grade_math(text, "17").strict
     assert format_reward(f"<think>{body}</think> <answer>a</answer>") in (1.0, -1.0)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 15  # quadratic, it takes minutes

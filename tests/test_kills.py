@@ -22,7 +22,7 @@ from data import sandbox
 from eval import __main__ as evaluate
 from eval import traces
 from eval.study import __main__ as study
-from tests.conftest import moments
+from tests.conftest import moments, wait_until
 from tests.distributed_workers import run, start
 from tests.test_train import timeless
 
@@ -179,10 +179,7 @@ def test_signals_at_random_moments(name, home, tmp_path, capsys):
     assert_same(killed, whole)
     said = (killed / "stderr").read_text()
     assert "Traceback" not in said, said
-    end = time.monotonic() + 10
-    while marked(mark) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not marked(mark)
+    wait_until(lambda: not marked(mark))
 
 
 def emptied(folder):

@@ -238,4 +238,4 @@ def test_who_waits_for_others_in_vain_says_so_in_one_line(tmp_path):
         and last.startswith("train.py: rank 0 waits for the other 1 of WORLD_SIZE=2")
         and "in vain" in last
     )
-    assert "Traceback" not in done.stderr and time.monotonic() - began < 100
+    assert "Traceback" not in done.stderr and time.monotonic() - began < 290  # without it 300

@@ -231,8 +231,8 @@ def test_iterators_and_views_come_back_as_iterators():
 
 def test_a_huge_integer_does_not_take_quadratic_time():
     huge = 3**2_000_000
-    start = time.monotonic()
-    assert sent(huge) == huge and time.monotonic() - start < 2  # by its decimals minutes
+    start = time.process_time()
+    assert sent(huge) == huge and time.process_time() - start < 10  # by its decimals minutes
 
 
 def nested(depth, value=0):
@@ -320,7 +320,8 @@ def test_hostile_replies_fail(jail):
     limit = judge.MAX_MESSAGE_BYTES
     for size, reason in ((1 << 62, "failed"), (limit + 1, "failed"), (limit, "timeout")):
         program = PIPES + ENDLESS.format(size=size)
-        assert jail.check(program, TESTS, timeout=0.3).reason == reason, size
+        seconds = 0.3 if reason == "timeout" else 60.0
+        assert jail.check(program, TESTS, timeout=seconds).reason == reason, size
 
 
 HONEST = """

@@ -4,7 +4,6 @@ No solution finds its tests, no program ends a run, none leaves files or hurts i
 """
 
 import contextlib
-import glob
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from tests.sandbox_tools import (
     linux_only,
     open_python,
     processes_marked,
+    scratch_of,
 )
 
 pytest_plugins = ["tests.sandbox_fixtures"]
@@ -70,17 +70,21 @@ def decoy(open_folder):
 
 def test_the_ways_to_look_for_tests_work_outside(open_folder, decoy):
     path = open_folder / "programs.json"
-    path.write_text(json.dumps(seekers(decoy)))
-    done = subprocess.run(
-        [open_python(), "-c", OPEN, path],
-        env={"TESTS": TESTS},
-        cwd=open_folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        **OTHER_USER,
-    )
-    assert len(done.stdout.splitlines()) >= 20, (done.stdout, done.stderr)
+    for seconds in (0.5, 5.0, 50.0):  # as a busy machine needs
+        path.write_text(json.dumps(seekers(decoy, seconds)))
+        path.chmod(0o644)
+        done = subprocess.run(
+            [open_python(), "-c", OPEN, path],
+            env={"TESTS": TESTS},
+            cwd=open_folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            **OTHER_USER,
+        )
+        if len(done.stdout.splitlines()) >= 20:
+            return
+    pytest.fail(done.stdout + done.stderr)
 
 
 def test_no_solution_finds_the_tests(jail, decoy):
@@ -187,8 +191,8 @@ def test_heaps_of_files_and_folders(jail):
         outcome = jail.check("import os\n" + program, timeout=8.0 if on_disk else 0.5)
         assert outcome.reason in ("failed", "timeout") or program == nested, (name, outcome)
         assert outcome.reason == "failed" or not on_disk, (name, outcome)
-        assert time.monotonic() - start < 20, name
-        assert not glob.glob(f"/tmp/srlm-sandbox-{jail.helper.pid}-*"), name
+        assert time.monotonic() - start < 60, name
+        assert not scratch_of(jail.helper.pid), name
 
 
 class Fragile:
@@ -292,4 +296,4 @@ def test_campaign(shared_jail, open_folder, decoy, victim, monkeypatch):
     pool.close()
     assert len(started) == len(helpers) == 4  # none was replaced
     for helper in started:
-        assert not glob.glob(f"/tmp/srlm-sandbox-{helper.pid}-*")
+        assert not scratch_of(helper.pid)

@@ -467,13 +467,25 @@ def end_of(program, tmp_path):
     """Exit code and last words of two ranks that run a program."""
     (tmp_path / "logs").mkdir(exist_ok=True)
     job = Program(program)
-    running = scheduler.Running(job, tmp_path, {"OMP_NUM_THREADS": "1"}, 2)
-    for _ in range(600):
+    environment = {"OMP_NUM_THREADS": "1", "THERE": str(tmp_path / "rank 0 is there")}
+    running = scheduler.Running(job, tmp_path, environment, 2)
+    for _ in range(3000):
         code = running.poll()
         if code is not None:
             return code, scheduler.last_words(tmp_path, job, running.failing)
         time.sleep(0.1)
     return "still running", ""
+
+
+AFTER_RANK_0 = """
+import time
+from os import environ
+from pathlib import Path
+there = Path(environ["THERE"])
+def wait():
+    while not there.exists():
+        time.sleep(0.01)
+"""
 
 
 def test_the_ranks_of_a_job_find_each_other(tmp_path):
@@ -488,25 +500,35 @@ def test_the_ranks_of_a_job_find_each_other(tmp_path):
 
 def test_the_ranks_of_a_job_end_together(tmp_path):
     """Where one fails, the other is stopped, and its code and last words are the job's."""
-    began = time.monotonic()
-    program = """
-import signal, sys, time
-from os import environ
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("rank 0 was stopped"))
+    program = (
+        AFTER_RANK_0
+        + """
+import signal, sys
 if environ["RANK"] == "1":
-    time.sleep(0.5)
+    wait()
     print("rank 1 says why", file=sys.stderr)
     sys.exit(2)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("rank 0 was stopped"))
 print("rank 0 goes on", flush=True)
-time.sleep(60)
+there.touch()
+time.sleep(1e6)
 """
+    )
     assert end_of(program, tmp_path) == (2, "rank 1 says why")
     assert "rank 0 was stopped" in scheduler.log_of(tmp_path, Program("")).read_text()
-    assert time.monotonic() - began < 30
 
 
 def test_a_rank_that_fails_without_a_word_leaves_it_to_the_first(tmp_path):
-    program = "import os, sys; sys.exit(2 if os.environ['RANK'] == '1' else print('of rank 0'))"
+    program = (
+        AFTER_RANK_0
+        + """
+if environ["RANK"] == "1":
+    wait()
+    raise SystemExit(2)
+print("of rank 0", flush=True)
+there.touch()
+"""
+    )
     assert end_of(program, tmp_path) == (2, "of rank 0")
 
 
@@ -610,23 +632,29 @@ def test_a_study_killed_at_random_moments_ends_with_the_undisturbed_report(tmp_p
         argv = [file, f"--out={tmp_path / name}", "--at_once=2"]
         return [sys.executable, "-m", "eval.study", *argv]
 
+    began = time.monotonic()
     assert subprocess.run(command("undisturbed"), cwd=ROOT, capture_output=True).returncode == 0
-    moments, kills = itertools.cycle((11.0, 23.7, 6.1, 31.3, 17.9)), 0
+    span, kills = time.monotonic() - began, 0
+    parts = itertools.cycle((0.11, 0.24, 0.06, 0.31, 0.18))
     while True:
         process = subprocess.Popen(
             command("cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            _, err = process.communicate(timeout=next(moments))
+            _, err = process.communicate(timeout=span * next(parts))
             assert process.returncode == 0, err
-            break
+            assert numbers(tmp_path / "cut") == numbers(tmp_path / "undisturbed")
+            if kills >= 5:
+                break
+            shutil.rmtree(tmp_path / "cut")  # it was done before: sooner, and from the beginning
+            span, kills = span / 2, 0
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM if kills % 3 == 2 else signal.SIGKILL)
             process.communicate()
             kills += 1
+            span *= 1.05  # on a machine that gets busier it comes to its end, too
             time.sleep(0.5)
-    assert kills >= 5
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "undisturbed")
+    print(f"{kills} kills")
 
 
 @pytest.mark.parametrize("signal,own", [("draws", True), ("topk", False)])

@@ -125,7 +125,7 @@ def test_two_agents_on_one_machine_share_the_first_teacher_and_nothing_else(tmp_
         argv = written(SHORT | values | {"wandb": "offline"})["args"]
         agents.append(start(*argv, cwd=cwd, main=first_use, **environment))
     for agent in agents:
-        agent.join(300)
+        agent.join(900)
     errors = [(cwd / "stderr").read_text() for cwd in places]
     assert [agent.exitcode for agent in agents] == [0, 0], errors
     said = [(cwd / "stdout").read_text() for cwd in places]
@@ -173,7 +173,7 @@ def test_two_agents_of_two_ranks_each_on_one_machine(tmp_path):
                 text=True,
             )
         )
-    said = [agent.communicate(timeout=900) for agent in agents]
+    said = [agent.communicate(timeout=1800) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum("training the toy teacher first" in out for out, _ in said) == 1
     runs = sorted(path.parent for path in tmp_path.glob("runs/kd-*/metrics.jsonl"))

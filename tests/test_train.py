@@ -47,7 +47,7 @@ def command(*args, cwd, ranks=0):
 
 def as_users_run(*args, cwd, ranks=0):
     argv, options = command(*args, cwd=cwd, ranks=ranks)
-    return subprocess.run(argv, **options, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, **options, capture_output=True, text=True, timeout=600)
 
 
 def sft(*args, cwd, **more):
@@ -163,18 +163,18 @@ def test_a_run_that_is_cut_and_resumed_writes_what_it_would_have_written(teacher
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(tmp_path):
-    sft = ["--mode=sft", *SMALL, "--steps=300", "--save_every=0", "--eval_every=0", "--name=s"]
+    sft = ["--mode=sft", *SMALL, "--steps=9999", "--save_every=0", "--eval_every=0", "--name=s"]
     process, said = start(*sft, cwd=tmp_path), tmp_path / "stdout"
-    while not (said.exists() and "0/300" in said.read_text()):
+    while not (said.exists() and "0/9999" in said.read_text()):
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(600)
     out, err = said.read_text(), (tmp_path / "stderr").read_text()
     assert process.exitcode == 0 and "--name s --resume" in out, (out, err)
     (step,) = RunFolder(tmp_path / "runs" / "s").steps()
     assert (
-        step < 300
+        step < 9999
         and len([m for m in read_metrics(tmp_path / "runs/s") if "train/loss" in m]) == step
     )
     again = run("--name=s", "--resume", f"--steps={step + 2}", cwd=tmp_path)
@@ -421,6 +421,16 @@ def test_real_gsm8k_with_the_real_vocabulary(real_data, tmp_path):
         and "<<" not in trained
         and Path(ROOT).exists()
     )
+
+
+def asleep(argv):
+    time.sleep(float(argv[-1]))
+    return 0
+
+
+def test_a_hang_says_so(tmp_path):
+    hung = run("600", cwd=tmp_path, main=asleep, timeout=0.5)
+    assert (hung.returncode, hung.stderr) == (-9, "a hang: the test waited 0.5 s\n")
 
 
 @pytest.mark.slow

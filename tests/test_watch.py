@@ -13,21 +13,22 @@ import torch.distributed as dist
 import train
 from errors import UserError
 from model import parallel, watch
+from tests.conftest import wait_until
 from tests.distributed_workers import run
 from tests.test_train import SMALL
 
 
 @pytest.fixture
 def ended(monkeypatch):
-    """What ranks said as they were ended, in 1/50 of the time."""
+    """What ranks said as they were ended; they look 50 times as often."""
     told = []
 
     def end(code):
         told.append(code)
 
     monkeypatch.setattr(watch, "PERIOD", 0.02)
-    monkeypatch.setattr(watch, "SILENCE", 0.4)
-    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(watch, "SILENCE", 20.0)
+    monkeypatch.setattr(watch, "GRACE", 20.0)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(watch, "say", lambda text, file: told.append(text))
     return told
@@ -41,38 +42,47 @@ def ranks(count):
     return made
 
 
-def test_a_silent_rank_ends_all_with_one_cause(ended):
+@pytest.fixture
+def quickly(monkeypatch):
+    monkeypatch.setattr(watch, "SILENCE", 1.0)
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+
+
+def looks(each, count):
+    """Wait until a rank has looked so often."""
+    wait_until(lambda: each.looks >= count)
+
+
+def test_a_silent_rank_ends_all_with_one_cause(ended, quickly):
     others = ranks(3)
     others[2].stopped.set()  # it says nothing any more
     for each in others:
-        each.join(timeout=5)
-    cause = "rank 2 gave no sign of life for 0 s"
+        each.join(timeout=60)
+    cause = "rank 2 gave no sign of life for 1 s"
     assert sorted(ended, key=str) == [1, 1, f"rank 0 ends: {cause}", f"rank 1 ends: {cause}"]
 
 
-def test_who_is_gone_is_named_and_the_first_cause_stays(ended):
+def test_who_is_gone_is_named_and_the_first_cause_stays(ended, monkeypatch):
+    monkeypatch.setattr(watch, "PERIOD", 0.2)
     a, b, c = ranks(3)
-    time.sleep(0.1)
-    assert not ended
+    for each in (a, b, c):
+        looks(each, 2)
     b.stopped.set()
-    time.sleep(0.05)
+    b.join()
     gone = watch.Cause("rank 1 is gone")
     assert a.lost("Connection closed") == gone
     assert c.tell(watch.Cause("rank 2: ValueError: late", 2)) == gone
     for each in (a, c):
         each.stop()
-        each.join(timeout=5)
+        each.join()
     assert not ended, "they ended by themselves"
 
 
-def test_the_first_cause_is_kept_when_the_store_is_gone(ended, monkeypatch):
+def test_the_first_cause_is_kept_when_the_store_is_gone(ended):
     """Rank 0 has failed, and its store goes with it: the others still know why, and its code."""
-    monkeypatch.setattr(watch, "GRACE", 20.0)
     a, b = ranks(2)
     a.tell(watch.Cause("rank 0: no such model", 2))
-    end = time.monotonic() + 5
-    while not b.first and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_until(lambda: b.first)
     b.store = mock.Mock()
     b.store.check.side_effect = b.store.compare_set.side_effect = RuntimeError("gone")
     assert b.lost("Connection closed") == watch.Cause("rank 0: no such model", 2)
@@ -82,38 +92,74 @@ def test_the_first_cause_is_kept_when_the_store_is_gone(ended, monkeypatch):
     assert not ended
 
 
-def test_a_store_that_does_not_answer_ends_the_rank(ended):
+def test_a_store_that_does_not_answer_ends_the_rank(ended, quickly):
     """Its machine is cut off: no call of it returns."""
     (a,) = ranks(1)
-    with mock.patch.object(a, "_read", lambda key: time.sleep(2) or ""):
-        end = time.monotonic() + 5
-        while len(ended) < 2 and time.monotonic() < end:
-            time.sleep(0.02)
-    a.stop()
-    cause = "rank 0, through which ranks meet, gave no sign of life for 0 s"
+    over = threading.Event()
+    with mock.patch.object(a, "_read", lambda key: over.wait() and ""):
+        wait_until(lambda: len(ended) == 2)
+        a.stop()
+        over.set()
+        a.join()
+    cause = "rank 0, through which ranks meet, gave no sign of life for 1 s"
     assert ended[:2] == [f"rank 0 ends: {cause}", 1]
 
 
-def test_ranks_that_end_in_good_order_end_nobody(ended):
+@pytest.mark.parametrize("way", ["rank", "store"])
+def test_a_job_that_was_stopped_and_continued_goes_on(way, ended, quickly, monkeypatch):
+    """As a scheduler suspends one: no thread of any rank ran, and all clocks are late."""
     a, b = ranks(2)
-    time.sleep(0.1)
+    late, clock, over = [0.0], time.monotonic, threading.Event()
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock() + late[0])
+    for each in (a, b):
+        looks(each, 2)
+    if way == "rank":
+        late[0] = 1000.0
+    else:  # stopped while it asked the store
+        asks, read = threading.Event(), a._read
+
+        def slow(key):
+            asks.set()
+            over.wait()
+            return read(key)
+
+        with monkeypatch.context() as m:
+            m.setattr(a, "_read", slow)
+            asks.wait()
+            late[0] = 1000.0
+            time.sleep(5 * watch.PERIOD)
+            over.set()
+    for each in (a, b):
+        wait_until(lambda each=each, last=each.looks + 5: ended or each.looks >= last)
+    assert not ended and not a.first and not b.first
+    for each in (a, b):
+        each.stop()
+        each.join()
+
+
+def test_ranks_that_end_in_good_order_end_nobody(ended, monkeypatch):
+    a, b = ranks(2)
+    looks(a, 3)
     b.stop()
-    time.sleep(1)
+    b.join()
+    monkeypatch.setattr(watch, "SILENCE", 0.4)
+    looks(a, a.looks + 50)
     assert a.is_alive() and not ended
     a.stop()
+    a.join()
 
 
-def test_rank_0_keeps_the_store_until_the_others_have_left(ended, monkeypatch):
-    monkeypatch.setattr(watch, "GRACE", 20.0)
+def test_rank_0_keeps_the_store_until_the_others_have_left(ended):
     a, b = ranks(2)
-    time.sleep(0.1)
+    for each in (a, b):
+        looks(each, 1)
     waiting = threading.Thread(target=a.linger)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
     b.linger()  # it has no store to keep
     b.stop()
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
     a.stop()
 
@@ -128,7 +174,7 @@ def test_ranks_stop_when_torchrun_was_killed(ended, monkeypatch):
             a = watch.Watch(store, 0, 1)
             patch.setattr(watch.os, "getppid", lambda: 1)
             a.start()
-            time.sleep(0.3)
+            wait_until(lambda a=a: sent or a.looks == 10)
             a.stop()
             a.join()
         assert sent == ([(os.getpid(), signal.SIGTERM)] if run_id else [])  # once
@@ -188,7 +234,7 @@ def test_a_start_after_another_one_has_a_name_of_its_own():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert len(names) == 6 and len(set(names[:3])) == len(set(names[3:])) == 1
     assert names[0] != names[3]
 

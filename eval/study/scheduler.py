@@ -1,6 +1,8 @@
 """Running the jobs of a study: each as soon as what it needs is done, one per GPU or processor."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -95,25 +97,23 @@ class Running:
         self.processes: list[subprocess.Popen] = []
         self.failing = 0
         command = [sys.executable, *job.command(out)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            # in place of what a platform may have set for the study itself
-            world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-            world["MASTER_PORT"] = free.getsockname()[1]
-            for rank in range(ranks):
-                world |= {"RANK": rank, "LOCAL_RANK": rank}
-                with open(log_of(out, job, rank), "a") as log:
-                    process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        cwd=ROOT,
-                        env=os.environ | place | {name: str(n) for name, n in world.items()},
-                        start_new_session=True,
-                        preexec_fn=die_with_parent,
-                    )
-                self.processes.append(process)
+        # in place of what a platform may have set for the study itself
+        world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        world["MASTER_PORT"] = free_port()
+        for rank in range(ranks):
+            world |= {"RANK": rank, "LOCAL_RANK": rank}
+            with open(log_of(out, job, rank), "a") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=os.environ | place | {name: str(n) for name, n in world.items()},
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            self.processes.append(process)
 
     def poll(self) -> int | None:
         """None while it runs, then its exit code.
@@ -127,6 +127,18 @@ class Running:
                 stop(self.processes, patience=5)
                 return code
         return None if None in codes else 0
+
+
+def free_port() -> int:
+    """A port that nobody has, and below those that the system gives to whoever asks for any."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 32768
+    ports = range(first // 2, first) if first > 8192 else range(8192, 65536)
+    while True:
+        port = random.SystemRandom().choice(ports)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def stop(processes: list[subprocess.Popen], patience: float) -> None:
