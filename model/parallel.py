@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import secrets
 import signal
 import sys
@@ -222,14 +223,15 @@ def telling() -> Iterator[None]:
     except Exception as e:
         has_words = any(word in str(e) for word in OF_THE_GROUP)
         is_of_group = isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or has_words)
+        words = re.sub(r"\[\S+:\d+\] ", "", reason(e))  # without gloo's place in its source
         if not _watch:
             if is_of_group:
-                raise RunFailed(f"another rank is gone ({reason(e)})") from None
+                raise RunFailed(f"another rank is gone ({words})") from None
             raise
         with _ending_at_sigterm(_watch[0]) as watch:
             watch.is_leaving = True
             if is_of_group:
-                cause = watch.lost(reason(e))
+                cause = watch.lost(words)
                 watch.linger()
                 if cause.code == 2:
                     raise UserError(cause.words) from None

@@ -203,6 +203,10 @@ def test_an_error_of_one_rank_reaches_the_others():
                 raise dist.DistNetworkError("failed to recv, got 0 bytes")
     with pytest.raises(train.RunFailed, match="another rank is gone"), parallel.telling():
         raise dist.DistNetworkError("failed to recv, got 0 bytes")  # without a watch, too
+    gloo = "[/home/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:18"
+    words = r"is gone \(Connection closed by peer \[127\.0\.0\.1\]:18\)$"
+    with pytest.raises(train.RunFailed, match=words), parallel.telling():
+        raise RuntimeError(gloo)
 
 
 def test_a_rank_that_torchrun_ends_while_it_looks_for_the_cause_is_not_gone(monkeypatch):
