@@ -64,6 +64,26 @@ def test_fused_attention_is_computed_by_the_default_library(monkeypatch):
     assert settings.fp32_precision == before
 
 
+def test_attention_is_the_same_in_parts_at_once_and_fused(monkeypatch):
+    q, k, v, weight = (torch.randn(138, h, 8, dtype=torch.float64) for h in (4, 2, 2, 4))
+    parts, by_products, found = [], attention.attend_by_products, []
+
+    def counted(q_BHLE, *rest):
+        parts.append(len(q_BHLE))
+        return by_products(q_BHLE, *rest)
+
+    monkeypatch.setattr(attention, "attend_by_products", counted)
+    for few in (0, 4 * 50**2, 2 * 4 * 50**2, 1 << 20):
+        monkeypatch.setattr(attention, "FEW_SCORES", few)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention.PackedAttention([50, 48, 40])(0, *leaves)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    assert parts == [1, 1, 1, 2, 1, 3]
+    for other in found[1:]:
+        for one, fused in zip(other, found[0], strict=True):
+            torch.testing.assert_close(one, fused, rtol=1e-12, atol=1e-12)
+
+
 def test_onednn_is_refused_where_it_rounds(fresh_choice, monkeypatch):
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
     assert not cpu.onednn_is_exact()

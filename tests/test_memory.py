@@ -73,12 +73,15 @@ CASES = {
     "sft, adapters": ({"lora_rank": 8}, WIDE, 512),
     "kd": ({"mode": "kd"}, SHAPE, 1024),
     "kd, a small batch": ({"mode": "kd"}, WIDE, 128),
+    "sft, long": ({}, SHAPE, 1024, 256),  # attention keeps its probabilities
+    "kd, long": ({"mode": "kd"}, SHAPE, 1024, 256),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_what_the_formulas_say(case):
-    options, shape, tokens = CASES[case]
+    options, shape, tokens, *given = CASES[case]
+    (length,) = given or [64]
     cfg = Config(**({"mode": "sft"} | options))
     adapters = lora.LoraConfig(8, 32.0) if cfg.lora_rank else None
     device = torch.device("cpu")
@@ -91,8 +94,8 @@ def test_a_step_takes_what_the_formulas_say(case):
         loss = functools.partial(kd_loss, cfg=kd)
     rng = np.random.default_rng(0)
     docs = [
-        Document(rng.integers(0, 1500, 64).astype(np.int32), np.ones(64))
-        for _ in range(2 * tokens // 64)
+        Document(rng.integers(0, 1500, length).astype(np.int32), np.ones(length))
+        for _ in range(2 * tokens // length)
     ]
 
     def step(documents):
@@ -103,7 +106,8 @@ def test_a_step_takes_what_the_formulas_say(case):
     policy.zero_grad()
     _, _, counted = allocations(lambda: step(docs))
     vocab = 1500 if frozen else shape.vocab_size
-    job = memory.Job(named(shape), [named(TEACHER)] * len(frozen), None, place(), vocab, longest=64)
+    models = named(shape), [named(TEACHER)] * len(frozen), None
+    job = memory.Job(*models, place(), vocab, longest=length)
     parts = memory.needs(cfg, job, memory.Shards(1, False, False), tokens)
     there = ("weights", "teacher", "AdamW")  # before the step
     said = memory.peak(parts, False) - sum(parts.get(name, 0) for name in there)
