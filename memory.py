@@ -317,7 +317,7 @@ def _head(cfg: Config, job: Job, shards: Shards, tokens: int) -> dict[str, float
     if c < m:  # the head is cast; without tensor cores back again
         logits += c * chunk + c * head * (not cfg.lora_rank) + m * head * (not cuda)
     if not backend.triton_serves(job.place.device):
-        block = chunk if cuda else min(chunk, BLOCK_ELEMENTS)
+        block = chunk if cuda else min(chunk, BLOCK_ELEMENTS // (1 + bool(job.teachers)))
         logits += m * block * (6 if job.teachers else 1)
     return {"head": rows, "logits": logits}
 

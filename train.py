@@ -26,7 +26,7 @@ from data.batch import WEIGHTINGS, Batch, GlobalBatch, Metrics, constant_length
 from data.dataset import Dataset, DataStream
 from data.show import show_batch
 from kernels.attention import PackedAttention
-from kernels.cpu import fastest_product, keep_freed_memory
+from kernels.cpu import keep_freed_memory
 from losses.grpo import VARIANTS, GRPOConfig, grpo_loss
 from losses.kd import KDConfig, kd_loss
 from losses.sft import sft_loss
@@ -239,11 +239,10 @@ def forward_backward(
     for micro in batch.split(micro_batch_tokens):
         micro = micro.to(device)
         attend = PackedAttention(micro.lengths, device)
-        a_product = len(micro.tokens_T) * model.config.hidden_size**2
-        with fastest_product(model.head_VD, a_product):
-            frozen = teacher_forward(teachers, micro, attend, micro_batch_tokens)
-            hidden_TD = model(micro.tokens_T, micro.positions_T, attend)
-            loss_sum, metrics = loss_fn(hidden_TD, model.head_VD, frozen, micro)
+        frozen = teacher_forward(teachers, micro, attend, micro_batch_tokens)
+        hidden_TD = model(micro.tokens_T, micro.positions_T, attend)
+        loss_sum, metrics = loss_fn(hidden_TD, model.head_VD, frozen, micro)
+        with model.fastest_products(micro.tokens_T):
             (loss_sum / norm).backward()
         for name, (total, count) in metrics.items():
             old_total, old_count = sums.get(name, (0, 0))

@@ -9,7 +9,7 @@ coin per sample: they cost nothing and give every group a spread. The products a
 step cannot avoid, at the same shapes with buffers allocated once: for every new token the body's
 and the head's, for the update the head's three (logits, both gradients) and the body's forward and
 its two gradients. Medians of `--repeats` steps, interleaved in one process; memory is the process's
-peak above its resident size before the first step.
+peak above its resident size before there was an optimizer.
 """
 
 import argparse
@@ -192,11 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     prompts, size = inputs(args)
     model = build_model(PRESETS["tiny" if args.dry else "small"], None, device="cpu", seed=0)
-    step = GrpoStep(model, prompts, size)
     keep_freed_memory()  # as `train.py` does; what building the model freed is gone
     before = resident_gb()
-    step.rollout()  # warm-up
-    step.update()
+    step = GrpoStep(model, prompts, size)
+    for _ in range(3):  # warm-up; memory that a step frees may not fit what the next one wants
+        step.rollout()
+        step.update()
     peak = resident_gb(peak=True) - before
     products = Products(model.config, sum(map(len, prompts)), size)
     parts = {

@@ -12,8 +12,8 @@ median of `--repeats` steps:
 Also timed in the same run, at the same shapes and in the faster of the CPU's two libraries: the
 four matrix products of the heads that no exact method avoids (both models' logits, the gradients of
 hidden rows and head), and these with the products of both bodies. A step is forward, backward,
-clipping and AdamW. Memory is the process's peak above its resident size before the first step, so
-that model weights count for nobody.
+clipping and AdamW. Memory is the process's peak above its resident size before there was an
+optimizer, so that model weights count for nobody.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import median_ratio
+from bench.measure import median_ratio, resident_gb
 from bench.processes import in_turn, serve
 from bench.train_step import random_batch
 from data.batch import Batch, GlobalBatch
@@ -133,6 +133,9 @@ def child(args: argparse.Namespace) -> None:
     names = ("tiny", "tiny-teacher") if args.dry else ("small", "small-teacher")
     student = build_model(PRESETS[names[0]], None, device="cpu", seed=0)
     teacher = build_model(PRESETS[names[1]], None, device="cpu", seed=1).requires_grad_(False)
+    if args.way == "ours" or args.way.endswith("products"):
+        keep_freed_memory()  # as `train.py` does; what building models freed is gone
+    before = resident_gb()
     optimizer = build_optimizer(student, 1e-4, (0.9, 0.95), 1e-8, 0.0)
 
     def step() -> dict:
@@ -153,9 +156,8 @@ def child(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return {"loss": loss}
 
-    if args.way == "ours" or args.way.endswith("products"):
-        keep_freed_memory()  # as `train.py` does; what building models freed is gone
-    serve({"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}, step)
+    facts = {"rows": len(batch.rows_N), "tokens": len(batch.tokens_T), "vocab": vocab}
+    serve(facts, step, before)
 
 
 def report(results: dict[str, list[dict]]) -> None:

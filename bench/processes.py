@@ -83,13 +83,13 @@ def interpreted(module: str, argv: Sequence[str]) -> int | None:
     return subprocess.run(command, env=env).returncode
 
 
-def serve(facts: dict, step: Callable[[], dict]) -> None:
+def serve(facts: dict, step: Callable[[], dict], before: float | None = None) -> None:
     """The child's side of `in_turn`: a step per line of standard input.
 
-    Prints `facts`, then a JSON line per step: its seconds, the peak of memory above what was
-    resident before the first one, and what step() returns (which may be other seconds).
+    Prints `facts`, then a JSON line per step: its seconds, the peak of memory above `before` (None:
+    what is resident now, in GB), and what step() returns (which may be other seconds).
     """
-    before = resident_gb()
+    before = resident_gb() if before is None else before
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()

@@ -12,6 +12,7 @@ Legend: N loss rows, n rows of a chunk, b rows of a block, D hidden, V vocabular
 of the head take part, padding rows beyond them are never read), P the same with padding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,8 +25,8 @@ LOG2_E = math.log2(math.e)
 
 # Logits held at once: 441 rows of 151,936 on a CPU, 4,400 rows on a GPU.
 CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
-# On a CPU the element-wise work runs on blocks of rows that stay in the cache.
-BLOCK_ELEMENTS = 5 << 17
+# On a CPU the element-wise work runs on blocks of rows that stay in the cache, of all models.
+BLOCK_ELEMENTS = 5 << 18
 
 # step(hidden_nD, head_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
 Step = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
@@ -46,9 +47,9 @@ def default_chunk_rows(vocab: int, n_rows: int, device: torch.device, models: in
     return -(-n_rows // max(1, chunks)) or 1
 
 
-def blocks(n_rows: int, vocab: int, device: torch.device) -> list[slice]:
+def blocks(n_rows: int, vocab: int, device: torch.device, models: int = 1) -> list[slice]:
     """Slices of rows for element-wise work: cache-sized on a CPU, the whole chunk on a GPU."""
-    size = n_rows if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
+    size = n_rows if device.type == "cuda" else max(1, BLOCK_ELEMENTS // (vocab * models))
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
@@ -80,15 +81,24 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
         return torch.mm(a, b, out=out, **options)
 
 
-def softmax(logits_bV: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of logits / temperature in `out`, and the log-normalizer of each row, [b, 1].
+def exponentials(logits_bV: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """e^((logits − the largest of the row) / temperature) in `out`. Returns the largest, [b, 1].
 
-    torch.softmax is one pass less, but its sum over 151,665 ids is off by 1e-5. A power of 2 costs
-    a CPU a third of exp, and the factor that it needs is free: it rides on the subtraction.
+    A power of 2 costs a CPU a fifth of exp, and the factor that it needs is free: it rides on the
+    subtraction.
     """
     scale = LOG2_E / temperature
     largest_b1 = logits_bV.amax(1, keepdim=True)
     torch.add(largest_b1 * -scale, logits_bV, alpha=scale, out=out).exp2_()
+    return largest_b1
+
+
+def softmax(logits_bV: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of logits / temperature in `out`, and the log-normalizer of each row, [b, 1].
+
+    torch.softmax is one pass less, but its sum over 151,665 ids is off by 1e-5.
+    """
+    largest_b1 = exponentials(logits_bV, temperature, out)
     sum_b1 = out.sum(1, keepdim=True)
     return out.div_(sum_b1), largest_b1 / temperature + sum_b1.log()
 
@@ -110,20 +120,23 @@ def torch_step(
         chunk_rows: the most rows a chunk has; one buffer of that size serves all chunks.
         teacher: the hidden rows and the head of a teacher, (hidden_NC, head_VC).
     """
-    most_rows = min(chunk_rows, len(hidden_ND))
     dtype, device = accumulate_dtype(hidden_ND), hidden_ND.device
-    buffer = wide_buffer(most_rows, vocab, dtype, device)
-    teacher_buffer = wide_buffer(most_rows, vocab, dtype, device) if teacher else buffer
+
+    @functools.cache
+    def buffers() -> list[Tensor]:
+        """Of the student and the teacher: made when the gradients are there, which stay longer."""
+        most_rows = min(chunk_rows, len(hidden_ND))
+        return [wide_buffer(most_rows, vocab, dtype, device) for _ in range(2 if teacher else 1)]
 
     def step(hidden_nD: Tensor, compute_head_VD: Tensor, rows: slice, want_grad: bool):
         n_rows = len(hidden_nD)
-        logits = [product(hidden_nD, compute_head_VD[:vocab].t(), buffer[:n_rows])]
+        logits = [product(hidden_nD, compute_head_VD[:vocab].t(), buffers()[0][:n_rows])]
         if teacher:
             teacher_hidden_NC, teacher_VC = teacher
-            out = teacher_buffer[:n_rows]
+            out = buffers()[1][:n_rows]
             logits.append(product(teacher_hidden_NC[rows], teacher_VC.t(), out))
         losses = []
-        for block in blocks(n_rows, vocab, device):
+        for block in blocks(n_rows, vocab, device, models=len(logits)):
             block_rows = slice(rows.start + block.start, rows.start + block.stop)
             losses.append(block_loss(*(z[block] for z in logits), block_rows, want_grad))
         grad_nV = logits[0]

@@ -26,7 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 # Below so many multiplications MKL is the faster: a call of oneDNN costs 20 microseconds more.
-LEAST_PRODUCT = 8 << 20
+LEAST_PRODUCT = 5 << 19
 
 
 # Models with fewer parameters are computed by one thread. Measured on two cores (LOG.md): idle, two

@@ -24,6 +24,7 @@ from kernels.chunk import (
     chunked_head,
     default_chunk_rows,
     product,
+    softmax,
     torch_step,
     wide_buffer,
 )
@@ -231,7 +232,7 @@ class TopkTerm(DivergenceTerm):
         """The block_loss of `torch_step`."""
         logprob_bV = logits_bV.clone() if self.logprob else logits_bV
         tiny, id_bk = torch.finfo(logits_bV.dtype).tiny, self.ids_Nk[rows]
-        p_bV = torch.softmax(logits_bV / self.temperature, 1, out=logits_bV)
+        p_bV, _ = softmax(logits_bV, self.temperature, out=logits_bV)
         p_bk = p_bV.gather(1, id_bk)
         tail_b1 = p_bV.scatter_(1, id_bk, 0).sum(1, keepdim=True)  # 1 − Σ p would cancel
         logp_bB = torch.cat((p_bk, tail_b1), 1).clamp_(min=tiny).log_()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.attention import PackedAttention
+from kernels.cpu import many_small_products
 from kernels.decode_attention import decode_attention, rotate_and_store
 from model.transformer import Rope
 
@@ -200,8 +201,9 @@ class DecodeAttention:
         if kv.dtype.itemsize < 4:  # its products would round the scores
             o_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=mask)
         else:  # for one query, PyTorch's kernel takes up to twice as long on two cores
-            scores_BKGS = q_BKGE * q_BKGE.shape[-1] ** -0.5 @ k_BKSE.transpose(2, 3)
-            o_BKGE = scores_BKGS.add_(mask).softmax(-1) @ v_BKSE
+            with many_small_products():
+                scores_BKSG = k_BKSE @ (q_BKGE * q_BKGE.shape[-1] ** -0.5).transpose(2, 3)
+                o_BKGE = (scores_BKSG.transpose(2, 3) + mask).softmax(-1) @ v_BKSE
         return o_BKGE.flatten(1, 2)
 
 

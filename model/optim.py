@@ -15,7 +15,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Fused AdamW for the parameters that are trained.
 
-    Matrices (adapters too) decay; norms, biases and embeddings (a tied head with them) do not.
+    Matrices (adapters too) decay; norms, biases and embeddings (a tied head with them) do not. Its
+    moments are there at once: made at the first update, as AdamW does, they take up places that
+    logits leave, which later steps then find too small.
     """
     decay, no_decay = [], []
     for name, p in model.named_parameters():
@@ -29,7 +31,12 @@ def build_optimizer(
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    for p in decay + no_decay:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": step, **moments}
+    return optimizer
 
 
 def average_of(policy: nn.Module) -> Any:

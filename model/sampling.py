@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from kernels.backend import triton_runs
-from kernels.chunk import accumulate_dtype, blocks, default_chunk_rows, product
+from kernels.chunk import (
+    accumulate_dtype,
+    blocks,
+    default_chunk_rows,
+    exponentials,
+    product,
+    wide_buffer,
+)
 from kernels.cpu import uses_onednn
 
 BLOCK = 512  # ids whose probabilities are summed first
@@ -102,9 +109,10 @@ class Sampler:
         self.synchronizes = not self.by_kernel and temperature > 0 and top_p < 1
         self.rows = default_chunk_rows(vocab, 1 if self.by_kernel else rows, device)
         padded = -(-vocab // BLOCK) * BLOCK
-        self.logits_BP = head_VD.new_full((self.rows, padded), -torch.inf, dtype=wide)
-        # Rows whose probabilities stay in a CPU's cache are sampled together.
-        self.probs_BP = torch.empty_like(self.logits_BP[blocks(self.rows, padded, device)[0]])
+        self.logits_BP = head_VD.new_empty((self.rows, padded), dtype=wide)
+        # Filters copy the weights of the rows that are drawn together: those of a CPU's cache.
+        is_filtered = 0 < self.top_k < vocab or top_p < 1
+        self.together = blocks(self.rows, padded, device)[0].stop if is_filtered else self.rows
 
     def refresh(self) -> None:
         """Called when the head's numbers have changed, in place."""
@@ -128,11 +136,10 @@ class Sampler:
         for rows_BD, rows_u_B in zip(hidden_BD.split(self.rows), u_B.split(self.rows), strict=True):
             logits_BP = self.logits_BP[: len(rows_BD)]
             self._product(rows_BD.to(self.head_VD.dtype), logits_BP[:, : self.vocab])
-            block = len(self.probs_BP)
-            for block_BP, block_u_B in zip(
-                logits_BP.split(block), rows_u_B.split(block), strict=True
-            ):
-                token_B, logp_B = self._draw(block_BP, block_u_B)
+            logits_BP[:, self.vocab :] = -torch.inf
+            parts = logits_BP.split(self.together), rows_u_B.split(self.together)
+            for part_BP, part_u_B in zip(*parts, strict=True):
+                token_B, logp_B = self._draw(part_BP, part_u_B)
                 tokens.append(token_B)
                 logps.append(logp_B)
         return torch.cat(tokens), torch.cat(logps)
@@ -141,13 +148,15 @@ class Sampler:
         """out = rows @ head.T.
 
         oneDNN packs the head as it lies anew at every call. From a transposed copy a product of 8
-        to 64 rows takes 0.7 to 0.9 of the time, and the copy costs no more than it saves in 10.
+        to 64 rows takes 0.7 to 0.9 of the time, and the copy costs no more than it saves in 10. Its
+        rows may not lie an odd number of elements apart: that takes a third longer.
         """
         large = LARGE_HEAD <= self.vocab and self.head_VD.nbytes <= TRANSPOSED_BYTES
         if len(rows_BD) <= FEW or not large or not uses_onednn(out_BV):
             return head_product(rows_BD, self.head_VD, out_BV)
         if self.head_DV is None:
-            self.head_DV = self.head_VD.new_empty(self.head_VD.shape[::-1])
+            head_VD = self.head_VD
+            self.head_DV = wide_buffer(head_VD.shape[1], self.vocab, head_VD.dtype, head_VD.device)
             for rows_CD, columns_DC in zip(
                 self.head_VD.split(1024), self.head_DV.split(1024, 1), strict=True
             ):
@@ -155,20 +164,27 @@ class Sampler:
         product(rows_BD, self.head_DV, out_BV)
 
     def _draw(self, logits_BP: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-        if self.temperature not in (0.0, 1.0):
-            logits_BP[:, : self.vocab].mul_(1 / self.temperature)
-        probs_BP = torch.softmax(logits_BP, 1, out=self.probs_BP[: len(logits_BP)])
-        if self.temperature == 0:
-            token_B = argmax(logits_BP)
+        """The logits are overwritten."""
+        greedy_B = argmax(logits_BP) if self.temperature == 0 else None
+        removed_BP = None
+        if greedy_B is None and 0 < self.top_k < self.vocab:
+            removed_BP = below_top_k(logits_BP, self.top_k)
+        for rows in blocks(*logits_BP.shape, logits_BP.device):
+            exponentials(logits_BP[rows], self.temperature or 1.0, out=logits_BP[rows])
+        weight_BP, mass_BM = logits_BP, block_mass(logits_BP)
+        total_B = mass_BM.sum(1)
+        if greedy_B is not None:
+            token_B = greedy_B
         else:
-            kept_BP = probs_BP
-            if 0 < self.top_k < self.vocab:
-                kept_BP = keep_top_k(logits_BP, kept_BP, self.top_k)
+            kept_BP = weight_BP
+            if removed_BP is not None:
+                kept_BP = kept_BP.masked_fill(removed_BP, 0)
             if self.top_p < 1:
                 candidates = self.top_k + 1 if self.top_k else NUCLEUS
                 kept_BP = keep_top_p(kept_BP, self.top_p, candidates)
-            token_B = draw(kept_BP, u_B)
-        return token_B, probs_BP.gather(1, token_B.unsqueeze(1)).squeeze(1).log()
+            token_B = draw(kept_BP, mass_BM if kept_BP is weight_BP else block_mass(kept_BP), u_B)
+        logp_B = (weight_BP.gather(1, token_B.unsqueeze(1)).squeeze(1) / total_B).log()
+        return token_B, logp_B.to(weight_BP.dtype)
 
 
 def head_product(rows_BD: Tensor, head_VD: Tensor, out_BV: Tensor) -> None:
@@ -211,14 +227,20 @@ def argmax(x_BP: Tensor) -> Tensor:
     return block_B * BLOCK + _block_of(x_BP, block_B).argmax(1)
 
 
-def draw(probs_BP: Tensor, u_B: Tensor) -> Tensor:
-    """The id at which the cumulative sum exceeds u · total; never one of probability 0.
+def block_mass(weight_BP: Tensor) -> Tensor:
+    """The sums of the blocks of each row, [B, M]."""
+    return weight_BP.unflatten(1, (-1, BLOCK)).sum(2).double()
 
-    Blocks are summed first, then the ids inside one block.
+
+def draw(weight_BP: Tensor, mass_BM: Tensor, u_B: Tensor) -> Tensor:
+    """The id at which the cumulative sum exceeds u · total; never one of weight 0.
+
+    Args:
+        weight_BP: probabilities, or a multiple of them.
+        mass_BM: their `block_mass`: a block is found first, then the id inside it.
     """
-    mass_BM = probs_BP.unflatten(1, (-1, BLOCK)).sum(2).double()
     block_B, rest_B = _first_beyond(mass_BM, u_B * mass_BM.sum(1))
-    id_B, _ = _first_beyond(_block_of(probs_BP, block_B).double(), rest_B)
+    id_B, _ = _first_beyond(_block_of(weight_BP, block_B).double(), rest_B)
     return block_B * BLOCK + id_B
 
 
@@ -236,9 +258,9 @@ def _first_beyond(mass_BM: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
     return at_B1.squeeze(1), target_B - before_B1.squeeze(1)
 
 
-def keep_top_k(logits_BP: Tensor, probs_BP: Tensor, k: int) -> Tensor:
-    """Probabilities of the ids whose logit is at least the k-th largest, 0 elsewhere."""
-    return probs_BP.masked_fill(logits_BP < logits_BP.topk(k).values[:, -1:], 0)
+def below_top_k(logits_BP: Tensor, k: int) -> Tensor:
+    """Where a logit is below the k-th largest of its row."""
+    return logits_BP < logits_BP.topk(k).values[:, -1:]
 
 
 def keep_top_p(probs_BP: Tensor, top_p: float, candidates: int) -> Tensor:

@@ -5,12 +5,32 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention, cpu
+from bench.train_step import random_batch
+from kernels import attention, chunk, cpu
 from kernels.chunk import CHUNK_ELEMENTS, default_chunk_rows, product, softmax
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_topk import topk_logprobs
+from losses.sft import sft_loss
+from model.checkpoint import build_model
+from model.generate import generate
+from model.optim import build_optimizer
+from model.presets import PRESETS
 from model.transformer import embed
+from train import forward_backward
+
+
+class Libraries(TorchDispatchMode):
+    """Which settings of the library each operation has met."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        setting = torch.backends.mkldnn.matmul.fp32_precision
+        self.seen.setdefault(op.name(), set()).add(setting)
+        return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -44,24 +64,86 @@ def test_the_setting_is_restored():
 
 def test_fused_attention_is_computed_by_the_default_library(monkeypatch):
     """It is made of small products. Everything around it, backward too, has what was chosen."""
-    settings, seen = torch.backends.mkldnn.matmul, {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            seen.setdefault(op.name(), set()).add(settings.fp32_precision)
-            return op(*args, **(kwargs or {}))
-
+    settings = torch.backends.mkldnn.matmul
     monkeypatch.setattr(cpu, "uses_onednn", lambda like: True)
     q, k, v = (torch.randn(90, h, 8, requires_grad=True) for h in (4, 2, 2))
     before = settings.fp32_precision
-    with Watch(), cpu.fastest_product(q, cpu.LEAST_PRODUCT):
+    with Libraries() as libraries, cpu.fastest_product(q, cpu.LEAST_PRODUCT):
         for few, window in ((0, 0), (0, 9), (1 << 20, 0)):
             monkeypatch.setattr(attention, "FEW_SCORES", few)
             attention.PackedAttention([50, 40])(0, q * 2, k * 2, v, window).sum().backward()
+    seen = libraries.seen
     fused = {n: found for n, found in seen.items() if "attention" in n}
     assert len(fused) == 2 and set.union(*fused.values()) == {"none"}, fused
     assert seen["aten::bmm"] == seen["aten::mul.Tensor"] == {"bf16"}
     assert settings.fp32_precision == before
+
+
+def test_a_step_of_generation_takes_the_faster_library_but_for_its_attention(monkeypatch):
+    monkeypatch.setattr(cpu, "uses_onednn", lambda like: True)
+    model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    rows = -(-cpu.LEAST_PRODUCT // model.config.hidden_size**2)
+    for n, body in ((rows, "bf16"), (rows - 1, "none")):
+        with Libraries() as libraries:  # prompts of one token: there is no prefill
+            generate(model, [[5]] * n, 2, [], temperature=1.0, seeds=range(n), batch_size=n)
+        assert libraries.seen["aten::bmm"] == {"none"}
+        assert body in libraries.seen["aten::mm"] | libraries.seen["aten::addmm"]
+        assert libraries.seen["aten::addmm"] == {body}  # those with a bias: queries, keys, values
+
+
+def test_forward_and_backward_take_the_faster_library(monkeypatch):
+    monkeypatch.setattr(cpu, "uses_onednn", lambda like: True)
+    monkeypatch.setattr(cpu, "LEAST_PRODUCT", 1)
+    model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    batch = random_batch(2, 24, 500)
+    with Libraries() as libraries:
+        forward_backward(model, [], sft_loss, batch, 1.0, 8192, torch.device("cpu"))
+    assert libraries.seen["aten::mm"] == libraries.seen["aten::addmm"] == {"bf16"}
+
+
+def test_buffers_of_logits_come_after_the_gradients_and_serve_all_chunks(monkeypatch):
+    """Else memory that a step frees does not fit what the next one wants (LOG.md)."""
+    made, wide_buffer = [], chunk.wide_buffer
+    monkeypatch.setattr(chunk, "wide_buffer", lambda *a: made.append(a[:2]) or wide_buffer(*a))
+    hidden, head = torch.randn(7, 8), torch.randn(50, 8)
+    other = torch.randn(50, 8)
+
+    def block_loss(student_bV, teacher_bV, rows, want_grad):
+        return (student_bV - teacher_bV).sum(1)
+
+    step = chunk.torch_step(block_loss, 3, 40, hidden, (hidden, other[:40]))
+    assert not made
+    for start in (0, 3, 6):
+        rows = slice(start, min(start + 3, 7))
+        loss_n, _ = step(hidden[rows], head, rows, False)
+        want_n = (hidden[rows] @ (head[:40] - other[:40]).t()).sum(1)
+        torch.testing.assert_close(loss_n, want_n, rtol=1e-4, atol=1e-4)
+    assert made == [(3, 40), (3, 40)]
+
+
+def test_the_optimizer_has_its_moments_at_once_and_steps_as_adamw_does():
+    model = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    plain = build_model(PRESETS["tiny"], None, device="cpu", seed=0)
+    model.norm.weight.requires_grad_(False)
+    plain.norm.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+    assert {id(p) for p in optimizer.state} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    groups = []
+    for group in optimizer.param_groups:
+        names = {id(p): name for name, p in model.named_parameters()}
+        params = [plain.get_parameter(names[id(p)]) for p in group["params"]]
+        groups.append({"params": params, "weight_decay": group["weight_decay"]})
+    lazy = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    for _ in range(3):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            if p.requires_grad:
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        optimizer.step()
+        lazy.step()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 def test_attention_is_the_same_in_parts_at_once_and_fused(monkeypatch):
