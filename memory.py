@@ -127,19 +127,17 @@ def size_of(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -
 def saved_per_token(config: ModelConfig, itemsize: int, cuda: bool) -> int:
     """Bytes that a block keeps of each token for its backward pass.
 
-    A norm keeps its input in fp32, the normalised and the scaled one; attention its queries, keys,
-    values and output (on a CPU they are copied into blocks first); the MLP its gate before and
-    after the activation, up, and their product.
+    A norm keeps its input, and what reads it its output; attention its queries, keys, values and
+    output (on a CPU they are copied into blocks first); the MLP gate, up and their product.
     """
-    wide = max(itemsize, 4)
-    norm = wide + 2 * itemsize
+    norm = 2 * itemsize
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     norms = (4 if config.sandwich_norms else 2) * norm * config.hidden_size
     if not cuda:
         heads += (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     if config.qk_norm:
         norms += norm * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return norms + itemsize * (heads + 4 * config.intermediate_size) + 4 * config.num_heads
+    return norms + itemsize * (heads + 3 * config.intermediate_size) + 4 * config.num_heads
 
 
 def kept_slots(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int:

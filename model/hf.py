@@ -4,7 +4,8 @@ from pathlib import Path
 
 from errors import UserError
 from files import Fields, Json, without
-from model.transformer import ACTIVATIONS, ModelConfig, RopeScaling
+from kernels.elementwise import ACTIVATIONS
+from model.transformer import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",

@@ -169,7 +169,7 @@ class Sampler:
         removed_BP = None
         if greedy_B is None and 0 < self.top_k < self.vocab:
             removed_BP = below_top_k(logits_BP, self.top_k)
-        for rows in blocks(*logits_BP.shape, logits_BP.device):
+        for rows in blocks(len(logits_BP), logits_BP.shape[1], logits_BP.device):
             exponentials(logits_BP[rows], self.temperature or 1.0, out=logits_BP[rows])
         weight_BP, mass_BM = logits_BP, block_mass(logits_BP)
         total_B = mass_BM.sum(1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.cpu import fastest_product
+from kernels.elementwise import gated, rms_norm
 from model.sharding import fill
 
 # (layer index, q_THE, k_TKE, v_TKE, window) -> o_THE. Decides which tokens see each other:
@@ -31,9 +32,6 @@ Attend = Callable[..., Tensor]
 Rope = tuple[Tensor, Tensor]  # cosines and signed sines, both [T, 1, E]
 # One weight and bias for several linear layers of one input, where generation has joined them.
 Fused = tuple[Tensor, Tensor | None] | None
-
-
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class ModelConfig:
             where all layers see all.
         rope_scaling: Of the layers that see all.
         window_rope_theta: The rope_theta of the layers with a window.
-        activation: Of the MLP's gate, one of `ACTIVATIONS`.
+        activation: Of the MLP's gate, a name in `kernels.elementwise.ACTIVATIONS`.
         sandwich_norms: What attention and MLP give is normalised, too.
         norm_offset: Added to the norms' weights.
         scale_embedding: The embedded tokens are multiplied by √hidden_size.
@@ -112,10 +110,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in at least fp32 (Zhang & Sennrich, arXiv 1910.07467).
-
-    Gemma stores the weights less 1: `offset` is added to them, and the product is in fp32, too.
-    """
+    """Divides by the root mean square. Gemma stores the weights less 1, the `offset`."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
@@ -124,11 +119,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.offset:
-            return (wide * (self.offset + self.weight.to(wide.dtype))).to(x.dtype)
-        return self.weight.to(x.dtype) * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
 def rope_tables(
@@ -203,7 +194,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.fused: Fused = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -211,7 +202,7 @@ class MLP(nn.Module):
             gate, up = F.linear(x_TD, *self.fused).chunk(2, 1)
         else:
             gate, up = self.gate_proj(x_TD), self.up_proj(x_TD)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(gated(gate, up, self.activation))
 
 
 class Block(nn.Module):

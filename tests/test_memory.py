@@ -316,10 +316,10 @@ KEPT = ("shape", "teacher", "mode")
     [
         (0.02, 1, {}, "take a smaller model"),
         (1, 1, {"micro_batch_tokens": 1 << 16}, "set --micro_batch_tokens [0-9]+$"),
-        (80, 8, {"shape": LARGE, "shard": "off"}, "set --.*--shard on$"),
+        (64, 8, {"shape": LARGE, "shard": "off"}, "set --.*--shard on$"),
         (80, 1, {"shape": LARGE}, "set --lora_rank 16$"),
         # nothing is suggested that does nothing here: no frozen model, the base's adapters kept
-        (80, 8, {"shape": LARGE, "shard": "off", "shard_frozen": "off"}, "True --shard on$"),
+        (64, 8, {"shape": LARGE, "shard": "off", "shard_frozen": "off"}, "True --shard on$"),
         (80, 1, {"shape": LARGE, "name": "r", "resume": True}, "take a smaller model"),
         (12, 8, {"teacher": LARGE, "mode": "kd", "shard_frozen": "off"}, "set --shard_frozen on$"),
     ],
