@@ -27,6 +27,7 @@ LOG2_E = math.log2(math.e)
 CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
 # On a CPU the element-wise work runs on blocks of rows that stay in the cache, of all models.
 BLOCK_ELEMENTS = 5 << 18
+LOW_TEMPERATURE = 0.1
 
 # step(hidden_nD, head_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
 Step = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
@@ -85,11 +86,14 @@ def exponentials(logits_bV: Tensor, temperature: float, out: Tensor) -> Tensor:
     """e^((logits − the largest of the row) / temperature) in `out`. Returns the largest, [b, 1].
 
     A power of 2 costs a CPU a fifth of exp, and the factor that it needs is free: it rides on the
-    subtraction.
+    subtraction, but for low temperatures, at which scale · largest would lose what lies below it.
     """
     scale = LOG2_E / temperature
     largest_b1 = logits_bV.amax(1, keepdim=True)
-    torch.add(largest_b1 * -scale, logits_bV, alpha=scale, out=out).exp2_()
+    if temperature < LOW_TEMPERATURE:
+        torch.sub(logits_bV, largest_b1, out=out).mul_(scale).exp2_()
+    else:
+        torch.add(largest_b1 * -scale, logits_bV, alpha=scale, out=out).exp2_()
     return largest_b1
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
@@ -73,6 +74,7 @@ class _RMSNorm(torch.autograd.Function):
         return _weighted(normal_TD, weight_D, offset, x_TD.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD):
         x_TD, weight_D, inverse_T1 = ctx.saved_tensors
         wide = inverse_T1.dtype
@@ -81,7 +83,9 @@ class _RMSNorm(torch.autograd.Function):
         product_TD = grad_TD * normal_TD
         grad_weight_D = None
         if ctx.needs_input_grad[1]:
-            grad_weight_D = product_TD.flatten(0, -2).sum(0).to(weight_D.dtype)
+            # through the dtype that the forward multiplied in, as in shards, whose weights have it
+            grad_weight_D = product_TD.reshape(-1, len(weight_D)).sum(0)
+            grad_weight_D = grad_weight_D.to(wide if ctx.offset else x_TD.dtype).to(weight_D.dtype)
         # what lies along x is taken out: there the division by rms(x) leaves nothing
         mean_T1 = product_TD.mul_(factor_D).mean(-1, keepdim=True)
         grad_x_TD = (grad_TD * factor_D).sub_(normal_TD.mul_(mean_T1)).mul_(inverse_T1)
@@ -98,6 +102,7 @@ class _Gated(torch.autograd.Function):
         return ACTIVATIONS[activation][0](gate_TF).mul_(up_TF)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TF):
         gate_TF, up_TF = ctx.saved_tensors
         activate, derive = ACTIVATIONS[ctx.activation]

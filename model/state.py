@@ -59,7 +59,7 @@ def check_tensors(
     Reads the headers only. Raises UserError, which names a tensor.
 
     Args:
-        updates: How many there were: without any there are no moments.
+        updates: How many there were: without any there need be no moments.
         averaged: Whether the file must have a moving average of the weights; else it may.
     """
     shapes = check_names(set(tensors.keys()), file, model, updates, averaged)
@@ -101,6 +101,6 @@ def check_values(tensor: Tensor, file: Path, key: str, updates: int) -> None:
     if part == "exp_avg_sq":
         fits = fits and low >= 0
     if part == "step":
-        fits = fits and low == int(low) and 0 < low <= updates
+        fits = fits and low == int(low) and 0 <= low <= updates
     if not fits:
         raise UserError(f"{file}: {key} holds numbers that no training leaves; {OTHER}")

@@ -103,12 +103,14 @@ def test_forward_and_backward_take_the_faster_library(monkeypatch):
 
 def test_buffers_of_logits_come_after_the_gradients_and_serve_all_chunks(monkeypatch):
     """Else memory that a step frees does not fit what the next one wants (LOG.md)."""
-    made, wide_buffer = [], chunk.wide_buffer
+    made, wide_buffer, of_a_block = [], chunk.wide_buffer, []
+    monkeypatch.setattr(chunk, "BLOCK_ELEMENTS", 2 * 40 * 2)  # two rows of both models
     monkeypatch.setattr(chunk, "wide_buffer", lambda *a: made.append(a[:2]) or wide_buffer(*a))
     hidden, head = torch.randn(7, 8), torch.randn(50, 8)
     other = torch.randn(50, 8)
 
     def block_loss(student_bV, teacher_bV, rows, want_grad):
+        of_a_block.append(len(student_bV))
         return (student_bV - teacher_bV).sum(1)
 
     step = chunk.torch_step(block_loss, 3, 40, hidden, (hidden, other[:40]))
@@ -118,7 +120,7 @@ def test_buffers_of_logits_come_after_the_gradients_and_serve_all_chunks(monkeyp
         loss_n, _ = step(hidden[rows], head, rows, False)
         want_n = (hidden[rows] @ (head[:40] - other[:40]).t()).sum(1)
         torch.testing.assert_close(loss_n, want_n, rtol=1e-4, atol=1e-4)
-    assert made == [(3, 40), (3, 40)]
+    assert made == [(3, 40), (3, 40)] and of_a_block == [2, 1, 2, 1, 1]
 
 
 def test_the_optimizer_has_its_moments_at_once_and_steps_as_adamw_does():

@@ -590,3 +590,14 @@ def test_buckets_hold_their_rows():
         buckets = [engine._bucket(n, size) for n in range(1, size + 1)]
         assert all(n <= b <= size for n, b in enumerate(buckets, 1)) and buckets == sorted(buckets)
         assert len(set(buckets)) <= 8 + size // 64
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-7, 1e-3])
+def test_a_low_temperature_is_greedy(temperature):
+    """Logits of 40 over 1e-9 are 4e10: in fp32 their distances are beyond any exponent."""
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(9, 8, generator=g), 5 * torch.randn(700, 8, generator=g)
+    ids, logps = Sampler(head, 700, 9, temperature)(hidden, torch.rand(9, dtype=torch.float64))
+    best = (hidden.double() @ head.double().t()).topk(2)
+    assert (best.values.diff(dim=1) / temperature).max() < -20
+    assert torch.equal(ids, best.indices[:, 0]) and logps.abs().max() < 1e-6

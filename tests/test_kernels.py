@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import chunk
+from kernels import chunk, divergences
 from kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
 from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import LogprobTerm, linear_logprob
@@ -316,3 +316,37 @@ def test_a_target_outside_the_vocabulary_is_named():
     assert math.isfinite(
         linear_logprob(hidden, head, torch.full_like(target, 39), weight, cross_entropy)[0].item()
     )
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.3, 0.5, 0.7, 1 - 1e-6, 1.0])
+def test_ratios_to_a_mixture_of_any_weight(weight):
+    """As exact as the logarithm allows whose argument has an error of 3e-7, relative to m − max."""
+    d = torch.linspace(-12, 12, 481)
+    log_s, log_t = divergences._log_ratios_to_mixture(d.clone(), weight)
+    exact = d.double()
+    smaller = torch.where(exact > 0, weight, 1 - weight)
+    below = smaller * torch.expm1(-exact.abs())  # m / max(p_s, p_t) − 1
+    for got, want in (
+        (log_s, exact.clamp(max=0) - torch.log1p(below)),
+        (log_t, (-exact).clamp(max=0) - torch.log1p(below)),
+    ):
+        allowed = 3e-7 * (want.abs() - below / (1 + below))
+        assert ((got.double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_of_second_order_are_exact_on_both_sides_of_the_limit(dtype):
+    size = torch.logspace(-6, 1, 400, dtype=torch.float64)
+    x = torch.cat((-size, size, torch.tensor([-1 / 8, 1 / 8, -1e-3, 1e-3, 0.0]).double())).to(dtype)
+    p = torch.rand(len(x), dtype=dtype) + 0.1
+    exact = x.double()
+    want = p.double() * torch.where(
+        exact.abs() < 1e-2,  # Horner's form of the series, far beyond fp64's digits
+        exact**2 / 2 * (1 + exact / 3 * (1 + exact / 4 * (1 + exact / 5 * (1 + exact / 6)))),
+        torch.expm1(exact) - exact,
+    )
+    got = divergences._second_order(p, x.clone(), (p.double() * torch.expm1(exact)).to(dtype))
+    small = exact.abs() < 1 / 8  # beyond it a difference is taken, which loses a digit
+    for part, narrow in ((small, 5e-7), (~small, 3e-6)):
+        rtol = narrow if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(got[part].double(), want[part], rtol=rtol, atol=0)

@@ -183,10 +183,10 @@ def test_rollouts_without_anything_to_learn_from_do_not_end_a_run(start, tmp_pat
         "--grpo_reward=accuracy",
         "--grpo_dynamic_sampling_rounds=1",
         "--grpo_minibatches_per_rollout=2",
-        "--steps=8",
         "--name=r",
     ]
-    assert (done := run(*args, cwd=tmp_path))[0] == 0, done[1]
+    for more in (["--steps=4"], ["--steps=8", "--resume"]):  # moments of no update at all
+        assert (done := run(*args, *more, cwd=tmp_path))[0] == 0, done[1]
     last = read_metrics(tmp_path / "runs/r")[-2]
     assert (last["train/no_gradient"], last["train/skipped"]) == (8, 0)
 
