@@ -98,7 +98,7 @@ class Sampler:
         top_p: float = 1.0,
     ) -> None:
         self.vocab, self.temperature, self.top_p = vocab, temperature, top_p
-        self.top_k = min(top_k, vocab)
+        self.top_k = top_k if top_k < vocab else 0  # 0: no filter
         device, wide = head_VD.device, accumulate_dtype(head_VD)
         # A CPU has no product of bf16 operands with an fp32 result: the head is widened once.
         self.source_VD = head_VD[:vocab]
@@ -111,7 +111,7 @@ class Sampler:
         padded = -(-vocab // BLOCK) * BLOCK
         self.logits_BP = head_VD.new_empty((self.rows, padded), dtype=wide)
         # Filters copy the weights of the rows that are drawn together: those of a CPU's cache.
-        is_filtered = 0 < self.top_k < vocab or top_p < 1
+        is_filtered = self.top_k or top_p < 1
         self.together = blocks(self.rows, padded, device)[0].stop if is_filtered else self.rows
 
     def refresh(self) -> None:
@@ -165,17 +165,14 @@ class Sampler:
 
     def _draw(self, logits_BP: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """The logits are overwritten."""
-        greedy_B = argmax(logits_BP) if self.temperature == 0 else None
-        removed_BP = None
-        if greedy_B is None and 0 < self.top_k < self.vocab:
-            removed_BP = below_top_k(logits_BP, self.top_k)
+        is_greedy = self.temperature == 0
+        token_B = argmax(logits_BP) if is_greedy else None
+        removed_BP = below_top_k(logits_BP, self.top_k) if self.top_k and not is_greedy else None
         for rows in blocks(len(logits_BP), logits_BP.shape[1], logits_BP.device):
             exponentials(logits_BP[rows], self.temperature or 1.0, out=logits_BP[rows])
         weight_BP, mass_BM = logits_BP, block_mass(logits_BP)
         total_B = mass_BM.sum(1)
-        if greedy_B is not None:
-            token_B = greedy_B
-        else:
+        if token_B is None:
             kept_BP = weight_BP
             if removed_BP is not None:
                 kept_BP = kept_BP.masked_fill(removed_BP, 0)
