@@ -82,6 +82,7 @@ HINTS = turned_round(
         "--schedule": "lr_scheduler_type",
         "--warmup": "warmup_steps",
         "--warmup, in steps": "warmup_ratio",
+        "--optimizer": "optim",
         "--beta1": "adam_beta1",
         "--beta2": "adam_beta2",
         "--eps": "adam_epsilon",
@@ -166,7 +167,7 @@ class Config:
     sections = {
         "mode": "Run",
         "data": "Data",
-        "steps": "Optimisation",
+        "optimizer": "Optimisation",
         "lora_rank": "LoRA",
         "teacher": "Teacher and distillation",
         "sample_tokens": "Sampling",
@@ -255,11 +256,17 @@ class Config:
         0, "print this many examples of the first batch, trained tokens marked, and stop", minimum=0
     )
 
+    optimizer: Literal["adamw", "muon"] = option(
+        "muon",
+        "AdamW for all, or Muon for the matrices in the blocks or adapters and AdamW for the rest",
+        default_when=in_grpo("adamw") | {"defaults": {"pretrained": "adamw"}},
+        fixed=True,
+    )
     steps: int = option(
-        1000,
+        500,
         "optimizer steps; 0: by --epochs",
         minimum=0,
-        default_when=in_grpo(200) | for_pretrained(0, 0),
+        default_when={"optimizer": {"adamw": 1000}} | in_grpo(200) | for_pretrained(0, 0),
     )
     epochs: float = option(
         1.0,
@@ -287,7 +294,10 @@ class Config:
         fixed=True,
     )
     lr: float = option(
-        5e-3, "peak learning rate", above=0, default_when=in_grpo(3e-4) | for_pretrained(2e-5, 1e-6)
+        1e-2,
+        "peak learning rate",
+        above=0,
+        default_when={"optimizer": {"adamw": 5e-3}} | in_grpo(3e-4) | for_pretrained(2e-5, 1e-6),
     )
     warmup: int = option(20, "steps of linear learning-rate warm-up", minimum=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
@@ -305,7 +315,7 @@ class Config:
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = option(
         0.3,
-        "AdamW's weight decay, of matrices only",
+        "decoupled weight decay, of matrices only",
         minimum=0,
         default_when=in_grpo(0.0) | for_pretrained(0.0, 0.0),
     )

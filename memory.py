@@ -26,6 +26,7 @@ from model.generate import KEPT_BYTES
 from model.kv_cache import CAPACITY
 from model.load import Checkpoint
 from model.lora import parse_targets
+from model.optim import STACKED_ELEMENTS
 from model.sharding import make_mesh
 from model.transformer import ModelConfig, Transformer
 
@@ -213,11 +214,19 @@ def _trained(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
     trained = size.adapters or base
     frozen = c * base if size.adapters else 0
     split = shards.ranks if shards.policy else 1
+    muon = cfg.optimizer == "muon"
+    # of a block all but norms and biases is matrices
+    states = 2 * trained - muon * (size.adapters or size.blocks)
     parts = {
         "weights": (frozen + m * trained) / split,
         "gradients": m * trained / split,
-        "AdamW": 2 * m * trained / split,
+        "optimizer": m * states / split,
     }
+    if muon:  # matrices that are orthogonalized together, two later forms, and two squares
+        width = cfg.lora_rank or config.hidden_size
+        largest = config.intermediate_size * width
+        stacked = min(trained, max(STACKED_ELEMENTS, largest))
+        parts["Muon at work"] = m * largest + 5 * min(c, m) * stacked
     if shards.policy:  # whole, and what is to be summed of its gradient
         parts["around the blocks"] = (c if size.adapters else 2 * m) * size.around
     elif job.place.world > 1:  # what is summed at a time, in a copy
@@ -335,7 +344,7 @@ def _caches(cfg: Config, job: Job) -> dict[str, float]:
 
 
 STEP = ("gradients", "around the blocks")
-APART = ("a teacher at work", "sum over ranks")  # before the student computes, and after it
+APART = ("a teacher at work", "sum over ranks", "Muon at work")  # before and after the student
 OF_THE_STUDENT = ("activations", "head")
 IN_TURN = ("logits", "a block at work")  # never at the same time
 GENERATION = ("KV cache", "copy for validation")

@@ -43,9 +43,9 @@ def overview(cfg: Config, plan: Plan, steps: int, folder: Path, resumed: int | N
         *_models(cfg, plan, resumed),
         *_data(cfg, plan),
         _per_step(cfg, plan, steps),
-        f"optimizer  lr {cfg.lr:g} ({cfg.schedule}, warm-up {cfg.warmup}), weight decay "
-        f"{cfg.weight_decay:g}; what is not given has the defaults of {cfg.defaults} models "
-        "(--defaults)",
+        f"optimizer  {cfg.optimizer}, lr {cfg.lr:g} ({cfg.schedule}, warm-up {cfg.warmup}), "
+        f"weight decay {cfg.weight_decay:g}; what is not given has the defaults of {cfg.defaults} "
+        "models (--defaults)",
         *_space(cfg, plan, folder),
     ]
     own = named_digests()

@@ -394,7 +394,12 @@ def load_models(cfg: Config, plan: Plan, folder: RunFolder, resume_step: int | N
         teacher_folder=teachers[0].folder if len(teachers) == 1 else None,
         reference=reference_model,
         optimizer=build_optimizer(
-            policy, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay
+            policy,
+            cfg.lr,
+            (cfg.beta1, cfg.beta2),
+            cfg.eps,
+            cfg.weight_decay,
+            cfg.optimizer == "muon",
         ),
         trained_on=trained_on,
         weights=weights_of(student, teachers, reference),

@@ -203,25 +203,16 @@ class RunFolder:
         folder = self.step_folder(step) / "trainer"
         state = read_state(folder / "state.json", step)
         count, file = updates(state["counters"], step), folder / "optimizer.safetensors"
-        parameters = dict(model.named_parameters())
+        is_averaged = average is not None
+        own = _trainer_tensors(model, optimizer, average if average is not None else model)
 
         def place(key: str) -> torch.Tensor | None:
-            """What a stored tensor is copied into."""
-            part, _, name = key.partition(".")
-            if part == "average":
-                return average.get_parameter(name) if average and name in parameters else None
-            parameter = parameters.get(name)
-            if parameter is None:
-                return None  # check_names says so
-            value = torch.zeros_like(parameter)
-            if part == "step":
-                value = torch.zeros((), device=parameter.device)
-            optimizer.state[parameter][part] = value
-            return value
+            """What a stored tensor is copied into, if it is wanted."""
+            return own.get(key) if is_averaged or not key.startswith("average.") else None
 
         if (folder / "optimizer").is_dir():
             shards = folder / "optimizer"
-            about = {"file": shards, "model": model, "updates": count, "averaged": bool(average)}
+            about = {"file": shards, "own": own, "updates": count, "averaged": is_averaged}
             read, error = load_shards(shards, functools.partial(check_names, **about), place), None
             try:
                 for key, value in read.items():
@@ -232,7 +223,7 @@ class RunFolder:
             parallel.raise_on_all(error)
         else:
             with open_tensors(file) as tensors:
-                check_tensors(tensors, file, model, count, average is not None)
+                check_tensors(tensors, file, own, count, is_averaged)
                 for key in tensors.keys():
                     value = tensors.get_tensor(key)
                     check_values(value, file, key, count)
@@ -243,7 +234,7 @@ class RunFolder:
 
 
 def _trainer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Transformer | None
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: torch.nn.Module | None
 ) -> dict[str, torch.Tensor]:
     """{"part.parameter": what the optimizer keeps of it, or its moving average}."""
     tensors = {}

@@ -162,13 +162,31 @@ def local(tensor: Any) -> Tensor:
 @torch.no_grad()
 def fill(parameter: Any, values: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's rows of it into its shard."""
+    local(parameter).copy_(own_rows(values, parameter))
+
+
+def own_rows(values: Tensor, parameter: Any) -> Tensor:
+    """This rank's rows of a whole tensor that is split as a parameter is; a view."""
     if not is_sharded(parameter):
-        parameter.copy_(values)
-        return
+        return values
     mesh, rows = parameter.device_mesh, len(values)
     begin = mesh.get_local_rank("shard") * -(-rows // mesh["shard"].size())
-    own = local(parameter)
-    own.copy_(values[min(begin, rows) :][: len(own)])
+    return values[min(begin, rows) :][: len(local(parameter))]
+
+
+def gathered(rows: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor of this rank's rows and those of the others, split as a parameter is."""
+    if not is_sharded(parameter):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
 
 
 def norm_over_shards(model: nn.Module, norm: Tensor) -> Tensor:

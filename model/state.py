@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UserError
 from files import Fields, Json, read_json
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 MOST_PROMPTS = 100_000  # per step
 COUNT = 1e40  # of FLOPs, at most
 
@@ -52,19 +51,21 @@ def updates(counters: Mapping[str, int], step: int) -> int:
 
 
 def check_tensors(
-    tensors: safe_open, file: Path, model: nn.Module, updates: int, averaged: bool
+    tensors: safe_open, file: Path, own: Mapping[str, Tensor], updates: int, averaged: bool
 ) -> None:
-    """Refuse the file of an optimizer that is not of this model's trained parameters.
+    """Refuse the file of an optimizer that has not just the tensors of this one.
 
     Reads the headers only. Raises UserError, which names a tensor.
 
     Args:
+        own: This optimizer's tensors, and those of a moving average.
         updates: How many there were: without any there need be no moments.
         averaged: Whether the file must have a moving average of the weights; else it may.
     """
-    shapes = check_names(set(tensors.keys()), file, model, updates, averaged)
-    for key, shape in shapes.items():
-        part = tensors.get_slice(key)
+    found = set(tensors.keys())
+    check_names(found, file, own, updates, averaged)
+    for key in found:
+        part, shape = tensors.get_slice(key), list(own[key].shape)
         if part.get_shape() != shape or part.get_dtype() not in ("F32", "F64"):
             raise UserError(
                 f"{file}: {key} is {part.get_dtype()} of shape {part.get_shape()}, "
@@ -73,21 +74,15 @@ def check_tensors(
 
 
 def check_names(
-    found: Collection[str], file: Path, model: nn.Module, updates: int, averaged: bool
-) -> dict[str, list[int]]:
-    """The shape that each of these tensors of an optimizer must have. Raises UserError likewise."""
-    shapes, missing = {}, []
-    for name, parameter in model.named_parameters():
-        for part in (*MOMENTS, "average") if parameter.requires_grad else ():
-            key, needed = f"{part}.{name}", averaged if part == "average" else updates > 0
-            shapes[key] = [] if part == "step" else list(parameter.shape)
-            if needed and key not in found:
-                missing.append(key)
-    for key in sorted(set(found) - shapes.keys()):
+    found: Collection[str], file: Path, own: Mapping[str, Tensor], updates: int, averaged: bool
+) -> None:
+    """Refuse names that are not those of an optimizer's tensors. Raises UserError likewise."""
+    for key in sorted(set(found) - own.keys()):
         raise UserError(f"{file}: unexpected tensor {key}; the model has no such parameter")
-    for key in missing:
-        raise UserError(f"{file}: tensor {key} is missing; {OTHER}")
-    return {key: shape for key, shape in shapes.items() if key in found}
+    for key in own:
+        is_needed = averaged if key.startswith("average.") else updates > 0
+        if is_needed and key not in found:
+            raise UserError(f"{file}: tensor {key} is missing; {OTHER}")
 
 
 OTHER = "take another checkpoint, or begin a new run with this one as --model"

@@ -22,7 +22,7 @@ from eval.study.short import more_seeds
 from locks import is_held, lock
 from tests.test_study_report import jsonl
 
-CONFIG = {"mode": "sft", "model": "tiny", "runs": "runs", "seed": 0, "lr": 0.005, "steps": 4}
+CONFIG = {"mode": "sft", "model": "tiny", "runs": "runs", "seed": 0, "lr": 0.01, "steps": 4}
 QUESTIONS = [f"What is {i} + 1?" for i in range(10)]
 
 
@@ -83,7 +83,7 @@ def test_runs_are_compared_by_options_figures_and_problems(tmp_path, capsys):
     assert compare.main(argv) == 0
     said, page = capsys.readouterr().out, (out / "comparison.md").read_text()
     cells = words(page)
-    assert ["lr", "0.005 (default)", "0.005 (default)", "0.001"] in cells
+    assert ["lr", "0.01 (default)", "0.01 (default)", "0.001"] in cells
     assert ["seed", "0 (default)", "1", "0 (default)"] in cells
     assert ["torch", "2.0", "2.1", "2.0"] in cells
     assert not [row for row in cells if row[0] in ("batch_size", "runs", "mode", "git_commit")]

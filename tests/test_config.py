@@ -256,14 +256,14 @@ def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
 @pytest.mark.parametrize(
     "argv,values",
     [
-        ("--mode=kd", (5e-3, 0.3, 1000, 64, 250)),
+        ("--mode=kd", (1e-2, 0.3, 500, 64, 250)),
         ("--mode=grpo", (3e-4, 0.0, 200, 64, 50)),
         ("--mode=kd --model=Qwen/Qwen2.5-0.5B", (2e-5, 0.0, 0, 512, 250)),
         ("--mode=grpo --model=qwen2.5-0.5b", (1e-6, 0.0, 0, 512, 50)),
         ("--mode=sft --model=folder", (2e-5, 0.0, 0, 512, 250)),
-        ("--mode=sft --model=toy", (5e-3, 0.3, 1000, 64, 250)),
-        ("--mode=sft --model=run", (5e-3, 0.3, 1000, 64, 250)),
-        ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 1000, 64, 250)),
+        ("--mode=sft --model=toy", (1e-2, 0.3, 500, 64, 250)),
+        ("--mode=sft --model=run", (1e-2, 0.3, 500, 64, 250)),
+        ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 500, 64, 250)),
     ],
 )
 def test_a_pretrained_model_brings_defaults_of_its_own(argv, values, tmp_path, monkeypatch):
@@ -282,7 +282,8 @@ def test_help_says_both_defaults(capsys):
         options.parse(train.Config, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "--lr FLOAT peak learning rate [default 0.005; 0.0003 with --mode grpo; 2e-05 with" in text
+        "--lr FLOAT peak learning rate [default 0.01; 0.005 with --optimizer adamw; 0.0003 with "
+        "--mode grpo; 2e-05 with" in text
     )
     assert "2e-05 with --defaults pretrained; 1e-06 with --mode grpo --defaults pretrained]" in text
 
@@ -471,7 +472,7 @@ def test_a_mode_brings_its_defaults_over_a_file_that_holds_anothers(tmp_path):
     got = options.parse(train.Config, [*sft, "--mode=grpo"], conditions=False)
     assert (got.steps, got.batch_size, got.lr, got.schedule) == (200, 128, 3e-4, "linear")
     assert (got.warmup, got.weight_decay, got.data) == (7, 0.1, "mine.jsonl")
-    assert options.parse(train.Config, [*sft, "--mode=kd"]).lr == 5e-3
+    assert options.parse(train.Config, [*sft, "--mode=kd"]).lr == 1e-2
 
 
 def test_what_is_not_read_says_what_would_read_it():

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     """The folder of a run with adapters, with two checkpoints."""
     home = tmp_path_factory.mktemp("run")
     argv = "--mode=sft --device=cpu --steps=2 --save_every=1 --batch_size=2 --eval_examples=0"
-    argv += f" --data=word_problems:4 --lora_rank=2 --runs={home} --name=r"
+    argv += f" --data=word_problems:4 --lora_rank=2 --optimizer=adamw --runs={home} --name=r"
     assert train.main(argv.split()) == 0
     return home / "r"
 

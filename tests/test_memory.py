@@ -109,7 +109,7 @@ def test_a_step_takes_what_the_formulas_say(case):
     models = named(shape), [named(TEACHER)] * len(frozen), None
     job = memory.Job(*models, place(), vocab, longest=length)
     parts = memory.needs(cfg, job, memory.Shards(1, False, False), tokens)
-    there = ("weights", "teacher", "AdamW")  # before the step
+    there = ("weights", "teacher", "optimizer")  # before the step
     said = memory.peak(parts, False) - sum(parts.get(name, 0) for name in there)
     print(f"{case}: counted {counted / 1e6:.1f} MB, said {said / 1e6:.1f} MB, {said / counted:.2f}")
     assert 0.95 < said / counted < 1.3
@@ -126,6 +126,7 @@ SAMPLING = RolloutConfig(1, lambda document: document, 1, [], 12000)
 ON_RANKS = {
     "sft": {},
     "sft, bf16": {"dtype": "bfloat16"},
+    "sft, Muon": {"optimizer": "muon"},
     "adapters": {"lora_rank": 8},
     "adapters, bf16": {"lora_rank": 8, "dtype": "bfloat16"},
     "kd": {"mode": "kd"},
@@ -209,7 +210,8 @@ class Life:
             self.frozen = [self.average]
         elif cfg.mode != "sft":
             self.frozen = [load_frozen(teacher, device, dtype, 0, mesh)]
-        self.optimizer = build_optimizer(self.policy, 1e-4, (0.9, 0.95), 1e-8, 0.0)
+        muon = cfg.optimizer == "muon"
+        self.optimizer = build_optimizer(self.policy, 1e-4, (0.9, 0.95), 1e-8, 0.0, muon)
         self.loss = sft_loss
         if cfg.mode == "kd":
             self.loss = functools.partial(kd_loss, cfg=KDConfig("forward_kl", vocab=12000))
@@ -253,13 +255,13 @@ def life_main(rank, world, port, case, ranks, results):
     """Rank 0 puts what the run of a case held at most, its parts, and what was said of them."""
     workers.setup(world, rank, port, 300)
     mapped = Mapped()
-    cfg = Config(**({"mode": "sft", "sample_batch": 1} | ON_RANKS[case]))
+    cfg = Config(**{"mode": "sft", "sample_batch": 1, "optimizer": "adamw"} | ON_RANKS[case])
     life = Life(cfg, world, ranks)
     most = mapped.most()
     parallel.barrier()  # what was whole is in shards
     held = {"weights": held_bytes(life.policy.parameters())}
     states = [x for state in life.optimizer.state.values() for x in state.values()]
-    held["AdamW"] = held_bytes(x for x in states if x.dim())
+    held["optimizer"] = held_bytes(x for x in states if x.dim())
     if rank == 0:
         results.put((most, life.parts, held))
     parallel.barrier()
@@ -288,8 +290,8 @@ def test_ranks_take_what_the_formulas_say(world, ranks, case):
 
 
 def run_of(cfg, world=1, shape=SHAPE, gb=0.0, teacher=TEACHER, **options):
-    """(options, job, shards) of a run on GPUs of so many GB, in bf16."""
-    cfg = dataclasses.replace(cfg, memory_gb=gb, **options)
+    """(options, job, shards) of a run on GPUs of so many GB, in bf16, with AdamW."""
+    cfg = dataclasses.replace(cfg, memory_gb=gb, **{"optimizer": "adamw"} | options)
     at = place(torch.bfloat16, world=world)
     frozen = [named(teacher)] if cfg.mode == "kd" else []
     job = memory.Job(named(shape), frozen, None, at, shape.vocab_size, 64, 512, 900)
@@ -370,7 +372,7 @@ def test_a_teacher_may_take_more_than_the_student_whose_turn_is_next():
     cfg, job, shards = run_of(Config(mode="kd"), teacher=wide)
     parts = memory.needs(cfg, job, shards, 4096)
     assert parts["a teacher at work"] == 4 * 4096 * 2 * (1 << 17)
-    stays = sum(parts[name] for name in ("weights", "gradients", "AdamW", "teacher"))
+    stays = sum(parts[name] for name in ("weights", "gradients", "optimizer", "teacher"))
     most = (stays + parts["a teacher at work"]) * memory.FRAGMENTS + memory.OF_CUDA
     assert memory.peak(parts, True) == pytest.approx(most)
 
@@ -409,8 +411,22 @@ def test_shards_divide_what_they_split():
         memory.needs(*run_of(Config(mode="kd", shard=on, shard_frozen=on), 4), 4096)
         for on in ("off", "on")
     )
-    for name in ("weights", "gradients", "AdamW"):
+    for name in ("weights", "gradients", "optimizer"):
         assert split[name] == whole[name] / 4
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_optimizers_states_are_planned(rank):
+    """AdamW has two of a parameter, Muon one of a matrix."""
+    for name in ("adamw", "muon"):
+        cfg, job, shards = run_of(Config(mode="sft"), optimizer=name, lora_rank=rank)
+        adapters = lora.LoraConfig(rank, 32.0) if rank else None
+        cpu = torch.device("cpu")
+        model, _ = load_policy(named(SHAPE), None, adapters, cpu, torch.float32, 0)
+        optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.0, muon=name == "muon")
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        said = memory.needs(cfg, job, shards, 4096)["optimizer"]
+        assert said == pytest.approx(held_bytes(x for x in states if x.dim()), rel=2e-3)
 
 
 def test_a_run_says_what_it_takes_and_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):

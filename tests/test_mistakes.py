@@ -330,7 +330,7 @@ DRY = [
     ("--mode=sft --steps=9 --warmup=9", "THE WARM-UP (9) IS NOT OVER BEFORE THE RUN IS"),
     ("--mode=sft --data=mine.jsonl --eval_examples=6", "VALIDATION TAKES 6 OF 12 EXAMPLES"),
     ("--mode=sft --data=mine.jsonl --eval_examples=2", "mine.jsonl: 10 examples trained on"),
-    ("--mode=sft --data=mine.jsonl --eval_examples=2", "sft on 1 x cpu, mine: 1,000 steps"),
+    ("--mode=sft --data=mine.jsonl --eval_examples=2", "sft on 1 x cpu, mine: 500 steps"),
     ("--mode=sft --model=qwen2.5-0.5b --data=mine.jsonl --eval_examples=2", "RANDOM WEIGHTS"),
     ("--mode=sft --model=model --data=mine.jsonl --eval_examples=2", "weights of model"),
     ("--mode=sft --model=runs/done --data=mine.jsonl --eval_examples=2", "checkpoints/step-5"),

@@ -254,11 +254,11 @@ def test_each_sitting_is_kept_and_what_changed_is_said(tmp_path, capsys):
     capsys.readouterr()
     assert train.main(["--name=r", "--resume", "--lr=1e-3", "--steps=4"]) == 0
     said = capsys.readouterr().out
-    assert "other than in the sitting before: steps 2 -> 4, lr 0.005 -> 0.001" in said
-    # cosine with a floor of 0.1: the last of 2 steps was to have 5e-4; the third of 4 has 3.25e-4
-    assert "goes on at 0.000325, not at 0.0005: the schedule is that of 4 steps in all" in said
+    assert "other than in the sitting before: steps 2 -> 4, lr 0.01 -> 0.001" in said
+    # cosine with a floor of 0.1: the last of 2 steps was to have 1e-3; the third of 4 has 3.25e-4
+    assert "goes on at 0.000325, not at 0.001: the schedule is that of 4 steps in all" in said
     first, second = runs.read_lines(tmp_path / "runs/r/sittings.jsonl")
-    assert (first["step"], second["step"]) == (0, 2) and first["options"]["lr"] == 5e-3
+    assert (first["step"], second["step"]) == (0, 2) and first["options"]["lr"] == 1e-2
     assert first["weights"] == {"policy": "random"} and (first["steps"], second["steps"]) == (2, 4)
     assert {"command", "git_commit", "time", "host", "ranks"} <= first.keys()
     assert train.main(["--name=r", "--resume"]) == 0

@@ -64,7 +64,8 @@ def plan(pair, gpus):
     """(options, job, shards) of on-policy distillation on H100s."""
     student, is_split, teacher, is_frozen_split = pair
     recompute = student != "0.5B"
-    cfg = Config(mode="kd", kd_prefix="student", activation_checkpointing=recompute)
+    options = {"optimizer": "adamw", "activation_checkpointing": recompute}
+    cfg = Config(mode="kd", kd_prefix="student", **options)
     place = parallel.Device(torch.device("cuda"), torch.bfloat16, 0, gpus)
     models = [Checkpoint("", None, SIZES[name], None) for name in (student, teacher)]
     job = memory.Job(models[0], models[1:], None, place, 151_665, 64, 1024, longest=1024)

@@ -110,9 +110,10 @@ def teachers(mesh=None, dtype=torch.float64):
     return [load_frozen(c, torch.device("cpu"), dtype, 1, mesh) for c in named]
 
 
-def updates(model, frozen, loss_fn, docs, steps=2):
+def updates(model, frozen, kind, docs, steps=2):
     """(metrics, gradient, its norm) of each of some updates, and the weights after them."""
-    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1, muon=kind == "kd")
+    loss_fn = losses()[kind]
     told = []
     for step in range(steps):
         if hasattr(model, "dropout"):
@@ -138,7 +139,7 @@ def assert_near(got, want, what):
 @functools.cache
 def alone(kind, shape, lora_config):
     """Updates on the whole batch in one process."""
-    return updates(load(shape, None, lora_config), teachers(), losses()[kind], documents())
+    return updates(load(shape, None, lora_config), teachers(), kind, documents())
 
 
 def update_main(rank, world, port, jobs, patience, sabotage, results):
@@ -152,7 +153,7 @@ def update_main(rank, world, port, jobs, patience, sabotage, results):
         model = load(shape, mesh, lora_config)
         own = shares(share, world)[rank]
         try:
-            told.append(updates(model, frozen, losses()[kind], own))
+            told.append(updates(model, frozen, kind, own))
         except Exception as e:
             told.append(repr(e))
             break
@@ -334,7 +335,7 @@ def write(path, model, optimizer, average=None):
 def trained(mesh, lora_config, docs):
     """A model and its optimizer after an update, and another one of the same kind."""
     model = load(SHAPE, mesh, lora_config)
-    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1, muon=True)
     workers.gradient(model, None, sft_loss, docs, 20)
     optimizer.step()
     average = load(SHAPE, mesh, lora_config).requires_grad_(False)
@@ -384,7 +385,7 @@ def file_main(rank, world, port, root, docs, configs, results):
                     0,
                     mesh,
                 )
-                optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+                optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1, muon=True)
                 average = load(SHAPE, mesh, lora_config).requires_grad_(False)
                 assert folder.load(1, model, optimizer, average) == STATE
                 for name, value in full_state(model, optimizer, average).items():
@@ -420,7 +421,7 @@ def lockstep_main(rank, world, port, jobs, results):
                     batch_size=2,
                 )
                 said.append(parallel.gather([(c.tokens, c.logp) for c in texts]))
-            updates(model, None, sft_loss, documents()[rank::world], 1)
+            updates(model, None, "sft", documents()[rank::world], 1)
         told.append(said)
     if rank == 0:
         results.put(told)
@@ -459,7 +460,7 @@ def test_files_of_any_sharding_are_read_by_any_other(tmp_path):
         for name, value in want.items():
             assert (got[name] - value).norm() <= 1e-10 * value.norm()
     model = load(SHAPE)
-    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1)
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.98), 1e-8, 0.1, muon=True)
     run = RunFolder(tmp_path / "4-False")
     run.load(1, model, optimizer)
     shards = sorted((run.step_folder(1) / "trainer/optimizer").glob("*.safetensors"))
