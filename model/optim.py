@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.cpu import fastest_product
 from model.sharding import gathered, local, norm_over_shards, own_rows
 
 MUON_MOMENTUM = 0.95
@@ -68,7 +69,9 @@ class MuonAdamW(torch.optim.AdamW):
             matrix.copy_(gathered(grad.lerp(momentum, MUON_MOMENTUM), p))
             p.grad = None
         lr, scale = group["lr"], 0.2 * math.sqrt(max(shape))
-        for direction, p in zip(orthogonalized(stack_BMN), parameters, strict=True):
+        with fastest_product(stack_BMN, stack_BMN.numel() * min(shape)):
+            direction_BMN = orthogonalized(stack_BMN)
+        for direction, p in zip(direction_BMN, parameters, strict=True):
             rows = local(p).mul_(1 - lr * group["weight_decay"])
             rows.sub_(own_rows(direction, p), alpha=lr * scale)
 
