@@ -572,7 +572,10 @@ class Config:
     )
 
     eval_every: int = option(
-        250, "steps between evaluations; 0: at start and end", minimum=0, default_when=in_grpo(50)
+        100,
+        "steps between evaluations; 0: at start and end",
+        minimum=0,
+        default_when=in_grpo(50) | for_pretrained(250, 50),
     )
     eval_data: str = option(
         "",

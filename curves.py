@@ -206,7 +206,7 @@ def draw_metric(ax: Any, metrics: Metrics, name: str, against: str = "step", **s
     ax.set(title=name, ylabel=textwrap.fill(axis, 34))
     ax.set_xlabel(AXES[against])
     if against == "step":  # of which there are no halves
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if against == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter())
 
@@ -273,9 +273,9 @@ def draw_teachers(ax: Any, runs: Sequence[str | Path], name: str) -> None:
     for teacher in dict.fromkeys(filter(None, map(teacher_run, runs))):
         for value in series(read_metrics(teacher), name)[1][-1:]:
             if name.endswith("/accuracy"):
-                draw_level(ax, 100 * value, f"teacher {100 * value:.0f} %")
+                draw_level(ax, 100 * value, f"teacher {100 * value:.3g} %")
             else:
-                draw_level(ax, value, f"teacher {value:.3g}")
+                draw_level(ax, value, f"teacher {value:.3g}", va="bottom")
 
 
 def draw_curves(run: str | Path) -> None:

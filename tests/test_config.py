@@ -256,14 +256,14 @@ def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
 @pytest.mark.parametrize(
     "argv,values",
     [
-        ("--mode=kd", (1e-2, 0.3, 500, 64, 250)),
+        ("--mode=kd", (1e-2, 0.3, 500, 64, 100)),
         ("--mode=grpo", (3e-4, 0.0, 200, 64, 50)),
         ("--mode=kd --model=Qwen/Qwen2.5-0.5B", (2e-5, 0.0, 0, 512, 250)),
         ("--mode=grpo --model=qwen2.5-0.5b", (1e-6, 0.0, 0, 512, 50)),
         ("--mode=sft --model=folder", (2e-5, 0.0, 0, 512, 250)),
-        ("--mode=sft --model=toy", (1e-2, 0.3, 500, 64, 250)),
-        ("--mode=sft --model=run", (1e-2, 0.3, 500, 64, 250)),
-        ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 500, 64, 250)),
+        ("--mode=sft --model=toy", (1e-2, 0.3, 500, 64, 100)),
+        ("--mode=sft --model=run", (1e-2, 0.3, 500, 64, 100)),
+        ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 500, 64, 100)),
     ],
 )
 def test_a_pretrained_model_brings_defaults_of_its_own(argv, values, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Muon beside the singular values that its iteration acts on, and PyTorch's own."""
 
+import json
 import re
 
 import pytest
@@ -100,6 +101,18 @@ def test_a_run_keeps_its_optimizer_and_says_which(tmp_path, monkeypatch, capsys)
     assert train.main([*argv, "--optimizer=adamw", "--resume"]) == 2
     assert re.search("--optimizer.*adamw.*muon|--optimizer.*muon.*adamw", capsys.readouterr().err)
     assert train.main([*argv, "--resume", "--steps=4"]) == 0
+
+
+def test_a_run_of_before_there_was_a_choice_goes_on_with_adamw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--mode=sft", *SMALL, "--device=cpu", "--name=old", "--optimizer=adamw", "--steps=2"]
+    assert train.main(argv) == 0
+    path = tmp_path / "runs/old/config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("optimizer") == "adamw"
+    path.write_text(json.dumps(stored))
+    assert train.main(["--name=old", "--resume", "--steps=4"]) == 0
+    assert "optimizer  adamw, lr 0.005" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
