@@ -226,7 +226,8 @@ def _trained(cfg: Config, job: Job, shards: Shards) -> dict[str, float]:
         width = cfg.lora_rank or config.hidden_size
         largest = config.intermediate_size * width
         stacked = min(trained, max(STACKED_ELEMENTS, largest))
-        parts["Muon at work"] = m * largest + 5 * min(c, m) * stacked
+        itemsize = 2 if job.place.device.type == "cuda" else m
+        parts["Muon at work"] = m * largest + 5 * itemsize * stacked
     if shards.policy:  # whole, and what is to be summed of its gradient
         parts["around the blocks"] = (c if size.adapters else 2 * m) * size.around
     elif job.place.world > 1:  # what is summed at a time, in a copy

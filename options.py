@@ -75,8 +75,9 @@ class Rules(NamedTuple):
     counted: the option that says how many, which others write as in `choice:4`.
     fixed: a resumed run keeps the stored value; a function of what is stored may say so.
 
-    A class may have `sections`, {option: heading in --help, which it begins}, and `hints`, {a name
-    that is no option, but one of other programs: what to write here}.
+    A class may have `sections`, {option: heading in --help, which it begins}, `hints`, {a name that
+    is no option, but one of other programs: what to write here}, and `before`, {option: its value
+    in a run's config.json from before there was the option}.
     """
 
     help: str
@@ -145,7 +146,7 @@ def parse(
     Raises:
         UserError: One line that names the option, and the nearest valid name for a wrong one.
     """
-    stored = stored or {}
+    stored = of_a_run(cls, stored) if stored else {}
     _load_choices(cls, argv, stored)
     layers = read_layers(cls, argv)
     stored = {k: _convert(_find(cls, k, f"config.json: {k}"), v, k) for k, v in stored.items()}
@@ -224,7 +225,11 @@ def read_layers(cls: Cls, argv: Words, names: tuple[str, ...] = ()) -> list[Valu
     """
     parser, words = _parser(cls, names), _normalize(cls, argv)
     given = vars(parser.parse_known_args(words)[0] if names else parser.parse_args(words))
-    sources = [(f"{file}: ", read_file(file)) for file in given.pop("config", [])]
+    sources = []
+    for file in given.pop("config", []):
+        values = read_file(file)
+        is_of_a_run = Path(file).name == "config.json"
+        sources.append((f"{file}: ", of_a_run(cls, values) if is_of_a_run else values))
     layers = []
     for prefix, values in [*sources, ("--", given)]:
         layer = {}
@@ -242,6 +247,11 @@ def read_layers(cls: Cls, argv: Words, names: tuple[str, ...] = ()) -> list[Valu
             layer = _rules(cls.__dataclass_fields__[name]).implies | layer
         layers.append(layer)
     return layers
+
+
+def of_a_run(cls: Cls, stored: Values) -> Values:
+    """What a run's config.json says, and what it means where an option came later."""
+    return getattr(cls, "before", {}) | stored
 
 
 def with_defaults(cls: Cls, given: Values) -> Values:

@@ -43,7 +43,7 @@ from model.load import (
     without_layers,
 )
 from model.lora import LoraConfig, parse_targets
-from model.optim import average_of, build_optimizer
+from model.optim import MuonAdamW, average_of, build_optimizer
 from model.presets import RANDOM
 from model.transformer import Transformer
 from plugins import Table
@@ -98,7 +98,7 @@ class Run:
     average: Transformer | None  # the one of them that follows the policy
     teacher_folder: Path | None  # of a single teacher
     reference: Transformer | None
-    optimizer: torch.optim.Optimizer
+    optimizer: MuonAdamW
     trained_on: Lineage  # what the policy is trained on: the record in its checkpoints
     weights: dict[str, str]  # where those of the policy, the teachers and the reference are from
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # for --save best

@@ -353,8 +353,7 @@ def stored_config(runs: str, name: str, optional: bool = False) -> Json:
             f"--resume: {path} has no config.json to go on with; if nothing was trained there, "
             "begin again without --resume"
         )
-    before = {"optimizer": "adamw"}  # of runs from before there was that option
-    return before | read_json(path / "config.json") | {"runs": runs}  # it may have been moved
+    return read_json(path / "config.json") | {"runs": runs}  # it may have been moved
 
 
 def run_of(checkpoint: str | Path) -> Path | None:

@@ -180,6 +180,7 @@ def all_options(path: Path) -> Json:
         if isinstance(value, list | dict):
             fields.refuse(f"{name} {value!r:.60}")
     fields.get("seed", int)
+    known = options.of_a_run(Config, known)
     cfg = Config(**options.with_defaults(Config, known))
     return options.resolved(cfg, PLACES) | without(stored, PLACES)
 

@@ -14,20 +14,23 @@ from model.sharding import gathered, local, norm_over_shards, own_rows
 
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, and near 1 after 5 steps
+ITERATIONS = 5
 STACKED_ELEMENTS = 1 << 20  # matrices of one shape that are orthogonalized together
 
 
-def orthogonalized(matrix_BMN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalized(matrix_BMN: Tensor) -> Tensor:
     """Matrices with the singular vectors of these, and singular values of 0.7 to 1.2 (0 stays 0).
 
     The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024).
     """
     is_tall = matrix_BMN.size(-2) > matrix_BMN.size(-1)
     x = matrix_BMN.mT if is_tall else matrix_BMN
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    # The largest number first: the squares of tiny ones are 0.
+    x = x / torch.linalg.vector_norm(x, math.inf, (-2, -1), True).clamp(min=tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -57,10 +60,18 @@ class MuonAdamW(torch.optim.AdamW):
                     self._move(parameters[first : first + number], group)
         super().step()
 
+    def flops(self) -> float:
+        """Of the products of one update."""
+        total = 0
+        for group in self.param_groups:
+            for p in group["params"] if group["muon"] else ():
+                total += 4 * p.numel() * min(p.shape) + 2 * min(p.shape) ** 3
+        return ITERATIONS * total
+
     def _move(self, parameters: Sequence[Any], group: dict[str, Any]) -> None:
         """Update matrices of one shape, and drop their gradients: AdamW passes over them then."""
         like = local(parameters[0])
-        dtype = torch.bfloat16 if like.is_cuda else like.dtype
+        dtype = torch.bfloat16 if like.is_cuda else like.dtype  # tensor cores; its usual precision
         shape = parameters[0].shape
         stack_BMN = torch.empty((len(parameters), *shape), dtype=dtype, device=like.device)
         for matrix, p in zip(stack_BMN, parameters, strict=True):
@@ -69,7 +80,7 @@ class MuonAdamW(torch.optim.AdamW):
             matrix.copy_(gathered(grad.lerp(momentum, MUON_MOMENTUM), p))
             p.grad = None
         lr, scale = group["lr"], 0.2 * math.sqrt(max(shape))
-        with fastest_product(stack_BMN, stack_BMN.numel() * min(shape)):
+        with fastest_product(stack_BMN, len(stack_BMN) * min(shape) ** 3):
             direction_BMN = orthogonalized(stack_BMN)
         for direction, p in zip(direction_BMN, parameters, strict=True):
             rows = local(p).mul_(1 - lr * group["weight_decay"])
@@ -83,7 +94,7 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     muon: bool = False,
-) -> torch.optim.AdamW:
+) -> MuonAdamW:
     """Fused AdamW for the parameters that are trained, or Muon for the matrices among them.
 
     Matrices (adapters too) decay; norms, biases and embeddings (a tied head with them) do not, and

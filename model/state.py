@@ -78,7 +78,9 @@ def check_names(
 ) -> None:
     """Refuse names that are not those of an optimizer's tensors. Raises UserError likewise."""
     for key in sorted(set(found) - own.keys()):
-        raise UserError(f"{file}: unexpected tensor {key}; the model has no such parameter")
+        raise UserError(
+            f"{file}: unexpected tensor {key}; this model's optimizer has none of that name"
+        )
     for key in own:
         is_needed = averaged if key.startswith("average.") else updates > 0
         if is_needed and key not in found:

@@ -21,6 +21,7 @@ from run import RunLogger, duration, read_metrics
 
 SMALL = [
     "--device=cpu",
+    "--optimizer=adamw",
     "--steps=4",
     "--batch_size=4",
     "--eval_examples=0",

@@ -82,7 +82,7 @@ CASES = {
 def test_a_step_takes_what_the_formulas_say(case):
     options, shape, tokens, *given = CASES[case]
     (length,) = given or [64]
-    cfg = Config(**({"mode": "sft"} | options))
+    cfg = Config(**{"mode": "sft", "optimizer": "adamw"} | options)
     adapters = lora.LoraConfig(8, 32.0) if cfg.lora_rank else None
     device = torch.device("cpu")
     policy, _ = load_policy(named(shape), None, adapters, device, torch.float32, 0)
