@@ -67,8 +67,10 @@ def whose_defaults(model: str) -> str:
     if preset:
         return "toy" if preset.vocab_size < TOY_VOCABULARY else "pretrained"
     try:
-        path = Path(newest_checkpoint(model, "--model")) / "config.json"
-        is_toy = read_json(path)["vocab_size"] < TOY_VOCABULARY
+        folder = Path(newest_checkpoint(model, "--model"))
+        if folder.name == "adapter":  # of a run's checkpoint
+            folder = folder.parent
+        is_toy = read_json(folder / "config.json")["vocab_size"] < TOY_VOCABULARY
     except (OSError, UserError, KeyError, TypeError):
         is_toy = False  # what is wrong with the folder is said when it is read
     return "toy" if is_toy else "pretrained"

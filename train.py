@@ -291,7 +291,8 @@ def update_weights(cfg: Config, run: Run, step: int) -> dict[str, float]:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.step()
-        add_cost(run, {"flops": run.optimizer.flops()})
+        if run.rank == 0:  # counted once, though every rank computes it
+            add_cost(run, {"flops": run.optimizer.flops()})
         if run.average:
             update_average(run.average, run.policy, cfg.kd_average)
         run.counters["skipped_in_a_row"] = 0

@@ -263,6 +263,7 @@ def test_defaults_look_at_options_before_them_and_at_values_that_there_are():
         ("--mode=sft --model=folder", (2e-5, 0.0, 0, 512, 250)),
         ("--mode=sft --model=toy", (1e-2, 0.3, 500, 64, 100)),
         ("--mode=sft --model=run", (1e-2, 0.3, 500, 64, 100)),
+        ("--mode=sft --model=run/checkpoints/step-3/adapter", (1e-2, 0.3, 500, 64, 100)),
         ("--mode=sft --model=folder --defaults=toy --lr=1", (1.0, 0.3, 500, 64, 100)),
     ],
 )
