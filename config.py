@@ -178,7 +178,7 @@ class Config:
         "activation_checkpointing": "System",
     }
     hints = HINTS
-    before = {"optimizer": "adamw"}
+    before = {"optimizer": "adamw"}  # runs that do not say it
     # Names say which options a run reads, unless an option says it with `read_when`.
     read_when_prefix = {
         "kd_": {"mode": ("kd",)},

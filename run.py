@@ -204,7 +204,7 @@ class RunFolder:
         state = read_state(folder / "state.json", step)
         count, file = updates(state["counters"], step), folder / "optimizer.safetensors"
         is_averaged = average is not None
-        own = _trainer_tensors(model, optimizer, average if average is not None else model)
+        own = _trainer_tensors(model, optimizer, average or model)
 
         def place(key: str) -> torch.Tensor | None:
             """What a stored tensor is copied into, if it is wanted."""

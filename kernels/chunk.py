@@ -27,7 +27,7 @@ LOG2_E = math.log2(math.e)
 CHUNK_ELEMENTS = {"cpu": 64 << 20, "cuda": 640 << 20}
 # On a CPU the element-wise work runs on blocks of rows that stay in the cache, of all models.
 BLOCK_ELEMENTS = 5 << 18
-LOW_TEMPERATURE = 0.1
+LOW_TEMPERATURE = 0.1  # see `exponentials`
 
 # step(hidden_nD, head_VD, rows, want_grad) -> (loss_n, grad_nP or None): see `chunked_head`
 Step = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]

@@ -64,7 +64,9 @@ class MuonAdamW(torch.optim.AdamW):
         """Of the products of one update."""
         total = 0
         for group in self.param_groups:
-            for p in group["params"] if group["muon"] else ():
+            if not group["muon"]:
+                continue
+            for p in group["params"]:
                 total += 4 * p.numel() * min(p.shape) + 2 * min(p.shape) ** 3
         return ITERATIONS * total
 
@@ -114,12 +116,14 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0, "muon": False},
     ]
     optimizer = MuonAdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    for p in matrices if muon else ():
-        optimizer.state[p] = {"momentum": torch.zeros_like(p)}
-    for p in others if muon else matrices + others:
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": step, **moments}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["muon"]:
+                optimizer.state[p] = {"momentum": torch.zeros_like(p)}
+            else:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": step, **moments}
     return optimizer
 
 
